@@ -1,0 +1,172 @@
+"""Everything a user can cause, as one tree.
+
+MeristemError
+|- ConfigError (2)      UnknownKey  WrongValue  ConflictingKeys  DeadKey
+|- ShapeError (2)
+|- CapabilityError (3)  a device, dtype or operation that is not there
+|- MissingExtra (3)     an optional package that is not installed
+|- PluginError (3)      PluginConflict  PluginTooOld
+|- SinkError (3)
+|- RunError (3)         RunInUse  DiskFull
+|- DataError (4)        CorpusTooShort  ManifestMismatch  BadRecords  SplitError  TokenizerMismatch  FileChanged
+|- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
+`- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost
+
+The number is the exit code of the command line. A message says what was found, what was expected and what to do.
+"""
+
+from typing import ClassVar
+
+
+class MeristemError(Exception):
+    """An error that the user can mend. ``fields`` holds what a program needs: paths, names, numbers."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, **fields: object) -> None:
+        super().__init__(message)
+        self.fields = fields
+
+
+class ConfigError(MeristemError):
+    """The configuration cannot be used."""
+
+    exit_code = 2
+
+
+class UnknownKey(ConfigError):
+    """A key that no part of the configuration knows."""
+
+
+class WrongValue(ConfigError):
+    """A value of the wrong type, out of range, or a name that nothing is registered under."""
+
+
+class ConflictingKeys(ConfigError):
+    """Two keys that are fine alone and impossible together."""
+
+
+class DeadKey(ConfigError):
+    """A key that the other choices make meaningless."""
+
+
+class ShapeError(MeristemError):
+    """A tensor at a door whose axes are not the expected ones."""
+
+    exit_code = 2
+
+
+class CapabilityError(MeristemError):
+    """A device, dtype or operation that this machine does not offer."""
+
+    exit_code = 3
+
+
+class MissingExtra(MeristemError):
+    """An optional package that is not installed."""
+
+    exit_code = 3
+
+
+class PluginError(MeristemError):
+    """A plugin that cannot be loaded."""
+
+    exit_code = 3
+
+
+class PluginConflict(PluginError):
+    """Two plugins under one name."""
+
+
+class PluginTooOld(PluginError):
+    """A plugin built for another major version of the interface."""
+
+
+class SinkError(MeristemError):
+    """A sink that cannot start."""
+
+    exit_code = 3
+
+
+class RunError(MeristemError):
+    """A run directory that cannot be used."""
+
+    exit_code = 3
+
+
+class RunInUse(RunError):
+    """Another process is writing into this run directory."""
+
+
+class DiskFull(RunError):
+    """No space is left where something had to be saved."""
+
+
+class DataError(MeristemError):
+    """A text, corpus or tokenizer that cannot be used."""
+
+    exit_code = 4
+
+
+class CorpusTooShort(DataError):
+    """Fewer tokens than one window needs."""
+
+
+class ManifestMismatch(DataError):
+    """A corpus whose files are not those its manifest describes."""
+
+
+class BadRecords(DataError):
+    """Records that cannot be read."""
+
+
+class SplitError(DataError):
+    """A split that is empty or badly described."""
+
+
+class TokenizerMismatch(DataError):
+    """A tokenizer other than the one expected."""
+
+
+class FileChanged(DataError):
+    """A file that changed while it was in use."""
+
+
+class CheckpointError(MeristemError):
+    """A checkpoint that cannot be used."""
+
+    exit_code = 4
+
+
+class CheckpointCorrupt(CheckpointError):
+    """A checkpoint with missing, short or altered files."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A checkpoint of another model, tokenizer or optimizer."""
+
+
+class CheckpointTooNew(CheckpointError):
+    """A checkpoint of a schema that this version does not know."""
+
+
+class NoCheckpoint(CheckpointError):
+    """No checkpoint where one was expected."""
+
+
+class TrainingError(MeristemError):
+    """Training cannot go on."""
+
+    exit_code = 5
+
+
+class NonFinite(TrainingError):
+    """Loss or gradient was infinite or not a number too often."""
+
+
+class OutOfDeviceBytes(TrainingError):
+    """The device has no room for the next step."""
+
+
+class DeviceLost(TrainingError):
+    """The device stopped answering."""
