@@ -1,0 +1,65 @@
+"""The values that live between calls: nested dicts of tensors and host integers.
+
+A memory is the flat case, ``{"matrix_bhkv": ..., "matrix_momentum_bhkv": ...}``; the state of a layer or a model nests such
+dicts. Everything here is a plain function from value to value, so that saving, forking and moving a memory need no class.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+
+Memory: TypeAlias = dict[str, torch.Tensor]
+State: TypeAlias = dict[str, "torch.Tensor | int | State"]
+
+
+def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], state: State) -> State:
+    """The same state with ``change`` applied to every tensor; integers stay."""
+    return {name: _map(change, leaf) for name, leaf in state.items()}
+
+
+def _map(change: Callable[[torch.Tensor], torch.Tensor], leaf: torch.Tensor | int | State) -> torch.Tensor | int | State:
+    if isinstance(leaf, torch.Tensor):
+        return change(leaf)
+    return leaf if isinstance(leaf, int) else map_tensors(change, leaf)
+
+
+def detach(state: State) -> State:
+    """The same values, cut from the graph that made them."""
+    return map_tensors(torch.Tensor.detach, state)
+
+
+def clone(state: State) -> State:
+    """A copy that shares no storage and no graph with ``state``."""
+    return map_tensors(lambda tensor: tensor.detach().clone(), state)
+
+
+def flatten(state: State) -> dict[str, torch.Tensor | int]:
+    """One level of names, nested ones joined by a point: ``layer.0.memory.matrix_bhkv``."""
+    flat: dict[str, torch.Tensor | int] = {}
+    for name, leaf in state.items():
+        if isinstance(leaf, dict):
+            flat.update({f"{name}.{inner}": value for inner, value in flatten(leaf).items()})
+        else:
+            flat[name] = leaf
+    return flat
+
+
+def unflatten(flat: Mapping[str, torch.Tensor | int]) -> State:
+    """The inverse of ``flatten``."""
+    state: State = {}
+    for path, leaf in flat.items():
+        *outer, last = path.split(".")
+        level = state
+        for name in outer:
+            nested = level.setdefault(name, {})
+            if not isinstance(nested, dict):
+                raise ValueError(f"'{name}' in '{path}' names a leaf and a group at once")
+            level = nested
+        level[last] = leaf
+    return state
+
+
+def size_bytes(state: State) -> int:
+    """Bytes that the tensors of a state hold."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in flatten(state).values() if isinstance(leaf, torch.Tensor))
