@@ -1,0 +1,1 @@
+"""What runs the arithmetic: device, dtype, random streams, determinism, description."""
