@@ -1,0 +1,1 @@
+"""The outer optimizer: which parameters it decays, how its rate moves, what of it must be saved."""

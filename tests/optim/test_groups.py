@@ -1,0 +1,64 @@
+"""Which parameters decay."""
+
+import torch
+from torch import nn
+
+from meristem.optim.groups import build, split
+from meristem.optim.part import OptimPart
+
+
+class Gated(nn.Module):
+    """A module with one of every kind of parameter."""
+
+    no_decay = frozenset({"gate", "first_bhkv"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(7, 5)
+        self.mix = nn.Linear(5, 3)
+        self.gate = nn.Linear(5, 2)
+        self.conv = nn.Conv1d(5, 5, 3, groups=5)
+        self.norm = nn.RMSNorm(5)
+        self.first_bhkv = nn.Parameter(torch.zeros(2, 3))
+        self.frozen = nn.Parameter(torch.zeros(4, 3), requires_grad=False)
+
+
+def names(model, parameters):
+    of = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {of[id(parameter)] for parameter in parameters}
+
+
+def test_only_plain_matrices_decay():
+    """Of embeddings, gates, biases, norms, convolutions, initial memories and matrices, only the matrices decay."""
+    model = Gated()
+    decayed, _ = split(model)
+    assert names(model, decayed) == {"mix.weight"}
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group():
+    model = Gated()
+    decayed, plain = split(model)
+    every = [id(parameter) for parameter in decayed + plain]
+    assert sorted(every) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_tied_embedding_does_not_decay():
+    """A head that shares its matrix with the embedding is an embedding."""
+    model = nn.ModuleDict({"head": nn.Linear(5, 7, bias=False), "tokens": nn.Embedding(7, 5)})
+    model["head"].weight = model["tokens"].weight
+    decayed, plain = split(model)
+    assert (len(decayed), len(plain)) == (0, 1)
+
+
+def test_decay_shrinks_only_the_first_group():
+    """With zero gradients one step multiplies the decayed matrices by 1 - rate * decay and leaves the rest alone."""
+    model = Gated()
+    optimizer = build(model, OptimPart(rate=0.1, weight_decay=0.5))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    model.frozen.grad = None
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 0.95 if name == "mix.weight" else 1.0
+        torch.testing.assert_close(parameter, before[name] * factor)
