@@ -1,0 +1,1 @@
+"""The dry run: what a configuration costs, and whether it can work, before anything is allocated."""

@@ -1,0 +1,117 @@
+"""Floating-point operations of one dispatched operation, counted from shapes: two per multiply-add.
+
+Torch's own registry is the base. It gives nothing for attention on the CPU and for triangular solves, and counts the
+weight gradient of a grouped convolution ``groups`` times; those formulas are ours. A causal mask is not discounted.
+Elementwise work, reductions, copies and lookups count zero, as everywhere in the literature.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+Formula = Callable[..., int]
+
+# Beginnings of the names of operations that are neither elementwise nor reductions by their tag, and still hold no matrix
+# product: they make, move, look up, sort, accumulate or normalise values, or are optimizer steps over lists of tensors.
+ZERO = (
+    *("empty", "new_", "zeros", "ones", "full", "eye", "arange", "linspace", "scalar_tensor", "_efficientzerotensor"),
+    *("rand", "normal", "uniform", "bernoulli", "exponential", "multinomial", "native_dropout"),
+    *("fill", "zero_", "copy", "_to_copy", "cat", "stack", "repeat", "roll", "flip", "constant_pad", "tril", "triu"),
+    *("index", "masked_", "gather", "scatter", "select", "slice", "split", "unsafe_split", "_unsafe_view"),
+    *("embedding", "unfold_backward", "squeeze", "unsqueeze", "transpose", "t_", "diag", "sort", "topk", "arg"),
+    *("max", "min", "cum", "logcumsumexp", "equal", "is_", "_local_scalar_dense", "_softmax", "_log_softmax"),
+    *("nll_loss", "native_layer_norm", "native_group_norm", "_fused_rms_norm", "var", "std"),
+    *("_foreach_", "_fused_adam", "_fused_sgd"),
+)
+
+
+def flops_of(operation: OpOverload, args: Sequence[object], kwargs: dict[str, object], out: object) -> int | None:
+    """Operations that this call carries out; None when no formula is known and zero is not expected either."""
+    packet = operation._overloadpacket
+    formula = FORMULAS.get(packet)
+    if formula is not None:
+        return int(formula(*args, **kwargs, out_val=out))
+    return 0 if is_free(operation) else None
+
+
+def is_free(operation: OpOverload) -> bool:
+    """Whether the operation holds no matrix product by its nature."""
+    if operation.is_view or torch.Tag.pointwise in operation.tags or torch.Tag.reduction in operation.tags:
+        return True
+    if operation.namespace != "aten":
+        return operation.namespace in ("prim", "profiler")
+    return operation._schema.name.removeprefix("aten::").startswith(ZERO)
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object) -> int:
+    """2 b h t s (k + v): scores, then the weighted sum."""
+    b, h, t, k = query.shape
+    s, v = value.shape[-2:]
+    return 2 * b * h * t * s * (k + v)
+
+
+def _attention_backward(
+    upstream: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
+) -> int:
+    """Five products where the forward has two: the scores are formed again, then gradients of v, weights, q and k."""
+    b, h, t, k = query.shape
+    s, v = value.shape[-2:]
+    return 2 * b * h * t * s * (3 * k + 2 * v)
+
+
+def _triangular_solve(
+    triangle: torch.Tensor, right: torch.Tensor, *args: object, out_val: torch.Tensor, **kwargs: object
+) -> int:
+    """n (n - 1) / 2 multiply-adds and n divisions per right-hand side: n^2 operations. Batch axes may be broadcast."""
+    return triangle.shape[-1] * out_val.numel()
+
+
+def _convolution_backward(
+    upstream: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *geometry: Any,
+    out_val: tuple[torch.Tensor | None, ...],
+    **kwargs: object,
+) -> int:
+    """As much as the forward for each of the two gradients that are asked for; that of the bias is a sum."""
+    is_transposed = geometry[4]
+    positions = (hidden if is_transposed else upstream).shape[2:]
+    forward = 2 * hidden.shape[0] * prod(positions) * weight.numel()
+    return forward * sum(gradient is not None for gradient in out_val[:2])
+
+
+def _matrix_vector(matrix: torch.Tensor, vector: torch.Tensor, *args: object, **kwargs: object) -> int:
+    return 2 * matrix.numel()
+
+
+def _added_matrix_vector(start: torch.Tensor, matrix: torch.Tensor, *args: object, **kwargs: object) -> int:
+    return 2 * matrix.numel()
+
+
+def _outer(start: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *args: object, **kwargs: object) -> int:
+    return 2 * left.numel() * right.numel()
+
+
+FORMULAS: dict[OpOverloadPacket, Formula] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten.linalg_solve_triangular: _triangular_solve,
+    aten.convolution_backward: _convolution_backward,
+    aten.addmm_: flop_registry[aten.addmm],
+    aten.baddbmm_: flop_registry[aten.baddbmm],
+    aten.mv: _matrix_vector,
+    aten.dot: _matrix_vector,
+    aten.vdot: _matrix_vector,
+    aten.addmv: _added_matrix_vector,
+    aten.addmv_: _added_matrix_vector,
+    aten.addr: _outer,
+    aten.addr_: _outer,
+}

@@ -1,0 +1,246 @@
+"""A ledger of one run: every storage that lives, every operation that runs, and the module it belongs to.
+
+The run may be on fake tensors, where nothing is allocated, or on real ones, where the figures are those of the machine's
+allocator less the scratch space inside kernels. Storages are followed by weak references: one that autograd keeps counts
+until autograd lets go.
+"""
+
+import sys
+import weakref
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from meristem.recipes.plan.flops import flops_of
+
+aten = torch.ops.aten
+
+SOURCES = Path(__file__).parents[3]
+NOT_ASKING = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+Shapes = list[tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """One block of device bytes: the operation that made it, in which module and at which stage of the run."""
+
+    size_bytes: int
+    operation: str
+    shape: tuple[int, ...]
+    dtype: str
+    module: str
+    stage: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which most bytes lived, and what they were."""
+
+    size_bytes: int
+    stage: str
+    by_category: dict[str, int]
+    largest: tuple[tuple[Storage, str], ...]
+
+
+class Ledger(TorchDispatchMode):
+    """Follows what runs inside it. Enter it inside ``FakeTensorMode``, so that it sees operations first."""
+
+    def __init__(self, granule_bytes: int = 1) -> None:
+        super().__init__()
+        self.granule_bytes = granule_bytes
+        self.spans = Spans()
+        self.flops: Counter[tuple[str, str]] = Counter()
+        self.unknown: Counter[str] = Counter()
+        self.readings: Counter[str] = Counter()
+        self.n_operations = 0
+        self._stage = ""
+        self._stages: list[tuple[int, str]] = []
+        self._storages: list[Storage] = []
+        self._categories: dict[int, str] = {}
+        self._alive: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+        # Births and deaths in order: +(i + 1) when storage i is born, -(i + 1) when it dies.
+        self._moves: list[int] = []
+
+    def __torch_dispatch__(
+        self, operation: OpOverload, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if operation is aten._local_scalar_dense.default and is_fake(args[0]):
+            return self._read(args[0])
+        self.n_operations += 1
+        out = operation(*args, **kwargs)
+        flops = flops_of(operation, args, kwargs, out)
+        if flops is None:
+            self.unknown[str(operation)] += 1
+        elif flops:
+            self.flops[self._stage, self.spans.now()] += flops
+        for tensor in tensors_in(out):
+            self._follow(tensor, operation)
+        return out
+
+    def stage(self, name: str) -> None:
+        """From here on, what happens belongs to this stage."""
+        self._stage = name
+        self._stages.append((len(self._moves), name))
+
+    def claim(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Say what these tensors are; the first claim on a storage stands."""
+        for tensor in tensors:
+            entry = self._alive.get(tensor.untyped_storage()._cdata)
+            if entry is not None:
+                self._categories.setdefault(entry[0], category)
+
+    def claim_rest(self, category: str, stage: str) -> None:
+        """Say what everything still alive that was made in this stage is."""
+        for index, _ in self._alive.values():
+            if self._storages[index].stage == stage:
+                self._categories.setdefault(index, category)
+
+    def peaks(self) -> dict[str, Peak]:
+        """The peak within each stage, in the order in which they ran."""
+        bounds = [start for start, _ in self._stages[1:]] + [len(self._moves)]
+        live: dict[int, None] = {}
+        peaks: dict[str, Peak] = {}
+        for move in self._moves[: self._stages[0][0]]:
+            _apply(live, move)
+        for (start, name), end in zip(self._stages, bounds, strict=True):
+            peak = self._highest(live, self._moves[start:end], name)
+            if name not in peaks or peak.size_bytes > peaks[name].size_bytes:
+                peaks[name] = peak
+        return peaks
+
+    def _highest(self, live: dict[int, None], moves: Sequence[int], stage: str) -> Peak:
+        """Replay one stage twice: once to find its highest moment, once to stop there and look; ``live`` ends after it."""
+        size_bytes = best_bytes = sum(self._storages[i].size_bytes for i in live)
+        best = 0
+        for position, move in enumerate(moves, start=1):
+            sign = 1 if move > 0 else -1
+            size_bytes += sign * self._storages[abs(move) - 1].size_bytes
+            if size_bytes > best_bytes:
+                best, best_bytes = position, size_bytes
+        for move in moves[:best]:
+            _apply(live, move)
+        by_category: Counter[str] = Counter()
+        for i in live:
+            by_category[self._categories.get(i, "temporaries")] += self._storages[i].size_bytes
+        largest = sorted(live, key=lambda i: -self._storages[i].size_bytes)[:10]
+        named = tuple((self._storages[i], self._categories.get(i, "temporaries")) for i in largest)
+        for move in moves[best:]:
+            _apply(live, move)
+        return Peak(best_bytes, stage, dict(by_category), named)
+
+    def _follow(self, tensor: Tensor, operation: OpOverload) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._alive:
+            return
+        index = len(self._storages)
+        size_bytes = -(-storage.nbytes() // self.granule_bytes) * self.granule_bytes
+        name = operation._schema.name.removeprefix("aten::")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self._storages.append(Storage(size_bytes, name, tuple(tensor.shape), dtype, self.spans.now(), self._stage))
+        self._moves.append(index + 1)
+
+        def gone(_: object) -> None:
+            del self._alive[address]
+            self._moves.append(-index - 1)
+
+        self._alive[address] = (index, weakref.ref(storage, gone))
+
+    def _read(self, tensor: object) -> object:
+        """Note the line that asked for a value that does not exist, and answer as a healthy run would: 1, 1.0 or True."""
+        assert isinstance(tensor, Tensor)
+        self.readings[asking_line()] += 1
+        return 1.0 if tensor.dtype.is_floating_point else tensor.dtype is torch.bool or 1
+
+
+class Spans:
+    """Which module an operation belongs to, in the forward pass and in the backward pass.
+
+    In the forward pass it is the innermost module that runs. Autograd numbers its nodes in the order of the forward pass, so a
+    list of (first number, module) finds the module of a node in the backward pass. Unlike torch's module tracker this
+    holds for modules that run twice.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[str, tuple[Shapes, Shapes]] = {}
+        self._open: list[str] = [""]
+        self._numbers: list[int] = [0]
+        self._names: list[str] = [""]
+
+    def attach(self, model: nn.Module) -> None:
+        """Watch every module of a model that is thrown away after the plan."""
+        for name, module in model.named_modules():
+            if name:
+                module.register_forward_pre_hook(partial(self._enter, name))
+                # Also when the call raises: a recomputation under checkpointing stops so when it has what it needs.
+                module.register_forward_hook(partial(self._leave, name), always_call=True)
+
+    def now(self) -> str:
+        """The module of the operation that is running."""
+        node = torch._C._current_autograd_node()
+        if node is not None and len(self._open) == 1:
+            return self._names[bisect_right(self._numbers, node._sequence_nr()) - 1]
+        return self._open[-1]
+
+    def _enter(self, name: str, module: nn.Module, args: object) -> None:
+        self._open.append(name)
+        self._mark()
+
+    def _leave(self, name: str, module: nn.Module, args: object, out: object) -> None:
+        if name not in self.calls:
+            self.calls[name] = ([tuple(t.shape) for t in tensors_in(args)], [tuple(t.shape) for t in tensors_in(out)])
+        self._open.pop()
+        self._mark()
+
+    def _mark(self) -> None:
+        self._numbers.append(torch.autograd._get_sequence_nr())
+        self._names.append(self._open[-1])
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def is_fake(value: object) -> bool:
+    """Whether the tensor holds no value that could be read."""
+    return isinstance(value, FakeTensor) and value.constant is None
+
+
+def asking_line() -> str:
+    """``file:line`` of the innermost code that is neither torch's nor the plan's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(NOT_ASKING):
+        frame = frame.f_back
+    if frame is None:
+        return "unknown"
+    path = Path(frame.f_code.co_filename)
+    shown = path.relative_to(SOURCES) if path.is_relative_to(SOURCES) else path
+    return f"{shown}:{frame.f_lineno}"
+
+
+def _apply(live: dict[int, None], move: int) -> None:
+    if move > 0:
+        live[move - 1] = None
+    else:
+        live.pop(-move - 1)

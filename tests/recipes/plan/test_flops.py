@@ -1,0 +1,101 @@
+"""Counted work equals the closed form of each operation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from meristem.recipes.plan.ledger import Ledger
+
+
+def counted(call):
+    """Work of the forward and of the backward pass of ``call``."""
+    with FakeTensorMode(), Ledger() as ledger:
+        ledger.stage("forward")
+        out = call()
+        ledger.stage("backward")
+        out.sum().backward()
+    assert not ledger.unknown
+    return ledger.flops["forward", ""], ledger.flops["backward", ""]
+
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention(is_causal):
+    """Two products of b h t s k each; five in the backward pass, because the scores are formed again."""
+    b, h, t, s, k = 2, 3, 7, 11, 5
+    s = t if is_causal else s
+    forward, backward = counted(
+        lambda: F.scaled_dot_product_attention(
+            leaf(b, h, t, k), leaf(b, h, s, k), leaf(b, h, s, k), is_causal=is_causal
+        )
+    )
+    assert forward == 2 * 2 * b * h * t * s * k
+    assert backward * 2 == 5 * forward
+
+
+@pytest.mark.parametrize("groups", [1, 3, 6])
+def test_convolution(groups):
+    """Each output position is an inner product of kernel x inputs per group; the backward pass does it twice."""
+    b, t, width, kernel = 2, 13, 6, 4
+    forward, backward = counted(
+        lambda: F.conv1d(leaf(b, width, t), leaf(width, width // groups, kernel), groups=groups)
+    )
+    assert forward == 2 * b * (t - kernel + 1) * width * (width // groups) * kernel
+    assert backward == 2 * forward
+
+
+def test_linear():
+    """2 x rows x inputs x outputs, and twice that in the backward pass."""
+    forward, backward = counted(lambda: F.linear(leaf(2, 5, 7), leaf(11, 7), leaf(11)))
+    assert (forward, backward) == (2 * 2 * 5 * 7 * 11, 2 * 2 * 2 * 5 * 7 * 11)
+
+
+def test_triangular_solve():
+    """n^2 per right-hand side; the backward pass solves once more and forms one n x n product."""
+    b, n, r = 3, 17, 5
+    solve = lambda: torch.linalg.solve_triangular(leaf(b, n, n), leaf(b, n, r), upper=False, unitriangular=True)
+    forward, backward = counted(solve)
+    assert forward == b * n * n * r
+    assert backward == b * n * n * r + 2 * b * n * n * r
+
+
+@pytest.mark.parametrize(
+    "einsum, shapes",
+    [("bthk,bthv->bhkv", [(2, 13, 3, 5), (2, 13, 3, 7)]), ("bthk,bhkv->bthv", [(2, 13, 3, 5), (2, 3, 5, 7)])],
+)
+def test_einsum(einsum, shapes):
+    """An einsum is two operations per point of its joint index space."""
+    forward, backward = counted(lambda: torch.einsum(einsum, *[leaf(*shape) for shape in shapes]))
+    assert (forward, backward) == (2 * 2 * 13 * 3 * 5 * 7, 2 * 2 * 2 * 13 * 3 * 5 * 7)
+
+
+@pytest.mark.parametrize("call", [lambda v: torch.mv(leaf(7, 5), v), lambda v: torch.addmv(leaf(7), leaf(7, 5), v)])
+def test_matrix_vector(call):
+    """A matrix times a vector is two operations per entry."""
+    assert counted(lambda: call(torch.randn(5)))[0] == 2 * 7 * 5
+
+
+def test_elementwise_parts_of_a_model_are_known():
+    """No everyday operation without a matrix product is reported as unknown, and none counts."""
+
+    def everyday():
+        hidden = nn.Embedding(11, 6)(torch.randint(0, 11, (3, 5)))
+        hidden = nn.LayerNorm(6)(hidden) + nn.RMSNorm(6)(hidden).roll(1, 1)
+        hidden = F.dropout(F.silu(F.pad(hidden, (0, 0, 3, 0)))[:, 3:], 0.1) * torch.sigmoid(hidden).cumsum(1).tril()
+        hidden = torch.cat([hidden, hidden.softmax(-1)], 1).masked_fill(torch.zeros(10, 1, dtype=torch.bool), 0.0)
+        return F.cross_entropy(hidden.flatten(0, 1), torch.randint(0, 6, (30,))) + F.normalize(hidden, dim=-1).norm()
+
+    assert counted(everyday) == (0, 0)
+
+
+def test_an_operation_without_a_formula_is_reported():
+    """Work that would be missed is named."""
+    with FakeTensorMode(), Ledger() as ledger:
+        ledger.stage("run")
+        torch.linalg.cholesky_ex(torch.eye(5))
+    assert list(ledger.unknown) == ["aten.linalg_cholesky_ex.default"]

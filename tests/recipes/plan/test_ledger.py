@@ -1,0 +1,107 @@
+"""The ledger on fake tensors tells what the machine's allocator does, and whose work it is."""
+
+import pytest
+import torch
+from conftest import MODELS, blocks, shared, train
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from meristem.recipes.plan.ledger import Ledger
+
+
+def fake_run(make, batch, window):
+    with FakeTensorMode(), Ledger() as ledger:
+        ledger.stage("build")
+        model = make()
+        ledger.claim("parameters", model.parameters())
+        ledger.spans.attach(model)
+        train(model, batch, window, ledger.stage)
+    return ledger, model
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_peak_is_that_of_the_allocator(make, profiled_peak):
+    """The predicted peak is the profiler's, to the byte, shared layers and loops over time included."""
+    ledger, _ = fake_run(make, batch=3, window=37)
+    model = make()
+    truth = profiled_peak(model, lambda: train(model, 3, 37))
+    assert max(peak.size_bytes for peak in ledger.peaks().values()) == truth
+
+
+def test_categories_add_up():
+    """Every byte of the peak stands in one category, and the parameters are all there."""
+    ledger, model = fake_run(blocks, batch=2, window=17)
+    for peak in ledger.peaks().values():
+        assert sum(peak.by_category.values()) == peak.size_bytes
+    parameters = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert ledger.peaks()["optimizer"].by_category["parameters"] == parameters
+
+
+def test_storages_die():
+    """What nothing refers to any more no longer counts."""
+    with FakeTensorMode(), Ledger() as ledger:
+        ledger.stage("run")
+        first = torch.ones(1000)
+        del first
+        second = torch.ones(1500)
+        view = second[:7]
+        del second
+        ledger.stage("after")
+    assert ledger.peaks()["run"].size_bytes == 6000
+    assert ledger.peaks()["after"].size_bytes == 6000 and view.shape == (7,)
+
+
+def test_granule_rounds_each_storage_up():
+    """An allocator that hands out blocks of 512 bytes is followed exactly."""
+    with FakeTensorMode(), Ledger(granule_bytes=512) as ledger:
+        ledger.stage("run")
+        kept = [torch.ones(1), torch.ones(128), torch.ones(129)]
+    assert ledger.peaks()["run"].size_bytes == 512 + 512 + 1024 and len(kept) == 3
+
+
+@pytest.mark.parametrize("make", [blocks, shared])
+def test_backward_work_belongs_to_the_module_of_the_forward(make):
+    """A linear layer does twice its forward work in the backward pass, also when it runs several times."""
+    ledger, _ = fake_run(make, batch=3, window=11)
+    n_runs = 3 if make is shared else 1
+    forward = 2 * 3 * 11 * 60 * 180 * n_runs
+    assert ledger.flops["forward", "layers.0.joined"] == 2 * forward
+    assert ledger.flops["backward", "layers.0.joined"] == 2 * 2 * forward
+    assert ledger.flops["backward", "layers.0.mlp.3"] == 2 * 2 * forward
+
+
+def test_recomputed_work_counts_where_it_runs():
+    """A checkpointed layer does its forward work once more in the backward pass, as far as the recomputation goes."""
+
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(31, 37), nn.GELU(), nn.Linear(37, 31))
+
+        def forward(self, hidden):
+            return torch.utils.checkpoint.checkpoint(self.inner, hidden, use_reentrant=False)
+
+    with FakeTensorMode(), Ledger() as ledger:
+        ledger.stage("forward")
+        model = Again()
+        ledger.spans.attach(model)
+        out = model(torch.ones(5, 31, requires_grad=True))
+        ledger.stage("backward")
+        out.sum().backward()
+        ledger.stage("after")
+        torch.ones(3, 5) @ torch.ones(5, 7)
+    assert ledger.flops["backward", "inner.0"] == 3 * ledger.flops["forward", "inner.0"]
+    assert ledger.flops["backward", "inner.2"] == 2 * ledger.flops["forward", "inner.2"]
+    assert ledger.flops["after", ""] == 2 * 3 * 5 * 7
+
+
+def test_host_reads_are_noted_with_their_line():
+    """Reading a value that does not exist goes on as a healthy run would, and the line is named."""
+    with FakeTensorMode(), Ledger() as ledger:
+        ledger.stage("run")
+        value = torch.randn(3)
+        assert value.sum().item() == 1.0
+        assert bool(torch.isfinite(value).all())
+        assert value.argmax().item() == 1
+    lines = [place.rsplit(":", 1) for place in ledger.readings]
+    assert len(lines) == 3 and all(path.endswith("test_ledger.py") and int(line) > 0 for path, line in lines)
