@@ -1,9 +1,18 @@
-"""Configuration: one base class for every part, and the loader that merges its layers."""
+"""Configuration: the base of every part, the layers of a tree, and its text."""
 
-from pydantic import BaseModel, ConfigDict
+from meristem.config.layers import Loaded, load, preset_names, schema
+from meristem.config.part import Part
+from meristem.config.text import canonical, dump_yaml, fingerprint, leaves, read_yaml
 
-
-class Part(BaseModel):
-    """The frozen settings of one room. An unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+__all__ = [
+    "Loaded",
+    "Part",
+    "canonical",
+    "dump_yaml",
+    "fingerprint",
+    "leaves",
+    "load",
+    "preset_names",
+    "read_yaml",
+    "schema",
+]

@@ -1,0 +1,150 @@
+"""Layers of settings, merged into one validated tree that knows where each leaf came from."""
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from pydantic import ValidationError
+
+from meristem.config.mistakes import explain, nearest_words
+from meristem.config.part import Part
+from meristem.config.text import leaves, read_value, read_yaml
+from meristem.errors import ConfigError, WrongValue
+
+P = TypeVar("P", bound=Part)
+
+PREFIX: Final = "MERISTEM__"
+DEFAULTS: Final = "defaults"
+
+
+class Loaded(NamedTuple, Generic[P]):
+    """The resolved tree, and for each dotted leaf the layer that set it."""
+
+    tree: P
+    why: dict[str, str]
+
+
+class Layer(NamedTuple):
+    """What one place says: dotted leaf to value. ``where`` maps a leaf to the words that name the place in messages."""
+
+    settings: dict[str, object]
+    where: dict[str, str]
+
+
+def load(
+    root: type[P],
+    preset: str | None = None,
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    overrides: Iterable[str] = (),
+) -> Loaded[P]:
+    """Merge the layers, lowest first: defaults, preset, file, environment, overrides; then validate once.
+
+    environment: variables such as MERISTEM__TRAIN__ACCUMULATE=4 (pass ``os.environ``); None reads none.
+    overrides: texts ``a.b=c``, the value typed as in YAML. One wins even when it says what the default says.
+    """
+    layers = []
+    if preset is not None:
+        layers.append(_whole(_preset(preset), f"preset {preset}"))
+    if file is not None:
+        layers.append(_whole(_file(file), f"file {file}"))
+    layers.append(_environment(environment or {}))
+    layers.append(_overrides(overrides))
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for path, value in layer.settings.items():
+            _put(merged, path, value)
+    try:
+        tree = root.model_validate(merged)
+    except ValidationError as cause:
+        raise explain(cause, root, lambda path: _winner(path, layers)) from None
+    resolved = leaves(tree.model_dump(mode="json"))
+    return Loaded(tree, {path: _winner(path, layers) for path in resolved})
+
+
+def preset_names() -> list[str]:
+    """The presets in the package, sorted."""
+    folder = resources.files("meristem.config") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def schema(root: type[Part]) -> dict[str, Any]:
+    """The tree as JSON Schema, for editors and other programs."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | root.model_json_schema()
+
+
+def _preset(name: str) -> dict[str, Any]:
+    names = preset_names()
+    if name not in names:
+        raise WrongValue(
+            f"no preset is called '{name}'. Nearest: {', '.join(nearest_words(name, names)) or 'none'}.",
+            value=name,
+            accepted=names,
+        )
+    text = (resources.files("meristem.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    return read_yaml(text, f"preset {name}")
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        reason = cause.strerror if isinstance(cause, OSError) else "it is not UTF-8 text"
+        raise ConfigError(
+            f"the config file {path} cannot be read: {reason}. Give a YAML file.", path=str(path)
+        ) from cause
+    return read_yaml(text, f"file {path}")
+
+
+def _whole(mapping: dict[str, Any], place: str) -> Layer:
+    settings = leaves(mapping)
+    return Layer(settings, dict.fromkeys(settings, place))
+
+
+def _environment(variables: Mapping[str, str]) -> Layer:
+    layer = Layer({}, {})
+    for name in sorted(variables):
+        if name.startswith(PREFIX):
+            path = name.removeprefix(PREFIX).lower().replace("__", ".")
+            for leaf, said in leaves(read_value(variables[name], f"environment {name}"), path).items():
+                layer.settings[leaf] = said
+                layer.where[leaf] = f"environment {name}"
+    return layer
+
+
+def _overrides(texts: Iterable[str]) -> Layer:
+    layer = Layer({}, {})
+    for text in texts:
+        path, equals, value = text.partition("=")
+        if not equals or not all(path.split(".")):
+            raise ConfigError(
+                f"found '{text}' on the command line; expected a.b=c, such as train.accumulate=4.", value=text
+            )
+        for leaf, said in leaves(read_value(value, f"command line {text}"), path).items():
+            layer.settings[leaf] = said
+            layer.where[leaf] = f"command line {text}"
+    return layer
+
+
+def _put(tree: dict[str, Any], path: str, value: object) -> None:
+    """Set one leaf. What stood there or above it is replaced; an empty section changes nothing."""
+    *above, last = path.split(".")
+    for key in above:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    if value != {}:
+        tree[last] = value
+    else:
+        tree.setdefault(last, {})
+
+
+def _winner(path: str, layers: list[Layer]) -> str:
+    """The highest place that set ``path``, something above it or, for a section, something in it."""
+    for layer in reversed(layers):
+        for said, value in reversed(layer.settings.items()):
+            is_above = path.startswith(f"{said}.") and value != {}
+            if path == said or is_above or said.startswith(f"{path}."):
+                return layer.where[said]
+    return DEFAULTS
