@@ -34,7 +34,7 @@ def disk_full(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` so that a reader, or a crash, meets the old file or the new one and nothing between."""
+    """Put ``content`` at ``path``: a reader, or a crash, meets the old file or the new one and nothing between."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with disk_full(path):
