@@ -1,7 +1,7 @@
 """One registry for every kind of thing that can be chosen by name: rules, models, sources, sinks.
 
 Our own entries stand in the room that owns the kind. Other distributions add theirs through the entry-point group
-``meristem.<kind>``, in a module that says ``MERISTEM_API = <number>``. Nothing is imported before its name is asked for.
+``meristem.<kind>``, in a module that says ``MERISTEM_API = <number>``. Nothing is imported until its name is asked for.
 """
 
 import difflib
@@ -146,7 +146,7 @@ class Registry(Generic[T]):
         where = f"the {self.kind} '{entry.name}' of {_distribution(entry)} ({entry.value})"
         try:
             value = entry.load()
-        except Exception as cause:  # noqa: BLE001 - foreign code may raise anything; it must not break other plugins
+        except Exception as cause:  # foreign code may raise anything; it must not break other plugins
             raise PluginError(
                 f"{where} cannot be loaded: {type(cause).__name__}: {cause}. Update or uninstall it.",
                 **fields,

@@ -1,7 +1,7 @@
 """Named axes: the legend, and the tensor types built from it.
 
-A letter names the same axis in the type, in the suffix of the local and in the einsum string. Batch and time are free in
-every signature; that two arguments share an axis is said by repeating its letter. The test run checks these types
+A letter names the same axis in the type, in the suffix of the local and in the einsum string. Batch and time are free
+in every signature; that two arguments share an axis is said by repeating its letter. The test run checks these types
 (``tests/shape_plugin.py``); the product run does not pay for them.
 """
 
