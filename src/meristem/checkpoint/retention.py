@@ -18,7 +18,8 @@ def keep(
     every: steps at whose multiples a checkpoint stays for ever; 0 for none.
     """
     by_age = sorted(entries, key=store.age_order)
-    by_rank = sorted(reversed(by_age), key=lambda entry: _badness(entry, metric, direction))
+    by_rank = by_age[::-1]
+    by_rank.sort(key=lambda entry: _badness(entry, metric, direction))
     kept = by_age[-max(last, 1) :] + by_rank[:best]
     kept += [entry for entry in by_age if entry.pinned or (every and entry.step % every == 0)]
     return {entry.path for entry in kept}
