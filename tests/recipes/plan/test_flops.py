@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from meristem.memory import Gates, named, run, scan
 from meristem.recipes.plan.ledger import Ledger
 
 
@@ -99,3 +100,37 @@ def test_an_operation_without_a_formula_is_reported():
         ledger.stage("run")
         torch.linalg.cholesky_ex(torch.eye(5))
     assert list(ledger.unknown) == ["aten.linalg_cholesky_ex.default"]
+
+
+@pytest.mark.parametrize("name", ["hebbian", "delta", "gated_delta", "titans"])
+def test_exact_chunk_form(name):
+    """Products of one chunk, read off its einsums: those of 6.5 C d and 8 d^2 multiply-adds per token for titans, and the
+    composition of the chunks' affine maps."""
+    b, h, n_chunks, c, k, v = 2, 3, 4, 13, 5, 7
+    rule = named(name)
+    m = len(rule.init(1, 1, k, v))
+    solves = name != "hebbian"
+
+    def call():
+        keys, values, queries = (leaf(b, n_chunks * c, h, width) for width in (k, v, k))
+        gates = Gates(*(leaf(b, n_chunks * c, h) for _ in range(1 + m)))
+        return run(rule, rule.init(b, h, k, v), keys, values, queries, gates, form="exact_chunk", chunk=c)[0]
+
+    scores = (1 + solves) * c * c * k
+    mixed = c * c * (v + solves * m * k)
+    memories = m * k * c * (2 * v + solves * m * k) + m * k * m * k * v
+    decays = (c**3 + c * c) if m == 2 else 0
+    solve = solves * c * c * (v + m * k)
+    assert counted(call)[0] == b * h * n_chunks * (2 * (scores + mixed + memories + decays) + solve)
+
+
+def test_scan():
+    """Per token one recall for the surprise and one for the query; the outer product of the write is elementwise."""
+    b, t, h, k, v = 2, 11, 3, 5, 7
+    rule = named("titans")
+
+    def call():
+        gates = Gates(*(leaf(b, t, h) for _ in range(3)))
+        return scan(rule, rule.init(b, h, k, v), leaf(b, t, h, k), leaf(b, t, h, v), leaf(b, t, h, k), gates)[0]
+
+    assert counted(call)[0] == b * t * h * 2 * 2 * k * v
