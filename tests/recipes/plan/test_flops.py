@@ -59,8 +59,9 @@ def test_linear():
 def test_triangular_solve():
     """n^2 per right-hand side; the backward pass solves once more and forms one n x n product."""
     b, n, r = 3, 17, 5
-    solve = lambda: torch.linalg.solve_triangular(leaf(b, n, n), leaf(b, n, r), upper=False, unitriangular=True)
-    forward, backward = counted(solve)
+    forward, backward = counted(
+        lambda: torch.linalg.solve_triangular(leaf(b, n, n), leaf(b, n, r), upper=False, unitriangular=True)
+    )
     assert forward == b * n * n * r
     assert backward == b * n * n * r + 2 * b * n * n * r
 

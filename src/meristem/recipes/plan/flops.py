@@ -17,8 +17,8 @@ aten = torch.ops.aten
 
 Formula = Callable[..., int]
 
-# Beginnings of the names of operations that are neither elementwise nor reductions by their tag, and still hold no matrix
-# product: they make, move, look up, sort, accumulate or normalise values, or are optimizer steps over lists of tensors.
+# Beginnings of the names of operations that are neither elementwise nor reductions by their tag, and still hold no
+# matrix product: they make, move, look up, sort, accumulate or normalise, or are optimizer steps over lists of tensors.
 ZERO = (
     *("empty", "new_", "zeros", "ones", "full", "eye", "arange", "linspace", "scalar_tensor", "_efficientzerotensor"),
     *("rand", "normal", "uniform", "bernoulli", "exponential", "multinomial", "native_dropout"),

@@ -1,8 +1,8 @@
 """A ledger of one run: every storage that lives, every operation that runs, and the module it belongs to.
 
-The run may be on fake tensors, where nothing is allocated, or on real ones, where the figures are those of the machine's
-allocator less the scratch space inside kernels. Storages are followed by weak references: one that autograd keeps counts
-until autograd lets go.
+The run may be on fake tensors, where nothing is allocated, or on real ones, where the figures are those of the
+machine's allocator less the scratch space inside kernels. Storages are followed by weak references: one that autograd
+keeps counts until autograd lets go.
 """
 
 import sys
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +46,12 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Peak:
-    """The moment at which most bytes lived, and what they were."""
+class Moment:
+    """A point of the run, as a number of births and deaths, and the bytes that lived then."""
 
+    position: int
     size_bytes: int
-    stage: str
     by_category: dict[str, int]
-    largest: tuple[tuple[Storage, str], ...]
 
 
 class Ledger(TorchDispatchMode):
@@ -66,7 +66,6 @@ class Ledger(TorchDispatchMode):
         self.readings: Counter[str] = Counter()
         self.n_operations = 0
         self._stage = ""
-        self._stages: list[tuple[int, str]] = []
         self._storages: list[Storage] = []
         self._categories: dict[int, str] = {}
         self._alive: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
@@ -74,10 +73,10 @@ class Ledger(TorchDispatchMode):
         self._moves: list[int] = []
 
     def __torch_dispatch__(
-        self, operation: OpOverload, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
+        self, operation: OpOverload, types: object, args: Sequence[Any] = (), kwargs: dict[str, object] | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if operation is aten._local_scalar_dense.default and is_fake(args[0]):
+        if operation is aten._local_scalar_dense.default and not has_value(args[0]):
             return self._read(args[0])
         self.n_operations += 1
         out = operation(*args, **kwargs)
@@ -93,7 +92,6 @@ class Ledger(TorchDispatchMode):
     def stage(self, name: str) -> None:
         """From here on, what happens belongs to this stage."""
         self._stage = name
-        self._stages.append((len(self._moves), name))
 
     def claim(self, category: str, tensors: Iterable[Tensor]) -> None:
         """Say what these tensors are; the first claim on a storage stands."""
@@ -108,38 +106,33 @@ class Ledger(TorchDispatchMode):
             if self._storages[index].stage == stage:
                 self._categories.setdefault(index, category)
 
-    def peaks(self) -> dict[str, Peak]:
-        """The peak within each stage, in the order in which they ran."""
-        bounds = [start for start, _ in self._stages[1:]] + [len(self._moves)]
-        live: dict[int, None] = {}
-        peaks: dict[str, Peak] = {}
-        for move in self._moves[: self._stages[0][0]]:
-            _apply(live, move)
-        for (start, name), end in zip(self._stages, bounds, strict=True):
-            peak = self._highest(live, self._moves[start:end], name)
-            if name not in peaks or peak.size_bytes > peaks[name].size_bytes:
-                peaks[name] = peak
-        return peaks
-
-    def _highest(self, live: dict[int, None], moves: Sequence[int], stage: str) -> Peak:
-        """Replay one stage twice: once to find its highest moment, once to stop there and look; ``live`` ends after it."""
-        size_bytes = best_bytes = sum(self._storages[i].size_bytes for i in live)
-        best = 0
-        for position, move in enumerate(moves, start=1):
-            sign = 1 if move > 0 else -1
-            size_bytes += sign * self._storages[abs(move) - 1].size_bytes
-            if size_bytes > best_bytes:
-                best, best_bytes = position, size_bytes
-        for move in moves[:best]:
-            _apply(live, move)
+    def moments(self) -> dict[tuple[str, str], Moment]:
+        """For each stage and module, the moment at which most bytes lived while it worked; the highest is the peak."""
+        highest: dict[tuple[str, str], Moment] = {}
         by_category: Counter[str] = Counter()
-        for i in live:
-            by_category[self._categories.get(i, "temporaries")] += self._storages[i].size_bytes
-        largest = sorted(live, key=lambda i: -self._storages[i].size_bytes)[:10]
-        named = tuple((self._storages[i], self._categories.get(i, "temporaries")) for i in largest)
-        for move in moves[best:]:
-            _apply(live, move)
-        return Peak(best_bytes, stage, dict(by_category), named)
+        live_bytes = 0
+        for position, move in enumerate(self._moves, start=1):
+            storage, category = self._entry(abs(move) - 1)
+            size_bytes = storage.size_bytes if move > 0 else -storage.size_bytes
+            live_bytes += size_bytes
+            by_category[category] += size_bytes
+            place = (storage.stage, storage.module)
+            if move > 0 and (place not in highest or live_bytes > highest[place].size_bytes):
+                highest[place] = Moment(position, live_bytes, dict(+by_category))
+        return highest
+
+    def living(self, moment: Moment) -> list[tuple[Storage, str]]:
+        """What lived at that moment, each with its category."""
+        live: set[int] = set()
+        for move in self._moves[: moment.position]:
+            if move > 0:
+                live.add(move - 1)
+            else:
+                live.remove(-move - 1)
+        return [self._entry(index) for index in sorted(live)]
+
+    def _entry(self, index: int) -> tuple[Storage, str]:
+        return self._storages[index], self._categories.get(index, "temporaries")
 
     def _follow(self, tensor: Tensor, operation: OpOverload) -> None:
         storage = tensor.untyped_storage()
@@ -159,19 +152,21 @@ class Ledger(TorchDispatchMode):
 
         self._alive[address] = (index, weakref.ref(storage, gone))
 
-    def _read(self, tensor: object) -> object:
-        """Note the line that asked for a value that does not exist, and answer as a healthy run would: 1, 1.0 or True."""
-        assert isinstance(tensor, Tensor)
+    def _read(self, tensor: Tensor) -> object:
+        """Note the line that asked for a value that does not exist, and answer with True, 1 or 0.0.
+
+        Finite, non-empty, and no flag raised: what a healthy run would read.
+        """
         self.readings[asking_line()] += 1
-        return 1.0 if tensor.dtype.is_floating_point else tensor.dtype is torch.bool or 1
+        return 0.0 if tensor.dtype.is_floating_point else tensor.dtype is torch.bool or 1
 
 
 class Spans:
     """Which module an operation belongs to, in the forward pass and in the backward pass.
 
-    In the forward pass it is the innermost module that runs. Autograd numbers its nodes in the order of the forward pass, so a
-    list of (first number, module) finds the module of a node in the backward pass. Unlike torch's module tracker this
-    holds for modules that run twice.
+    In the forward pass it is the innermost module that runs. Autograd numbers its nodes in the order of the forward
+    pass, so a list of (first number, module) finds the module of a node in the backward pass. Unlike torch's module
+    tracker this holds for modules that run twice.
     """
 
     def __init__(self) -> None:
@@ -206,7 +201,7 @@ class Spans:
         self._mark()
 
     def _mark(self) -> None:
-        self._numbers.append(torch.autograd._get_sequence_nr())
+        self._numbers.append(torch._C._autograd._get_sequence_nr())
         self._names.append(self._open[-1])
 
 
@@ -222,9 +217,9 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def is_fake(value: object) -> bool:
-    """Whether the tensor holds no value that could be read."""
-    return isinstance(value, FakeTensor) and value.constant is None
+def has_value(tensor: Tensor) -> bool:
+    """Whether there is something to read: in a real tensor, or in a fake one made from a constant."""
+    return not isinstance(tensor, FakeTensor) or tensor.constant is not None
 
 
 def asking_line() -> str:
@@ -237,10 +232,3 @@ def asking_line() -> str:
     path = Path(frame.f_code.co_filename)
     shown = path.relative_to(SOURCES) if path.is_relative_to(SOURCES) else path
     return f"{shown}:{frame.f_lineno}"
-
-
-def _apply(live: dict[int, None], move: int) -> None:
-    if move > 0:
-        live[move - 1] = None
-    else:
-        live.pop(-move - 1)

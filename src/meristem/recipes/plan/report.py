@@ -174,7 +174,8 @@ def brief(report: PlanReport) -> list[str]:
     lines = []
     if report.n_parameters is not None:
         state = f", {size(report.session.state_bytes)} of state per session" if report.session else ""
-        lines.append(f"model {report.model}: {report.n_parameters:,} parameters, vocabulary {report.vocabulary:,}{state}")
+        counts = f"{report.n_parameters:,} parameters, vocabulary {report.vocabulary:,}"
+        lines.append(f"model {report.model}: {counts}{state}")
     if (step := report.training) is not None:
         room = f" of {size(report.machine_bytes)}" if report.machine_bytes else ""
         lines.append(
@@ -215,7 +216,8 @@ def _totals(report: PlanReport) -> Section:
         rows.append(("epoch", f"{data.n_batches:,} batches{epochs}"))
     if (step := report.training) is not None:
         rows.append(("step", f"{step.accumulate} x {step.batch} x {step.window} = {step.tokens_per_step:,} tokens"))
-        rows.append(("work per step", f"{amount(step.flops_per_step)}FLOP, {step.flops_per_step / step.flops_6nd:.2f} x 6ND"))
+        ratio = f"{step.flops_per_step / step.flops_6nd:.2f} x 6ND"
+        rows.append(("work per step", f"{amount(step.flops_per_step)}FLOP, {ratio}"))
         forward, backward = (amount(n / step.tokens_per_step) for n in (step.flops_forward, step.flops_backward))
         rows.append(("work per token", f"{forward}FLOP forward, {backward}FLOP backward"))
         where = f"in {step.peak_module}, " if step.peak_module else ""
@@ -226,8 +228,9 @@ def _totals(report: PlanReport) -> Section:
     if (session := report.session) is not None:
         grows = session.state_bytes_after_one_more > session.state_bytes
         rows.append(("state per session", size(session.state_bytes) + (", growing with the text" if grows else "")))
-        rows.append(("work per read token", f"{amount(session.flops_per_token)}FLOP; {session.n_prompt} tokens in one call: "
-                     f"{amount(session.flops_prefill)}FLOP, peak {size(session.peak_bytes)}"))
+        prompt = f"{session.n_prompt} tokens in one call: {amount(session.flops_prefill)}FLOP"
+        rows.append(("work per read token", f"{amount(session.flops_per_token)}FLOP; {prompt}"))
+        rows.append(("peak of a session", size(session.peak_bytes)))
     return Section("Totals", ("figure", "value"), tuple(rows))
 
 
@@ -236,7 +239,8 @@ def _verdict(report: PlanReport) -> str:
     if needed is None or machine is None:
         return "unknown"
     word = "fits" if needed <= machine else "does not fit"
-    return f"{word}: {size(needed)} with 5 % and {size(PROCESS_BYTES)} for what is not seen here; the machine has {size(machine)}"
+    unseen = f"{SHARE_UNSEEN:.0%} and {size(PROCESS_BYTES)} for what is not seen here"
+    return f"{word}: {size(needed)} with {unseen}; the machine has {size(machine)}"
 
 
 def _modules(modules: tuple[ModuleRow, ...]) -> Section:
@@ -264,8 +268,15 @@ def _peak(step: Training) -> Section:
 
 def _largest(step: Training) -> Section:
     rows = tuple(
-        (size(held.size_bytes), str(held.n_tensors), held.category, held.operation, held.module or "(outside)",
-         " x ".join(map(str, held.shape)), held.dtype)
+        (
+            size(held.size_bytes),
+            str(held.n_tensors),
+            held.category,
+            held.operation,
+            held.module or "(outside)",
+            " x ".join(map(str, held.shape)),
+            held.dtype,
+        )
         for held in step.largest
     )
     return Section("Largest at the peak", ("size", "tensors", "category", "made by", "module", "shape", "dtype"), rows)

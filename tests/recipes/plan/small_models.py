@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,25 +96,20 @@ def train(model: nn.Module, batch: int, window: int, stage: Stage = lambda name:
         optimizer.zero_grad()
 
 
-@pytest.fixture
-def profiled_peak() -> Callable[[nn.Module, Callable[[], None]], int]:
+def profiled_peak(model: nn.Module, call: Callable[[], object]) -> int:
     """The most bytes that parameters, buffers and everything allocated during a call occupied at once."""
-
-    def measure(model: nn.Module, call: Callable[[], None]) -> int:
-        standing = [*model.parameters(), *model.buffers()]
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            call()
-        moves: list[tuple[int, int]] = []
-        waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
-        while waiting:
-            event = waiting.pop()
-            waiting += event.children
-            if event.name == "[memory]":
-                moves.append((event.start_time_ns, event.extra_fields.alloc_size))
-        live_bytes = peak_bytes = sum(tensor.untyped_storage().nbytes() for tensor in standing)
-        for _, size_bytes in sorted(moves, key=lambda move: move[0]):
-            live_bytes += size_bytes
-            peak_bytes = max(peak_bytes, live_bytes)
-        return peak_bytes
-
-    return measure
+    standing = [*model.parameters(), *model.buffers()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    moves: list[tuple[int, int]] = []
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.name == "[memory]":
+            moves.append((event.start_time_ns, event.extra_fields.alloc_size))
+    live_bytes = peak_bytes = sum(tensor.untyped_storage().nbytes() for tensor in standing)
+    for _, size_bytes in sorted(moves, key=lambda move: move[0]):
+        live_bytes += size_bytes
+        peak_bytes = max(peak_bytes, live_bytes)
+    return peak_bytes
