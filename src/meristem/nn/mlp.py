@@ -1,0 +1,34 @@
+"""Feed-forward layers: what a token does alone. The last projection is called ``out``, as in every residual branch."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meristem.shapes import Hidden
+
+
+class SwiGLU(nn.Module):
+    """out(silu(gate x) * (up x)), without biases (Shazeer 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, hidden_btd: Hidden) -> Hidden:
+        gate_btf, up_btf = self.gate_up(hidden_btd).chunk(2, dim=-1)
+        return self.out(F.silu(gate_btf) * up_btf)
+
+
+class Feedforward(nn.Module):
+    """out(activation(up x)), with biases: the layer of the first transformers."""
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+        self.up = nn.Linear(width, hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, hidden_btd: Hidden) -> Hidden:
+        return self.out(self.activation(self.up(hidden_btd)))

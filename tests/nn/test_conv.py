@@ -1,0 +1,56 @@
+"""The short convolution: its sum, its past, and its start."""
+
+import pytest
+import torch
+
+from meristem.nn.conv import CausalConv
+
+
+def plain(weight_dc, hidden_btd):
+    """The sum of the docstring, token by token and tap by tap."""
+    kernel = weight_dc.shape[1]
+    mixed_btd = torch.zeros_like(hidden_btd)
+    for now in range(hidden_btd.shape[1]):
+        for tap in range(kernel):
+            then = now - kernel + 1 + tap
+            if then >= 0:
+                mixed_btd[:, now] += weight_dc[:, tap] * hidden_btd[:, then]
+    return mixed_btd
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 4])
+@pytest.mark.parametrize("n_time", [1, 3, 11])
+def test_conv_is_a_weighted_sum_of_the_last_inputs(kernel, n_time):
+    conv = CausalConv(5, kernel).double()
+    hidden_btd = torch.randn(3, n_time, 5, dtype=torch.float64)
+    torch.testing.assert_close(conv(hidden_btd)[0], plain(conv.weight_dc, hidden_btd), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [1, 4])
+@pytest.mark.parametrize("cuts", [[1] * 11, [2, 9], [1, 3, 7]])
+def test_cutting_the_window_changes_nothing(kernel, cuts):
+    conv = CausalConv(5, kernel).double()
+    hidden_btd = torch.randn(3, 11, 5, dtype=torch.float64)
+    whole_btd, last = conv(hidden_btd)
+    parts, state = [], None
+    for part_btd in hidden_btd.split(cuts, dim=1):
+        mixed_btd, state = conv(part_btd, state)
+        parts.append(mixed_btd)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole_btd, rtol=0, atol=1e-12)
+    assert torch.equal(state["tail_bsd"], last["tail_bsd"])
+
+
+def test_conv_starts_near_the_identity():
+    hidden_btd = torch.randn(3, 101, 7)
+    mixed_btd, _ = CausalConv(7, 4)(hidden_btd)
+    assert (mixed_btd - hidden_btd).std() < 0.1
+
+
+def test_a_kernel_of_one_tap_keeps_no_past():
+    _, state = CausalConv(5, 1)(torch.randn(3, 7, 5))
+    assert state["tail_bsd"].shape == (3, 0, 5)
+
+
+def test_the_state_does_not_keep_the_window_alive():
+    _, state = CausalConv(5, 4)(torch.randn(3, 101, 5))
+    assert state["tail_bsd"].untyped_storage().nbytes() == 3 * 3 * 5 * 4
