@@ -1,0 +1,168 @@
+"""The records of a run: metrics, events, samples and readings of the machine, as JSON lines (spec 17).
+
+``seq`` rises over all four files and goes on after a resume. A resume is the event ``run.resumed`` whose payload holds
+``resumed_from``, the step of the checkpoint; records of later steps with a smaller ``seq`` were abandoned.
+"""
+
+import datetime
+import importlib.resources
+import math
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from meristem.config.text import LARGEST_EXACT
+from meristem.events import Emit, Event, silent
+from meristem.sinks.lines import Lines, read_records
+
+STREAMS = ("metrics", "events", "samples", "system")
+ROTATE_SIZE_BYTES = 256 * 1024 * 1024
+LARGEST_PAYLOAD_ITEMS = 1_000
+LARGEST_PAYLOAD_BYTES = 65_536
+
+Split = Literal["train", "val", "test", "gen"]
+
+
+class Records:
+    """Writes the records of one run. Threads may share it."""
+
+    def __init__(self, run_dir: Path, run_id: str, seq: int = 0, *, rotate_size_bytes: int = ROTATE_SIZE_BYTES) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir = run_dir
+        self.run_id = run_id
+        self.step = 0
+        self._lock = threading.RLock()
+        self._lines = {name: Lines(run_dir / f"{name}.ndjson", rotate_size_bytes) for name in STREAMS}
+        self.seq = max([seq, *(lines.last["seq"] for lines in self._lines.values() if lines.last)])
+        for name, lines in self._lines.items():
+            if lines.n_cut_bytes:
+                payload = {"what": "torn end cut off", "path": f"{name}.ndjson", "n_bytes": lines.n_cut_bytes}
+                self.event(Event("degraded", payload, "warning"), step=0)
+
+    def metrics(
+        self,
+        step: int,
+        tokens: int,
+        epoch: float,
+        split: Split,
+        metrics: Mapping[str, float | None],
+        task: str | None = None,
+        tags: Mapping[str, object] | None = None,
+    ) -> None:
+        """All scalars of one step and split."""
+        fields = {
+            "tokens": tokens,
+            "epoch": epoch,
+            "split": split,
+            "task": task,
+            "metrics": metrics,
+            "tags": tags or {},
+        }
+        self._write("metrics", "metrics", step, fields, odd_below="metrics")
+
+    def event(self, event: Event, step: int) -> None:
+        """One thing that happened. A payload beyond the limits is cut and says so."""
+        fields = {"name": event.name, "severity": event.severity, "payload": _limited(event.payload)}
+        self._write("events", "event", step, fields, odd_below="payload")
+
+    def sample(self, step: int, prompt: str, text: str, settings: Mapping[str, object]) -> None:
+        """One text that the model wrote."""
+        self._write("samples", "sample", step, {"prompt": prompt, "text": text, "settings": settings}, "settings")
+
+    def system(self, fields: Mapping[str, object]) -> None:
+        """One reading of the machine, at the last step that any record told of."""
+        self._write("system", "system", self.step, fields)
+
+    def close(self) -> None:
+        """Wait until the disk holds every record."""
+        for lines in self._lines.values():
+            lines.close()
+
+    def _write(self, stream: str, kind: str, step: int, fields: Mapping[str, object], odd_below: str = "") -> None:
+        odd: dict[str, str] = {}
+        plain = _plain(fields, "", odd)
+        if odd:
+            plain["nonfinite"] = {path.removeprefix(f"{odd_below}."): value for path, value in odd.items()}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        with self._lock:
+            envelope = {
+                "schema": f"meristem.{kind}/1",
+                "run": self.run_id,
+                "seq": self.seq + 1,
+                "ts": now,
+                "step": step,
+            }
+            self._lines[stream].append(envelope | plain)
+            self.seq += 1
+            self.step = step
+
+
+def _plain(value: object, path: str, odd: dict[str, str]) -> Any:
+    """``value`` as JSON can hold it. What is not finite becomes null, and ``odd`` gets its path and what it was."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner, f"{path}.{key}".lstrip("."), odd) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(inner, f"{path}.{index}", odd) for index, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        odd[path] = "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+        return None
+    if value is None or isinstance(value, (bool, float)):
+        return value
+    if isinstance(value, int):
+        return value if abs(value) <= LARGEST_EXACT else str(value)
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    item = getattr(value, "item", None)
+    # A number of numpy or torch; anything else is told by its text, since a record may not stop what it records.
+    return _plain(item(), path, odd) if item and getattr(value, "ndim", 1) == 0 else str(value)
+
+
+def _limited(payload: Mapping[str, object]) -> dict[str, object]:
+    """The payload within its limits: entries that go beyond are left out and named under ``truncated``."""
+    kept: dict[str, object] = {}
+    left_out: list[str] = []
+    n_items, size_bytes = 0, 0
+    for key, value in payload.items():
+        n_more, more_bytes = _count(value), len(orjson.dumps(_plain({key: value}, "", {})))
+        if n_items + n_more <= LARGEST_PAYLOAD_ITEMS and size_bytes + more_bytes <= LARGEST_PAYLOAD_BYTES:
+            kept[key] = value
+            n_items, size_bytes = n_items + n_more, size_bytes + more_bytes
+        else:
+            left_out.append(str(key)[:100])
+    return kept | ({"truncated": left_out[:10], "n_truncated": len(left_out)} if left_out else {})
+
+
+def _count(value: object) -> int:
+    """How many single values are inside."""
+    if isinstance(value, Mapping):
+        return sum(_count(inner) for inner in value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return sum(_count(inner) for inner in value)
+    return 1
+
+
+def history(run_dir: Path, stream: str = "metrics", emit: Emit = silent) -> list[dict[str, Any]]:
+    """What a run really did: its records without those of abandoned steps, and of equal ones only the last.
+
+    Two metrics records are equal when step, split and task are.
+    """
+    resumes = [
+        (event["seq"], event["payload"]["resumed_from"])
+        for event in read_records(run_dir / "events.ndjson", emit)
+        if event["name"] == "run.resumed" and "resumed_from" in event["payload"]
+    ]
+    found: dict[object, dict[str, Any]] = {}
+    for record in read_records(run_dir / f"{stream}.ndjson", emit):
+        if any(record["seq"] < seq and record["step"] > step for seq, step in resumes):
+            continue
+        same = (record["step"], record["split"], record["task"]) if stream == "metrics" else record["seq"]
+        found[same] = record
+    return sorted(found.values(), key=lambda record: int(record["seq"]))
+
+
+def schema(name: str) -> dict[str, Any]:
+    """The published JSON Schema ``name``: metrics, event, sample, system, run, checkpoint or dataset."""
+    return dict(orjson.loads((importlib.resources.files("meristem.sinks") / "schemas" / f"{name}.json").read_bytes()))
