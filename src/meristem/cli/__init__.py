@@ -1,0 +1,68 @@
+"""The command line: one function per verb. Nothing heavy is imported before a verb runs."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from meristem import __version__
+from meristem.cli import answer, bench, chat, checkpoint, config, data, doctor, evaluate, plugins, runs, sample, train
+from meristem.errors import MeristemError
+
+app = typer.Typer(
+    add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+
+@app.callback(invoke_without_command=True)
+def meristem(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, with any verb.")] = False,
+) -> None:
+    """Train, grow and talk to language models that keep learning.
+
+    \b
+    Examples:
+      meristem train titans-mag data.source=book.txt
+      meristem chat runs/book
+      meristem doctor
+    """
+    if version:
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command("train")(train.train)
+app.command("plan")(train.plan)
+app.command("sample")(sample.sample)
+app.command("chat")(chat.chat)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(data.app, name="data")
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(runs.app, name="runs")
+app.add_typer(config.app, name="config")
+app.add_typer(plugins.app, name="plugins")
+app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and give its exit code."""
+    flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug, as_json = "--debug" in flags, "--json" in flags
+    words = [word for word in arguments if word != "--debug"]
+    try:
+        code = typer.main.get_command(app).main(words, prog_name="meristem", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except (MeristemError, typer.TyperException) as error:
+        return answer.report_error(error, as_json, debug)
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """The entry point of the installed program."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,118 @@
+"""How a verb speaks: words and tables on a terminal, JSON under ``--json``, errors in one place.
+
+stdout carries the answer and nothing else; whatever is said about the way there goes to stderr.
+"""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, TypeVar
+
+import typer
+
+from meristem.errors import MeristemError
+from meristem.events import Event
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings to override, as data.window=256.", show_default=False),
+]
+Preset = Annotated[
+    str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset (see `config presets`) or a YAML file.")
+]
+T = TypeVar("T")
+
+
+def json_line(value: object) -> None:
+    """Print one JSON value on its own line, at once."""
+    import orjson
+
+    options = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
+    sys.stdout.write(orjson.dumps(value, default=_plain, option=options).decode() + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def answer(value: T, as_json: bool, words: Callable[[T], Iterable[str]]) -> None:
+    """Print ``value`` as JSON, or the lines that ``words`` makes of it."""
+    if as_json:
+        json_line(value)
+    else:
+        for line in words(value):
+            typer.echo(line)
+
+
+def columns(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a table whose columns are as wide as their widest cell."""
+    cells = [[str(title) for title in titles], *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(titles))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def pairs(values: Mapping[str, object]) -> list[str]:
+    """Lines ``name  value``; what nests is shown under dotted names."""
+    from meristem.config import leaves
+
+    flat = leaves(values)
+    width = max((len(name) for name in flat), default=0)
+    return [f"{name.ljust(width)}  {_cell(value)}" for name, value in flat.items()]
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for a reader: 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n_bytes) < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"
+
+
+@contextlib.contextmanager
+def progress_bytes(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for work that counts bytes; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    shape = (TextColumn(what), BarColumn(), DownloadColumn())
+    with Progress(*shape, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def tell(event: Event) -> None:
+    """An ``Emit`` for verbs without a run: warnings and errors become one line on stderr."""
+    if event.severity in ("debug", "info"):
+        return
+    details = ", ".join(f"{name} {value}" for name, value in event.payload.items())
+    typer.secho(f"{event.severity}: {event.name}: {details}", fg="yellow", err=True)
+
+
+def report_error(error: MeristemError | typer.TyperException, as_json: bool, debug: bool) -> int:
+    """Say what went wrong and give the exit code that belongs to it."""
+    is_usage = isinstance(error, typer.TyperException)
+    message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    if debug:
+        traceback.print_exception(error)
+    if as_json:
+        kind = "UsageError" if is_usage else type(error).__name__
+        json_line({"error": {"type": kind, "message": message, "fields": getattr(error, "fields", {})}})
+        return error.exit_code
+    typer.secho(f"error: {message}", fg="red", err=True)
+    command = getattr(getattr(error, "ctx", None), "command_path", None)
+    if command:
+        typer.echo(f"`{command} --help` shows what it takes.", err=True)
+    return error.exit_code

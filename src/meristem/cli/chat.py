@@ -1,0 +1,228 @@
+"""`meristem chat`: talk to a model whose memory learns from what is said."""
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import typer
+
+from meristem.cli.answer import Json, columns, json_line, pairs, size
+from meristem.cli.sample import Checkpoint, MaxTokens, Seed, Temperature, TopK, TopP, open_session
+from meristem.errors import MeristemError, WrongValue
+
+if TYPE_CHECKING:
+    from meristem.serve.session import Session
+
+BLANK_LINE: Final = "\n\n"
+HELP: Final = """\
+What you type is read by the model and changes its memory; then the model writes on, until a blank line or its limit.
+  /memory        what the memory holds, layer by layer
+  /save FILE     write this session to a file
+  /load FILE     go on with a saved session
+  /fork NAME     copy this session under a name and go on in the copy
+  /go [NAME]     go on in another session; without a name, list them
+  /rollback [N]  take back the last N exchanges (1)
+  /forget        begin afresh, memory and all
+  /quit          leave, as Ctrl-D does; Ctrl-C stops a reply"""
+
+
+@dataclass
+class _Talk:
+    """The sessions of one chat, and the one that is spoken to; ``exchanges`` holds the turn before each exchange."""
+
+    sessions: dict[str, "Session"]
+    exchanges: dict[str, list[int]]
+    current: str
+
+    @property
+    def session(self) -> "Session":
+        return self.sessions[self.current]
+
+    def enter(self, name: str, session: "Session", exchanges: list[int]) -> None:
+        self.sessions[name], self.exchanges[name], self.current = session, exchanges, name
+
+
+def chat(
+    checkpoint: Checkpoint,
+    max_tokens: MaxTokens = 200,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Talk to a model; its memory learns from what is said. /help lists the commands.
+
+    \b
+    Examples:
+      meristem chat runs/book
+      printf 'My name is Ada.\\n/memory\\n' | meristem chat runs/book --json
+    """
+    session = open_session(checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    talk = _Talk({"main": session}, {"main": []}, "main")
+    if not as_json and sys.stdin.isatty():
+        typer.echo("The model writes on from what you say; a small one is no assistant. /help lists the commands.")
+    for line in _lines():
+        if line.strip() == "/quit":
+            break
+        try:
+            if line.startswith("/"):
+                _command(talk, line, as_json)
+            elif line.strip():
+                _exchange(talk, line, max_tokens, as_json)
+        except MeristemError as error:
+            _say_error(error, as_json)
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, or what comes through a pipe, line by line."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - editing and history of the prompt
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            typer.echo()
+            return
+
+
+def _exchange(talk: _Talk, line: str, max_tokens: int, as_json: bool) -> None:
+    """Read one line, then write a reply; Ctrl-C ends the reply where it is."""
+    session, before, written, stopped = talk.session, talk.session.turn, "", False
+    try:
+        session.feed(line + "\n")
+        with contextlib.closing(session.stream(max_tokens, until=BLANK_LINE)) as pieces:
+            for piece in pieces:
+                written += piece
+                if not as_json:
+                    typer.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        stopped = True
+    if session.turn > before:
+        talk.exchanges[talk.current].append(before)
+    if as_json:
+        json_line({"reply": written, "stopped": stopped, "session": talk.current, "n_tokens": session.n_tokens})
+    elif stopped:
+        typer.secho(" (stopped)", dim=True)
+    elif not written.endswith("\n"):
+        typer.echo()
+
+
+def _say_error(error: MeristemError, as_json: bool) -> None:
+    if as_json:
+        json_line({"error": {"type": type(error).__name__, "message": str(error), "fields": error.fields}})
+    else:
+        typer.secho(f"error: {error}", fg="red", err=True)
+
+
+def _command(talk: _Talk, line: str, as_json: bool) -> None:
+    name, _, argument = line.strip().partition(" ")
+    if name not in _COMMANDS:
+        nearest = difflib.get_close_matches(name, _COMMANDS, n=1, cutoff=0.0)[0]
+        raise WrongValue(f"there is no command {name}; the nearest is {nearest}. /help lists them all.", value=name)
+    result, words = _COMMANDS[name](talk, argument.strip())
+    if as_json:
+        json_line({"command": name, **result})
+    else:
+        typer.echo("\n".join(words))
+
+
+_Said = tuple[dict[str, object], list[str]]
+
+
+def _needs(argument: str, usage: str) -> str:
+    if not argument:
+        raise WrongValue(f"something is missing: {usage}.")
+    return argument
+
+
+def _help(talk: _Talk, argument: str) -> _Said:
+    return {"help": HELP}, [HELP]
+
+
+def _memory(talk: _Talk, argument: str) -> _Said:
+    memory = talk.session.memory()
+    titles = ("norm", "size_bytes", "half_life")
+    rows = [[name, *(layer.get(title) for title in titles)] for name, layer in memory["layers"].items()]
+    words = [
+        f"{memory['n_tokens']} tokens read, {size(memory['size_bytes'])} remembered",
+        *columns(("layer", *titles), rows),
+    ]
+    return {"memory": memory}, words
+
+
+def _save(talk: _Talk, argument: str) -> _Said:
+    path = Path(_needs(argument, "/save FILE")).expanduser()
+    talk.session.save(path)
+    n_bytes = path.stat().st_size
+    return {"path": str(path), "size_bytes": n_bytes}, [f"saved to {path} ({size(n_bytes)})"]
+
+
+def _load(talk: _Talk, argument: str) -> _Said:
+    path = Path(_needs(argument, "/load FILE")).expanduser()
+    session = type(talk.session).load(path, talk.session.model, talk.session.tokenizer)
+    name = path.stem
+    while name in talk.sessions:
+        name += "+"
+    talk.enter(name, session, [])
+    return _where(talk)
+
+
+def _fork(talk: _Talk, argument: str) -> _Said:
+    name = _needs(argument, "/fork NAME")
+    if name in talk.sessions:
+        raise WrongValue(f"there is a session '{name}' already. Choose another name, or /go {name}.", value=name)
+    talk.enter(name, talk.session.fork(name), list(talk.exchanges[talk.current]))
+    return _where(talk)
+
+
+def _go(talk: _Talk, argument: str) -> _Said:
+    if argument and argument not in talk.sessions:
+        raise WrongValue(f"there is no session '{argument}'; there are {', '.join(talk.sessions)}.", value=argument)
+    talk.current = argument or talk.current
+    return _where(talk)
+
+
+def _where(talk: _Talk) -> _Said:
+    rows = [(("* " if name == talk.current else "  ") + name, s.n_tokens) for name, s in talk.sessions.items()]
+    sessions = {name: session.n_tokens for name, session in talk.sessions.items()}
+    return {"session": talk.current, "sessions": sessions}, columns(("  session", "tokens read"), rows)
+
+
+def _rollback(talk: _Talk, argument: str) -> _Said:
+    exchanges = talk.exchanges[talk.current]
+    n_back = int(argument) if argument.isdecimal() else 0 if argument else 1
+    if not 1 <= n_back <= len(exchanges):
+        raise WrongValue(
+            f"'{argument or 1}' exchanges cannot be taken back; there were {len(exchanges)}. Give a number up to that.",
+            value=argument,
+        )
+    talk.session.rollback(to=exchanges[-n_back])
+    del exchanges[-n_back:]
+    result: dict[str, object] = {"taken_back": n_back, "n_tokens": talk.session.n_tokens}
+    return result, pairs(result)
+
+
+def _forget(talk: _Talk, argument: str) -> _Said:
+    talk.session.forget()
+    talk.exchanges[talk.current].clear()
+    return {"forgotten": True}, ["everything is forgotten"]
+
+
+_COMMANDS: Final[dict[str, Callable[[_Talk, str], _Said]]] = {
+    "/help": _help,
+    "/memory": _memory,
+    "/save": _save,
+    "/load": _load,
+    "/fork": _fork,
+    "/go": _go,
+    "/rollback": _rollback,
+    "/forget": _forget,
+}

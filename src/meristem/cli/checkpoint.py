@@ -1,0 +1,131 @@
+"""`meristem checkpoint`: look at checkpoints, compare, check and thin them out; no model is built for any of it."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from meristem.cli.answer import Json, answer, columns, pairs, tell
+
+app = typer.Typer(help="Look at checkpoints, compare, check and thin them out.")
+Place = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run directory for its newest one.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or its checkpoints directory.")]
+
+
+def _root(run: Path) -> Path:
+    return run / "checkpoints" if (run / "checkpoints").is_dir() else run
+
+
+@app.command()
+def ls(run: Run, as_json: Json = False) -> None:
+    """List the checkpoints of a run.
+
+    \b
+    Example:
+      meristem checkpoint ls runs/book
+    """
+    from meristem.checkpoint.store import entries
+
+    rows = [
+        {"step": e.step, "path": str(e.path), "created": e.created, "pinned": e.pinned, "metrics": dict(e.metrics)}
+        for e in entries(_root(run))
+    ]
+    titles = ("step", "created", "pinned", "metrics", "path")
+    answer(rows, as_json, lambda rows: columns(titles, [[row[title] for title in titles] for row in rows]))
+
+
+@app.command()
+def show(checkpoint: Place, as_json: Json = False) -> None:
+    """Print what a checkpoint says about itself.
+
+    \b
+    Example:
+      meristem checkpoint show runs/book
+    """
+    from meristem.checkpoint.store import find
+
+    answer(dict(find(checkpoint, tell).manifest), as_json, pairs)
+
+
+@app.command()
+def verify(checkpoint: Place, as_json: Json = False) -> None:
+    """Compare every file of a checkpoint with its hash; exit code 1 names those that differ.
+
+    \b
+    Example:
+      meristem checkpoint verify runs/book/checkpoints/step-00000500
+    """
+    from meristem.checkpoint import store
+
+    faults = store.verify(checkpoint)
+    report = {"path": str(checkpoint), "intact": not faults, "faults": faults}
+    answer(report, as_json, lambda report: faults or [f"{checkpoint} is intact"])
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(first: Place, second: Place, as_json: Json = False) -> None:
+    """Say in what two checkpoints differ; exit code 1 when they do.
+
+    \b
+    Example:
+      meristem checkpoint diff runs/a runs/b
+    """
+    from meristem.checkpoint import store
+
+    difference = store.diff(*(store.find(path, tell).path for path in (first, second)))
+    differs = any(difference.values())
+    words = [name for name in difference if difference[name]]
+    answer(
+        difference, as_json, lambda difference: pairs({n: difference[n] for n in words}) or ["the two hold the same"]
+    )
+    if differs:
+        raise typer.Exit(1)
+
+
+@app.command()
+def pin(
+    checkpoint: Place,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the pin away.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Keep a checkpoint whatever the retention says.
+
+    \b
+    Examples:
+      meristem checkpoint pin runs/book/checkpoints/step-00000500
+      meristem checkpoint pin runs/book/checkpoints/step-00000500 --remove
+    """
+    from meristem.checkpoint import store
+
+    path = store.find(checkpoint, tell).path
+    (store.unpin if remove else store.pin)(path)
+    answer({"path": str(path), "pinned": not remove}, as_json, pairs)
+
+
+@app.command()
+def prune(
+    run: Run,
+    last: Annotated[int, typer.Option("--last", min=1, help="How many of the newest stay.")] = 3,
+    best: Annotated[int, typer.Option("--best", min=0, help="How many of the best by the metric stay.")] = 2,
+    metric: Annotated[str, typer.Option("--metric", help="Name of the metric that ranks them.")] = "val/bits_per_byte",
+    direction: Annotated[
+        Literal["min", "max"], typer.Option("--direction", help="Whether small or large is good.")
+    ] = "min",
+    every: Annotated[int, typer.Option("--every", min=0, help="Steps at whose multiples one stays; 0 for none.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Delete the checkpoints of a run that neither age, rank nor a pin keeps.
+
+    \b
+    Example:
+      meristem checkpoint prune runs/book --last 1 --best 1
+    """
+    from meristem.checkpoint import retention
+    from meristem.checkpoint.run import RunLock
+
+    with RunLock(run):
+        deleted = retention.prune(_root(run), last=last, best=best, metric=metric, direction=direction, every=every)
+    report = {"deleted": [str(path) for path in deleted]}
+    answer(report, as_json, lambda report: report["deleted"] or ["nothing to delete"])

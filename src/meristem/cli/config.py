@@ -1,0 +1,76 @@
+"""`meristem config`: what a run would be configured as, and what may be set."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from meristem.cli.answer import Json, Overrides, Preset, answer, columns
+
+app = typer.Typer(help="Show the settings of a preset or file, and what may be set.")
+
+
+@app.command()
+def show(
+    preset: Preset,
+    overrides: Overrides = None,
+    why: Annotated[bool, typer.Option("--why", help="Name the layer that set each value.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the settings a run would use, all layers merged.
+
+    \b
+    Examples:
+      meristem config show titans-mag
+      meristem config show titans-mag train.budget=60s --why
+    """
+    from meristem.config import dump_yaml
+    from meristem.recipes.config import load_config
+
+    loaded = load_config(preset, overrides or ())
+    tree = loaded.tree.model_dump(mode="json")
+    if not why:
+        answer(tree, as_json, lambda tree: dump_yaml(tree).splitlines())
+        return
+    leaves = {key: {"value": _leaf(tree, key), "layer": layer} for key, layer in loaded.why.items()}
+    answer(leaves, as_json, lambda leaves: columns(("key", "value", "set by"), _why_rows(leaves)))
+
+
+def _why_rows(leaves: Mapping[str, Mapping[str, object]]) -> list[tuple[object, ...]]:
+    return [(key, leaf["value"], leaf["layer"]) for key, leaf in sorted(leaves.items())]
+
+
+def _leaf(tree: object, key: str) -> object:
+    for name in key.split("."):
+        tree = tree[name] if isinstance(tree, Mapping) else None
+    return tree
+
+
+@app.command()
+def schema(as_json: Json = False) -> None:
+    """Print the JSON Schema of the settings.
+
+    \b
+    Example:
+      meristem config schema > meristem.schema.json
+    """
+    import orjson
+
+    from meristem.config import schema as schema_of
+    from meristem.recipes.config import Config
+
+    described = schema_of(Config)
+    answer(described, as_json, lambda described: [orjson.dumps(described, option=orjson.OPT_INDENT_2).decode()])
+
+
+@app.command()
+def presets(as_json: Json = False) -> None:
+    """List the presets.
+
+    \b
+    Example:
+      meristem config presets
+    """
+    from meristem.config import preset_names
+
+    answer(list(preset_names()), as_json, lambda names: names)

@@ -1,0 +1,217 @@
+"""`meristem data`: prepare texts, look at what is prepared, try a tokenizer."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meristem.cli.answer import Json, answer, columns, pairs, progress_bytes, size, tell
+from meristem.errors import ManifestMismatch
+
+if TYPE_CHECKING:
+    from meristem.data.tokenizer import Tokenizer
+
+app = typer.Typer(help="Prepare texts, look at what is prepared, try a tokenizer.")
+tokenizer_app = typer.Typer(help="Look at a tokenizer and try it.")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+CorpusPath = Annotated[Path, typer.Argument(metavar="CORPUS", help="A prepared corpus, as `data ls` shows it.")]
+Place = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, a run or a prepared corpus.")]
+
+
+@app.command()
+def prepare(
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[PRESET_OR_FILE] KEY=VALUE", help="As for `meristem train`; the data and tokenizer keys."
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Read a text, divide it, turn it into tokens; what `meristem train` with the same words would read.
+
+    \b
+    Examples:
+      meristem data prepare titans-mag data.source=book.txt
+      meristem data prepare data.source=tinyshakespeare data.download=true
+    """
+    from meristem.data.prepare import prepare as prepared
+    from meristem.recipes.config import load_config
+
+    has_preset = "=" not in settings[0]
+    tree = load_config(settings[0] if has_preset else None, settings[1:] if has_preset else settings).tree
+    with progress_bytes("preparing") as progress:
+        corpus = prepared(tree.data, tree.tokenizer, tell, progress)
+    answer(_described(corpus.path, corpus.manifest), as_json, pairs)
+
+
+def _described(path: Path, manifest: Any) -> dict[str, Any]:
+    """What matters about a corpus, from its manifest."""
+    return {
+        "name": manifest["name"],
+        "path": str(path),
+        "fingerprint": manifest["fingerprint"],
+        "tokenizer": {name: manifest["tokenizer"][name] for name in ("name", "vocab_size")},
+        "split": manifest["split"]["method"],
+        "counts": manifest["counts"],
+    }
+
+
+@app.command()
+def ls(
+    root: Annotated[
+        Path | None, typer.Option("--root", help="The store; by default $MERISTEM_CACHE or ~/.cache/meristem.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the prepared corpora and the texts that can be named as data.source.
+
+    \b
+    Example:
+      meristem data ls
+    """
+    from meristem.data import manifest as manifests
+    from meristem.data.download import registered
+    from meristem.data.files import store
+    from meristem.data.part import DataPart
+
+    folder = store(DataPart(root=root), "corpora")
+    places = sorted(path.parent for path in folder.glob(f"[!.]*/{manifests.FILE}"))
+    sources = {name: {"size_bytes": entry.size_bytes, "licence": entry.licence} for name, entry in registered().items()}
+    found = {"corpora": [_described(place, manifests.load(place)) for place in places], "downloads": sources}
+    answer(found, as_json, _listed)
+
+
+def _listed(found: dict[str, Any]) -> Iterable[str]:
+    rows = [
+        (
+            each["name"],
+            each["tokenizer"]["name"],
+            sum(count["tokens"] for count in each["counts"].values()),
+            each["path"],
+        )
+        for each in found["corpora"]
+    ]
+    yield from columns(("prepared", "tokenizer", "tokens", "path"), rows)
+    yield ""
+    own = [("stdlib", None, "PSF-2.0"), ("stdlib-docs", None, "PSF-2.0"), ("installed:NAME", None, None)]
+    fetched = [(name, size(each["size_bytes"]), each["licence"]) for name, each in found["downloads"].items()]
+    yield from columns(("data.source", "download", "licence"), [*own, *fetched])
+
+
+@app.command()
+def verify(corpus: CorpusPath, as_json: Json = False) -> None:
+    """Compare every file of a corpus with its manifest; exit code 1 when one differs.
+
+    \b
+    Example:
+      meristem data verify ~/.cache/meristem/corpora/0f3c
+    """
+    from meristem.data import manifest as manifests
+
+    fault = None
+    try:
+        manifests.verify(corpus, manifests.load(corpus))
+    except ManifestMismatch as error:
+        fault = str(error)
+    answer({"path": str(corpus), "intact": fault is None, "fault": fault}, as_json, pairs)
+    if fault:
+        raise typer.Exit(1)
+
+
+@app.command()
+def stats(corpus: CorpusPath, as_json: Json = False) -> None:
+    """Count documents, tokens and bytes, and say how well each part of a corpus packs.
+
+    \b
+    Example:
+      meristem data stats ~/.cache/meristem/corpora/0f3c
+    """
+    import numpy as np
+
+    from meristem.data.corpus import open_corpus
+
+    opened = open_corpus(corpus)
+    report: dict[str, object] = {"name": opened.name}
+    for split in opened.splits:
+        lengths = np.diff(opened.documents(split).astype(np.int64))
+        n_tokens = int(lengths.sum())
+        report[split] = {
+            "documents": len(lengths),
+            "tokens": n_tokens,
+            "size_bytes": opened.size_bytes(split),
+            "bytes_per_token": opened.size_bytes(split) / n_tokens,
+            "tokens_per_document": {"median": float(np.median(lengths)), "longest": int(lengths.max())},
+            "ids_used": len(np.unique(opened.tokens(split))),
+        }
+    answer(report, as_json, pairs)
+
+
+def _tokenizer(place: Path) -> "Tokenizer":
+    """The tokenizer in a corpus, a checkpoint or a run."""
+    from meristem.data import manifest as manifests
+    from meristem.data.tokenizer import FILE, load_tokenizer, tokenizer_from_bytes
+
+    if (place / FILE).exists() and (place / manifests.FILE).exists():
+        return load_tokenizer(place)
+    from meristem.checkpoint.store import find
+
+    return tokenizer_from_bytes(find(place, tell).file(FILE), str(place))
+
+
+@tokenizer_app.command()
+def inspect(
+    place: Place,
+    longest: Annotated[int, typer.Option("--longest", min=0, help="How many of the longest entries to show.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Describe a tokenizer: kind, size, longest entries.
+
+    \b
+    Example:
+      meristem data tokenizer inspect runs/book
+    """
+    tokenizer = _tokenizer(place)
+    entries = sorted(tokenizer.tokens, key=len, reverse=True)[:longest]
+    report = {
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
+        "mean_bytes": float(tokenizer.byte_lengths.mean()),
+        "longest": [entry.decode(errors="backslashreplace") for entry in entries],
+    }
+    answer(report, as_json, pairs)
+
+
+@tokenizer_app.command()
+def encode(
+    place: Place,
+    text: Annotated[str | None, typer.Argument(help="The text; stdin when left out.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a text into ids.
+
+    \b
+    Example:
+      meristem data tokenizer encode runs/book "Call me Ishmael."
+    """
+    ids = _tokenizer(place).encode(sys.stdin.read() if text is None else text)
+    answer(ids, as_json, lambda ids: [" ".join(map(str, ids))])
+
+
+@tokenizer_app.command()
+def decode(
+    place: Place,
+    ids: Annotated[list[int], typer.Argument(metavar="ID", help="The ids.")],
+    as_json: Json = False,
+) -> None:
+    """Turn ids into a text.
+
+    \b
+    Example:
+      meristem data tokenizer decode runs/book 72 105
+    """
+    answer(_tokenizer(place).decode(ids), as_json, lambda text: [text])

@@ -1,0 +1,75 @@
+"""`meristem sample`: text from a checkpoint."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meristem.cli.answer import Json, json_line
+from meristem.errors import WrongValue
+
+if TYPE_CHECKING:
+    from meristem.serve.session import Session
+
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run directory for its newest one.")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; 1 samples plainly.")
+]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw among the K likeliest tokens; 0 for all.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw among the likeliest with this share in all.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed of the sampler.")]
+
+
+def open_session(checkpoint: Path, *, temperature: float, top_k: int, top_p: float, seed: int) -> "Session":
+    """A fresh session with the model of a checkpoint."""
+    from meristem.models.generate import Sampling
+    from meristem.models.load import load
+    from meristem.serve.session import Session
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    loaded = load(checkpoint)
+    return Session(loaded.model, loaded.tokenizer, sampling=sampling, random_seed=seed)
+
+
+def sample(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to go on from.", show_default=False)] = "",
+    from_stdin: Annotated[bool, typer.Option("--stdin", help="Read the prompt from stdin.")] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Write on from a prompt; the text appears as it is made.
+
+    \b
+    Examples:
+      meristem sample runs/book --prompt "def main(" --max-tokens 200
+      head -c 500 book.txt | meristem sample runs/book --stdin --temperature 0.5
+    """
+    if prompt and from_stdin:
+        raise WrongValue("both --prompt and --stdin were given. Leave one of them out.")
+    session = open_session(checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    text = sys.stdin.read() if from_stdin else prompt
+    started = time.perf_counter()
+    n_read = session.feed(text).n_tokens if text else 0
+    written = ""
+    for piece in session.stream(max_tokens):
+        written += piece
+        if not as_json:
+            typer.echo(piece, nl=False)
+    if as_json:
+        n_written = session.n_tokens - n_read
+        seconds = time.perf_counter() - started
+        json_line({"prompt": text, "text": written, "n_read": n_read, "n_written": n_written, "seconds": seconds})
+    else:
+        typer.echo()

@@ -1,0 +1,246 @@
+"""A session: one reader's conversation and the memory it leaves.
+
+A session reads text through the model's one forward and keeps the state that comes out. It keeps no tokens: what it
+knows of the past is in that state, whose size does not grow, and so the time per token does not grow either.
+"""
+
+import time
+import uuid
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from meristem.data.tokenizer import Tokenizer
+from meristem.device.random import stream as random_stream
+from meristem.errors import CheckpointMismatch, WrongValue
+from meristem.memory.value import State, flatten, size_bytes, unflatten
+from meristem.models.generate import Sampling, choose
+from meristem.serve import store
+from meristem.train.loss import cross_entropy
+
+READ_AT_ONCE: Final = 512
+"""Tokens per forward while reading, which bounds what a long text needs."""
+
+KEPT_TURNS: Final = 16
+"""How many turns back a session can be rolled; each keeps one state."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A text that was fed.
+
+    nats: summed surprise of its tokens, each given all before it; the first token of a fresh session is not counted.
+    """
+
+    index: int
+    n_tokens: int
+    nats: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """All that the future of a session depends on, besides model, tokenizer and settings. Never changed in place."""
+
+    state: State | None
+    logits_bo: Tensor | None
+    n_tokens: int
+
+
+_FRESH: Final = _Moment(None, None, 0)
+
+
+class Session:
+    """Reads, writes and remembers. The weights are shared with other sessions and never change."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        sampling: Sampling | None = None,
+        random_seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling or Sampling()
+        self.random_seed = random_seed
+        self.id = uuid.uuid4().hex
+        self.name = name or self.id[:8]
+        self._now = _FRESH
+        self._turns = {0: _FRESH}
+
+    @property
+    def turn(self) -> int:
+        """Index of the last turn, a text fed or a reply written; 0 before the first."""
+        return max(self._turns)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens read so far, those the session wrote itself included."""
+        return self._now.n_tokens
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of what the session remembers, without the turns kept for ``rollback``."""
+        logits_bo = self._now.logits_bo
+        return size_bytes(self._now.state or {}) + (0 if logits_bo is None else logits_bo.nbytes)
+
+    def feed(self, text: str) -> Turn:
+        """Read a text: the memory learns from it. Interrupted, it leaves the session as it was."""
+        started = time.perf_counter()
+        token_ids = self.tokenizer.encode(text)
+        at_once = min(READ_AT_ONCE, getattr(self.model, "window", None) or READ_AT_ONCE)
+        moment, nats = self._now, 0.0
+        for first in range(0, len(token_ids), at_once):
+            portion, before = token_ids[first : first + at_once], moment
+            moment, logits_bto = self._read(before, portion)
+            nats += _surprise(before.logits_bo, logits_bto, portion)
+        self._now = moment
+        self._end_turn()
+        return Turn(self.turn, len(token_ids), nats, time.perf_counter() - started)
+
+    def generate(self, max_tokens: int = 64, *, until: str | None = None) -> str:
+        """Write a continuation and remember it; see ``stream``."""
+        return "".join(self.stream(max_tokens, until=until))
+
+    def stream(self, max_tokens: int = 64, *, until: str | None = None) -> Generator[str]:
+        """The continuation, piece by piece, in whole characters.
+
+        The session reads what it writes. Leaving the iterator early ends the turn there; what was written stays read.
+        A session that has read nothing begins by reading a line end. Draws depend on the random seed and the number of
+        tokens read alone.
+
+        until: a text, such as a blank line, that ends the reply; white space before the first word does not count.
+        """
+        if max_tokens < 1:
+            raise WrongValue(
+                f"max_tokens is {max_tokens}; a reply needs at least 1.", key="max_tokens", value=max_tokens
+            )
+        if self._now.logits_bo is None:
+            self._now, _ = self._read(self._now, self.tokenizer.encode("\n"))
+        generator = random_stream(self.random_seed, "session.sample", self._now.n_tokens)
+        characters, written = self.tokenizer.decoder(), ""
+        try:
+            for _ in range(max_tokens):
+                token_id = int(choose(self._now.logits_bo, self.sampling, generator))
+                self._now, _ = self._read(self._now, [token_id])
+                piece = characters.feed(token_id)
+                written += piece
+                if piece:
+                    yield piece
+                if until and until in written.lstrip():
+                    break
+            rest = characters.finish()
+            if rest:
+                yield rest
+        finally:
+            self._end_turn()
+
+    def fork(self, name: str | None = None) -> "Session":
+        """A second session that stands where this one stands; from here on neither knows of the other."""
+        other = Session(self.model, self.tokenizer, sampling=self.sampling, random_seed=self.random_seed, name=name)
+        other._now, other._turns = self._now, dict(self._turns)
+        return other
+
+    def rollback(self, to: Turn | int) -> None:
+        """Return to the end of turn ``to``, as if nothing had been said since; 0 is before the first turn.
+
+        The last ``KEPT_TURNS`` turns can be returned to.
+        """
+        index = to.index if isinstance(to, Turn) else to
+        if index not in self._turns:
+            raise WrongValue(
+                f"turn {index} is not kept; this session can return to the turns {min(self._turns)} to {self.turn}.",
+                key="to",
+                value=index,
+            )
+        self._now = self._turns[index]
+        self._turns = {kept: moment for kept, moment in self._turns.items() if kept <= index}
+
+    def forget(self) -> None:
+        """Begin afresh: memory, turns and all."""
+        self._now, self._turns = _FRESH, {0: _FRESH}
+
+    def save(self, path: Path | str) -> None:
+        """Write all that the future of this session depends on into one file, whole or not at all.
+
+        The turns kept for ``rollback`` are not in it: a loaded session can return to the moment of saving and later.
+        """
+        leaves = flatten(self._now.state or {})
+        tensors = {f"state.{name}": leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        if self._now.logits_bo is not None:
+            tensors["logits_bo"] = self._now.logits_bo
+        header = {
+            "id": self.id,
+            "name": self.name,
+            **self._belongs_to(),
+            "turn": self.turn,
+            "n_tokens": self._now.n_tokens,
+            "sampling": asdict(self.sampling),
+            "random_seed": self.random_seed,
+            "integers": {name: leaf for name, leaf in leaves.items() if isinstance(leaf, int)},
+        }
+        store.write(Path(path), tensors, header)
+
+    @classmethod
+    def load(cls, path: Path | str, model: nn.Module, tokenizer: Tokenizer) -> "Session":
+        """The session that ``save`` wrote, for the same weights and the same tokenizer."""
+        tensors, header = store.read(Path(path))
+        session = cls(
+            model,
+            tokenizer,
+            sampling=Sampling(**header["sampling"]),
+            random_seed=int(header["random_seed"]),
+            name=header["name"],
+        )
+        for part, fingerprint in session._belongs_to().items():
+            if header[part] != fingerprint:
+                raise CheckpointMismatch(
+                    f"the session in {path} belongs to another {part} (SHA-256 {header[part][:12]}, this one has "
+                    f"{fingerprint[:12]}). Open it with the checkpoint it was made with.",
+                    path=str(path),
+                    part=part,
+                )
+        session.id = header["id"]
+        leaves: dict[str, Tensor | int] = dict(header["integers"])
+        leaves |= {
+            n.removeprefix("state."): t.to(session._device) for n, t in tensors.items() if n.startswith("state.")
+        }
+        logits_bo = tensors["logits_bo"].to(session._device) if "logits_bo" in tensors else None
+        session._now = _Moment(unflatten(leaves) or None, logits_bo, header["n_tokens"])
+        session._turns = {header["turn"]: session._now}
+        return session
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _belongs_to(self) -> dict[str, str]:
+        """What a saved session must meet again."""
+        return {"model": store.model_fingerprint(self.model), "tokenizer": self.tokenizer.fingerprint}
+
+    def _end_turn(self) -> None:
+        turns = {**self._turns, self.turn + 1: self._now}
+        self._turns = {index: turns[index] for index in sorted(turns)[-KEPT_TURNS - 1 :]}
+
+    def _read(self, moment: _Moment, token_ids: Sequence[int]) -> tuple[_Moment, Tensor]:
+        """The moment after reading some tokens, and the prediction made at each of them."""
+        tokens_bt = torch.tensor([token_ids], device=self._device)
+        with torch.no_grad():
+            logits_bto, state = self.model(tokens_bt, moment.state)
+        return _Moment(state, logits_bto[:, -1].clone(), moment.n_tokens + len(token_ids)), logits_bto
+
+
+def _surprise(before_bo: Tensor | None, logits_bto: Tensor, token_ids: Sequence[int]) -> float:
+    """Nats of the tokens just read: each under the prediction made before it, as far as there was one."""
+    earlier = [] if before_bo is None else [before_bo[:, None]]
+    predicted_bto = torch.cat([*earlier, logits_bto[:, :-1]], dim=1)
+    targets = token_ids[len(token_ids) - predicted_bto.shape[1] :]
+    targets_bt = torch.tensor([targets], dtype=torch.long, device=predicted_bto.device)
+    return float(cross_entropy(predicted_bto, targets_bt))

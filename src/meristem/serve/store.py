@@ -1,0 +1,102 @@
+"""The session file: one safetensors file whose header says what it belongs to and whose hash covers every byte."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from meristem.checkpoint.files import sha256, write_atomic
+from meristem.config import canonical
+from meristem.errors import CheckpointCorrupt, CheckpointTooNew, NoCheckpoint, RunError
+
+SCHEMA = "meristem.session/1"
+_DIGEST_FIELD = b'"sha256":"'
+_NO_DIGEST = b"0" * 64
+
+
+class SessionFile(NamedTuple):
+    """What a session file holds: named tensors and a JSON header."""
+
+    tensors: dict[str, torch.Tensor]
+    header: dict[str, Any]
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+    """Put tensors and header into one file, whole or not at all.
+
+    The hash stands inside the file, so it is taken with its own 64 digits set to zero.
+    """
+    whole = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    metadata = {"schema": SCHEMA, "session": canonical(header).decode(), "sha256": _NO_DIGEST.decode()}
+    content = safetensors.torch.save(whole, metadata)
+    digest = sha256(content).encode()
+    content = content.replace(_DIGEST_FIELD + _NO_DIGEST, _DIGEST_FIELD + digest, 1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    except OSError as cause:
+        raise RunError(
+            f"the session could not be written to {path}: {cause.strerror}. Choose a path that can be written.",
+            path=str(path),
+        ) from cause
+
+
+def read(path: Path) -> SessionFile:
+    """The tensors and header of a session file, after its hash was checked."""
+    try:
+        content = path.read_bytes()
+    except OSError as cause:
+        raise NoCheckpoint(
+            f"no session could be read from {path}: {cause.strerror}. Give a file that `/save` or Session.save wrote.",
+            path=str(path),
+        ) from cause
+    metadata = _metadata(path, content)
+    digest = str(metadata.get("sha256")).encode()
+    if sha256(content.replace(_DIGEST_FIELD + digest, _DIGEST_FIELD + _NO_DIGEST, 1)).encode() != digest:
+        raise _corrupt(path, "its bytes do not have the hash written in it")
+    if metadata.get("schema") != SCHEMA:
+        raise CheckpointTooNew(
+            f"{path} has schema {metadata.get('schema')!r}; this version reads {SCHEMA}. "
+            f"Open it with the version of meristem that wrote it.",
+            path=str(path),
+        )
+    try:
+        return SessionFile(safetensors.torch.load(content), json.loads(metadata["session"]))
+    except (SafetensorError, KeyError, ValueError) as cause:
+        raise _corrupt(path, str(cause)) from cause
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the class of a model and the names, shapes, types and bytes of its weights."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _metadata(path: Path, content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: eight bytes of length, then JSON."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    if len(content) < 8 or end > len(content):
+        raise _corrupt(path, f"it holds {len(content)} bytes and its header needs {end}")
+    try:
+        metadata = json.loads(content[8:end])["__metadata__"]
+    except (ValueError, KeyError, TypeError) as cause:
+        raise _corrupt(path, "its header is not that of a session") from cause
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _corrupt(path: Path, reason: str) -> CheckpointCorrupt:
+    return CheckpointCorrupt(
+        f"{path} is not an intact session file: {reason}. Restore it from a copy, or begin a new session.",
+        path=str(path),
+    )
