@@ -1,0 +1,133 @@
+"""What a person sees while a run goes on: a live view on a terminal, a line now and then anywhere else."""
+
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import TypeGuard
+
+import rich.console
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from meristem.events import Emit, Event, silent
+
+LINE_EVERY_S = 10.0
+DRAW_EVERY_S = 0.25
+_BARS = "▁▂▃▄▅▆▇█"
+_SPARK_WIDTH = 24
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Console:
+    """Shows the progress of a run. It never raises: a screen that is gone is the event ``sink.failed``, once.
+
+    With ``json`` every word goes to stderr, since stdout belongs to the program that reads it.
+    """
+
+    def __init__(self, json: bool = False, *, emit: Emit = silent, screen: rich.console.Console | None = None) -> None:
+        self._screen = screen or rich.console.Console(stderr=json, highlight=False)
+        self._encoding = self._screen.encoding or "utf-8"
+        self._is_unicode = self._encoding.lower().startswith("utf")
+        self._emit = emit
+        self._has_failed = False
+        self._live: Live | None = None
+        self._title = ""
+        self._losses: list[float] = []
+        self._next_s = 0.0
+
+    def start(self, title: str) -> None:
+        """Begin the view of one piece of work."""
+        self._title, self._losses, self._next_s = self._clean(title), [], 0.0
+        if self._screen.is_terminal:
+            # No thread draws, so that a lost terminal is noticed here. stdout is not redirected: under --json it
+            # carries records, and they must stay there.
+            self._live = Live(console=self._screen, auto_refresh=False, redirect_stdout=False)
+            self._safely(self._live.start)
+
+    def update(self, fields: Mapping[str, str], *, progress: float | None = None, loss: float | None = None) -> None:
+        """Show the newest figures.
+
+        fields: name to text, shown in this order; an empty name shows the text alone.
+        progress: share of the work that is done, in [0, 1]. loss: the next point of the curve.
+        """
+        self._losses += [float(loss)] if _is_number(loss) else []
+        if len(self._losses) > 64 * _SPARK_WIDTH:
+            self._losses = _halved(self._losses)
+        if time.monotonic() < self._next_s:
+            return
+        self._next_s = time.monotonic() + (LINE_EVERY_S if self._live is None else DRAW_EVERY_S)
+        items = fields.items() if isinstance(fields, Mapping) else [("", fields)]
+        texts = [self._clean(f"{name} {text}".strip()) for name, text in items]
+        done = min(max(float(progress), 0.0), 1.0) if _is_number(progress) else None
+        if self._live is None:
+            self._print(self._joined([self._title, *([] if done is None else [f"{100 * done:.0f}%"]), *texts]))
+        else:
+            live, view = self._live, self._view(texts, done)
+            self._safely(lambda: live.update(view, refresh=True))
+
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        self._print(self._clean(text))
+
+    def stop(self) -> None:
+        """End the view; what it showed last stays on the screen."""
+        live, self._live = self._live, None
+        if live is not None:
+            self._safely(live.stop)
+
+    def _view(self, texts: list[str], done: float | None) -> Group:
+        head = Table.grid(padding=(0, 1))
+        cells: list[RenderableType] = [Text(self._title, style="bold")]
+        if done is not None:
+            cells += [ProgressBar(total=1.0, completed=done, width=_SPARK_WIDTH), Text(f"{100 * done:.0f}%")]
+        if self._is_unicode:
+            cells += [Text(spark(self._losses, _SPARK_WIDTH), style="cyan")]
+        head.add_row(*cells)
+        return Group(head, Text(self._joined(texts)))
+
+    def _joined(self, texts: list[str]) -> str:
+        return (" · " if self._is_unicode else " | ").join(texts)
+
+    def _clean(self, text: object) -> str:
+        """Text that the screen can show and that cannot drive it: control characters of a model become visible."""
+        visible = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", str(text))
+        return visible.encode(self._encoding, "replace").decode(self._encoding)
+
+    def _print(self, text: str) -> None:
+        self._safely(lambda: self._screen.print(Text(text), soft_wrap=True))
+
+    def _safely(self, draw: Callable[[], None]) -> None:
+        """Draw unless the screen has failed before. A broken pipe or a closed file may not stop a run."""
+        if self._has_failed:
+            return
+        try:
+            draw()
+        except (OSError, ValueError) as error:
+            self._has_failed, self._live = True, None
+            self._emit(Event("sink.failed", {"sink": "console", "cause": repr(error)}, "warning"))
+
+
+def spark(values: list[float], width: int) -> str:
+    """A curve one line high: the means of at most ``width`` equal stretches, from the lowest bar to the highest."""
+    if len(values) < 2:
+        return ""
+    n_columns = min(width, len(values))
+    edges = [len(values) * column // n_columns for column in range(n_columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    height = high - low or 1.0
+    return "".join(_BARS[round((mean - low) / height * (len(_BARS) - 1))] for mean in means)
+
+
+def _halved(values: list[float]) -> list[float]:
+    """Every two neighbours as their mean."""
+    return [(a + b) / 2 for a, b in zip(values[::2], values[1::2], strict=False)]
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,139 @@
+"""The console shows what it is given, where it may, and never stops a run."""
+
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+import rich.console
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meristem.sinks import console as consoles
+from meristem.sinks.console import Console, spark
+
+
+def screen(**options):
+    return rich.console.Console(file=io.StringIO(), width=80, highlight=False, **options)
+
+
+def run_on(target, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(consoles.time, "monotonic", lambda: float(next(clock)))
+    console = Console(screen=target)
+    console.start("titans-mag")
+    for step in range(5):
+        console.update({"": f"{5 - step}.25 bits/byte", "gate": "[0.9]"}, progress=step / 5, loss=5.25 - step)
+    console.note("checkpoint [step-5] saved")
+    console.stop()
+    return target.file.getvalue()
+
+
+def test_terminal_shows_bar_curve_and_figures(monkeypatch):
+    """On a terminal the last figures, the share done, the curve of the loss and the note are all there."""
+    shown = run_on(screen(force_terminal=True), monkeypatch)
+    for part in ("titans-mag", "1.25 bits/byte · gate [0.9]", "80%", "█", "▁", "checkpoint [step-5] saved"):
+        assert part in shown
+
+
+def test_elsewhere_one_line_in_ten_seconds(monkeypatch):
+    """Without a terminal the figures are plain lines: the first, and one more for every ten seconds that pass."""
+    clock = [100.0]
+    monkeypatch.setattr(consoles.time, "monotonic", lambda: clock[0])
+    target = screen(force_terminal=False)
+    console = Console(screen=target)
+    console.start("t")
+    for second in range(25):
+        clock[0] = 100.0 + second
+        console.update({"": f"at {second}"}, progress=second / 25)
+    assert target.file.getvalue() == "t · 0% · at 0\nt · 40% · at 10\nt · 80% · at 20\n"
+
+
+def test_json_leaves_stdout_alone():
+    """Under --json not one byte of ours goes to stdout."""
+    code = "from meristem.sinks.console import Console; c = Console(json=True)"
+    code += "; c.start('t'); c.update({'a': 'b'}); c.note('n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr == "t · a b\nn\n"
+
+
+def test_text_cannot_drive_the_terminal():
+    """Escape sequences that a model writes are shown, not obeyed; line ends and tabs stay."""
+    target = screen(force_terminal=False)
+    Console(screen=target).note("a\x1b[2Jb\rc\x07\x9b\td\ne")
+    assert target.file.getvalue().split("\n")[0].startswith(r"a\x1b[2Jb\x0dc\x07\x9b")
+    assert "\x1b" not in target.file.getvalue()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("wrong", [None, 3, object(), math.nan, "\ud800", b"\xff", [], {"a": None}, {1: object()}])
+def test_wrong_arguments_do_not_raise(is_terminal, wrong):
+    """Whatever is passed to any call, the run goes on."""
+    console = Console(screen=screen(force_terminal=is_terminal))
+    console.update({"before": "start"})
+    console.start(wrong)
+    console.note(wrong)
+    console.update(wrong if isinstance(wrong, dict) else {"x": wrong}, progress=wrong, loss=wrong)
+    console.update(wrong)
+    console.stop()
+    console.stop()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_lost_screen_is_said_once(is_terminal):
+    """A closed terminal is one event, and no error."""
+    target = screen(force_terminal=is_terminal)
+    events = []
+    console = Console(screen=target, emit=events.append)
+    target.file.close()
+    console.start("t")
+    for _ in range(3):
+        console.update({"a": "b"})
+        console.note("n")
+    console.stop()
+    assert [(e.name, e.payload["sink"]) for e in events] == [("sink.failed", "console")]
+
+
+def test_screen_without_our_letters():
+    """An ASCII terminal gets question marks for letters it lacks, and no error."""
+    raw = io.BytesIO()
+    target = rich.console.Console(file=io.TextIOWrapper(raw, encoding="ascii"), force_terminal=False)
+    events = []
+    console = Console(screen=target, emit=events.append)
+    console.start("t")
+    console.update({"é": "ü"})
+    target.file.flush()
+    assert raw.getvalue() == b"t | ? ?\n"
+    assert events == []
+
+
+def test_terminal_lost_on_the_way():
+    """A terminal that goes away in the middle is noticed at the next drawing, on the thread of the run."""
+    target = screen(force_terminal=True)
+    events = []
+    console = Console(screen=target, emit=events.append)
+    console.start("t")
+    target.file.close()
+    console.update({"a": "b"})
+    console.stop()
+    assert [e.name for e in events] == ["sink.failed"]
+
+
+@given(values=st.lists(st.floats(-1e9, 1e9), max_size=200), width=st.integers(1, 30))
+def test_spark_fits_and_spans(values, width):
+    """Never wider than asked; a curve that moves touches the lowest and, with two columns, the highest bar."""
+    drawn = spark(values, width)
+    assert len(drawn) <= width
+    if drawn and len(set(drawn)) > 1:
+        assert {"▁", "█"} <= set(drawn)
+
+
+def test_falling_loss_falls():
+    """A falling loss is drawn from the highest bar to the lowest, however many points there are."""
+    drawn = spark([1 / step for step in range(1, 1000)], 24)
+    assert drawn[0] == "█"
+    assert drawn[-1] == "▁"
+    assert list(drawn) == sorted(drawn, reverse=True)
