@@ -1,0 +1,217 @@
+"""Where text comes from: a file, a directory, what Python brings along, or a registered download."""
+
+import difflib
+import fnmatch
+import importlib.util
+import io
+import os
+import re
+import stat
+import sysconfig
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Final
+
+from meristem.data import files
+from meristem.data.download import Registered, available, registered
+from meristem.data.part import DataPart
+from meristem.errors import DataError
+
+_PYTHON: Final = ("*.py",)
+_TESTS: Final = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_sysconfigdata*")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. ``id`` stays the same when other documents come or go; ``file`` is the file that it is a part of."""
+
+    id: str
+    text: bytes
+    file: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text by name: ``read`` gives its documents, in the same order every time.
+
+    loader, args: what the manifest says about how it was read; ``args`` holds no path of this machine.
+    """
+
+    name: str
+    loader: str
+    read: Callable[[], Iterator[Document]]
+    args: Mapping[str, object] = field(default_factory=dict)
+    licence: str | None = None
+
+
+def documents(data: DataPart) -> Iterator[Document]:
+    """The documents of ``data.source``."""
+    return resolve(data).read()
+
+
+def resolve(data: DataPart) -> Source:
+    """The source that ``data.source`` names. Names come before paths: write ./stdlib for a file of that name."""
+    name = data.source
+    if name == "stdlib":
+        return _python(data, "stdlib", Path(sysconfig.get_path("stdlib")), "PSF-2.0")
+    if name == "stdlib-docs":
+        return Source(name, "stdlib-docs", _topics, licence="PSF-2.0")
+    if name.startswith("installed:"):
+        return _installed(data, name.removeprefix("installed:"))
+    if name in registered():
+        entry = registered()[name]
+        return Source(
+            name, "registered", lambda: _registered(data, entry), {"sha256": entry.sha256}, licence=entry.licence
+        )
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
+        return _directory(data, path.resolve().name, path, data.include, data.exclude)
+    if not os.path.lexists(path) and os.sep not in name:
+        raise _unknown(name)
+    return Source(path.name, "file", lambda: iter([Document(_name(path.name), files.read(path), _name(path.name))]))
+
+
+def _unknown(name: str) -> DataError:
+    known = ["stdlib", "stdlib-docs", "installed:NAME", *registered()]
+    near = difflib.get_close_matches(name, known, n=3) or known
+    return DataError(
+        f"data.source '{name}' is neither a file, a directory nor a known text. Did you mean {', '.join(near)}?",
+        found=name,
+        accepted=known,
+    )
+
+
+def _directory(data: DataPart, name: str, root: Path, include: Sequence[str], exclude: Sequence[str]) -> Source:
+    args = {"include": list(include), "exclude": list(exclude)}
+    return Source(name, "directory", lambda: _read_tree(root, include, exclude), args)
+
+
+def _python(data: DataPart, name: str, root: Path, licence: str | None) -> Source:
+    include, exclude = data.include or _PYTHON, (*_TESTS, *data.exclude)
+    args = {"include": list(include), "exclude": list(exclude)}
+    return Source(name, "python", lambda: _read_tree(root, include, exclude), args, licence)
+
+
+def _installed(data: DataPart, package: str) -> Source:
+    """The sources of an installed package, found without importing it."""
+    if not package.isidentifier():
+        raise DataError(f"'{package}' is not the name of a package as one imports it: installed:numpy.", found=package)
+    spec = importlib.util.find_spec(package) if package != "__main__" else None
+    if spec is None or not (spec.submodule_search_locations or spec.has_location):
+        raise DataError(
+            f"no package '{package}' with sources is installed here. Try: pip install {package}", found=package
+        )
+    if spec.submodule_search_locations:
+        return _python(data, f"installed:{package}", Path(next(iter(spec.submodule_search_locations))), None)
+    path = Path(str(spec.origin))
+    return Source(f"installed:{package}", "file", lambda: iter([Document(path.name, files.read(path), path.name)]))
+
+
+def _topics() -> Iterator[Document]:
+    """The prose of Python's reference manual, as ``help()`` shows it."""
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield Document(name, text.encode(), name)
+
+
+def _registered(data: DataPart, entry: Registered) -> Iterator[Document]:
+    path = available(data, data.source, entry)
+    if not entry.members:
+        with open(path, "rb") as file:
+            yield from _divided(file, entry.file, entry.starts)
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in entry.members:
+            with archive.open(member) as file:
+                yield from _divided(file, member, entry.starts)
+
+
+def _divided(file: IO[bytes], name: str, starts: str | None) -> Iterator[Document]:
+    """A file as documents that, joined, are the file. Lines end at a line feed and nowhere else."""
+    if starts is None:
+        yield Document(name, file.read(), name)
+        return
+    begins, text, n_documents = re.compile(starts.encode()), io.BytesIO(), 0
+    for line in file:
+        if text.tell() and begins.match(line):
+            yield Document(f"{name}#{n_documents}", text.getvalue(), name)
+            text, n_documents = io.BytesIO(), n_documents + 1
+        text.write(line)
+    if text.tell():
+        yield Document(f"{name}#{n_documents}", text.getvalue(), name)
+
+
+def _read_tree(root: Path, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Document]:
+    found = find(root, include, exclude)
+    if not found:
+        raise DataError(
+            f"{root} holds no usable file: none outside hidden and excluded names"
+            f"{' matches ' + ', '.join(include) if include else ''}. Add text files, or change data.include.",
+            path=str(root),
+        )
+    for relative in found:
+        name = _name(relative)
+        yield Document(name, files.read(root / relative), name)
+
+
+def find(root: Path, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The files below ``root`` to use, relative to it and sorted.
+
+    A glob without a slash is matched against names, one with a slash against the path below ``root``. Hidden names are
+    passed over unless a glob of ``include`` names a hidden thing (``.*``). Links are followed; one that leads back to
+    where it stands is an error, as is a pipe, a socket or a device among the files.
+    """
+    show_hidden = any(glob.startswith(".") or "/." in glob for glob in include)
+
+    def walk(directory: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+        for name in _names(root / directory):
+            relative = f"{directory}{name}"
+            if (name.startswith(".") and not show_hidden) or _matches(relative, exclude):
+                continue
+            status = _status(root / relative)
+            if stat.S_ISDIR(status.st_mode):
+                place = (status.st_dev, status.st_ino)
+                if place in above:
+                    raise DataError(
+                        f"{root / relative} leads back to a directory above it. Remove the link, or add "
+                        f"'{name}' to data.exclude.",
+                        path=str(root / relative),
+                    )
+                yield from walk(f"{relative}/", above | {place})
+            elif not include or _matches(relative, include):
+                if not stat.S_ISREG(status.st_mode):
+                    raise DataError(
+                        f"{root / relative} is no regular file. Add '{name}' to data.exclude.",
+                        path=str(root / relative),
+                    )
+                yield relative
+
+    status = _status(root)
+    return sorted(walk("", frozenset([(status.st_dev, status.st_ino)])))
+
+
+def _names(directory: Path) -> Iterable[str]:
+    try:
+        return os.listdir(directory)
+    except OSError as cause:
+        raise files.refused("list", directory, cause) from cause
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as cause:
+        raise files.refused("open", path, cause) from cause
+
+
+def _matches(relative: str, globs: Sequence[str]) -> bool:
+    name = relative.rpartition("/")[2]
+    return any(fnmatch.fnmatchcase(relative if "/" in glob else name, glob) for glob in globs)
+
+
+def _name(path: str) -> str:
+    """A file name as text that UTF-8 can say, whatever bytes it has."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

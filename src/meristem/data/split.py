@@ -1,0 +1,42 @@
+"""Which documents are held out: a keyed hash of the name decides, so that a growing corpus moves none of them."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Final
+
+from meristem.errors import SplitError
+
+SPLITS: Final = ("train", "val", "test")
+SALT: Final = "meristem.split/1"
+
+
+def ratios_for(validation: float) -> tuple[float, float, float]:
+    """The shares of train, val and test when ``validation`` is held out."""
+    return (1.0 - validation, validation, 0.0)
+
+
+def require_ratios(ratios: Sequence[float]) -> None:
+    """Refuse shares that are negative or do not add up to one."""
+    if len(ratios) != len(SPLITS) or min(ratios) < 0 or abs(sum(ratios) - 1.0) > 1e-9:
+        raise SplitError(f"split ratios {tuple(ratios)} are not three shares of one. Give {SPLITS}, each >= 0, sum 1.")
+
+
+def assign(group: str, ratios: Sequence[float], salt: str = SALT) -> int:
+    """The number in ``SPLITS`` of the part that a group of records belongs to.
+
+    u = first 8 bytes of blake2b(salt | 0x00 | group) / 2^64 falls into the cumulative ratios. It depends on nothing but
+    the name of the group, so adding records moves none.
+    """
+    digest = hashlib.blake2b(salt.encode() + b"\0" + group.encode(), digest_size=64).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    below = 0.0
+    for number, ratio in enumerate(ratios):
+        below += ratio
+        if share < below:
+            return number
+    return max(number for number, ratio in enumerate(ratios) if ratio > 0)
+
+
+def cut_points(size: int, ratios: Sequence[float]) -> tuple[int, int]:
+    """Where a text of ``size`` bytes is cut into contiguous train, val and test parts."""
+    return round(size * ratios[0]), round(size * (ratios[0] + ratios[1]))

@@ -1,0 +1,206 @@
+"""Batches, each a pure function of (random seed, position, layout), so that a cursor is two words and a number.
+
+batch, cursor = stream.next(cursor)
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Final
+
+import numpy as np
+import torch
+
+from meristem.data.corpus import Corpus
+from meristem.data.part import Documents, Order
+from meristem.data.windows import Windows, draw, key, permute
+from meristem.errors import CorpusTooShort, DataError, ManifestMismatch
+from meristem.shapes import Targets, Tokens
+
+IGNORED: Final = -100
+"""The target of a place that counts nowhere: padding after the end of a document."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of ids with the ids that follow them.
+
+    n_targets, n_bytes: how many targets count, and the bytes of text they stand for.
+    starts: the memory must begin afresh before this batch.
+    """
+
+    tokens_bt: Tokens
+    targets_bt: Targets
+    n_targets: int
+    n_bytes: int
+    starts: bool
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The next batch: how many were taken, from which data (``fingerprint``) and in which order (``layout``)."""
+
+    position: int
+    fingerprint: str
+    layout: str
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> "Cursor":
+        """The cursor that ``to_json`` wrote."""
+        return cls(int(str(values["position"])), str(values["fingerprint"]), str(values["layout"]))
+
+
+class Stream:
+    """The batches of a split, without end.
+
+    stride: tokens between window starts; None for the window, or for 1 when order is random.
+    order: ``shuffled`` visits every window once per epoch; ``random`` draws with replacement; ``sequential`` lets each
+    row read on through its own contiguous part and start over at its end, the part moved by some windows from epoch
+    to epoch where the rows do not share the text evenly.
+    documents: ``join`` lets windows run over the ends of documents, ``within`` does not.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        split: str,
+        *,
+        window: int,
+        stride: int | None = None,
+        batch: int,
+        order: Order = "shuffled",
+        documents: Documents = "join",
+        random_seed: int,
+    ) -> None:
+        stride = stride or (1 if order == "random" else window)
+        edges = corpus.documents(split).astype(np.int64)
+        spans = np.stack([edges[:-1], edges[1:]], axis=1) if documents == "within" else edges[[0, -1]]
+        self._corpus = corpus
+        self._tokens = corpus.tokens(split)
+        self._windows = Windows(spans, window, stride)
+        self._batch = batch
+        self._order = order
+        self._key = key(random_seed, "data")
+        self._layout = (
+            f"{split} {order} {documents} window={window} stride={stride} batch={batch} random_seed={random_seed}"
+        )
+        self.n_windows = len(self._windows)
+        if not self.n_windows:
+            raise _too_short(corpus, split, window, int(np.diff(spans.reshape(-1, 2)).max()))
+        if order == "sequential" and self.n_windows < batch:
+            raise CorpusTooShort(
+                f"corpus '{corpus.name}' has {self.n_windows} windows of {window} tokens in split '{split}'; "
+                f"data.order=sequential needs one for each of {batch} rows. "
+                f"Add text, or set data.batch to {self.n_windows} or less.",
+                found=self.n_windows,
+                expected=batch,
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches until every window was seen once; the last may reach into the next epoch."""
+        if self._order == "sequential":
+            return self.n_windows // self._batch
+        return -(-self.n_windows // self._batch)
+
+    def start(self) -> Cursor:
+        """The cursor before the first batch."""
+        return Cursor(0, self._corpus.fingerprint, self._layout)
+
+    def epoch(self, cursor: Cursor) -> float:
+        """How often the windows were seen before this cursor."""
+        if self._order == "sequential":
+            return cursor.position / self.batches_per_epoch
+        return cursor.position * self._batch / self.n_windows
+
+    def next(self, cursor: Cursor) -> tuple[Batch, Cursor]:
+        """The batch at the cursor, and the cursor after it."""
+        self._require_same(cursor)
+        self._corpus.require_unchanged()
+        starts = self._windows.starts(self._indices(cursor.position))
+        rows = self._tokens[starts[:, None] + np.arange(self._windows.length)].astype(np.int64)
+        batch = Batch(
+            tokens_bt=torch.from_numpy(rows[:, :-1].copy()),
+            targets_bt=torch.from_numpy(rows[:, 1:].copy()),
+            n_targets=rows[:, 1:].size,
+            n_bytes=int(self._corpus.tokenizer.byte_lengths[rows[:, 1:]].sum()),
+            starts=self._order != "sequential" or cursor.position % self.batches_per_epoch == 0,
+        )
+        return batch, replace(cursor, position=cursor.position + 1)
+
+    def _indices(self, position: int) -> np.ndarray:
+        """The window of each row of the batch at this position."""
+        rows = np.arange(self._batch)
+        if self._order == "sequential":
+            per_row = self.batches_per_epoch
+            epoch, place = divmod(position, per_row)
+            left_over = self.n_windows - per_row * self._batch
+            moved = draw(np.array([epoch]), left_over + 1, self._key)
+            indices: np.ndarray = moved + rows * per_row + place
+            return indices
+        taken = position * self._batch + rows
+        if self._order == "random":
+            return draw(taken, self.n_windows, self._key)
+        return permute(taken % self.n_windows, self.n_windows, self._key, taken // self.n_windows)
+
+    def _require_same(self, cursor: Cursor) -> None:
+        if cursor.fingerprint != self._corpus.fingerprint:
+            raise ManifestMismatch(
+                f"the cursor belongs to data {cursor.fingerprint[:12]}, this corpus '{self._corpus.name}' is "
+                f"{self._corpus.fingerprint[:12]}: the text, its split or its tokenizer changed. "
+                f"Bring the old text back, or start a new run.",
+                found=self._corpus.fingerprint,
+                expected=cursor.fingerprint,
+            )
+        if cursor.layout != self._layout:
+            raise DataError(
+                f"the cursor counts batches of '{cursor.layout}', this stream gives '{self._layout}'. "
+                f"Set the keys of data and run.random_seed as they were, or start a new run.",
+                found=self._layout,
+                expected=cursor.layout,
+            )
+
+
+def held_out(corpus: Corpus, split: str, *, window: int, batch: int, max_windows: int | None = None) -> Iterator[Batch]:
+    """The documents of a split once each, from front to back, in windows that do not overlap.
+
+    Every token but the first of a document is a target exactly once. The last window of a document is padded with
+    targets of ``IGNORED``. max_windows: take that many, evenly spread, the same ones every time.
+    """
+    tokens, edges = corpus.tokens(split), corpus.documents(split).astype(np.int64)
+    n_windows = -(-np.maximum(np.diff(edges) - 1, 0) // window)
+    last = np.cumsum(n_windows)
+    if not last[-1]:
+        raise _too_short(corpus, split, 1, int(np.diff(edges).max()))
+    chosen = np.arange(last[-1])
+    if max_windows is not None and max_windows < len(chosen):
+        chosen = np.arange(max_windows) * len(chosen) // max_windows
+    lengths = corpus.tokenizer.byte_lengths
+    for first in range(0, len(chosen), batch):
+        numbers = chosen[first : first + batch]
+        document = np.searchsorted(last, numbers, side="right")
+        starts = edges[document] + (numbers - last[document] + n_windows[document]) * window
+        places = starts[:, None] + np.arange(window + 1)
+        is_text = places < edges[document + 1][:, None]
+        rows = np.where(is_text, tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64), 0)
+        is_target = is_text[:, 1:]
+        yield Batch(
+            tokens_bt=torch.from_numpy(rows[:, :-1].copy()),
+            targets_bt=torch.from_numpy(np.where(is_target, rows[:, 1:], IGNORED)),
+            n_targets=int(is_target.sum()),
+            n_bytes=int((lengths[rows[:, 1:]] * is_target).sum()),
+            starts=True,
+        )
+
+
+def _too_short(corpus: Corpus, split: str, window: int, longest: int) -> CorpusTooShort:
+    hint = f", or set data.window to {longest - 1} or less" if longest > 1 else ""
+    return CorpusTooShort(
+        f"corpus '{corpus.name}' holds {longest} tokens in the longest run of split '{split}'; a window of {window} "
+        f"needs at least {window + 1}. Add text{hint}.",
+        found=longest,
+        expected=window + 1,
+    )

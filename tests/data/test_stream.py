@@ -1,0 +1,263 @@
+"""A batch is a function of seed, position and layout; every window is seen; rows that read on read all."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from meristem.data.part import DataPart, TokenizerPart
+from meristem.data.prepare import prepare
+from meristem.data.stream import IGNORED, Cursor, Stream, held_out
+from meristem.errors import ConflictingKeys, CorpusTooShort, DataError, FileChanged, ManifestMismatch
+
+SIZES = [3, 41, 97, 12, 211, 5, 29, 83]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stream")
+
+    def corpus(name, sizes, **more):
+        """Documents of these sizes, all text for training; every byte says where it stands."""
+        text = root / name
+        if not text.exists():
+            text.mkdir()
+            places = itertools.count()
+            for number, size in enumerate(sizes):
+                (text / f"{number:02}").write_bytes(bytes(next(places) * 7 % 251 for _ in range(size)))
+        data = DataPart(source=str(text), root=root / "cache", **{"validation": 0.0, **more})
+        return prepare(data, TokenizerPart())
+
+    return corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(make):
+    return make("mixed", SIZES)
+
+
+def stream(corpus, **more):
+    return Stream(corpus, "train", **{"window": 5, "batch": 3, "random_seed": 1} | more)
+
+
+def take(stream, n_batches, cursor=None):
+    cursor = cursor or stream.start()
+    batches = []
+    for _ in range(n_batches):
+        batch, cursor = stream.next(cursor)
+        batches.append(batch)
+    return batches, cursor
+
+
+LAYOUTS = [
+    {"order": "shuffled"},
+    {"order": "shuffled", "documents": "within", "stride": 2},
+    {"order": "random"},
+    {"order": "sequential"},
+]
+EACH = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.values())))
+
+
+@EACH
+def test_targets_are_the_tokens_that_follow(corpus, layout):
+    text = corpus.text("train")
+    for batch in take(stream(corpus, **layout), 40)[0]:
+        assert batch.tokens_bt.dtype == batch.targets_bt.dtype == torch.int64
+        for tokens, targets in zip(batch.tokens_bt.tolist(), batch.targets_bt.tolist(), strict=True):
+            assert tokens[1:] == targets[:-1]
+            assert bytes([*tokens, targets[-1]]) in text
+        assert (batch.n_targets, batch.n_bytes) == (15, 15)
+
+
+@EACH
+@given(position=st.integers(0, 300))
+@settings(max_examples=20, deadline=None)
+def test_a_batch_is_found_from_its_position_alone(corpus, layout, position):
+    """A stream made anew, given a cursor that went through JSON, goes on where the first one would."""
+    walked, cursor = take(stream(corpus, **layout), position + 3)
+    resumed = Cursor.from_json(Cursor(position, cursor.fingerprint, cursor.layout).to_json())
+    for batch, again in zip(walked[position:], take(stream(corpus, **layout), 3, resumed)[0], strict=True):
+        assert torch.equal(batch.tokens_bt, again.tokens_bt)
+        assert torch.equal(batch.targets_bt, again.targets_bt)
+        assert batch.starts == again.starts
+
+
+def seen(batches, n_windows, first=0):
+    rows = torch.cat([torch.cat([batch.tokens_bt, batch.targets_bt[:, -1:]], 1) for batch in batches])
+    return sorted(map(tuple, rows[first : first + n_windows].tolist()))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 200])
+@pytest.mark.parametrize("documents, stride", [("join", 5), ("within", 5), ("within", 1), ("join", 3)])
+def test_an_epoch_shows_each_window_once(corpus, batch, documents, stride):
+    """Also where the batch does not divide the windows, and where it is larger than all of them."""
+    made = stream(corpus, batch=batch, documents=documents, stride=stride)
+    text = corpus.tokens("train")
+    edges = corpus.documents("train") if documents == "within" else [0, len(text)]
+    every = sorted(
+        tuple(text[start : start + 6].tolist())
+        for left, right in itertools.pairwise(edges)
+        for start in range(int(left), int(right) - 5, stride)
+    )
+    assert made.n_windows == len(every)
+    batches, cursor = take(made, 2 * made.batches_per_epoch)
+    assert seen(batches, len(every)) == seen(batches, len(every), first=len(every)) == every
+    assert made.epoch(cursor) == cursor.position * batch / len(every) >= 2
+
+
+def test_epochs_and_seeds_order_otherwise(corpus):
+    made = stream(corpus, batch=1)
+    n = made.n_windows
+    first, second = np.split(torch.cat([batch.tokens_bt for batch in take(made, 2 * n)[0]]).numpy(), 2)
+    other = torch.cat([batch.tokens_bt for batch in take(stream(corpus, batch=1, random_seed=2), n)[0]]).numpy()
+    assert (first != second).any(axis=1).mean() > 0.8
+    assert (first != other).any(axis=1).mean() > 0.8
+
+
+def test_random_order_reaches_the_first_and_the_last_window(make):
+    """Every offset is drawn, not only multiples of the window."""
+    corpus = make("short", [9])
+    made = stream(corpus, order="random", batch=4)
+    assert made.n_windows == 4
+    rows = {tuple(row) for batch in take(made, 30)[0] for row in batch.tokens_bt.tolist()}
+    assert rows == {tuple(corpus.tokens("train")[start : start + 5].tolist()) for start in range(4)}
+
+
+def test_rows_that_read_on_read_their_part_without_a_gap(corpus):
+    made = stream(corpus, order="sequential")
+    per_row = made.batches_per_epoch
+    for epoch in range(4):
+        cursor = Cursor(epoch * per_row, made.start().fingerprint, made.start().layout)
+        batches, _ = take(made, per_row, cursor)
+        read = torch.cat([batch.tokens_bt for batch in batches], 1)
+        following = torch.cat([batch.targets_bt for batch in batches], 1)
+        assert torch.equal(read[:, 1:], following[:, :-1])
+        assert [batch.starts for batch in batches] == [True] + [False] * (per_row - 1)
+        joined = bytes(torch.cat([read.flatten(), following[-1, -1:]]).tolist())
+        assert joined in corpus.text("train")
+        assert len(joined) == 3 * per_row * 5 + 1
+
+
+def test_what_the_rows_do_not_share_evenly_is_read_in_other_epochs(make):
+    """49 windows on 3 rows leave one over; it is at the front or at the back, by turns."""
+    corpus = make("over", [5 * 49 + 1])
+    made = stream(corpus, order="sequential")
+    assert (made.n_windows, made.batches_per_epoch) == (49, 16)
+    firsts = {
+        tuple(made.next(Cursor(16 * epoch, made.start().fingerprint, made.start().layout))[0].tokens_bt[0].tolist())
+        for epoch in range(20)
+    }
+    tokens = corpus.tokens("train")
+    assert firsts == {tuple(tokens[:5].tolist()), tuple(tokens[5:10].tolist())}
+
+
+@EACH
+def test_other_orders_start_afresh_at_every_batch(corpus, layout):
+    starts = [batch.starts for batch in take(stream(corpus, **layout), 9)[0]]
+    assert all(starts) == (layout["order"] != "sequential")
+
+
+def test_bytes_are_counted_by_token(tmp_path):
+    (tmp_path / "text").write_text("wächst 🌱 und wächst 🌿\n" * 60, "utf-8")
+    data = DataPart(source=str(tmp_path / "text"), root=tmp_path / "cache", validation=0.2)
+    corpus = prepare(data, TokenizerPart(kind="bpe", vocab_size=290))
+    for batch in take(stream(corpus), 9)[0]:
+        assert (
+            batch.n_bytes == len(corpus.tokenizer.decode_bytes(batch.targets_bt.flatten().tolist())) > batch.n_targets
+        )
+
+
+def test_a_text_shorter_than_a_window_says_what_to_do(make):
+    corpus = make("tiny", [5])
+    with pytest.raises(
+        CorpusTooShort,
+        match="'tiny' holds 5 tokens .* a window of 5 needs at least 6. Add text, or set data.window to 4",
+    ):
+        stream(corpus)
+    assert stream(corpus, window=4).n_windows == 1
+
+
+def test_a_window_longer_than_every_document_says_so(corpus):
+    assert stream(corpus, window=300).n_windows == 1
+    with pytest.raises(CorpusTooShort, match="holds 211 tokens in the longest run .*data.window to 210 or less"):
+        stream(corpus, window=211, documents="within")
+    assert stream(corpus, window=210, documents="within").n_windows == 1
+
+
+def test_more_rows_than_windows_cannot_read_on(make):
+    corpus = make("short", [9])
+    with pytest.raises(CorpusTooShort, match="has 1 windows of 5 .* one for each of 3 rows.*data.batch to 1 or less"):
+        stream(corpus, order="sequential")
+
+
+def test_a_cursor_of_another_text_is_refused(corpus, make):
+    cursor = stream(make("short", [9])).start()
+    with pytest.raises(ManifestMismatch, match="the cursor belongs to data .* the text, its split or its tokenizer"):
+        stream(corpus).next(cursor)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"window": 6}, {"batch": 4}, {"stride": 1}, {"random_seed": 2}, {"order": "random"}, {"documents": "within"}],
+)
+def test_a_cursor_of_another_layout_is_refused(corpus, more):
+    with pytest.raises(DataError, match="counts batches of 'train shuffled join window=5 .* this stream gives"):
+        stream(corpus, **more).next(stream(corpus).start())
+
+
+def test_a_text_cut_while_it_is_read_stops_the_stream(make):
+    corpus = make("cut", [200], validation=0.5)
+    made = stream(corpus)
+    _, cursor = made.next(made.start())
+    os.truncate(corpus.path / "tokens.train.u8", 10)
+    with pytest.raises(FileChanged, match="tokens.train.u8 changed while it was in use"):
+        made.next(cursor)
+
+
+@pytest.mark.parametrize("window", [1, 5, 40, 500])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_held_out_text_is_covered_once(corpus, window, batch):
+    """Each document from its second token to its last, in order; what pads a row counts nowhere."""
+    batches = list(held_out(corpus, "train", window=window, batch=batch))
+    targets = torch.cat([made.targets_bt.flatten() for made in batches])
+    targets = targets[targets != IGNORED].tolist()
+    tokens = corpus.tokens("train")
+    documents = [tokens[left:right] for left, right in itertools.pairwise(corpus.documents("train").tolist())]
+    assert targets == [token for document in documents for token in document[1:].tolist()]
+    assert sum(made.n_targets for made in batches) == sum(made.n_bytes for made in batches) == sum(SIZES) - len(SIZES)
+    for made in batches:
+        real = made.targets_bt[:, :-1] != IGNORED
+        assert torch.equal(made.tokens_bt[:, 1:][real], made.targets_bt[:, :-1][real])
+        assert made.starts
+
+
+def test_part_of_the_held_out_text_is_spread_evenly(corpus):
+    whole = [row for batch in held_out(corpus, "train", window=9, batch=1) for row in batch.tokens_bt.tolist()]
+    some = [
+        row for batch in held_out(corpus, "train", window=9, batch=4, max_windows=7) for row in batch.tokens_bt.tolist()
+    ]
+    assert some == [whole[number * len(whole) // 7] for number in range(7)]
+    more = sum(len(batch.tokens_bt) for batch in held_out(corpus, "train", window=9, batch=4, max_windows=10_000))
+    assert more == len(whole)
+
+
+def test_held_out_text_of_single_tokens_is_too_short(make):
+    with pytest.raises(CorpusTooShort, match="holds 1 tokens .* needs at least 2. Add text.$"):
+        next(held_out(make("single", [1]), "train", window=5, batch=2))
+
+
+@pytest.mark.parametrize("more", [{"documents": "within"}, {"stride": 3}])
+def test_reading_on_excludes_what_would_break_it(more):
+    with pytest.raises(ConflictingKeys, match="data.order=sequential"):
+        DataPart(order="sequential", **more)
+
+
+@pytest.mark.parametrize("wrong", [{"validation": 1.0}, {"window": 0}, {"mirror": "ftp://x"}, {"sorce": "x"}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        DataPart(**wrong)
