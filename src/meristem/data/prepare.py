@@ -14,13 +14,13 @@ import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import filelock
 import numpy as np
 
-import meristem
 from meristem import config
 from meristem.checkpoint.files import PARTIAL, disk_full, sync_directory, write_synced
 from meristem.data import manifest as manifests
@@ -308,7 +308,7 @@ def _manifest(source: sources.Source, listing: _Listing, tokenizer: Tokenizer) -
         "name": source.name,
         "version": VERSION,
         "created": now.replace("+00:00", "Z"),
-        "tool": f"meristem {meristem.__version__}",
+        "tool": f"meristem {version('meristem')}",
         "sources": [{**entry, **licence} for entry in listing.files.values()],
         "loader": {"name": source.loader, "args": dict(source.args)},
         "transform": [],
