@@ -33,8 +33,21 @@ def run_on(target, monkeypatch):
 def test_terminal_shows_bar_curve_and_figures(monkeypatch):
     """On a terminal the last figures, the share done, the curve of the loss and the note are all there."""
     shown = run_on(screen(force_terminal=True), monkeypatch)
-    for part in ("titans-mag", "1.25 bits/byte · gate [0.9]", "80%", "█", "▁", "checkpoint [step-5] saved"):
+    for part in ("titans-mag", "1.25\xa0bits/byte · gate\xa0[0.9]", "80%", "█", "▁", "checkpoint [step-5] saved"):
         assert part in shown
+
+
+def test_last_figures_stay_on_the_screen(monkeypatch):
+    """However fast the updates came, the view ends with the last of them."""
+    monkeypatch.setattr(consoles.time, "monotonic", lambda: 5.0)
+    target = screen(force_terminal=True)
+    console = Console(screen=target)
+    console.start("t")
+    console.update({"": "first"})
+    console.update({"": "last"})
+    assert "last" not in target.file.getvalue()
+    console.stop()
+    assert "last" in target.file.getvalue()
 
 
 def test_elsewhere_one_line_in_ten_seconds(monkeypatch):

@@ -37,12 +37,14 @@ class Console:
         self._has_failed = False
         self._live: Live | None = None
         self._title = ""
+        self._texts: list[str] = []
+        self._done: float | None = None
         self._losses: list[float] = []
         self._next_s = 0.0
 
     def start(self, title: str) -> None:
         """Begin the view of one piece of work."""
-        self._title, self._losses, self._next_s = self._clean(title), [], 0.0
+        self._title, self._texts, self._done, self._losses, self._next_s = self._clean(title), [], None, [], 0.0
         if self._screen.is_terminal:
             # No thread draws, so that a lost terminal is noticed here. stdout is not redirected: under --json it
             # carries records, and they must stay there.
@@ -58,37 +60,44 @@ class Console:
         self._losses += [float(loss)] if _is_number(loss) else []
         if len(self._losses) > 64 * _SPARK_WIDTH:
             self._losses = _halved(self._losses)
-        if time.monotonic() < self._next_s:
-            return
-        self._next_s = time.monotonic() + (LINE_EVERY_S if self._live is None else DRAW_EVERY_S)
         items = fields.items() if isinstance(fields, Mapping) else [("", fields)]
-        texts = [self._clean(f"{name} {text}".strip()) for name, text in items]
-        done = min(max(float(progress), 0.0), 1.0) if _is_number(progress) else None
-        if self._live is None:
-            self._print(self._joined([self._title, *([] if done is None else [f"{100 * done:.0f}%"]), *texts]))
-        else:
-            live, view = self._live, self._view(texts, done)
-            self._safely(lambda: live.update(view, refresh=True))
+        self._texts = [self._clean(f"{name} {text}".strip()) for name, text in items]
+        self._done = min(max(float(progress), 0.0), 1.0) if _is_number(progress) else None
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + (LINE_EVERY_S if self._live is None else DRAW_EVERY_S)
+            self._draw()
 
     def note(self, text: str) -> None:
         """One line that stays."""
         self._print(self._clean(text))
 
     def stop(self) -> None:
-        """End the view; what it showed last stays on the screen."""
+        """End the view; the newest figures stay on the screen."""
+        if self._live is not None:
+            self._draw()
         live, self._live = self._live, None
         if live is not None:
             self._safely(live.stop)
 
-    def _view(self, texts: list[str], done: float | None) -> Group:
-        head = Table.grid(padding=(0, 1))
+    def _draw(self) -> None:
+        share = [] if self._done is None else [f"{100 * self._done:.0f}%"]
+        if self._live is None:
+            self._print(self._joined([self._title, *share, *self._texts]))
+        else:
+            live, view = self._live, self._view(share)
+            self._safely(lambda: live.update(view, refresh=True))
+
+    def _view(self, share: list[str]) -> Group:
+        """One line with bar and curve, and under it the figures, none of them broken over two lines."""
         cells: list[RenderableType] = [Text(self._title, style="bold")]
-        if done is not None:
-            cells += [ProgressBar(total=1.0, completed=done, width=_SPARK_WIDTH), Text(f"{100 * done:.0f}%")]
+        if share:
+            cells += [ProgressBar(total=1.0, completed=self._done or 0.0, width=_SPARK_WIDTH), Text(share[0])]
         if self._is_unicode:
             cells += [Text(spark(self._losses, _SPARK_WIDTH), style="cyan")]
+        head = Table.grid(padding=(0, 1))
         head.add_row(*cells)
-        return Group(head, Text(self._joined(texts)))
+        space = "\N{NO-BREAK SPACE}" if self._is_unicode else " "
+        return Group(head, Text(self._joined([text.replace(" ", space) for text in self._texts])))
 
     def _joined(self, texts: list[str]) -> str:
         return (" · " if self._is_unicode else " | ").join(texts)

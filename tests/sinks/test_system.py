@@ -1,0 +1,144 @@
+"""The machine is read with whatever is there, and says through what."""
+
+import os
+import sys
+import threading
+import time
+import types
+
+import pytest
+
+from meristem.sinks.lines import read_records
+from meristem.sinks.records import Records
+from meristem.sinks.system import SystemSampler
+
+UUID = "7c1d9a52-0000-4000-8000-000000000001"
+
+
+@pytest.fixture
+def records(tmp_path):
+    return Records(tmp_path, "r")
+
+
+def hide(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize("source", ["psutil", "stdlib"])
+def test_both_sources_read_this_process(records, monkeypatch, source):
+    """With and without psutil the process's own size and work are seen; the lack is one event."""
+    if source == "stdlib":
+        hide(monkeypatch, "psutil")
+    events = []
+    sampler = SystemSampler(records, 10.0, emit=events.append)
+    before = sampler.read()
+    ballast = bytearray(os.urandom(64)) * (1 << 20)
+    start_s = time.process_time()
+    while time.process_time() < start_s + 0.1:
+        pass
+    after = sampler.read()
+    assert after["source"] == source
+    assert after["process"]["rss"] - before["process"]["rss"] > 0.8 * len(ballast)
+    assert 10 < after["process"]["cpu_percent"] < 1000
+    assert 0 <= after["cpu_percent"] <= 100
+    assert 0 < after["ram"]["available"] < after["ram"]["total"]
+    assert [e.payload["source"] for e in events] == (["stdlib"] if source == "stdlib" else [])
+
+
+def test_readings_are_written_until_the_end(records, tmp_path):
+    """Readings come at their interval with the figures of the run, one more at the end, and no thread is left."""
+    with SystemSampler(records, 0.01, figures=lambda: {"tokens_per_s": 12.5}):
+        while records.seq < 3:
+            time.sleep(0.001)
+        n_before_end = records.seq
+    found = list(read_records(tmp_path / "system.ndjson"))
+    assert len(found) >= n_before_end + 1
+    assert {r["tokens_per_s"] for r in found} == {12.5}
+    assert "system-sampler" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_short_run_has_one_reading(records, tmp_path):
+    """A run shorter than the interval ends at once and still has a reading."""
+    start_s = time.monotonic()
+    with SystemSampler(records, 3600.0):
+        pass
+    assert time.monotonic() - start_s < 60
+    assert len(list(read_records(tmp_path / "system.ndjson"))) == 1
+
+
+def test_full_disk_ends_the_readings_only(records, monkeypatch):
+    """When a reading cannot be written the readings end with one event, and the block goes on."""
+    events = []
+    monkeypatch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with SystemSampler(records, 0.001, emit=events.append):
+        while not events:
+            time.sleep(0.001)
+    assert [e.payload["what"] for e in events] == ["system readings"]
+
+
+class NvmlError(Exception):
+    pass
+
+
+def fake_nvml(**changes):
+    """A driver of one card that answers as NVML does, in its units."""
+
+    def lacking(*_):
+        raise NvmlError("not supported")
+
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetHandleByUUID": lambda uuid: {f"GPU-{UUID}": "card"}[uuid],
+        "nvmlDeviceGetUtilizationRates": lambda _: types.SimpleNamespace(gpu=83, memory=20),
+        "nvmlDeviceGetPowerUsage": lambda _: 251_500,
+        "nvmlDeviceGetTotalEnergyConsumption": lacking,
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda _: 0x1 | 0x4 | 0x40,
+        "nvmlDeviceGetTemperature": lambda _card, _kind: 61,
+        "nvmlDeviceGetClockInfo": lambda _card, _kind: 1410,
+    }
+    constants = {"NVMLError": NvmlError, "NVML_TEMPERATURE_GPU": 0, "NVML_CLOCK_SM": 1}
+    return types.SimpleNamespace(**(answers | constants | changes))
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """torch as it answers on a machine with one card."""
+    torch = pytest.importorskip("torch")
+    for name, answer in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "mem_get_info": lambda _: (700, 1000),
+        "memory_allocated": lambda _: 200,
+        "memory_reserved": lambda _: 250,
+        "max_memory_allocated": lambda _: 240,
+        "get_device_properties": lambda _: types.SimpleNamespace(uuid=UUID),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+
+
+def test_gpu_through_nvml(records, monkeypatch, one_gpu):
+    """With NVML the card is found by its identity, units are ours, and a reading it lacks is null."""
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
+    events = []
+    reading = SystemSampler(records, 10.0, emit=events.append).read()
+    (card,) = reading["gpus"]
+    assert reading["gpu_source"] == "nvml"
+    assert (card["used_bytes"], card["total_bytes"], card["allocated"], card["peak"]) == (300, 1000, 200, 240)
+    assert (card["util"], card["power_w"], card["energy_j"], card["temp_c"]) == (83, 251.5, None, 61)
+    assert card["throttle"] == ["software power cap", "hardware thermal slowdown"]
+    assert events == []
+
+
+def broken():
+    raise NvmlError("driver mismatch")
+
+
+@pytest.mark.parametrize("nvml", [None, fake_nvml(nvmlInit=broken)], ids=["missing", "broken"])
+def test_gpu_without_nvml(records, monkeypatch, one_gpu, nvml):
+    """Without NVML torch's own counts remain, and the lack is one event."""
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    events = []
+    reading = SystemSampler(records, 10.0, emit=events.append).read()
+    assert reading["gpu_source"] == "torch"
+    assert (reading["gpus"][0]["allocated"], reading["gpus"][0]["util"]) == (200, None)
+    assert [(e.name, e.payload["source"]) for e in events] == [("degraded", "torch")]
