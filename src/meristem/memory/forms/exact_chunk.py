@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from meristem.memory.gates import Gates
+from meristem.memory.kernels.chunk_solve import ChunkSolve
 from meristem.memory.rule import Rule
 from meristem.memory.value import Memory
 from meristem.shapes import Keys, Queries, Values
@@ -44,116 +45,98 @@ def exact_chunk(
 ) -> tuple[Values, Memory]:
     """Reads and the memory left behind, as ``scan`` gives them, for a rule of the linear family.
 
-    With momentum the axis ``k`` of what passes from chunk to chunk holds memory and momentum one after the other.
-
     chunk: tokens solved together; the work per token grows with it, the number of steps in order falls with it.
     """
-    n_time, value_width = values_bthv.shape[1], values_bthv.shape[-1]
+    batch, n_time, heads, key_width = keys_bthk.shape
     chunk = min(chunk, n_time)
-    key_bhnck, value_bhncv, query_bhnck = (_cut(x, chunk) for x in (keys_bthk, values_bthv, queries_bthk))
-    write_bhnc = _cut(gates.write_bth, chunk)
-    after = _flow(gates, chunk, n_time)
-    before = after.shifted()
-    seen = before if rule.reads == "before" else after
-
-    # The residuals of a chunk are response @ (memory that enters it) - recalled; D of memory.md 4.3 is unit triangular.
-    recalled_bhncv, response_bhnck = value_bhncv, None
+    write_nhc = _cut(gates.write_bth, chunk)
+    flow = _flow(gates, write_nhc, n_time)
+    sight_nhcl, outer_nhcs = flow.before() if rule.reads == "before" else (flow.entering_nhcl, flow.reach_nhcs)
+    inner_nhcs = probe_nhcl = None
     if rule.bias.slope:
-        probe_bhnck = key_bhnck if rule.probe == "cold" else _cut(gates.retain_bth, chunk)[..., None] * key_bhnck
-        system_bhncs = before.reach_bhncs * write_bhnc[..., None, :] * (probe_bhnck @ key_bhnck.mT)
-        sides_bhnck = torch.cat([value_bhncv, _spread(before.entering, probe_bhnck)], dim=-1)
-        solved_bhnck = torch.linalg.solve_triangular(system_bhncs, sides_bhnck, upper=False, unitriangular=True)
-        recalled_bhncv, response_bhnck = solved_bhnck[..., :value_width], solved_bhnck[..., value_width:]
-
-    arriving_bhnck = _spread([reached_bhnc * write_bhnc for reached_bhnc in after.arriving], key_bhnck)
-    written_bhnkv = arriving_bhnck.mT @ recalled_bhncv
-    mixing_bhncs = seen.reach_bhncs * write_bhnc[..., None, :] * (query_bhnck @ key_bhnck.mT)
-    query_bhnck = _spread(seen.entering, query_bhnck)
-    transition_bhnkk = after.fading(keys_bthk.shape[-1])
-    if response_bhnck is not None:
-        transition_bhnkk = transition_bhnkk - arriving_bhnck.mT @ response_bhnck
-        query_bhnck = query_bhnck - mixing_bhncs @ response_bhnck
-
-    names = ["matrix_bhkv", "matrix_momentum_bhkv"][: len(after.entering)]
-    passing_bhkv = torch.cat([memory[name] for name in names], dim=-2)
-    entering: list[Tensor] = []
-    for transition_bhkk, written_bhkv in zip(transition_bhnkk.unbind(2), written_bhnkv.unbind(2), strict=True):
-        entering.append(passing_bhkv)
-        passing_bhkv = transition_bhkk @ passing_bhkv + written_bhkv
-    read_bhncv = query_bhnck @ torch.stack(entering, dim=2) + mixing_bhncs @ recalled_bhncv
-    read_bthv = read_bhncv.movedim(1, 3).flatten(1, 2)[:, :n_time]
-    return read_bthv, memory | dict(zip(names, passing_bhkv.split(keys_bthk.shape[-1], dim=-2), strict=True))
+        probe_nhcl, inner_nhcs = flow.before()
+        if rule.probe == "warm":
+            retain_nhc1 = _cut(gates.retain_bth, chunk)[..., None]
+            probe_nhcl, inner_nhcs = retain_nhc1 * probe_nhcl, retain_nhc1 * inner_nhcs
+    names = ["matrix_bhkv", "matrix_momentum_bhkv"][: sight_nhcl.shape[-1]]
+    read_nhcv, last_hkv = ChunkSolve.apply(
+        _cut(keys_bthk, chunk),
+        _cut(values_bthv, chunk),
+        _cut(queries_bthk, chunk),
+        inner_nhcs,
+        outer_nhcs,
+        probe_nhcl,
+        sight_nhcl,
+        flow.arriving_nhcl,
+        flow.carried_nhll,
+        torch.cat([memory[name].flatten(0, 1) for name in names], dim=-2),
+    )
+    read_bnchv = read_nhcv.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4)
+    last = last_hkv.unflatten(0, (batch, heads)).split(key_width, dim=-2)
+    return read_bnchv.flatten(1, 2)[:, :n_time], memory | dict(zip(names, last, strict=True))
 
 
 @dataclass(frozen=True)
 class _Flow:
     """With which weight the past is in the memory, for every token of every chunk (memory.md 4.2).
 
-    entering: for the memory, and the momentum where there is one, that enter the chunk: their weight at each token.
-    reach_bhncs: the weight at token c of what token s wrote; lower triangular.
-    arriving: the weight of what each token wrote in the memory, and in the momentum, that leave the chunk.
-    carried: the weights of the entering values in the leaving ones, row by row.
+    entering_nhcl: of the memory, and the momentum where there is one, that enter the chunk: their weight at each token.
+    reach_nhcs: of what token s wrote, at token c, write rate included; lower triangular.
+    arriving_nhcl: of what each token wrote, in the memory and the momentum that leave the chunk, write rate included.
+    carried_nhll: of the entering values in the leaving ones.
     """
 
-    entering: list[Tensor]
-    reach_bhncs: Tensor
-    arriving: list[Tensor]
-    carried: list[list[Tensor]]
+    entering_nhcl: Tensor
+    reach_nhcs: Tensor
+    arriving_nhcl: Tensor
+    carried_nhll: Tensor
 
-    def shifted(self) -> "_Flow":
-        """The same weights one token earlier: as the memory is before a token is written."""
-        first = [1.0, 0.0]
-        return _Flow(
-            entering=[
-                functional.pad(weight_bhnc[..., :-1], (1, 0), value=value)
-                for weight_bhnc, value in zip(self.entering, first, strict=False)
-            ],
-            reach_bhncs=functional.pad(self.reach_bhncs[..., :-1, :], (0, 0, 1, 0)),
-            arriving=self.arriving,
-            carried=self.carried,
-        )
-
-    def fading(self, key_width: int) -> Tensor:
-        """What the chunk would do to the entering values if nothing were written."""
-        weight_bhnll = torch.stack([torch.stack(row, dim=-1) for row in self.carried], dim=-2)
-        identity_kk = torch.eye(key_width, dtype=weight_bhnll.dtype, device=weight_bhnll.device)
-        return (weight_bhnll[..., :, None, :, None] * identity_kk[:, None, :]).flatten(-4, -3).flatten(-2, -1)
+    def before(self) -> tuple[Tensor, Tensor]:
+        """``entering`` and ``reach`` one token earlier: as the memory is before a token is written."""
+        first_l = torch.zeros_like(self.entering_nhcl[..., :1, :])
+        first_l[..., 0] = 1.0
+        entering_nhcl = torch.cat([first_l, self.entering_nhcl[..., :-1, :]], dim=-2)
+        return entering_nhcl, functional.pad(self.reach_nhcs[..., :-1, :], (0, 0, 1, 0))
 
 
-def _flow(gates: Gates, chunk: int, n_time: int) -> _Flow:
-    kept_bhncs, kept_bhnc = _decay(_cut(gates.log_retain(), chunk))
+def _flow(gates: Gates, write_nhc: Tensor, n_time: int) -> _Flow:
+    n_chunks, _, chunk = write_nhc.shape
+    kept_nhcs, kept_nhc = _decay(_cut(gates.log_retain(), chunk))
     log_momentum_bth = gates.log_momentum()
     if log_momentum_bth is None:
-        return _Flow([kept_bhnc], kept_bhncs, [kept_bhncs[..., -1, :]], [[kept_bhnc[..., -1]]])
-    moving_bhncs, moving_bhnc = _decay(_cut(log_momentum_bth, chunk))
-    # A padded token must not add the momentum once more: it is emitted into the memory with weight 0.
-    emitted_nc = torch.arange(kept_bhnc[0, 0].numel(), device=kept_bhnc.device).view(-1, chunk) < n_time
-    emitted_bhncs = kept_bhncs * emitted_nc[:, None, :]
-    reach_bhncs = emitted_bhncs @ moving_bhncs
-    joined_bhnc = (emitted_bhncs @ moving_bhnc[..., None])[..., 0]
-    carried = [
-        [kept_bhnc[..., -1], joined_bhnc[..., -1]],
-        [torch.zeros_like(moving_bhnc[..., -1]), moving_bhnc[..., -1]],
-    ]
-    return _Flow([kept_bhnc, joined_bhnc], reach_bhncs, [reach_bhncs[..., -1, :], moving_bhncs[..., -1, :]], carried)
+        reach_nhcs = kept_nhcs * write_nhc[..., None, :]
+        return _Flow(kept_nhc[..., None], reach_nhcs, reach_nhcs[..., -1, :, None], kept_nhc[..., -1:, None])
+    moving_nhcs, moving_nhc = _decay(_cut(log_momentum_bth, chunk))
+    emitted_nhcs = kept_nhcs
+    if n_time % chunk:
+        # A padded token must not add the momentum once more: it is emitted into the memory with weight 0.
+        is_token_nc = torch.arange(n_chunks * chunk, device=kept_nhc.device).view(n_chunks, chunk) < n_time
+        emitted_nhcs = kept_nhcs * is_token_nc[:, None, None, :]
+    joined_nhc = (emitted_nhcs @ moving_nhc[..., None])[..., 0]
+    written_nhcs = moving_nhcs * write_nhc[..., None, :]
+    reach_nhcs = emitted_nhcs @ written_nhcs
+    last_h = moving_nhc[..., -1]
+    carried_nhll = torch.stack(
+        [kept_nhc[..., -1], joined_nhc[..., -1], torch.zeros_like(last_h), last_h], dim=-1
+    ).unflatten(-1, (2, 2))
+    return _Flow(
+        entering_nhcl=torch.stack([kept_nhc, joined_nhc], dim=-1),
+        reach_nhcs=reach_nhcs,
+        arriving_nhcl=torch.stack([reach_nhcs[..., -1, :], written_nhcs[..., -1, :]], dim=-1),
+        carried_nhll=carried_nhll,
+    )
 
 
-def _decay(log_bhnc: Tensor) -> tuple[Tensor, Tensor]:
+def _decay(log_nhc: Tensor) -> tuple[Tensor, Tensor]:
     """The product of the factors after s up to c, and from the chunk's start up to c."""
-    total_bhnc = log_bhnc.cumsum(dim=-1)
-    later_cs = torch.ones(log_bhnc.shape[-1], log_bhnc.shape[-1], dtype=torch.bool, device=log_bhnc.device).triu(1)
+    total_nhc = log_nhc.cumsum(dim=-1)
+    is_later_cs = torch.ones(log_nhc.shape[-1], log_nhc.shape[-1], dtype=torch.bool, device=log_nhc.device).triu(1)
     # Masked before exp: above the diagonal the difference is positive and could overflow.
-    factor_bhncs = (total_bhnc[..., :, None] - total_bhnc[..., None, :]).masked_fill(later_cs, -torch.inf).exp()
-    return factor_bhncs, total_bhnc.exp()
-
-
-def _spread(weights: list[Tensor], vector_bhnck: Tensor) -> Tensor:
-    """One copy of the vectors for every weight, side by side."""
-    copies = [weight_bhnc[..., None] * vector_bhnck for weight_bhnc in weights]
-    return copies[0] if len(copies) == 1 else torch.cat(copies, dim=-1)
+    factor_nhcs = (total_nhc[..., :, None] - total_nhc[..., None, :]).masked_fill(is_later_cs, -torch.inf).exp()
+    return factor_nhcs, total_nhc.exp()
 
 
 def _cut(x: Tensor, chunk: int) -> Tensor:
-    """b t h ... -> b h n c ..., zeros where the last chunk is not full."""
-    padded = functional.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % chunk))
-    return padded.unflatten(1, (-1, chunk)).movedim(3, 1).contiguous()
+    """b t h ... -> n (b h) c ..., zeros where the last chunk is not full."""
+    padded = functional.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % chunk)) if x.shape[1] % chunk else x
+    return padded.unflatten(1, (-1, chunk)).movedim(3, 1).movedim(2, 0).flatten(1, 2).contiguous()
