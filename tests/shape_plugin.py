@@ -1,9 +1,9 @@
 """Checks the shapes that signatures promise, while the tests run. Loaded by ``-p shape_plugin`` before the package is.
 
-A finder in front of ``sys.meta_path`` puts ``checked`` innermost on every function of the package, in the syntax tree, so
-that functions captured at import (entries of a registry, parts of a rule) are reached as well. The product run knows
-nothing of it. jaxtyping's own import hook will not do: under torch.compile it fails, and after a graph break it refuses
-correct inputs.
+A finder in front of ``sys.meta_path`` puts ``checked`` innermost on every function of the package, in the syntax tree,
+so that functions captured at import (entries of a registry, parts of a rule) are reached as well. The product run
+knows nothing of it. jaxtyping's own import hook will not do: under torch.compile it fails, and after a graph break it
+refuses correct inputs.
 
 --shape-checks=on      signatures (the default)
 --shape-checks=strict  and after each assignment to a local with an axis suffix, that its rank is the suffix's length
