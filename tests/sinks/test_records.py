@@ -10,7 +10,7 @@ from pathlib import Path
 import orjson
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meristem.errors import BadRecords, DiskFull
@@ -127,6 +127,7 @@ def test_threads_do_not_mix_lines(tmp_path):
     assert [r["seq"] for r in read_records(tmp_path / "metrics.ndjson")] == list(range(1, 201))
 
 
+@settings(max_examples=40)
 @given(n_cut=st.integers(0, 400))
 def test_torn_end_is_passed_over_and_then_cut(tmp_path_factory, n_cut):
     """Wherever the file was torn: a reader gives the whole lines and says so; the next writer goes on after them."""
@@ -206,6 +207,7 @@ def test_full_disk_leaves_the_file_whole(tmp_path, monkeypatch, n_taken):
     assert events == []
 
 
+@settings(max_examples=40)
 @given(
     legs=st.lists(st.tuples(st.integers(0, 6), st.floats(0, 1)), min_size=1, max_size=5),
     n_evaluations=st.integers(1, 3),

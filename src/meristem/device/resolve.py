@@ -1,0 +1,182 @@
+"""From the wish in the configuration to a device and dtypes that were tried before any weight is loaded."""
+
+import contextlib
+import functools
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from meristem.device.part import DevicePart
+from meristem.errors import CapabilityError
+from meristem.events import Emit, Event
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# What a processor calls the units that multiply bf16 matrices: x86, then ARM.
+BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+_WORTHWHILE = 1.2
+_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that works, with the dtypes of parameters and of matrix products on it."""
+
+    device: torch.device
+    parameters: torch.dtype
+    compute: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Matrix products inside the block run in the compute dtype."""
+        if self.compute == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute)
+
+    def move(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same tensors on this device."""
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+
+def resolve(part: DevicePart, emit: Emit) -> Device:
+    """The device and dtypes that ``part`` asks for, probed. The choice is the event ``capability.chosen``."""
+    if part.threads is not None:
+        torch.set_num_threads(part.threads)
+    name = available()[0] if part.name == "auto" else _present(part.name)
+    device = torch.device(name)
+    parameters = DTYPES[part.parameters]
+    if part.compute == "auto":
+        compute, why = _best_compute(device, parameters)
+    else:
+        compute, why = DTYPES[part.compute], "asked for"
+    probe(device, parameters, compute)
+    chosen = {"device": name, "parameters": NAMES[parameters], "compute": NAMES[compute], "why": why}
+    asked = {"device": part.name, "parameters": part.parameters, "compute": part.compute}
+    emit(Event("capability.chosen", {**chosen, "asked": asked, "threads": torch.get_num_threads()}))
+    return Device(device, parameters, compute)
+
+
+def available() -> list[str]:
+    """The devices of this machine, the best first."""
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def _present(name: str) -> str:
+    found = available()
+    wanted = "cuda:0" if name == "cuda" else name
+    if wanted not in found:
+        raise CapabilityError(
+            f"there is no device '{name}' here; found {', '.join(found)}. Set device.name to one of these or to auto.",
+            device=name,
+            reason="absent",
+            alternatives=found,
+        )
+    return wanted
+
+
+def _best_compute(device: torch.device, parameters: torch.dtype) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products that ``auto`` means here, and why."""
+    if parameters == torch.bfloat16:
+        return torch.bfloat16, "parameters are kept in bf16"
+    if device.type == "mps":
+        return torch.float32, "bf16 is not chosen unasked on mps"
+    if device.type == "cpu":
+        units = [unit for unit in BF16_UNITS if torch.cpu.get_capabilities().get(unit)]
+        if not units:
+            return torch.float32, "the processor has no units for bf16 matrices"
+        gain = bf16_gain()
+        if gain < _WORTHWHILE:
+            return torch.float32, f"bf16 products ran at {gain:.1f} times the speed of fp32 in spite of {units[0]}"
+        why = f"bf16 products ran at {gain:.1f} times the speed of fp32 ({units[0]})"
+    else:
+        why = "bf16 is the rule on cuda"
+    try:
+        probe(device, parameters, torch.bfloat16)
+    except CapabilityError as error:
+        return torch.float32, f"bf16 failed its probe: {error.fields['reason']}"
+    return torch.bfloat16, why
+
+
+@functools.cache
+def bf16_gain() -> float:
+    """How many times faster than in fp32 one thread multiplies bf16 matrices on this CPU; measured once, 20 ms.
+
+    The best of several turns is taken, and fp32 and bf16 take turns: a busy machine then slows both alike.
+    """
+    factor = torch.linspace(-1, 1, 512 * 512).reshape(512, 512)
+    best_s = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(7):
+            for dtype in best_s:
+                operand = factor.to(dtype)
+                start_s = time.perf_counter()
+                operand @ operand
+                best_s[dtype] = min(best_s[dtype], time.perf_counter() - start_s)
+    finally:
+        torch.set_num_threads(n_threads)
+    return best_s[torch.float32] / best_s[torch.bfloat16]
+
+
+def probe(device: torch.device, parameters: torch.dtype, compute: torch.dtype) -> None:
+    """Run on ``device`` what training will run: a product with its gradient and an attention, in these dtypes."""
+    if device.type == "cpu" and compute == torch.float16:
+        raise _incapable(device, compute, "fp16 training is not supported on a CPU")
+    candidate = Device(device, parameters, compute)
+    try:
+        found = _try_product(candidate) | _try_attention(candidate)
+        if compute == torch.float16:
+            found |= _try_scaler(device)
+    except RuntimeError as cause:
+        raise _incapable(device, compute, str(cause).splitlines()[0]) from cause
+    for what, tensor in found.items():
+        if not torch.isfinite(tensor).all():
+            raise _incapable(device, compute, f"{what} is not finite")
+    if found["the product"].dtype != compute:
+        raise _incapable(device, compute, f"the product came out in {found['the product'].dtype}")
+
+
+def _try_product(candidate: Device) -> dict[str, Tensor]:
+    operand = torch.linspace(-1, 1, _WIDTH * _WIDTH, device=candidate.device).reshape(_WIDTH, _WIDTH)
+    weight = operand.to(candidate.parameters).requires_grad_()
+    with candidate.autocast():
+        product = torch.matmul(operand.to(candidate.parameters), weight)
+    (gradient,) = torch.autograd.grad(product.float().square().mean(), weight)
+    return {"the product": product.detach(), "the gradient of the product": gradient}
+
+
+def _try_attention(candidate: Device) -> dict[str, Tensor]:
+    tokens = torch.linspace(-1, 1, 2 * _WIDTH * 16, device=candidate.device).reshape(1, 2, _WIDTH, 16)
+    query = tokens.to(candidate.compute).requires_grad_()
+    read = F.scaled_dot_product_attention(query, query, query, is_causal=True)
+    (gradient,) = torch.autograd.grad(read.float().square().mean(), query)
+    return {"the attention": read.detach(), "the gradient of the attention": gradient}
+
+
+def _try_scaler(device: torch.device) -> dict[str, Tensor]:
+    """fp16 gradients need a scale; one step with it must work."""
+    weight = torch.nn.Parameter(torch.ones(_WIDTH, device=device))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler(device.type)
+    scaler.scale(weight.square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return {"the scaled step": weight.detach()}
+
+
+def _incapable(device: torch.device, compute: torch.dtype, reason: str) -> CapabilityError:
+    alternatives = [f"device.compute={name}" for name in ("fp32", "bf16") if DTYPES[name] != compute]
+    alternatives += [f"device.name={name}" for name in available() if torch.device(name) != device]
+    return CapabilityError(
+        f"{NAMES[compute]} does not work on {device}: {reason}. Try {' or '.join(alternatives)}.",
+        device=str(device),
+        dtype=NAMES[compute],
+        reason=reason,
+        alternatives=alternatives,
+    )

@@ -1,0 +1,84 @@
+"""Compiling changes the speed of the blocks and nothing else."""
+
+import functools
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from meristem.device.compile import compile_blocks
+from meristem.device.part import DevicePart
+from meristem.errors import CapabilityError
+from meristem.events import silent
+
+
+class Block(nn.Module):
+    """A class of its own: torch does not trace a bare nn.Sequential that is compiled itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(3, 3)
+
+    def forward(self, hidden_bd):
+        return self.mix(hidden_bd).tanh()
+
+
+class Stack(nn.Module):
+    def __init__(self, n_blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(n_blocks))
+
+    def forward(self, hidden_bd):
+        for block in self.blocks:
+            hidden_bd = block(hidden_bd)
+        return hidden_bd
+
+
+def test_off_by_default():
+    """Nothing is compiled unless asked for, and then nothing is said."""
+    events = []
+    compile_blocks(nn.Linear(2, 3), DevicePart(), events.append)
+    assert events == []
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 3), Stack(0)])
+def test_model_without_blocks_is_an_error(model):
+    """What has no blocks cannot be compiled by blocks; the message says which key to change."""
+    with pytest.raises(CapabilityError, match="lists no blocks to compile. Set device.compile to false"):
+        compile_blocks(model, DevicePart(compile=True), silent)
+
+
+def test_missing_compiler_is_an_error(monkeypatch):
+    """Without a C++ compiler the error comes now, not in the middle of the first step."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(CapabilityError, match="needs a C\\+\\+ compiler"):
+        compile_blocks(Stack(1), DevicePart(compile=True), silent)
+
+
+@pytest.mark.compiled
+def test_compiled_blocks_agree(monkeypatch):
+    """The blocks are traced once for all, give the same outputs and gradients, and keep their parameter names."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    # The default backend takes minutes on a busy machine, and its arithmetic is not ours to test.
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    torch.manual_seed(0)
+    plain, compiled = Stack(3), Stack(3)
+    compiled.load_state_dict(plain.state_dict())
+    events = []
+    compile_blocks(compiled, DevicePart(compile=True), events.append)
+    assert events[0].payload["compiled_blocks"] == 3
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    hidden_bd = torch.randn(5, 3)
+    for model in (plain, compiled):
+        model(hidden_bd).square().sum().backward()
+    torch.testing.assert_close(compiled(hidden_bd), plain(hidden_bd))
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(compiled.get_parameter(name).grad, parameter.grad)
+    assert len(graphs) == 1

@@ -1,0 +1,87 @@
+"""Random streams do not touch each other, and states come back."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meristem.device.random import key, random_state, restore_random_state, stream
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="|"), min_size=1, max_size=12)
+
+
+@given(random_seed=st.integers(0, 2**63), name=NAMES, indices=st.lists(st.integers(0, 2**31), max_size=3))
+def test_key_is_a_pure_function(random_seed, name, indices):
+    """The same purpose has the same key, which fits a signed 64-bit number; one more index has another."""
+    assert key(random_seed, name, *indices) == key(random_seed, name, *indices)
+    assert 0 <= key(random_seed, name, *indices) < 2**63
+    assert key(random_seed, name, *indices) != key(random_seed, name, *indices, 0)
+    assert key(random_seed, name, *indices) != key(random_seed + 1, name, *indices)
+
+
+def test_init_independent_of_data():
+    """Draws of one stream are the same whether or how much others draw, and streams of two names differ."""
+    alone = torch.rand(7, generator=stream(3, "init"))
+    data, init = stream(3, "data"), stream(3, "init")
+    drawn = torch.rand(11, generator=data)
+    assert torch.equal(alone, torch.rand(7, generator=init))
+    assert not torch.equal(alone, drawn[:7])
+    assert not torch.equal(alone, torch.rand(7, generator=stream(3, "init", 1)))
+
+
+def test_streams_never_change():
+    """The first draws of a stream are part of every old run; this test fails when they move."""
+    assert key(7, "init") == 6125457217576830588
+    assert torch.randint(1000, (5,), generator=stream(7, "data", 3)).tolist() == [341, 750, 184, 42, 697]
+
+
+def test_global_generator_is_untouched():
+    """A stream neither reads nor moves the global generator."""
+    before = torch.get_rng_state()
+    torch.rand(5, generator=stream(1, "init"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.filterwarnings("error")
+@given(n_drawn=st.integers(0, 9), random_seed=st.integers(0, 2**32 - 1))
+def test_states_come_back(n_drawn, random_seed):
+    """Through JSON and back, every global generator goes on with the same draws, a half-used Gaussian pair included."""
+    kept = random_state()
+    try:
+        random.seed(random_seed)
+        np.random.seed(random_seed)
+        torch.manual_seed(random_seed)
+        for _ in range(n_drawn):
+            draw()
+        state = json.loads(json.dumps(random_state()))
+        first = [draw() for _ in range(3)]
+        restore_random_state(state)
+        assert [draw() for _ in range(3)] == first
+    finally:
+        restore_random_state(kept)
+
+
+def draw():
+    """One draw of each kind from each generator."""
+    return (
+        random.gauss(0, 1),
+        random.random(),
+        float(np.random.normal()),
+        int(np.random.randint(1 << 30)),
+        torch.randn(3).tolist(),
+        torch.randint(1 << 30, (2,)).tolist(),
+    )
+
+
+def test_state_of_an_absent_accelerator_is_said(monkeypatch):
+    """A run that moves from a GPU to a CPU goes on, and the event names what could not be put back."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    state = random_state()
+    events = []
+    restore_random_state(state | {"cuda": [state["torch"]], "mps": state["torch"]}, events.append)
+    assert [(e.name, e.payload["left_out"]) for e in events] == [("degraded", ["cuda:0", "mps"])]
