@@ -23,8 +23,9 @@ def build(model: nn.Module, part: OptimPart) -> torch.optim.AdamW:
 def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The trainable parameters that decay and those that do not; each is in exactly one list.
 
-    Only plain matrices decay. Embeddings do not, nor what a module names in ``no_decay``, a set of names of its own parameters
-    or children (gates, persistent tokens, initial memories). A parameter shared by two modules decays only if both agree.
+    Only plain matrices decay. Embeddings do not, nor what a module names in ``no_decay``, a set of names of its own
+    parameters or children (gates, persistent tokens, initial memories). A parameter shared by two modules decays only
+    if both agree.
     """
     kept = {id(parameter) for module in model.modules() for parameter in _kept(module)}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -20,7 +20,7 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tor
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, torch.Tensor]) -> None:
     """Put saved moments and counters back; they must fit the model exactly, or nothing is changed."""
     parameters = dict(model.named_parameters())
-    restored: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+    restored: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for path, value in saved.items():
         name, key = path.rsplit("/", 1)
         parameter = parameters.get(name)

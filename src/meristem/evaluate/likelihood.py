@@ -1,0 +1,73 @@
+"""How well a model predicts held-out text, in sums that can be added up."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from torch import nn
+
+from meristem.data.corpus import Corpus
+from meristem.data.stream import held_out
+from meristem.device.resolve import Device
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Logits and targets to the nats of all targets together: ``train.loss.cross_entropy``, handed in by the recipe."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Nats of some predicted tokens, and the bytes of text that those tokens are."""
+
+    total_nats: float
+    n_tokens: int
+    n_bytes: int
+
+    def __add__(self, other: "Likelihood") -> "Likelihood":
+        """The likelihood of both texts: sums are added, never means averaged."""
+        return Likelihood(
+            self.total_nats + other.total_nats, self.n_tokens + other.n_tokens, self.n_bytes + other.n_bytes
+        )
+
+    @property
+    def nats(self) -> float:
+        """Nats per token."""
+        return self.total_nats / self.n_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """How many equally likely tokens the model hesitates between."""
+        return math.exp(self.nats)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """What compares across tokenizers: bits per byte of the text, not per token."""
+        return self.total_nats / (math.log(2) * self.n_bytes)
+
+
+@torch.no_grad()
+def likelihood(
+    model: nn.Module,
+    corpus: Corpus,
+    split: str,
+    *,
+    window: int,
+    batch: int,
+    max_windows: int | None,
+    device: Device,
+    loss: Loss,
+) -> Likelihood:
+    """How well ``model`` predicts the documents of a split, each window read from a fresh memory.
+
+    Every token but the first of a document is predicted once.
+    max_windows: read that many, evenly spread over the split and the same ones every time; None reads all.
+    """
+    parts = []
+    for held in held_out(corpus, split, window=window, batch=batch, max_windows=max_windows):
+        tokens_bt, targets_bt = device.move(held.tokens_bt, held.targets_bt)
+        with device.autocast():
+            logits_bto, _ = model(tokens_bt, None)
+        parts.append(Likelihood(float(loss(logits_bto, targets_bt)), held.n_targets, held.n_bytes))
+    return reduce(add, parts)

@@ -1,0 +1,44 @@
+"""The loss of a run as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from meristem.errors import MissingExtra
+
+Point = tuple[int, float]
+"""Tokens read, and bits per byte there."""
+
+
+def draw_loss(
+    path: Path, training: Sequence[Point], held_out: Sequence[Point], baselines: Sequence[tuple[str, float]]
+) -> None:
+    """Write the two curves over tokens as a PNG, with the compressors as level lines."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as cause:
+        raise MissingExtra(
+            f"matplotlib is not installed, so {path.name} cannot be drawn. Run: pip install 'meristem[plot]'",
+            extra="plot",
+        ) from cause
+    # Figure and canvas without pyplot: no global state, no display, nothing left behind.
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*_columns(training), linewidth=0.8, alpha=0.6, label="training batches")
+    axes.plot(*_columns(held_out), marker="o", markersize=4, label="held-out text")
+    for number, (name, bits_per_byte) in enumerate(baselines):
+        axes.axhline(bits_per_byte, linewidth=0.8, linestyle="--", color=f"C{2 + number}", label=name)
+    axes.set_xlabel("tokens read")
+    axes.set_ylabel("bits per byte")
+    axes.set_ylim(0, _top(training))
+    axes.legend(fontsize="small")
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[int], list[float]]:
+    return [tokens for tokens, _ in points], [bits for _, bits in points]
+
+
+def _top(training: Sequence[Point]) -> float:
+    """Bytes cost at most 8 bits each; a start above that would flatten the rest of the picture."""
+    return min(8.5, max([bits for _, bits in training], default=8.0) * 1.05)

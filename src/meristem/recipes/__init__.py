@@ -1,0 +1,1 @@
+"""Whole jobs, each reading top to bottom."""

@@ -1,0 +1,104 @@
+"""The whole tree of settings, and the rules that hold between its parts."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final, Self
+
+from pydantic import Field, model_validator
+
+from meristem.checkpoint.part import CheckpointPart
+from meristem.config import Loaded, Part, load
+from meristem.data.part import DataPart, TokenizerPart
+from meristem.device.part import DevicePart
+from meristem.errors import ConflictingKeys
+from meristem.evaluate.part import EvaluatePart
+from meristem.models.part import ModelPart
+from meristem.nn.part import MemoryPart
+from meristem.optim.part import OptimPart, SchedulePart
+from meristem.sinks.part import SinksPart
+from meristem.train.part import TrainPart
+
+MEASURED: Final = ("val/bits_per_byte", "val/nats")
+"""What an evaluation during training gives, by the names that checkpoints are ranked by."""
+
+
+class RunPart(Part):
+    """What a run is called, where it stands, and what its random numbers come from."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the run")
+    root: Path = Field(default=Path("runs"), description="directory in which runs get their own")
+    random_seed: int = Field(default=0, ge=0, description="from which every random stream of the run derives")
+    deterministic: bool = Field(default=False, description="refuse operations whose result may differ between runs")
+
+
+class Config(Part):
+    """Everything that can be set. Each part stands beside the code that reads it."""
+
+    run: RunPart = RunPart()
+    device: DevicePart = DevicePart()
+    tokenizer: TokenizerPart = TokenizerPart()
+    data: DataPart = DataPart()
+    model: ModelPart = ModelPart()
+    memory: MemoryPart = MemoryPart()
+    optim: OptimPart = OptimPart()
+    schedule: SchedulePart = SchedulePart()
+    train: TrainPart = TrainPart()
+    evaluate: EvaluatePart = EvaluatePart()
+    checkpoint: CheckpointPart = CheckpointPart()
+    sinks: SinksPart = SinksPart()
+
+    @model_validator(mode="after")
+    def _model_fits_its_text(self) -> Self:
+        if "window" in self.model.reads and self.data.window > self.model.window:
+            raise ConflictingKeys(
+                f"data.window is {self.data.window}, but model '{self.model.name}' sees at most model.window="
+                f"{self.model.window} tokens. Lower data.window, or raise model.window.",
+                path="data.window",
+                value=self.data.window,
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_fits_its_model(self) -> Self:
+        has_memory = "mixer" in self.model.reads and self.model.mixer != "attention"
+        if has_memory and self.model.width % self.memory.head_width:
+            raise ConflictingKeys(
+                f"model.width {self.model.width} does not divide into memories of memory.head_width "
+                f"{self.memory.head_width}. Set memory.head_width to a divisor of the width.",
+                path="memory.head_width",
+                value=self.memory.head_width,
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_measured(self) -> Self:
+        if not self.data.validation:
+            raise ConflictingKeys(
+                "data.validation is 0: no text is left to evaluate on, and checkpoints could not be ranked. "
+                "Set it to 0.05 or so.",
+                path="data.validation",
+                value=self.data.validation,
+            )
+        if self.checkpoint.metric not in MEASURED:
+            raise ConflictingKeys(
+                f"checkpoint.metric is '{self.checkpoint.metric}', but training measures {' and '.join(MEASURED)}. "
+                "Choose one of these.",
+                path="checkpoint.metric",
+                value=self.checkpoint.metric,
+            )
+        return self
+
+
+def load_config(
+    preset_or_file: str, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ
+) -> Loaded[Config]:
+    """The tree of a preset, or of a YAML file, which is told by its ending or by a directory in its name."""
+    is_file = Path(preset_or_file).suffix in (".yaml", ".yml") or os.sep in preset_or_file
+    return load(
+        Config,
+        preset=None if is_file else preset_or_file,
+        file=Path(preset_or_file) if is_file else None,
+        environment=environment,
+        overrides=overrides,
+    )

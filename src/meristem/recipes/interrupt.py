@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM as a question that the loop asks between two steps."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """While this lasts, the first signal only makes the given question answer yes; the second does what it always did.
+
+    So the step in progress can end and be saved, and a run that hangs can still be stopped. Outside the main thread,
+    where Python takes no signals, the answer stays no.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    usual: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        _restore(usual)
+
+    for number in SIGNALS:
+        signal.signal(number, ask)
+    try:
+        yield asked.is_set
+    finally:
+        _restore(usual)
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        # A handler that was not set from Python cannot be set again from here.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,54 @@
+"""Where a run stands, as a value: it goes into the loop and comes out of every step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from meristem.data.stream import Cursor
+from meristem.memory.value import State
+from meristem.train.part import TrainPart
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Everything of a run besides weights and moments.
+
+    seconds_used: time spent in training steps; preparing, evaluating and saving do not count.
+    n_nonfinite, n_nonfinite_in_row: skipped steps, in all and without a good one since.
+    memory: what the model carries from window to window when each batch goes on where the last one ended, else None.
+    """
+
+    cursor: Cursor
+    step: int = 0
+    tokens: int = 0
+    seconds_used: float = 0.0
+    n_nonfinite: int = 0
+    n_nonfinite_in_row: int = 0
+    memory: State | None = None
+
+    def share(self, part: TrainPart) -> float:
+        """How much of the run is done, from 0: in steps if these are limited, else in tokens, else in seconds."""
+        if part.steps is not None:
+            return self.step / part.steps
+        if part.tokens is not None:
+            return self.tokens / part.tokens
+        return self.seconds_used / part.budget if part.budget is not None else 0.0
+
+    def is_over(self, part: TrainPart) -> bool:
+        """Some limit is reached."""
+        reached = ((self.step, part.steps), (self.tokens, part.tokens), (self.seconds_used, part.budget))
+        return any(limit is not None and used >= limit for used, limit in reached)
+
+    def to_json(self) -> dict[str, object]:
+        """The plain values; the memory is tensors and is saved beside them."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds_used": self.seconds_used,
+            "n_nonfinite": self.n_nonfinite,
+            "n_nonfinite_in_row": self.n_nonfinite_in_row,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], cursor: Cursor, memory: State | None) -> "Progress":
+        return replace(cls(cursor=cursor, memory=memory), **values)

@@ -1,0 +1,271 @@
+"""The loop: exact accumulation, clipping, limits, and what a bad step leaves behind."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from meristem.data.corpus import Corpus
+from meristem.data.part import DataPart, TokenizerPart
+from meristem.data.prepare import prepare
+from meristem.data.stream import IGNORED, Batch, Cursor, Stream
+from meristem.device.part import DevicePart
+from meristem.device.resolve import resolve
+from meristem.errors import NonFinite
+from meristem.events import silent
+from meristem.models.build import build
+from meristem.models.part import ModelPart
+from meristem.nn.part import MemoryPart
+from meristem.optim.groups import build as build_optimizer
+from meristem.optim.part import OptimPart
+from meristem.train import loop
+from meristem.train.loop import Step, steps
+from meristem.train.part import TrainPart
+from meristem.train.progress import Progress
+
+DEVICE = resolve(DevicePart(name="cpu", compute="fp32", threads=1), silent)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    place: Path = tmp_path_factory.mktemp("text")
+    text = place / "text.txt"
+    text.write_text("".join(f"{number} squared is {number * number}, and so on.\n" for number in range(400)))
+    return prepare(DataPart(source=str(text), root=place), TokenizerPart())
+
+
+def stream_of(corpus: Corpus, *, batch: int, order: str = "shuffled") -> Stream:
+    return Stream(corpus, "train", window=13, batch=batch, order=order, random_seed=5)  # type: ignore[arg-type]
+
+
+def tiny() -> nn.Module:
+    return build(ModelPart(name="chargru", width=11, n_layers=2), MemoryPart(), 256, random_seed=1)
+
+
+def run(
+    model: nn.Module, stream: Stream, part: TrainPart, *, clip: float | None = 1.0, start: Progress | None = None
+) -> list[Step]:
+    optimizer = build_optimizer(model, OptimPart(rate=0.01))
+    start = start or Progress(cursor=stream.start())
+    schedule: Callable[[float], float] = lambda share: 1 - share / 2  # noqa: E731
+    made = steps(model, stream, optimizer, schedule, part=part, clip=clip, device=DEVICE, start=start)
+    return list(made)
+
+
+def limit(**settings: object) -> TrainPart:
+    return TrainPart.model_validate({"budget": None, **settings})
+
+
+class Ragged:
+    """A stream whose batches predict differently many targets: only the first of each row count in some."""
+
+    def __init__(self, stream: Stream, kept: list[int]) -> None:
+        self.stream, self.kept = stream, kept
+
+    def next(self, cursor: Cursor) -> tuple[Batch, Cursor]:
+        n_kept = self.kept[cursor.position % len(self.kept)]
+        batch, after = self.stream.next(cursor)
+        targets_bt = batch.targets_bt.clone()
+        targets_bt[:, n_kept:] = IGNORED
+        return replace(batch, targets_bt=targets_bt, n_targets=batch.targets_bt[:, :n_kept].numel()), after
+
+
+def gradient(model: nn.Module, tokens_bt: Tensor, targets_bt: Tensor) -> dict[str, Tensor]:
+    """The gradient of the mean over all kept targets, in one piece and in float64."""
+    model = copy.deepcopy(model).double()
+    logits_bto, _ = model(tokens_bt)
+    loss = nn.functional.cross_entropy(logits_bto.flatten(0, 1), targets_bt.flatten(), ignore_index=IGNORED)
+    return dict(
+        zip(
+            (name for name, _ in model.named_parameters()),
+            torch.autograd.grad(loss, list(model.parameters())),
+            strict=True,
+        )
+    )
+
+
+def test_accumulation_is_exact(corpus):
+    """Three ragged batches of 2 rows give the gradient of their 6 rows in one piece, each target counting the same."""
+    stream = Ragged(stream_of(corpus, batch=2), kept=[13, 4, 1])
+    model, seen = tiny(), {}
+    cursor, rows = stream.stream.start(), []
+    for _ in range(3):
+        batch, cursor = stream.next(cursor)
+        rows.append(batch)
+    tokens_bt = torch.cat([batch.tokens_bt for batch in rows])
+    wanted = gradient(model, tokens_bt, torch.cat([batch.targets_bt for batch in rows]))
+    optimizer = build_optimizer(model, OptimPart())
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
+    )
+    progress = Progress(cursor=stream.stream.start())
+    part = limit(steps=1, accumulate=3)
+    (step,) = steps(model, stream, optimizer, lambda _: 1.0, part=part, clip=None, device=DEVICE, start=progress)
+    assert step.n_targets == 2 * (13 + 4 + 1)
+    for name, gradient_found in seen.items():
+        torch.testing.assert_close(gradient_found.double(), wanted[name], rtol=0, atol=1e-6)
+
+
+def test_norm_is_measured_before_clipping(corpus):
+    """The norm told is that of the gradient, whatever it is cut to."""
+    norms = [run(tiny(), stream_of(corpus, batch=3), limit(steps=1), clip=clip)[0].grad_norm for clip in (None, 1e-3)]
+    assert norms[0] == norms[1] and norms[0] > 1e-2
+
+
+def test_clipping_bounds_the_gradient(corpus):
+    model, norms = tiny(), []
+    optimizer = build_optimizer(model, OptimPart())
+    optimizer.register_step_pre_hook(
+        lambda *_: norms.append(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+    )
+    stream = stream_of(corpus, batch=3)
+    start = Progress(cursor=stream.start())
+    list(steps(model, stream, optimizer, lambda _: 1.0, part=limit(steps=3), clip=0.01, device=DEVICE, start=start))
+    assert max(norms) <= 0.01 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("limits", [{"steps": 6}, {"tokens": 6 * 3 * 13}, {"tokens": 5 * 3 * 13 + 1}])
+def test_limits_agree(corpus, limits):
+    """Six steps, their tokens, and one token more than five steps have: the same six losses."""
+    by_steps = run(tiny(), stream_of(corpus, batch=3), limit(steps=6))
+    made = run(tiny(), stream_of(corpus, batch=3), limit(**limits))
+    assert [step.progress.step for step in made] == [1, 2, 3, 4, 5, 6]
+    if limits != {"tokens": 5 * 3 * 13 + 1}:
+        assert [step.loss_nats for step in made] == [step.loss_nats for step in by_steps]
+
+
+class Slow(nn.Module):
+    """A model that takes a second of its own clock for every call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.inner, self.now_s = tiny(), 100.0
+        monkeypatch.setattr(loop.time, "perf_counter", lambda: self.now_s)
+
+    def forward(self, tokens_bt, state=None):
+        self.now_s += 1
+        return self.inner(tokens_bt, state)
+
+
+def test_budget_ends_the_run(corpus, monkeypatch):
+    """The step in which the time runs out is the last; the schedule follows the share of time used before a step."""
+    made = run(Slow(monkeypatch), stream_of(corpus, batch=3), TrainPart(budget=6.5, accumulate=2))
+    assert [step.progress.seconds_used for step in made] == [2, 4, 6, 8]
+    assert [step.rate for step in made] == pytest.approx([0.01 * (1 - used / 6.5 / 2) for used in (0, 2, 4, 6)])
+
+
+def test_time_between_steps_is_not_charged(corpus, monkeypatch):
+    """Whoever consumes the steps may take his time: evaluating and saving do not use up the budget."""
+    model, stream = Slow(monkeypatch), stream_of(corpus, batch=3)
+    optimizer, start = build_optimizer(model, OptimPart()), Progress(cursor=stream.start())
+    part, n_steps = TrainPart(budget=3.5), 0
+    for _ in steps(model, stream, optimizer, lambda _: 1.0, part=part, clip=1.0, device=DEVICE, start=start):
+        model.now_s += 1000
+        n_steps += 1
+    assert n_steps == 4
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+@pytest.mark.parametrize("n_first", [1, 4])
+def test_going_on_from_progress_changes_nothing(corpus, order, n_first):
+    """Seven steps in one piece, or n and 7 - n with weights, moments and progress handed over: the same bits."""
+    stream = stream_of(corpus, batch=3, order=order)
+    whole = [step.loss_nats for step in run(tiny(), stream, limit(steps=7))]
+    model = tiny()
+    optimizer = build_optimizer(model, OptimPart(rate=0.01))
+    progress, losses = Progress(cursor=stream.start()), []
+    for n_until in (n_first, 7):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        made = steps(
+            model,
+            stream,
+            optimizer,
+            lambda share: 1 - share / 2,
+            part=limit(steps=7),
+            clip=1.0,
+            device=DEVICE,
+            start=progress,
+        )
+        for step in made:
+            progress = step.progress
+            losses.append(step.loss_nats)
+            if progress.step == n_until:
+                break
+    assert losses == whole
+
+
+def test_memory_is_carried_only_where_batches_go_on(corpus):
+    """Read in sequence, a later loss depends on what an earlier batch left; its gradient does not reach back there."""
+    stream = stream_of(corpus, batch=3, order="sequential")
+    carried = run(tiny(), stream, limit(steps=3))
+    fresh, progress = [], Progress(cursor=stream.start())
+    model = tiny()
+    optimizer = build_optimizer(model, OptimPart(rate=0.01))
+    for _ in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        part = limit(steps=3)
+        made = steps(
+            model,
+            stream,
+            optimizer,
+            lambda s: 1 - s / 2,
+            part=part,
+            clip=1.0,
+            device=DEVICE,
+            start=replace(progress, memory=None),
+        )
+        step = next(made)
+        progress = step.progress
+        fresh.append(step.loss_nats)
+    assert fresh[0] == carried[0].loss_nats
+    assert fresh[1] != carried[1].loss_nats
+
+
+class Poisoned(nn.Module):
+    """A model whose logits are not finite at the given calls."""
+
+    def __init__(self, bad_calls: set[int], value: float) -> None:
+        super().__init__()
+        self.inner, self.bad_calls, self.value, self.n_calls = tiny(), bad_calls, value, 0
+
+    def forward(self, tokens_bt, state=None):
+        logits_bto, state = self.inner(tokens_bt, state)
+        self.n_calls += 1
+        return (logits_bto * self.value if self.n_calls in self.bad_calls else logits_bto), state
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_step_changes_nothing(corpus, value):
+    """Weights, moments and step counters are to the bit those before it; it is counted and the run goes on."""
+    model = Poisoned({3}, value)
+    stream = stream_of(corpus, batch=3)
+    optimizer = build_optimizer(model, OptimPart(rate=0.01))
+    start, snapshots, counts = Progress(cursor=stream.start()), [], []
+    for step in steps(
+        model, stream, optimizer, lambda _: 1.0, part=limit(steps=4), clip=1.0, device=DEVICE, start=start
+    ):
+        moments = [tensor for held in optimizer.state.values() for tensor in held.values()]
+        snapshots.append([tensor.detach().clone() for tensor in (*model.parameters(), *moments)])
+        counts.append((step.progress.n_nonfinite, step.progress.n_nonfinite_in_row))
+    assert counts == [(0, 0), (0, 0), (1, 1), (1, 0)]
+    assert all(torch.equal(*pair) for pair in zip(snapshots[1], snapshots[2], strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(snapshots[2], snapshots[3], strict=True))
+
+
+def test_memory_of_a_bad_step_is_dropped(corpus):
+    """The window after it starts afresh, so that one bad number does not spoil the rest of the run."""
+    made = run(Poisoned({2}, math.nan), stream_of(corpus, batch=3, order="sequential"), limit(steps=3))
+    assert [step.progress.memory is None for step in made] == [False, True, False]
+
+
+def test_too_many_in_a_row_end_the_run(corpus):
+    with pytest.raises(NonFinite, match=r"not finite in 2 steps in a row, up to step 5; 2 end a run") as caught:
+        run(Poisoned({2, 4, 5}, math.nan), stream_of(corpus, batch=3), limit(steps=9, max_nonfinite=2))
+    assert caught.value.fields == {"step": 5, "count": 2}
