@@ -58,7 +58,7 @@ def test_missing_compiler_is_an_error(monkeypatch):
 
 @pytest.mark.compiled
 def test_compiled_blocks_agree(monkeypatch):
-    """The blocks are traced once for all, give the same outputs and gradients, and keep their parameter names."""
+    """Equal blocks are traced once, give the same outputs and gradients, and keep their parameter names."""
     graphs = []
 
     def backend(graph, _inputs):
@@ -75,7 +75,7 @@ def test_compiled_blocks_agree(monkeypatch):
     compile_blocks(compiled, DevicePart(compile=True), events.append)
     assert events[0].payload["compiled_blocks"] == 3
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-    hidden_bd = torch.randn(5, 3)
+    hidden_bd = torch.randn(5, 3, requires_grad=True)
     for model in (plain, compiled):
         model(hidden_bd).square().sum().backward()
     torch.testing.assert_close(compiled(hidden_bd), plain(hidden_bd))
