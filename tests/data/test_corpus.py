@@ -94,11 +94,12 @@ def test_a_change_while_it_is_read_is_seen(path, change):
     corpus = open_corpus(path)
     corpus.require_unchanged()
     file = path / "tokens.train.u16"
-    content = file.read_bytes()
+    content, status = file.read_bytes(), file.stat()
     if change == "cut":
         os.truncate(file, 100)
     elif change == "replaced":
         (path / "new").write_bytes(content)
+        os.utime(path / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
         os.replace(path / "new", file)
     elif change == "written":
         flip(file, 10)

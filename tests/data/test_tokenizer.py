@@ -15,6 +15,9 @@ TEXTS = [
     "Ein Baum wächst. 🌱🌿\r\nEin zweiter Baum wächst.\x00\n".encode() * 30,
 ]
 BPE = train_tokenizer(TokenizerPart(kind="bpe", vocab_size=300), TEXTS)
+SPACED = train_tokenizer(
+    TokenizerPart(kind="bpe", vocab_size=300), [b"a\n\n\n  b\n\n\tx1\n \n a's\r\n\r\n  b\n\n\n\na x1\n  b a\n" * 30]
+)
 EACH = pytest.mark.parametrize("tokenizer", [byte_tokenizer(), BPE], ids=["byte", "bpe"])
 
 any_text = st.text(max_size=200) | st.text(st.sampled_from("wäch🌱\r\n\0 \t\u2028Ba'"), max_size=200)
@@ -64,12 +67,12 @@ def test_ids_do_not_depend_on_what_was_encoded_before(tokenizer):
 @given(st.lists(st.sampled_from(["a", "  b", "\n", "\n\n", "\r\n", "'s", "x1", "\t", "ä", "\u2028"]), max_size=60))
 @settings(max_examples=100, deadline=None)
 def test_a_long_text_has_the_ids_of_the_whole(parts):
-    """Text is encoded in portions; where it is cut must not show."""
+    """Text is encoded in portions; where it is cut must not show, also where entries span lines."""
     text = "".join(parts)
-    whole = BPE.encode(text)
+    whole = SPACED.encode(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizers, "_PORTION", 3)
-        assert BPE.encode(text) == whole
+        assert SPACED.encode(text) == whole
 
 
 def test_training_twice_gives_the_same_bytes():
