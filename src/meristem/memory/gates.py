@@ -1,6 +1,6 @@
 """What the gate layer tells a rule about each token."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -26,8 +26,8 @@ class Gates:
     retain_bth: factor in (0, 1] by which old memory is kept; 1 keeps all.
     write_bth: write rate, >= 0.
     momentum_bth: in [0, 1); None where the rule has no momentum, which is not the same as 0.
-    log_retain_bth, log_momentum_bth: their logarithms, where the gate layer made those first; forms multiply many factors and
-    so prefer them. Left out, they are taken from the factors.
+    log_retain_bth, log_momentum_bth: their logarithms, where the gate layer made those first; forms multiply many
+    factors and so prefer them. Left out, they are taken from the factors.
     """
 
     retain_bth: Gate
@@ -58,7 +58,7 @@ class Gates:
     def to(self, dtype: torch.dtype) -> "Gates":
         """The same gates in another dtype."""
         present = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Gates(**{name: None if gate is None else gate.to(dtype) for name, gate in present.items()})
+        return replace(self, **{name: gate.to(dtype) for name, gate in present.items() if gate is not None})
 
     def log_retain(self) -> Gate:
         """log retain, floored at LOG_FLOOR."""

@@ -16,12 +16,14 @@ def hebbian() -> Rule:
 
 
 def delta() -> Rule:
-    """``M <- retain M - write (M k - v) k^T``: the delta rule measured at the old memory (Schlag 2102.11174, eq. 24)."""
+    """``M <- retain M - write (M k - v) k^T``: the delta rule measured at the old memory (Schlag 2102.11174, eq.
+    24)."""
     return Rule(structure=matrix(), bias=squared(), retention=decay(), update=plain())
 
 
 def gated_delta() -> Rule:
-    """``M <- retain M - write (retain M k - v) k^T``: decay first, then the delta rule (Gated DeltaNet 2412.06464, eq. 10)."""
+    """``M <- retain M - write (retain M k - v) k^T``: decay first, then the delta rule (Gated DeltaNet 2412.06464,
+    eq. 10)."""
     return Rule(structure=matrix(), bias=squared(), retention=decay(), update=plain(), probe="warm")
 
 

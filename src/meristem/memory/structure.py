@@ -34,9 +34,10 @@ class Structure(Protocol):
 
 
 class Matrix:
-    """One matrix per head: recall is ``M k``; the stored tensor is M transposed, so that keys contract its first axis."""
+    """One matrix per head: recall is ``M k``; the stored tensor is M transposed, so that keys contract its first
+    axis."""
 
-    weights = ("matrix_bhkv",)
+    weights: tuple[str, ...] = ("matrix_bhkv",)
     is_matrix: ClassVar[bool] = True
 
     def init(self, batch: int, heads: int, key_width: int, value_width: int, like: torch.Tensor) -> Memory:

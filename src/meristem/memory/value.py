@@ -1,27 +1,25 @@
 """The values that live between calls: nested dicts of tensors and host integers.
 
-A memory is the flat case, ``{"matrix_bhkv": ..., "matrix_momentum_bhkv": ...}``; the state of a layer or a model nests such
-dicts. Everything here is a plain function from value to value, so that saving, forking and moving a memory need no class.
+A memory is the flat case, ``{"matrix_bhkv": ..., "matrix_momentum_bhkv": ...}``; the state of a layer or a model
+nests such dicts. Everything here is a plain function from value to value, so that saving, forking and moving a memory
+need no class.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 
 Memory: TypeAlias = dict[str, torch.Tensor]
-State: TypeAlias = dict[str, "torch.Tensor | int | State"]
+# A leaf is a tensor or a host integer, everything else a nested state; mypy cannot follow a key to one of them.
+State: TypeAlias = dict[str, Any]
 
 
 def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], state: State) -> State:
     """The same state with ``change`` applied to every tensor; integers stay."""
-    return {name: _map(change, leaf) for name, leaf in state.items()}
-
-
-def _map(change: Callable[[torch.Tensor], torch.Tensor], leaf: torch.Tensor | int | State) -> torch.Tensor | int | State:
-    if isinstance(leaf, torch.Tensor):
-        return change(leaf)
-    return leaf if isinstance(leaf, int) else map_tensors(change, leaf)
+    flat = flatten(state)
+    return unflatten({name: change(leaf) if isinstance(leaf, torch.Tensor) else leaf for name, leaf in flat.items()})
 
 
 def detach(state: State) -> State:
@@ -63,3 +61,11 @@ def unflatten(flat: Mapping[str, torch.Tensor | int]) -> State:
 def size_bytes(state: State) -> int:
     """Bytes that the tensors of a state hold."""
     return sum(leaf.numel() * leaf.element_size() for leaf in flatten(state).values() if isinstance(leaf, torch.Tensor))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Where memories and gates are computed: outside any autocast, whose bfloat16 would drift within a hundred
+    tokens."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -12,10 +12,11 @@ from meristem.shapes import Hidden
 
 
 class MemoryAsGate(nn.Module):
-    """``o = RMSNorm(y) * sigmoid(RMSNorm(m) + b)``: attention y over a window, scaled per channel by what memory m recalls.
+    """``o = RMSNorm(y) * sigmoid(RMSNorm(m) + b)``: attention y over a window, scaled per channel by what memory m
+    recalls.
 
-    The paper's raw ``sigmoid(m)`` halves attention while the memory is empty. Here the bias b starts at +2, so the gate starts
-    open; both norms have learned gains (memory.md 5.4, ``normalised``).
+    The paper's raw ``sigmoid(m)`` halves attention while the memory is empty. Here the bias b starts at +2, so the
+    gate starts open; both norms have learned gains (memory.md 5.4, ``normalised``).
     """
 
     def __init__(self, width: int, part: MemoryPart, *, attention: Attention) -> None:

@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-import torch
 from torch import nn
 from torch.nn import functional
 
@@ -39,9 +38,9 @@ class Initial(nn.Module):
 class Recall(nn.Module):
     """What a memory answers to each token, after that token was written into it (memory.md 5.1, up to the read).
 
-    Queries, keys and values are linear in the hidden vector, mixed with the few tokens before by a short convolution, and
-    passed through SiLU; queries and keys have unit length, without which the surprise grows with the width and training ends
-    in NaN.
+    Queries, keys and values are linear in the hidden vector, mixed with the few tokens before by a short convolution,
+    and passed through SiLU; queries and keys have unit length, without which the surprise grows with the width and
+    training ends in NaN.
 
     State: the memory, float32 whatever the autocast, and the convolution's tail. A fresh memory is a learned parameter.
     """

@@ -1,16 +1,15 @@
-"""The ways to run a rule over a window. ``scan`` is the meaning; the others say which rules they take and how exact they are."""
+"""The ways to run a rule over a window. ``scan`` is the meaning; the others say which rules they take and how exact
+they are."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from meristem.errors import ConflictingKeys
 from meristem.memory.forms.exact_chunk import exact_chunk, refusals
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule, scan
-from meristem.memory.value import Memory
+from meristem.memory.value import Memory, full_precision
 from meristem.plugins import Registry
 from meristem.shapes import Keys, Queries, Values
 
@@ -90,8 +89,8 @@ def run(
 ) -> tuple[Values, Memory]:
     """Reads and the memory left behind, by the form of that name.
 
-    The memory keeps its own dtype, float32 unless the caller chose otherwise, and everything that touches it is computed in
-    it, whatever the autocast around this call: a coefficient in bfloat16 drifts within a hundred tokens.
+    The memory keeps its own dtype, float32 unless the caller chose otherwise, and everything that touches it is
+    computed in it, whatever the autocast around this call.
 
     Raises ConflictingKeys where the form cannot run the rule; the message names the forms that can.
     """
@@ -105,7 +104,7 @@ def run(
             reasons=reasons,
         )
     like = next(iter(memory.values()))
-    with torch.autocast(like.device.type, enabled=False):
+    with full_precision(like.device):
         return chosen.run(
             rule,
             memory,

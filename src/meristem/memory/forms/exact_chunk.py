@@ -5,8 +5,9 @@ The linear family (memory.md 3.1) is ``M_t = rho_t M_(t-1) + S_t``, ``S_t = mu_t
 residuals ``e`` obey one unit lower triangular system, linear in the memory that enters the chunk. The systems of all
 chunks are built and solved at once; what is left to do in order is one affine map of the memory per chunk.
 
-Source: the UT transform of DeltaNet (Yang 2406.06484, section 3) and Gated DeltaNet (2412.06464, section 3.3), with momentum
-added: the weight with which a write has reached the memory is the product of the two decays (memory.md 4.2, 4.3).
+Source: the UT transform of DeltaNet (Yang 2406.06484, section 3) and Gated DeltaNet (2412.06464, section 3.3), with
+momentum added: the weight with which a write has reached the memory is the product of the two decays (memory.md 4.2,
+4.3).
 """
 
 from dataclasses import dataclass

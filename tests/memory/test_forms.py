@@ -1,0 +1,217 @@
+"""Whatever the form, what is read back and the memory left behind are those of the plain scan."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memory.inputs import Window, variants, window
+from meristem.errors import ConflictingKeys
+from meristem.memory import Gates, Rule, named, run, scan
+from meristem.memory.bias import squared
+from meristem.memory.forms import accepting, forms
+from meristem.memory.named import rules
+from meristem.memory.retention import decay
+from meristem.memory.structure import matrix
+from meristem.memory.update import momentum
+
+PAIRS = [(name, form) for name in rules.names() for form in accepting(named(name))]
+EXACT = [(name, form) for name, form in PAIRS if forms.get(form).is_exact]
+
+
+def outcome(rule: Rule, inputs: Window, form: str, chunk: int) -> dict[str, Tensor]:
+    """Reads, memory left behind, and the gradient of a loss that weighs every number of both differently."""
+    inputs = inputs.tracked()
+    read_bthv, memory = run(rule, *inputs.arguments(), form=form, chunk=chunk)
+    results = {"read": read_bthv} | memory
+    loss = sum(
+        (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x).add(0.1 * index)).sum()
+        for index, x in enumerate(results.values())
+    )
+    gradients = torch.autograd.grad(loss, list(inputs.leaves().values()), allow_unused=True)
+    named_gradients = {f"d {name}": g for name, g in zip(inputs.leaves(), gradients, strict=True) if g is not None}
+    return {name: x.detach() for name, x in results.items()} | named_gradients
+
+
+@pytest.mark.parametrize("name, form", EXACT)
+@pytest.mark.parametrize("n_time, chunk", [(1, 64), (7, 3), (33, 8), (64, 16), (67, 64)])
+def test_form_agrees_with_scan(name: str, form: str, n_time: int, chunk: int) -> None:
+    for rule in variants(named(name)):
+        inputs = window(rule, n_time)
+        torch.testing.assert_close(
+            outcome(rule, inputs, form, chunk), outcome(rule, inputs, "scan", chunk), rtol=0, atol=1e-10
+        )
+
+
+@pytest.mark.parametrize("name", rules.names())
+def test_gradients_agree_with_finite_differences(name: str) -> None:
+    """Independent of autograd through scan: the written-out backward pass against differences, in float64."""
+    rule = named(name)
+    inputs = window(rule, 7, batch=1).tracked()
+
+    def read(*leaves: Tensor) -> tuple[Tensor, ...]:
+        fresh = dict(zip(inputs.leaves(), leaves, strict=True))
+        memory = {key: fresh[key] for key in inputs.memory}
+        gates = Gates(**{key: fresh.get(key) for key in vars(inputs.gates)})
+        read_bthv, after = run(
+            rule, memory, fresh["keys"], fresh["values"], fresh["queries"], gates, form="exact_chunk", chunk=3
+        )
+        return read_bthv, *after.values()
+
+    assert torch.autograd.gradcheck(read, tuple(inputs.leaves().values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("name, form", PAIRS)
+@pytest.mark.parametrize("cuts", [[1], [13], [5, 6, 29]])
+def test_a_window_may_be_cut_anywhere(name: str, form: str, cuts: list[int]) -> None:
+    rule = named(name)
+    whole = window(rule, 37)
+    read_bthv, memory_after = run(rule, *whole.arguments(), form=form, chunk=8)
+    memory, reads = whole.memory, []
+    for start, stop in itertools.pairwise([0, *cuts, 37]):
+        read, memory = run(rule, *whole.cut(start, stop, memory).arguments(), form=form, chunk=8)
+        reads.append(read)
+    torch.testing.assert_close(torch.cat(reads, dim=1), read_bthv, rtol=0, atol=1e-10)
+    torch.testing.assert_close(memory, memory_after, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name, form", PAIRS)
+def test_no_read_depends_on_a_later_token(name: str, form: str) -> None:
+    rule = named(name)
+    inputs, other = window(rule, 23), window(rule, 23, random_seed=1)
+    read_bthv, _ = run(rule, *inputs.arguments(), form=form, chunk=8)
+    for n_same in (1, 7, 8, 19):
+        mixed = {
+            key: torch.cat([x[:, :n_same], other.leaves()[key][:, n_same:]], 1) for key, x in inputs.leaves().items()
+        }
+        gates = Gates(**{key: mixed.get(key) for key in vars(inputs.gates)})
+        changed_bthv, _ = run(
+            rule, inputs.memory, mixed["keys"], mixed["values"], mixed["queries"], gates, form=form, chunk=8
+        )
+        torch.testing.assert_close(changed_bthv[:, :n_same], read_bthv[:, :n_same], rtol=0, atol=1e-12)
+        assert (changed_bthv[:, n_same:] - read_bthv[:, n_same:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name, form", PAIRS)
+def test_rows_of_a_batch_never_meet(name: str, form: str) -> None:
+    """Turning the rows turns reads and memory with them, and nothing else."""
+    rule = named(name)
+    inputs = window(rule, 19, batch=3)
+    turned = {key: x.roll(1, dims=0) for key, x in inputs.leaves().items()}
+    gates = Gates(**{key: turned.get(key) for key in vars(inputs.gates)})
+    memory = {key: turned[key] for key in inputs.memory}
+    read_bthv, after = run(rule, *inputs.arguments(), form=form, chunk=8)
+    turned_bthv, turned_after = run(
+        rule, memory, turned["keys"], turned["values"], turned["queries"], gates, form=form, chunk=8
+    )
+    torch.testing.assert_close(turned_bthv, read_bthv.roll(1, dims=0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(turned_after, {key: x.roll(1, dims=0) for key, x in after.items()}, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name, form", EXACT)
+def test_float32_stays_close_to_the_truth(name: str, form: str) -> None:
+    """Inside the stability limits an exact form loses no more to rounding than a few units of float32 per chunk."""
+    rule = named(name)
+    inputs = window(rule, 256)
+    truth_bthv, _ = scan(rule, *inputs.arguments())
+    single = Window(
+        memory={key: x.float() for key, x in inputs.memory.items()},
+        keys_bthk=inputs.keys_bthk.float(),
+        values_bthv=inputs.values_bthv.float(),
+        queries_bthk=inputs.queries_bthk.float(),
+        gates=inputs.gates.to(torch.float32),
+    )
+    plain_bthv, _ = scan(rule, *single.arguments())
+    read_bthv, _ = run(rule, *single.arguments(), form=form)
+    scale = truth_bthv.abs().max()
+    allowed = max(2 * (plain_bthv - truth_bthv).abs().max(), 4e-6 * scale)
+    assert (read_bthv - truth_bthv).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name, form", PAIRS)
+def test_memory_keeps_its_dtype_under_autocast(name: str, form: str) -> None:
+    rule = named(name)
+    inputs = window(rule, 11, dtype=torch.float32)
+    read_bthv, memory = run(rule, *inputs.arguments(), form=form, chunk=4)
+    low = Window(
+        memory=inputs.memory,
+        keys_bthk=inputs.keys_bthk.bfloat16().float(),
+        values_bthv=inputs.values_bthv,
+        queries_bthk=inputs.queries_bthk,
+        gates=inputs.gates,
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        cast_bthv, cast_memory = run(rule, *inputs.arguments(), form=form, chunk=4)
+        from_low_bthv, _ = run(
+            rule, low.memory, low.keys_bthk.bfloat16(), low.values_bthv, low.queries_bthk, low.gates, form=form, chunk=4
+        )
+    torch.testing.assert_close(cast_bthv, read_bthv, rtol=0, atol=0)
+    torch.testing.assert_close(cast_memory, memory, rtol=0, atol=0)
+    assert from_low_bthv.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", rules.names())
+def test_no_tensor_of_time_times_key_times_value(name: str) -> None:
+    """Neither forward nor backward makes a tensor that holds a matrix per token; a window is worth having only
+    without."""
+    rule = named(name)
+    n_time, chunk = 96, 8
+    inputs = window(rule, n_time).tracked()
+    per_head = inputs.keys_bthk.shape[-1] * inputs.values_bthv.shape[-1]
+    limit = inputs.keys_bthk.shape[0] * inputs.keys_bthk.shape[2] * n_time * per_head
+
+    class Largest(TorchDispatchMode):
+        n_elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            for x in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(x, Tensor):
+                    self.n_elements = max(self.n_elements, x.numel())
+            return result
+
+    def largest(form: str) -> int:
+        with Largest() as mode:
+            read_bthv, _ = run(rule, *inputs.arguments(), form=form, chunk=chunk)
+            read_bthv.sum().backward()
+        return mode.n_elements
+
+    assert largest("exact_chunk") < limit
+    kept = list(_graph(run(rule, *inputs.arguments(), form="exact_chunk", chunk=chunk)[0]))
+    assert kept and max(kept) < limit
+    # The law can fail: scan under autograd keeps one memory per token.
+    assert sum(_graph(run(rule, *inputs.arguments(), form="scan")[0])) > limit
+
+
+def _graph(result: Tensor) -> list[int]:
+    """Sizes of all tensors that the autograd graph behind ``result`` keeps."""
+    sizes, seen, waiting = [], set(), [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        saved += list(getattr(node, "saved_tensors", ()))
+        sizes += [x.numel() for x in saved if isinstance(x, Tensor)]
+        waiting += [following for following, _ in node.next_functions]
+    return sizes
+
+
+def test_a_form_that_cannot_run_a_rule_says_why_and_names_those_that_can() -> None:
+    class Absolute:
+        slope = None
+
+        def gradient(self, recalled_bhv: Tensor, value_bhv: Tensor) -> Tensor:
+            return (recalled_bhv - value_bhv).sign()
+
+    rule = Rule(structure=matrix(), bias=Absolute(), retention=decay(), update=momentum())
+    inputs = window(rule, 5)
+    with pytest.raises(ConflictingKeys, match="bias is not affine in what is recalled. Forms that can: scan"):
+        run(rule, *inputs.arguments(), form="exact_chunk")
+    auto, _ = run(rule, *inputs.arguments())
+    torch.testing.assert_close(auto, scan(rule, *inputs.arguments())[0])
+    linear = Rule(structure=matrix(), bias=squared(), retention=decay(), update=momentum())
+    assert accepting(linear) == ["exact_chunk", "scan"]
