@@ -55,7 +55,7 @@ cuda_packages() {
     .venv/bin/python - <<'PY'
 import json
 names = [item["metadata"]["name"].lower() for item in json.load(open(".venv/torch.json"))["install"]]
-print("\n".join(name for name in names if name.startswith(("nvidia", "cuda", "triton"))))
+print("\n".join(name for name in sorted(names) if name.startswith(("nvidia", "cuda", "triton"))))
 PY
 }
 
