@@ -1,7 +1,7 @@
 """The exact chunk form: a window at the speed of matrix products, with the per-token meaning of ``scan``.
 
 The linear family (memory.md 3.1) is ``M_t = rho_t M_(t-1) + S_t``, ``S_t = mu_t S_(t-1) - theta_t e_t k_t^T``,
-``e_t = M_(t-1) p_t - v_t``, where the probe ``p`` is the key, what retention leaves of it, or nothing. Inside a chunk the
+``e_t = M_(t-1) p_t - v_t``, where the probe ``p`` is the key, what retention leaves of it, or nothing. In a chunk the
 residuals ``e`` obey one unit lower triangular system, linear in the memory that enters the chunk. The systems of all
 chunks are built and solved at once; what is left to do in order is one affine map of the memory per chunk.
 

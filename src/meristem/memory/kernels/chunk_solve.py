@@ -33,19 +33,9 @@ class ChunkSolve(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        key_nhck: Tensor,
-        value_nhcv: Tensor,
-        query_nhck: Tensor,
-        inner_nhcs: Tensor | None,
-        outer_nhcs: Tensor,
-        probe_nhcl: Tensor | None,
-        sight_nhcl: Tensor,
-        arriving_nhcl: Tensor,
-        carried_nhll: Tensor,
-        first_hkv: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        key_nhck, value_nhcv, query_nhck, inner_nhcs, outer_nhcs, *weights, first_hkv = inputs
+        probe_nhcl, sight_nhcl, arriving_nhcl, carried_nhll = weights
         arriving_nhck = spread(arriving_nhcl, key_nhck)
         inverse_nhcs, probe_nhck = None, None
         if inner_nhcs is not None and probe_nhcl is not None:
@@ -62,8 +52,8 @@ class ChunkSolve(torch.autograd.Function):
         entering_nhkv, new_nhcv = torch.stack(entering), torch.stack(news)
         mixing_nhcs = (query_nhck @ key_nhck.mT) * outer_nhcs
         read_nhcv = add_product(mixing_nhcs @ new_nhcv, spread(sight_nhcl, query_nhck), entering_nhkv)
-        weights = inner_nhcs, outer_nhcs, probe_nhcl, sight_nhcl, arriving_nhcl, carried_nhll
-        ctx.save_for_backward(key_nhck, query_nhck, new_nhcv, inverse_nhcs, entering_nhkv, *weights)
+        made = new_nhcv, inverse_nhcs, entering_nhkv
+        ctx.save_for_backward(key_nhck, query_nhck, *made, inner_nhcs, outer_nhcs, *weights)
         return read_nhcv, passing_hkv
 
     @staticmethod
