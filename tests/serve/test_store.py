@@ -12,7 +12,7 @@ from meristem.serve import store
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "ada.session"
-    tensors = {"state.layer.matrix_bhkv": torch.randn(1, 3, 5, 7), "state.tail_btd": torch.randn(1, 2, 11).bfloat16()}
+    tensors = {"state.layer.matrix_bhkv": torch.randn(1, 2, 3, 5), "state.tail_btd": torch.randn(1, 2, 7).bfloat16()}
     store.write(path, tensors, {"name": "Ada \N{SNOWMAN}", "n_tokens": 13, "integers": {"layer.position": 13}})
     return path, tensors
 

@@ -59,8 +59,8 @@ def chat(
 
     \b
     Examples:
-      meristem chat runs/book
-      printf 'My name is Ada.\\n/memory\\n' | meristem chat runs/book --json
+      meristem chat runs/latest
+      printf 'My name is Ada.\\n/memory\\n' | meristem chat runs/latest --json
     """
     session = open_session(checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     talk = _Talk({"main": session}, {"main": []}, "main")

@@ -22,7 +22,7 @@ def ls(run: Run, as_json: Json = False) -> None:
 
     \b
     Example:
-      meristem checkpoint ls runs/book
+      meristem checkpoint ls runs/latest
     """
     from meristem.checkpoint.store import entries
 
@@ -40,7 +40,7 @@ def show(checkpoint: Place, as_json: Json = False) -> None:
 
     \b
     Example:
-      meristem checkpoint show runs/book
+      meristem checkpoint show runs/latest
     """
     from meristem.checkpoint.store import find
 
@@ -53,7 +53,7 @@ def verify(checkpoint: Place, as_json: Json = False) -> None:
 
     \b
     Example:
-      meristem checkpoint verify runs/book/checkpoints/step-00000500
+      meristem checkpoint verify runs/latest/checkpoints/step-00000500
     """
     from meristem.checkpoint import store
 
@@ -94,8 +94,8 @@ def pin(
 
     \b
     Examples:
-      meristem checkpoint pin runs/book/checkpoints/step-00000500
-      meristem checkpoint pin runs/book/checkpoints/step-00000500 --remove
+      meristem checkpoint pin runs/latest/checkpoints/step-00000500
+      meristem checkpoint pin runs/latest/checkpoints/step-00000500 --remove
     """
     from meristem.checkpoint import store
 
@@ -120,7 +120,7 @@ def prune(
 
     \b
     Example:
-      meristem checkpoint prune runs/book --last 1 --best 1
+      meristem checkpoint prune runs/latest --last 1 --best 1
     """
     from meristem.checkpoint import retention
     from meristem.checkpoint.run import RunLock

@@ -172,7 +172,7 @@ def inspect(
 
     \b
     Example:
-      meristem data tokenizer inspect runs/book
+      meristem data tokenizer inspect runs/latest
     """
     tokenizer = _tokenizer(place)
     entries = sorted(tokenizer.tokens, key=len, reverse=True)[:longest]
@@ -196,7 +196,7 @@ def encode(
 
     \b
     Example:
-      meristem data tokenizer encode runs/book "Call me Ishmael."
+      meristem data tokenizer encode runs/latest "Call me Ishmael."
     """
     ids = _tokenizer(place).encode(sys.stdin.read() if text is None else text)
     answer(ids, as_json, lambda ids: [" ".join(map(str, ids))])
@@ -212,6 +212,6 @@ def decode(
 
     \b
     Example:
-      meristem data tokenizer decode runs/book 72 105
+      meristem data tokenizer decode runs/latest 72 105
     """
     answer(_tokenizer(place).decode(ids), as_json, lambda text: [text])

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 import typer
 
 from meristem.cli.answer import Json, answer, columns, size
+from meristem.errors import CapabilityError
 
 
 class Item(NamedTuple):
@@ -62,6 +63,23 @@ def _torch(run_root: Path) -> Iterator[Item]:
     yield Item("threads", "ok", f"{torch.get_num_threads()} for torch, {os.cpu_count()} processors")
 
 
+def _devices(run_root: Path) -> Iterator[Item]:
+    import torch
+
+    from meristem.device.resolve import DTYPES, available, probe
+
+    for name in available():
+        failed = {}
+        for dtype_name, dtype in DTYPES.items():
+            try:
+                probe(torch.device(name), torch.float32, dtype)
+            except CapabilityError as error:
+                failed[dtype_name] = str(error.fields["reason"])
+        working = ", ".join(dtype_name for dtype_name in DTYPES if dtype_name not in failed)
+        reasons = "".join(f"; no {dtype_name}: {reason}" for dtype_name, reason in failed.items())
+        yield Item(f"device {name}", "fail" if "fp32" in failed else "ok", f"computes in {working}{reasons}")
+
+
 def _room(run_root: Path) -> Iterator[Item]:
     import psutil
 
@@ -103,7 +121,7 @@ def _extras(run_root: Path) -> Iterator[Item]:
     for line in requires("meristem") or ():
         extra = re.search(r"""extra == ["']([\w-]+)["']""", line)
         package = re.match(r"[\w.-]+", line)
-        if package is None or (extra and extra[1] in ("test", "lint")):
+        if package is None or package[0] == "torch" or (extra and extra[1] in ("test", "lint")):
             continue
         try:
             yield Item(package[0], "ok", version(package[0]) + (f" (extra {extra[1]})" if extra else ""))
@@ -135,4 +153,4 @@ def _tokenizers(run_root: Path) -> Iterator[Item]:
         yield Item(f"tokenizer {kind}", "ok" if is_lossless else "fail", detail)
 
 
-_LOOKS = (_python, _torch, _room, _clock, _extras, _plugins, _tokenizers)
+_LOOKS = (_python, _torch, _devices, _room, _clock, _extras, _plugins, _tokenizers)

@@ -22,6 +22,6 @@ def evaluate(
 
     \b
     Examples:
-      meristem eval runs/book --suite likelihood
-      meristem eval runs/book data.source=other.txt --json
+      meristem eval runs/latest --suite likelihood
+      meristem eval runs/latest data.source=other.txt --json
     """

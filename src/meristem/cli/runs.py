@@ -52,7 +52,7 @@ def show(run: Run, as_json: Json = False) -> None:
 
     \b
     Example:
-      meristem runs show runs/book
+      meristem runs show runs/latest
     """
     from meristem.checkpoint import run as runs
     from meristem.sinks.records import history
@@ -108,7 +108,7 @@ def export(
 
     \b
     Example:
-      meristem runs export runs/book --out book.csv
+      meristem runs export runs/latest --out book.csv
     """
     from meristem.checkpoint.files import write_atomic
     from meristem.sinks.records import history

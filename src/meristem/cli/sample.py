@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meristem.cli.answer import Json, json_line
+from meristem.cli.answer import Json, json_line, tell
 from meristem.errors import WrongValue
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def open_session(checkpoint: Path, *, temperature: float, top_k: int, top_p: flo
     from meristem.serve.session import Session
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    loaded = load(checkpoint)
+    loaded = load(checkpoint, tell)
     return Session(loaded.model, loaded.tokenizer, sampling=sampling, random_seed=seed)
 
 
@@ -53,8 +53,8 @@ def sample(
 
     \b
     Examples:
-      meristem sample runs/book --prompt "def main(" --max-tokens 200
-      head -c 500 book.txt | meristem sample runs/book --stdin --temperature 0.5
+      meristem sample runs/latest --prompt "def main(" --max-tokens 200
+      head -c 500 book.txt | meristem sample runs/latest --stdin --temperature 0.5
     """
     if prompt and from_stdin:
         raise WrongValue("both --prompt and --stdin were given. Leave one of them out.")

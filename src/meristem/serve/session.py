@@ -4,12 +4,13 @@ A session reads text through the model's one forward and keeps the state that co
 knows of the past is in that state, whose size does not grow, and so the time per token does not grow either.
 """
 
+import math
 import time
 import uuid
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from meristem.data.tokenizer import Tokenizer
 from meristem.device.random import stream as random_stream
 from meristem.errors import CheckpointMismatch, WrongValue
-from meristem.memory.value import State, flatten, size_bytes, unflatten
+from meristem.memory.value import Memory, State, flatten, size_bytes, unflatten
 from meristem.models.generate import Sampling, choose
+from meristem.nn.memory import Recall
 from meristem.serve import store
 from meristem.train.loss import cross_entropy
 
@@ -40,6 +42,22 @@ class Turn:
     n_tokens: int
     nats: float
     seconds: float
+
+
+class LayerMemory(TypedDict):
+    """One memory: the norm of what it holds, its bytes, and after how many tokens its gates at rest keep one half."""
+
+    norm: float
+    size_bytes: int
+    half_life: float
+
+
+class MemoryView(TypedDict):
+    """What a session remembers. ``size_bytes`` counts everything, ``layers`` holds what a rule writes."""
+
+    n_tokens: int
+    size_bytes: int
+    layers: dict[str, LayerMemory]
 
 
 @dataclass(frozen=True)
@@ -109,7 +127,7 @@ class Session:
         """Write a continuation and remember it; see ``stream``."""
         return "".join(self.stream(max_tokens, until=until))
 
-    def stream(self, max_tokens: int = 64, *, until: str | None = None) -> Generator[str]:
+    def stream(self, max_tokens: int = 64, *, until: str | None = None) -> Generator[str, None, None]:
         """The continuation, piece by piece, in whole characters.
 
         The session reads what it writes. Leaving the iterator early ends the turn there; what was written stays read.
@@ -166,6 +184,18 @@ class Session:
     def forget(self) -> None:
         """Begin afresh: memory, turns and all."""
         self._now, self._turns = _FRESH, {0: _FRESH}
+
+    def memory(self) -> MemoryView:
+        """What is remembered now; looking changes nothing."""
+        leaves = flatten(self._now.state or {})
+        held: dict[str, dict[str, Tensor]] = {}
+        for path, leaf in leaves.items():
+            layer, is_memory, name = path.partition(".memory.")
+            if is_memory and isinstance(leaf, Tensor):
+                held.setdefault(layer, {})[name] = leaf
+        recalls = [module for module in self.model.modules() if isinstance(module, Recall)] if held else []
+        layers = {layer: _looked_at(recall, held[layer]) for layer, recall in zip(held, recalls, strict=True)}
+        return {"n_tokens": self.n_tokens, "size_bytes": self.size_bytes, "layers": layers}
 
     def save(self, path: Path | str) -> None:
         """Write all that the future of this session depends on into one file, whole or not at all.
@@ -244,3 +274,15 @@ def _surprise(before_bo: Tensor | None, logits_bto: Tensor, token_ids: Sequence[
     targets = token_ids[len(token_ids) - predicted_bto.shape[1] :]
     targets_bt = torch.tensor([targets], dtype=torch.long, device=predicted_bto.device)
     return float(cross_entropy(predicted_bto, targets_bt))
+
+
+@torch.no_grad()
+def _looked_at(recall: Recall, memory: Memory) -> LayerMemory:
+    weights = [memory[name] for name in recall.rule.structure.weights]
+    at_rest_bth = recall.gates(torch.zeros_like(recall.qkv.weight[:1])[None]).retain_bth
+    retain = float(at_rest_bth.mean())
+    return {
+        "norm": float(sum(weight.double().square().sum() for weight in weights)) ** 0.5,
+        "size_bytes": size_bytes({**memory}),
+        "half_life": math.log(0.5) / math.log(retain) if retain < 1 else math.inf,
+    }
