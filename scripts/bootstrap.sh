@@ -64,7 +64,7 @@ install_torch() {
         packages=$(cuda_packages) || fail "pip cannot find torch; its message stands above. Is the network there?"
         [ -z "$packages" ] || fail \
             "This machine has no NVIDIA GPU, but pip offers only the CUDA build of torch: several gigabytes" \
-            "($(printf '%s\n' "$packages" | wc -l | tr -d ' ') packages beside it, such as $(printf '%s\n' "$packages" | head -n 1)). Nothing was downloaded." \
+            "($(printf '%s\n' "$packages" | wc -l | tr -d ' ') packages beside it, such as $(printf '%s\n' "$packages" | head -n 1)). Nothing was installed." \
             "Tell pip where the CPU build is, with the address that pytorch.org shows under Get Started (Pip, CPU):" \
             "    PIP_EXTRA_INDEX_URL=ADDRESS $0" \
             "or take the large build: MERISTEM_TORCH=any $0"

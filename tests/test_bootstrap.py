@@ -116,14 +116,14 @@ def test_cuda_build_is_announced_not_begun(clone: Clone) -> None:
     """Without an NVIDIA GPU, a torch that brings CUDA packages along is named, and nothing is installed."""
     clone.stub(".venv/bin/python", 'case "$*" in *dry-run*) ;; "-m pip install"*) echo "$@" >>pip.log; exit 0;; esac')
     (clone.folder / "constraints.txt").write_text("torch==9.9.9\n")
-    wheel(clone.folder / "wheels", "torch", "Requires-Dist: nvidia-fast\nRequires-Dist: triton\n")
-    wheel(clone.folder / "wheels", "nvidia_fast")
+    wheel(clone.folder / "wheels", "torch", "Requires-Dist: nvidia\nRequires-Dist: triton\n")
+    wheel(clone.folder / "wheels", "nvidia")
     wheel(clone.folder / "wheels", "triton")
     links = {"PIP_FIND_LINKS": str(clone.folder / "wheels")}
     done = clone.start(**OFFLINE, **links)
     assert done.returncode == 3, done.stderr
     assert "no NVIDIA GPU, but pip offers only the CUDA build of torch" in done.stderr
-    assert "(2 packages beside it, such as nvidia-fast). Nothing was downloaded." in done.stderr
+    assert "(2 packages beside it, such as nvidia). Nothing was installed." in done.stderr
     assert not clone.log.exists()
     assert clone.start(**OFFLINE, **links, MERISTEM_TORCH="any").stdout == "ready\n"
     assert "-c constraints.txt torch" in clone.log.read_text()
