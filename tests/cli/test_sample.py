@@ -1,0 +1,60 @@
+"""``meristem sample`` writes what the session writes, as it writes it."""
+
+import io
+
+import pytest
+
+from meristem.cli import run
+from meristem.models.generate import Sampling
+from meristem.models.load import load
+from meristem.serve.session import Session
+
+
+def continuation(finished, prompt, max_tokens, **sampling):
+    session = Session(*load(finished), sampling=Sampling(**sampling), random_seed=5)
+    if prompt:
+        session.feed(prompt)
+    return session.generate(max_tokens)
+
+
+@pytest.mark.parametrize("prompt", ["", "def main("])
+def test_text_is_that_of_a_session(finished, prompt, capsys):
+    """The prompt is read, what follows is printed, and nothing else is."""
+    assert run(["sample", str(finished), "--prompt", prompt, "--max-tokens", "31", "--seed", "5"]) == 0
+    assert capsys.readouterr().out == continuation(finished, prompt, 31) + "\n"
+
+
+def test_prompt_from_stdin(finished, monkeypatch, answered):
+    """--stdin reads all of it."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines"))
+    code, value = answered("sample", finished, "--stdin", "--max-tokens", 7, "--seed", 5, "--top-k", 3)
+    assert (code, value["prompt"], value["n_read"], value["n_written"]) == (0, "two\nlines", 9, 7)
+    assert value["text"] == continuation(finished, "two\nlines", 7, top_k=3)
+
+
+def test_settings_act(finished, answered):
+    """Cold sampling is greedy, hot sampling is not; top-k 1 is greedy at any temperature."""
+
+    def text(*words):
+        return answered("sample", finished, "--prompt", "a", "--max-tokens", 40, *words)[1]["text"]
+
+    greedy = text("--temperature", 0)
+    assert text("--temperature", 1e-6, "--seed", 1) == greedy == text("--temperature", 5, "--top-k", 1)
+    assert text("--temperature", 5, "--seed", 1) != greedy
+    assert text("--temperature", 5, "--seed", 1) != text("--temperature", 5, "--seed", 2)
+
+
+@pytest.mark.parametrize(
+    "words, code, message",
+    [
+        (["--prompt", "a", "--stdin"], 2, "both --prompt and --stdin"),
+        (["--temperature", "-1"], 2, "temperature"),
+        (["--top-p", "0"], 2, "top_p is 0"),
+        (["--max-tokens", "0"], 2, "max-tokens"),
+    ],
+)
+def test_wrong_settings_are_refused(finished, words, code, message, capsys):
+    """Before anything is written."""
+    assert run(["sample", str(finished), *words]) == code
+    out, err = capsys.readouterr()
+    assert (out, message in err) == ("", True)
