@@ -6,9 +6,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from meristem.checkpoint.tensors import write_tensors
 from meristem.device.random import key, random_state, restore_random_state, stream
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="|"), min_size=1, max_size=12)
@@ -47,22 +49,26 @@ def test_global_generator_is_untouched():
 
 
 @pytest.mark.filterwarnings("error")
+@settings(max_examples=25)
 @given(n_drawn=st.integers(0, 9), random_seed=st.integers(0, 2**32 - 1))
-def test_states_come_back(n_drawn, random_seed):
-    """Through JSON and back, every global generator goes on with the same draws, a half-used Gaussian pair included."""
+def test_states_come_back(tmp_path_factory, n_drawn, random_seed):
+    """Through files and back, every generator goes on with the same draws, a half-used Gaussian pair included."""
     kept = random_state()
+    path = tmp_path_factory.mktemp("state") / "random.safetensors"
     try:
         random.seed(random_seed)
         np.random.seed(random_seed)
         torch.manual_seed(random_seed)
         for _ in range(n_drawn):
             draw()
-        state = json.loads(json.dumps(random_state()))
+        values, tensors = random_state()
+        write_tensors(path, tensors)
+        text = json.dumps(values)
         first = [draw() for _ in range(3)]
-        restore_random_state(state)
+        restore_random_state(json.loads(text), load_file(path))
         assert [draw() for _ in range(3)] == first
     finally:
-        restore_random_state(kept)
+        restore_random_state(*kept)
 
 
 def draw():
@@ -81,7 +87,7 @@ def test_state_of_an_absent_accelerator_is_said(monkeypatch):
     """A run that moves from a GPU to a CPU goes on, and the event names what could not be put back."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    state = random_state()
+    values, tensors = random_state()
     events = []
-    restore_random_state(state | {"cuda": [state["torch"]], "mps": state["torch"]}, events.append)
+    restore_random_state(values, {**tensors, "cuda:0": tensors["cpu"], "mps": tensors["cpu"]}, events.append)
     assert [(e.name, e.payload["left_out"]) for e in events] == [("degraded", ["cuda:0", "mps"])]

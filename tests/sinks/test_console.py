@@ -50,6 +50,19 @@ def test_last_figures_stay_on_the_screen(monkeypatch):
     assert "last" in target.file.getvalue()
 
 
+def test_one_view_follows_another():
+    """Beginning the next piece of work ends the view of the one before, which stays on the screen."""
+    target = screen(force_terminal=True)
+    console = Console(screen=target)
+    for title in ("first", "second"):
+        console.start(title)
+        console.update({"": f"figures of {title}"})
+    console.stop()
+    shown = target.file.getvalue().replace("\xa0", " ")
+    assert shown.index("figures of first") < shown.index("figures of second")
+    assert shown.count("\x1b[?25h") == 2
+
+
 def test_elsewhere_one_line_in_ten_seconds(monkeypatch):
     """Without a terminal the figures are plain lines: the first, and one more for every ten seconds that pass."""
     clock = [100.0]

@@ -10,8 +10,10 @@ import pytest
 
 from meristem.checkpoint.run import RunManifest, read
 from meristem.checkpoint.store import open_checkpoint
+from meristem.data.part import DataPart, TokenizerPart
+from meristem.data.prepare import prepare
 from meristem.device.describe import describe
-from meristem.events import Event
+from meristem.events import Event, silent
 from meristem.sinks.lines import read_records
 from meristem.sinks.records import Records, schema
 from meristem.sinks.system import SystemSampler
@@ -53,7 +55,7 @@ def test_records_follow_their_schema(tmp_path, monkeypatch, has_psutil):
 
 def test_run_follows_its_schema(tmp_path):
     """A run as created, as described, and as ended is valid."""
-    manifest = RunManifest.create(tmp_path, name="n", command=["meristem", "train"], random_seed=3)
+    manifest = RunManifest.create(tmp_path, name="n", command="meristem train", random_seed=3)
     validator("run").validate(read(tmp_path))
     manifest.update(**describe(), best={"metric": "val/bits_per_byte", "value": 2.5, "step": 7})
     manifest.end("interrupted", 130)
@@ -64,6 +66,16 @@ def test_checkpoint_follows_its_schema():
     """The stored fixture, once written by the store, is valid."""
     fixture = Path(__file__).parents[1] / "checkpoint" / "fixtures" / "step-00000007"
     validator("checkpoint").validate(dict(open_checkpoint(fixture).manifest))
+
+
+def test_corpus_follows_its_schema(tmp_path):
+    """The manifest of a corpus prepared from files is valid."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(11):
+        (texts / f"{number}.txt").write_text(f"text {number}\n" * 97)
+    corpus = prepare(DataPart(source=str(texts), root=tmp_path / "corpora"), TokenizerPart(), silent)
+    validator("dataset").validate(corpus.manifest)
 
 
 def test_schema_refuses_what_is_not_a_record(tmp_path):

@@ -43,7 +43,8 @@ class Console:
         self._next_s = 0.0
 
     def start(self, title: str) -> None:
-        """Begin the view of one piece of work."""
+        """Begin the view of one piece of work; one that is still shown ends."""
+        self.stop()
         self._title, self._texts, self._done, self._losses, self._next_s = self._clean(title), [], None, [], 0.0
         if self._screen.is_terminal:
             # No thread draws, so that a lost terminal is noticed here. stdout is not redirected: under --json it
