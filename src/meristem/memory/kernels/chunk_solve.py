@@ -36,11 +36,11 @@ class ChunkSolve(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         key_nhck, value_nhcv, query_nhck, inner_nhcs, outer_nhcs, *weights, first_hkv = inputs
         probe_nhcl, sight_nhcl, arriving_nhcl, carried_nhll = weights
-        arriving_nhck = spread(arriving_nhcl, key_nhck)
+        arriving_nhck = _spread(arriving_nhcl, key_nhck)
         inverse_nhcs, probe_nhck = None, None
         if inner_nhcs is not None and probe_nhcl is not None:
-            inverse_nhcs = invert(inner_nhcs * (key_nhck @ key_nhck.mT))
-            probe_nhck = spread(probe_nhcl, key_nhck)
+            inverse_nhcs = _invert(inner_nhcs * (key_nhck @ key_nhck.mT))
+            probe_nhck = _spread(probe_nhcl, key_nhck)
         passing_hkv, entering, news = first_hkv, [], []
         for n in range(len(key_nhck)):
             entering.append(passing_hkv)
@@ -48,10 +48,10 @@ class ChunkSolve(torch.autograd.Function):
             if inverse_nhcs is not None and probe_nhck is not None:
                 new_hcv = inverse_nhcs[n] @ torch.baddbmm(new_hcv, probe_nhck[n], passing_hkv, alpha=-1)
             news.append(new_hcv)
-            passing_hkv = torch.baddbmm(carry(carried_nhll[n], passing_hkv), arriving_nhck[n].mT, new_hcv)
+            passing_hkv = torch.baddbmm(_carry(carried_nhll[n], passing_hkv), arriving_nhck[n].mT, new_hcv)
         entering_nhkv, new_nhcv = torch.stack(entering), torch.stack(news)
         mixing_nhcs = (query_nhck @ key_nhck.mT) * outer_nhcs
-        read_nhcv = add_product(mixing_nhcs @ new_nhcv, spread(sight_nhcl, query_nhck), entering_nhkv)
+        read_nhcv = _add_product(mixing_nhcs @ new_nhcv, _spread(sight_nhcl, query_nhck), entering_nhkv)
         made = new_nhcv, inverse_nhcs, entering_nhkv
         ctx.save_for_backward(key_nhck, query_nhck, *made, inner_nhcs, outer_nhcs, *weights)
         return read_nhcv, passing_hkv
@@ -69,14 +69,14 @@ def _backward(saved: tuple[Any, ...], d_read_nhcv: Tensor, d_last_hkv: Tensor) -
     probe_nhcl, sight_nhcl, arriving_nhcl, carried_nhll = weights
     likeness_nhcs = query_nhck @ key_nhck.mT
     d_new_nhcv = (likeness_nhcs * outer_nhcs).mT @ d_read_nhcv
-    d_entering_nhkv = spread(sight_nhcl, query_nhck).mT @ d_read_nhcv
-    arriving_nhck = spread(arriving_nhcl, key_nhck)
-    probe_nhck = None if probe_nhcl is None else spread(probe_nhcl, key_nhck)
+    d_entering_nhkv = _spread(sight_nhcl, query_nhck).mT @ d_read_nhcv
+    arriving_nhck = _spread(arriving_nhcl, key_nhck)
+    probe_nhck = None if probe_nhcl is None else _spread(probe_nhcl, key_nhck)
     d_passing_hkv, d_leaving, d_values = d_last_hkv, [], []
     for n in reversed(range(len(key_nhck))):
         d_leaving.append(d_passing_hkv)
         d_value_hcv = torch.baddbmm(d_new_nhcv[n], arriving_nhck[n], d_passing_hkv)
-        d_passing_hkv = carry(carried_nhll[n].mT, d_passing_hkv) + d_entering_nhkv[n]
+        d_passing_hkv = _carry(carried_nhll[n].mT, d_passing_hkv) + d_entering_nhkv[n]
         if inverse_nhcs is not None and probe_nhck is not None:
             d_value_hcv = inverse_nhcs[n].mT @ d_value_hcv
             d_passing_hkv = torch.baddbmm(d_passing_hkv, probe_nhck[n].mT, d_value_hcv, alpha=-1)
@@ -85,18 +85,20 @@ def _backward(saved: tuple[Any, ...], d_read_nhcv: Tensor, d_last_hkv: Tensor) -
 
     d_mixing_nhcs = d_read_nhcv @ new_nhcv.mT
     d_outer_nhcs, d_likeness_nhcs = d_mixing_nhcs * likeness_nhcs, d_mixing_nhcs * outer_nhcs
-    d_query_nhck, d_sight_nhcl = despread(d_read_nhcv @ entering_nhkv.mT, sight_nhcl, query_nhck)
-    d_key_nhck, d_arriving_nhcl = despread(new_nhcv @ d_leaving_nhkv.mT, arriving_nhcl, key_nhck)
-    d_query_nhck = add_product(d_query_nhck, d_likeness_nhcs, key_nhck)
-    d_key_nhck = add_product(d_key_nhck, d_likeness_nhcs.mT, query_nhck)
-    stacked = (x.unflatten(-2, (-1, key_nhck.shape[-1])).flatten(-2) for x in (d_leaving_nhkv, entering_nhkv))
-    d_carried_nhll = torch.einsum("nhik,nhjk->nhij", *stacked)
+    d_query_nhck, d_sight_nhcl = _despread(d_read_nhcv @ entering_nhkv.mT, sight_nhcl, query_nhck)
+    d_key_nhck, d_arriving_nhcl = _despread(new_nhcv @ d_leaving_nhkv.mT, arriving_nhcl, key_nhck)
+    d_query_nhck = _add_product(d_query_nhck, d_likeness_nhcs, key_nhck)
+    d_key_nhck = _add_product(d_key_nhck, d_likeness_nhcs.mT, query_nhck)
+    d_left_nhlk, came_nhlk = (
+        x.unflatten(-2, (-1, key_nhck.shape[-1])).flatten(-2) for x in (d_leaving_nhkv, entering_nhkv)
+    )
+    d_carried_nhll = d_left_nhlk @ came_nhlk.mT
     d_inner_nhcs, d_probe_nhcl = None, None
     if inner_nhcs is not None:
         d_system_nhcs = -(d_value_nhcv @ new_nhcv.mT)
         d_inner_nhcs, d_alike_nhcs = d_system_nhcs * (key_nhck @ key_nhck.mT), d_system_nhcs * inner_nhcs
-        d_probed_nhck, d_probe_nhcl = despread(-(d_value_nhcv @ entering_nhkv.mT), probe_nhcl, key_nhck)
-        d_key_nhck = add_product(d_key_nhck + d_probed_nhck, d_alike_nhcs + d_alike_nhcs.mT, key_nhck)
+        d_probed_nhck, d_probe_nhcl = _despread(-(d_value_nhcv @ entering_nhkv.mT), probe_nhcl, key_nhck)
+        d_key_nhck = _add_product(d_key_nhck + d_probed_nhck, d_alike_nhcs + d_alike_nhcs.mT, key_nhck)
     return (
         d_key_nhck,
         d_value_nhcv,
@@ -111,32 +113,32 @@ def _backward(saved: tuple[Any, ...], d_read_nhcv: Tensor, d_last_hkv: Tensor) -
     )
 
 
-def invert(strict_nhcs: Tensor) -> Tensor:
+def _invert(strict_nhcs: Tensor) -> Tensor:
     """(I + strict)^-1 by substitution: a product of powers would lose all digits when keys are alike."""
     identity_cs = torch.eye(strict_nhcs.shape[-1], dtype=strict_nhcs.dtype, device=strict_nhcs.device)
     sides_nhcs = identity_cs.expand_as(strict_nhcs)
     return torch.linalg.solve_triangular(strict_nhcs, sides_nhcs, upper=False, unitriangular=True)
 
 
-def spread(weight_nhcl: Tensor, vector_nhck: Tensor) -> Tensor:
+def _spread(weight_nhcl: Tensor, vector_nhck: Tensor) -> Tensor:
     """One copy of the vectors for every weight, side by side along k."""
     return (weight_nhcl[..., None] * vector_nhck[..., None, :]).flatten(-2)
 
 
-def despread(d_spread_nhck: Tensor, weight_nhcl: Tensor, vector_nhck: Tensor) -> tuple[Tensor, Tensor]:
+def _despread(d_spread_nhck: Tensor, weight_nhcl: Tensor, vector_nhck: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the vectors and of the weights of ``spread``."""
     d_copies_nhclk = d_spread_nhck.unflatten(-1, (weight_nhcl.shape[-1], -1))
     d_vector_nhck = (d_copies_nhclk * weight_nhcl[..., None]).sum(dim=-2)
     return d_vector_nhck, (d_copies_nhclk * vector_nhck[..., None, :]).sum(dim=-1)
 
 
-def carry(carried_hll: Tensor, passing_hkv: Tensor) -> Tensor:
+def _carry(carried_hll: Tensor, passing_hkv: Tensor) -> Tensor:
     """Memory and momentum after a chunk in which nothing is written: each a mix of the two."""
     stacked_hlk = passing_hkv.unflatten(-2, (carried_hll.shape[-1], -1)).flatten(-2)
     return (carried_hll @ stacked_hlk).view_as(passing_hkv)
 
 
-def add_product(base_nhck: Tensor, left_nhcs: Tensor, right_nhsk: Tensor) -> Tensor:
+def _add_product(base_nhck: Tensor, left_nhcs: Tensor, right_nhsk: Tensor) -> Tensor:
     """``base + left @ right``, in one pass over the result."""
     folded = (x.flatten(0, 1) for x in (base_nhck, left_nhcs, right_nhsk))
     return torch.baddbmm(*folded).unflatten(0, base_nhck.shape[:2])
