@@ -113,6 +113,27 @@ def test_fault_while_pruning(tmp_path, error):
         assert not [path for path in root.iterdir() if path.name.startswith("step-") and verify(path)], where
 
 
+def test_disk_holds_everything_before_it_gets_its_name(tmp_path, monkeypatch):
+    """At the rename every file and the directory were synced; the rename itself is synced before the index changes."""
+    trail, paths = [], {}
+    open_, rename, replace = os.open, os.rename, os.replace
+
+    def opened(path, *args, **kwargs):
+        descriptor = open_(path, *args, **kwargs)
+        paths[descriptor] = os.fspath(path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: trail.append(("sync", os.path.basename(paths[descriptor]))))
+    monkeypatch.setattr(os, "rename", lambda a, b: (trail.append(("rename", b.name)), rename(a, b)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (trail.append(("rename", b.name)), replace(a, b)))
+    final = save_sample(tmp_path / "root", 3)
+    before, after = trail[: (at := trail.index(("rename", final.name)))], trail[at + 1 :]
+    assert before[-2:] == [("sync", "manifest.json"), ("sync", f".{final.name}.partial")]
+    assert {("sync", path.name) for path in final.iterdir()} <= set(before)
+    assert after == [("sync", "root"), ("sync", ".index.json.partial"), ("rename", "index.json"), ("sync", "root")]
+
+
 def test_full_disk(tmp_path):
     """On a disk that is really full the save is ``DiskFull``, leaves nothing, and the old checkpoint loads."""
     disk = tmp_path / "disk"

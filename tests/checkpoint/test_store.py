@@ -200,6 +200,16 @@ def test_newer_schema_is_refused(tmp_path, change):
     assert "version 99" in events[0].payload["reason"]
 
 
+def test_edited_manifest_is_damage(tmp_path):
+    """A manifest that is still JSON but says something else than was sealed is not believed."""
+    path = save_sample(tmp_path, 3, metrics={"loss": 2.0})
+    content = (path / "manifest.json").read_bytes()
+    (path / "manifest.json").write_bytes(content.replace(b'"loss": 2.0', b'"loss": 1.0'))
+    with pytest.raises(CheckpointCorrupt, match=r"manifest\.json does not match the hash it carries"):
+        open_checkpoint(path)
+    assert entries(tmp_path) == []
+
+
 @pytest.mark.parametrize("content", [b"[]", b"{}", b'{"schema": "meristem.run/1"}', b'{"schema": 3, "compat": 4}'])
 def test_manifest_of_another_kind_is_damage(tmp_path, content):
     """JSON that is no checkpoint manifest is damage, not a crash."""
