@@ -28,7 +28,7 @@ def one_thread():
     torch.set_num_threads(n_threads)
 
 
-def make_run(place: Path, name: str, chunk: int = 7) -> Path:
+def _make_run(place: Path, name: str, chunk: int = 7) -> Path:
     """A finished run called ``name``."""
     directory = place / name
     manifest = RunManifest.create(directory, name=name, best={"metric": "val/bits_per_byte", "value": 2.5, "step": 20})
@@ -55,7 +55,13 @@ def make_run(place: Path, name: str, chunk: int = 7) -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A run that no test changes."""
-    return make_run(tmp_path_factory.mktemp("runs"), "ada")
+    return _make_run(tmp_path_factory.mktemp("runs"), "ada")
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Makes a run of our own by name."""
+    return lambda name, **settings: _make_run(tmp_path, name, **settings)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_settings_act(finished, answered):
     """Cold sampling is greedy, hot sampling is not; top-k 1 is greedy at any temperature."""
 
     def text(*words):
-        return answered("sample", finished, "--prompt", "a", "--max-tokens", 40, *words)[1]["text"]
+        return answered("sample", finished, "--prompt", "a", "--max-tokens", 12, *words)[1]["text"]
 
     greedy = text("--temperature", 0)
     assert text("--temperature", 1e-6, "--seed", 1) == greedy == text("--temperature", 5, "--top-k", 1)

@@ -1,5 +1,6 @@
 """The command line: one function per verb. Nothing heavy is imported before a verb runs."""
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -64,5 +65,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """The entry point of the installed program."""
+    """The entry point of the installed program. No character that a model writes, or a pipe holds, may end it."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     sys.exit(run(sys.argv[1:]))

@@ -4,6 +4,7 @@ stdout carries the answer and nothing else; whatever is said about the way there
 """
 
 import contextlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ Preset = Annotated[
     str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset (see `config presets`) or a YAML file.")
 ]
 T = TypeVar("T")
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def json_line(value: object) -> None:
@@ -47,6 +50,13 @@ def answer(value: T, as_json: bool, words: Callable[[T], Iterable[str]]) -> None
     else:
         for line in words(value):
             typer.echo(line)
+
+
+def write_text(text: str) -> None:
+    """Print what a model wrote, as it is made. On a terminal, characters that would drive it are made visible."""
+    if sys.stdout.isatty():
+        text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    typer.echo(text, nl=False)
 
 
 def columns(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from meristem.cli.answer import Json, columns, json_line, pairs, size
+from meristem.cli.answer import Json, columns, json_line, pairs, size, write_text
 from meristem.cli.sample import Checkpoint, MaxTokens, Seed, Temperature, TopK, TopP, open_session
 from meristem.errors import MeristemError, WrongValue
 
@@ -102,7 +102,7 @@ def _exchange(talk: _Talk, line: str, max_tokens: int, as_json: bool) -> None:
             for piece in pieces:
                 written += piece
                 if not as_json:
-                    typer.echo(piece, nl=False)
+                    write_text(piece)
     except KeyboardInterrupt:
         stopped = True
     if session.turn > before:

@@ -1,5 +1,6 @@
 """`meristem data`: prepare texts, look at what is prepared, try a tokenizer."""
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,13 +37,16 @@ def prepare(
     \b
     Examples:
       meristem data prepare titans-mag data.source=book.txt
-      meristem data prepare data.source=tinyshakespeare data.download=true
+      meristem data prepare data.source=shakespeare data.download=true
     """
+    from meristem.config import load
     from meristem.data.prepare import prepare as prepared
-    from meristem.recipes.config import load_config
+    from meristem.recipes.config import Config, load_config
 
-    has_preset = "=" not in settings[0]
-    tree = load_config(settings[0] if has_preset else None, settings[1:] if has_preset else settings).tree
+    if "=" in settings[0]:
+        tree = load(Config, environment=os.environ, overrides=settings).tree
+    else:
+        tree = load_config(settings[0], settings[1:]).tree
     with progress_bytes("preparing") as progress:
         corpus = prepared(tree.data, tree.tokenizer, tell, progress)
     answer(_described(corpus.path, corpus.manifest), as_json, pairs)

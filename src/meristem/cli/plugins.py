@@ -11,7 +11,12 @@ from meristem.plugins import Registry
 
 app = typer.Typer(help="List what can be chosen by name, and check that it loads.")
 
-REGISTRIES: Final = ("meristem.memory.named:rules",)
+REGISTRIES: Final = (
+    "meristem.memory.named:rules",
+    "meristem.memory.forms:forms",
+    "meristem.models.build:models",
+    "meristem.models.lm:mixers",
+)
 """Every registry of the package, as ``module:attribute``."""
 Kind = Annotated[str | None, typer.Option("--kind", help="One kind alone, such as memory.", show_default=False)]
 

@@ -27,7 +27,7 @@ def ls(
     """
     from meristem.checkpoint import run as runs
 
-    places = sorted(path.parent for path in root.glob(f"*/{runs.FILE}"))
+    places = sorted(path.parent for path in root.glob(f"*/{runs.FILE}") if not path.parent.is_symlink())
     titles = ("name", "status", "started", "step", "best", "path")
     rows = [dict(zip(titles, _row(place, runs.read(place)), strict=True)) for place in places]
     answer(rows, as_json, lambda rows: columns(titles, [list(row.values()) for row in rows]))

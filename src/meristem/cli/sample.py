@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meristem.cli.answer import Json, json_line, tell
+from meristem.cli.answer import Json, json_line, tell, write_text
 from meristem.errors import WrongValue
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def sample(
     for piece in session.stream(max_tokens):
         written += piece
         if not as_json:
-            typer.echo(piece, nl=False)
+            write_text(piece)
     if as_json:
         n_written = session.n_tokens - n_read
         seconds = time.perf_counter() - started

@@ -1,22 +1,24 @@
 """`meristem train` and `meristem plan`: a run, and what it would be."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meristem.cli.answer import Json, Overrides, Preset
+from meristem.cli.answer import Json, Overrides, Preset, columns, json_line
+
+if TYPE_CHECKING:
+    from meristem.recipes.config import Config
 
 
 def train(
     preset: Preset,
     overrides: Overrides = None,
     resume: Annotated[
-        str,
-        typer.Option("--resume", metavar="auto|must|never|PATH", help="Go on from a checkpoint of the run directory."),
+        str, typer.Option("--resume", metavar="auto|must|never|PATH", help="Whether to go on from a checkpoint.")
     ] = "auto",
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Where the run is written; by default a new directory under runs/.")
+        Path | None, typer.Option("--run-dir", help="Where the run is written; by default one under run.root.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and stop, as `meristem plan` does.")] = False,
     as_json: Json = False,
@@ -27,8 +29,23 @@ def train(
     Examples:
       meristem train titans-mag
       meristem train titans-mag data.source=book.txt train.budget=10m --run-dir runs/book
-      meristem train titans-mag --run-dir runs/book --resume must
+      meristem train titans-mag data.source=book.txt train.budget=20m --run-dir runs/book --resume must
     """
+    from dataclasses import asdict
+
+    from meristem.recipes.config import load_config
+
+    config = load_config(preset, overrides or ()).tree
+    if dry_run:
+        _plan(config, as_json)
+        return
+    from meristem.recipes.pretrain import pretrain
+    from meristem.sinks.console import Console
+
+    result = pretrain(config, run_dir=run_dir, resume=resume, view=Console(json=as_json))
+    if as_json:
+        json_line(asdict(result))
+    raise typer.Exit(result.exit_code)
 
 
 def plan(preset: Preset, overrides: Overrides = None, as_json: Json = False) -> None:
@@ -38,3 +55,20 @@ def plan(preset: Preset, overrides: Overrides = None, as_json: Json = False) -> 
     Example:
       meristem plan titans-mag model.width=512
     """
+    from meristem.recipes.config import load_config
+
+    _plan(load_config(preset, overrides or ()).tree, as_json)
+
+
+def _plan(config: "Config", as_json: bool) -> None:
+    """Print the report; its exit code is that of the first part that failed."""
+    from meristem.recipes.plan.dry_run import plan
+    from meristem.recipes.plan.report import sections
+
+    report = plan(config)
+    if as_json:
+        json_line(report.model_dump(mode="json"))
+        raise typer.Exit(report.exit_code)
+    for section in sections(report):
+        typer.echo("\n".join((section.title, *columns(section.columns, section.rows), "")))
+    report.refuse()

@@ -140,14 +140,14 @@ class Session:
             raise WrongValue(
                 f"max_tokens is {max_tokens}; a reply needs at least 1.", key="max_tokens", value=max_tokens
             )
-        if self._now.logits_bo is None:
-            self._now, _ = self._read(self._now, self.tokenizer.encode("\n"))
-        generator = random_stream(self.random_seed, "session.sample", self._now.n_tokens)
+        logits_bo = self._prediction()
+        generator = random_stream(self.random_seed, "session.sample", self._now.n_tokens, device=logits_bo.device)
         characters, written = self.tokenizer.decoder(), ""
         try:
             for _ in range(max_tokens):
-                token_id = int(choose(self._now.logits_bo, self.sampling, generator))
-                self._now, _ = self._read(self._now, [token_id])
+                token_id = int(choose(logits_bo, self.sampling, generator))
+                self._now, logits_bto = self._read(self._now, [token_id])
+                logits_bo = logits_bto[:, -1]
                 piece = characters.feed(token_id)
                 written += piece
                 if piece:
@@ -258,6 +258,13 @@ class Session:
     def _end_turn(self) -> None:
         turns = {**self._turns, self.turn + 1: self._now}
         self._turns = {index: turns[index] for index in sorted(turns)[-KEPT_TURNS - 1 :]}
+
+    def _prediction(self) -> Tensor:
+        """What may come next; a session that has read nothing reads a line end first."""
+        if self._now.logits_bo is None:
+            self._now, logits_bto = self._read(self._now, self.tokenizer.encode("\n"))
+            return logits_bto[:, -1]
+        return self._now.logits_bo
 
     def _read(self, moment: _Moment, token_ids: Sequence[int]) -> tuple[_Moment, Tensor]:
         """The moment after reading some tokens, and the prediction made at each of them."""

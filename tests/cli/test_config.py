@@ -1,0 +1,49 @@
+"""``meristem config`` shows what a run would be configured as, and who said so."""
+
+import pytest
+
+from meristem.cli import run
+from meristem.config import fingerprint, preset_names, read_yaml
+from meristem.recipes.config import Config, load_config
+
+
+def test_shown_settings_are_the_settings(capsys):
+    """The YAML that is printed is the tree."""
+    assert run(["config", "show", "charformer", "train.steps=7"]) == 0
+    shown = Config.model_validate(read_yaml(capsys.readouterr().out))
+    assert fingerprint(shown) == fingerprint(load_config("charformer", ["train.steps=7"]).tree)
+
+
+def test_why_names_the_layer(answered):
+    """Of every leaf."""
+    code, leaves = answered("config", "show", "charformer", "train.steps=7", "--why")
+    assert (code, leaves["train.steps"]) == (0, {"value": 7, "layer": "command line train.steps=7"})
+    assert leaves["model.name"] == {"value": "charformer", "layer": "preset charformer"}
+    assert leaves["train.max_nonfinite"]["layer"] == "defaults"
+
+
+def test_presets_are_listed(answered):
+    """All of them."""
+    assert answered("config", "presets") == (0, preset_names())
+
+
+def test_schema_knows_every_section(answered):
+    """And is JSON Schema."""
+    code, schema = answered("config", "schema")
+    assert (code, set(schema["properties"])) == (0, set(Config.model_fields))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["charforme"], "charformer"),
+        (["charformer", "train.stepz=7"], "train.steps"),
+        (["charformer", "train.steps=many"], "a whole number"),
+        (["charformer", "train.steps"], "expected a.b=c"),
+        (["nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_settings_have_code_2(words, message, capsys):
+    """And a message that names what would do."""
+    assert run(["config", "show", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,36 @@
+"""``meristem doctor`` says of each thing whether it is fit, and fails when one is in the way."""
+
+from meristem.cli import doctor, run
+
+
+def test_this_machine_is_fit(answered, tmp_path):
+    """Everything is looked at, and what runs these tests can run."""
+    code, report = answered("doctor", "--run-root", tmp_path / "runs")
+    status = {item["name"]: item["status"] for item in report["items"]}
+    assert (code, report["status"]) == (0, "warn" if "warn" in status.values() else "ok")
+    wanted = {"python", "torch", "threads", "device cpu", "disk", "ram", "run root", "clock", "plugins"}
+    assert wanted <= set(status)
+    assert {status[name] for name in ("torch", "device cpu", "tokenizer byte", "tokenizer bpe")} == {"ok"}
+
+
+def test_what_is_in_the_way_fails(monkeypatch, capsys, tmp_path):
+    """A disk without room is code 1 and a line that says so."""
+    monkeypatch.setattr(doctor, "NO_DISK_BYTES", 1e30)
+    monkeypatch.setattr(doctor, "LOW_DISK_BYTES", 1e30)
+    assert run(["doctor", "--run-root", str(tmp_path)]) == 1
+    assert any(line.split()[:2] == ["disk", "fail"] for line in capsys.readouterr().out.splitlines())
+
+
+def test_plugins_load(answered):
+    """Every entry of every registry."""
+    code, findings = answered("plugins", "check")
+    assert (code, all(finding["ok"] for finding in findings)) == (0, True)
+    assert {"memory", "model"} <= {finding["kind"] for finding in findings}
+    listed = answered("plugins", "ls", "--kind", "memory")[1]
+    assert "titans" in [entry["name"] for entry in listed]
+
+
+def test_an_unknown_kind_is_named(capsys):
+    """With the kinds that there are."""
+    assert run(["plugins", "ls", "--kind", "memry"]) == 2
+    assert "memory" in capsys.readouterr().err
