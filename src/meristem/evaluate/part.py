@@ -11,7 +11,7 @@ class EvaluatePart(Part):
     every: int | None = Field(default=250, ge=1, description="steps between two evaluations; null: by the clock alone")
     every_s: float | None = Field(default=None, gt=0, description="seconds of training between two evaluations")
     n_windows: int = Field(default=64, ge=1, description="held-out windows read each time, spread over the text")
-    n_windows_end: int = Field(default=512, ge=1, description="held-out windows read at the end of the run")
+    n_windows_end: int = Field(default=256, ge=1, description="held-out windows read at the end of the run")
     batch: int = Field(default=16, ge=1, description="windows read at once")
     n_samples: int = Field(default=3, ge=0, description="texts written at the end of the run")
     sample_tokens: int = Field(default=200, ge=1, description="tokens of each such text")

@@ -1,0 +1,239 @@
+"""The main job: from a text to a model that was trained on it, evaluated, saved and described."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from meristem.checkpoint.store import Checkpoint
+from meristem.data.prepare import prepare
+from meristem.data.stream import Stream
+from meristem.device.compile import compile_blocks
+from meristem.device.determinism import be_deterministic
+from meristem.device.resolve import resolve
+from meristem.errors import CapabilityError
+from meristem.evaluate.likelihood import Likelihood, likelihood
+from meristem.evaluate.report import Sample
+from meristem.events import Event
+from meristem.models.build import build
+from meristem.optim.groups import build as build_optimizer
+from meristem.optim.schedule import rate_factor
+from meristem.recipes.config import Config
+from meristem.recipes.interrupt import interruptible
+from meristem.recipes.resume import (
+    Job,
+    as_it_was,
+    best_so_far,
+    changed,
+    checkpoint_to_resume,
+    put_saved_weights,
+    require_same,
+    restore,
+    save,
+)
+from meristem.recipes.run import Run, directory_for, opened
+from meristem.recipes.summary import go_on, write_report, write_samples
+from meristem.recipes.watch import Alarm, Log
+from meristem.sinks.console import Console
+from meristem.train.loop import steps
+from meristem.train.loss import cross_entropy
+from meristem.train.progress import Progress
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. What is said of the held-out text, and the report, is None for an interrupted run."""
+
+    status: Literal["finished", "interrupted"]
+    run_dir: Path
+    checkpoint: Path
+    step: int
+    tokens: int
+    seconds_used: float
+    nats: float | None = None
+    bits_per_byte: float | None = None
+    samples: tuple[Sample, ...] = ()
+    report: Path | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """That of the process which made the run."""
+        return 130 if self.status == "interrupted" else 0
+
+
+def pretrain(
+    config: Config, *, run_dir: Path | None = None, resume: str = "auto", view: Console | None = None
+) -> Result:
+    """Train a language model as ``config`` says.
+
+    run_dir: where everything is written; by default a directory under ``run.root`` (``directory_for``).
+    resume: ``auto``, ``must``, ``never``, or a checkpoint to go on from (``checkpoint_to_resume``).
+    The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint from which it can go on.
+    """
+    directory = run_dir or directory_for(config, resume)
+    with opened(config, directory, view or Console(), is_new=resume == "never") as run:
+        checkpoint = checkpoint_to_resume(run, resume)
+        job = prepare_job(run, config, checkpoint)
+        start = begin(run, job, resume, checkpoint)
+        progress, is_interrupted = train(run, job, start)
+        return stop(run, job, progress) if is_interrupted else finish(run, job, progress)
+
+
+def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
+    """Text -> tokenizer -> corpus -> windows -> stream; and the model with its optimizer, on the device."""
+    if config.run.deterministic:
+        be_deterministic()
+    device = resolve(as_it_was(config.device, checkpoint), run.emit)
+    if device.compute == torch.float16:
+        raise CapabilityError(
+            "device.compute=fp16 needs a loss scale, which training does not have. Set device.compute to bf16 or auto.",
+            dtype="fp16",
+        )
+    run.view.start(f"preparing {config.data.source}")
+    corpus = prepare(config.data, config.tokenizer, run.emit, partial(_show_preparing, run))
+    run.view.stop()
+    stream = Stream(
+        corpus,
+        "train",
+        window=config.data.window,
+        stride=config.data.stride,
+        batch=config.data.batch,
+        order=config.data.order,
+        documents=config.data.documents,
+        random_seed=config.run.random_seed,
+    )
+    model = build(config.model, config.memory, corpus.tokenizer.vocab_size, config.run.random_seed)
+    if checkpoint:
+        require_same(config, corpus.tokenizer, checkpoint)
+        put_saved_weights(model, checkpoint)
+    model = model.to(device=device.device, dtype=device.parameters)
+    compile_blocks(model, config.device, run.emit)
+    return Job(config, device, corpus, stream, model, build_optimizer(model, config.optim))
+
+
+def _show_preparing(run: Run, done_bytes: int, total_bytes: int | None) -> None:
+    share = done_bytes / total_bytes if total_bytes else None
+    run.view.update({"": f"{done_bytes / 1e6:.1f} MB"}, progress=share)
+
+
+def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Progress:
+    """The position to train from; an event says which, and readers then know which records were abandoned."""
+    corpus, config = job.corpus, job.config
+    run.manifest.update(dataset_fingerprint=corpus.fingerprint, tokenizer_fingerprint=corpus.tokenizer.fingerprint)
+    start = restore(run, job, checkpoint) if checkpoint else Progress(cursor=job.stream.start())
+    n_parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    if not run.is_first:
+        name = str(checkpoint.path) if checkpoint else None
+        payload = {"resume": resume, "resumed_from": start.step, "checkpoint": name, "n_parameters": n_parameters}
+        run.emit(Event("run.resumed", payload | {"changed": changed(config, checkpoint) if checkpoint else {}}))
+    else:
+        run.emit(Event("run.started", {"resume": resume, "from": start.step, "n_parameters": n_parameters}))
+    where = f"from step {start.step}" if start.step else "from the beginning"
+    run.view.note(f"{config.run.name}: {n_parameters:,} parameters, {where}, in {run.directory}")
+    return start
+
+
+def train(run: Run, job: Job, start: Progress) -> tuple[Progress, bool]:
+    """Step until a limit is reached. Gives where the run stands then, and whether it was asked to stop before."""
+    config, progress = job.config, start
+    log = Log(run, job, start)
+    evaluation = Alarm(config.evaluate.every, config.evaluate.every_s, start.seconds_used)
+    saving = Alarm(config.checkpoint.every, config.checkpoint.every_s, start.seconds_used)
+    run.view.start(config.run.name)
+    with interruptible() as is_asked_to_stop:
+        for step in steps(
+            job.model,
+            job.stream,
+            job.optimizer,
+            partial(rate_factor, config.schedule),
+            part=config.train,
+            clip=config.optim.clip,
+            device=job.device,
+            start=start,
+        ):
+            progress = step.progress
+            log.take(step)
+            metrics: dict[str, float] = {}
+            if evaluation.rings(progress):
+                found = measure(run, job, progress, config.evaluate.n_windows)
+                metrics, log.held_out = ranked(found), found.bits_per_byte
+            if is_best(run, config, metrics):
+                save(run, job, progress, reason="best", metrics=metrics)
+            elif saving.rings(progress):
+                save(run, job, progress, reason="interval", metrics=metrics)
+            if is_asked_to_stop():
+                break
+        is_interrupted = is_asked_to_stop()
+    run.view.stop()
+    return progress, is_interrupted
+
+
+def measure(run: Run, job: Job, progress: Progress, n_windows: int, task: str | None = None) -> Likelihood:
+    """Read held-out text and record how well it was predicted."""
+    found = likelihood(
+        job.model,
+        job.corpus,
+        "val",
+        window=job.config.data.window,
+        batch=job.config.evaluate.batch,
+        max_windows=n_windows,
+        device=job.device,
+        loss=cross_entropy,
+    )
+    figures = {"nats": found.nats, "bits_per_byte": found.bits_per_byte}
+    run.records.metrics(progress.step, progress.tokens, job.stream.epoch(progress.cursor), "val", figures, task)
+    payload = figures | {"task": task, "n_tokens": found.n_tokens, "n_bytes": found.n_bytes}
+    run.emit(Event("evaluation.done", payload))
+    return found
+
+
+def ranked(found: Likelihood) -> dict[str, float]:
+    """An evaluation by the names under which checkpoints are ranked."""
+    return {"val/nats": found.nats, "val/bits_per_byte": found.bits_per_byte}
+
+
+def is_best(run: Run, config: Config, metrics: dict[str, float]) -> bool:
+    """Whether something was measured, and nothing that is saved is better."""
+    value = metrics.get(config.checkpoint.metric)
+    if value is None:
+        return False
+    best = best_so_far(run, config)
+    return best is None or (value < best.value if config.checkpoint.direction == "min" else value > best.value)
+
+
+def stop(run: Run, job: Job, progress: Progress) -> Result:
+    """Leave an interrupted run so that it can go on."""
+    path = save(run, job, progress, reason="signal", metrics={})
+    run.end("interrupted", 130)
+    run.view.note(f"Interrupted at step {progress.step}. The same command goes on from there.")
+    return Result("interrupted", run.directory, path, progress.step, progress.tokens, progress.seconds_used)
+
+
+def finish(run: Run, job: Job, progress: Progress) -> Result:
+    """Save, then read more of the held-out text than before, let the model write, and report."""
+    part = job.config.evaluate
+    metrics = ranked(measure(run, job, progress, part.n_windows))
+    path = save(run, job, progress, reason="final", metrics=metrics)
+    found = measure(run, job, progress, part.n_windows_end, task="end")
+    samples = write_samples(run, job, progress)
+    report = write_report(run, job, progress, found, samples)
+    run.end("finished", 0)
+    for sample in samples:
+        run.view.note(f"\n--- {sample.prompt!r} ---\n{sample.prompt}{sample.text}")
+    run.view.note(f"\n{found.bits_per_byte:.3f} bits per byte on held-out text; the report is {report}")
+    for command, purpose in go_on(run):
+        run.view.note(f"  {command}   {purpose}")
+    return Result(
+        status="finished",
+        run_dir=run.directory,
+        checkpoint=path,
+        step=progress.step,
+        tokens=progress.tokens,
+        seconds_used=progress.seconds_used,
+        nats=found.nats,
+        bits_per_byte=found.bits_per_byte,
+        samples=samples,
+        report=report,
+    )

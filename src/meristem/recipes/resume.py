@@ -1,0 +1,189 @@
+"""What of a run is saved, and how a run goes on from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from meristem.checkpoint import retention, store
+from meristem.checkpoint.store import Checkpoint
+from meristem.config import dump_yaml, fingerprint, leaves, read_yaml
+from meristem.data.corpus import Corpus
+from meristem.data.stream import Cursor, Stream
+from meristem.data.tokenizer import Tokenizer, tokenizer_from_bytes
+from meristem.device.part import DevicePart
+from meristem.device.random import random_state, restore_random_state
+from meristem.device.resolve import NAMES, Device
+from meristem.errors import CheckpointMismatch, NoCheckpoint, TokenizerMismatch
+from meristem.events import Event
+from meristem.memory.value import State, flatten, map_tensors, unflatten
+from meristem.models.load import put_weights
+from meristem.optim import state as optim_state
+from meristem.recipes.config import Config
+from meristem.recipes.run import Run
+from meristem.train.progress import Progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what, with what."""
+
+    config: Config
+    device: Device
+    corpus: Corpus
+    stream: Stream
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best that was measured of the saved."""
+
+    value: float
+    step: int
+    path: Path
+
+
+def checkpoint_to_resume(run: Run, resume: str) -> Checkpoint | None:
+    """Where the run goes on, or None for its beginning.
+
+    resume: ``auto`` takes the newest whole checkpoint if there is one, ``must`` insists on one, ``never`` takes none;
+    anything else is the path of a checkpoint or of a run. A checkpoint that was found and cannot be used is an error,
+    never a fresh start.
+    """
+    if resume == "never":
+        return None
+    if resume not in ("auto", "must"):
+        return store.find(Path(resume).expanduser(), run.emit)
+    found = store.newest(run.checkpoints, run.emit)
+    if found is None and resume == "must":
+        raise NoCheckpoint(
+            f"{run.directory} holds no whole checkpoint to go on from. "
+            "Give the directory of another run with --run-dir, or begin with --resume auto.",
+            path=str(run.directory),
+        )
+    return found
+
+
+def save(run: Run, job: Job, progress: Progress, *, reason: str, metrics: dict[str, float]) -> Path:
+    """Write everything that the future of the run depends on, then let go of what retention does not keep."""
+    config, tokenizer = job.config, job.corpus.tokenizer
+    memory = flatten(progress.memory or {}) if config.data.order == "sequential" else {}
+    random_values, random_tensors = random_state()
+    trees: dict[str, Mapping[str, torch.Tensor]] = {
+        "model": job.model.state_dict(),
+        "optim": optim_state.tensors(job.model, job.optimizer),
+        "random": random_tensors,
+    }
+    if memory:
+        trees["memory"] = {name: leaf for name, leaf in memory.items() if isinstance(leaf, torch.Tensor)}
+    path = store.save(
+        run.checkpoints,
+        step=progress.step,
+        trees=trees,
+        values={
+            "progress": progress.to_json(),
+            "cursor": progress.cursor.to_json(),
+            "memory_integers": {name: leaf for name, leaf in memory.items() if isinstance(leaf, int)},
+            "random": random_values,
+            "device": {"compute": NAMES[job.device.compute]},
+        },
+        files={"config.yaml": dump_yaml(config).encode(), "tokenizer.json": tokenizer.to_bytes()},
+        header={
+            "run": run.manifest.content["id"],
+            "tokens": progress.tokens,
+            "epoch": job.stream.epoch(progress.cursor),
+            "seq": run.records.seq,
+            "reason": reason,
+            "config_sha256": fingerprint(config),
+            "code": run.manifest.content["code"],
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "dataset_fingerprint": job.corpus.fingerprint,
+            "metrics": metrics,
+        },
+    )
+    run.emit(Event("checkpoint.saved", {"checkpoint": path.name, "reason": reason, "metrics": metrics}))
+    part = config.checkpoint
+    retention.prune(
+        run.checkpoints,
+        last=part.last,
+        best=part.best,
+        metric=part.metric,
+        direction=part.direction,
+        every=part.keep_every,
+    )
+    best = best_so_far(run, config)
+    run.manifest.update(checkpoints={"last": path.name, "best": best.path.name if best else None})
+    if best:
+        run.manifest.update(best={"metric": part.metric, "value": best.value, "step": best.step})
+    return path
+
+
+def best_so_far(run: Run, config: Config) -> Best | None:
+    """The best of the checkpoints that are there; None when none was measured."""
+    sign = 1 if config.checkpoint.direction == "min" else -1
+    measured = [(entry.metrics.get(config.checkpoint.metric), entry) for entry in store.entries(run.checkpoints)]
+    ranked = [Best(value, entry.step, entry.path) for value, entry in measured if value is not None]
+    return min(ranked, key=lambda best: sign * best.value, default=None)
+
+
+def as_it_was(part: DevicePart, checkpoint: Checkpoint | None) -> DevicePart:
+    """What ``auto`` came to when the run began: a second measurement might choose other numbers in the middle of it."""
+    if checkpoint is None or part.compute != "auto":
+        return part
+    return part.model_copy(update={"compute": checkpoint.value("device")["compute"]})
+
+
+def put_saved_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give the model the saved weights; its parameters are new ones afterwards, so this comes before the optimizer."""
+    # Copies: a tensor mapped from a file lies otherwise in RAM than a fresh one, and a sum may then end in other bits.
+    put_weights(model, {name: tensor.clone() for name, tensor in checkpoint.tree("model").items()}, checkpoint)
+
+
+def restore(run: Run, job: Job, checkpoint: Checkpoint) -> Progress:
+    """Put moments, random streams and memory back, and say where the run stands."""
+    optim_state.restore(job.model, job.optimizer, checkpoint.tree("optim"))
+    restore_random_state(checkpoint.value("random"), checkpoint.tree("random"), run.emit)
+    memory: State | None = None
+    if checkpoint.has("memory"):
+        saved = unflatten({**checkpoint.tree("memory"), **checkpoint.value("memory_integers")})
+        memory = map_tensors(lambda tensor: tensor.to(job.device.device, copy=True), saved)
+    cursor = Cursor.from_json(checkpoint.value("cursor"))
+    return Progress.from_json(checkpoint.value("progress"), cursor, memory)
+
+
+def require_same(config: Config, now: Tokenizer, checkpoint: Checkpoint) -> None:
+    """Refuse to go on with another tokenizer or another model than the checkpoint's."""
+    was = tokenizer_from_bytes(checkpoint.file("tokenizer.json"))
+    if was.fingerprint != now.fingerprint:
+        raise TokenizerMismatch(
+            f"{checkpoint.path} was trained with a {was.kind} tokenizer of {was.vocab_size} entries (SHA-256 "
+            f"{was.fingerprint[:12]}); the text is now cut by a {now.kind} tokenizer of {now.vocab_size} "
+            f"({now.fingerprint[:12]}). Set the keys of tokenizer and data as they were, or start a new run.",
+            path=str(checkpoint.path),
+            found=now.fingerprint,
+            expected=was.fingerprint,
+        )
+    differences = {key: values for key, values in changed(config, checkpoint).items()
+                   if key.split(".")[0] in ("model", "memory")}  # fmt: skip
+    if differences:
+        listed = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in differences.items())
+        raise CheckpointMismatch(
+            f"{checkpoint.path} holds another model: {listed}. Set them as they were, or start a new run with "
+            "--resume never and another --run-dir.",
+            path=str(checkpoint.path),
+            step=checkpoint.step,
+            differences=differences,
+        )
+
+
+def changed(config: Config, checkpoint: Checkpoint) -> dict[str, tuple[object, object]]:
+    """The settings that are not as they were when the checkpoint was saved: what each was and is."""
+    was = leaves(read_yaml(checkpoint.file("config.yaml").decode(), f"{checkpoint.path}/config.yaml"))
+    now = leaves(config.model_dump(mode="json"))
+    return {
+        key: (was.get(key), now.get(key)) for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)
+    }

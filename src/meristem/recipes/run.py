@@ -1,0 +1,125 @@
+"""A run directory while it is written: who holds it, what is recorded in it, and what the user sees."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from meristem.checkpoint import run as runs
+from meristem.checkpoint.files import write_atomic
+from meristem.checkpoint.run import End, RunLock, RunManifest
+from meristem.config import dump_yaml, fingerprint
+from meristem.device.describe import describe
+from meristem.errors import MeristemError, RunError
+from meristem.events import Event
+from meristem.recipes.config import Config
+from meristem.sinks.console import Console
+from meristem.sinks.records import STREAMS, Records
+from meristem.sinks.system import SystemSampler
+
+LATEST = "latest"
+"""A link beside the runs of ``run.root`` to the one begun or continued last."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The directory and everything that writes into it. ``is_first``: nothing was run in it before."""
+
+    directory: Path
+    is_first: bool
+    manifest: RunManifest
+    records: Records
+    view: Console
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints stand."""
+        return self.directory / "checkpoints"
+
+    def emit(self, event: Event) -> None:
+        """Record an event at the step that was last recorded; the user sees those that are no mere information."""
+        self.records.event(event, self.records.step)
+        if event.severity in ("warning", "error", "critical"):
+            details = ", ".join(f"{name} {value}" for name, value in event.payload.items())
+            self.view.note(f"{event.severity}: {event.name}: {details}")
+
+    def end(self, status: End, exit_code: int) -> None:
+        """Say how the run ended, in its manifest and its records."""
+        self.emit(Event("run.ended", {"status": status, "exit": exit_code}))
+        self.manifest.end(status, exit_code)
+
+
+def directory_for(config: Config, resume: str) -> Path:
+    """The directory of a run that was given none: the unfinished one of this very configuration, else a new one.
+
+    They are called ``name``, ``name-2``, ``name-3`` under ``run.root``.
+    """
+    number = 1
+    while True:
+        directory = config.run.root / (config.run.name if number == 1 else f"{config.run.name}-{number}")
+        if not directory.exists() or (resume in ("auto", "must") and _is_unfinished(directory, config)):
+            return directory
+        number += 1
+
+
+def _is_unfinished(directory: Path, config: Config) -> bool:
+    if not (directory / runs.FILE).exists():
+        return False
+    manifest = runs.read(directory)
+    return manifest["status"] != "finished" and manifest["config_sha256"] == fingerprint(config)
+
+
+@contextlib.contextmanager
+def opened(config: Config, directory: Path, view: Console, *, is_new: bool) -> Iterator[Run]:
+    """Hold a run directory while the block runs; however the block ends, the directory says how.
+
+    is_new: refuse a directory that holds a run already.
+    """
+    with RunLock(directory):
+        described = describe()
+        is_first = is_new or not (directory / runs.FILE).exists()
+        manifest = RunManifest.create(directory, name=config.run.name) if is_first else RunManifest.reopen(directory)
+        manifest.update(
+            command=" ".join(sys.argv),
+            config_sha256=fingerprint(config),
+            random_seed=config.run.random_seed,
+            record_streams=[f"{name}.ndjson" for name in STREAMS],
+            **described,
+        )
+        write_atomic(directory / "config.yaml", dump_yaml(config).encode())
+        _link_latest(config, directory)
+        rotate_size_bytes = config.sinks.rotate_mib << 20
+        records = Records(directory, manifest.content["id"], rotate_size_bytes=rotate_size_bytes)
+        run = Run(directory, is_first, manifest, records, view)
+        sampler = SystemSampler(records, config.sinks.system_every_s, emit=run.emit)
+        try:
+            with manifest.beating(run.emit), sampler:
+                yield run
+        except BaseException as error:
+            # The last words may fail for the very reason that ended the run, as a full disk.
+            with contextlib.suppress(RunError):
+                _say_why(run, error)
+            raise
+        finally:
+            view.stop()
+            records.close()
+
+
+def _say_why(run: Run, error: BaseException) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        run.end("interrupted", 130)
+        return
+    run.emit(Event("exception", {"type": type(error).__name__, "message": str(error)}, "error"))
+    run.end("failed", error.exit_code if isinstance(error, MeristemError) else 1)
+
+
+def _link_latest(config: Config, directory: Path) -> None:
+    """Point ``latest`` at this run; file systems without links go without it."""
+    if directory.parent != config.run.root:
+        return
+    link, new = config.run.root / LATEST, config.run.root / f".{LATEST}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        new.symlink_to(directory.name)
+        new.replace(link)

@@ -1,0 +1,110 @@
+"""Steps as records and as what a person sees; and when something else is due."""
+
+from dataclasses import dataclass
+
+import torch
+
+from meristem.evaluate.memory import memory_figures
+from meristem.events import Event
+from meristem.recipes.resume import Job
+from meristem.recipes.run import Run
+from meristem.train.loop import Step
+from meristem.train.progress import Progress
+
+PROBE_TOKENS = 128
+"""Held-out tokens that are read for the figures of the memory: few, since they are read at every record."""
+
+SMOOTHING = 0.9
+"""Share of the shown loss that stays from step to step; the recorded one is that of its step alone."""
+
+
+@dataclass
+class Alarm:
+    """Something due every so many steps, and so many seconds of training after it was last done."""
+
+    every: int | None
+    every_s: float | None
+    last_s: float
+
+    def rings(self, progress: Progress) -> bool:
+        """Whether it is due now; if so, the time until the next begins."""
+        by_steps = self.every is not None and progress.step % self.every == 0
+        by_time = self.every_s is not None and progress.seconds_used - self.last_s >= self.every_s
+        if by_steps or by_time:
+            self.last_s = progress.seconds_used
+        return by_steps or by_time
+
+
+class Log:
+    """Takes every step: records those that log, tells of bad ones, keeps the screen alive."""
+
+    def __init__(self, run: Run, job: Job, start: Progress) -> None:
+        self._run, self._job, self._start = run, job, start
+        self._before, self._recorded = start, start
+        self._shown: float | None = None
+        self._memory: dict[str, float] = {}
+        self._tokens_per_s = 0.0
+        self.held_out: float | None = None
+        window = job.corpus.tokens("val")[: min(PROBE_TOKENS, job.config.data.window)]
+        (self._probe_bt,) = job.device.move(torch.from_numpy(window.astype("int64"))[None])
+
+    def take(self, step: Step) -> None:
+        """One step that was made."""
+        now = step.progress
+        if now.n_nonfinite > self._before.n_nonfinite:
+            payload = {"step": now.step, "in_row": now.n_nonfinite_in_row, "count": now.n_nonfinite}
+            self._run.emit(Event("loss.nonfinite", payload, "warning"))
+        if step.bits_per_byte is not None:
+            before = step.bits_per_byte if self._shown is None else self._shown
+            self._shown = SMOOTHING * before + (1 - SMOOTHING) * step.bits_per_byte
+        if step.is_logged:
+            self._record(step)
+        self._show(step)
+        self._before = now
+
+    def _record(self, step: Step) -> None:
+        now = step.progress
+        seconds = now.seconds_used - self._recorded.seconds_used
+        self._tokens_per_s = (now.tokens - self._recorded.tokens) / seconds
+        with self._job.device.autocast():
+            self._memory = memory_figures(self._job.model, self._probe_bt)
+        metrics = {
+            "nats": step.loss_nats,
+            "bits_per_byte": step.bits_per_byte,
+            "grad_norm": step.grad_norm,
+            "rate": step.rate,
+            "tokens_per_s": self._tokens_per_s,
+            "seconds_used": now.seconds_used,
+        }
+        metrics |= {f"memory/{name}": value for name, value in self._memory.items()}
+        self._run.records.metrics(now.step, now.tokens, self._job.stream.epoch(now.cursor), "train", metrics)
+        self._recorded = now
+
+    def _show(self, step: Step) -> None:
+        now, part = step.progress, self._job.config.train
+        share = now.share(part)
+        fields = {"step": f"{now.step}"}
+        if self._shown is not None:
+            fields["loss"] = f"{self._shown:.3f} bits/byte"
+        if self.held_out is not None:
+            fields["held-out"] = f"{self.held_out:.3f}"
+        if self._tokens_per_s:
+            fields[""] = f"{self._tokens_per_s:,.0f} tokens/s"
+        fields["left"] = _clock(self._seconds_left(now, share))
+        if self._memory:
+            fields["half-life"] = f"{self._memory['half_life']:.0f} tokens"
+            fields["write"] = f"{self._memory['write']:.3f}"
+            fields["memory norm"] = f"{self._memory['norm']:.2f}"
+        self._run.view.update(fields, progress=share, loss=self._shown)
+
+    def _seconds_left(self, now: Progress, share: float) -> float:
+        """At the pace since this process began to train."""
+        done = share - self._start.share(self._job.config.train)
+        return max(0.0, (now.seconds_used - self._start.seconds_used) * (1 - share) / done)
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
