@@ -1,0 +1,140 @@
+"""The chunk form against the scan, and the memory layer against the public package."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from meristem.memory import Gates, named, run
+from meristem.nn.memory import MemoryLayer
+from meristem.nn.part import MemoryPart
+from meristem.recipes.bench.measure import Row, Timed, medians, timed
+from meristem.recipes.bench.peer_titans import peak_bytes
+
+PEER = Path(__file__).with_name("peer_titans.py")
+PEER_PYTHON = "MERISTEM_BENCH_PYTHON"
+N_TIME = 512
+
+
+def forms(n_repeats: int) -> Iterator[Row]:
+    """Forward and backward of the exact chunk form against the scan: 1,024 tokens, 4 heads of 64."""
+    for name in ("delta", "titans"):
+        chunked, scanned = (_window_step(name, form) for form in ("exact_chunk", "scan"))
+        seconds = medians({"chunk": timed(chunked), "scan": timed(scanned)}, n_repeats=n_repeats, n_warm=1)
+        note = f"chunk form {seconds['chunk'] * 1e3:.1f} ms, scan {seconds['scan'] * 1e3:.0f} ms"
+        yield Row(f"{name}: exact chunk form over scan", seconds["scan"] / seconds["chunk"], "x", 10, note=note)
+
+
+def _window_step(name: str, form: str) -> Callable[[], object]:
+    rule = named(name)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    keys_bthk, queries_bthk = (functional.normalize(draw(1, 1024, 4, 64), dim=-1) for _ in range(2))
+    values_bthv, memory = draw(1, 1024, 4, 64), rule.init(1, 4, 64, 64)
+    retain_bth, write_bth, momentum_bth = (draw(1, 1024, 4).add(bias).sigmoid() for bias in (4.0, -2.0, 0.0))
+    gates = Gates(retain_bth, write_bth, momentum_bth if rule.update.has_momentum else None)
+    leaves = [keys_bthk, values_bthv, queries_bthk, *(gate for gate in vars(gates).values() if gate is not None)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        read_bthv, _ = run(rule, memory, keys_bthk, values_bthv, queries_bthk, gates, form=form, chunk=64)
+        read_bthv.sum().backward()
+
+    return step
+
+
+def layer(n_repeats: int) -> Iterator[Row]:
+    """A training step of the memory layer, projections included: 512 tokens, 4 heads of 64, one row."""
+    ours, compiled = _layer_step(), _layer_step(is_compiled=True)
+    half, half_compiled = _layer_step(is_bf16=True), _layer_step(is_compiled=True, is_bf16=True)
+    candidates = {
+        "ours": timed(ours),
+        "compiled": timed(compiled),
+        "bf16": timed(half),
+        "bf16 compiled": timed(half_compiled),
+    }
+    with ExitStack() as peers:
+        python = peer_python()
+        if python is None:
+            yield Row(
+                "titans layer against titans-pytorch",
+                None,
+                "x",
+                note=f"skipped: no environment with titans-pytorch; make one with scripts/bench-env.sh, or name its "
+                f"Python in {PEER_PYTHON}",
+            )
+        else:
+            peer = {chunk: peers.enter_context(_peer(python, chunk)) for chunk in (64, 1)}
+            candidates |= {f"peer chunk {chunk}": once for chunk, (once, _) in peer.items()}
+        seconds = medians(candidates, n_repeats=n_repeats)
+    for name, value in seconds.items():
+        yield Row(f"titans layer, {name}", N_TIME / value, "tokens/s")
+    if python is not None:
+        base, slow = seconds["peer chunk 64"], seconds["peer chunk 1"]
+        yield Row("titans layer over peer at chunk 64", base / seconds["ours"], "x", 2)
+        yield Row("the same, bf16 products", base / seconds["bf16"], "x", note="the default where bf16 is faster")
+        yield Row("the same, compiled", base / seconds["compiled"], "x", 4)
+        yield Row("the same, compiled, bf16 products", base / seconds["bf16 compiled"], "x")
+        yield Row("titans layer over peer at chunk 1", slow / seconds["ours"], "x", 30)
+        ours_bytes = peak_bytes(ours)
+        note = f"{ours_bytes / 2**20:.1f} MiB against {peer[64][1] / 2**20:.1f} MiB"
+        yield Row("peak bytes of a step over those of peer", ours_bytes / peer[64][1], "x", 0.5, "at most", note)
+
+
+def _layer_step(*, is_compiled: bool = False, is_bf16: bool = False) -> Callable[[], object]:
+    torch.manual_seed(0)
+    module = MemoryLayer(256, MemoryPart(rule="titans", head_width=64, chunk=64))
+    if is_compiled:
+        module.compile()
+    hidden_btd = torch.randn(1, N_TIME, 256, requires_grad=True)
+
+    def step() -> None:
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            mixed_btd, _ = module(hidden_btd)
+        mixed_btd.float().sum().backward()
+
+    return step
+
+
+def peer_python() -> Path | None:
+    """The Python of the benchmark's own environment, or None."""
+    path = Path(os.environ.get(PEER_PYTHON, ".bench-venv/bin/python"))
+    if not path.exists():
+        return None
+    found = subprocess.run([path, "-c", "import titans_pytorch"], capture_output=True, check=False)
+    return path if found.returncode == 0 else None
+
+
+@contextmanager
+def _peer(python: Path, chunk: int) -> Iterator[tuple[Timed, int]]:
+    """One step of the peer's layer per call, in its own process; and the peak bytes of such a step."""
+    command = [str(python), str(PEER), str(chunk), str(torch.get_num_threads())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("a process started with pipes has none")
+        answers, asked = process.stdout, process.stdin
+
+        def answer() -> str:
+            line = answers.readline()
+            if not line:
+                raise RuntimeError(f"{' '.join(command)} ended with exit code {process.wait()}; run it to see why")
+            return line
+
+        def once() -> float:
+            asked.write("step\n")
+            asked.flush()
+            return float(answer())
+
+        yield once, int(answer().split()[1])
+        asked.close()

@@ -1,0 +1,37 @@
+"""Which figures there are, and how they are asked for."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from meristem.device.describe import describe
+from meristem.recipes.bench import memory, model
+from meristem.recipes.bench.measure import Row
+
+SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
+    "memory": (memory.forms, memory.layer),
+    "model": (model.models, model.growth),
+    "decode": (model.decoding,),
+    "start": (model.start,),
+}
+
+
+def measure(names: Sequence[str], *, n_repeats: int = 5) -> Iterator[Row]:
+    """The rows of the named sections, each as soon as it is measured."""
+    for name in names:
+        for section in SECTIONS[name]:
+            yield from section(n_repeats)
+
+
+def to_json(rows: Sequence[Row], *, n_repeats: int) -> dict[str, object]:
+    """The one line that a benchmark leaves: where it was measured, how, and what."""
+    found = describe()
+    return {
+        "schema": "meristem.bench/1",
+        "hardware": found["hardware"],
+        "code": found["code"],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "repeats": n_repeats,
+        "rows": [row.to_json() for row in rows],
+    }
