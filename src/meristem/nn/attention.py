@@ -6,6 +6,7 @@ from typing import ClassVar, Final
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from meristem.errors import WrongValue
@@ -16,6 +17,9 @@ BLOCK: Final = 64
 """Queries that share one set of keys. Fewer copy more keys, more mask more scores; 64 was fastest for spans 64, 128."""
 
 ROTATION_BASE: Final = 10_000.0
+
+PastKeys = Float[Tensor, "b s h k"]
+PastValues = Float[Tensor, "b s h v"]
 
 
 class Attention(nn.Module):
@@ -61,13 +65,13 @@ class Attention(nn.Module):
         query_bthk, key_bthk, value_bthv = self.qkv(hidden_btd).unflatten(-1, (3, self.heads, -1)).unbind(2)
         return query_bthk, key_bthk, value_bthv
 
-    def _ring(self, keys_bshk: Keys) -> Keys:
+    def _ring(self, keys_bshk: PastKeys) -> Keys:
         """What later tokens may still see; a copy, so that it does not keep the rest alive."""
         if self.span is None:
             return keys_bshk
         return keys_bshk[:, max(0, keys_bshk.shape[1] - self.span + 1) :].clone()
 
-    def _mix(self, query_bthk: Queries, keys_bshk: Keys, values_bshv: Values) -> Values:
+    def _mix(self, query_bthk: Queries, keys_bshk: PastKeys, values_bshv: PastValues) -> Values:
         still_bthk, n_read = query_bthk, keys_bshk.shape[1]
         if self.rope:
             angle_sk = _angles(n_read, keys_bshk)
@@ -88,8 +92,8 @@ class Attention(nn.Module):
 
 def windowed(
     query_bthk: Queries,
-    keys_bshk: Keys,
-    values_bshv: Values,
+    keys_bshk: PastKeys,
+    values_bshv: PastValues,
     span: int | None,
     pinned: tuple[Tensor, Tensor] | None = None,
 ) -> Values:
@@ -109,7 +113,7 @@ def windowed(
         return mixed_bhtv.transpose(1, 2)
     span = n_read if span is None else span
     width = n_time if n_read <= span else min(n_time, span, BLOCK)
-    blocks = Blocks(n_time=n_time, n_before=n_read - n_time, span=span, width=width)
+    blocks = _Blocks(n_time=n_time, n_before=n_read - n_time, span=span, width=width)
     pinned_ghk, pinned_ghv = pinned or (None, None)
     score_bhncs = blocks.cut(query_bthk) @ blocks.gather(keys_bshk, pinned_ghk).transpose(-1, -2)
     if n_time > 1:
@@ -118,7 +122,7 @@ def windowed(
 
 
 @dataclass(frozen=True)
-class Blocks:
+class _Blocks:
     """How the queries of one call are cut, and which keys each block is given.
 
     n_before: keys that come before the first query.
@@ -185,7 +189,7 @@ def _angles(n_time: int, like: Tensor) -> Tensor:
     return position_s[:, None] * ROTATION_BASE**-exponent_k
 
 
-def _turn(keys_bshk: Keys, angle_sk: Tensor) -> Keys:
+def _turn(keys_bshk: PastKeys, angle_sk: Tensor) -> PastKeys:
     """Turn the pair made of channel k and channel k + half the key width."""
     cos_shk = angle_sk.cos().to(keys_bshk.dtype)[:, None]
     sin_shk = angle_sk.sin().to(keys_bshk.dtype)[:, None]

@@ -2,9 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from meristem.shapes import Hidden
+from jaxtyping import Float
+from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
@@ -15,5 +14,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.gain_d = nn.Parameter(torch.ones(width))
 
-    def forward(self, hidden_btd: Hidden) -> Hidden:
-        return F.rms_norm(hidden_btd, (hidden_btd.shape[-1],), self.gain_d.to(hidden_btd.dtype), self.eps)
+    def forward(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return F.rms_norm(hidden, self.gain_d.shape, self.gain_d.to(hidden.dtype), self.eps)

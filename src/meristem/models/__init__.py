@@ -1,0 +1,1 @@
+"""Models: tokens and state in, logits and state out."""

@@ -1,0 +1,134 @@
+"""Three small models to compare with: a plain transformer and two recurrent stacks (platform.md 6.1)."""
+
+import math
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from meristem.memory.value import State
+from meristem.models.doors import check_tokens
+from meristem.models.draws import drawn_from
+from meristem.models.part import ModelPart
+from meristem.nn.attention import Attention
+from meristem.nn.mlp import Feedforward
+from meristem.nn.part import MemoryPart
+from meristem.nn.recurrent import RecurrentStack, elman_stack, gru_stack
+from meristem.shapes import Hidden, Logits, Tokens
+
+WAVELENGTH: Final = 10_000.0
+
+
+class CharFormer(nn.Module):
+    """A transformer over the last ``window`` tokens, with absolute positions.
+
+    State: the tokens read so far, and the keys and values of every layer. A call that would pass the window first
+    forgets: of the tokens before it the last half window stays, less where the call itself needs the room, and is read
+    again from position 0. So a call sees all of a text up to ``window``, and a long text, token by token, at least its
+    last half window.
+    """
+
+    def __init__(self, model: ModelPart, memory: MemoryPart, vocabulary: int, random_seed: int) -> None:
+        super().__init__()
+        self.window = model.window
+        with drawn_from(random_seed, "model.ends"):
+            self.embedding = nn.Embedding(vocabulary, model.width)
+            self.head = nn.Linear(model.width, vocabulary)
+            if model.init == "unscaled":
+                _unscale(self.head)
+            if model.positions == "learned":
+                self.position_td = nn.Parameter(torch.randn(model.window, model.width) * 0.02)
+            else:
+                self.register_buffer("position_td", sinusoids(model.window, model.width), persistent=False)
+        self.blocks = nn.ModuleList()
+        for layer in range(model.n_layers):
+            with drawn_from(random_seed, "model.layer", layer):
+                block = CharBlock(model)
+                if model.init == "unscaled":
+                    _unscale(block.mlp.up, block.mlp.out)
+            self.blocks.append(block)
+        self.norm = nn.LayerNorm(model.width) if model.order == "pre" else nn.Identity()
+
+    def forward(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
+        check_tokens(tokens_bt, self.window)
+        carried: dict[str, Any] = state or {"tokens_bt": tokens_bt[:, :0], "layer": {}}
+        room = self.window - tokens_bt.shape[1]
+        if carried["tokens_bt"].shape[1] > room:
+            n_kept = min(self.window // 2, room)
+            kept_bt = carried["tokens_bt"][:, carried["tokens_bt"].shape[1] - n_kept :]
+            _, carried = self._read(kept_bt, {"tokens_bt": kept_bt[:, :0], "layer": {}})
+        return self._read(tokens_bt, carried)
+
+    def _read(self, tokens_bt: Tokens, carried: dict[str, Any]) -> tuple[Logits, State]:
+        n_before, after = carried["tokens_bt"].shape[1], {}
+        hidden_btd = self.embedding(tokens_bt) + self.position_td[n_before : n_before + tokens_bt.shape[1]]
+        for layer, block in enumerate(self.blocks):
+            hidden_btd, after[str(layer)] = block(hidden_btd, carried["layer"].get(str(layer)))
+        read_bt = torch.cat([carried["tokens_bt"], tokens_bt], dim=1)
+        return self.head(self.norm(hidden_btd)), {"tokens_bt": read_bt, "layer": after}
+
+
+class CharBlock(nn.Module):
+    """One layer. ``post``: ``y = norm(x + attention x)``, ``norm(y + mlp y)``; ``pre`` normalises inside."""
+
+    def __init__(self, model: ModelPart) -> None:
+        super().__init__()
+        self.is_pre = model.order == "pre"
+        self.mixer_norm = nn.LayerNorm(model.width)
+        self.mixer = Attention(model.width, model.heads, span=None, rope=False, bias=True)
+        self.mlp_norm = nn.LayerNorm(model.width)
+        self.mlp = Feedforward(model.width, model.hidden or 4 * model.width, F.relu)
+
+    def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+        if self.is_pre:
+            mixed_btd, state = self.mixer(self.mixer_norm(hidden_btd), state)
+            hidden_btd = hidden_btd + mixed_btd
+            return hidden_btd + self.mlp(self.mlp_norm(hidden_btd)), state
+        mixed_btd, state = self.mixer(hidden_btd, state)
+        hidden_btd = self.mixer_norm(hidden_btd + mixed_btd)
+        return self.mlp_norm(hidden_btd + self.mlp(hidden_btd)), state
+
+
+def sinusoids(window: int, width: int) -> Float[Tensor, "t d"]:
+    """P[p, 2i] = sin(p 10000^(-2i/d)), P[p, 2i+1] = cos of the same (Vaswani et al. 1706.03762)."""
+    pair_d = torch.arange(width) // 2 * 2
+    angle_td = torch.arange(window)[:, None] * torch.exp(-math.log(WAVELENGTH) * pair_d / width)
+    return torch.where(torch.arange(width) % 2 == 0, angle_td.sin(), angle_td.cos())
+
+
+def _unscale(*linears: nn.Linear) -> None:
+    """Weights and biases N(0, 1): a start at 26 nats, kept as the baseline of a lesson only."""
+    for linear in linears:
+        nn.init.normal_(linear.weight)
+        nn.init.normal_(linear.bias)
+
+
+class CharRecurrent(nn.Module):
+    """Embedding, a recurrent stack, head; its state is that of the stack."""
+
+    window: int | None = None
+
+    def __init__(self, vocabulary: int, width: int, stack: RecurrentStack) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.stack = stack
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
+        check_tokens(tokens_bt)
+        hidden_btd, state = self.stack(self.embedding(tokens_bt), state)
+        return self.head(hidden_btd), state
+
+
+def char_rnn(model: ModelPart, memory: MemoryPart, vocabulary: int, random_seed: int) -> CharRecurrent:
+    """Plain recurrent cells."""
+    with drawn_from(random_seed, "model"):
+        return CharRecurrent(vocabulary, model.width, elman_stack(model.width, model.n_layers))
+
+
+def char_gru(model: ModelPart, memory: MemoryPart, vocabulary: int, random_seed: int) -> CharRecurrent:
+    """Gated recurrent cells."""
+    with drawn_from(random_seed, "model"):
+        return CharRecurrent(vocabulary, model.width, gru_stack(model.width, model.n_layers))

@@ -1,0 +1,85 @@
+"""From logits to ids: how the next token is drawn, and the loop that draws many."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from meristem.errors import ShapeError, WrongValue
+from meristem.memory.value import State
+from meristem.shapes import Tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How freely a token is drawn.
+
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: draw among the k likeliest; 0 among all.
+    top_p: draw among the likeliest that together hold this share, the one that reaches it included.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key, is_fine, wanted in (
+            ("temperature", 0 <= self.temperature < float("inf"), "a number from 0 up"),
+            ("top_k", self.top_k >= 0, "a whole number from 0 up, 0 for all"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not is_fine:
+                value = getattr(self, key)
+                raise WrongValue(f"{key} is {value}; it must be {wanted}. Change it.", path=key, value=value)
+
+
+class Drawn(NamedTuple):
+    """One token that was drawn, and the state of the model that has read everything before it."""
+
+    token_id: int
+    state: State
+
+
+def choose(logits_bo: Float[Tensor, "b o"], sampling: Sampling, generator: torch.Generator) -> Int[Tensor, " b"]:
+    """One id per row. ``generator`` must live where the logits do; taking the likeliest draws nothing from it."""
+    if sampling.temperature == 0 or sampling.top_k == 1:
+        return logits_bo.argmax(-1)
+    sorted_bo, ids_bo = (logits_bo.float() / sampling.temperature).sort(-1, descending=True)
+    share_bo = sorted_bo.softmax(-1)
+    is_kept_bo = share_bo.cumsum(-1) - share_bo < sampling.top_p
+    is_kept_bo[:, :1] = True
+    if sampling.top_k:
+        is_kept_bo[:, sampling.top_k :] = False
+    place_b1 = torch.multinomial(share_bo * is_kept_bo, 1, generator=generator)
+    return ids_bo.gather(-1, place_b1)[:, 0]
+
+
+def generate(
+    model: nn.Module,
+    tokens_bt: Tokens,
+    state: State | None = None,
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> Iterator[Drawn]:
+    """Read ``tokens_bt``, then draw ``max_tokens`` tokens, reading each by itself before the next is drawn.
+
+    To go on from any drawn token later, call again with its state and with its id as the first token to read.
+    tokens_bt: one row, at least one token. state: of what was read before; None for nothing.
+    """
+    if tokens_bt.dim() != 2 or tokens_bt.shape[0] != 1:
+        raise ShapeError(
+            f"the tokens have the shape {tuple(tokens_bt.shape)}; one text is written at a time, as (1, time). "
+            f"Call generate for each row.",
+            found=tuple(tokens_bt.shape),
+        )
+    for _ in range(max_tokens):
+        with torch.no_grad():
+            logits_bto, state = model(tokens_bt, state)
+        tokens_bt = choose(logits_bto[:, -1], sampling, generator)[:, None]
+        yield Drawn(int(tokens_bt), state)

@@ -1,0 +1,110 @@
+"""A stack of residual layers that reads tokens and says what may come next."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from meristem.memory.value import State
+from meristem.models.doors import check_tokens
+from meristem.models.draws import drawn_from
+from meristem.models.part import ModelPart
+from meristem.nn.attention import Attention
+from meristem.nn.mag import MemoryAsGate
+from meristem.nn.memory import MemoryLayer
+from meristem.nn.mlp import Feedforward, SwiGLU
+from meristem.nn.norm import RMSNorm
+from meristem.nn.part import MemoryPart
+from meristem.plugins import Registry
+from meristem.shapes import Hidden, Logits, Tokens
+
+SMALL: Final = 0.02
+"""Deviation of the first weights of the head: the first loss is that of a uniform guess."""
+
+
+def attention(model: ModelPart, memory: MemoryPart) -> Attention:
+    """Sliding-window attention alone: the baseline without memory."""
+    return Attention(model.width, model.heads, span=model.span, rope=model.rope, n_persistent=model.n_persistent)
+
+
+def memory_as_gate(model: ModelPart, memory: MemoryPart) -> MemoryAsGate:
+    """Sliding-window attention, scaled by what the memory recalls."""
+    return MemoryAsGate(model.width, memory, attention=attention(model, memory))
+
+
+def memory_alone(model: ModelPart, memory: MemoryPart) -> MemoryLayer:
+    """A memory without attention."""
+    return MemoryLayer(model.width, memory)
+
+
+mixers: Registry[Callable[[ModelPart, MemoryPart], nn.Module]] = Registry(
+    "mixer", {"attention": attention, "mag": memory_as_gate, "memory": memory_alone}
+)
+"""What mixes tokens: modules with ``forward(hidden_btd, state) -> (hidden_btd, state)``."""
+
+MLPS: Final[dict[str, Callable[[int, int], nn.Module]]] = {
+    "swiglu": SwiGLU,
+    "gelu": partial(Feedforward, activation=F.gelu),
+}
+
+
+class Block(nn.Module):
+    """One residual layer: ``x + mixer(norm x)``, then ``x + mlp(norm x)``. Its state is that of the mixer."""
+
+    def __init__(self, model: ModelPart, memory: MemoryPart) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(model.width)
+        self.mixer = mixers.get(model.mixer)(model, memory)
+        self.mlp_norm = RMSNorm(model.width)
+        self.mlp = MLPS[model.mlp](model.width, model.hidden or _derived_hidden(model))
+        self._shrink_outputs(1 / math.sqrt(2 * model.n_layers))
+
+    def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+        mixed_btd, state = self.mixer(self.mixer_norm(hidden_btd), state)
+        hidden_btd = hidden_btd + mixed_btd
+        return hidden_btd + self.mlp(self.mlp_norm(hidden_btd)), state
+
+    def _shrink_outputs(self, factor: float) -> None:
+        """All branches of a stack together add as much as one would: their last projections, ``out``, start small."""
+        for branch in (self.mixer, self.mlp):
+            out = getattr(branch, "out", None)
+            if isinstance(out, nn.Linear):
+                with torch.no_grad():
+                    out.weight.mul_(factor)
+
+
+def _derived_hidden(model: ModelPart) -> int:
+    """4 widths, or, where a gate takes a third of the weights, 8/3 of them, in whole multiples of 32."""
+    return 4 * model.width if model.mlp == "gelu" else 32 * math.ceil(model.width / 12)
+
+
+class LM(nn.Module):
+    """Embedding, ``blocks``, norm, head. State: what each block carries, ``{"layer": {"0": ..., "1": ...}}``."""
+
+    window: int | None = None
+
+    def __init__(self, model: ModelPart, memory: MemoryPart, vocabulary: int, random_seed: int) -> None:
+        super().__init__()
+        with drawn_from(random_seed, "model.ends"):
+            self.embedding = nn.Embedding(vocabulary, model.width)
+            self.head = None if model.tied else nn.Linear(model.width, vocabulary, bias=False)
+            nn.init.normal_(self.embedding.weight if self.head is None else self.head.weight, std=SMALL)
+        self.blocks = nn.ModuleList()
+        for layer in range(model.n_layers):
+            with drawn_from(random_seed, "model.layer", layer):
+                self.blocks.append(Block(model, memory))
+        self.norm = RMSNorm(model.width)
+
+    def forward(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
+        check_tokens(tokens_bt)
+        carried: dict[str, Any] = state or {"layer": {}}
+        after: State = {}
+        hidden_btd = self.embedding(tokens_bt)
+        for layer, block in enumerate(self.blocks):
+            hidden_btd, after[str(layer)] = block(hidden_btd, carried["layer"].get(str(layer)))
+        head_od = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(hidden_btd), head_od), {"layer": after}

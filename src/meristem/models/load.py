@@ -1,0 +1,57 @@
+"""From a checkpoint to a model that can be talked to."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from meristem.checkpoint.store import Checkpoint, find
+from meristem.config import read_yaml
+from meristem.data.tokenizer import Tokenizer, tokenizer_from_bytes
+from meristem.errors import CheckpointMismatch
+from meristem.events import Emit, silent
+from meristem.models.build import build
+from meristem.models.part import ModelPart
+from meristem.nn.part import MemoryPart
+
+
+class Loaded(NamedTuple):
+    """A model with its saved weights, and the tokenizer it was trained with."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+
+
+def load(path: Path | str, emit: Emit = silent) -> Loaded:
+    """The model of a checkpoint, on the CPU, in the precision it was saved in.
+
+    path: a checkpoint, or a run directory for its newest one; ``emit`` hears of corrupt ones that were passed over.
+    """
+    checkpoint = find(Path(path), emit)
+    config = read_yaml(checkpoint.file("config.yaml").decode(), f"{checkpoint.path}/config.yaml")
+    tokenizer = tokenizer_from_bytes(checkpoint.file("tokenizer.json"))
+    parts = ModelPart.model_validate(config.get("model", {})), MemoryPart.model_validate(config.get("memory", {}))
+    model = build(*parts, tokenizer.vocab_size, random_seed=0)
+    put_weights(model, checkpoint.tree("model"), checkpoint)
+    return Loaded(model, tokenizer)
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Give a model the saved weights; names and shapes must be those of the model, and all that differ are listed."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    differences = [
+        f"{name}: saved {found.get(name, 'not at all')}, expected {wanted.get(name, 'nothing')}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if differences:
+        raise CheckpointMismatch(
+            f"the weights of {checkpoint.path} do not fit the model of its config.yaml: {'; '.join(differences)}. "
+            f"Use a checkpoint of this model, or the configuration that it was trained with.",
+            path=str(checkpoint.path),
+            step=checkpoint.step,
+            differences=differences,
+        )
+    model.load_state_dict(weights, assign=True)

@@ -1,0 +1,1 @@
+"""Layers: modules whose forward takes a state and gives it back."""

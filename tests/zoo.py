@@ -1,0 +1,83 @@
+"""Every model of the package at small sizes, different for different axes; the law tests run over it."""
+
+from collections.abc import Iterator
+from importlib import resources
+
+import torch
+from torch import nn
+
+from meristem.config import preset_names, read_yaml
+from meristem.memory.named import rules
+from meristem.models.build import build, models
+from meristem.models.lm import mixers
+from meristem.models.part import ModelPart
+from meristem.nn.part import MemoryPart
+
+VOCABULARY = 29
+N_TIME = 13
+
+SMALL = {"width": 12, "n_layers": 2, "heads": 2, "hidden": 17, "span": 5, "window": 23}
+SMALL_MEMORY = {"head_width": 4, "chunk": 3}
+
+
+def small(settings: dict[str, object]) -> ModelPart:
+    """The chosen model with the small sizes that it reads."""
+    reads = ModelPart.model_validate(settings).reads
+    return ModelPart.model_validate(settings | {key: size for key, size in SMALL.items() if key in reads})
+
+
+def small_memory(settings: dict[str, object]) -> MemoryPart:
+    return MemoryPart.model_validate(settings | SMALL_MEMORY)
+
+
+def preset(name: str) -> dict[str, dict[str, object]]:
+    """What a preset says about its model and memory."""
+    text = (resources.files("meristem.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    tree = read_yaml(text)
+    return {key: tree.get(key, {}) for key in ("model", "memory")}
+
+
+def _entries() -> Iterator[tuple[str, ModelPart, MemoryPart]]:
+    for name in preset_names():
+        yield f"preset-{name}", small(preset(name)["model"]), small_memory(preset(name)["memory"])
+    for name in models.names():
+        yield name, small({"name": name}), small_memory({})
+    for mixer in mixers.names():
+        yield f"lm-{mixer}", small({"mixer": mixer}), small_memory({})
+    for rule in rules.names():
+        yield f"lm-mag-{rule}", small({"mixer": "mag"}), small_memory({"rule": rule})
+    yield (
+        "lm-persistent",
+        small({"mixer": "attention", "n_persistent": 3, "mlp": "gelu", "tied": True}),
+        small_memory({}),
+    )
+    yield "lm-full", small({"mixer": "attention"}).model_copy(update={"span": None}), small_memory({})
+    yield "charformer-pre", small({"name": "charformer", "order": "pre", "positions": "learned"}), small_memory({})
+
+
+def _distinct() -> dict[str, tuple[ModelPart, MemoryPart]]:
+    """The entries without those that say the same as an earlier one."""
+    zoo: dict[str, tuple[ModelPart, MemoryPart]] = {}
+    for name, *settings in _entries():
+        if tuple(settings) not in zoo.values():
+            zoo[name] = (settings[0], settings[1])
+    return zoo
+
+
+ZOO = _distinct()
+"""Name to the settings of one model. A new preset, model, mixer or rule is in it by being registered."""
+
+
+def grown(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """One model of the zoo, its weights moved off their first values: a zero must not hide what it multiplies."""
+    model = build(*ZOO[name], VOCABULARY, random_seed=3).to(dtype)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+    return model
+
+
+def ids(batch: int, n_time: int = N_TIME, random_seed: int = 7) -> torch.Tensor:
+    """Random tokens."""
+    return torch.randint(VOCABULARY, (batch, n_time), generator=torch.Generator().manual_seed(random_seed))
