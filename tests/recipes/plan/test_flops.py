@@ -105,24 +105,23 @@ def test_an_operation_without_a_formula_is_reported():
 
 @pytest.mark.parametrize("name", ["hebbian", "delta", "gated_delta", "titans"])
 def test_exact_chunk_form(name):
-    """Products of one chunk, read off its einsums: those of 6.5 C d and 8 d^2 multiply-adds per token for titans, and the
-    composition of the chunks' affine maps."""
+    """The products of the equations of memory/kernels/chunk_solve, chunk by chunk.
+
+    scores K K^T, Q K^T; mixing D^-1 and (Q K^T) with E; memories [w K] Z, [a Q] Z, [r K]^T E; C Z; the solve for D^-1;
+    and with momentum the weight matrix R P of memory.md 4.2.
+    """
     b, h, n_chunks, c, k, v = 2, 3, 4, 13, 5, 7
     rule = named(name)
     m = len(rule.init(1, 1, k, v))
-    solves = name != "hebbian"
+    s = int(name != "hebbian")
 
     def call():
         keys, values, queries = (leaf(b, n_chunks * c, h, width) for width in (k, v, k))
         gates = Gates(*(leaf(b, n_chunks * c, h) for _ in range(1 + m)))
         return run(rule, rule.init(b, h, k, v), keys, values, queries, gates, form="exact_chunk", chunk=c)[0]
 
-    scores = (1 + solves) * c * c * k
-    mixed = c * c * (v + solves * m * k)
-    memories = m * k * c * (2 * v + solves * m * k) + m * k * m * k * v
-    decays = (c**3 + c * c) if m == 2 else 0
-    solve = solves * c * c * (v + m * k)
-    assert counted(call)[0] == b * h * n_chunks * (2 * (scores + mixed + memories + decays) + solve)
+    products = (1 + s) * c * c * (k + v) + (2 + s) * c * m * k * v + m * m * k * v + (c**3 + c * c) * (m - 1)
+    assert counted(call)[0] == b * h * n_chunks * (2 * products + s * c**3)
 
 
 def test_scan():

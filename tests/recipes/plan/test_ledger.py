@@ -101,13 +101,18 @@ def test_recomputed_work_counts_where_it_runs():
     assert ledger.flops["after", ""] == 2 * 3 * 5 * 7
 
 
-def test_host_reads_are_noted_with_their_line():
-    """Reading a value that does not exist goes on as a healthy run would, and the line is named."""
+def test_host_reads_of_a_model_are_noted_with_their_line():
+    """Reading a value that does not exist goes on as a healthy run would; the line is named when the model asked."""
+
+    class Curious(nn.Module):
+        def forward(self, hidden):
+            assert bool(torch.isfinite(hidden).all())
+            return hidden * hidden.argmax().item()
+
     with FakeTensorMode(), Ledger() as ledger:
-        ledger.stage("run")
-        value = torch.randn(3)
-        assert value.sum().item() == 0.0
-        assert bool(torch.isfinite(value).all())
-        assert value.argmax().item() == 1
+        model = Curious()
+        ledger.spans.attach(model)
+        assert model(torch.randn(3)).sum().item() == 0.0
     lines = [place.rsplit(":", 1) for place in ledger.readings]
-    assert len(lines) == 3 and all(path.endswith("test_ledger.py") and int(line) > 0 for path, line in lines)
+    assert [path.rsplit("/", 1)[-1] for path, _ in lines] == ["test_ledger.py"] * 2
+    assert int(lines[1][1]) == int(lines[0][1]) + 1

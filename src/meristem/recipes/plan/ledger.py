@@ -6,6 +6,7 @@ keeps counts until autograd lets go.
 """
 
 import sys
+import traceback
 import weakref
 from bisect import bisect_right
 from collections import Counter
@@ -64,7 +65,7 @@ class Ledger(TorchDispatchMode):
         self.flops: Counter[tuple[str, str]] = Counter()
         self.unknown: Counter[str] = Counter()
         self.readings: Counter[str] = Counter()
-        self.n_operations = 0
+        self.n_operations: Counter[str] = Counter()
         self._stage = ""
         self._storages: list[Storage] = []
         self._categories: dict[int, str] = {}
@@ -75,10 +76,13 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: OpOverload, types: object, args: Sequence[Any] = (), kwargs: dict[str, object] | None = None
     ) -> object:
+        if operation is torch.ops.prim.device.default:
+            # More than half of all calls on fake tensors; nothing happens in them.
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else operation(*args)
         kwargs = kwargs or {}
         if operation is aten._local_scalar_dense.default and not has_value(args[0]):
             return self._read(args[0])
-        self.n_operations += 1
+        self.n_operations[self._stage] += 1
         out = operation(*args, **kwargs)
         flops = flops_of(operation, args, kwargs, out)
         if flops is None:
@@ -157,7 +161,8 @@ class Ledger(TorchDispatchMode):
 
         Finite, non-empty, and no flag raised: what a healthy run would read.
         """
-        self.readings[asking_line()] += 1
+        if self.spans.is_inside:
+            self.readings[asking_line()] += 1
         return 0.0 if tensor.dtype.is_floating_point else tensor.dtype is torch.bool or 1
 
 
@@ -171,6 +176,7 @@ class Spans:
 
     def __init__(self) -> None:
         self.calls: dict[str, tuple[Shapes, Shapes]] = {}
+        # Outside every module, as in the model's own forward, the name is empty.
         self._open: list[str] = [""]
         self._numbers: list[int] = [0]
         self._names: list[str] = [""]
@@ -178,10 +184,14 @@ class Spans:
     def attach(self, model: nn.Module) -> None:
         """Watch every module of a model that is thrown away after the plan."""
         for name, module in model.named_modules():
-            if name:
-                module.register_forward_pre_hook(partial(self._enter, name))
-                # Also when the call raises: a recomputation under checkpointing stops so when it has what it needs.
-                module.register_forward_hook(partial(self._leave, name), always_call=True)
+            module.register_forward_pre_hook(partial(self._enter, name))
+            # Also when the call raises: a recomputation under checkpointing stops so when it has what it needs.
+            module.register_forward_hook(partial(self._leave, name), always_call=True)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the model is at work, forward or backward, and not the code around it."""
+        return len(self._open) > 1 or torch._C._current_autograd_node() is not None
 
     def now(self) -> str:
         """The module of the operation that is running."""
@@ -196,13 +206,19 @@ class Spans:
 
     def _leave(self, name: str, module: nn.Module, args: object, out: object) -> None:
         if name not in self.calls:
-            self.calls[name] = ([tuple(t.shape) for t in tensors_in(args)], [tuple(t.shape) for t in tensors_in(out)])
+            self.calls[name] = (shapes_of(args), shapes_of(out))
         self._open.pop()
         self._mark()
 
     def _mark(self) -> None:
         self._numbers.append(torch._C._autograd._get_sequence_nr())
         self._names.append(self._open[-1])
+
+
+def shapes_of(value: object) -> Shapes:
+    """The tensors that are handed over as such; those inside a state are not listed."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [tuple(item.shape) for item in items if isinstance(item, Tensor)]
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -223,12 +239,19 @@ def has_value(tensor: Tensor) -> bool:
 
 
 def asking_line() -> str:
-    """``file:line`` of the innermost code that is neither torch's nor the plan's."""
+    """``file:line`` of the innermost code at work that is neither torch's nor the plan's."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(NOT_ASKING):
         frame = frame.f_back
-    if frame is None:
-        return "unknown"
-    path = Path(frame.f_code.co_filename)
-    shown = path.relative_to(SOURCES) if path.is_relative_to(SOURCES) else path
-    return f"{shown}:{frame.f_lineno}"
+    return "unknown" if frame is None else _place(frame.f_code.co_filename, frame.f_lineno)
+
+
+def failing_line(error: BaseException) -> str:
+    """``file:line`` of the innermost code that the error passed through and that is neither torch's nor the plan's."""
+    passed = [step for step in traceback.extract_tb(error.__traceback__) if not step.filename.startswith(NOT_ASKING)]
+    return _place(passed[-1].filename, passed[-1].lineno or 0) if passed else "unknown"
+
+
+def _place(file: str, line: int) -> str:
+    path = Path(file)
+    return f"{path.relative_to(SOURCES) if path.is_relative_to(SOURCES) else path}:{line}"

@@ -2,9 +2,8 @@
 
 from typing import Final, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from meristem import errors
+from meristem.config import Part
 from meristem.errors import MeristemError
 
 GIB: Final = 2**30
@@ -13,25 +12,23 @@ SHARE_UNSEEN: Final = 0.05
 PROCESS_BYTES: Final = GIB // 2
 
 
-class Record(BaseModel):
-    """The base of the report's sections."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+PartName = Literal["config", "data", "build", "steps", "modules", "totals", "warnings"]
 
 
-class PartOutcome(Record):
+class PartOutcome(Part):
     """How one part of the plan ended."""
 
-    name: Literal["config", "data", "build", "steps", "session", "modules", "totals", "warnings"]
+    name: PartName
     outcome: Literal["ok", "failed", "not prepared", "not reached"]
     exit_code: int = 0
     message: str = ""
     error: str = ""
 
 
-class DataFigures(Record):
+class DataFigures(Part):
     """The prepared text, in units of training."""
 
+    vocabulary: int
     n_tokens: int
     n_windows: int
     n_batches: int
@@ -40,7 +37,7 @@ class DataFigures(Record):
     max_token_id: int
 
 
-class ModuleRow(Record):
+class ModuleRow(Part):
     """One module: what it reads and gives (axis letters with sizes), what it holds, and its work per step."""
 
     name: str
@@ -54,7 +51,7 @@ class ModuleRow(Record):
     flops_backward: int
 
 
-class Held(Record):
+class Held(Part):
     """Tensors alive at the peak that one operation of one module made; ``shape`` is that of the largest."""
 
     category: str
@@ -66,7 +63,7 @@ class Held(Record):
     size_bytes: int
 
 
-class Training(Record):
+class Training(Part):
     """One optimizer step: its size, its work, and the bytes at its highest moment."""
 
     batch: int
@@ -95,7 +92,7 @@ class Training(Record):
         return self.flops_per_step / self.tokens_per_step
 
 
-class SessionFigures(Record):
+class SessionFigures(Part):
     """One reader: the prompt read in one call, then one token."""
 
     n_prompt: int
@@ -103,10 +100,9 @@ class SessionFigures(Record):
     state_bytes_after_one_more: int
     flops_prefill: int
     flops_per_token: int
-    peak_bytes: int
 
 
-class WhatIf(Record):
+class WhatIf(Part):
     """The same step with one thing changed."""
 
     change: str
@@ -114,7 +110,7 @@ class WhatIf(Record):
     flops_per_step: int
 
 
-class PlanReport(Record):
+class PlanReport(Part):
     """What a configuration costs and whether it can work. Sections that were not reached are None or empty."""
 
     model: str
@@ -139,7 +135,7 @@ class PlanReport(Record):
     @property
     def needed_bytes(self) -> int | None:
         """The predicted peak with room for what the plan cannot see."""
-        return None if self.training is None else int(self.training.peak_bytes * (1 + SHARE_UNSEEN)) + PROCESS_BYTES
+        return None if self.training is None else needed_bytes(self.training.peak_bytes)
 
     def fits(self, gib: float) -> bool:
         """Whether the training step finds room in so many GiB."""
@@ -189,6 +185,11 @@ def brief(report: PlanReport) -> list[str]:
     return lines
 
 
+def needed_bytes(peak_bytes: int) -> int:
+    """The room a step takes when what the plan cannot see is added."""
+    return int(peak_bytes * (1 + SHARE_UNSEEN)) + PROCESS_BYTES
+
+
 def sections(report: PlanReport) -> list[Section]:
     """The report in reading order."""
     parts = Section("Plan", ("part", "outcome", "message"), tuple((p.name, p.outcome, p.message) for p in report.parts))
@@ -230,7 +231,6 @@ def _totals(report: PlanReport) -> Section:
         rows.append(("state per session", size(session.state_bytes) + (", growing with the text" if grows else "")))
         prompt = f"{session.n_prompt} tokens in one call: {amount(session.flops_prefill)}FLOP"
         rows.append(("work per read token", f"{amount(session.flops_per_token)}FLOP; {prompt}"))
-        rows.append(("peak of a session", size(session.peak_bytes)))
     return Section("Totals", ("figure", "value"), tuple(rows))
 
 
@@ -244,10 +244,11 @@ def _verdict(report: PlanReport) -> str:
 
 
 def _modules(modules: tuple[ModuleRow, ...]) -> Section:
-    columns = ("module", "class", "reads", "gives", "parameters", "forward", "backward")
-    rows = tuple(
-        (
-            row.name or "(all)",
+    """One row for modules that differ in a number of their name only, as those of equal blocks."""
+    alike: dict[tuple[str, ...], int] = {}
+    for row in modules:
+        cells = (
+            ".".join("*" if word.isdigit() else word for word in row.name.split(".")) or "(all)",
             row.kind,
             ", ".join(row.reads),
             ", ".join(row.gives),
@@ -255,9 +256,9 @@ def _modules(modules: tuple[ModuleRow, ...]) -> Section:
             amount(row.flops_forward),
             amount(row.flops_backward),
         )
-        for row in modules
-    )
-    return Section("Modules, with FLOPs per step", columns, rows)
+        alike[cells] = alike.get(cells, 0) + 1
+    columns = ("modules", "name", "class", "reads", "gives", "parameters", "forward", "backward")
+    return Section("Modules, with FLOPs of one step each", columns, tuple((str(n), *row) for row, n in alike.items()))
 
 
 def _peak(step: Training) -> Section:
@@ -302,6 +303,6 @@ def amount(n: float) -> str:
     """A count for people, with the prefix of its unit: 1.5 G."""
     for prefix in ("", "k", "M", "G", "T"):
         if n < 1000:
-            return f"{n:.0f} {prefix}" if not prefix else f"{n:.2f} {prefix}"
+            return f"{n:.0f} " if not prefix else f"{n:.2f} {prefix}"
         n /= 1000
     return f"{n:,.2f} P"

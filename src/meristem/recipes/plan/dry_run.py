@@ -1,0 +1,244 @@
+"""``meristem plan``: is a configuration consistent, how large is it, what does a step cost, and will it fit?
+
+Parts in order, each building on those before. The first that fails gives the plan its exit code and, unless a step
+merely does not fit, ends it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import torch
+
+from meristem.device.resolve import NAMES, Device, resolve
+from meristem.errors import MeristemError, OutOfDeviceBytes
+from meristem.events import silent
+from meristem.recipes.config import Config
+from meristem.recipes.plan import rehearse, table
+from meristem.recipes.plan.fit import extrapolate
+from meristem.recipes.plan.ledger import failing_line
+from meristem.recipes.plan.measure import Measured, combine, measure, short
+from meristem.recipes.plan.report import (
+    PartName,
+    PartOutcome,
+    PlanReport,
+    SessionFigures,
+    Training,
+    WhatIf,
+    needed_bytes,
+    size,
+)
+from meristem.recipes.plan.text import look
+
+PER_FORWARD: Final = 4
+"""A step takes at most so many operations for each one of a forward pass without gradients."""
+
+
+@dataclass
+class Draft:
+    """What the parts have found so far; ``sections`` are those of the report."""
+
+    config: Config
+    n_steps: int
+    device: Device = field(init=False)
+    vocabulary: int = field(init=False)
+    pace: dict[int, int] = field(init=False)
+    step: Measured = field(init=False)
+    sections: dict[str, Any] = field(default_factory=dict)
+
+
+def plan(config: Config, *, steps: int = 2, until: PartName = "warnings") -> PlanReport:
+    """All that can be known of a run before it begins, on fake tensors, in seconds.
+
+    steps: optimizer steps to rehearse; the second is the first to hold the optimizer's state, so its peak is the run's.
+    until: the last part to go through. A run that is about to start needs no more than ``steps``.
+    """
+    began = time.perf_counter()
+    draft = Draft(config, steps)
+    outcomes: list[PartOutcome] = []
+    is_over = False
+    for name, work in PARTS.items():
+        if is_over:
+            outcomes.append(PartOutcome(name=name, outcome="not reached"))
+            continue
+        try:
+            outcomes.append(work(draft))
+        except (MeristemError, RuntimeError) as cause:
+            outcomes.append(_failed(name, cause))
+            # A step that does not fit was rehearsed all the same, and its figures say what to change.
+            is_over = not isinstance(cause, OutOfDeviceBytes)
+        is_over = is_over or name == until
+    seconds = round(time.perf_counter() - began, 3)
+    return PlanReport(model=config.model.name, parts=tuple(outcomes), seconds=seconds, **draft.sections)
+
+
+def check_config(draft: Draft) -> PartOutcome:
+    """Part 1. The rules between keys held when the tree was made; here the device and its dtypes are tried."""
+    draft.device = resolve(draft.config.device, silent)
+    chosen = f"{draft.device.device}, computing in {NAMES[draft.device.compute]}"
+    return PartOutcome(name="config", outcome="ok", message=chosen)
+
+
+def check_data(draft: Draft) -> PartOutcome:
+    """Part 2. What is known of the text without reading it; the vocabulary, or what the tokenizer may at most learn."""
+    figures = look(draft.config)
+    tokenizer = draft.config.tokenizer
+    most = 256 if tokenizer.kind == "byte" else tokenizer.vocab_size
+    draft.vocabulary = most if figures is None else figures.vocabulary
+    draft.sections |= {"vocabulary": draft.vocabulary, "data": figures}
+    if figures is None:
+        return PartOutcome(name="data", outcome="not prepared", message=f"counted with a vocabulary of {most}")
+    return PartOutcome(name="data", outcome="ok", message=f"{figures.n_tokens:,} tokens prepared")
+
+
+def build(draft: Draft) -> PartOutcome:
+    """Part 3. The model on fake tensors: what it holds."""
+    model = rehearse.build(draft.config, draft.vocabulary, draft.device)
+    parameters = list(model.parameters())
+    draft.sections["n_parameters"] = sum(p.numel() for p in parameters)
+    draft.sections["n_trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
+    return PartOutcome(name="build", outcome="ok", message=f"{draft.sections['n_parameters']:,} parameters")
+
+
+def rehearse_steps(draft: Draft) -> PartOutcome:
+    """Part 4. Optimizer steps by the real loop, then a session's prompt and one token; the peak against the machine."""
+    draft.pace = _pace(draft)
+    draft.step = _measure(draft, draft.device)
+    draft.sections["training"] = _training(draft)
+    draft.sections["session"] = _session(draft)
+    needed, there = needed_bytes(draft.step.peak_bytes), machine_bytes(draft.device.device)
+    draft.sections["machine_bytes"] = there
+    if needed > there:
+        raise OutOfDeviceBytes(
+            f"a step needs {size(needed)} at its peak; {draft.device.device} has {size(there)}. "
+            f"Lower data.batch and raise train.accumulate, lower data.window, or choose a smaller model.",
+            found=there,
+            expected=needed,
+        )
+    return PartOutcome(name="steps", outcome="ok", message=f"peak {size(draft.step.peak_bytes)} of {size(there)}")
+
+
+def list_modules(draft: Draft) -> PartOutcome:
+    """Part 5. One row per module."""
+    rows = tuple(table.rows(draft.step, draft.config.train.accumulate))
+    draft.sections["modules"] = rows
+    return PartOutcome(name="modules", outcome="ok", message=f"{len(rows)} modules")
+
+
+def price_changes(draft: Draft) -> PartOutcome:
+    """Part 6. The totals stand already; here is the same step with one thing changed."""
+    data, device = draft.config.data, draft.device
+    dtype = torch.bfloat16 if device.compute == torch.float32 else torch.float32
+    steps = {
+        "data.batch x2": _measure(draft, device, batch=2 * data.batch),
+        f"device.compute={NAMES[dtype]}": _measure(draft, replace(device, compute=dtype)),
+    }
+    bound = getattr(draft.step.longest.model, "window", None)
+    if bound is None or 2 * data.window <= bound:
+        fitted = draft.step.samples if len(draft.step.samples) > 1 else None
+        steps["data.window x2"] = (
+            combine(fitted, 2 * data.window) if fitted else _measure(draft, device, window=2 * data.window)
+        )
+    draft.sections["what_if"] = tuple(
+        WhatIf(change=change, peak_bytes=step.peak_bytes, flops_per_step=_work(draft, step))
+        for change, step in steps.items()
+    )
+    return PartOutcome(name="totals", outcome="ok", message=f"{len(steps)} changes priced")
+
+
+def collect_warnings(draft: Draft) -> PartOutcome:
+    """Part 8. What runs, and is probably not meant."""
+    sample = draft.step.longest
+    found = [f"{name} is never called" for name in table.never_called(sample)]
+    found += [f"{name} gets no gradient" for name in sample.without_gradient]
+    found += [f"{name} has no FLOP formula; it ran {n} times" for name, n in sample.ledger.unknown.items()]
+    found += [f"{line} reads a value back from the device" for line in sample.ledger.readings]
+    if draft.config.device.compile:
+        found.append("device.compile is on: the peak is that of the uncompiled model, an upper estimate")
+    draft.sections["warnings"] = tuple(found)
+    return PartOutcome(name="warnings", outcome="ok", message=f"{len(found)} warnings")
+
+
+PARTS: Final[dict[PartName, Callable[[Draft], PartOutcome]]] = {
+    "config": check_config,
+    "data": check_data,
+    "build": build,
+    "steps": rehearse_steps,
+    "modules": list_modules,
+    "totals": price_changes,
+    "warnings": collect_warnings,
+}
+
+
+def machine_bytes(device: torch.device) -> int:
+    """What the device has in all: of the machine's RAM, as much as this process may use."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(allowed)) if allowed.isdigit() else total
+
+
+def _failed(name: PartName, cause: Exception) -> PartOutcome:
+    """Config and data errors bring their exit code; a model that cannot run, or does not fit, is a negative result."""
+    is_typed = isinstance(cause, MeristemError) and name in ("config", "data", "build")
+    message = str(cause) if isinstance(cause, MeristemError) else f"{failing_line(cause)}: {cause}"
+    exit_code = cause.exit_code if isinstance(cause, MeristemError) and is_typed else 1
+    return PartOutcome(name=name, outcome="failed", exit_code=exit_code, error=type(cause).__name__, message=message)
+
+
+def _measure(draft: Draft, device: Device, *, batch: int | None = None, window: int | None = None) -> Measured:
+    """One step of the run, as it is or with another device, batch or window."""
+    config, vocabulary = draft.config, draft.vocabulary
+    window = window or config.data.window
+    batch = batch or config.data.batch
+
+    def rehearsal(length: int) -> rehearse.Rehearsal:
+        return rehearse.train(config, vocabulary, device, batch=batch, window=length, n_steps=draft.n_steps)
+
+    n_batches = draft.n_steps * min(config.train.accumulate, 2)
+    forward = extrapolate({length: {0: n} for length, n in draft.pace.items()}, window)[0]
+    return measure(rehearsal, window, forward * PER_FORWARD * n_batches)
+
+
+def _pace(draft: Draft) -> dict[int, int]:
+    """Operations of a forward pass over two short windows: they tell a loop over time from work done at once."""
+    lengths = short(draft.config.data.window)
+    readings = {n: rehearse.read(draft.config, draft.vocabulary, draft.device, n_prompt=n) for n in lengths}
+    return {n: reading.ledger.n_operations["prefill"] for n, reading in readings.items()}
+
+
+def _work(draft: Draft, step: Measured) -> int:
+    return draft.config.train.accumulate * sum(step.flops.values())
+
+
+def _training(draft: Draft) -> Training:
+    step, data, accumulate = draft.step, draft.config.data, draft.config.train.accumulate
+    n_multiplied = draft.sections["n_parameters"] - table.looked_up(step.longest.model)
+    return Training(
+        batch=data.batch,
+        window=data.window,
+        accumulate=accumulate,
+        flops_forward=accumulate * table.work(step, "", ("forward", "loss")),
+        flops_backward=accumulate * table.work(step, "", ("backward",)),
+        flops_6nd=6 * n_multiplied * data.batch * data.window * accumulate,
+        peak_bytes=step.peak_bytes,
+        peak_stage=step.stage,
+        peak_module=step.module,
+        by_category=dict(step.by_category),
+        largest=step.largest,
+        fitted_from=tuple(step.samples) if len(step.samples) > 1 else (),
+    )
+
+
+def _session(draft: Draft) -> SessionFigures:
+    """A prompt of a window less one token: where a window bounds the model, the token after it still finds room."""
+    n_prompt = max(1, draft.config.data.window - 1)
+    lengths = tuple(draft.step.samples) if len(draft.step.samples) > 1 else (n_prompt,)
+    readings = {n: rehearse.read(draft.config, draft.vocabulary, draft.device, n_prompt=n) for n in lengths}
+    figures = extrapolate({n: reading.figures() for n, reading in readings.items()}, n_prompt)
+    return SessionFigures(n_prompt=n_prompt, **figures)

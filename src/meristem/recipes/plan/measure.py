@@ -1,0 +1,129 @@
+"""What rehearsals say about one training step, at their own length or at a longer one."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from meristem.recipes.plan.fit import extrapolate
+from meristem.recipes.plan.ledger import Storage
+from meristem.recipes.plan.rehearse import Rehearsal
+from meristem.recipes.plan.report import Held
+
+Rehearse = Callable[[int], Rehearsal]
+Group = tuple[str, str, str, str]
+
+MOST_OPERATIONS: Final = 30_000
+"""A rehearsal of more operations than this takes some seconds; short ones are tried instead."""
+
+TOLERANCE: Final = 0.002
+"""How far a fitted peak may be off where it can be checked; beyond, the full length is rehearsed after all."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One forward and backward pass over ``window`` tokens per row, and the highest moment of the whole step.
+
+    flops: by stage and module. samples: the rehearsals it comes from, by their window.
+    """
+
+    window: int
+    samples: Mapping[int, Rehearsal]
+    flops: Mapping[tuple[str, str], int]
+    peak_bytes: int
+    stage: str
+    module: str
+    by_category: Mapping[str, int]
+    largest: tuple[Held, ...]
+
+    @property
+    def longest(self) -> Rehearsal:
+        """The sample with the longest window."""
+        return self.samples[max(self.samples)]
+
+
+def short(window: int) -> tuple[int, int]:
+    """Two windows that may stand for a long one."""
+    unit = max(8, 1 << max(0, (window - 1).bit_length() - 6))
+    return unit, 2 * unit
+
+
+def measure(rehearse: Rehearse, window: int, n_operations: int) -> Measured:
+    """One step at ``window``; from short windows where a loop over time makes that slow and all is linear in time.
+
+    n_operations: about how many the full step would take.
+    """
+    one, two = short(window)
+    if n_operations > MOST_OPERATIONS and 2 * two < window:
+        samples = {length: rehearse(length) for length in (one, two)}
+        # What is not linear, as dense attention or a single chunk, shows here and is rehearsed in full.
+        if agree(combine(samples, 2 * two), combine({2 * two: rehearse(2 * two)}, 2 * two)):
+            return combine(samples, window)
+    return combine({window: rehearse(window)}, window)
+
+
+def agree(fitted: Measured, true: Measured) -> bool:
+    """Whether peak and work are the same within the tolerance."""
+    pairs = ((fitted.peak_bytes, true.peak_bytes), (sum(fitted.flops.values()), sum(true.flops.values())))
+    return all(abs(a - b) <= TOLERANCE * b for a, b in pairs)
+
+
+def combine(samples: Mapping[int, Rehearsal], window: int) -> Measured:
+    """The figures of all samples continued to ``window``; of one sample, its own.
+
+    Each place is continued for itself before the highest is looked for: at a short window it may be another.
+    """
+    moments = {length: sample.ledger.moments() for length, sample in samples.items()}
+    places = set.intersection(*(set(found) for found in moments.values()))
+    sizes = extrapolate(
+        {n: {place: found[place].size_bytes for place in places} for n, found in moments.items()}, window
+    )
+    highest = max(places, key=lambda place: sizes[place])
+    return Measured(
+        window=window,
+        samples=samples,
+        flops=extrapolate({length: _flops(sample) for length, sample in samples.items()}, window),
+        peak_bytes=sizes[highest],
+        stage=highest[0],
+        module=highest[1],
+        by_category=extrapolate({length: found[highest].by_category for length, found in moments.items()}, window),
+        largest=_largest({n: sample.ledger.living(moments[n][highest]) for n, sample in samples.items()}, window),
+    )
+
+
+def stretch(shapes: Mapping[int, tuple[int, ...]], window: int) -> tuple[int, ...]:
+    """A shape that was seen at some windows, at this one."""
+    axes = extrapolate({length: dict(enumerate(shape)) for length, shape in shapes.items()}, window)
+    return tuple(axes[axis] for axis in sorted(axes))
+
+
+def _flops(sample: Rehearsal) -> dict[tuple[str, str], int]:
+    return {place: n // sample.n_batches for place, n in sample.ledger.flops.items()}
+
+
+def _largest(living: Mapping[int, Iterable[tuple[Storage, str]]], window: int) -> tuple[Held, ...]:
+    """The ten groups of tensors (same category, module, operation) that hold most."""
+    bytes_of: dict[int, Counter[Group]] = {}
+    count_of: dict[int, Counter[Group]] = {}
+    shape_of: dict[Group, dict[int, tuple[int, ...]]] = {}
+    for length, storages in living.items():
+        bytes_of[length], count_of[length] = Counter(), Counter()
+        for storage, category in sorted(storages, key=lambda entry: entry[0].size_bytes):
+            group = (category, storage.module, storage.operation, storage.dtype)
+            bytes_of[length][group] += storage.size_bytes
+            count_of[length][group] += 1
+            shape_of.setdefault(group, {})[length] = storage.shape
+    sizes, counts = extrapolate(bytes_of, window), extrapolate(count_of, window)
+    ordered = sorted(sizes, key=lambda group: -sizes[group])[:10]
+    return tuple(
+        Held(
+            category=group[0],
+            module=group[1],
+            operation=group[2],
+            dtype=group[3],
+            shape=stretch(shape_of[group], window),
+            n_tensors=counts[group],
+            size_bytes=sizes[group],
+        )
+        for group in ordered
+    )

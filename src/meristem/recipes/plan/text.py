@@ -1,0 +1,111 @@
+"""What is known about the text without reading it: the figures of a corpus that was prepared before."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from meristem.data import manifest as manifests
+from meristem.data import sources
+from meristem.data.corpus import open_corpus
+from meristem.data.download import available, registered
+from meristem.data.files import opened, store
+from meristem.data.part import DataPart, TokenizerPart
+from meristem.data.split import ratios_for
+from meristem.data.stream import Stream
+from meristem.errors import DataError, TokenizerMismatch
+from meristem.recipes.config import Config
+from meristem.recipes.plan.report import DataFigures
+
+
+def look(config: Config) -> DataFigures | None:
+    """The text in units of training; None when it was not prepared yet. A text that is not there is refused.
+
+    Sizes are compared with the manifest, bytes are not read: that is what preparing and training do.
+    """
+    place = prepared(config.data, config.tokenizer)
+    if place is None:
+        return None
+    corpus = open_corpus(place, verify=False)
+    vocabulary = corpus.tokenizer.vocab_size
+    max_token_id = int(corpus.manifest["max_token_id"])
+    if max_token_id >= vocabulary:
+        raise TokenizerMismatch(
+            f"corpus '{corpus.name}' holds the id {max_token_id}; the model has {vocabulary} entries, so ids up to "
+            f"{vocabulary - 1}. Remove {place} and prepare the text again.",
+            found=max_token_id,
+            expected=vocabulary,
+        )
+    data, train = config.data, config.train
+    stream = Stream(
+        corpus,
+        "train",
+        window=data.window,
+        stride=data.stride,
+        batch=data.batch,
+        order=data.order,
+        documents=data.documents,
+        random_seed=config.run.random_seed,
+    )
+    stride = data.stride or (1 if data.order == "random" else data.window)
+    n_covered = stream.n_windows * min(stride, data.window) + max(0, data.window - stride) + 1
+    n_tokens = len(corpus.tokens("train"))
+    per_step = data.window * data.batch * train.accumulate
+    steps = train.steps if train.steps is not None else (train.tokens or 0) / per_step
+    return DataFigures(
+        vocabulary=vocabulary,
+        n_tokens=n_tokens,
+        n_windows=stream.n_windows,
+        n_batches=stream.batches_per_epoch,
+        unused_tokens=max(0, n_tokens - n_covered),
+        epochs=steps * train.accumulate / stream.batches_per_epoch if steps else None,
+        max_token_id=max_token_id,
+    )
+
+
+def prepared(data: DataPart, tokenizer: TokenizerPart) -> Path | None:
+    """The newest prepared corpus of this source with this tokenizer and split, by its manifest; None if there is none.
+
+    The text itself is not read, only its file sizes are compared: whether it changed is found when training starts.
+    """
+    source = sources.resolve(data)
+    sizes = _sizes(data, source)
+    wanted = (source.name, source.loader, dict(source.args), list(ratios_for(data.validation)), tokenizer.kind)
+    fitting = [
+        (manifest["tokenizer"]["vocab_size"], manifest["created"], place)
+        for place, manifest in _manifests(store(data, "corpora"))
+        if _described(manifest) == wanted
+        and manifest["tokenizer"]["vocab_size"] <= max(256, tokenizer.vocab_size)
+        and sizes in (None, {entry["uri"]: entry["size_bytes"] for entry in manifest["sources"]})
+    ]
+    return max(fitting)[-1] if fitting else None
+
+
+def _sizes(data: DataPart, source: sources.Source) -> dict[str, int] | None:
+    """The files of a text that the user named, with their sizes; None for texts that are known by their name alone.
+
+    What is missing is refused here, as preparing would refuse it.
+    """
+    path = Path(data.source).expanduser()
+    if source.loader == "registered":
+        if not data.download:
+            available(data, data.source, registered()[data.source])
+        return None
+    if source.loader == "directory":
+        return {name: (path / name).stat().st_size for name in sources.find(path, data.include, data.exclude)}
+    if source.loader == "file" and not data.source.startswith("installed:"):
+        with opened(path) as (_, status):
+            return {path.name: status.st_size}
+    return None
+
+
+def _manifests(corpora: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in sorted(corpora.glob(f"*/{manifests.FILE}")):
+        # A broken corpus of another text must not stop this run; of this text, it is refused when training opens it.
+        with suppress(DataError):
+            yield path.parent, manifests.load(path.parent)
+
+
+def _described(manifest: Mapping[str, Any]) -> tuple[object, ...]:
+    loader, tokenizer = manifest["loader"], manifest["tokenizer"]
+    return manifest["name"], loader["name"], loader["args"], manifest["split"]["ratios"], tokenizer["name"]
