@@ -1,0 +1,103 @@
+"""From a text to a reply with the program as it is installed: train, look, go on, measure, talk."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from meristem.cli import run
+
+PROGRAM = [sys.executable, "-c", "from meristem.cli import main; main()"]
+SMALL = (
+    "model.width=16",
+    "model.n_layers=1",
+    "model.heads=2",
+    "memory.head_width=8",
+    "memory.chunk=8",
+    "data.window=24",
+    "data.batch=3",
+    "device.compute=fp32",
+    "device.threads=1",
+    "evaluate.n_windows=4",
+    "evaluate.n_windows_end=4",
+    "evaluate.n_samples=1",
+    "evaluate.sample_tokens=9",
+)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The working directory: a text, and a store of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MERISTEM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "book.txt").write_text("To be, or not to be, that is the question.\n\n" * 400)
+    return tmp_path
+
+
+def words(run_dir: str, n_steps: int, *more: str) -> list[str]:
+    """The command line of a small run."""
+    limits = (f"train.steps={n_steps}", "train.budget=null")
+    return ["train", "titans-mag", "data.source=book.txt", *SMALL, *limits, "--run-dir", run_dir, *more]
+
+
+def test_what_was_trained_is_measured_and_talked_to(place, answered, capsys):
+    """train prints one value; eval finds on the same windows what training found; sample and another text work."""
+    code, trained = answered(*words("runs/ada", 6))
+    assert (code, trained["status"], trained["step"], trained["run_dir"]) == (0, "finished", 6, "runs/ada")
+    code, summary = answered("eval", "runs/ada", "--suite", "likelihood", "--max-windows", 4)
+    (task,) = summary["tasks"]
+    assert (code, summary["schema"]) == (0, "meristem.evaluation/1")
+    assert task["metrics"]["bits_per_byte"]["value"] == pytest.approx(trained["bits_per_byte"], rel=1e-6)
+    (place / "other.txt").write_text("All the world's a stage.\n" * 200)
+    code, summary = answered("eval", "runs/ada", "data.source=other.txt", "data.validation=0.5")
+    assert (code, summary["tasks"][0]["n"]) == (0, pytest.approx(2500, abs=100))
+    assert len(answered("sample", "runs/ada", "--max-tokens", 5)[1]["text"]) > 0
+    assert run(["eval", "runs/ada", "--max-windows", "2"]) == 0
+    assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_interrupted_training_goes_on(place, answered):
+    """Ctrl-C ends with 130 and a checkpoint; --resume must goes on from it to the end."""
+    process = subprocess.Popen(
+        [*PROGRAM, *words("runs/bob", 100_000, "--json")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        metrics, until = place / "runs/bob/metrics.ndjson", time.monotonic() + 100
+        while not metrics.exists() or not metrics.stat().st_size:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    interrupted = json.loads(out)
+    assert (process.returncode, interrupted["status"]) == (130, "interrupted")
+    n_steps = interrupted["step"] + 3
+    code, resumed = answered(*words("runs/bob", n_steps, "--resume", "must"))
+    assert (code, resumed["status"], resumed["step"]) == (0, "finished", n_steps)
+
+
+def test_resume_must_needs_a_checkpoint(place, capsys):
+    """And says so, with the code for checkpoints."""
+    assert run(words("runs/none", 6, "--resume", "must")) == 4
+    out, err = capsys.readouterr()
+    assert "no whole checkpoint" in err and "Traceback" not in err
+
+
+def test_dry_run_plans_and_makes_no_run(place, answered):
+    """The report of `meristem plan`; nothing is prepared, nothing is written."""
+    small = [word for word in SMALL if not word.startswith("memory.")]
+    code, report = answered("train", "attention", "data.source=book.txt", *small, "--dry-run")
+    outcomes = {part["name"]: part["outcome"] for part in report["parts"]}
+    assert (code, outcomes["steps"], outcomes["data"]) == (0, "ok", "not prepared")
+    assert report["n_parameters"] > 0
+    assert not (place / "runs").exists()
+
+
+def test_plan_refuses_what_cannot_work(place, capsys):
+    """A text that is not there, before anything is made, with the code for data."""
+    assert run(["plan", "titans-mag", "data.source=./nowhere.txt"]) == 4
+    assert "nowhere.txt" in capsys.readouterr().err
