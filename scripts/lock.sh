@@ -6,11 +6,12 @@ cd "$(dirname "$0")/.."
 clean=$(mktemp -d)
 trap 'rm -rf "$clean"' EXIT
 "${PYTHON:-python3}" -m venv "$clean/venv"
-"$clean/venv/bin/python" -m pip install --quiet -e '.[plot,test,lint]'
+"$clean/venv/bin/python" -m pip install -qq --upgrade pip
+"$clean/venv/bin/python" -m pip install -qq -e '.[plot,test,lint]'
 "$clean/venv/bin/python" -m pip check
 {
     echo "# Written by scripts/lock.sh in a clean environment: $("$clean/venv/bin/python" --version), CPU build of torch."
-    "$clean/venv/bin/python" -m pip freeze --exclude-editable --exclude pip --exclude setuptools | sed 's/+cpu$//'
+    "$clean/venv/bin/python" -m pip freeze --all --exclude-editable --exclude setuptools | sed 's/+cpu$//'
 } >"$clean/constraints.txt"
 if grep -Eq '^(nvidia|cuda|triton)|@|\+' "$clean/constraints.txt"; then
     echo "A CUDA build, a local version or an address came along; constraints.txt is left as it was:" >&2

@@ -77,10 +77,7 @@ def test_second_start_asks_pip_nothing(clone: Clone) -> None:
     """The requirements are installed once, and again when what they are made from changes."""
     clone.stub(".venv/bin/python", LOGGED_PIP)
     assert clone.start().stdout == "ready\n"
-    assert (
-        "install --quiet --no-input --disable-pip-version-check -c constraints.txt -e .[plot,test,lint]"
-        in clone.log.read_text()
-    )
+    assert "-c constraints.txt -e .[plot,test,lint]" in clone.log.read_text()
     clone.log.unlink()
     assert clone.start().stdout == "ready\n"
     assert not clone.log.exists()
@@ -91,7 +88,7 @@ def test_second_start_asks_pip_nothing(clone: Clone) -> None:
 
 def test_interrupted_installation_is_done_again(clone: Clone) -> None:
     """No stamp is left behind by a pip that failed."""
-    clone.stub(".venv/bin/python", 'case "$*" in "-m pip install"*) exit 1;; esac')
+    clone.stub(".venv/bin/python", 'case "$*" in "-m pip install"*"-e ."*) exit 1;; "-m pip install"*) exit 0;; esac')
     done = clone.start()
     assert done.returncode == 3
     assert "pip could not install the requirements" in done.stderr
@@ -124,7 +121,7 @@ def test_cuda_build_is_announced_not_begun(clone: Clone) -> None:
     assert done.returncode == 3, done.stderr
     assert "no NVIDIA GPU, but pip offers only the CUDA build of torch" in done.stderr
     assert "(2 packages beside it, such as nvidia). Nothing was installed." in done.stderr
-    assert not clone.log.exists()
+    assert "torch" not in clone.log.read_text()
     assert clone.start(**OFFLINE, **links, MERISTEM_TORCH="any").stdout == "ready\n"
     assert "-c constraints.txt torch" in clone.log.read_text()
 

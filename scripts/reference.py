@@ -1,0 +1,50 @@
+"""Writes docs/configuration.md from the code; the tests fail when the page is stale."""
+
+from pathlib import Path
+
+from pydantic.fields import FieldInfo
+
+from meristem.config import Part
+from meristem.recipes.config import Config
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+
+HEAD = """# Configuration
+
+Written by `scripts/reference.py` from the code. Layers, lowest first: defaults, preset, file, environment
+(`MERISTEM__TRAIN__ACCUMULATE=4`), command line (`train.accumulate=4`). `meristem config show PRESET --why` says which
+layer set each value; an unknown key is an error that names the nearest.
+"""
+
+
+def page() -> str:
+    """The whole reference, one table a part."""
+    sections = [HEAD]
+    for name, field in Config.model_fields.items():
+        part = field.annotation
+        if not (isinstance(part, type) and issubclass(part, Part)):
+            raise TypeError(f"{name} is {part}; every field of the tree is a part")
+        rows = "\n".join(row(name, key, leaf) for key, leaf in part.model_fields.items())
+        sections.append(
+            f"## {name}\n\n{first_line(part)}\n\n| key | default | accepts | meaning |\n|---|---|---|---|\n{rows}\n"
+        )
+    return "\n".join(sections)
+
+
+def row(part: str, key: str, field: FieldInfo) -> str:
+    """One setting as a line of a table."""
+    if not field.description:
+        raise ValueError(f"{part}.{key} has no description; say in its Field what it means")
+    kind = getattr(field.annotation, "__name__", None) if isinstance(field.annotation, type) else str(field.annotation)
+    limits = ", ".join(str(limit) for limit in field.metadata if "(" in str(limit) and "Validator" not in str(limit))
+    accepts = f"{kind}{'; ' + limits if limits else ''}".replace("typing.", "").replace("|", "\\|")
+    default = "" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
+    return f"| `{part}.{key}` | {default} | {accepts} | {field.description.replace('|', chr(92) + '|')} |"
+
+
+def first_line(part: type[Part]) -> str:
+    return (part.__doc__ or "").strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
