@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from meristem.checkpoint.store import Checkpoint, find
@@ -31,14 +32,27 @@ def load(path: Path | str, emit: Emit = silent) -> Loaded:
     checkpoint = find(Path(path), emit)
     config = read_yaml(checkpoint.file("config.yaml").decode(), f"{checkpoint.path}/config.yaml")
     tokenizer = tokenizer_from_bytes(checkpoint.file("tokenizer.json"))
-    parts = ModelPart.model_validate(config.get("model", {})), MemoryPart.model_validate(config.get("memory", {}))
-    model = build(*parts, tokenizer.vocab_size, random_seed=0)
+    try:
+        model_part = ModelPart.model_validate(config.get("model", {}))
+        memory_part = MemoryPart.model_validate(config.get("memory", {}))
+    except ValidationError as cause:
+        wrong = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in cause.errors())
+        raise CheckpointMismatch(
+            f"config.yaml of {checkpoint.path} describes a model that this version does not know ({wrong}). "
+            f"Use the version of meristem that saved it.",
+            path=str(checkpoint.path),
+            step=checkpoint.step,
+        ) from cause
+    model = build(model_part, memory_part, tokenizer.vocab_size, random_seed=0)
     put_weights(model, checkpoint.tree("model"), checkpoint)
     return Loaded(model, tokenizer)
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Give a model the saved weights; names and shapes must be those of the model, and all that differ are listed."""
+    """Copy the saved weights into a model, whose parameters stay where they are and take the saved precision.
+
+    Names and shapes must be those of the model; all that differ are listed in one error.
+    """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differences = [
@@ -54,4 +68,6 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Che
             step=checkpoint.step,
             differences=differences,
         )
-    model.load_state_dict(weights, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(weights[name].dtype)
+    model.load_state_dict(weights)
