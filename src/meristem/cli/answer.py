@@ -69,6 +69,8 @@ def columns(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str
 def _cell(value: object) -> str:
     if value is None:
         return "-"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items()) or "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from meristem.cli.answer import Json, columns, json_line, pairs, size, write_text
+from meristem.cli.answer import Json, columns, json_line, size, write_text
 from meristem.cli.sample import Checkpoint, MaxTokens, Seed, Temperature, TopK, TopP, open_session
 from meristem.errors import MeristemError, WrongValue
 
@@ -149,13 +149,11 @@ def _help(talk: _Talk, argument: str) -> _Said:
 
 def _memory(talk: _Talk, argument: str) -> _Said:
     memory = talk.session.memory()
-    titles = ("norm", "size_bytes", "half_life")
-    rows = [[name, *(layer.get(title) for title in titles)] for name, layer in memory["layers"].items()]
-    words = [
-        f"{memory['n_tokens']} tokens read, {size(memory['size_bytes'])} remembered",
-        *columns(("layer", *titles), rows),
-    ]
-    return {"memory": memory}, words
+    titles = ("layer", "norm", "size", "half-life at rest")
+    rows = [(name, m["norm"], size(m["size_bytes"]), m["half_life"]) for name, m in memory["layers"].items()]
+    total = f"{memory['n_tokens']} tokens read, {size(memory['size_bytes'])} remembered"
+    table = columns(titles, rows) if rows else ["No rule has written a memory here."]
+    return {"memory": memory}, [total, *table]
 
 
 def _save(talk: _Talk, argument: str) -> _Said:
@@ -206,8 +204,8 @@ def _rollback(talk: _Talk, argument: str) -> _Said:
         )
     talk.session.rollback(to=exchanges[-n_back])
     del exchanges[-n_back:]
-    result: dict[str, object] = {"taken_back": n_back, "n_tokens": talk.session.n_tokens}
-    return result, pairs(result)
+    n_tokens = talk.session.n_tokens
+    return {"taken_back": n_back, "n_tokens": n_tokens}, [f"{n_back} taken back; {n_tokens} tokens are read"]
 
 
 def _forget(talk: _Talk, argument: str) -> _Said:
