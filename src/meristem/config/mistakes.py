@@ -1,7 +1,7 @@
 """What pydantic found wrong with a tree, told to a person: path, value, accepted, nearest, layer."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, get_args
 
@@ -12,27 +12,26 @@ from meristem.config.part import Part
 from meristem.errors import ConfigError, UnknownKey, WrongValue
 
 OTHER_WORDS: Final = {
-    "lr": "rate",
-    "learning_rate": "rate",
-    "batch_size": "batch",
-    "block_size": "window",
-    "context_length": "window",
-    "seq_len": "window",
-    "max_steps": "steps",
-    "n_layer": "n_layers",
-    "num_layers": "n_layers",
-    "n_head": "heads",
-    "n_heads": "heads",
-    "hidden_size": "width",
-    "n_embd": "width",
-    "d_model": "width",
-    "grad_clip": "clip",
-    "gradient_accumulation_steps": "accumulate",
-    "warmup_steps": "warmup",
-    "seed": "random_seed",
-    "dataset": "source",
-    "optimizer": "kind",
-    "dtype": "compute",
+    "lr": "optim.rate",
+    "learning_rate": "optim.rate",
+    "grad_clip": "optim.clip",
+    "batch_size": "data.batch",
+    "block_size": "data.window",
+    "context_length": "data.window",
+    "seq_len": "data.window",
+    "dataset": "data.source",
+    "max_steps": "train.steps",
+    "gradient_accumulation_steps": "train.accumulate",
+    "warmup_steps": "schedule.warmup",
+    "n_layer": "model.n_layers",
+    "num_layers": "model.n_layers",
+    "n_head": "model.heads",
+    "n_heads": "model.heads",
+    "hidden_size": "model.width",
+    "n_embd": "model.width",
+    "d_model": "model.width",
+    "seed": "run.random_seed",
+    "dtype": "device.compute",
 }
 """What a key is called elsewhere, and here. Suggested, never accepted: each number has one name."""
 
@@ -94,16 +93,18 @@ def known_paths(root: type[Part], path: str = "") -> dict[str, list[str]]:
     return found
 
 
-def nearest_key(path: str, known: Iterable[str]) -> str | None:
+def nearest_key(path: str, known: Collection[str]) -> str | None:
     """The known path that ``path`` most likely meant: alike as a whole, or alike in its last word."""
     section, _, last = path.rpartition(".")
-    meant = OTHER_WORDS.get(last, last)
+    meant = OTHER_WORDS.get(last)
+    if meant in known:
+        return meant
 
-    def likeness(candidate: str) -> tuple[float, float, str]:
+    def likeness(candidate: str) -> tuple[float, float]:
         above, _, word = candidate.rpartition(".")
-        by_word = difflib.SequenceMatcher(None, meant, word).ratio()
+        by_word = difflib.SequenceMatcher(None, last, word).ratio()
         by_whole = difflib.SequenceMatcher(None, path, candidate).ratio() if above != section else 0.0
-        return max(by_word, by_whole), difflib.SequenceMatcher(None, section, above).ratio(), candidate
+        return max(by_word, by_whole), difflib.SequenceMatcher(None, section, above).ratio()
 
     candidates = (candidate for candidate in known if not path.startswith(f"{candidate}."))
     best = max(candidates, key=likeness, default=None)
