@@ -1,0 +1,69 @@
+"""The documents say what is true: the README runs, the reference is current, links lead somewhere."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+# What a reader types for minutes runs for seconds here: the same commands, a smaller job. ./check only collects.
+SMALL = {
+    "MERISTEM__TRAIN__BUDGET": "2s",
+    "MERISTEM__DATA__SOURCE": "stdlib-docs",
+    "MERISTEM__MODEL__WIDTH": "32",
+    "MERISTEM__MODEL__N_LAYERS": "1",
+    "MERISTEM__EVALUATE__N_WINDOWS_END": "4",
+    "PYTEST_ADDOPTS": "--collect-only -q -n 0 tests/test_plugins.py",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.mark.timeout(300)
+def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
+    """In order, in a copy of the tracked files, with the environment that this test itself runs in."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    environment = os.environ | SMALL | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment["MERISTEM_CACHE"] = str(tmp_path / "cache")
+    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {language for language, _ in blocks} == {"sh", "python"}
+    for language, text in blocks:
+        command = ["sh", "-eu", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_the_configuration_reference_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts" / "reference.py")
+    assert spec is not None and spec.loader is not None
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    written = reference.PAGE.read_text(encoding="utf-8")
+    assert written == reference.page(), "docs/configuration.md is stale: run .venv/bin/python scripts/reference.py"
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
