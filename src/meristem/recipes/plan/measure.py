@@ -17,7 +17,7 @@ MOST_OPERATIONS: Final = 30_000
 """A rehearsal of more operations than this takes some seconds; short ones are tried instead."""
 
 TOLERANCE: Final = 0.002
-"""How far a fitted peak may be off where it can be checked; beyond, the full length is rehearsed after all."""
+"""How far two predictions of the same figure may be apart."""
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,27 @@ def short(window: int) -> tuple[int, int]:
 
 
 def measure(rehearse: Rehearse, window: int, n_operations: int) -> Measured:
-    """One step at ``window``; from short windows where a loop over time makes that slow and all is linear in time.
+    """One step at ``window``; where a loop over time makes that slow and all is linear in time, from short windows.
 
-    n_operations: about how many the full step would take.
+    The windows are doubled until two of them say about ``window`` what the two before said. Where that never happens,
+    as with dense attention, the full step is rehearsed. n_operations: about how many it would take.
     """
-    one, two = short(window)
-    if n_operations > MOST_OPERATIONS and 2 * two < window:
-        samples = {length: rehearse(length) for length in (one, two)}
-        # What is not linear, as dense attention or a single chunk, shows here and is rehearsed in full.
-        if agree(combine(samples, 2 * two), combine({2 * two: rehearse(2 * two)}, 2 * two)):
-            return combine(samples, window)
+    samples: dict[int, Rehearsal] = {}
+    length = short(window)[0] if n_operations > MOST_OPERATIONS else window
+    while length < window:
+        samples[length] = rehearse(length)
+        if len(samples) >= 3:
+            first, second, third = list(samples)[-3:]
+            found = combine({n: samples[n] for n in (second, third)}, window)
+            if agree(found, combine({n: samples[n] for n in (first, second)}, window)):
+                return found
+        length *= 2
     return combine({window: rehearse(window)}, window)
 
 
-def agree(fitted: Measured, true: Measured) -> bool:
+def agree(one: Measured, other: Measured) -> bool:
     """Whether peak and work are the same within the tolerance."""
-    pairs = ((fitted.peak_bytes, true.peak_bytes), (sum(fitted.flops.values()), sum(true.flops.values())))
+    pairs = ((one.peak_bytes, other.peak_bytes), (sum(one.flops.values()), sum(other.flops.values())))
     return all(abs(a - b) <= TOLERANCE * b for a, b in pairs)
 
 

@@ -1,10 +1,13 @@
 """What a plan says, as a frozen value, and the same as tables for people."""
 
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from meristem import errors
 from meristem.config import Part
 from meristem.errors import MeristemError
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 GIB: Final = 2**30
 # What the tracker cannot see: fragmentation and scratch space inside kernels, and the interpreter with torch in it.
@@ -183,6 +186,22 @@ def brief(report: PlanReport) -> list[str]:
     elif report.parts[1].outcome == "not prepared":
         lines.append("text: not prepared yet")
     return lines
+
+
+def render(report: PlanReport) -> "Group":
+    """The report for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+
+    tables = []
+    for section in sections(report):
+        table = Table(title=section.title, title_justify="left", show_lines=False)
+        for column in section.columns:
+            table.add_column(column, overflow="fold")
+        for row in section.rows:
+            table.add_row(*(cell.strip() for cell in row))
+        tables.append(table)
+    return Group(*tables)
 
 
 def needed_bytes(peak_bytes: int) -> int:
