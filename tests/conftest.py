@@ -1,5 +1,5 @@
-"""One thread per worker: the workers share the cores, and threads that wait for each other take ten times as long."""
+"""One thread per test process: two workers with two threads each would wait for each other at every barrier."""
 
-import torch
+import os
 
-torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
