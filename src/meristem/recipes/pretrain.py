@@ -121,8 +121,9 @@ def _show_preparing(run: Run, done_bytes: int, total_bytes: int | None) -> None:
 def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Progress:
     """The position to train from; an event says which, and readers then know which records were abandoned."""
     corpus, config = job.corpus, job.config
-    run.manifest.update(dataset_fingerprint=corpus.fingerprint, tokenizer_fingerprint=corpus.tokenizer.fingerprint)
     start = restore(run, job, checkpoint) if checkpoint else Progress(cursor=job.stream.start())
+    run.adopt(config)
+    run.manifest.update(dataset_fingerprint=corpus.fingerprint, tokenizer_fingerprint=corpus.tokenizer.fingerprint)
     n_parameters = sum(parameter.numel() for parameter in job.model.parameters())
     if not run.is_first:
         name = str(checkpoint.path) if checkpoint else None

@@ -152,6 +152,7 @@ def restore(run: Run, job: Job, checkpoint: Checkpoint) -> Progress:
         saved = unflatten({**checkpoint.tree("memory"), **checkpoint.value("memory_integers")})
         memory = map_tensors(lambda tensor: tensor.to(job.device.device, copy=True), saved)
     cursor = Cursor.from_json(checkpoint.value("cursor"))
+    job.stream.next(cursor)  # refuses another text or another order now, also where no step is left to make
     return Progress.from_json(checkpoint.value("progress"), cursor, memory)
 
 

@@ -45,6 +45,11 @@ class Run:
             details = ", ".join(f"{name} {value}" for name, value in event.payload.items())
             self.view.note(f"{event.severity}: {event.name}: {details}")
 
+    def adopt(self, config: Config) -> None:
+        """From now on this is the configuration of the run."""
+        write_atomic(self.directory / "config.yaml", dump_yaml(config).encode())
+        self.manifest.update(config_sha256=fingerprint(config), random_seed=config.run.random_seed)
+
     def end(self, status: End, exit_code: int) -> None:
         """Say how the run ended, in its manifest and its records."""
         self.emit(Event("run.ended", {"status": status, "exit": exit_code}))
@@ -81,18 +86,13 @@ def opened(config: Config, directory: Path, view: Console, *, is_new: bool) -> I
         described = describe()
         is_first = is_new or not (directory / runs.FILE).exists()
         manifest = RunManifest.create(directory, name=config.run.name) if is_first else RunManifest.reopen(directory)
-        manifest.update(
-            command=" ".join(sys.argv),
-            config_sha256=fingerprint(config),
-            random_seed=config.run.random_seed,
-            record_streams=[f"{name}.ndjson" for name in STREAMS],
-            **described,
-        )
-        write_atomic(directory / "config.yaml", dump_yaml(config).encode())
-        _link_latest(config, directory)
+        manifest.update(command=" ".join(sys.argv), record_streams=[f"{name}.ndjson" for name in STREAMS], **described)
         rotate_size_bytes = config.sinks.rotate_mib << 20
         records = Records(directory, manifest.content["id"], rotate_size_bytes=rotate_size_bytes)
         run = Run(directory, is_first, manifest, records, view)
+        if is_first:
+            run.adopt(config)
+        _link_latest(config, directory)
         sampler = SystemSampler(records, config.sinks.system_every_s, emit=run.emit)
         try:
             with manifest.beating(run.emit), sampler:

@@ -1,0 +1,54 @@
+"""What the gates do, read off a forward pass."""
+
+import copy
+
+import pytest
+import torch
+
+from meristem.evaluate.memory import memory_figures
+from meristem.models.build import build
+from meristem.models.part import ModelPart
+from meristem.nn.part import MemoryPart
+
+TOKENS_BT = torch.randint(0, 256, (2, 19), generator=torch.Generator().manual_seed(0))
+MODEL = ModelPart(width=12, n_layers=2, heads=2, span=5)
+
+
+@pytest.mark.parametrize("half_life", [16.0, 512.0])
+def test_fresh_gates_are_those_of_the_settings(half_life):
+    """Half-life, momentum, and the write rate with its factor 1 - momentum."""
+    model = build(MODEL, MemoryPart(head_width=4, half_life=half_life, write=0.2, momentum=0.7), 256, 0)
+    found = memory_figures(model, TOKENS_BT)
+    assert found["half_life"] == pytest.approx(half_life, rel=1e-3)
+    assert found["momentum"] == pytest.approx(0.7, rel=1e-5)
+    assert found["write"] == pytest.approx(0.2 * 0.3, rel=1e-5)
+
+
+def test_norm_is_that_of_the_memories_left_behind():
+    """The mean over layers, rows and heads of the norm of the weights; momentum is not among them."""
+    model = build(MODEL, MemoryPart(head_width=4), 256, 0)
+    _, state = model(TOKENS_BT)
+    norms = torch.stack([norms_bh(layer) for layer in state["layer"].values()])
+    assert memory_figures(model, TOKENS_BT)["norm"] == pytest.approx(norms.mean().item(), rel=1e-5)
+
+
+def norms_bh(state):
+    """The norms of the one matrix memory inside the state of a layer."""
+    if "matrix_bhkv" in state:
+        return state["matrix_bhkv"].flatten(2).norm(dim=-1)
+    found = [norms_bh(inner) for inner in state.values() if isinstance(inner, dict)]
+    return next((norms for norms in found if norms is not None), None)
+
+
+@pytest.mark.parametrize("part", [ModelPart(name="charrnn", width=7), MODEL.model_copy(update={"mixer": "attention"})])
+def test_no_memory_no_figures(part):
+    assert memory_figures(build(part, MemoryPart(head_width=4), 256, 0), TOKENS_BT) == {}
+
+
+def test_looking_changes_nothing():
+    """Neither parameters nor hooks stay behind."""
+    model = build(MODEL, MemoryPart(head_width=4), 256, 0)
+    before = copy.deepcopy(model.state_dict())
+    memory_figures(model, TOKENS_BT)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())

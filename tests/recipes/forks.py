@@ -1,0 +1,101 @@
+"""Runs in processes that can be killed, without importing torch for each of them.
+
+A server process imports everything once and computes nothing, so that no pool of threads exists when it forks; each
+run is a child of it. One line of JSON in starts a run or waits for one, one line out answers. A run that has ended
+keeps its process id until it was waited for, so that killing it hits nobody else.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Runs:
+    """Starts runs in children of one server process."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self._read() == {"ready": True}
+
+    def start(self, preset: str, overrides: Sequence[str], run_dir: Path, resume: str = "auto") -> int:
+        """Begin a run and give its process id."""
+        order = {"preset": preset, "overrides": list(overrides), "run_dir": str(run_dir), "resume": resume}
+        return int(self._ask(order)["pid"])
+
+    def wait(self, pid: int) -> int:
+        """The exit code of the run, or minus the signal that killed it."""
+        return int(self._ask({"wait": pid})["code"])
+
+    def run(self, preset: str, overrides: Sequence[str], run_dir: Path, resume: str = "auto") -> int:
+        """The exit code of a run that nobody disturbs."""
+        return self.wait(self.start(preset, overrides, run_dir, resume))
+
+    def close(self) -> None:
+        assert self._server.stdin and self._server.stdout
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()
+
+    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self._server.stdin
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._server.stdout
+        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
+        return answer
+
+
+def _serve() -> None:
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401 - imported so that no child has to
+
+    import meristem.recipes.pretrain  # noqa: F401
+
+    _say({"ready": True})
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            _, status = os.waitpid(order["wait"], 0)
+            _say({"code": os.waitstatus_to_exitcode(status)})
+            continue
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_run(order))
+        _say({"pid": pid})
+
+
+def _say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def _run(order: dict[str, Any]) -> int:
+    from meristem.errors import MeristemError
+    from meristem.recipes.config import load_config
+    from meristem.recipes.pretrain import pretrain
+    from meristem.sinks.console import Console
+
+    config = load_config(order["preset"], order["overrides"], {}).tree
+    # stdout carries the answers of the server; the words of a run go to stderr, and stderr nowhere.
+    sys.stderr = open(os.devnull, "w")
+    try:
+        result = pretrain(config, run_dir=Path(order["run_dir"]), resume=order["resume"], view=Console(json=True))
+    except MeristemError as error:
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return result.exit_code
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,47 @@
+"""A run that ends within a second: a short text, a tiny model, few steps, and everything that a run does."""
+
+from pathlib import Path
+
+from meristem.recipes.config import Config, load_config
+
+TEXT = "".join(f"{number} times {number} is {number * number}, they say.\n" for number in range(500))
+
+
+def write_text(place: Path) -> Path:
+    """The text as a file."""
+    path = place / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def overrides(text: Path, *more: str) -> list[str]:
+    """Settings of a small run over ``text``; ``more`` wins."""
+    return [
+        f"data.source={text}",
+        f"data.root={text.parent}",
+        "data.window=17",
+        "data.batch=3",
+        "data.order=shuffled",
+        "device.name=cpu",
+        "device.compute=fp32",
+        "device.threads=1",
+        "model.width=12",
+        "model.n_layers=2",
+        "train.steps=30",
+        "train.budget=null",
+        "train.log_every=1",
+        "evaluate.every=8",
+        "evaluate.every_s=null",
+        "evaluate.n_windows=5",
+        "evaluate.n_windows_end=7",
+        "evaluate.n_samples=1",
+        "evaluate.sample_tokens=5",
+        "checkpoint.every=4",
+        "checkpoint.every_s=null",
+        *more,
+    ]
+
+
+def config(text: Path, *more: str, preset: str = "charrnn") -> Config:
+    """The tree of a small run."""
+    return load_config(preset, overrides(text, *more), {}).tree

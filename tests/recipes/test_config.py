@@ -1,0 +1,82 @@
+"""The tree as a whole: its presets, the rules between its parts, and that each setting means something."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import meristem
+from meristem.config import Part, dump_yaml, leaves, preset_names, read_yaml
+from meristem.errors import ConflictingKeys, WrongValue
+from meristem.recipes.config import Config, load_config
+
+PACKAGE = Path(meristem.__file__).parent
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_preset_is_valid_and_reads_back(preset):
+    tree = load_config(preset, (), {}).tree
+    assert tree.run.name == preset
+    assert Config.model_validate(read_yaml(dump_yaml(tree))) == tree
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("charformer", ["data.window=300"], r"data.window is 300, .*'charformer' sees at most model.window=256"),
+        ("titans-mag", ["memory.head_width=24"], r"model.width 128 does not divide into memories of .* 24"),
+        ("titans-mag", ["data.validation=0"], r"no text is left to evaluate on"),
+        ("titans-mag", ["checkpoint.metric=val/loss"], r"is 'val/loss', but training measures val/bits_per_byte and"),
+        ("titans-mag", ["model.heads=3"], r"128 does not divide into 3 heads"),
+    ],
+)
+def test_keys_that_do_not_go_together(preset, overrides, message):
+    with pytest.raises(ConflictingKeys, match=message):
+        load_config(preset, overrides, {})
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [("charrnn", ["data.window=300"]), ("attention", ["memory.head_width=24"]), ("charformer", ["data.window=255"])],
+)
+def test_rules_hold_only_for_whom_they_concern(preset, overrides):
+    load_config(preset, overrides, {})
+
+
+def test_file_is_told_from_preset(tmp_path):
+    """By its ending; an unknown name is taken for a misspelt preset."""
+    (tmp_path / "mine.yaml").write_text("optim: {rate: 0.5}\n")
+    loaded = load_config(str(tmp_path / "mine.yaml"), (), {})
+    assert loaded.tree.optim.rate == 0.5
+    assert loaded.why["optim.rate"].startswith("file ")
+    with pytest.raises(WrongValue, match="no preset is called 'titan-mag'. Nearest: titans-mag"):
+        load_config("titan-mag", (), {})
+
+
+def test_every_setting_is_read_by_code():
+    """Each leaf is asked for somewhere outside the part that defines it."""
+    asked = {
+        node.attr
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "part.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    unread = [key for key in leaves(Config().model_dump()) if key.rsplit(".", 1)[-1] not in asked]
+    assert unread == []
+
+
+def test_every_setting_is_described():
+    """The reference is made from these words."""
+
+    def undescribed(part: type[Part], path: str) -> list[str]:
+        found = []
+        for name, field in part.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, Part):
+                found += undescribed(annotation, f"{path}{name}.")
+            elif not field.description:
+                found.append(f"{path}{name}")
+        return found
+
+    assert undescribed(Config, "") == []

@@ -1,0 +1,147 @@
+"""A whole run and what it leaves behind."""
+
+from pathlib import Path
+
+import pytest
+
+from meristem.checkpoint.run import read
+from meristem.checkpoint.store import entries, find
+from meristem.data.prepare import prepare
+from meristem.device.part import DevicePart
+from meristem.device.resolve import resolve
+from meristem.errors import CapabilityError, NonFinite
+from meristem.evaluate.likelihood import likelihood
+from meristem.events import silent
+from meristem.models.load import load
+from meristem.recipes import watch
+from meristem.recipes.config import Config
+from meristem.recipes.pretrain import Result, pretrain
+from meristem.sinks.lines import read_records
+from meristem.sinks.records import history
+from meristem.train.loss import cross_entropy
+from meristem.train.progress import Progress
+from recipes.small import config, write_text
+
+SETTINGS = ("model.heads=2", "model.span=5", "memory.head_width=4", "optim.rate=0.02", "train.log_every=3")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return config(write_text(tmp_path_factory.mktemp("run")), *SETTINGS, preset="titans-mag")
+
+
+@pytest.fixture(scope="module")
+def result(settings: Config) -> Result:
+    assert settings.data.root
+    return pretrain(settings, run_dir=settings.data.root / "run")
+
+
+def test_it_learns(settings, result):
+    """Thirty steps bring the loss well below that of a uniform guess, on text that was not trained on."""
+    assert result.status == "finished" and result.exit_code == 0 and result.step == 30
+    assert result.bits_per_byte < 5
+    losses = [record["metrics"]["bits_per_byte"] for record in history(result.run_dir) if record["split"] == "train"]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_saved_model_is_the_one_that_was_measured(settings, result):
+    """Loaded from its directory, the model predicts the held-out text exactly as the result says."""
+    model, _ = load(result.run_dir)
+    corpus = prepare(settings.data, settings.tokenizer)
+    device = resolve(DevicePart(name="cpu", compute="fp32"), silent)
+    found = likelihood(model, corpus, "val", window=17, batch=16, max_windows=7, device=device, loss=cross_entropy)
+    assert found.bits_per_byte == result.bits_per_byte
+
+
+def test_directory_tells_the_run(settings, result):
+    run = read(result.run_dir)
+    assert (run["status"], run["exit"], run["name"]) == ("finished", 0, "titans-mag")
+    assert run["checkpoints"]["last"] == result.checkpoint.name == "step-00000030"
+    assert run["best"]["metric"] == "val/bits_per_byte"
+    found = {path.name for path in result.run_dir.iterdir()}
+    assert {"config.yaml", "report.md", "loss.png", "checkpoints", "run.json"} <= found
+    records = {name: list(read_records(result.run_dir / f"{name}.ndjson")) for name in ("metrics", "events", "samples")}
+    assert [r["step"] for r in records["metrics"] if r["split"] == "train"] == list(range(3, 31, 3))
+    assert [r["step"] for r in records["metrics"] if r["split"] == "val"] == [8, 16, 24, 30, 30]
+    assert len(records["samples"]) == 1
+    names = [event["name"] for event in records["events"]]
+    assert names[0] == "capability.chosen" and names[-1] == "run.ended" and "run.started" in names
+    seqs = sorted(record["seq"] for kind in records.values() for record in kind)
+    assert len(set(seqs)) == len(seqs)
+
+
+def test_memory_is_reported(result):
+    """At the start the gates are those of the settings, and every record tells where they went."""
+    told = [record["metrics"] for record in history(result.run_dir) if record["split"] == "train"]
+    assert told[0]["memory/half_life"] == pytest.approx(64, rel=0.5)
+    assert all(metrics["memory/norm"] > 0 for metrics in told)
+
+
+def test_report_tells_the_run(result):
+    report = result.report.read_text()
+    assert f"**{result.bits_per_byte:.3f} bits per byte**" in report
+    assert report.index("| **this model** |") > report.index("## Held-out text")
+    for word in ("gzip", "bz2", "xz given the training text", "half-life", f"meristem chat {result.run_dir}"):
+        assert word in report
+    assert result.samples[0].text in report
+
+
+def test_best_and_last_checkpoints_stay(settings, result):
+    """Three last and two best, by what was measured when they were saved."""
+    kept = entries(result.run_dir / "checkpoints")
+    measured = {entry.step: entry.metrics["val/bits_per_byte"] for entry in kept if entry.metrics}
+    by_rank = sorted(measured, key=lambda step: measured[step])
+    assert {entry.step for entry in kept} == {24, 28, 30} | set(by_rank[:2])
+    assert read(result.run_dir)["best"]["step"] == by_rank[0]
+
+
+def test_bad_steps_end_the_run_with_its_checkpoints_intact(settings, tmp_path):
+    """A rate that cannot work: each bad step is an event, the run fails with the exit code of training."""
+    wild = settings.optim.model_copy(update={"rate": 1e30, "clip": None})
+    train = settings.train.model_copy(update={"max_nonfinite": 4})
+    with pytest.raises(NonFinite, match="4 end a run"):
+        pretrain(settings.model_copy(update={"optim": wild, "train": train}), run_dir=tmp_path / "wild")
+    run = read(tmp_path / "wild")
+    assert (run["status"], run["exit"]) == ("failed", 5)
+    events = list(read_records(tmp_path / "wild" / "events.ndjson"))
+    assert [e["payload"]["in_row"] for e in events if e["name"] == "loss.nonfinite"] == [1, 2, 3]
+    assert [e["payload"]["type"] for e in events if e["name"] == "exception"] == ["NonFinite"]
+    find(tmp_path / "wild", silent)
+
+
+def test_fp16_is_refused(settings, monkeypatch, tmp_path):
+    """Where the probe would let it pass, as on an accelerator: gradients would vanish without a loss scale."""
+    part = settings.device.model_copy(update={"compute": "fp16"})
+    monkeypatch.setattr("meristem.device.resolve.probe", lambda *_: None)
+    with pytest.raises(CapabilityError, match="fp16 needs a loss scale"):
+        pretrain(settings.model_copy(update={"device": part}), run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("every", "every_s", "rung"), [(2, None, [2, 4, 6]), (None, 2.5, [3, 6]), (4, 2.5, [3, 4]), (None, None, [])]
+)
+def test_alarm(every, every_s, rung):
+    """By steps, by seconds after it was last done, by whichever comes first, or never; a step takes one second here."""
+    alarm = watch.Alarm(every, every_s, last_s=0.0)
+    cursor = None
+    found = [
+        step
+        for step in range(1, 7)
+        if alarm.rings(Progress(cursor=cursor, step=step, seconds_used=float(step)))  # type: ignore[arg-type]
+    ]
+    assert found == rung
+
+
+def test_prompts_begin_held_out_documents(settings):
+    from meristem.recipes.summary import prompts
+
+    corpus = prepare(settings.data, settings.tokenizer)
+    held_out = corpus.text("val").decode()
+    found = list(prompts(corpus, 3))
+    assert len(set(found)) == 3
+    assert all(prompt in held_out and 0 < len(prompt) <= 60 for prompt in found)
+
+
+def test_directory_may_be_read_while_it_is_written(settings, result):
+    """The configuration in the directory is the one of the run."""
+    assert Path(result.run_dir / "config.yaml").read_text().count("titans-mag") >= 1
