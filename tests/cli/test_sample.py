@@ -1,10 +1,12 @@
 """``meristem sample`` writes what the session writes, as it writes it."""
 
 import io
+import re
+import sys
 
 import pytest
 
-from meristem.cli import run
+from meristem.cli import main, run
 from meristem.models.generate import Sampling
 from meristem.models.load import load
 from meristem.serve.session import Session
@@ -42,6 +44,27 @@ def test_settings_act(finished, answered):
     assert text("--temperature", 1e-6, "--seed", 1) == greedy == text("--temperature", 5, "--top-k", 1)
     assert text("--temperature", 5, "--seed", 1) != greedy
     assert text("--temperature", 5, "--seed", 1) != text("--temperature", 5, "--seed", 2)
+
+
+def test_a_terminal_is_not_driven(finished, capsys, monkeypatch):
+    """Control characters that a model writes are shown, where a person looks, and passed on, where a program reads."""
+    words = ["sample", str(finished), "--prompt", "a", "--max-tokens", "60", "--temperature", "9"]
+    run(words)
+    written = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run(words)
+    shown = capsys.readouterr().out
+    assert re.search(r"[\x00-\x08\x0b-\x1f\x7f]", written)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", shown)
+
+
+def test_bytes_that_are_no_text_are_named(finished, capsys, monkeypatch):
+    """An error of the data kind, and not one of Python's."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xffc"), encoding="utf-8"))
+    monkeypatch.setattr("sys.argv", ["meristem", "sample", str(finished), "--stdin"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, "character 2" in capsys.readouterr().err) == (4, True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -40,6 +41,20 @@ def test_help_has_an_example(words, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"Examples?:", shown)
     assert f"meristem {' '.join(words)}" in shown.split("Example", 1)[1]
+
+
+@pytest.mark.parametrize("words", leaf_commands(), ids=" ".join)
+def test_examples_can_be_typed(words):
+    """Every word of every example is an argument or an option that the verb takes."""
+    command = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
+    examples = re.findall(r"^ *(?:.* \| )?(meristem .*?)(?: > .*)?$", command.help, flags=re.MULTILINE)
+    assert examples
+    for example in examples:
+        typed = shlex.split(example)[1:]
+        assert typed[: len(words)] == words
+        command.make_context(words[-1], typed[len(words) :])
 
 
 @pytest.mark.parametrize("words", leaf_commands(), ids=" ".join)

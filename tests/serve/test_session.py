@@ -32,7 +32,6 @@ MODELS = {
         256,
         2,
     ),
-    "attention": build(ModelPart(width=12, n_layers=2, heads=2, mixer="attention", span=5), MemoryPart(), 256, 3),
     "chargru": build(ModelPart(name="chargru", width=11, n_layers=2), MemoryPart(), 256, 4),
     "charformer": build(ModelPart(name="charformer", width=12, n_layers=2, heads=3, window=37), MemoryPart(), 256, 5),
 }
@@ -196,7 +195,7 @@ def test_forgetting_is_being_fresh(model):
     assert session.turn == 1
 
 
-@pytest.mark.parametrize("name", ["titans", "delta", "attention", "chargru"])
+@pytest.mark.parametrize("name", ["titans", "delta", "chargru"])
 def test_memory_of_the_past_has_one_size(name):
     """However much was read, a session remembers in the same number of bytes."""
     session = fed(MODELS[name], "x" * 40)

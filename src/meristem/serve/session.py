@@ -7,10 +7,10 @@ knows of the past is in that state, whose size does not grow, and so the time pe
 import math
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, TypedDict
+from typing import Any, Final, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -229,21 +229,12 @@ class Session:
             random_seed=int(header["random_seed"]),
             name=header["name"],
         )
-        for part, fingerprint in session._belongs_to().items():
-            if header[part] != fingerprint:
-                raise CheckpointMismatch(
-                    f"the session in {path} belongs to another {part} (SHA-256 {header[part][:12]}, this one has "
-                    f"{fingerprint[:12]}). Open it with the checkpoint it was made with.",
-                    path=str(path),
-                    part=part,
-                )
+        session._require_same(header, Path(path))
         session.id = header["id"]
-        leaves: dict[str, Tensor | int] = dict(header["integers"])
-        leaves |= {
-            n.removeprefix("state."): t.to(session._device) for n, t in tensors.items() if n.startswith("state.")
-        }
-        logits_bo = tensors["logits_bo"].to(session._device) if "logits_bo" in tensors else None
-        session._now = _Moment(unflatten(leaves) or None, logits_bo, header["n_tokens"])
+        held = {name: tensor.to(session._device) for name, tensor in tensors.items()}
+        logits_bo = held.pop("logits_bo", None)
+        state = {name.removeprefix("state."): tensor for name, tensor in held.items()} | header["integers"]
+        session._now = _Moment(unflatten(state) or None, logits_bo, header["n_tokens"])
         session._turns = {header["turn"]: session._now}
         return session
 
@@ -254,6 +245,16 @@ class Session:
     def _belongs_to(self) -> dict[str, str]:
         """What a saved session must meet again."""
         return {"model": store.model_fingerprint(self.model), "tokenizer": self.tokenizer.fingerprint}
+
+    def _require_same(self, header: Mapping[str, Any], path: Path) -> None:
+        for part, fingerprint in self._belongs_to().items():
+            if header[part] != fingerprint:
+                raise CheckpointMismatch(
+                    f"the session in {path} belongs to another {part} (SHA-256 {header[part][:12]}, this one has "
+                    f"{fingerprint[:12]}). Open it with the checkpoint it was made with.",
+                    path=str(path),
+                    part=part,
+                )
 
     def _end_turn(self) -> None:
         turns = {**self._turns, self.turn + 1: self._now}

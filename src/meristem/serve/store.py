@@ -69,7 +69,9 @@ def read(path: Path) -> SessionFile:
             path=str(path),
         )
     try:
-        return SessionFile(safetensors.torch.load(content), json.loads(metadata["session"]))
+        mapped = safetensors.torch.load(content)
+        # Copies: inside the file's bytes a tensor may lie on an odd address, and a sum over it end in other bits.
+        return SessionFile({name: tensor.clone() for name, tensor in mapped.items()}, json.loads(metadata["session"]))
     except (SafetensorError, KeyError, ValueError) as cause:
         raise _corrupt(path, str(cause)) from cause
 
