@@ -1,10 +1,14 @@
 """Which parameters decay."""
 
+import pytest
 import torch
 from torch import nn
 
+from meristem.config import preset_names
+from meristem.models.build import build as build_model
 from meristem.optim.groups import build, split
 from meristem.optim.part import OptimPart
+from meristem.recipes.config import load_config
 
 
 class Gated(nn.Module):
@@ -62,3 +66,20 @@ def test_decay_shrinks_only_the_first_group():
     for name, parameter in model.named_parameters():
         factor = 0.95 if name == "mix.weight" else 1.0
         torch.testing.assert_close(parameter, before[name] * factor)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_groups_of_every_preset(preset):
+    """Every parameter in exactly one group; no embedding, norm, gate, bias or first memory decays."""
+    config = load_config(preset, (), {}).tree
+    with torch.device("meta"):
+        model = build_model(config.model, config.memory, 256, random_seed=0)
+    decayed, plain = split(model)
+    assert len({id(p) for p in decayed + plain}) == len(decayed + plain) == len(list(model.parameters()))
+    spared = {name for name in names(model, decayed) if any(word in name for word in SPARED)}
+    assert spared == set()
+    n_decayed, n_all = (sum(p.numel() for p in group) for group in (decayed, model.parameters()))
+    assert n_decayed > 0.8 * n_all, "what remains is small: a matrix that is not decayed was forgotten"
+
+
+SPARED = ("embedding", "norm", "gates.", "bias", "initial", "persistent", "position")

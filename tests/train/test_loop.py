@@ -269,3 +269,51 @@ def test_too_many_in_a_row_end_the_run(corpus):
     with pytest.raises(NonFinite, match=r"not finite in 2 steps in a row, up to step 5; 2 end a run") as caught:
         run(Poisoned({2, 4, 5}, math.nan), stream_of(corpus, batch=3), limit(steps=9, max_nonfinite=2))
     assert caught.value.fields == {"step": 5, "count": 2}
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes tensors pass for those of an accelerator, and tells every time that one is read by the host."""
+    made: list[str] = []
+
+    def watched(name: str) -> Callable[..., object]:
+        original = getattr(torch.Tensor, name)
+
+        def read(self: Tensor, *arguments: object) -> object:
+            made.append(name)
+            return original(self, *arguments)
+
+        return read
+
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    return made
+
+
+def test_accelerator_is_read_only_where_a_step_logs(corpus, reads):
+    """One read per record, however many steps lie between; the other steps tell no loss."""
+    stream, model = stream_of(corpus, batch=3), tiny()
+    optimizer, start = build_optimizer(model, OptimPart()), Progress(cursor=stream.start())
+    part = limit(steps=9, log_every=4, accumulate=2)
+    told = []
+    for step in steps(model, stream, optimizer, lambda _: 1.0, part=part, clip=1.0, device=DEVICE, start=start):
+        told.append((step.loss_nats is not None, len(reads)))
+        reads.clear()
+    assert told == [(number % 4 == 0, int(number % 4 == 0)) for number in range(1, 10)]
+
+
+def test_accelerator_counts_bad_steps_at_the_next_record(corpus, reads):
+    """What went wrong between two records is known at the second, in full; too many in a row are noticed there too."""
+    made = run(Poisoned({2, 3, 7}, math.nan), stream_of(corpus, batch=3), limit(steps=8, log_every=4))
+    counts = [(step.progress.n_nonfinite, step.progress.n_nonfinite_in_row) for step in made]
+    assert (counts[2], counts[3], counts[7]) == ((0, 0), (2, 0), (3, 0))
+    with pytest.raises(NonFinite, match="in 2 steps in a row"):
+        run(Poisoned({1, 2}, math.nan), stream_of(corpus, batch=3), limit(steps=8, log_every=4, max_nonfinite=2))
+
+
+def test_accelerator_drops_a_spoilt_memory_at_once(corpus, reads):
+    """A memory that is carried on is worth a read per step: one bad window must not spoil the next four."""
+    stream = stream_of(corpus, batch=3, order="sequential")
+    made = run(Poisoned({2}, math.nan), stream, limit(steps=4, log_every=4))
+    assert made[-1].progress.n_nonfinite == 1
