@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from meristem.checkpoint import store
 from meristem.checkpoint.run import RunManifest
@@ -18,14 +17,6 @@ from meristem.sinks.records import Records
 
 MODEL = ModelPart(width=12, n_layers=2, heads=2, span=5)
 MEMORY = MemoryPart(head_width=6, chunk=7)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def _make_run(place: Path, name: str, chunk: int = 7) -> Path:

@@ -1,13 +1,15 @@
 """`meristem plugins`: what can be chosen by name, and whether all of it can be loaded."""
 
 from importlib import import_module
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from meristem.cli.answer import Json, answer, columns
 from meristem.errors import WrongValue
-from meristem.plugins import Registry
+
+if TYPE_CHECKING:
+    from meristem.plugins import Registry
 
 app = typer.Typer(help="List what can be chosen by name, and check that it loads.")
 
@@ -21,7 +23,7 @@ REGISTRIES: Final = (
 Kind = Annotated[str | None, typer.Option("--kind", help="One kind alone, such as memory.", show_default=False)]
 
 
-def registries(kind: str | None = None) -> list[Registry[Any]]:
+def registries(kind: str | None = None) -> "list[Registry[Any]]":
     """The registries themselves, or the one of a kind; imports their rooms."""
     references = (reference.partition(":") for reference in REGISTRIES)
     found = [getattr(import_module(module), attribute) for module, _, attribute in references]

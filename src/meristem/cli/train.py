@@ -28,8 +28,8 @@ def train(
     \b
     Examples:
       meristem train titans-mag
-      meristem train titans-mag data.source=book.txt train.budget=10m --run-dir runs/book
-      meristem train titans-mag data.source=book.txt train.budget=20m --run-dir runs/book --resume must
+      meristem train titans-mag data.source=book.txt train.budget=10m
+      meristem train charformer --run-dir runs/small --resume must
     """
     from dataclasses import asdict
 
