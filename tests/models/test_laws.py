@@ -220,3 +220,14 @@ def test_a_state_can_be_detached_and_carried_on():
     _, state = model(tokens_bt[:, :9])
     logits_bto, _ = model(tokens_bt[:, 9:], map_tensors(torch.Tensor.detach, state))
     assert torch.equal(logits_bto, model(tokens_bt[:, 9:], state)[0])
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", ["preset-titans-mag", "preset-charformer"])
+def test_a_block_is_one_graph(name):
+    """Fresh and with a state; ``device.compile`` takes the blocks of a model one by one."""
+    block, hidden_btd = grown(name).blocks[0], torch.randn(2, 4, 12, dtype=torch.float64)
+    _, state = block(hidden_btd)
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    for before in (None, state):
+        torch.testing.assert_close(compiled(hidden_btd, before)[0], block(hidden_btd, before)[0], rtol=0, atol=1e-12)
