@@ -10,7 +10,7 @@ from meristem.checkpoint.files import write_atomic
 from meristem.data.corpus import Corpus
 from meristem.device.random import stream
 from meristem.errors import MissingExtra
-from meristem.evaluate.baselines import Baseline, baselines
+from meristem.evaluate.baselines import HELD_OUT_BYTES, PRIMING_BYTES, Baseline, baselines
 from meristem.evaluate.likelihood import Likelihood
 from meristem.evaluate.picture import Point, draw_loss
 from meristem.evaluate.report import Report, Sample
@@ -60,7 +60,11 @@ def _first_words(text: str) -> str:
 def write_report(run: Run, job: Job, progress: Progress, found: Likelihood, samples: tuple[Sample, ...]) -> Path:
     """Write ``report.md`` and ``loss.png``; without matplotlib the report goes without its picture, as an event."""
     records = history(run.directory)
-    scale = baselines(job.corpus.text("train"), job.corpus.text("val"))
+    corpus = job.corpus
+    # A token is at least one byte, so these are enough; the whole training text may be large.
+    primer = corpus.tokenizer.decode_bytes(corpus.tokens("train")[-PRIMING_BYTES:].tolist())
+    held_out = corpus.tokenizer.decode_bytes(corpus.tokens("val")[:HELD_OUT_BYTES].tolist())
+    scale = baselines(primer, held_out)
     report = Report(
         title=f"Run {job.config.run.name}",
         summary=_summary(job, progress, found),
