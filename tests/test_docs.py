@@ -23,6 +23,8 @@ SMALL = {
     "MERISTEM__EVALUATE__N_WINDOWS_END": "4",
     "PYTEST_ADDOPTS": "--collect-only -q -n 0 tests/test_plugins.py",
     "OMP_NUM_THREADS": "1",
+    # Should the set-up want to install after all, it must not touch the environment that this test borrows.
+    "PIP_DRY_RUN": "1",
 }
 
 
@@ -33,7 +35,7 @@ def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
     for name in tracked:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / name)
-    (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    borrow_environment(tmp_path)
     environment = os.environ | SMALL | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment["MERISTEM_CACHE"] = str(tmp_path / "cache")
     blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
@@ -50,6 +52,18 @@ def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def borrow_environment(root: Path) -> None:
+    """Make ``root/.venv`` out of links, with the stamp that keeps the set-up from installing into what it links to."""
+    (root / ".venv").mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        if entry.name != "stamp":
+            (root / ".venv" / entry.name).symlink_to(entry)
+    script = (root / "scripts" / "bootstrap.sh").read_text(encoding="utf-8")
+    stamp = re.search(r"^stamp\(\) \{\n.*?^\}$", script, re.DOTALL | re.MULTILINE)
+    assert stamp is not None
+    subprocess.run(["sh", "-eu", "-c", f"{stamp.group()}\nstamp >.venv/stamp"], cwd=root, check=True)
 
 
 def test_the_configuration_reference_is_current() -> None:
