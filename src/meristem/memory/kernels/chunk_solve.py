@@ -95,10 +95,12 @@ def _backward(saved: tuple[Any, ...], d_read_nhcv: Tensor, d_last_hkv: Tensor) -
     d_carried_nhll = d_left_nhlk @ came_nhlk.mT
     d_inner_nhcs, d_probe_nhcl = None, None
     if inner_nhcs is not None:
-        d_system_nhcs = -(d_value_nhcv @ new_nhcv.mT)
+        d_side_nhcv = -d_value_nhcv
+        d_system_nhcs = d_side_nhcv @ new_nhcv.mT
         d_inner_nhcs, d_alike_nhcs = d_system_nhcs * (key_nhck @ key_nhck.mT), d_system_nhcs * inner_nhcs
-        d_probed_nhck, d_probe_nhcl = _despread(-(d_value_nhcv @ entering_nhkv.mT), probe_nhcl, key_nhck)
-        d_key_nhck = _add_product(d_key_nhck + d_probed_nhck, d_alike_nhcs + d_alike_nhcs.mT, key_nhck)
+        d_probed_nhck, d_probe_nhcl = _despread(d_side_nhcv @ entering_nhkv.mT, probe_nhcl, key_nhck)
+        d_key_nhck = _add_product(d_key_nhck + d_probed_nhck, d_alike_nhcs, key_nhck)
+        d_key_nhck = _add_product(d_key_nhck, d_alike_nhcs.mT, key_nhck)
     return (
         d_key_nhck,
         d_value_nhcv,
@@ -127,9 +129,11 @@ def _spread(weight_nhcl: Tensor, vector_nhck: Tensor) -> Tensor:
 
 def _despread(d_spread_nhck: Tensor, weight_nhcl: Tensor, vector_nhck: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the vectors and of the weights of ``spread``."""
-    d_copies_nhclk = d_spread_nhck.unflatten(-1, (weight_nhcl.shape[-1], -1))
-    d_vector_nhck = (d_copies_nhclk * weight_nhcl[..., None]).sum(dim=-2)
-    return d_vector_nhck, (d_copies_nhclk * vector_nhck[..., None, :]).sum(dim=-1)
+    pieces = list(zip(d_spread_nhck.split(vector_nhck.shape[-1], dim=-1), weight_nhcl.split(1, dim=-1), strict=True))
+    d_vector_nhck = pieces[0][0] * pieces[0][1]
+    for d_copy_nhck, weight_nhc1 in pieces[1:]:
+        d_vector_nhck = torch.addcmul(d_vector_nhck, d_copy_nhck, weight_nhc1)
+    return d_vector_nhck, torch.stack([torch.linalg.vecdot(d_copy, vector_nhck) for d_copy, _ in pieces], dim=-1)
 
 
 def _carry(carried_hll: Tensor, passing_hkv: Tensor) -> Tensor:
