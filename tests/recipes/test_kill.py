@@ -1,5 +1,6 @@
 """A run survives whatever stops it: the loss sequence of a resumed one is that of an undisturbed one, to the bit."""
 
+import itertools
 import os
 import random
 import signal
@@ -24,18 +25,42 @@ pytestmark = pytest.mark.fault
 STATEFUL = ("data.order=sequential", "model.n_layers=1", "model.heads=2", "model.span=5", "memory.head_width=4")
 """A model with a memory that is carried from window to window: everything that a checkpoint can hold."""
 
-N_KILLS = 25
-MOMENTS = [(index + random.Random(index).random()) / N_KILLS for index in range(N_KILLS)]
-"""When a run is killed, as shares of its life: one in every twenty-fifth, evaluating, saving and ending included."""
+N_STEPS, SAVED_EVERY = 30, 4
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a run is killed: some time after a step of it was recorded, step 0 being its start.
+
+    share: of the time that the next thing takes, which is starting, a step with what follows it, or ending.
+    """
+
+    step: int
+    share: float
+
+
+_DRAW = random.Random(25)
+MOMENTS = [
+    *(Moment(0, _DRAW.random()) for _ in range(3)),
+    *(Moment(1 + number * (N_STEPS - 2) // 18, _DRAW.random()) for number in range(19)),
+    *(Moment(N_STEPS, _DRAW.random()) for _ in range(3)),
+]
+"""Twenty-five, spread over the whole life: starting, training, evaluating, saving, reporting."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """An undisturbed run: how long it took, its losses by step, and what it ended with."""
+    """An undisturbed run: how long its pieces took, its losses by step, and what it ended with."""
 
-    life_s: float
+    starting_s: float
+    step_s: float
+    ending_s: float
     losses: dict[int, float]
     trees: dict[str, dict[str, torch.Tensor]]
+
+    def delay_s(self, moment: Moment) -> float:
+        pieces = {0: self.starting_s, N_STEPS: self.ending_s}
+        return moment.share * pieces.get(moment.step, self.step_s)
 
 
 @dataclass(frozen=True)
@@ -50,17 +75,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("kill")
     settings = overrides(write_text(folder), *STATEFUL)
     runs = Runs()
-    for name in ("first", "second"):  # the first one also prepares the text
-        started = time.monotonic()
-        assert runs.run("titans-mag", settings, folder / name) == 0
-    yield Place(runs, settings, truth_of(folder / "second", time.monotonic() - started))
+    assert runs.run("titans-mag", settings, folder / "first") == 0  # this one also prepares the text
+    times_s = [time.monotonic()]
+    pid = runs.start("titans-mag", settings, folder / "second")
+    for n_steps in (1, N_STEPS):
+        wait_for(lambda n_steps=n_steps: has_steps(folder / "second", n_steps))
+        times_s.append(time.monotonic())
+    assert runs.wait(pid) == 0
+    times_s.append(time.monotonic())
+    starting_s, training_s, ending_s = (after - before for before, after in itertools.pairwise(times_s))
+    yield Place(runs, settings, Truth(starting_s, training_s / N_STEPS, ending_s, *ends(folder / "second")))
     runs.close()
 
 
-def truth_of(run_dir: Path, life_s: float) -> Truth:
+def ends(run_dir: Path) -> tuple[dict[int, float], dict[str, dict[str, torch.Tensor]]]:
+    """The losses of a run, and the tensors it ended with."""
     checkpoint = newest(run_dir / "checkpoints", silent)
     assert checkpoint is not None
-    return Truth(life_s, losses(run_dir), {name: checkpoint.tree(name) for name in ("model", "optim", "memory")})
+    return losses(run_dir), {name: checkpoint.tree(name) for name in ("model", "optim", "memory")}
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -69,29 +101,33 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def assert_same(run_dir: Path, truth: Truth) -> None:
-    found = truth_of(run_dir, truth.life_s)
-    assert found.losses == truth.losses
+    found_losses, found_trees = ends(run_dir)
+    assert found_losses == truth.losses
     for name, tree in truth.trees.items():
-        assert found.trees[name].keys() == tree.keys()
-        assert all(torch.equal(found.trees[name][key], tensor) for key, tensor in tree.items())
+        assert found_trees[name].keys() == tree.keys()
+        assert all(torch.equal(found_trees[name][key], tensor) for key, tensor in tree.items())
 
 
 def test_the_undisturbed_run_repeats(place, tmp_path):
     """What the tests below rely on: the same settings give the same losses and the same end in another process."""
-    assert sorted(place.truth.losses) == list(range(1, 31))
+    assert sorted(place.truth.losses) == list(range(1, N_STEPS + 1))
     assert place.runs.run("titans-mag", place.settings, tmp_path / "run") == 0
     assert_same(tmp_path / "run", place.truth)
 
 
-@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment:.3f}")
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment.step + moment.share:.3f}")
 def test_killed_run_goes_on_to_the_bit(place, tmp_path, moment):
     """SIGKILL at any moment; the same command again ends with the same losses, weights, moments and memory."""
-    pid = place.runs.start("titans-mag", place.settings, tmp_path / "run")
-    time.sleep(moment * place.truth.life_s)
+    run_dir = tmp_path / "run"
+    pid = place.runs.start("titans-mag", place.settings, run_dir)
+    wait_for(lambda: moment.step == 0 or has_steps(run_dir, moment.step))
+    time.sleep(place.truth.delay_s(moment))
     os.kill(pid, signal.SIGKILL)
     place.runs.wait(pid)
-    assert place.runs.run("titans-mag", place.settings, tmp_path / "run") == 0
-    assert_same(tmp_path / "run", place.truth)
+    assert place.runs.run("titans-mag", place.settings, run_dir) == 0
+    assert_same(run_dir, place.truth)
+    n_saved = max(0, moment.step - 1) // SAVED_EVERY * SAVED_EVERY
+    assert n_saved == 0 or resumed_from(run_dir) >= n_saved
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -104,11 +140,11 @@ def test_asked_to_stop_it_saves_and_goes_on(place, tmp_path, number):
     assert place.runs.wait(pid) == 130
     checkpoint = newest(run_dir / "checkpoints", silent)
     assert checkpoint is not None and checkpoint.manifest["reason"] == "signal"
-    assert checkpoint.step == max(losses(run_dir)) < 30
+    assert checkpoint.step == max(losses(run_dir)) < N_STEPS
     assert read(run_dir)["status"] == "interrupted"
     assert place.runs.run("titans-mag", [*place.settings, "checkpoint.every=1000"], run_dir) == 0
     records = [record for record in read_records(run_dir / "metrics.ndjson") if record["split"] == "train"]
-    assert [record["step"] for record in records] == list(range(1, 31))
+    assert [record["step"] for record in records] == list(range(1, N_STEPS + 1))
     assert_same(run_dir, place.truth)
 
 
@@ -139,6 +175,11 @@ def wait_for(is_there: Callable[[], bool]) -> None:
 
 def has_steps(run_dir: Path, n_steps: int) -> bool:
     return (run_dir / "metrics.ndjson").exists() and len(losses(run_dir)) >= n_steps
+
+
+def resumed_from(run_dir: Path) -> int:
+    events = read_records(run_dir / "events.ndjson")
+    return next(event["payload"]["resumed_from"] for event in events if event["name"] == "run.resumed")
 
 
 def seconds_used(run_dir: Path) -> list[float]:
