@@ -1,5 +1,6 @@
 """A plan says what a run would be: the figures of the run itself, and its refusals, before anything is there."""
 
+import json
 import os
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from meristem.optim.groups import build as build_optimizer
 from meristem.recipes.config import Config, load_config
 from meristem.recipes.plan import measure
 from meristem.recipes.plan.dry_run import PARTS, plan
-from meristem.recipes.plan.report import PlanReport, brief, render
+from meristem.recipes.plan.report import brief
 from meristem.train.loop import steps
 from meristem.train.part import TrainPart
 from meristem.train.progress import Progress
@@ -80,7 +81,7 @@ def true_peak(config: Config) -> int:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_peak_is_that_of_the_run(load, preset):
     """The predicted peak is within 1 % of what the allocator gives out in real steps."""
-    config = load(preset, "data.batch=3", "data.window=101", "model.n_layers=2", "device.threads=1")
+    config = load(preset, "data.batch=3", "data.window=43", "model.n_layers=2", "device.threads=1")
     assert plan(config, until="steps").training.peak_bytes == pytest.approx(true_peak(config), rel=0.01)
 
 
@@ -144,17 +145,29 @@ def test_what_is_not_linear_in_time_is_rehearsed_in_full(load, monkeypatch):
     assert plan(load("charformer", "model.n_layers=1", "data.window=67"), until="steps").training.fitted_from == ()
 
 
+def test_what_takes_too_long_is_said_to_be_uncertain(load, monkeypatch):
+    """A scan over a long text is neither waited for nor passed off as exact."""
+    monkeypatch.setattr(measure, "MOST_OPERATIONS", 0)
+    monkeypatch.setattr(measure, "LIMIT", 0)
+    report = plan(load("titans-mag", "memory.form=scan", "model.n_layers=1", "data.batch=1", "data.window=200"))
+    assert report.training.fitted_from == (8, 16)
+    assert report.what_if == ()
+    assert "8 and 16 tokens, where they were not yet on one line" in report.warnings[-1]
+
+
 def test_parts_in_order(load):
-    """Every part is gone through, says how it ended, and the whole survives JSON."""
+    """Every part is gone through and says how it ended; the whole can be read as JSON, as tables and in three lines."""
     report = plan(load("titans-mag", "data.batch=2", "data.window=33", "model.n_layers=1"))
     assert [part.name for part in report.parts] == list(PARTS)
     assert [part.outcome for part in report.parts] == ["ok", "not prepared", *["ok"] * 5]
     assert report.exit_code == 0 and report.warnings == ()
     assert [row.change for row in report.what_if] == ["data.batch x2", f"device.compute={_other()}", "data.window x2"]
     assert report.what_if[0].flops_per_step == 2 * report.training.flops_per_step
-    assert PlanReport.model_validate_json(report.to_json()) == report
+    read = json.loads(report.to_json())
+    assert read["training"]["flops_per_token"] * 2 * 33 == report.training.flops_per_step
+    assert (read["exit_code"], read["n_parameters"]) == (0, report.n_parameters)
     assert "| 1 | blocks.*.mixer | MemoryAsGate | b2 t33 d128 | b2 t33 d128 |" in report.to_markdown()
-    assert len(brief(report)) == 3 and render(report).renderables
+    assert len(brief(report)) == 3
     report.refuse()
 
 
@@ -185,7 +198,7 @@ def test_prepared_text_is_counted(load):
         ("device.name=cuda:7", "config", 3, "there is no device 'cuda:7'"),
         ("data.source=nowhere/at/all.txt", "data", 4, "nowhere/at/all.txt"),
         ("memory.rule=hopfield", "build", 2, "hopfield"),
-        ("memory.form=magic", "steps", 1, "magic"),
+        ("memory.form=magic", "steps", 2, "magic"),
     ],
 )
 def test_refusals(load, override, part, exit_code, message):
@@ -212,7 +225,7 @@ def test_a_model_of_ten_terabytes_is_planned_in_little_memory(load):
     report = plan(load("titans-mag", *size), until="steps")
     grown = psutil.Process(os.getpid()).memory_info().rss - before
     assert report.n_parameters * 4 > 10e12 and grown < 2**28
-    assert report.exit_code == 1 and not report.fits(1024)
+    assert report.exit_code == 5 and not report.fits(1024)
     with pytest.raises(OutOfDeviceBytes, match="Lower data.batch"):
         report.refuse()
 

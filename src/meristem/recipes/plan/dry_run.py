@@ -20,7 +20,7 @@ from meristem.recipes.config import Config
 from meristem.recipes.plan import rehearse, table
 from meristem.recipes.plan.fit import extrapolate
 from meristem.recipes.plan.ledger import failing_line
-from meristem.recipes.plan.measure import Measured, combine, measure, short
+from meristem.recipes.plan.measure import MOST_OPERATIONS, Measured, combine, measure, short
 from meristem.recipes.plan.report import (
     PartName,
     PartOutcome,
@@ -130,6 +130,8 @@ def list_modules(draft: Draft) -> PartOutcome:
 
 def price_changes(draft: Draft) -> PartOutcome:
     """Part 6. The totals stand already; here is the same step with one thing changed."""
+    if not draft.step.is_certain:
+        return PartOutcome(name="totals", outcome="ok", message="no change priced: the step itself is uncertain")
     data, device = draft.config.data, draft.device
     dtype = torch.bfloat16 if device.compute == torch.float32 else torch.float32
     steps = {
@@ -138,10 +140,9 @@ def price_changes(draft: Draft) -> PartOutcome:
     }
     bound = getattr(draft.step.longest.model, "window", None)
     if bound is None or 2 * data.window <= bound:
-        fitted = draft.step.samples if len(draft.step.samples) > 1 else None
-        steps["data.window x2"] = (
-            combine(fitted, 2 * data.window) if fitted else _measure(draft, device, window=2 * data.window)
-        )
+        longer = 2 * data.window
+        is_fitted, samples = draft.step.is_fitted, draft.step.samples
+        steps["data.window x2"] = combine(samples, longer) if is_fitted else _measure(draft, device, window=longer)
     draft.sections["what_if"] = tuple(
         WhatIf(change=change, peak_bytes=step.peak_bytes, flops_per_step=_work(draft, step))
         for change, step in steps.items()
@@ -156,6 +157,11 @@ def collect_warnings(draft: Draft) -> PartOutcome:
     found += [f"{name} gets no gradient" for name in sample.without_gradient]
     found += [f"{name} has no FLOP formula; it ran {n} times" for name, n in sample.ledger.unknown.items()]
     found += [f"{line} reads a value back from the device" for line in sample.ledger.readings]
+    if not draft.step.is_certain:
+        lengths = " and ".join(map(str, draft.step.samples))
+        found.append(
+            f"peak and work are continued from windows of {lengths} tokens, where they were not yet on one line"
+        )
     if draft.config.device.compile:
         found.append("device.compile is on: the peak is that of the uncompiled model, an upper estimate")
     draft.sections["warnings"] = tuple(found)
@@ -184,10 +190,11 @@ def machine_bytes(device: torch.device) -> int:
 
 
 def _failed(name: PartName, cause: Exception) -> PartOutcome:
-    """Config and data errors bring their exit code; a model that cannot run, or does not fit, is a negative result."""
-    is_typed = isinstance(cause, MeristemError) and name in ("config", "data", "build")
-    message = str(cause) if isinstance(cause, MeristemError) else f"{failing_line(cause)}: {cause}"
-    exit_code = cause.exit_code if isinstance(cause, MeristemError) and is_typed else 1
+    """Our own errors bring words and exit code; an error of torch gets the line of the model that caused it."""
+    if isinstance(cause, MeristemError):
+        exit_code, message = cause.exit_code, str(cause)
+    else:
+        exit_code, message = 1, f"{failing_line(cause)}: {cause}"
     return PartOutcome(name=name, outcome="failed", exit_code=exit_code, error=type(cause).__name__, message=message)
 
 
@@ -200,9 +207,15 @@ def _measure(draft: Draft, device: Device, *, batch: int | None = None, window: 
     def rehearsal(length: int) -> rehearse.Rehearsal:
         return rehearse.train(config, vocabulary, device, batch=batch, window=length, n_steps=draft.n_steps)
 
-    n_batches = draft.n_steps * min(config.train.accumulate, 2)
-    forward = extrapolate({length: {0: n} for length, n in draft.pace.items()}, window)[0]
-    return measure(rehearsal, window, forward * PER_FORWARD * n_batches)
+    def n_operations(length: int) -> int:
+        return _forward(draft, length) * PER_FORWARD * draft.n_steps * min(config.train.accumulate, 2)
+
+    return measure(rehearsal, window, n_operations)
+
+
+def _forward(draft: Draft, length: int) -> int:
+    """About how many operations a forward pass over ``length`` tokens takes."""
+    return extrapolate({n: {0: n_operations} for n, n_operations in draft.pace.items()}, length)[0]
 
 
 def _pace(draft: Draft) -> dict[int, int]:
@@ -231,14 +244,15 @@ def _training(draft: Draft) -> Training:
         peak_module=step.module,
         by_category=dict(step.by_category),
         largest=step.largest,
-        fitted_from=tuple(step.samples) if len(step.samples) > 1 else (),
+        fitted_from=tuple(step.samples) if step.is_fitted else (),
     )
 
 
 def _session(draft: Draft) -> SessionFigures:
     """A prompt of a window less one token: where a window bounds the model, the token after it still finds room."""
     n_prompt = max(1, draft.config.data.window - 1)
-    lengths = tuple(draft.step.samples) if len(draft.step.samples) > 1 else (n_prompt,)
+    takes_line = draft.step.is_certain or _forward(draft, n_prompt) > MOST_OPERATIONS
+    lengths = tuple(draft.step.samples) if draft.step.is_fitted and takes_line else (n_prompt,)
     readings = {n: rehearse.read(draft.config, draft.vocabulary, draft.device, n_prompt=n) for n in lengths}
     figures = extrapolate({n: reading.figures() for n, reading in readings.items()}, n_prompt)
     return SessionFigures(n_prompt=n_prompt, **figures)

@@ -1,8 +1,8 @@
 """What rehearsals say about one training step, at their own length or at a longer one."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 from meristem.recipes.plan.fit import extrapolate
@@ -16,8 +16,11 @@ Group = tuple[str, str, str, str]
 MOST_OPERATIONS: Final = 30_000
 """A rehearsal of more operations than this takes some seconds; short ones are tried instead."""
 
-TOLERANCE: Final = 0.002
-"""How far two predictions of the same figure may be apart."""
+LIMIT: Final = 4 * MOST_OPERATIONS
+"""No rehearsal may take more operations than this, unless it is the second."""
+
+TOLERANCE: Final = 1e-5
+"""How far apart two predictions may be that stand on one line: a loop over time is linear to the byte."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Measured:
     """One forward and backward pass over ``window`` tokens per row, and the highest moment of the whole step.
 
     flops: by stage and module. samples: the rehearsals it comes from, by their window.
+    is_certain: rehearsed in full, or continued along a line on which three rehearsals lie.
     """
 
     window: int
@@ -35,6 +39,12 @@ class Measured:
     module: str
     by_category: Mapping[str, int]
     largest: tuple[Held, ...]
+    is_certain: bool = True
+
+    @property
+    def is_fitted(self) -> bool:
+        """Continued from shorter windows, not rehearsed in full."""
+        return len(self.samples) > 1
 
     @property
     def longest(self) -> Rehearsal:
@@ -43,32 +53,51 @@ class Measured:
 
 
 def short(window: int) -> tuple[int, int]:
-    """Two windows that may stand for a long one."""
+    """Two windows that tell how the number of operations grows towards this one."""
     unit = max(8, 1 << max(0, (window - 1).bit_length() - 6))
     return unit, 2 * unit
 
 
-def measure(rehearse: Rehearse, window: int, n_operations: int) -> Measured:
+def measure(rehearse: Rehearse, window: int, n_operations: Callable[[int], int]) -> Measured:
     """One step at ``window``; where a loop over time makes that slow and all is linear in time, from short windows.
 
-    The windows are doubled until two of them say about ``window`` what the two before said. Where that never happens,
-    as with dense attention, the full step is rehearsed. n_operations: about how many it would take.
+    The windows are doubled until three of them lie on one line. Where that never happens, as with dense attention, the
+    full step is rehearsed, or where even that would take too long, the last line is taken as uncertain.
+
+    n_operations: about how many a rehearsal of a window takes.
     """
+    if n_operations(window) <= MOST_OPERATIONS:
+        return combine({window: rehearse(window)}, window)
     samples: dict[int, Rehearsal] = {}
-    length = short(window)[0] if n_operations > MOST_OPERATIONS else window
-    while length < window:
+    for length in _doubled(window, n_operations):
+        if len(samples) >= 2 and n_operations(length) > LIMIT:
+            break
         samples[length] = rehearse(length)
-        if len(samples) >= 3:
-            first, second, third = list(samples)[-3:]
-            found = combine({n: samples[n] for n in (second, third)}, window)
-            if agree(found, combine({n: samples[n] for n in (first, second)}, window)):
-                return found
+        if length == window:
+            return combine({window: samples[window]}, window)
+        if len(samples) >= 3 and agree(_line(samples, window, -2), _line(samples, window, -3)):
+            return _line(samples, window, -2)
+    return replace(_line(samples, window, -2), is_certain=False)
+
+
+def _doubled(window: int, n_operations: Callable[[int], int]) -> Iterator[int]:
+    """Windows from where the loop over time begins to be most of the work, doubled, up to the whole."""
+    per_token = max(1, n_operations(1) - n_operations(0))
+    length = min(short(window)[0], 1 << max(3, (n_operations(0) // per_token).bit_length()))
+    while length < window:
+        yield length
         length *= 2
-    return combine({window: rehearse(window)}, window)
+    yield window
+
+
+def _line(samples: Mapping[int, Rehearsal], window: int, first: int) -> Measured:
+    """What two successive samples say about ``window``."""
+    lengths = list(samples)[first:][:2]
+    return combine({length: samples[length] for length in lengths}, window)
 
 
 def agree(one: Measured, other: Measured) -> bool:
-    """Whether peak and work are the same within the tolerance."""
+    """Whether peak and work are the same."""
     pairs = ((one.peak_bytes, other.peak_bytes), (sum(one.flops.values()), sum(other.flops.values())))
     return all(abs(a - b) <= TOLERANCE * b for a, b in pairs)
 

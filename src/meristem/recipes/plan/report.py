@@ -1,13 +1,12 @@
 """What a plan says, as a frozen value, and the same as tables for people."""
 
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
+
+from pydantic import computed_field
 
 from meristem import errors
 from meristem.config import Part
 from meristem.errors import MeristemError
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 GIB: Final = 2**30
 # What the tracker cannot see: fragmentation and scratch space inside kernels, and the interpreter with torch in it.
@@ -82,14 +81,17 @@ class Training(Part):
     largest: tuple[Held, ...]
     fitted_from: tuple[int, ...]
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def tokens_per_step(self) -> int:
         return self.batch * self.window * self.accumulate
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def flops_per_step(self) -> int:
         return self.flops_forward + self.flops_backward
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def flops_per_token(self) -> float:
         return self.flops_per_step / self.tokens_per_step
@@ -130,11 +132,13 @@ class PlanReport(Part):
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def exit_code(self) -> int:
         """That of the first part that failed, else 0."""
         return next((part.exit_code for part in self.parts if part.outcome == "failed"), 0)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def needed_bytes(self) -> int | None:
         """The predicted peak with room for what the plan cannot see."""
@@ -161,7 +165,7 @@ class PlanReport(Part):
 
 
 class Section(NamedTuple):
-    """A titled table; both the terminal and the document are made from these."""
+    """A titled table: the terminal and the document are both made from these."""
 
     title: str
     columns: tuple[str, ...]
@@ -186,22 +190,6 @@ def brief(report: PlanReport) -> list[str]:
     elif report.parts[1].outcome == "not prepared":
         lines.append("text: not prepared yet")
     return lines
-
-
-def render(report: PlanReport) -> "Group":
-    """The report for a terminal."""
-    from rich.console import Group
-    from rich.table import Table
-
-    tables = []
-    for section in sections(report):
-        table = Table(title=section.title, title_justify="left", show_lines=False)
-        for column in section.columns:
-            table.add_column(column, overflow="fold")
-        for row in section.rows:
-            table.add_row(*(cell.strip() for cell in row))
-        tables.append(table)
-    return Group(*tables)
 
 
 def needed_bytes(peak_bytes: int) -> int:
