@@ -1,5 +1,6 @@
 """Writes docs/configuration.md from the code; the tests fail when the page is stale."""
 
+import re
 from pathlib import Path
 
 from pydantic.fields import FieldInfo
@@ -35,7 +36,9 @@ def row(part: str, key: str, field: FieldInfo) -> str:
     """One setting as a line of a table."""
     if not field.description:
         raise ValueError(f"{part}.{key} has no description; say in its Field what it means")
-    kind = getattr(field.annotation, "__name__", None) if isinstance(field.annotation, type) else str(field.annotation)
+    kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
+    # What a validator reads first, as in a duration, is said by the description; its address is nobody's business.
+    kind = re.sub(r"Annotated\[(\w+), BeforeValidator\(.*?\)\]", r"\1", kind)
     limits = ", ".join(str(limit) for limit in field.metadata if "(" in str(limit) and "Validator" not in str(limit))
     accepts = f"{kind}{'; ' + limits if limits else ''}".replace("typing.", "").replace("|", "\\|")
     default = "" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
