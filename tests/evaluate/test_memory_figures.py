@@ -45,6 +45,18 @@ def test_no_memory_no_figures(part):
     assert memory_figures(build(part, MemoryPart(head_width=4), 256, 0), TOKENS_BT) == {}
 
 
+@pytest.mark.compiled
+def test_compiled_blocks_are_heard_too():
+    """Compiled code passes over hooks: the figures are read off the model as it is written."""
+    model = build(MODEL, MemoryPart(head_width=4), 256, 0)
+    before = memory_figures(model, TOKENS_BT)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    with torch.no_grad():
+        model(TOKENS_BT)
+    assert memory_figures(model, TOKENS_BT) == pytest.approx(before)
+
+
 def test_looking_changes_nothing():
     """Neither parameters nor hooks stay behind."""
     model = build(MODEL, MemoryPart(head_width=4), 256, 0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import meristem
 from meristem.data.corpus import Corpus
 from meristem.data.part import DataPart, TokenizerPart
 from meristem.data.prepare import prepare
@@ -317,3 +318,14 @@ def test_accelerator_drops_a_spoilt_memory_at_once(corpus, reads):
     stream = stream_of(corpus, batch=3, order="sequential")
     made = run(Poisoned({2}, math.nan), stream, limit(steps=4, log_every=4))
     assert made[-1].progress.n_nonfinite == 1
+
+
+def test_one_place_computes_gradients():
+    """One loop serves every recipe. Benchmarks time gradients and the device probe tries one; nothing else does."""
+    package = Path(meristem.__file__).parent
+    callers = {
+        str(path.relative_to(package).parent / path.stem)
+        for path in package.rglob("*.py")
+        if ".backward(" in path.read_text() and "bench" not in path.parts
+    }
+    assert callers == {"train/loop", "device/resolve"}

@@ -1,8 +1,9 @@
 """What the gates of a model do and how full its memories are, read off one forward pass."""
 
 import math
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
     half_life: tokens after which the mean retain factor leaves one half. write, momentum: means over tokens, heads and
     layers. norm: of the memory of a head, its momentum not counted. Neither parameters nor a run's memory are touched.
     """
-    with _listening(model) as heard:
+    with _uncompiled(), _listening(model) as heard:
         _, state = model(tokens_bt)
     if not heard:
         return {}
@@ -32,6 +33,11 @@ def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
     }
     momenta = [gates.momentum_bth for gates in heard if gates.momentum_bth is not None]
     return figures | ({"momentum": _mean(momenta)} if momenta else {})
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Compiled blocks pass over hooks; inside this they run as written. Nothing compiled, no compiler is loaded."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
