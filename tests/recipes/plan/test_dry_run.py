@@ -149,7 +149,7 @@ def test_what_takes_too_long_is_said_to_be_uncertain(load, monkeypatch):
     """A scan over a long text is neither waited for nor passed off as exact."""
     monkeypatch.setattr(measure, "MOST_OPERATIONS", 0)
     monkeypatch.setattr(measure, "LIMIT", 0)
-    report = plan(load("titans-mag", "memory.form=scan", "model.n_layers=1", "data.batch=1", "data.window=200"))
+    report = plan(load("titans-mag", "memory.form=scan", "model.n_layers=1", "data.batch=1", "data.window=70"))
     assert report.training.fitted_from == (8, 16)
     assert report.what_if == ()
     assert "8 and 16 tokens, where they were not yet on one line" in report.warnings[-1]

@@ -231,14 +231,14 @@ def _work(draft: Draft, step: Measured) -> int:
 
 def _training(draft: Draft) -> Training:
     step, data, accumulate = draft.step, draft.config.data, draft.config.train.accumulate
-    n_multiplied = draft.sections["n_parameters"] - table.looked_up(step.longest.model)
+    n_looked_up = 0 if draft.config.model.tied else table.looked_up(step.longest.model)
     return Training(
         batch=data.batch,
         window=data.window,
         accumulate=accumulate,
         flops_forward=accumulate * table.work(step, "", ("forward", "loss")),
         flops_backward=accumulate * table.work(step, "", ("backward",)),
-        flops_6nd=6 * n_multiplied * data.batch * data.window * accumulate,
+        flops_6nd=6 * (draft.sections["n_parameters"] - n_looked_up) * data.batch * data.window * accumulate,
         peak_bytes=step.peak_bytes,
         peak_stage=step.stage,
         peak_module=step.module,
