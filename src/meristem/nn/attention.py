@@ -53,13 +53,18 @@ class Attention(nn.Module):
         self.persistent_gd = nn.Parameter(torch.randn(n_persistent, width) * 0.02) if n_persistent else None
 
     def forward(self, hidden_btd: Hidden, state: Memory | None = None) -> tuple[Hidden, Memory]:
+        mixed_btd, state = self.mix(hidden_btd, state)
+        return self.out(mixed_btd), state
+
+    def mix(self, hidden_btd: Hidden, state: Memory | None = None) -> tuple[Hidden, Memory]:
+        """What the heads gathered, side by side, before it is projected back: where a gate can act."""
         query_bthk, keys_bshk, values_bshv = self._project(hidden_btd)
         if state is not None:
             keys_bshk = torch.cat([state["keys_bshk"], keys_bshk], dim=1)
             values_bshv = torch.cat([state["values_bshv"], values_bshv], dim=1)
         mixed_bthv = self._mix(query_bthk / math.sqrt(query_bthk.shape[-1]), keys_bshk, values_bshv)
         state = {"keys_bshk": self._ring(keys_bshk), "values_bshv": self._ring(values_bshv)}
-        return self.out(mixed_bthv.flatten(2)), state
+        return mixed_bthv.flatten(2), state
 
     def _project(self, hidden_btd: Hidden) -> tuple[Queries, Keys, Values]:
         query_bthk, key_bthk, value_bthv = self.qkv(hidden_btd).unflatten(-1, (3, self.heads, -1)).unbind(2)
