@@ -16,7 +16,7 @@ class MemoryAsGate(nn.Module):
 
     The paper's raw ``sigmoid(m)`` halves attention while the memory is empty. Here the bias b starts at +2, so the gate
     starts open; both norms have learned gains (memory.md 5.4, ``normalised``). The gate acts before attention's output
-    projection W, which then mixes the gated heads: gating what W had made already cost 0.25 nats per byte after 150 steps.
+    projection W, which mixes the gated heads.
     """
 
     def __init__(self, width: int, part: MemoryPart, *, attention: Attention) -> None:
