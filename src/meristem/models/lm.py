@@ -22,8 +22,12 @@ from meristem.nn.part import MemoryPart
 from meristem.plugins import Registry
 from meristem.shapes import Hidden, Logits, Tokens
 
-SMALL: Final = 0.02
-"""Deviation of the first weights of the head: the first loss is that of a uniform guess."""
+EMBEDDING: Final = 0.3
+"""Deviation of the first embedding: small enough for the branches to add to it, large enough to be heard under them."""
+
+HEAD: Final = 0.6
+"""Deviation of the head's first logits: the first loss is near that of a uniform guess, and yet a gradient comes back.
+At a tenth of it a model learns little but the frequencies of tokens for hundreds of steps."""
 
 
 def attention(model: ModelPart, memory: MemoryPart) -> Attention:
@@ -61,12 +65,19 @@ class Block(nn.Module):
         self.mixer = mixers.get(model.mixer)(model, memory)
         self.mlp_norm = RMSNorm(model.width)
         self.mlp = MLPS[model.mlp](model.width, model.hidden or _derived_hidden(model))
+        self._draw_weights()
         self._shrink_outputs(1 / math.sqrt(2 * model.n_layers))
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         mixed_btd, state = self.mixer(self.mixer_norm(hidden_btd), state)
         hidden_btd = hidden_btd + mixed_btd
         return hidden_btd + self.mlp(self.mlp_norm(hidden_btd)), state
+
+    def _draw_weights(self) -> None:
+        """Every projection keeps the size of what it is given."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
 
     def _shrink_outputs(self, factor: float) -> None:
         """All branches of a stack together add as much as one would: their last projections, ``out``, start small."""
@@ -92,7 +103,9 @@ class LM(nn.Module):
         with drawn_from(random_seed, "model.ends"):
             self.embedding = nn.Embedding(vocabulary, model.width)
             self.head = None if model.tied else nn.Linear(model.width, vocabulary, bias=False)
-            nn.init.normal_(self.embedding.weight if self.head is None else self.head.weight, std=SMALL)
+            nn.init.normal_(self.embedding.weight, std=EMBEDDING)
+            head_od = self.embedding.weight if self.head is None else self.head.weight
+            nn.init.normal_(head_od, std=HEAD / math.sqrt(model.width))
         self.blocks = nn.ModuleList()
         for layer in range(model.n_layers):
             with drawn_from(random_seed, "model.layer", layer):
