@@ -59,6 +59,7 @@ def _serve() -> None:
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401 - imported so that no child has to
 
+    import meristem.models.lm
     import meristem.recipes.pretrain  # noqa: F401
 
     _say({"ready": True})
