@@ -22,6 +22,7 @@ SMALL = (
     "device.compute=fp32",
     "device.threads=1",
     "evaluate.n_windows=4",
+    "tokenizer.kind=byte",
     "evaluate.n_windows_end=4",
     "evaluate.n_samples=1",
     "evaluate.sample_tokens=9",

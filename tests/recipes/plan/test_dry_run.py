@@ -56,7 +56,8 @@ class Batches:
 def true_peak(config: Config) -> int:
     """What torch's profiler sees of two steps of the real loop on real tensors."""
     device = resolve(config.device, silent)
-    model = build(config.model, config.memory, 256, 0).to(device.device, device.parameters)
+    vocabulary = 256 if config.tokenizer.kind == "byte" else config.tokenizer.vocab_size
+    model = build(config.model, config.memory, vocabulary, 0).to(device.device, device.parameters)
     part = TrainPart(steps=2, budget=None, accumulate=config.train.accumulate)
 
     def run() -> None:

@@ -116,9 +116,9 @@ def _flow(gates: Gates, write_nhc: Tensor, n_time: int) -> _Flow:
     joined_nhc = (emitted_nhcs * moving_nhc[..., None, :]).sum(dim=-1)
     written_nhcs = moving_nhcs * write_nhc[..., None, :]
     reach_nhcs = emitted_nhcs @ written_nhcs
-    last_h = moving_nhc[..., -1]
+    last_nh = moving_nhc[..., -1]
     carried_nhll = torch.stack(
-        [kept_nhc[..., -1], joined_nhc[..., -1], torch.zeros_like(last_h), last_h], dim=-1
+        [kept_nhc[..., -1], joined_nhc[..., -1], torch.zeros_like(last_nh), last_nh], dim=-1
     ).unflatten(-1, (2, 2))
     return _Flow(
         entering_nhcl=torch.stack([kept_nhc, joined_nhc], dim=-1),
