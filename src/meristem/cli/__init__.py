@@ -67,9 +67,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point of the installed program. No character that a model writes, or a pipe holds, may end it."""
-    # Threads that wait for each other must sleep, not spin: on a machine with other work a step is seven times as fast.
-    # The OpenMP library reads this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads wait for each other at every operation. Spinning for long wastes a busy machine, where the other thread is
+    # not even running; sleeping at once wastes an idle one. libgomp reads the limit when torch is loaded (dev/LOG.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)

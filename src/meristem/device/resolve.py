@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from meristem.device.allocator import keep_freed_memory
 from meristem.device.part import DevicePart
 from meristem.errors import CapabilityError
 from meristem.events import Emit, Event
@@ -54,9 +55,15 @@ def resolve(part: DevicePart, emit: Emit) -> Device:
     else:
         compute, why = DTYPES[part.compute], "asked for"
     probe(device, parameters, compute)
+    keeps_memory = device.type == "cpu" and keep_freed_memory()
     chosen = {"device": name, "parameters": NAMES[parameters], "compute": NAMES[compute], "why": why}
     asked = {"device": part.name, "parameters": part.parameters, "compute": part.compute}
-    emit(Event("capability.chosen", {**chosen, "asked": asked, "threads": torch.get_num_threads()}))
+    emit(
+        Event(
+            "capability.chosen",
+            {**chosen, "asked": asked, "threads": torch.get_num_threads(), "keeps_memory": keeps_memory},
+        )
+    )
     return Device(device, parameters, compute)
 
 

@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from meristem.device.describe import describe
+from meristem.device.part import DevicePart
+from meristem.device.resolve import resolve
+from meristem.events import silent
 from meristem.recipes.bench import memory, model
 from meristem.recipes.bench.measure import Row
 
@@ -17,7 +20,8 @@ SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
 
 
 def measure(names: Sequence[str], *, n_repeats: int = 5) -> Iterator[Row]:
-    """The rows of the named sections, each as soon as it is measured."""
+    """The rows of the named sections, each as soon as it is measured, in a process set up as for training."""
+    resolve(DevicePart(), silent)
     for name in names:
         for section in SECTIONS[name]:
             yield from section(n_repeats)
