@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import torch
 from torch import nn
 from torch.nn import functional
 
@@ -12,7 +13,7 @@ from meristem.nn.conv import CausalConv
 from meristem.nn.gates import GateMap
 from meristem.nn.norm import RMSNorm
 from meristem.nn.part import MemoryPart
-from meristem.shapes import Hidden
+from meristem.shapes import Hidden, Keys
 
 
 class Initial(nn.Module):
@@ -69,14 +70,20 @@ class Recall(nn.Module):
         read_bthv, memory = run(
             self.rule,
             state["memory"],
-            functional.normalize(key_bthk, dim=-1, eps=1e-6),
+            _unit(key_bthk),
             value_bthv,
-            functional.normalize(query_bthk, dim=-1, eps=1e-6),
+            _unit(query_bthk),
             self.gates(hidden_btd),
             form=self.form,
             chunk=self.chunk,
         )
         return read_bthv.flatten(2).to(mixed_btd.dtype), {"memory": memory, "conv": tail}
+
+
+def _unit(key_bthk: Keys) -> Keys:
+    """Keys of length one; in float32, where a tiny key keeps its direction."""
+    key_bthk = key_bthk.float() if key_bthk.dtype in (torch.bfloat16, torch.float16) else key_bthk
+    return key_bthk * (key_bthk.square().sum(dim=-1, keepdim=True) + 1e-12).rsqrt()
 
 
 class MemoryLayer(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from meristem.memory.gates import Gates
-from meristem.memory.kernels.chunk_solve import ChunkSolve
+from meristem.memory.kernels.chunk_solve import Between, ChunkSolve
 from meristem.memory.rule import Rule
 from meristem.memory.value import Memory
 from meristem.shapes import Keys, Queries, Values
@@ -131,10 +131,7 @@ def _flow(gates: Gates, write_nhc: Tensor, n_time: int) -> _Flow:
 def _decay(log_nhc: Tensor) -> tuple[Tensor, Tensor]:
     """The product of the factors after s up to c, and from the chunk's start up to c."""
     total_nhc = log_nhc.cumsum(dim=-1)
-    # Clamped before exp: above the diagonal the difference is positive, would overflow, and is cut off afterwards.
-    # Filling it with -inf instead costs seven times as much, for exp is slow on what it cannot represent.
-    factor_nhcs = (total_nhc[..., :, None] - total_nhc[..., None, :]).clamp(max=0.0).exp().tril()
-    return factor_nhcs, total_nhc.exp()
+    return Between.apply(total_nhc), total_nhc.exp()
 
 
 def _cut(x: Tensor, chunk: int) -> Tensor:
