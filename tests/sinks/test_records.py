@@ -245,3 +245,27 @@ def test_one_line_is_one_json_object(tmp_path):
     content = (tmp_path / "samples.ndjson").read_bytes()
     assert content.count(b"\n") == 1
     assert orjson.loads(content)["prompt"] == "a\nb\r\n\u2028"
+
+
+def test_a_run_may_be_read_while_it_writes(tmp_path):
+    """Whatever moment a reader comes, it gets the whole records so far; a line in the making is no bad record."""
+    path = tmp_path / "metrics.ndjson"
+    path.touch()
+
+    def write():
+        with path.open("ab", buffering=0) as file:
+            for step in range(3000):
+                line = b'{"step": %d, "text": "%s"}\n' % (step, b"x" * (step % 97))
+                file.write(line[:5])
+                file.write(line[5:])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = [0]
+    while writer.is_alive():
+        steps = [record["step"] for record in read_records(path)]
+        assert steps == list(range(len(steps)))
+        seen.append(len(steps))
+    writer.join()
+    assert seen == sorted(seen)
+    assert len(list(read_records(path))) == 3000

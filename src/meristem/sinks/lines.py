@@ -75,12 +75,15 @@ def read_records(path: Path, emit: Emit = silent) -> Iterator[dict[str, Any]]:
         raise BadRecords(f"there is no file of records {path}. Expected the records of a run.", path=str(path))
     for file in [*rotated(path), path]:
         with open(file, "rb") as lines:
+            size_bytes, end = os.fstat(lines.fileno()).st_size, 0
             for number, line in enumerate(lines, start=1):
-                record = _parsed(line)
+                record, end = _parsed(line), end + len(line)
                 if record is not None:
                     yield record
-                elif file == path and not next(lines, b""):
+                elif file == path and end >= size_bytes:
+                    # The last line when reading began; a run that is alive may have written on since.
                     emit(Event("degraded", {"what": "torn last line", "path": path.name, "line": number}, "warning"))
+                    return
                 else:
                     raise BadRecords(
                         f"line {number} of {file} is no JSON record: {line[:60]!r}. Remove that line to read the rest.",
