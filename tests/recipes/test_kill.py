@@ -174,7 +174,8 @@ def wait_for(is_there: Callable[[], bool]) -> None:
 
 
 def has_steps(run_dir: Path, n_steps: int) -> bool:
-    return (run_dir / "metrics.ndjson").exists() and len(losses(run_dir)) >= n_steps
+    are_open = all((run_dir / f"{stream}.ndjson").exists() for stream in ("metrics", "events"))
+    return are_open and len(losses(run_dir)) >= n_steps
 
 
 def resumed_from(run_dir: Path) -> int:
