@@ -60,6 +60,21 @@ def test_what_was_trained_is_measured_and_talked_to(place, answered, capsys):
     assert "bits_per_byte" in capsys.readouterr().out
 
 
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_made(place, capsys):
+    """The plan says so in a moment; nothing is written, and the text is not even read."""
+    assert run(words("runs/huge", 3, "data.batch=100000000")) == 5
+    assert "data.batch" in capsys.readouterr().err
+    assert not (place / "runs").exists()
+
+
+def test_the_plan_is_kept_beside_what_the_run_took(place, answered):
+    answered(*words("runs/cy", 2))
+    answered(*words("runs/dan", 2, "--no-plan"))
+    with_plan, without = (json.loads((place / f"runs/{name}/run.json").read_text())["plan"] for name in ("cy", "dan"))
+    assert with_plan["predicted"]["peak_bytes"] > 0 and with_plan["measured"]["tokens_per_s"] > 0
+    assert without["predicted"] is None and without["measured"]["tokens_per_s"] > 0
+
+
 def test_interrupted_training_goes_on(place, answered):
     """Ctrl-C ends with 130 and a checkpoint; --resume must goes on from it to the end."""
     process = subprocess.Popen(

@@ -15,6 +15,7 @@ from meristem.events import silent
 from meristem.models.load import load
 from meristem.recipes import watch
 from meristem.recipes.config import Config
+from meristem.recipes.plan.dry_run import plan
 from meristem.recipes.pretrain import Result, pretrain
 from meristem.sinks.lines import read_records
 from meristem.sinks.records import history
@@ -33,7 +34,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture(scope="module")
 def result(settings: Config) -> Result:
     assert settings.data.root
-    return pretrain(settings, run_dir=settings.data.root / "run")
+    return pretrain(settings, run_dir=settings.data.root / "run", planned=plan(settings, until="steps"))
 
 
 def test_it_learns(settings, result):
@@ -51,6 +52,14 @@ def test_saved_model_is_the_one_that_was_measured(settings, result):
     device = resolve(DevicePart(name="cpu", compute="fp32"), silent)
     found = likelihood(model, corpus, "val", window=17, batch=16, max_windows=7, device=device, loss=cross_entropy)
     assert found.bits_per_byte == result.bits_per_byte
+
+
+def test_what_the_run_took_stands_beside_what_was_planned(result):
+    predicted, measured = (read(result.run_dir)["plan"][side] for side in ("predicted", "measured"))
+    assert predicted["flops_per_token"] > 1000
+    # The plan knows nothing of the text in memory; the process here is that of a whole test session.
+    assert measured["peak_bytes"] > 0.3 * predicted["peak_bytes"]
+    assert measured["tokens_per_s"] == pytest.approx(result.tokens / result.seconds_used)
 
 
 def test_directory_tells_the_run(settings, result):

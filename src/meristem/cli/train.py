@@ -9,6 +9,8 @@ from meristem.cli.answer import Json, Overrides, Preset, columns, json_line
 
 if TYPE_CHECKING:
     from meristem.recipes.config import Config
+    from meristem.recipes.plan.report import PlanReport
+    from meristem.sinks.console import Console
 
 
 def train(
@@ -21,6 +23,7 @@ def train(
         Path | None, typer.Option("--run-dir", help="Where the run is written; by default one under run.root.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and stop, as `meristem plan` does.")] = False,
+    no_plan: Annotated[bool, typer.Option("--no-plan", help="Start without asking first whether it can work.")] = False,
     as_json: Json = False,
 ) -> None:
     """Prepare the text, train, evaluate, keep checkpoints, write samples. Ctrl-C leaves a checkpoint to go on from.
@@ -42,7 +45,9 @@ def train(
     from meristem.recipes.pretrain import pretrain
     from meristem.sinks.console import Console
 
-    result = pretrain(config, run_dir=run_dir, resume=resume, view=Console(json=as_json))
+    view = Console(json=as_json)
+    planned = None if no_plan else _looked_ahead(config, view)
+    result = pretrain(config, run_dir=run_dir, resume=resume, view=view, planned=planned)
     if as_json:
         json_line(asdict(result))
     raise typer.Exit(result.exit_code)
@@ -58,6 +63,20 @@ def plan(preset: Preset, overrides: Overrides = None, as_json: Json = False) -> 
     from meristem.recipes.config import load_config
 
     _plan(load_config(preset, overrides or ()).tree, as_json)
+
+
+def _looked_ahead(config: "Config", view: "Console") -> "PlanReport":
+    """What the run will need, in three lines; a run that cannot work is refused before anything is made."""
+    from meristem.recipes.plan.dry_run import plan
+    from meristem.recipes.plan.report import brief
+
+    view.start("planning")
+    report = plan(config, until="steps")
+    view.stop()
+    report.refuse()
+    for line in brief(report):
+        view.note(line)
+    return report
 
 
 def _plan(config: "Config", as_json: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from meristem.checkpoint.store import Checkpoint
 from meristem.data.prepare import prepare
 from meristem.data.stream import Stream
+from meristem.device.allocator import peak_bytes
 from meristem.device.compile import compile_blocks
 from meristem.device.determinism import be_deterministic
 from meristem.device.resolve import resolve
@@ -22,6 +23,7 @@ from meristem.optim.groups import build as build_optimizer
 from meristem.optim.schedule import rate_factor
 from meristem.recipes.config import Config
 from meristem.recipes.interrupt import interruptible
+from meristem.recipes.plan.report import PlanReport
 from meristem.recipes.resume import (
     Job,
     as_it_was,
@@ -64,12 +66,18 @@ class Result:
 
 
 def pretrain(
-    config: Config, *, run_dir: Path | None = None, resume: str = "auto", view: Console | None = None
+    config: Config,
+    *,
+    run_dir: Path | None = None,
+    resume: str = "auto",
+    view: Console | None = None,
+    planned: PlanReport | None = None,
 ) -> Result:
     """Train a language model as ``config`` says.
 
     run_dir: where everything is written; by default a directory under ``run.root`` (``directory_for``).
     resume: ``auto``, ``must``, ``never``, or a checkpoint to go on from (``checkpoint_to_resume``).
+    planned: what the plan said; run.json keeps it beside what the run then took.
     The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint from which it can go on.
     """
     directory = run_dir or directory_for(config, resume)
@@ -77,6 +85,9 @@ def pretrain(
         checkpoint = checkpoint_to_resume(run, resume)
         job = prepare_job(run, config, checkpoint)
         start = begin(run, job, resume, checkpoint)
+        if planned and planned.training:
+            predicted = {"peak_bytes": planned.needed_bytes, "flops_per_token": planned.training.flops_per_token}
+            run.manifest.update(plan={"predicted": predicted, "measured": None})
         progress, is_interrupted = train(run, job, start)
         return stop(run, job, progress) if is_interrupted else finish(run, job, progress)
 
@@ -220,6 +231,11 @@ def finish(run: Run, job: Job, progress: Progress) -> Result:
     found = measure(run, job, progress, part.n_windows_end, task="end")
     samples = write_samples(run, job, progress)
     report = write_report(run, job, progress, found, samples)
+    measured = {
+        "peak_bytes": peak_bytes(job.device.device),
+        "tokens_per_s": progress.tokens / max(progress.seconds_used, 1e-9),
+    }
+    run.manifest.update(plan=run.manifest.content["plan"] | {"measured": measured})
     run.end("finished", 0)
     for sample in samples:
         run.view.note(f"\n--- {sample.prompt!r} ---\n{sample.prompt}{sample.text}")
