@@ -59,7 +59,7 @@ def page(budget: str, directory: Path) -> str:
     notes = [
         "",
         "`charformer`, a published reference size, reads bytes; the others read byte pairs, about three bytes a token. "
-        "`attention` is the stack of the default without its memory.",
+        "`attention` is the stack of the default without its memory: the same layers read more text in the same time.",
     ]
     return "\n".join([*lines, *notes, ""])
 

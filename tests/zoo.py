@@ -31,10 +31,11 @@ def small_memory(settings: dict[str, object]) -> MemoryPart:
 
 
 def preset(name: str) -> dict[str, dict[str, object]]:
-    """What a preset says about its model and memory."""
+    """What a preset says about its model and memory, and where it is silent, what the one it builds on says."""
     text = (resources.files("meristem.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     tree = read_yaml(text)
-    return {key: tree.get(key, {}) for key in ("model", "memory")}
+    below = preset(tree["base"]) if "base" in tree else {"model": {}, "memory": {}}
+    return {key: below[key] | tree.get(key, {}) for key in ("model", "memory")}
 
 
 def _entries() -> Iterator[tuple[str, ModelPart, MemoryPart]]:
@@ -44,8 +45,9 @@ def _entries() -> Iterator[tuple[str, ModelPart, MemoryPart]]:
         yield name, small({"name": name}), small_memory({})
     for mixer in mixers.names():
         yield f"lm-{mixer}", small({"mixer": mixer}), small_memory({})
-    for rule in rules.names():
-        yield f"lm-mag-{rule}", small({"mixer": "mag"}), small_memory({"rule": rule})
+    for rule in set(rules.names()) - {name.removeprefix("lmm-") for name in preset_names()}:
+        # A rule of ours has a preset; one that a plugin brings obeys the laws of its scan.
+        yield f"lm-memory-{rule}", small({"mixer": "memory"}), small_memory({"rule": rule})
     yield (
         "lm-persistent",
         small({"mixer": "attention", "n_persistent": 3, "mlp": "gelu", "tied": True}),

@@ -4,7 +4,9 @@ Our own entries stand in the room that owns the kind. Other distributions add th
 ``meristem.<kind>``, in a module that says ``MERISTEM_API = <number>``. Nothing is imported until its name is asked for.
 """
 
+import ast
 import difflib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -186,3 +188,33 @@ def _imported(reference: str) -> object:
 
 def _distribution(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unnamed distribution"
+
+
+def spelled(registry: Registry[Callable[..., T]], text: str) -> T:
+    """What an entry makes: ``name``, or ``name(key=value, ...)`` with plain values.
+
+    Raises WrongValue where the text is neither, or the entry takes no such key.
+    """
+    if "(" not in text:
+        return registry.get(text)()
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            raise ValueError("it is no call of a name")
+        chosen = {key.arg: ast.literal_eval(key.value) for key in call.keywords if key.arg}
+        places = [ast.literal_eval(value) for value in call.args]
+    except (SyntaxError, ValueError) as cause:
+        raise WrongValue(
+            f"found '{text}' as a {registry.kind} ({cause}); expected a name, or name(key=value, ...) with numbers, "
+            f"texts or true and false.",
+            value=text,
+        ) from cause
+    made = registry.get(call.func.id)
+    try:
+        inspect.signature(made).bind(*places, **chosen)
+    except TypeError as cause:
+        raise WrongValue(
+            f"found '{text}': {cause}. The {registry.kind} '{call.func.id}' takes {inspect.signature(made)}.",
+            value=text,
+        ) from cause
+    return made(*places, **chosen)

@@ -60,6 +60,27 @@ def test_what_was_trained_is_measured_and_talked_to(place, answered, capsys):
     assert "bits_per_byte" in capsys.readouterr().out
 
 
+def test_recall_asks_for_ids_of_the_checkpoint(place, answered, capsys):
+    """One task of each kind fits a window of 24; a wider window brings more. The same questions every time."""
+    assert answered(*words("runs/eve", 2))[0] == 0
+    code, summary = answered("eval", "runs/eve", "--suite", "recall", "--max-windows", 5)
+    assert (code, summary["schema"], summary["suite"]) == (0, "meristem.evaluation/1", "recall")
+    assert [(task["name"], task["n"]) for task in summary["tasks"]] == [
+        ("associative/4", 20),
+        ("copying/8", 40),
+        ("needle/8", 5),
+    ]
+    for task in summary["tasks"]:
+        accuracy, nats = task["metrics"]["accuracy"], task["metrics"]["nats"]
+        assert (accuracy["direction"], nats["direction"]) == ("max", "min")
+        assert 0 <= accuracy["value"] < 0.3 and nats["value"] > 3
+    assert answered("eval", "runs/eve", "--suite", "recall", "--max-windows", 5)[1] == summary
+    assert run(["eval", "runs/eve", "--suite", "recall", "--max-windows", "3", "data.window=33"]) == 0
+    assert "needle/32" in capsys.readouterr().out
+    assert run(["eval", "runs/eve", "--suite", "recall", "data.window=9"]) == 2
+    assert "Set data.window to 16 or more" in capsys.readouterr().err
+
+
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_made(place, capsys):
     """The plan says so in a moment; nothing is written, and the text is not even read."""
     assert run(words("runs/huge", 3, "data.batch=100000000")) == 5

@@ -1,5 +1,6 @@
 """Random windows for memory tests, with sizes that are distinct primes where the structure allows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from meristem.memory import Gates, Rule
+from meristem.memory.check import conflicts
 from meristem.memory.value import Memory
 
 BATCH, HEADS, KEY_WIDTH, VALUE_WIDTH = 2, 3, 5, 7
@@ -67,16 +69,40 @@ def window(
 
     momentum_bth = gate(0.0) if rule.update.has_momentum else None
     write_bth = gate(-1.0) if momentum_bth is None else gate(-1.0) * (1 - momentum_bth)
-    empty = rule.init(batch, HEADS, KEY_WIDTH, VALUE_WIDTH, like=torch.empty(0, dtype=dtype))
+    n_codes = rule.structure.n_codes
+    key_width = VALUE_WIDTH if rule.structure.kind == "slots" else KEY_WIDTH
+    gates = Gates(
+        retain_bth=gate(2.0),
+        write_bth=write_bth,
+        momentum_bth=momentum_bth,
+        threshold_bth=gate(0.0) * 2 if rule.bias.has_threshold else None,
+        weight_bth=gate(1.0) if rule.span > 1 else None,
+        code_bthg=0.5 * draw(batch, n_time, HEADS, n_codes) if n_codes else None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(random_seed)
+        empty = rule.init(batch, HEADS, key_width, VALUE_WIDTH, like=torch.empty(0, dtype=dtype))
+    memory = {name: _held(rule, name, value, draw) for name, value in empty.items()}
     return Window(
-        memory={name: 0.3 * draw(*tensor.shape) for name, tensor in empty.items()},
-        keys_bthk=functional.normalize(draw(batch, n_time, HEADS, KEY_WIDTH), dim=-1),
+        memory=memory,
+        keys_bthk=functional.normalize(draw(batch, n_time, HEADS, key_width), dim=-1),
         values_bthv=draw(batch, n_time, HEADS, VALUE_WIDTH),
-        queries_bthk=functional.normalize(draw(batch, n_time, HEADS, KEY_WIDTH), dim=-1),
-        gates=Gates(retain_bth=gate(2.0), write_bth=write_bth, momentum_bth=momentum_bth),
+        queries_bthk=functional.normalize(draw(batch, n_time, HEADS, key_width), dim=-1),
+        gates=gates,
     )
 
 
+def _held(rule: Rule, name: str, empty: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+    """What a memory may hold after a while, different in every row of the batch."""
+    if name in rule.structure.weights:
+        return rule.retention.settle(empty + 0.2 * draw(*empty.shape))
+    if name == "anchor_age_b":
+        return empty
+    return empty + 0.3 * draw(*empty.shape) if "weights" not in name else draw(*empty.shape).sigmoid()
+
+
 def variants(rule: Rule) -> list[Rule]:
-    """The rule with every order of reading and probing."""
-    return [replace(rule, reads=reads, probe=probe) for reads in ("after", "before") for probe in ("cold", "warm")]
+    """The rule with every order of reading and probing that its parts allow."""
+    orders = [(reads, probe) for reads in ("after", "before") for probe in ("cold", "warm")]
+    ordered = [replace(rule, reads=reads, probe=probe) for reads, probe in orders]
+    return [variant for variant in ordered if not conflicts(variant)]

@@ -46,7 +46,7 @@ def load(
     """
     layers = []
     if preset is not None:
-        layers.append(_whole(_preset(preset), f"preset {preset}"))
+        layers += [_whole(tree, f"preset {name}") for name, tree in _lineage(preset)]
     if file is not None:
         layers.append(_whole(_file(file), f"file {file}"))
     layers.append(_environment(environment or {}))
@@ -84,6 +84,13 @@ def _preset(name: str) -> dict[str, Any]:
         )
     text = (resources.files("meristem.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     return read_yaml(text, f"preset {name}")
+
+
+def _lineage(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """A preset after the one that its first line ``base: name`` builds on, and so on down."""
+    tree = _preset(name)
+    base = tree.pop("base", None)
+    return [*(_lineage(base) if base else []), (name, tree)]
 
 
 def _file(path: Path) -> dict[str, Any]:

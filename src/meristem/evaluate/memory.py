@@ -13,6 +13,9 @@ from meristem.memory.value import State, flatten
 from meristem.nn.gates import GateMap
 from meristem.shapes import Tokens
 
+CARRIED = ("momentum", "anchor", "deep", "span")
+"""In the names of what a memory carries beside its weights."""
+
 
 @torch.no_grad()
 def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
@@ -59,7 +62,8 @@ def _weights(state: State) -> Iterator[torch.Tensor]:
     """The weight tensors of every memory inside a state."""
     for path, leaf in flatten(state).items():
         *groups, name = path.split(".")
-        if isinstance(leaf, torch.Tensor) and "memory" in groups and "momentum" not in name:
+        is_weight = "memory" in groups and "unfinished" not in groups and not any(word in name for word in CARRIED)
+        if isinstance(leaf, torch.Tensor) and is_weight:
             yield leaf
 
 

@@ -1,31 +1,39 @@
 """What the gate layer tells a rule about each token."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from meristem.shapes import Gate, Rate
+from meristem.shapes import Code, Gate, RateRows
 
 LOG_FLOOR = -30.0
 """exp(-30) = 9e-14: low enough to mean nothing is kept, high enough that differences of cumulative logs stay finite."""
 
 
 @dataclass(frozen=True)
-class TokenGates:
-    """The gates of one token; a gate that the rule does not use is None."""
+class RowGates:
+    """The gates of one token or of a chunk, with one row per token; a gate that the rule does not use is None."""
 
-    retain_bh: Rate
-    write_bh: Rate
-    momentum_bh: Rate | None = None
+    retain_bhc: RateRows
+    write_bhc: RateRows
+    momentum_bhc: RateRows | None = None
+    threshold_bhc: RateRows | None = None
+    weight_bhc: RateRows | None = None
+    code_bhcg: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Gates:
-    """How much to keep, how strongly to write, how much momentum to carry, per token and head.
+    """How much to keep, how strongly to write, and what else a rule asks of each token and head.
 
     retain_bth: factor in (0, 1] by which old memory is kept; 1 keeps all.
     write_bth: write rate, >= 0.
     momentum_bth: in [0, 1); None where the rule has no momentum, which is not the same as 0.
+    threshold_bth: > 0, where a bias turns from square to straight.
+    weight_bth: how much the pair counts in the objectives of the tokens after it, for rules with a span.
+    code_bthg: which slots a token addresses.
     log_retain_bth, log_momentum_bth: their logarithms, where the gate layer made those first; forms multiply many
     factors and so prefer them. Left out, they are taken from the factors.
     """
@@ -33,11 +41,16 @@ class Gates:
     retain_bth: Gate
     write_bth: Gate
     momentum_bth: Gate | None = None
+    threshold_bth: Gate | None = None
+    weight_bth: Gate | None = None
+    code_bthg: Code | None = None
     log_retain_bth: Gate | None = None
     log_momentum_bth: Gate | None = None
 
     @classmethod
-    def from_logs(cls, log_retain_bth: Gate, write_bth: Gate, log_momentum_bth: Gate | None = None) -> "Gates":
+    def from_logs(
+        cls, log_retain_bth: Gate, write_bth: Gate, log_momentum_bth: Gate | None = None, **others: Any
+    ) -> "Gates":
         """Gates whose factors are exactly the exponentials of the given logarithms."""
         return cls(
             retain_bth=log_retain_bth.exp(),
@@ -45,20 +58,28 @@ class Gates:
             momentum_bth=None if log_momentum_bth is None else log_momentum_bth.exp(),
             log_retain_bth=log_retain_bth,
             log_momentum_bth=log_momentum_bth,
+            **others,
         )
 
-    def at(self, index: int) -> TokenGates:
-        """The gates of the token at ``index``."""
-        return TokenGates(
-            retain_bh=self.retain_bth[:, index],
-            write_bh=self.write_bth[:, index],
-            momentum_bh=None if self.momentum_bth is None else self.momentum_bth[:, index],
-        )
+    def at(self, index: int) -> RowGates:
+        """The gates of the token at ``index``, as one row."""
+        return self.rows(index, index + 1)
+
+    def rows(self, start: int, stop: int) -> RowGates:
+        """The gates of the tokens from ``start`` to ``stop``, heads before rows."""
+        named = {"retain_bhc": self.retain_bth, "write_bhc": self.write_bth, "momentum_bhc": self.momentum_bth}
+        named |= {"threshold_bhc": self.threshold_bth, "weight_bhc": self.weight_bth, "code_bhcg": self.code_bthg}
+        cut = {name: gate[:, start:stop].movedim(1, 2) for name, gate in named.items() if gate is not None}
+        return RowGates(**cut)
+
+    def window(self, start: int, stop: int) -> "Gates":
+        """The gates of a part of the window."""
+        present = {name: gate for name, gate in vars(self).items() if gate is not None}
+        return Gates(**{name: gate[:, start:stop] for name, gate in present.items()})
 
     def to(self, dtype: torch.dtype) -> "Gates":
         """The same gates in another dtype."""
-        present = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: gate.to(dtype) for name, gate in present.items() if gate is not None})
+        return replace(self, **{name: gate.to(dtype) for name, gate in vars(self).items() if gate is not None})
 
     def log_retain(self) -> Gate:
         """log retain, floored at LOG_FLOOR."""

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
-from meristem.memory.bias import dot, squared
-from meristem.memory.retention import decay
+from meristem.memory.bias import dot, huber_switch, power, squared
+from meristem.memory.check import check
+from meristem.memory.features import polynomial
+from meristem.memory.retention import decay, elastic_leader, local, power_norm, simplex, sphere
 from meristem.memory.rule import Rule
-from meristem.memory.structure import matrix
-from meristem.memory.update import momentum, plain
-from meristem.plugins import Registry
+from meristem.memory.structure import matrix, mlp, slots, two_slots
+from meristem.memory.update import delta_descent as delta_descending
+from meristem.memory.update import implicit, leader, momentum, orthogonal_momentum, plain
+from meristem.plugins import Registry, spelled
 
 
 def hebbian() -> Rule:
@@ -27,16 +30,123 @@ def gated_delta() -> Rule:
     return Rule(structure=matrix(), bias=squared(), retention=decay(), update=plain(), probe="warm")
 
 
-def titans() -> Rule:
-    """``S <- momentum S - write (M k - v) k^T; M <- retain M + S``: linear memory (Titans 2501.00663, eqs. 9-14)."""
-    return Rule(structure=matrix(), bias=squared(), retention=decay(), update=momentum())
+def implicit_delta() -> Rule:
+    """``delta`` at the proximal rate ``write / (1 + write |k|^2)``: stable at any rate (Longhorn 2407.14207, eq. 8)."""
+    return Rule(structure=matrix(), bias=squared(), retention=decay(), update=implicit())
 
 
-rules: Registry[Callable[[], Rule]] = Registry(
-    "memory", {"hebbian": hebbian, "delta": delta, "gated_delta": gated_delta, "titans": titans}
+def delta_descent() -> Rule:
+    """``M <- M (retain - rate k k^T) + rate v k^T``, ``rate = write / (1 + write |k|^2)``, read before it is written
+    (HOPE 2512.24695, eq. 57)."""
+    return Rule(structure=matrix(), bias=dot(), retention=decay(), update=delta_descending(), reads="before")
+
+
+def titans(n_layers: int = 1) -> Rule:
+    """``S <- momentum S - write grad 1/2 |f(k) - v|^2; M <- retain M + S`` (Titans 2501.00663, eqs. 9-14); f is one
+    matrix, or a network of ``n_layers`` with a LayerNorm, without which values ten times as large end in NaN."""
+    return Rule(structure=mlp(n_layers, is_normed=True), bias=squared(), retention=decay(), update=momentum())
+
+
+def titans_mlp() -> Rule:
+    """``titans`` with a network of two layers as memory (Titans 2501.00663, section 3.1)."""
+    return titans(n_layers=2)
+
+
+def momentum_delta() -> Rule:
+    """``S <- momentum S - write (retain M k - v) k^T; M <- retain M + S`` (Momentum DeltaNet 2605.05838)."""
+    return Rule(structure=matrix(), bias=squared(), retention=decay(), update=momentum(), probe="warm")
+
+
+def moneta() -> Rule:
+    """``A <- retain A - write grad |f(k) - v|_3^3; W = A / |A|_4^2`` (MIRAS 2504.13173, eqs. 24-25)."""
+    return Rule(structure=mlp(is_normed=True), bias=power(3), retention=power_norm(4), update=plain())
+
+
+def yaad() -> Rule:
+    """Square where the residual is small, straight where it is large, near where it was (MIRAS, section 5.3)."""
+    return Rule(structure=mlp(is_normed=True), bias=huber_switch(), retention=local(), update=plain())
+
+
+def memora() -> Rule:
+    """``W <- softmax(retain log W - write grad 1/2 |f(k) - v|^2)`` by columns, read before (MIRAS, section 5.3)."""
+    return Rule(structure=mlp(), bias=squared(), retention=simplex(), update=plain(), reads="before")
+
+
+def lattice(n_slots: int = 16) -> Rule:
+    """``s_i <- unit(s_i + write c_i P_i (v - S^T c))``: decode, on unit slots, read before (Lattice 2504.05646)."""
+    return Rule(structure=slots(n_slots), bias=squared(), retention=sphere(), update=plain(), reads="before")
+
+
+def lattice_encode(n_slots: int = 16) -> Rule:
+    """``s_i <- unit(s_i + write (c_i - s_i k) P_i k)`` (Lattice 2504.05646)."""
+    return Rule(structure=slots(n_slots, "encode"), bias=squared(), retention=sphere(), update=plain(), reads="before")
+
+
+def lattice_similarity(n_slots: int = 16) -> Rule:
+    """``s_i <- unit(s_i + write c_i P_i k)`` (Lattice 2504.05646)."""
+    return Rule(structure=slots(n_slots, "encode"), bias=dot(), retention=sphere(), update=plain(), reads="before")
+
+
+def trellis(n_slots: int = 16) -> Rule:
+    """``N <- retain N - write J^T (phi(N k) - c) k^T``, the same for U and v; read ``phi(U^T f(N q))`` (Trellis
+    2512.23852)."""
+    return Rule(structure=two_slots(n_slots), bias=squared(), retention=decay(), update=plain())
+
+
+def atlas(span: int = 4) -> Rule:
+    """``S <- momentum S + grad sum of the last losses; M <- retain M - write NS(S)`` on polynomial keys (Atlas
+    2505.23735, eqs. 9, 32-33)."""
+    return Rule(matrix(), squared(), decay(), orthogonal_momentum(), span=span, features=polynomial())
+
+
+def omega_net(span: int = 4) -> Rule:
+    """``M <- retain M - write grad sum of the last losses`` on polynomial keys (Atlas 2505.23735, eq. 9)."""
+    return Rule(matrix(), squared(), decay(), plain(), span=span, features=polynomial())
+
+
+def omega() -> Rule:
+    """``S <- momentum S + write u k^T; M <- retain M + S``: u mixes key and value and never sees the memory, so one
+    product serves all tokens."""
+    return Rule(structure=matrix(), bias=dot(), retention=decay(), update=momentum(), values="mixed")
+
+
+def ftrl() -> Rule:
+    """``A <- A - write (M k - v) k^T; M = soft threshold of A``: follow the regularised leader (MIRAS, section 3.2)."""
+    return Rule(structure=matrix(), bias=squared(), retention=elastic_leader(), update=leader())
+
+
+rules: Registry[Callable[..., Rule]] = Registry(
+    "memory",
+    {
+        made.__name__: made
+        for made in (
+            hebbian,
+            delta,
+            gated_delta,
+            implicit_delta,
+            delta_descent,
+            titans,
+            titans_mlp,
+            momentum_delta,
+            moneta,
+            yaad,
+            memora,
+            lattice,
+            lattice_encode,
+            lattice_similarity,
+            trellis,
+            atlas,
+            omega_net,
+            omega,
+            ftrl,
+        )
+    },
 )
 
 
-def named(name: str) -> Rule:
-    """The rule registered under ``name``; an unknown name lists the nearest ones."""
-    return rules.get(name)()
+def named(text: str) -> Rule:
+    """The rule of that name, such as ``titans`` or, with another choice in it, ``titans(n_layers=3)``.
+
+    Raises WrongValue for a name or a choice that is unknown, and ConflictingKeys where parts do not go together.
+    """
+    return check(spelled(rules, text))

@@ -1,14 +1,16 @@
 """A memory rule is a value made of four parts; ``scan`` is its one plain meaning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from meristem.memory.bias import Bias
-from meristem.memory.gates import Gates, TokenGates
+from meristem.memory.features import Features, identity
+from meristem.memory.gates import Gates, RowGates
 from meristem.memory.retention import Retention
-from meristem.memory.structure import Structure
+from meristem.memory.structure import Live, Pairs, Structure
 from meristem.memory.update import Update
 from meristem.memory.value import Memory
 from meristem.shapes import Key, Keys, Queries, Query, Value, Values
@@ -20,6 +22,9 @@ class Rule:
 
     reads: whether the query of a token meets the memory after or before that token is written.
     probe: whether the surprise is measured at the old memory ("cold") or at what is kept of it ("warm").
+    span: how many pairs, the present one last, the surprise of a token is about (Atlas 2505.23735, eq. 9).
+    features: what is made of keys and queries first.
+    values: whether values are the layer's own or mixed of key and value by a matrix that does not see the memory.
     """
 
     structure: Structure
@@ -28,39 +33,96 @@ class Rule:
     update: Update
     reads: Literal["after", "before"] = "after"
     probe: Literal["cold", "warm"] = "cold"
+    span: int = 1
+    features: Features = identity()
+    values: Literal["given", "mixed"] = "given"
+
+    @property
+    def has_retain(self) -> bool:
+        """Old memory fades; without it the retain gate does nothing."""
+        return self.retention.has_retain and self.update.has_retain
+
+    @property
+    def slope(self) -> float | None:
+        """a, where the change is the pair's address times ``a M k - v``, at the update's rate; None where it is not."""
+        is_affine = self.bias.slope is not None and self.structure.kind in ("matrix", "vector") and self.span == 1
+        return self.bias.slope + self.update.erase if is_affine and self.bias.slope is not None else None
 
     @property
     def is_linear(self) -> bool:
         """The memory after a token is affine in the memory and momentum before it, with known coefficients."""
-        return (
-            self.structure.is_matrix
-            and self.bias.slope is not None
-            and self.retention.is_linear
-            and self.update.is_linear
-        )
+        is_plain = self.retention.is_linear and not self.retention.is_mapped
+        return self.slope is not None and is_plain and self.update.is_linear
 
-    def init(
-        self, batch: int, heads: int, key_width: int, value_width: int, *, like: torch.Tensor | None = None
-    ) -> Memory:
+    def init(self, batch: int, heads: int, key_width: int, value_width: int, *, like: Tensor | None = None) -> Memory:
         """A fresh memory: float32 on the CPU, or as ``like``."""
         like = torch.empty(0) if like is None else like
-        weights = self.structure.init(batch, heads, key_width, value_width, like)
-        return weights | self.update.init(weights)
+        key_width = self.features.width(key_width)
+        drawn = self.structure.init(batch, heads, key_width, value_width, like)
+        # The rows of a batch begin alike, whatever a part draws.
+        stored = {name: self.retention.first(weight[:1]).expand_as(weight).clone() for name, weight in drawn.items()}
+        memory = stored | self.retention.carry(stored) | self.update.carry(stored)
+        if self.span > 1:
+            before = self.span - 1
+            memory["span_keys_bhck"] = like.new_zeros(batch, heads, before, key_width)
+            memory["span_values_bhcv"] = like.new_zeros(batch, heads, before, value_width)
+            memory["span_weights_bhc"] = like.new_zeros(batch, heads, before)
+        return memory
+
+    def weights(self, memory: Memory) -> Memory:
+        """The weights that are read, of what is stored."""
+        return {name: self.retention.weights(memory[name]) for name in self.structure.weights}
+
+    def in_effect(self, gates: RowGates) -> RowGates:
+        """The gates with retain at 1 where old memory does not fade."""
+        return gates if self.has_retain else replace(gates, retain_bhc=torch.ones_like(gates.retain_bhc))
+
+    def without_features(self) -> "Rule":
+        """The rule for keys and queries that were mapped already."""
+        return replace(self, features=identity())
 
 
-def write(rule: Rule, memory: Memory, key_bhk: Key, value_bhv: Value, gates: TokenGates) -> Memory:
-    """The memory after one pair is written."""
-    weights = {name: memory[name] for name in rule.structure.weights}
-    probed = rule.retention.keep(weights, gates) if rule.probe == "warm" else weights
-    recalled_bhv, pull = rule.structure.linearise(probed, key_bhk)
-    surprise = pull(rule.bias.gradient(recalled_bhv, value_bhv))
-    change, carried = rule.update.change(memory, surprise, gates)
-    return memory | rule.retention.apply(weights, change, gates) | carried
+def write(rule: Rule, memory: Memory, key_bhk: Key, value_bhv: Value, gates: RowGates) -> Memory:
+    """The memory after one pair is written.
+
+    gates: one row, as ``Gates.at`` gives it.
+    """
+    gates = rule.in_effect(gates)
+    pairs = Pairs(rule.features.apply(key_bhk)[:, :, None], value_bhv[:, :, None], gates.code_bhcg)
+    weights = rule.weights(memory)
+    counts_bhc: Tensor | None = None
+    remembered: Memory = {}
+    if rule.span > 1:
+        pairs, counts_bhc, remembered = _remembered(memory, pairs, gates)
+    probed = weights
+    if rule.probe == "warm":
+        probed = {name: gates.retain_bhc[..., None] * weight for name, weight in weights.items()}
+    recalled, target, pull = rule.structure.linearise(Live(probed), pairs)
+    gradient = rule.bias.gradient(recalled, target, gates.threshold_bhc)
+    surprise = pull(gradient if counts_bhc is None else counts_bhc[..., None] * gradient)
+    change, carried = rule.update.change(memory, weights, surprise, gates)
+    return memory | rule.retention.apply(memory, change, gates) | carried | remembered
+
+
+def _remembered(memory: Memory, pairs: Pairs, gates: RowGates) -> tuple[Pairs, Tensor, Memory]:
+    """The pairs that the surprise is about, how much each counts, and those that the next token will look back at."""
+    if gates.weight_bhc is None:
+        raise ValueError("a rule with a span needs weight gates; they are None. Pass Gates(weight_bth=...)")
+    keys_bhck = torch.cat([memory["span_keys_bhck"], pairs.key_bhck], dim=2)
+    values_bhcv = torch.cat([memory["span_values_bhcv"], pairs.value_bhcv], dim=2)
+    counts_bhc = torch.cat([memory["span_weights_bhc"], gates.weight_bhc], dim=2)
+    following = {
+        "span_keys_bhck": keys_bhck[:, :, 1:],
+        "span_values_bhcv": values_bhcv[:, :, 1:],
+        "span_weights_bhc": counts_bhc[:, :, 1:],
+    }
+    return Pairs(keys_bhck, values_bhcv), counts_bhc, following
 
 
 def read(rule: Rule, memory: Memory, query_bhk: Query) -> Value:
     """What the memory recalls; it does not change."""
-    return rule.structure.recall(memory, query_bhk)
+    query_bhck = rule.features.apply(query_bhk)[:, :, None]
+    return rule.structure.recall(Live(rule.weights(memory)), query_bhck)[:, :, 0]
 
 
 def scan(

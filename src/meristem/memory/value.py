@@ -69,3 +69,9 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def beside(weight_name: str, word: str) -> str:
+    """The name of what is carried beside a weight: ``matrix_bhkv``, ``momentum`` -> ``matrix_momentum_bhkv``."""
+    stem, axes = weight_name.rsplit("_", 1)
+    return f"{stem}_{word}_{axes}"

@@ -4,42 +4,62 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from meristem.memory import Gates
+from meristem.memory import Gates, Rule
 from meristem.memory.value import full_precision
-from meristem.shapes import Hidden
+from meristem.nn.part import MemoryPart
+from meristem.shapes import Gate, Hidden
 
 
 class GateMap(nn.Module):
-    """Retain, write rate and momentum of every head, each a sigmoid of a linear map (memory.md 2.3).
+    """What a rule asks of each token and head, each a smooth bounded map of the hidden vector (memory.md 2.3).
 
     Weights start at 0, so that every token begins with the same gates: retain by its half-life H, ``2^(-1/H)``; write
-    rate ``write``; momentum ``momentum``. With momentum the write rate carries the factor ``1 - momentum``: a key
-    that returns is then written once, not ``1 / (1 - momentum)`` times, which keeps the rule stable.
+    rate ``write``; momentum ``momentum``; threshold 1; weight of a pair ``sigmoid(2)``. With momentum the write rate
+    carries the factor ``1 - momentum``: a key that returns is then written once, not ``1 / (1 - momentum)`` times,
+    which keeps the rule stable. Where the momentum is orthogonalised its length is always about one, and the factor
+    would only make every step smaller. Codes are linear and start random.
     """
 
-    no_decay: ClassVar = frozenset({"weight_hd", "bias_h"})
+    no_decay: ClassVar = frozenset({"weight_hd", "bias_h", "code.weight"})
 
-    def __init__(self, width: int, heads: int, *, half_life: float, write: float, momentum: float | None) -> None:
+    def __init__(self, width: int, heads: int, rule: Rule, part: MemoryPart) -> None:
         super().__init__()
-        first = [_logit(2 ** (-1 / half_life)), _logit(write)] + ([] if momentum is None else [_logit(momentum)])
-        self.n_gates = len(first)
-        self.weight_hd = nn.Parameter(torch.zeros(self.n_gates * heads, width))
-        self.bias_h = nn.Parameter(torch.tensor(first).repeat_interleave(heads))
+        self.heads, self.is_scaled = heads, rule.update.has_momentum and rule.update.name != "orthogonal_momentum"
+        first = {"write": _logit(part.write)}
+        if rule.has_retain:
+            first["retain"] = _logit(2 ** (-1 / part.half_life))
+        if rule.update.has_momentum:
+            first["momentum"] = _logit(part.momentum)
+        if rule.bias.has_threshold:
+            first["threshold"] = math.log(math.e - 1)
+        if rule.span > 1:
+            first["weight"] = 2.0
+        self.names = tuple(first)
+        self.weight_hd = nn.Parameter(torch.zeros(len(first) * heads, width))
+        self.bias_h = nn.Parameter(torch.tensor(list(first.values())).repeat_interleave(heads))
+        self.code = nn.Linear(width, heads * rule.structure.n_codes, bias=False) if rule.structure.n_codes else None
 
     def forward(self, hidden_btd: Hidden) -> Gates:
         """Gates in float32, whatever the autocast: a retain factor near 1 does not survive bfloat16."""
         with full_precision(hidden_btd.device):
-            raw_bth = functional.linear(hidden_btd.to(self.weight_hd.dtype), self.weight_hd, self.bias_h)
-            raw = raw_bth.chunk(self.n_gates, dim=-1)
-            write_bth = raw[1].sigmoid()
+            hidden_btd = hidden_btd.to(self.weight_hd.dtype)
+            raw_bth = functional.linear(hidden_btd, self.weight_hd, self.bias_h)
+            raw: dict[str, Gate] = dict(zip(self.names, raw_bth.chunk(len(self.names), dim=-1), strict=True))
+            write_bth = raw["write"].sigmoid()
+            log_retain_bth = functional.logsigmoid(raw["retain"]) if "retain" in raw else torch.zeros_like(write_bth)
             log_momentum_bth = None
-            if self.n_gates == 3:
-                log_momentum_bth = functional.logsigmoid(raw[2])
-                write_bth = write_bth * (-raw[2]).sigmoid()
-            return Gates.from_logs(functional.logsigmoid(raw[0]), write_bth, log_momentum_bth)
+            if "momentum" in raw:
+                log_momentum_bth = functional.logsigmoid(raw["momentum"])
+                write_bth = write_bth * (-raw["momentum"]).sigmoid() if self.is_scaled else write_bth
+            others: dict[str, Tensor | None] = {
+                "threshold_bth": functional.softplus(raw["threshold"]) if "threshold" in raw else None,
+                "weight_bth": raw["weight"].sigmoid() if "weight" in raw else None,
+                "code_bthg": None if self.code is None else self.code(hidden_btd).unflatten(-1, (self.heads, -1)),
+            }
+            return Gates.from_logs(log_retain_bth, write_bth, log_momentum_bth, **others)
 
 
 def _logit(probability: float) -> float:

@@ -7,41 +7,50 @@ from torch import nn
 from torch.nn import functional
 
 from meristem.errors import ConflictingKeys
-from meristem.memory import Rule, named, run
+from meristem.memory import Rule, run
+from meristem.memory.forms import require
 from meristem.memory.value import Memory, State
 from meristem.nn.conv import CausalConv
 from meristem.nn.gates import GateMap
 from meristem.nn.norm import RMSNorm
 from meristem.nn.part import MemoryPart
-from meristem.shapes import Hidden, Keys
+from meristem.nn.rule import rule_of
+from meristem.shapes import Hidden, Keys, Values
 
 
 class Initial(nn.Module):
     """The memory that a reader starts with: a learned value of every weight, the same for all rows of a batch.
 
-    What the update carries beside the weights, such as momentum, starts at zero and is not learned.
+    What the rule carries beside the weights, such as momentum, starts at zero and is not learned, unless it has to
+    start elsewhere.
     """
 
     def __init__(self, rule: Rule, heads: int, head_width: int) -> None:
         super().__init__()
+        self.rule = rule
         first = rule.init(1, heads, head_width, head_width)
-        self.learned = nn.ParameterDict({name: nn.Parameter(first.pop(name)) for name in rule.structure.weights})
+        weights = {name: first[name] for name in rule.structure.weights}
+        learned = [*weights, *(rule.update.carry(weights) if rule.update.is_learned else ())]
+        self.learned = nn.ParameterDict({name: nn.Parameter(first.pop(name)) for name in learned})
         self.no_decay = frozenset(f"learned.{name}" for name in self.learned)
         for name, carried in first.items():
             self.register_buffer(name, carried, persistent=False)
         self.carried = tuple(first)
 
     def forward(self, batch: int) -> Memory:
-        value = dict(self.learned.items()) | {name: self.get_buffer(name) for name in self.carried}
+        weights = self.rule.structure.weights
+        settled = {name: self.rule.retention.settle(x) if name in weights else x for name, x in self.learned.items()}
+        value = settled | {name: self.get_buffer(name) for name in self.carried}
         return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in value.items()}
 
 
 class Recall(nn.Module):
     """What a memory answers to each token, after that token was written into it (memory.md 5.1, up to the read).
 
-    Queries, keys and values are linear in the hidden vector, mixed with the few tokens before by a short convolution,
-    and passed through SiLU; queries and keys have unit length, without which the surprise grows with the width and
-    training ends in NaN.
+    Queries, keys and values, as far as the rule uses them, are linear in the hidden vector, mixed with the few tokens
+    before by a short convolution, and passed through SiLU; queries and keys have unit length, without which the
+    surprise grows with the width and training ends in NaN. A rule that writes what it makes of key and value alone
+    needs no such bound.
 
     State: the memory, float32 whatever the autocast, and the convolution's tail. A fresh memory is a learned parameter.
     """
@@ -53,26 +62,35 @@ class Recall(nn.Module):
                 f"model.width {width} is not a multiple of memory.head_width {part.head_width}. "
                 f"Set memory.head_width to a divisor of {width}."
             )
-        self.rule = named(part.rule)
+        self.rule = rule_of(part)
         self.form, self.chunk = part.form, part.chunk
+        require(self.rule, self.form)
         self.heads = width // part.head_width
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.conv = CausalConv(3 * width, part.conv)
-        momentum = part.momentum if self.rule.update.has_momentum else None
-        self.gates = GateMap(width, self.heads, half_life=part.half_life, write=part.write, momentum=momentum)
+        self.used = self.rule.structure.used
+        self.qkv = nn.Linear(width, len(self.used) * width, bias=False)
+        self.conv = CausalConv(len(self.used) * width, part.conv)
+        self.gates = GateMap(width, self.heads, self.rule, part)
+        self.mix = ValueMix(self.heads, part.head_width) if self.rule.values == "mixed" else None
         self.initial = Initial(self.rule, self.heads, part.head_width)
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         if state is None:
             state = {"memory": self.initial(hidden_btd.shape[0]), "conv": None}
         mixed_btd, tail = self.conv(self.qkv(hidden_btd), state["conv"])
-        query_bthk, key_bthk, value_bthv = functional.silu(mixed_btd).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        found = functional.silu(mixed_btd).unflatten(-1, (len(self.used), self.heads, -1)).unbind(2)
+        vectors = dict(zip(self.used, found, strict=True))
+        # A rule never looks at what it does not use, but its forms take three vectors all the same.
+        query_bthk, key_bthk, value_bthv = (vectors.get(name, found[0]) for name in ("query", "key", "value"))
+        if self.mix is None:
+            query_bthk, key_bthk = unit(query_bthk), unit(key_bthk)
+        else:
+            value_bthv = self.mix(key_bthk, value_bthv)
         read_bthv, memory = run(
             self.rule,
             state["memory"],
-            _unit(key_bthk),
+            key_bthk,
             value_bthv,
-            _unit(query_bthk),
+            query_bthk,
             self.gates(hidden_btd),
             form=self.form,
             chunk=self.chunk,
@@ -80,7 +98,22 @@ class Recall(nn.Module):
         return read_bthv.flatten(2).to(mixed_btd.dtype), {"memory": memory, "conv": tail}
 
 
-def _unit(key_bthk: Keys) -> Keys:
+class ValueMix(nn.Module):
+    """``-W silu([k; v])`` per head: what the rule ``omega`` writes in the place of a surprise (memory.md 3.8)."""
+
+    def __init__(self, heads: int, head_width: int) -> None:
+        super().__init__()
+        weight_hfv = torch.empty(heads, 2 * head_width, head_width)
+        for weight_fv in weight_hfv:
+            nn.init.xavier_uniform_(weight_fv)
+        self.weight_hfv = nn.Parameter(weight_hfv)
+
+    def forward(self, key_bthk: Keys, value_bthv: Values) -> Values:
+        joined_bthf = functional.silu(torch.cat([key_bthk, value_bthv], dim=-1))
+        return -torch.einsum("bthf,hfv->bthv", joined_bthf, self.weight_hfv.to(joined_bthf.dtype))
+
+
+def unit(key_bthk: Keys) -> Keys:
     """Keys of length one; in float32, where a tiny key keeps its direction."""
     key_bthk = key_bthk.float() if key_bthk.dtype in (torch.bfloat16, torch.float16) else key_bthk
     return key_bthk * (key_bthk.square().sum(dim=-1, keepdim=True) + 1e-12).rsqrt()

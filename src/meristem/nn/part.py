@@ -1,6 +1,6 @@
 """The settings of the memory inside a layer."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -10,7 +10,21 @@ from meristem.config import Part
 class MemoryPart(Part):
     """Which rule a memory follows, how it is run, and how its gates begin."""
 
-    rule: Annotated[str, Field(description="A name of the catalogue: `meristem plugins ls --kind memory`.")] = "titans"
+    rule: Annotated[
+        str,
+        Field(description="A name of the catalogue (`meristem plugins ls --kind memory`), such as titans(n_layers=2)."),
+    ] = "titans"
+    structure: Annotated[str | None, Field(description="Where it is kept, in the place of the rule's own.")] = None
+    bias: Annotated[str | None, Field(description="What it is trained to do, as power(p=3).")] = None
+    retention: Annotated[str | None, Field(description="What becomes of old memory, as elastic(alpha=5).")] = None
+    update: Annotated[str | None, Field(description="How surprises become change, as implicit.")] = None
+    features: Annotated[str | None, Field(description="What is made of keys and queries first.")] = None
+    reads: Annotated[
+        Literal["after", "before"] | None, Field(description="Whether a token reads after or before it is written.")
+    ] = None
+    probe: Annotated[
+        Literal["cold", "warm"] | None, Field(description="Whether surprises are measured at old or retained memory.")
+    ] = None
     form: Annotated[str, Field(description="How a window is run; `auto` takes the fastest exact form.")] = "auto"
     chunk: Annotated[int, Field(ge=1, le=128, description="Tokens that a chunk form takes together.")] = 32
     head_width: Annotated[

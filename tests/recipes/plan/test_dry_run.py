@@ -199,7 +199,7 @@ def test_prepared_text_is_counted(load):
         ("device.name=cuda:7", "config", 3, "there is no device 'cuda:7'"),
         ("data.source=nowhere/at/all.txt", "data", 4, "nowhere/at/all.txt"),
         ("memory.rule=hopfield", "build", 2, "hopfield"),
-        ("memory.form=magic", "steps", 2, "magic"),
+        ("memory.form=magic", "build", 2, "magic"),
     ],
 )
 def test_refusals(load, override, part, exit_code, message):

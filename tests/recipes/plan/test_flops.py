@@ -129,7 +129,7 @@ def test_exact_chunk_form_grows_with_heads_rows_and_chunks(name):
 
 
 def test_scan():
-    """Per token one recall for the surprise and one for the query; the outer product of the write is elementwise."""
+    """Per token one recall for the surprise, one outer product for the write, and one recall for the query."""
     b, t, h, k, v = 2, 11, 3, 5, 7
     rule = named("titans")
 
@@ -137,4 +137,4 @@ def test_scan():
         gates = Gates(*(leaf(b, t, h) for _ in range(3)))
         return scan(rule, rule.init(b, h, k, v), leaf(b, t, h, k), leaf(b, t, h, v), leaf(b, t, h, k), gates)[0]
 
-    assert counted(call)[0] == b * t * h * 2 * 2 * k * v
+    assert counted(call)[0] == b * t * h * 3 * 2 * k * v

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from meristem.errors import ConflictingKeys
-from meristem.memory.forms.exact_chunk import exact_chunk, refusals
+from meristem.memory.forms import associative, atlas, exact_chunk, frozen_chunk, lattice
+from meristem.memory.forms.by_chunk import finished
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule, scan
 from meristem.memory.value import Memory, full_precision
@@ -60,10 +61,19 @@ forms: Registry[Form] = Registry(
     "form",
     {
         "scan": Form(run=_scan, refusals=lambda rule: [], is_exact=True),
-        "exact_chunk": Form(run=exact_chunk, refusals=refusals, is_exact=True),
+        "exact_chunk": Form(exact_chunk.exact_chunk, exact_chunk.refusals, is_exact=True),
+        "associative": Form(associative.associative, associative.refusals, is_exact=True),
+        "frozen_chunk": Form(frozen_chunk.frozen_chunk, frozen_chunk.refusals, is_exact=False),
+        "refined": Form(frozen_chunk.refined, frozen_chunk.refined_refusals, is_exact=False),
+        "lattice": Form(lattice.lattice, lattice.refusals, is_exact=False),
+        "atlas": Form(atlas.atlas, atlas.refusals, is_exact=False),
     },
     accepts=lambda value: isinstance(value, Form),
 )
+
+
+UNFINISHED = ("frozen_chunk", "refined", "lattice", "atlas")
+"""Forms that may leave a chunk unfinished, and go on with it."""
 
 
 def accepting(rule: Rule) -> list[str]:
@@ -71,9 +81,22 @@ def accepting(rule: Rule) -> list[str]:
     return [name for name in forms.names() if not forms.get(name).refusals(rule)]
 
 
+def require(rule: Rule, form: str) -> None:
+    """Raises ConflictingKeys where the form of that name cannot run the rule; the message names the forms that can."""
+    if form == "auto":
+        return
+    reasons = forms.get(form).refusals(rule)
+    if reasons:
+        raise ConflictingKeys(
+            f"form '{form}' cannot run this rule: {'; '.join(reasons)}. Forms that can: {', '.join(accepting(rule))}.",
+            form=form,
+            reasons=reasons,
+        )
+
+
 def choose(rule: Rule, n_time: int) -> str:
     """The fastest exact form for a window of ``n_time`` tokens: what ``form="auto"`` runs."""
-    return "scan" if n_time == 1 or refusals(rule) else "exact_chunk"
+    return "scan" if n_time == 1 or exact_chunk.refusals(rule) else "exact_chunk"
 
 
 def run(
@@ -96,21 +119,16 @@ def run(
     """
     name = choose(rule, keys_bthk.shape[1]) if form == "auto" else form
     chosen = forms.get(name)
-    reasons = chosen.refusals(rule)
-    if reasons:
-        raise ConflictingKeys(
-            f"form '{name}' cannot run this rule: {'; '.join(reasons)}. Forms that can: {', '.join(accepting(rule))}.",
-            form=name,
-            reasons=reasons,
-        )
+    require(rule, name)
     like = next(iter(memory.values()))
     with full_precision(like.device):
+        keys_bthk, queries_bthk = (rule.features.apply(x.to(like.dtype)) for x in (keys_bthk, queries_bthk))
         return chosen.run(
-            rule,
-            memory,
-            keys_bthk.to(like.dtype),
+            rule.without_features(),
+            memory if name in UNFINISHED else finished(memory),
+            keys_bthk,
             values_bthv.to(like.dtype),
-            queries_bthk.to(like.dtype),
+            queries_bthk,
             gates.to(like.dtype),
             chunk=chunk,
         )

@@ -10,15 +10,17 @@ momentum added: the weight with which a write has reached the memory is the prod
 4.3).
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from meristem.memory.forms.by_chunk import Window
+from meristem.memory.forms.flow import Flow, cut, flow
 from meristem.memory.gates import Gates
-from meristem.memory.kernels.chunk_solve import Between, ChunkSolve
+from meristem.memory.kernels.chunk_solve import ChunkSolve
+from meristem.memory.kernels.fla_delta import fla_delta
+from meristem.memory.kernels.select import choose_window
 from meristem.memory.rule import Rule
+from meristem.memory.update import momentum_name
 from meristem.memory.value import Memory
 from meristem.shapes import Keys, Queries, Values
 
@@ -26,10 +28,11 @@ from meristem.shapes import Keys, Queries, Values
 def refusals(rule: Rule) -> list[str]:
     """Why this form cannot run the rule; empty when it can."""
     reasons = {
-        "its structure is not one matrix": rule.structure.is_matrix,
+        "its structure is not one matrix": rule.structure.kind in ("matrix", "vector"),
         "the gradient of its bias is not affine in what is recalled": rule.bias.slope is not None,
-        "its retention does more than scale the old memory": rule.retention.is_linear,
+        "its retention does more than scale the old memory": rule.retention.is_linear and not rule.retention.is_mapped,
         "its update is not linear in the surprise": rule.update.is_linear,
+        "its surprise spans several pairs": rule.span == 1,
     }
     return [reason for reason, is_met in reasons.items() if not is_met]
 
@@ -48,28 +51,48 @@ def exact_chunk(
 
     chunk: tokens solved together; the work per token grows with it, the number of steps in order falls with it.
     """
-    batch, n_time, heads, key_width = keys_bthk.shape
+    if choose_window(rule, keys_bthk, values_bthv) == "fla":
+        return fla_delta(rule, memory, keys_bthk, values_bthv, queries_bthk, gates, chunk=chunk)
+    return solved(rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk=chunk)
+
+
+def solved(
+    rule: Rule,
+    memory: Memory,
+    window: Window,
+    gates: Gates,
+    *,
+    chunk: int,
+    is_frozen: bool = False,
+) -> tuple[Values, Memory]:
+    """The chunk form of a linear rule; is_frozen: with every residual measured at the memory that enters the chunk."""
+    keys_bthk, values_bthv, queries_bthk = window
+    batch, n_time, heads = keys_bthk.shape[:3]
     chunk = min(chunk, n_time)
-    write_nhc = _cut(gates.write_bth, chunk)
-    flow = _flow(gates, write_nhc, n_time)
-    sight_nhcl, outer_nhcs = flow.before() if rule.reads == "before" else (flow.entering_nhcl, flow.reach_nhcs)
+    address_bthk, wanted_bthk = rule.structure.address(keys_bthk), rule.structure.address(queries_bthk)
+    key_width = address_bthk.shape[-1]
+    flowing = _flow(rule, gates, cut(rule.update.rate(gates.write_bth, address_bthk), chunk), n_time)
+    sight_nhcl, outer_nhcs = flowing.before() if rule.reads == "before" else (flowing.entering_cl, flowing.reach_cs)
     inner_nhcs = probe_nhcl = None
-    if rule.bias.slope:
-        probe_nhcl, inner_nhcs = flow.before()
-        if rule.probe == "warm":
-            retain_nhc1 = _cut(gates.retain_bth, chunk)[..., None]
-            probe_nhcl, inner_nhcs = retain_nhc1 * probe_nhcl, retain_nhc1 * inner_nhcs
-    names = ["matrix_bhkv", "matrix_momentum_bhkv"][: sight_nhcl.shape[-1]]
+    if rule.slope:
+        probe_nhcl, inner_nhcs = flowing.before()
+        if is_frozen:
+            inner_nhcs, probe_nhcl = None, torch.zeros_like(probe_nhcl)
+            probe_nhcl[..., 0] = 1.0
+        scale = _probed(rule, gates, chunk)
+        probe_nhcl, inner_nhcs = scale * probe_nhcl, None if inner_nhcs is None else scale * inner_nhcs
+    weight = rule.structure.weights[0]
+    names = [weight, momentum_name(weight)][: sight_nhcl.shape[-1]]
     read_nhcv, last_hkv = ChunkSolve.apply(
-        _cut(keys_bthk, chunk),
-        _cut(values_bthv, chunk),
-        _cut(queries_bthk, chunk),
+        cut(address_bthk, chunk),
+        cut(values_bthv, chunk),
+        cut(wanted_bthk, chunk),
         inner_nhcs,
         outer_nhcs,
         probe_nhcl,
         sight_nhcl,
-        flow.arriving_nhcl,
-        flow.carried_nhll,
+        flowing.arriving_cl,
+        flowing.carried_ll,
         torch.cat([memory[name].flatten(0, 1) for name in names], dim=-2),
     )
     read_bnchv = read_nhcv.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4)
@@ -77,64 +100,19 @@ def exact_chunk(
     return read_bnchv.flatten(1, 2)[:, :n_time], memory | dict(zip(names, last, strict=True))
 
 
-@dataclass(frozen=True)
-class _Flow:
-    """With which weight the past is in the memory, for every token of every chunk (memory.md 4.2).
-
-    entering_nhcl: of the memory, and the momentum where there is one, that enter the chunk: their weight at each token.
-    reach_nhcs: of what token s wrote, at token c, write rate included; lower triangular.
-    arriving_nhcl: of what each token wrote, in the memory and the momentum that leave the chunk, write rate included.
-    carried_nhll: of the entering values in the leaving ones.
-    """
-
-    entering_nhcl: Tensor
-    reach_nhcs: Tensor
-    arriving_nhcl: Tensor
-    carried_nhll: Tensor
-
-    def before(self) -> tuple[Tensor, Tensor]:
-        """``entering`` and ``reach`` one token earlier: as the memory is before a token is written."""
-        first_l = torch.zeros_like(self.entering_nhcl[..., :1, :])
-        first_l[..., 0] = 1.0
-        entering_nhcl = torch.cat([first_l, self.entering_nhcl[..., :-1, :]], dim=-2)
-        return entering_nhcl, functional.pad(self.reach_nhcs[..., :-1, :], (0, 0, 1, 0))
+def _probed(rule: Rule, gates: Gates, chunk: int) -> Tensor | float:
+    """How much of the memory before a token the residual is measured at."""
+    slope = rule.slope or 0.0
+    return slope * cut(gates.retain_bth, chunk)[..., None] if rule.probe == "warm" else slope
 
 
-def _flow(gates: Gates, write_nhc: Tensor, n_time: int) -> _Flow:
+def _flow(rule: Rule, gates: Gates, write_nhc: Tensor, n_time: int) -> Flow:
     n_chunks, _, chunk = write_nhc.shape
-    kept_nhcs, kept_nhc = _decay(_cut(gates.log_retain(), chunk))
-    log_momentum_bth = gates.log_momentum()
-    if log_momentum_bth is None:
-        reach_nhcs = kept_nhcs * write_nhc[..., None, :]
-        return _Flow(kept_nhc[..., None], reach_nhcs, reach_nhcs[..., -1, :, None], kept_nhc[..., -1:, None])
-    moving_nhcs, moving_nhc = _decay(_cut(log_momentum_bth, chunk))
-    emitted_nhcs = kept_nhcs
+    log_retain_nhc = cut(gates.log_retain(), chunk) if rule.has_retain else torch.zeros_like(write_nhc)
+    log_momentum_bth = gates.log_momentum() if rule.update.has_momentum else None
+    is_token_n11s = None
     if n_time % chunk:
-        # A padded token must not add the momentum once more: it is emitted into the memory with weight 0.
-        is_token_nc = torch.arange(n_chunks * chunk, device=kept_nhc.device).view(n_chunks, chunk) < n_time
-        emitted_nhcs = kept_nhcs * is_token_nc[:, None, None, :]
-    joined_nhc = (emitted_nhcs * moving_nhc[..., None, :]).sum(dim=-1)
-    written_nhcs = moving_nhcs * write_nhc[..., None, :]
-    reach_nhcs = emitted_nhcs @ written_nhcs
-    last_nh = moving_nhc[..., -1]
-    carried_nhll = torch.stack(
-        [kept_nhc[..., -1], joined_nhc[..., -1], torch.zeros_like(last_nh), last_nh], dim=-1
-    ).unflatten(-1, (2, 2))
-    return _Flow(
-        entering_nhcl=torch.stack([kept_nhc, joined_nhc], dim=-1),
-        reach_nhcs=reach_nhcs,
-        arriving_nhcl=torch.stack([reach_nhcs[..., -1, :], written_nhcs[..., -1, :]], dim=-1),
-        carried_nhll=carried_nhll,
-    )
-
-
-def _decay(log_nhc: Tensor) -> tuple[Tensor, Tensor]:
-    """The product of the factors after s up to c, and from the chunk's start up to c."""
-    total_nhc = log_nhc.cumsum(dim=-1)
-    return Between.apply(total_nhc), total_nhc.exp()
-
-
-def _cut(x: Tensor, chunk: int) -> Tensor:
-    """b t h ... -> n (b h) c ..., zeros where the last chunk is not full."""
-    padded = functional.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % chunk)) if x.shape[1] % chunk else x
-    return padded.unflatten(1, (-1, chunk)).movedim(3, 1).movedim(2, 0).flatten(1, 2).contiguous()
+        is_token_ns = torch.arange(n_chunks * chunk, device=write_nhc.device).view(n_chunks, chunk) < n_time
+        is_token_n11s = is_token_ns[:, None, None, :]
+    log_momentum_nhc = None if log_momentum_bth is None else cut(log_momentum_bth, chunk)
+    return flow(log_retain_nhc, log_momentum_nhc, write_nhc, is_token_n11s)

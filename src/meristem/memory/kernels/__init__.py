@@ -1,1 +1,1 @@
-"""Forms whose gradients are written out, because autograd's graph would be most of their cost."""
+"""What is worth writing out by hand: gradients that autograd would make dearer, and kernels where a device has them."""

@@ -15,20 +15,23 @@ Axes: n chunks, h batch and heads folded together, c and s tokens within a chunk
 (of memory and momentum side by side in what is spread or stacked), v value width.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from meristem.memory.kernels.select import loop_kernel
 from meristem.memory.value import full_precision
 
 
 class ChunkSolve(torch.autograd.Function):
     """``apply(keys, values, queries, inner, outer, probe, sight, arriving, carried, first) -> (read, last)``.
 
-    inner_nhcs: strictly lower triangular, or None where a write does not look at the memory; then probe_nhcl is None.
-    probe_nhcl, sight_nhcl, arriving_nhcl: the weights w, a and r. carried_nhll: C.
+    inner_nhcs: strictly lower triangular, or None where a write does not look at what its chunk wrote: D is I.
+    probe_nhcl, sight_nhcl, arriving_nhcl: the weights w, a and r. probe_nhcl is None where a write does not look at the
+    memory at all. carried_nhll: C.
     first_hkv, last_hkv: memory over momentum, along k.
     """
 
@@ -37,19 +40,25 @@ class ChunkSolve(torch.autograd.Function):
         key_nhck, value_nhcv, query_nhck, inner_nhcs, outer_nhcs, *weights, first_hkv = inputs
         probe_nhcl, sight_nhcl, arriving_nhcl, carried_nhll = weights
         arriving_nhck = _spread(arriving_nhcl, key_nhck)
-        inverse_nhcs, probe_nhck = None, None
-        if inner_nhcs is not None and probe_nhcl is not None:
-            inverse_nhcs = _invert(inner_nhcs * (key_nhck @ key_nhck.mT))
-            probe_nhck = _spread(probe_nhcl, key_nhck)
-        passing_hkv, entering, news = first_hkv, [], []
-        for n in range(len(key_nhck)):
-            entering.append(passing_hkv)
-            new_hcv = value_nhcv[n]
-            if inverse_nhcs is not None and probe_nhck is not None:
-                new_hcv = inverse_nhcs[n] @ torch.baddbmm(new_hcv, probe_nhck[n], passing_hkv, alpha=-1)
-            news.append(new_hcv)
-            passing_hkv = torch.baddbmm(_carry(carried_nhll[n], passing_hkv), arriving_nhck[n].mT, new_hcv)
-        entering_nhkv, new_nhcv = torch.stack(entering), torch.stack(news)
+        inverse_nhcs = None if inner_nhcs is None else _invert(inner_nhcs * (key_nhck @ key_nhck.mT))
+        probe_nhck = None if probe_nhcl is None else _spread(probe_nhcl, key_nhck)
+        # Chosen once: the way back may run on another thread, or after ``force_reference`` has ended.
+        ctx.kernel = loop_kernel(key_nhck, value_nhcv)
+        if ctx.kernel is not None:
+            solved = inverse_nhcs, probe_nhcl, arriving_nhcl, carried_nhll
+            entering_nhkv, new_nhcv, passing_hkv = ctx.kernel.walk(key_nhck, value_nhcv, first_hkv, solved)
+        else:
+            passing_hkv, entering, news = first_hkv, [], []
+            for n in range(len(key_nhck)):
+                entering.append(passing_hkv)
+                new_hcv = value_nhcv[n]
+                if probe_nhck is not None:
+                    new_hcv = torch.baddbmm(new_hcv, probe_nhck[n], passing_hkv, alpha=-1)
+                if inverse_nhcs is not None:
+                    new_hcv = inverse_nhcs[n] @ new_hcv
+                news.append(new_hcv)
+                passing_hkv = torch.baddbmm(_carry(carried_nhll[n], passing_hkv), arriving_nhck[n].mT, new_hcv)
+            entering_nhkv, new_nhcv = torch.stack(entering), torch.stack(news)
         mixing_nhcs = (query_nhck @ key_nhck.mT) * outer_nhcs
         read_nhcv = _add_product(mixing_nhcs @ new_nhcv, _spread(sight_nhcl, query_nhck), entering_nhkv)
         made = new_nhcv, inverse_nhcs, entering_nhkv
@@ -61,7 +70,7 @@ class ChunkSolve(torch.autograd.Function):
     def backward(ctx: Any, d_read_nhcv: Tensor, d_last_hkv: Tensor) -> tuple[Tensor | None, ...]:
         # The engine may call this under the caller's autocast; memories keep their precision backwards as well.
         with full_precision(d_read_nhcv.device):
-            return _backward(ctx.saved_tensors, d_read_nhcv.contiguous(), d_last_hkv)
+            return _backward(ctx.kernel, ctx.saved_tensors, d_read_nhcv.contiguous(), d_last_hkv)
 
 
 class Between(torch.autograd.Function):
@@ -86,7 +95,9 @@ class Between(torch.autograd.Function):
         return d_difference_nhcs.sum(dim=-1) - d_difference_nhcs.sum(dim=-2)
 
 
-def _backward(saved: tuple[Any, ...], d_read_nhcv: Tensor, d_last_hkv: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    kernel: ModuleType | None, saved: tuple[Any, ...], d_read_nhcv: Tensor, d_last_hkv: Tensor
+) -> tuple[Tensor | None, ...]:
     key_nhck, query_nhck, new_nhcv, inverse_nhcs, entering_nhkv, inner_nhcs, outer_nhcs, *weights = saved
     probe_nhcl, sight_nhcl, arriving_nhcl, carried_nhll = weights
     likeness_nhcs = query_nhck @ key_nhck.mT
@@ -94,16 +105,23 @@ def _backward(saved: tuple[Any, ...], d_read_nhcv: Tensor, d_last_hkv: Tensor) -
     d_entering_nhkv = _spread(sight_nhcl, query_nhck).mT @ d_read_nhcv
     arriving_nhck = _spread(arriving_nhcl, key_nhck)
     probe_nhck = None if probe_nhcl is None else _spread(probe_nhcl, key_nhck)
-    d_passing_hkv, d_leaving, d_values = d_last_hkv, [], []
-    for n in reversed(range(len(key_nhck))):
-        d_leaving.append(d_passing_hkv)
-        d_value_hcv = torch.baddbmm(d_new_nhcv[n], arriving_nhck[n], d_passing_hkv)
-        d_passing_hkv = _carry(carried_nhll[n].mT, d_passing_hkv) + d_entering_nhkv[n]
-        if inverse_nhcs is not None and probe_nhck is not None:
-            d_value_hcv = inverse_nhcs[n].mT @ d_value_hcv
-            d_passing_hkv = torch.baddbmm(d_passing_hkv, probe_nhck[n].mT, d_value_hcv, alpha=-1)
-        d_values.append(d_value_hcv)
-    d_leaving_nhkv, d_value_nhcv = torch.stack(d_leaving[::-1]), torch.stack(d_values[::-1])
+    if kernel is not None:
+        solved = inverse_nhcs, probe_nhcl, arriving_nhcl, carried_nhll
+        d_leaving_nhkv, d_value_nhcv, d_passing_hkv = kernel.walk_back(
+            key_nhck, d_new_nhcv, d_last_hkv, d_entering_nhkv, solved
+        )
+    else:
+        d_passing_hkv, d_leaving, d_values = d_last_hkv, [], []
+        for n in reversed(range(len(key_nhck))):
+            d_leaving.append(d_passing_hkv)
+            d_value_hcv = torch.baddbmm(d_new_nhcv[n], arriving_nhck[n], d_passing_hkv)
+            d_passing_hkv = _carry(carried_nhll[n].mT, d_passing_hkv) + d_entering_nhkv[n]
+            if inverse_nhcs is not None:
+                d_value_hcv = inverse_nhcs[n].mT @ d_value_hcv
+            if probe_nhck is not None:
+                d_passing_hkv = torch.baddbmm(d_passing_hkv, probe_nhck[n].mT, d_value_hcv, alpha=-1)
+            d_values.append(d_value_hcv)
+        d_leaving_nhkv, d_value_nhcv = torch.stack(d_leaving[::-1]), torch.stack(d_values[::-1])
 
     d_mixing_nhcs = d_read_nhcv @ new_nhcv.mT
     d_outer_nhcs, d_likeness_nhcs = d_mixing_nhcs * likeness_nhcs, d_mixing_nhcs * outer_nhcs
@@ -115,13 +133,14 @@ def _backward(saved: tuple[Any, ...], d_read_nhcv: Tensor, d_last_hkv: Tensor) -
         x.unflatten(-2, (-1, key_nhck.shape[-1])).flatten(-2) for x in (d_leaving_nhkv, entering_nhkv)
     )
     d_carried_nhll = d_left_nhlk @ came_nhlk.mT
-    d_inner_nhcs, d_probe_nhcl = None, None
+    d_inner_nhcs, d_probe_nhcl, d_side_nhcv = None, None, -d_value_nhcv
+    if probe_nhcl is not None:
+        d_probed_nhck, d_probe_nhcl = _despread(d_side_nhcv @ entering_nhkv.mT, probe_nhcl, key_nhck)
+        d_key_nhck = d_key_nhck + d_probed_nhck
     if inner_nhcs is not None:
-        d_side_nhcv = -d_value_nhcv
         d_system_nhcs = d_side_nhcv @ new_nhcv.mT
         d_inner_nhcs, d_alike_nhcs = d_system_nhcs * (key_nhck @ key_nhck.mT), d_system_nhcs * inner_nhcs
-        d_probed_nhck, d_probe_nhcl = _despread(d_side_nhcv @ entering_nhkv.mT, probe_nhcl, key_nhck)
-        d_key_nhck = _add_product(d_key_nhck + d_probed_nhck, d_alike_nhcs, key_nhck)
+        d_key_nhck = _add_product(d_key_nhck, d_alike_nhcs, key_nhck)
         d_key_nhck = _add_product(d_key_nhck, d_alike_nhcs.mT, key_nhck)
     return (
         d_key_nhck,

@@ -1,0 +1,75 @@
+"""The form of rules that orthogonalise their momentum: weights per token, but only inside a short chunk."""
+
+import torch
+
+from meristem.memory.forms.by_chunk import walk
+from meristem.memory.forms.flow import decay_between
+from meristem.memory.forms.frozen_chunk import frozen_step
+from meristem.memory.gates import Gates
+from meristem.memory.kernels.newton_schulz import newton_schulz
+from meristem.memory.rule import Rule
+from meristem.memory.structure import Live, Pairs
+from meristem.memory.update import momentum_name, plain
+from meristem.memory.value import Memory
+from meristem.shapes import Keys, Queries, Values
+
+MOST = 16
+"""Tokens whose momenta exist at once: each is as large as the memory."""
+
+
+def refusals(rule: Rule) -> list[str]:
+    """Why this form cannot run the rule; empty when it can."""
+    reasons = {
+        "its update does not orthogonalise a momentum": rule.update.name == "orthogonal_momentum",
+        "its retention does more than scale the old memory": rule.retention.is_linear and not rule.retention.is_mapped,
+    }
+    return [reason for reason, is_met in reasons.items() if not is_met]
+
+
+def atlas(
+    rule: Rule,
+    memory: Memory,
+    keys_bthk: Keys,
+    values_bthv: Values,
+    queries_bthk: Queries,
+    gates: Gates,
+    *,
+    chunk: int = 16,
+) -> tuple[Values, Memory]:
+    """Reads and the memory left behind, with surprises frozen at the start of chunks of at most 16 tokens.
+
+    Span sums by a band, ``S_t`` and ``M_t`` by their decays, Newton-Schulz on all ``S_t`` of a chunk at once (Atlas
+    2505.23735, section 5.2; memory.md 4.9).
+    """
+    window = keys_bthk, values_bthv, queries_bthk
+    return walk(_chunk, rule, memory, window, gates, min(chunk, MOST))
+
+
+def _chunk(
+    rule: Rule, memory: Memory, keys_bthk: Keys, values_bthv: Values, queries_bthk: Queries, gates: Gates
+) -> tuple[Values, Memory]:
+    key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in (keys_bthk, values_bthv, queries_bthk))
+    n_tokens = key_bhck.shape[2]
+    log_momentum_bth = gates.log_momentum()
+    if log_momentum_bth is None:
+        raise ValueError("a rule with momentum needs momentum gates; they are None. Pass Gates(momentum_bth=...)")
+    # The momenta alone: a memory kept by the momentum gate and written at rate 1.
+    moved = Gates.from_logs(log_momentum_bth, torch.ones_like(gates.write_bth), weight_bth=gates.weight_bth)
+    plainly = Rule(rule.structure, rule.bias, rule.retention, plain(), span=rule.span)
+    step = frozen_step(plainly, memory, Pairs(key_bhck, value_bhcv), moved.rows(0, n_tokens), moved)
+    kept_bhcs, kept_bhc = decay_between(gates.log_retain().movedim(1, 2))
+    write_bhc11 = gates.write_bth.movedim(1, 2)[..., None, None]
+    held: Memory = {}
+    after: Memory = {}
+    for name, (addresses, gradients) in step.factors.items():
+        entering_bhc11 = step.flowing.entering_cl[..., 0, None, None]
+        momenta_bhckv = torch.einsum("bhcs,bhsk,bhsv->bhckv", step.reach_bhcs, addresses, gradients)
+        momenta_bhckv = momenta_bhckv + entering_bhc11 * memory[momentum_name(name)][:, :, None]
+        steps = write_bhc11 * newton_schulz(momenta_bhckv)
+        faded = kept_bhc[..., None, None] * memory[name][:, :, None]
+        held[name] = faded - torch.einsum("bhcs,bhskv->bhckv", kept_bhcs, steps)
+        after |= {name: held[name][:, :, -1], momentum_name(name): momenta_bhckv[:, :, -1]}
+    if rule.reads == "before":
+        held = {name: torch.cat([memory[name][:, :, None], x[:, :, :-1]], dim=2) for name, x in held.items()}
+    read_bhc1v = rule.structure.recall(Live(held), query_bhck[..., None, :])
+    return read_bhc1v[..., 0, :].movedim(1, 2), memory | after | step.remembered

@@ -1,0 +1,114 @@
+"""Which code runs a window or its chunk loop: plain tensor code, our Triton kernel, or the kernels of ``fla-core``.
+
+    reference   plain tensor code: any device, any width, any dtype, and whatever is being compiled
+    triton      ``titans_triton``: the chunk loop in one launch instead of a handful per chunk; exact float32
+    fla         ``fla_delta``: delta and gated delta as a whole; its products round to TF32
+
+A kernel is taken where it can run, silently, for it means the same; ``force_reference`` turns all of them off. Neither
+``triton`` nor ``fla`` is imported before a tensor on a CUDA device, or TRITON_INTERPRET=1, asks for it.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from meristem.memory.rule import Rule
+from meristem.shapes import Keys, Values
+
+Backend = Literal["reference", "triton", "fla"]
+
+WIDTHS = (16, 32, 64, 128)
+"""Chunks and widths that the Triton kernel takes: its tiles are powers of two, its products no narrower than 16, and
+beyond 128 it would run out of registers."""
+
+DELTA = ("matrix", "squared", "decay", "plain")
+"""Structure, bias, retention and update of delta and gated delta."""
+
+_is_forced: ContextVar[bool] = ContextVar("force_reference", default=False)
+
+
+@contextmanager
+def force_reference() -> Iterator[None]:
+    """Plain tensor code inside, whatever is installed; a backward pass runs as its forward pass did."""
+    token = _is_forced.set(True)
+    try:
+        yield
+    finally:
+        _is_forced.reset(token)
+
+
+def choose_window(rule: Rule, keys_bthk: Keys, values_bthv: Values) -> Backend:
+    """What runs a whole window: ``fla``, or ``reference`` for the form's own code."""
+    return "reference" if _is_plain() or fla_refusals(rule, keys_bthk, values_bthv) else "fla"
+
+
+def choose_loop(key_nhck: Float[Tensor, "n h c k"], value_nhcv: Float[Tensor, "n h c v"]) -> Backend:
+    """What runs the chunk loop of the exact form: ``triton`` or ``reference``."""
+    return "reference" if _is_plain() or triton_refusals(key_nhck, value_nhcv) else "triton"
+
+
+def loop_kernel(key_nhck: Float[Tensor, "n h c k"], value_nhcv: Float[Tensor, "n h c v"]) -> ModuleType | None:
+    """The module whose ``walk`` and ``walk_back`` run the chunk loop; None where plain tensor code does."""
+    if choose_loop(key_nhck, value_nhcv) == "reference":
+        return None
+    from meristem.memory.kernels import titans_triton
+
+    return titans_triton
+
+
+def triton_refusals(key_nhck: Float[Tensor, "n h c k"], value_nhcv: Float[Tensor, "n h c v"]) -> list[str]:
+    """Why the Triton kernel cannot run these chunks; empty when it can."""
+    device, interprets = key_nhck.device, _interprets()
+    dtypes = (torch.float32, torch.float64) if interprets else (torch.float32,)
+    widths = (*key_nhck.shape[-2:], value_nhcv.shape[-1])
+    reasons = {
+        f"the device is {device.type}": device.type == "cuda" or (device.type == "cpu" and interprets),
+        "triton is not installed": _is_installed("triton"),
+        f"the memory is {key_nhck.dtype}": key_nhck.dtype in dtypes,
+        f"chunk, key width and value width {widths} are not all of {WIDTHS}": all(width in WIDTHS for width in widths),
+    }
+    return [reason for reason, is_met in reasons.items() if not is_met]
+
+
+def fla_refusals(rule: Rule, keys_bthk: Keys, values_bthv: Values) -> list[str]:
+    """Why the kernels of ``fla-core`` cannot run the rule on these tensors; empty when they can.
+
+    Their products of float32 are TF32, a thousandth of relative error: taken only where torch's own may be.
+    """
+    parts = (rule.structure.kind, rule.bias.name, rule.retention.name, rule.update.name)
+    reasons = {
+        f"the device is {keys_bthk.device.type}": keys_bthk.device.type == "cuda",
+        "fla-core is not installed": _is_installed("fla") and _is_installed("triton"),
+        "the rule is neither delta nor gated delta": rule.is_linear and parts == DELTA,
+        "the rule reads before it writes": rule.reads == "after",
+        f"the memory is {keys_bthk.dtype}": keys_bthk.dtype == torch.float32,
+        f"a key is {keys_bthk.shape[-1]} wide, the most is 256": keys_bthk.shape[-1] <= 256,
+        "torch keeps products of float32 exact; torch.set_float32_matmul_precision('high') lets them be TF32": (
+            torch.backends.cuda.matmul.fp32_precision == "tf32"
+        ),
+    }
+    return [reason for reason, is_met in reasons.items() if not is_met]
+
+
+def _is_plain() -> bool:
+    """No kernel may run. The compiler is asked first: it cannot trace the other question, and fuses plain code well."""
+    return torch.compiler.is_compiling() or _is_forced.get()
+
+
+def _interprets() -> bool:
+    """Triton has been asked to run its kernels on the CPU, as NumPy code; it reads this once, when a kernel is made."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None

@@ -1,0 +1,46 @@
+"""Train a small model on a task of recall and score it: what one memory rule can be made to hold, beside another."""
+
+import math
+from typing import Final
+
+from torch import nn
+
+from meristem.device.random import key
+from meristem.device.resolve import Device
+from meristem.errors import NonFinite
+from meristem.evaluate.recall import HELD_OUT, Recall, Task, recall
+from meristem.optim.groups import build
+from meristem.optim.part import OptimPart, SchedulePart
+from meristem.optim.schedule import rate_factor
+from meristem.train.loss import cross_entropy
+
+N_HELD_OUT: Final = 256
+"""Windows that a trained model is scored on."""
+
+
+def learn(
+    model: nn.Module, task: Task, *, steps: int, batch: int, rate: float, random_seed: int, device: Device
+) -> Recall:
+    """Train ``model``, in place, on questions of ``task`` that are new at every step; then score it on others.
+
+    AdamW and its schedule are those of a run at their defaults, with ``rate`` the highest rate. The random seed moves
+    the questions of training alone; those of the score are the same for every model, and no step draws from their seed.
+    The model must know every id of the task. A gradient that is not finite ends it with NonFinite.
+    """
+    model.to(device=device.device, dtype=device.parameters)
+    optim, schedule = OptimPart(rate=rate), SchedulePart()
+    optimizer = build(model, optim)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * rate_factor(schedule, step / steps)
+        questions = task.questions(batch, key(random_seed, "recall.learn", step))
+        tokens_bt, targets_bt = device.move(questions.tokens_bt, questions.targets_bt)
+        with device.autocast():
+            logits_bto, _ = model(tokens_bt, None)
+        (cross_entropy(logits_bto, targets_bt) / questions.n).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if optim.clip is None else optim.clip)
+        if not norm.isfinite():
+            raise NonFinite(f"the gradient of step {step} of {task.name} is not finite. Lower the rate.", step=step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return recall(model, task.questions(N_HELD_OUT, HELD_OUT), batch=batch, device=device, loss=cross_entropy)

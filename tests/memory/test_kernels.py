@@ -1,0 +1,401 @@
+"""Kernels mean what the plain tensor code means, run only where they can, and can be turned off.
+
+Triton's interpreter must be asked for before Triton is imported, and stays on; it therefore runs in a process of its
+own, which is given a case of ``CASES`` and answers with the largest error of each result.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+
+from meristem.errors import MissingExtra
+from meristem.memory import Gates, Rule, named, run, scan
+from meristem.memory.forms import accepting
+from meristem.memory.kernels import select
+from meristem.memory.kernels.chunk_solve import ChunkSolve
+from meristem.memory.kernels.fla_delta import fla_delta, recurrence
+from meristem.memory.kernels.select import force_reference
+from meristem.memory.named import rules
+from meristem.memory.value import Memory
+
+CASES = {
+    "hebbian": {"n_levels": 1, "looks": False, "solves": False},
+    "delta": {"n_levels": 1, "looks": True, "solves": True},
+    "titans": {"n_levels": 2, "looks": True, "solves": True},
+    "titans at a frozen memory": {"n_levels": 2, "looks": True, "solves": False},
+}
+WINDOWED = [name for name in rules.names() if "exact_chunk" in accepting(named(name))]
+NO_TRITON = "triton is not installed: pip install 'meristem[kernels]'"
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason=NO_TRITON)
+needs_gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and find_spec("triton")), reason="needs a CUDA device and triton"
+)
+
+Results = dict[str, Tensor]
+
+
+def chunks(case: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor | None]:
+    """Inputs of ``ChunkSolve``: an odd number of chunks, unit keys, more values than one program takes.
+
+    Those of delta are square and lie transposed, which nobody may notice.
+    """
+    n, h, c, k, v = (5, 3, 16, 16, 16) if case == "delta" else (5, 3, 32, 16, 64)
+    n_levels, looks, solves = CASES[case].values()
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+    inputs = [functional.normalize(draw(n, h, c, k), dim=-1), draw(n, h, c, v), draw(n, h, c, k)]
+    inputs += [draw(n, h, c, c).sigmoid().tril(-1) if solves else None, draw(n, h, c, c).tril()]
+    inputs += [draw(n, h, c, n_levels).sigmoid() if looks else None]
+    inputs += [draw(n, h, c, n_levels), 0.5 * draw(n, h, c, n_levels), 0.5 * draw(n, h, n_levels, n_levels)]
+    inputs += [draw(h, n_levels * k, v)]
+    if case == "delta":
+        inputs = [None if x is None else x.mT.contiguous().mT for x in inputs]
+    return [None if x is None else x.to(device, dtype).requires_grad_() for x in inputs]
+
+
+def solved(inputs: list[Tensor | None]) -> Results:
+    """Reads, last memory, and the gradient of a loss that weighs every number of both differently."""
+    read, last = ChunkSolve.apply(*inputs)
+    return {"read": read, "last": last} | gradients(
+        [read, last], {str(place): x for place, x in enumerate(inputs) if x is not None}
+    )
+
+
+def gradients(results: list[Tensor], leaves: dict[str, Tensor]) -> Results:
+    loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view_as(x)).sum() for x in results)
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {f"d {name}": gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+
+
+def errors(found: Results, truth: Results) -> dict[str, float]:
+    """The largest error of each result, in units of its largest number."""
+    assert found.keys() == truth.keys()
+    return {
+        name: float((x.detach().cpu().double() - truth[name].double()).abs().max() / truth[name].abs().max())
+        for name, x in found.items()
+    }
+
+
+def tokens(rule: Rule, n_time: int, dtype: torch.dtype = torch.float64) -> tuple[Memory, Tensor, Tensor, Tensor, Gates]:
+    """A window whose widths the kernel takes: unit keys, gates inside the limits of stability."""
+    batch, heads, key_width, value_width = 2, 3, 16, 32
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+    def gate(middle: float) -> Tensor:
+        return (draw(batch, n_time, heads) + middle).sigmoid().to(dtype).requires_grad_()
+
+    empty = rule.init(batch, heads, key_width, value_width, like=torch.empty(0, dtype=torch.float64))
+    gates = Gates(
+        retain_bth=gate(2.0), write_bth=gate(-2.0), momentum_bth=gate(0.0) if rule.update.has_momentum else None
+    )
+    memory = {name: (0.3 * draw(*x.shape)).to(dtype).requires_grad_() for name, x in empty.items()}
+    keys, queries = (functional.normalize(draw(batch, n_time, heads, key_width), dim=-1).to(dtype) for _ in range(2))
+    values = draw(batch, n_time, heads, value_width).to(dtype)
+    return memory, keys.requires_grad_(), values.requires_grad_(), queries.requires_grad_(), gates
+
+
+def windowed(name: str) -> Results:
+    """A window of two chunks and a half through the whole form."""
+    memory, keys, values, queries, gates = inputs = tokens(named(name), n_time=40)
+    read, after = run(named(name), *inputs, form="exact_chunk", chunk=16)
+    given = {gate: x for gate, x in vars(gates).items() if x is not None}
+    leaves = memory | given | {"keys": keys, "values": values, "queries": queries}
+    return {"read": read} | after | gradients([read, *after.values()], leaves)
+
+
+def answer(what: str) -> dict[str, float]:
+    """What the process with the interpreter says: errors of the kernel against the plain code in float64."""
+    if what in WINDOWED:
+        kernel = windowed(what)
+        with force_reference():
+            return errors(kernel, windowed(what))
+    case, _, dtype = what.partition(":")
+    inputs = chunks(case, getattr(torch, dtype))
+    assert select.choose_loop(inputs[0], inputs[1]) == "triton"
+    with force_reference():
+        truth, plain = solved(chunks(case, torch.float64)), errors(solved(inputs), solved(chunks(case, torch.float64)))
+    found = solved(inputs)
+    return errors(found, truth) | {f"plain {name}": error for name, error in plain.items()}
+
+
+def in_process(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Python with these variables, and with this file as a module that it may import."""
+    tests = str(Path(__file__).parents[1])
+    paths = os.pathsep.join([tests, *filter(None, sys.path)])
+    variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    asked = [f"{case}:{dtype}" for case in CASES for dtype in ("float64", "float32")] + WINDOWED
+    code = f"import json; from memory.test_kernels import answer; print(json.dumps([answer(x) for x in {asked}]))"
+    done = in_process(code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    return dict(zip(asked, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_kernel_agrees_with_the_plain_loop(interpreted, case: str) -> None:
+    exact, single = interpreted[f"{case}:float64"], interpreted[f"{case}:float32"]
+    results = [name for name in exact if not name.startswith("plain ")]
+    assert {"read", "last", "d 0", "d 1", "d 2", "d 9"} <= set(results)
+    assert max(exact[name] for name in results) < 1e-12
+    for name in results:
+        assert single[name] <= max(2 * single[f"plain {name}"], 4e-6), name
+
+
+@needs_triton
+@pytest.mark.parametrize("name", WINDOWED)
+def test_interpreted_form_agrees_with_the_plain_form(interpreted, name: str) -> None:
+    assert max(interpreted[name].values()) < 1e-12
+
+
+@needs_triton
+@pytest.mark.parametrize("is_reversed", [False, True])
+@pytest.mark.parametrize("n_levels", [1, 2])
+def test_kernel_compiles_for_a_gpu_that_is_not_there(tmp_path: Path, n_levels: int, is_reversed: bool) -> None:
+    """The interpreter takes Python that the compiler refuses; the compiler needs no GPU."""
+    code = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from meristem.memory.kernels.titans_triton import _walk_kernel
+taken = ("*fp32",) * 7 + (("*fp32",) if {is_reversed} else ("constexpr",))
+fixed = {{"sizes": (64, 128, 64, 32, 16), "n_levels": {n_levels}, "is_reversed": {is_reversed}, (0, 7): None}}
+types = {{"taken": taken, "made": ("*fp32",) * 3, "n_chunks": "i32", "strides": ("i32",) * 4}}
+types |= dict.fromkeys(("sizes", "n_levels", "is_reversed"), "constexpr")
+if {is_reversed}:
+    del fixed[0, 7]
+compiled = triton.compile(ASTSource(_walk_kernel, types, fixed), target=GPUTarget("cuda", 90, 32))
+ptx = compiled.asm["ptx"]
+assert compiled.metadata.shared < 48 * 1024 and "fma.rn.f32" in ptx and "tf32" not in ptx
+"""
+    done = in_process(code, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_on_a_gpu_agrees_with_the_plain_loop(case: str) -> None:
+    truth, inputs = solved(chunks(case, torch.float64)), chunks(case, torch.float32, "cuda")
+    assert select.choose_loop(inputs[0], inputs[1]) == "triton"
+    with force_reference():
+        plain = errors(solved(inputs), truth)
+    for name, error in errors(solved(inputs), truth).items():
+        assert error <= max(2 * plain[name], 4e-6), name
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(find_spec("fla") is None, reason="fla-core is not installed: pip install 'meristem[kernels]'")
+@pytest.mark.parametrize("name", ["delta", "gated_delta"])
+def test_fla_on_a_gpu_agrees_with_scan_but_for_tf32(name: str) -> None:
+    rule = named(name)
+    memory, keys, values, queries, gates = tokens(rule, 150, torch.float32)
+    true_read, true_memory = scan(rule, memory, keys, values, queries, gates)
+    there = {gate: x.cuda() for gate, x in vars(gates).items() if x is not None}
+    placed = {weight: x.cuda() for weight, x in memory.items()}
+    read, after = fla_delta(rule, placed, keys.cuda(), values.cuda(), queries.cuda(), Gates(**there))
+    found = errors({"read": read} | after, {"read": true_read} | true_memory)
+    assert max(found.values()) < 5e-3
+
+
+@pytest.fixture
+def with_everything(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if all packages were installed, the interpreter not asked for, and TF32 allowed."""
+    monkeypatch.setattr(select, "_is_installed", lambda package: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+def on(
+    device: str, chunk: int = 64, key_width: int = 32, value_width: int = 128, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    with FakeTensorMode():
+        widths = (key_width, value_width)
+        return [torch.empty(7, 2, chunk, width, device=device, dtype=dtype) for width in widths]
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ({}, None),
+        ({"device": "cpu"}, "the device is cpu"),
+        ({"dtype": torch.float64}, "the memory is torch.float64"),
+        ({"chunk": 48}, "chunk, key width and value width (48, 32, 128) are not all of (16, 32, 64, 128)"),
+        ({"key_width": 8}, "chunk, key width and value width (64, 8, 128) are not all of (16, 32, 64, 128)"),
+        ({"value_width": 256}, "chunk, key width and value width (64, 32, 256) are not all of (16, 32, 64, 128)"),
+    ],
+)
+@pytest.mark.usefixtures("with_everything")
+def test_loop_kernel_runs_where_it_can(given: dict[str, object], reason: str | None) -> None:
+    inputs = on(**{"device": "cuda", **given})
+    assert select.triton_refusals(*inputs) == ([reason] if reason else [])
+    assert select.choose_loop(*inputs) == ("reference" if reason else "triton")
+
+
+@pytest.mark.usefixtures("with_everything")
+def test_interpreter_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert select.choose_loop(*on("cpu")) == "reference"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert select.choose_loop(*on("cpu")) == "triton"
+    assert select.choose_loop(*on("cpu", dtype=torch.float64)) == "triton"
+
+
+@pytest.mark.parametrize("name", rules.names())
+@pytest.mark.usefixtures("with_everything")
+def test_fla_runs_delta_and_gated_delta_only(name: str) -> None:
+    keys, _, values = spread_out("cuda")
+    expected = "fla" if name in ("delta", "gated_delta") else "reference"
+    assert select.choose_window(named(name), keys, values) == expected
+
+
+@pytest.mark.usefixtures("with_everything")
+def test_fla_runs_where_it_can() -> None:
+    rule, (keys, wide, values) = named("gated_delta"), spread_out("cuda")
+    assert select.fla_refusals(rule, keys, values) == []
+    assert select.fla_refusals(rule, wide, values) == ["a key is 257 wide, the most is 256"]
+    assert select.fla_refusals(replace(rule, reads="before"), keys, values) == ["the rule reads before it writes"]
+    assert select.fla_refusals(rule, *spread_out("cpu")[::2]) == ["the device is cpu"]
+    torch.set_float32_matmul_precision("highest")
+    (reason,) = select.fla_refusals(rule, keys, values)
+    assert reason.startswith("torch keeps products of float32 exact")
+    assert select.choose_window(rule, keys, values) == "reference"
+
+
+def spread_out(device: str) -> list[Tensor]:
+    """Keys, keys too wide, and values of a window."""
+    with FakeTensorMode():
+        return [torch.empty(2, 9, 3, width, device=device) for width in (64, 257, 32)]
+
+
+@pytest.mark.usefixtures("with_everything")
+def test_force_reference_turns_all_kernels_off() -> None:
+    keys, _, values = spread_out("cuda")
+
+    def chosen() -> tuple[str, str]:
+        return select.choose_loop(*on("cuda")), select.choose_window(named("delta"), keys, values)
+
+    assert chosen() == ("triton", "fla")
+    with force_reference():
+        assert chosen() == ("reference", "reference")
+        assert select.loop_kernel(*on("cuda")) is None
+        with force_reference():
+            pass
+        assert chosen() == ("reference", "reference")
+    assert chosen() == ("triton", "fla")
+
+
+@pytest.mark.usefixtures("with_everything")
+def test_nothing_is_chosen_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, _, values = spread_out("cuda")
+    monkeypatch.setattr(select, "_is_installed", lambda package: package == "fla")
+    assert select.triton_refusals(*on("cuda")) == ["triton is not installed"]
+    assert select.fla_refusals(named("delta"), keys, values) == ["fla-core is not installed"]
+
+
+@pytest.mark.parametrize("package", ["triton", "fla"])
+def test_a_window_on_the_cpu_imports_no_kernel(package: str) -> None:
+    code = f"""
+import sys
+from memory.test_kernels import named, run, tokens
+run(named("titans"), *tokens(named("titans"), 40), form="exact_chunk", chunk=16)[0].sum().backward()
+print(sorted(name for name in sys.modules if name.split(".")[0] == "{package}"))
+"""
+    done = in_process(code, TRITON_INTERPRET="0")
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def gated_delta_by_hand(**given: Tensor) -> tuple[Tensor, Tensor]:
+    """Gated DeltaNet (2412.06464, eq. 10), ``S <- S a (I - b k k^T) + b v k^T``, as the paper writes it; reads ``S q``.
+
+    ``fla`` and we store the transpose of S.
+    """
+    stored = given["initial_state"].mT
+    reads = []
+    for t in range(given["k"].shape[1]):
+        query, key, value = (given[name][:, t] for name in "qkv")
+        kept, step = given["g"][:, t].exp()[..., None, None], given["beta"][:, t][..., None, None]
+        erased = torch.eye(key.shape[-1], dtype=key.dtype) - step * key[..., :, None] * key[..., None, :]
+        stored = stored @ (kept * erased) + step * value[..., :, None] * key[..., None, :]
+        reads.append(given["scale"] * (stored @ query[..., None])[..., 0])
+    return torch.stack(reads, dim=1), stored.mT
+
+
+@pytest.mark.parametrize("name", ["delta", "gated_delta"])
+def test_arguments_for_fla_mean_what_scan_means(name: str) -> None:
+    rule = named(name)
+    memory, keys, values, queries, gates = inputs = tokens(rule, 23)
+    leaves = {"keys": keys, "values": values, "retain": gates.retain_bth, "write": gates.write_bth} | memory
+    read, matrix = gated_delta_by_hand(**recurrence(rule, *inputs))
+    true_read, after = scan(rule, *inputs)
+    torch.testing.assert_close(read, true_read, rtol=0, atol=1e-10)
+    torch.testing.assert_close(matrix, after["matrix_bhkv"], rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        gradients([read, matrix], leaves), gradients([true_read, after["matrix_bhkv"]], leaves), rtol=0, atol=1e-10
+    )
+
+
+def test_arguments_for_fla_are_finite_where_nothing_is_kept() -> None:
+    rule = named("delta")
+    memory, keys, values, queries, gates = tokens(rule, 5, torch.float32)
+    gates = replace(gates, retain_bth=torch.zeros_like(gates.retain_bth))
+    read, _ = gated_delta_by_hand(**recurrence(rule, memory, keys, values, queries, gates))
+    torch.testing.assert_close(read, scan(rule, memory, keys, values, queries, gates)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["delta", "gated_delta"])
+def test_arguments_for_fla_are_those_of_its_own_reference(name: str) -> None:
+    if not (find_spec("fla") and find_spec("triton") and find_spec("einops")):
+        pytest.skip("fla-core, which needs triton, is not installed: pip install 'meristem[kernels]'")
+    from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+
+    inputs = tokens(named(name), 23, torch.float32)
+    read, matrix = naive_recurrent_gated_delta_rule(**recurrence(named(name), *inputs))
+    true_read, after = scan(named(name), *inputs)
+    torch.testing.assert_close(read, true_read, rtol=0, atol=1e-5)
+    torch.testing.assert_close(matrix, after["matrix_bhkv"], rtol=0, atol=1e-5)
+
+
+def test_a_missing_fla_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fla", "fla.ops.gated_delta_rule"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtra, match=r"fla-core cannot be loaded.*pip install 'meristem\[kernels\]'"):
+        fla_delta(named("delta"), *tokens(named("delta"), 3))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", ["hebbian", "titans"])
+def test_form_compiles_whole_with_a_static_chunk(name: str) -> None:
+    """Choosing a kernel breaks no graph."""
+    rule, inputs = named(name), tokens(named(name), 32)
+
+    def read(*given: object) -> tuple[Tensor, Memory]:
+        return run(rule, *given, form="exact_chunk", chunk=16)
+
+    compiled = torch.compile(read, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), read(*inputs), rtol=0, atol=1e-12)

@@ -1,0 +1,83 @@
+"""The memory layer over the whole catalogue."""
+
+import pytest
+import torch
+
+from meristem.errors import ConflictingKeys
+from meristem.memory import named
+from meristem.memory.forms import accepting
+from meristem.memory.named import rules
+from meristem.nn.memory import MemoryLayer
+from meristem.nn.part import MemoryPart
+from meristem.nn.rule import rule_of
+from zoo import preset
+
+WIDTH = 32
+PAIRS = [(name, form) for name in rules.names() for form in accepting(named(name)) if form != "associative"]
+
+
+def layer(name: str, form: str, **settings: object) -> MemoryLayer:
+    """The layer of a preset, small."""
+    part = preset(f"lmm-{name}")["memory"] | {"rule": name, "form": form, "head_width": 8, "chunk": 8} | settings
+    torch.manual_seed(0)
+    return MemoryLayer(WIDTH, MemoryPart.model_validate(part))
+
+
+@pytest.mark.parametrize("name, form", PAIRS)
+def test_inputs_ten_times_as_large_stay_finite(name: str, form: str) -> None:
+    """With the gates that a layer begins with, forwards and backwards, over many chunks."""
+    module = layer(name, form)
+    hidden_btd = 10 * torch.randn(2, 96, WIDTH, generator=torch.Generator().manual_seed(1))
+    mixed_btd, _ = module(hidden_btd)
+    mixed_btd.square().sum().backward()
+    assert mixed_btd.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name, form", PAIRS)
+def test_no_parameter_of_a_layer_is_dead(name: str, form: str) -> None:
+    """Whatever a rule does not use is not made; whatever is made gets a gradient."""
+    module = layer(name, form)
+    mixed_btd, _ = module(torch.randn(2, 33, WIDTH, generator=torch.Generator().manual_seed(1)))
+    mixed_btd.square().sum().backward()
+    dead = [path for path, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+    assert dead == []
+
+
+CHOICES = [
+    {"rule": "titans", "update": "implicit"},
+    {"rule": "titans", "update": "deep_momentum(hidden=4)"},
+    {"rule": "titans", "update": "delta_momentum"},
+    {"rule": "delta", "bias": "power(p=3)"},
+    {"rule": "delta", "bias": "huber_switch"},
+    {"rule": "delta", "bias": "kl", "retention": "local(strength=0.1, period=4)"},
+    {"rule": "delta", "retention": "elastic(alpha=5)", "probe": "warm"},
+    {"rule": "delta", "retention": "f_divergence(kind='pearson')"},
+    {"rule": "delta", "retention": "bounded", "features": "elu1"},
+    {"rule": "delta", "retention": "entropy", "reads": "before"},
+    {"rule": "hebbian", "features": "fourier(n_features=12)"},
+    {"rule": "delta", "features": "exponential(n_features=12)"},
+    {"rule": "delta", "structure": "vector"},
+    {"rule": "moneta", "retention": "power_norm(q=3, mapped='mirror')"},
+    {"rule": "delta", "structure": "mlp(n_layers=3, is_normed=True)"},
+    {"rule": "titans", "structure": "mlp(is_gated=True, is_normed=True)"},
+]
+
+
+@pytest.mark.parametrize("settings", CHOICES, ids=str)
+def test_every_part_may_be_chosen_by_name(settings: dict[str, object]) -> None:
+    """S3b-M1, S3b-M2: a layer of any valid choice learns; no part of it is dead."""
+    torch.manual_seed(0)
+    module = MemoryLayer(WIDTH, MemoryPart.model_validate({"head_width": 8, "chunk": 8} | settings))
+    mixed_btd, _ = module(torch.randn(2, 9, WIDTH))
+    mixed_btd.square().sum().backward()
+    assert mixed_btd.isfinite().all()
+    assert [path for path, p in module.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_parts_that_do_not_go_together_are_refused_with_every_reason() -> None:
+    part = MemoryPart(rule="hebbian", structure="mlp", retention="sphere", update="implicit")
+    with pytest.raises(ConflictingKeys) as caught:
+        rule_of(part)
+    text = str(caught.value)
+    assert all(word in text for word in ("'sphere'", "'dot'", "'implicit' solves", "the bias 'squared'", "take"))
