@@ -7,6 +7,8 @@ from meristem.errors import ConflictingKeys
 from meristem.memory import named
 from meristem.memory.forms import accepting
 from meristem.memory.named import rules
+from meristem.memory.value import clone, flatten
+from meristem.nn.decode import can_decode
 from meristem.nn.memory import MemoryLayer
 from meristem.nn.part import MemoryPart
 from meristem.nn.rule import rule_of
@@ -81,3 +83,43 @@ def test_parts_that_do_not_go_together_are_refused_with_every_reason() -> None:
         rule_of(part)
     text = str(caught.value)
     assert all(word in text for word in ("'sphere'", "'dot'", "'implicit' solves", "the bias 'squared'", "take"))
+
+
+DECODED = [name for name in rules.names() if layer(name, "auto").recall.is_plain]
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_one_token_outside_training_is_the_same_token(name: str) -> None:
+    """The short way of a session gives what the window gives: reads, memory and the convolution's tail."""
+    module = layer(name, "auto").double()
+    hidden_btd = torch.randn(3, 9, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole_btd, whole = module(hidden_btd)
+    state, reads = module(hidden_btd[:, :4])[1], []
+    with torch.no_grad():
+        for t in range(4, 9):
+            assert can_decode(module.recall, hidden_btd[:, t : t + 1], state)
+            read_btd, state = module(hidden_btd[:, t : t + 1], state)
+            reads.append(read_btd)
+    torch.testing.assert_close(torch.cat(reads, dim=1), whole_btd[:, 4:], rtol=0, atol=1e-10)
+    torch.testing.assert_close(flatten(state), flatten(whole), rtol=0, atol=1e-10)
+
+
+def test_the_short_way_leaves_the_state_that_came_in() -> None:
+    module = layer("titans", "auto")
+    hidden_btd = torch.randn(1, 5, WIDTH)
+    with torch.no_grad():
+        _, state = module(hidden_btd)
+        before = clone(state)
+        module(hidden_btd[:, :1], state)
+    torch.testing.assert_close(flatten(state), flatten(before), rtol=0, atol=0)
+
+
+def test_what_has_no_short_way_goes_as_windows_do() -> None:
+    hidden_btd = torch.randn(1, 1, WIDTH)
+    with torch.no_grad():
+        for module in (layer("titans_mlp", "auto"), layer("titans", "frozen_chunk"), layer("omega", "auto")):
+            _, state = module(hidden_btd)
+            assert not can_decode(module.recall, hidden_btd, state)
+    module = layer("titans", "auto")
+    _, state = module(hidden_btd)
+    assert not can_decode(module.recall, hidden_btd, state), "training goes through autograd"

@@ -8,9 +8,10 @@ from torch.nn import functional
 
 from meristem.errors import ConflictingKeys
 from meristem.memory import Rule, run
-from meristem.memory.forms import require
+from meristem.memory.forms import forms, require
 from meristem.memory.value import Memory, State
 from meristem.nn.conv import CausalConv
+from meristem.nn.decode import can_decode, decode
 from meristem.nn.gates import GateMap
 from meristem.nn.norm import RMSNorm
 from meristem.nn.part import MemoryPart
@@ -72,8 +73,14 @@ class Recall(nn.Module):
         self.gates = GateMap(width, self.heads, self.rule, part)
         self.mix = ValueMix(self.heads, part.head_width) if self.rule.values == "mixed" else None
         self.initial = Initial(self.rule, self.heads, part.head_width)
+        # What ``decode`` takes: all else goes token by token as windows do.
+        is_exact = self.form == "auto" or forms.get(self.form).is_exact
+        is_usual = self.rule.structure.kind == "matrix" and self.rule.features.name == "identity" and self.mix is None
+        self.is_plain = self.rule.is_linear and is_exact and is_usual
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+        if state is not None and can_decode(self, hidden_btd, state):
+            return decode(self, hidden_btd, state)
         if state is None:
             state = {"memory": self.initial(hidden_btd.shape[0]), "conv": None}
         mixed_btd, tail = self.conv(self.qkv(hidden_btd), state["conv"])
@@ -135,5 +142,6 @@ class MemoryLayer(nn.Module):
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         recalled_btd, state = self.recall(hidden_btd, state)
-        normed_bthv = self.norm(recalled_btd.unflatten(-1, (self.recall.heads, -1)))
-        return self.out(normed_bthv.flatten(2) * self.gate(hidden_btd).sigmoid()), state
+        batch, n_time, width = recalled_btd.shape
+        normed_btd = self.norm(recalled_btd.view(batch, n_time, self.recall.heads, -1)).view(batch, n_time, width)
+        return self.out(normed_btd * self.gate(hidden_btd).sigmoid()), state

@@ -96,7 +96,7 @@ def require(rule: Rule, form: str) -> None:
 
 def choose(rule: Rule, n_time: int) -> str:
     """The fastest exact form for a window of ``n_time`` tokens: what ``form="auto"`` runs."""
-    return "scan" if n_time == 1 or exact_chunk.refusals(rule) else "exact_chunk"
+    return "scan" if exact_chunk.refusals(rule) else "exact_chunk"
 
 
 def run(

@@ -51,9 +51,39 @@ def exact_chunk(
 
     chunk: tokens solved together; the work per token grows with it, the number of steps in order falls with it.
     """
+    if keys_bthk.shape[1] == 1:
+        return _one_token(rule, memory, (keys_bthk, values_bthv, queries_bthk), gates)
     if choose_window(rule, keys_bthk, values_bthv) == "fla":
         return fla_delta(rule, memory, keys_bthk, values_bthv, queries_bthk, gates, chunk=chunk)
     return solved(rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk=chunk)
+
+
+def _one_token(rule: Rule, memory: Memory, window: Window, gates: Gates) -> tuple[Values, Memory]:
+    """What ``scan`` does with one token, in a dozen operations: a session that speaks does nothing else."""
+    # b t h k with t = 1 is b h 1 k in other words: each head has one row.
+    key_bh1k, value_bh1v, query_bh1k = (x.transpose(1, 2) for x in window)
+    key_bh1k, query_bh1k = rule.structure.address(key_bh1k), rule.structure.address(query_bh1k)
+    retain_bh11, write_bh1 = gates.retain_bth.transpose(1, 2)[..., None], gates.write_bth.transpose(1, 2)
+    rate_bh11 = rule.update.rate(write_bh1, key_bh1k)[..., None]
+    name = rule.structure.weights[0]
+    old_bhkv = memory[name]
+    wrong_bh1v = -value_bh1v
+    if rule.slope:
+        recalled_bh1v = key_bh1k @ old_bhkv
+        if rule.probe == "warm":
+            recalled_bh1v = retain_bh11 * recalled_bh1v
+        wrong_bh1v = torch.add(wrong_bh1v, recalled_bh1v, alpha=rule.slope)
+    step_bhkv = (key_bh1k * rate_bh11).mT @ wrong_bh1v
+    carried: Memory = {}
+    if rule.update.has_momentum:
+        if gates.momentum_bth is None:
+            raise ValueError("a rule with momentum needs momentum gates; they are None. Pass Gates(momentum_bth=...)")
+        moving = momentum_name(name)
+        step_bhkv = step_bhkv - gates.momentum_bth.transpose(1, 2)[..., None] * memory[moving]
+        carried[moving] = -step_bhkv
+    new_bhkv = (retain_bh11 * old_bhkv if rule.has_retain else old_bhkv) - step_bhkv
+    read_bh1v = query_bh1k @ (old_bhkv if rule.reads == "before" else new_bhkv)
+    return read_bh1v.transpose(1, 2), memory | {name: new_bhkv} | carried
 
 
 def solved(
