@@ -15,6 +15,11 @@ app = typer.Typer(help="List what can be chosen by name, and check that it loads
 
 REGISTRIES: Final = (
     "meristem.memory.named:rules",
+    "meristem.memory.structure:structures",
+    "meristem.memory.bias:biases",
+    "meristem.memory.retention:retentions",
+    "meristem.memory.update:updates",
+    "meristem.memory.features:features",
     "meristem.memory.forms:forms",
     "meristem.models.build:models",
     "meristem.models.lm:mixers",

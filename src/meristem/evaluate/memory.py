@@ -13,7 +13,7 @@ from meristem.memory.value import State, flatten
 from meristem.nn.gates import GateMap
 from meristem.shapes import Tokens
 
-CARRIED = ("momentum", "anchor", "deep", "span")
+CARRIED = ("momentum", "anchor", "deep", "span", "reset")
 """In the names of what a memory carries beside its weights."""
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 from meristem.errors import ConflictingKeys
 from meristem.memory import Rule, run
 from meristem.memory.forms import forms, require
-from meristem.memory.value import Memory, State
+from meristem.memory.value import Memory, State, beside
 from meristem.nn.conv import CausalConv
 from meristem.nn.decode import can_decode, decode
 from meristem.nn.gates import GateMap
@@ -24,14 +24,19 @@ class Initial(nn.Module):
 
     What the rule carries beside the weights, such as momentum, starts at zero and is not learned, unless it has to
     start elsewhere.
+
+    has_local: the start of the local memories of the form ``tnt`` is learned beside it.
     """
 
-    def __init__(self, rule: Rule, heads: int, head_width: int) -> None:
+    def __init__(self, rule: Rule, heads: int, head_width: int, *, has_local: bool = False) -> None:
         super().__init__()
         self.rule = rule
         first = rule.init(1, heads, head_width, head_width)
         weights = {name: first[name] for name in rule.structure.weights}
         learned = [*weights, *(rule.update.carry(weights) if rule.update.is_learned else ())]
+        if has_local:
+            first |= {beside(name, "reset"): weight.clone() for name, weight in weights.items()}
+            learned += [beside(name, "reset") for name in weights]
         self.learned = nn.ParameterDict({name: nn.Parameter(first.pop(name)) for name in learned})
         self.no_decay = frozenset(f"learned.{name}" for name in self.learned)
         for name, carried in first.items():
@@ -40,7 +45,8 @@ class Initial(nn.Module):
 
     def forward(self, batch: int) -> Memory:
         weights = self.rule.structure.weights
-        settled = {name: self.rule.retention.settle(x) if name in weights else x for name, x in self.learned.items()}
+        stored = {*weights, *(beside(name, "reset") for name in weights)}
+        settled = {name: self.rule.retention.settle(x) if name in stored else x for name, x in self.learned.items()}
         value = settled | {name: self.get_buffer(name) for name in self.carried}
         return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in value.items()}
 
@@ -72,7 +78,7 @@ class Recall(nn.Module):
         self.conv = CausalConv(len(self.used) * width, part.conv)
         self.gates = GateMap(width, self.heads, self.rule, part)
         self.mix = ValueMix(self.heads, part.head_width) if self.rule.values == "mixed" else None
-        self.initial = Initial(self.rule, self.heads, part.head_width)
+        self.initial = Initial(self.rule, self.heads, part.head_width, has_local=self.form == "tnt")
         # What ``decode`` takes: all else goes token by token as windows do.
         is_exact = self.form == "auto" or forms.get(self.form).is_exact
         is_usual = self.rule.structure.kind == "matrix" and self.rule.features.name == "identity" and self.mix is None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from meristem.errors import ConflictingKeys
-from meristem.memory.forms import associative, atlas, exact_chunk, frozen_chunk, lattice
+from meristem.memory.forms import associative, atlas, exact_chunk, frozen_chunk, lattice, tnt
 from meristem.memory.forms.by_chunk import finished
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule, scan
@@ -37,11 +37,13 @@ class Form:
 
     refusals: why the form cannot run a rule, as clauses about the rule; empty when it can.
     is_exact: reads and memory are those of ``scan``.
+    approaches_scan: with chunks of one token they are; not so where more than the rule's own memory is read.
     """
 
     run: RunWindow
     refusals: Callable[[Rule], list[str]]
     is_exact: bool
+    approaches_scan: bool = True
 
 
 def _scan(
@@ -67,12 +69,13 @@ forms: Registry[Form] = Registry(
         "refined": Form(frozen_chunk.refined, frozen_chunk.refined_refusals, is_exact=False),
         "lattice": Form(lattice.lattice, lattice.refusals, is_exact=False),
         "atlas": Form(atlas.atlas, atlas.refusals, is_exact=False),
+        "tnt": Form(tnt.tnt, tnt.refusals, is_exact=False, approaches_scan=False),
     },
     accepts=lambda value: isinstance(value, Form),
 )
 
 
-UNFINISHED = ("frozen_chunk", "refined", "lattice", "atlas")
+UNFINISHED = ("frozen_chunk", "refined", "lattice", "atlas", "tnt")
 """Forms that may leave a chunk unfinished, and go on with it."""
 
 

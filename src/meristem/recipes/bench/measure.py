@@ -3,13 +3,16 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: what was measured, beside what it has to be. ``target`` is None where there is nothing to reach."""
+    """One figure: what was measured, beside what it has to be. ``target`` is None where there is nothing to reach.
+
+    figures: what was measured with it, for programs; people read the note.
+    """
 
     name: str
     measured: float | None
@@ -17,6 +20,7 @@ class Row:
     target: float | None = None
     sense: Literal["at least", "at most"] = "at least"
     note: str = ""
+    figures: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def is_met(self) -> bool | None:
@@ -34,6 +38,7 @@ class Row:
             "sense": self.sense,
             "is_met": self.is_met,
             "note": self.note,
+            "figures": dict(self.figures),
         }
 
 

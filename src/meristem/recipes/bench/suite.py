@@ -1,6 +1,7 @@
 """Which figures there are, and how they are asked for."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -8,7 +9,7 @@ from meristem.device.describe import describe
 from meristem.device.part import DevicePart
 from meristem.device.resolve import resolve
 from meristem.events import silent
-from meristem.recipes.bench import memory, model
+from meristem.recipes.bench import memory, model, rules
 from meristem.recipes.bench.measure import Row
 
 SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
@@ -19,11 +20,17 @@ SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
 }
 
 
-def measure(names: Sequence[str], *, n_repeats: int = 5) -> Iterator[Row]:
-    """The rows of the named sections, each as soon as it is measured, in a process set up as for training."""
+def measure(
+    names: Sequence[str], *, n_repeats: int = 5, widths: Sequence[int] = (128,), windows: Sequence[int] = (512,)
+) -> Iterator[Row]:
+    """The rows of the named sections, each as soon as it is measured, in a process set up as for training.
+
+    widths, windows: those of the layers in the table of rules, which belongs to the section ``memory``.
+    """
     resolve(DevicePart(), silent)
+    table = partial(rules.speeds, widths=widths, windows=windows)
     for name in names:
-        for section in SECTIONS[name]:
+        for section in (*SECTIONS[name], *([table] if name == "memory" else [])):
             yield from section(n_repeats)
 
 

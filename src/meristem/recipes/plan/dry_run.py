@@ -21,6 +21,7 @@ from meristem.recipes.plan import rehearse, table
 from meristem.recipes.plan.fit import extrapolate
 from meristem.recipes.plan.ledger import failing_line
 from meristem.recipes.plan.measure import MOST_OPERATIONS, Measured, combine, measure, short
+from meristem.recipes.plan.memory import memory_of
 from meristem.recipes.plan.report import (
     PartName,
     PartOutcome,
@@ -95,8 +96,9 @@ def check_data(draft: Draft) -> PartOutcome:
 
 
 def build(draft: Draft) -> PartOutcome:
-    """Part 3. The model on fake tensors: what it holds."""
+    """Part 3. The model on fake tensors: what it holds, and how its memory will run."""
     model = rehearse.build(draft.config, draft.vocabulary, draft.device)
+    draft.sections["memory"] = memory_of(model, draft.config.memory, draft.config.data.window)
     parameters = list(model.parameters())
     draft.sections["n_parameters"] = sum(p.numel() for p in parameters)
     draft.sections["n_trainable"] = sum(p.numel() for p in parameters if p.requires_grad)

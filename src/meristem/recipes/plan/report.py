@@ -115,6 +115,37 @@ class WhatIf(Part):
     flops_per_step: int
 
 
+class FormRow(Part):
+    """One form of running a rule; without refusals it takes the rule."""
+
+    name: str
+    is_exact: bool
+    refusals: tuple[str, ...]
+
+
+class Fit(Part):
+    """Two parts of a rule, such as a structure and a bias; without reasons they go together."""
+
+    places: tuple[str, str]
+    parts: tuple[str, str]
+    reasons: tuple[str, ...]
+
+
+class MemoryFigures(Part):
+    """The rule of a model's memory; ``runs`` is the form of a training window, also where ``form`` is auto."""
+
+    rule: str
+    structure: str
+    bias: str
+    retention: str
+    update: str
+    form: str
+    runs: str
+    chunk: int
+    forms: tuple[FormRow, ...]
+    fits: tuple[Fit, ...]
+
+
 class PlanReport(Part):
     """What a configuration costs and whether it can work. Sections that were not reached are None or empty."""
 
@@ -124,6 +155,7 @@ class PlanReport(Part):
     data: DataFigures | None = None
     n_parameters: int | None = None
     n_trainable: int | None = None
+    memory: MemoryFigures | None = None
     modules: tuple[ModuleRow, ...] = ()
     training: Training | None = None
     session: SessionFigures | None = None
@@ -201,6 +233,8 @@ def sections(report: PlanReport) -> list[Section]:
     """The report in reading order."""
     parts = Section("Plan", ("part", "outcome", "message"), tuple((p.name, p.outcome, p.message) for p in report.parts))
     made = [parts, _totals(report)]
+    if report.memory is not None:
+        made += [_memory(report.memory), *fitting(report.memory.fits)]
     if report.modules:
         made.append(_modules(report.modules))
     if report.training is not None:
@@ -239,6 +273,37 @@ def _totals(report: PlanReport) -> Section:
         prompt = f"{session.n_prompt} tokens in one call: {amount(session.flops_prefill)}FLOP"
         rows.append(("work per read token", f"{amount(session.flops_per_token)}FLOP; {prompt}"))
     return Section("Totals", ("figure", "value"), tuple(rows))
+
+
+def _memory(memory: MemoryFigures) -> Section:
+    """The rule, the form that runs, and every form's answer to the rule."""
+    rows = [(name, getattr(memory, name)) for name in ("rule", "structure", "bias", "retention", "update")]
+    chosen = f", which {memory.form} chose" if memory.form != memory.runs else ""
+    rows.append(("runs by", f"{memory.runs}{chosen}; chunks of {memory.chunk}"))
+    for form in memory.forms:
+        takes = "takes it" + ("" if form.is_exact else ", not exact")
+        rows.append((f"form {form.name}", "; ".join(form.refusals) or takes))
+    return Section("Memory", ("part", "choice"), tuple(rows))
+
+
+def fitting(fits: tuple[Fit, ...]) -> list[Section]:
+    """Which structure goes with which bias, retention and update; where one does not, the number of the reason."""
+    reasons = list(dict.fromkeys(reason for fit in fits for reason in fit.reasons))
+    tables: dict[str, dict[str, dict[str, str]]] = {}
+    for fit in fits:
+        if fit.places[0] == "structure":
+            cell = " ".join(str(1 + reasons.index(reason)) for reason in fit.reasons) or "yes"
+            tables.setdefault(fit.places[1], {}).setdefault(fit.parts[0], {})[fit.parts[1]] = cell
+    made = [
+        Section(f"Which {place} a structure takes", ("structure", *next(iter(rows.values()))), _cells(rows))
+        for place, rows in tables.items()
+    ]
+    numbered = tuple((str(1 + index), reason) for index, reason in enumerate(reasons))
+    return [*made, Section("Why parts do not go together", ("number", "reason"), numbered)]
+
+
+def _cells(rows: dict[str, dict[str, str]]) -> tuple[tuple[str, ...], ...]:
+    return tuple((name, *cells.values()) for name, cells in rows.items())
 
 
 def _verdict(report: PlanReport) -> str:

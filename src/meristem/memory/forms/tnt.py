@@ -1,0 +1,140 @@
+"""Two memories for one: a global one with long chunks, and a local one that starts afresh in each (TNT 2511.07343).
+
+``o_t = f(G, q_t) + f(W_t, P_t q_t)``: G is the global memory as it entered the chunk; W_t the local one, which began at
+a learned start with the chunk and has chunks of its own, 16 tokens or fewer; ``P_t q = sum k (k q)`` over the keys of
+the chunk so far turns a query into the directions that the local memory has been shown. Local memories of different
+chunks know nothing of each other, so all whole chunks of a window run side by side.
+
+The memory holds the local start under ``reset`` beside each weight; without one, the first window takes the memory
+that entered it.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meristem.memory.bias import dot
+from meristem.memory.forms.by_chunk import Window, finished
+from meristem.memory.forms.exact_chunk import solved
+from meristem.memory.forms.frozen_chunk import frozen_chunk, frozen_step
+from meristem.memory.gates import Gates
+from meristem.memory.retention import decay
+from meristem.memory.rule import Rule
+from meristem.memory.structure import Live, Pairs, matrix
+from meristem.memory.update import plain
+from meristem.memory.value import Memory, State, beside, map_tensors
+from meristem.shapes import Keys, Queries, Values
+
+LOCAL_CHUNK = 16
+SHOWN = Rule(structure=matrix(), bias=dot(), retention=decay(), update=plain())
+"""The keys of a chunk as a memory from keys to keys: its read is the query turned."""
+
+
+def refusals(rule: Rule) -> list[str]:
+    """Why this form cannot run the rule; empty when it can."""
+    reasons = {
+        "its update is not linear in the surprise": rule.update.is_linear,
+        "its retention does more than scale what is stored": rule.retention.is_linear,
+        "its surprise spans several pairs": rule.span == 1,
+    }
+    return [reason for reason, is_met in reasons.items() if not is_met]
+
+
+def tnt(
+    rule: Rule,
+    memory: Memory,
+    keys_bthk: Keys,
+    values_bthv: Values,
+    queries_bthk: Queries,
+    gates: Gates,
+    *,
+    chunk: int = 64,
+) -> tuple[Values, Memory]:
+    """Reads, and the memories left behind: the global one, and under ``unfinished`` that of a chunk cut short.
+
+    chunk: tokens of a global chunk, after which the local memory starts afresh.
+    """
+    window, n_time = (keys_bthk, values_bthv, queries_bthk), keys_bthk.shape[1]
+    names = rule.structure.weights
+    begun: State | None = dict(memory).get("unfinished")  # type: ignore[assignment]
+    memory = {beside(name, "reset"): memory[name] for name in names} | finished(memory)
+    begun = begun or _begin(rule, memory, queries_bthk)
+    reads, at = [], 0
+    while at < n_time:
+        n_whole = (n_time - at) // chunk if not begun["n_tokens"] else 0
+        stop = at + n_whole * chunk if n_whole else min(n_time, at + chunk - begun["n_tokens"])
+        part, inside = tuple(x[:, at:stop] for x in window), gates.window(at, stop)
+        if n_whole:
+            local_bthv = _side_by_side(rule, begun, part, inside, n_whole)
+            global_bthv, memory = _one_by_one(rule, memory, part, inside, chunk)
+            begun = _begin(rule, memory, queries_bthk)
+        else:
+            local_bthv, begun = _locally(rule, begun, part, inside, chunk)
+            global_bthv, memory = _globally(rule, begun["start"], memory, part, inside)
+            begun = begun if begun["n_tokens"] else _begin(rule, memory, queries_bthk)
+        reads.append(global_bthv + local_bthv)
+        at = stop
+    left: Any = {"unfinished": begun} if begun["n_tokens"] else {}
+    return torch.cat(reads, dim=1), memory | left
+
+
+def _begin(rule: Rule, memory: Memory, queries_bthk: Queries) -> State:
+    """A chunk of which nothing was read yet."""
+    reset = {name: memory[beside(name, "reset")] for name in rule.structure.weights}
+    local = reset | rule.retention.carry(reset) | rule.update.carry(reset)
+    batch, _, heads, width = queries_bthk.shape
+    shown = {"matrix_bhkv": queries_bthk.new_zeros(batch, heads, width, width)}
+    return {"n_tokens": 0, "start": memory, "local": local, "shown": shown}
+
+
+def _locally(rule: Rule, begun: State, part: tuple[Tensor, ...], gates: Gates, chunk: int) -> tuple[Tensor, State]:
+    """What the local memory answers to some tokens of one chunk."""
+    keys_bthk, values_bthv, queries_bthk = part
+    ones_bth = torch.ones_like(gates.write_bth)
+    shown_window: Window = (keys_bthk, keys_bthk, queries_bthk)
+    turned_bthk, shown = solved(SHOWN, begun["shown"], shown_window, Gates(ones_bth, ones_bth), chunk=64)
+    local_chunk = min(LOCAL_CHUNK, chunk)
+    read_bthv, local = frozen_chunk(rule, begun["local"], keys_bthk, values_bthv, turned_bthk, gates, chunk=local_chunk)
+    n_tokens = (begun["n_tokens"] + keys_bthk.shape[1]) % chunk
+    return read_bthv, begun | {"n_tokens": n_tokens, "local": local, "shown": shown}
+
+
+def _side_by_side(rule: Rule, begun: State, part: tuple[Tensor, ...], gates: Gates, n_whole: int) -> Tensor:
+    """The same for whole chunks, each as rows of a larger batch."""
+
+    def fold(x: Tensor) -> Tensor:
+        return x.unflatten(1, (n_whole, -1)).flatten(0, 1)
+
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(n_whole, dim=0)
+
+    folded = Gates(**{name: fold(gate) for name, gate in vars(gates).items() if gate is not None})
+    fresh = begun | {"local": map_tensors(spread, begun["local"]), "shown": map_tensors(spread, begun["shown"])}
+    window = tuple(fold(x) for x in part)
+    read_bthv, _ = _locally(rule, fresh, window, folded, window[0].shape[1])
+    return read_bthv.unflatten(0, (-1, n_whole)).flatten(1, 2)
+
+
+def _one_by_one(
+    rule: Rule, memory: Memory, part: tuple[Tensor, ...], gates: Gates, chunk: int
+) -> tuple[Tensor, Memory]:
+    """What the global memory answers to whole chunks."""
+    reads = []
+    for begin in range(0, part[0].shape[1], chunk):
+        inside = tuple(x[:, begin : begin + chunk] for x in part)
+        read_bthv, memory = _globally(rule, memory, memory, inside, gates.window(begin, begin + chunk))
+        reads.append(read_bthv)
+    return torch.cat(reads, dim=1), memory
+
+
+def _globally(
+    rule: Rule, start: Memory, memory: Memory, part: tuple[Tensor, ...], gates: Gates
+) -> tuple[Tensor, Memory]:
+    """What the global memory, as the chunk began, answers to tokens of it; and what they leave in it."""
+    key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in part)
+    rows = gates.rows(0, key_bhck.shape[2])
+    step = frozen_step(rule, start, Pairs(key_bhck, value_bhcv, rows.code_bhcg), rows, gates)
+    read_bhcv = rule.structure.recall(Live(rule.weights(start)), query_bhck)
+    return read_bhcv.movedim(1, 2), memory | replace(step, memory=memory).after(rule)
