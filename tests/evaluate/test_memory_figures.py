@@ -64,3 +64,17 @@ def test_looking_changes_nothing():
     memory_figures(model, TOKENS_BT)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_frozen_chunks_say_how_far_they_overshoot():
+    """Only a form with frozen chunks has the figure; higher write rates raise it, and a limit of 2 / chunk holds it."""
+    settings = {"head_width": 4, "rule": "delta", "chunk": 8, "half_life": 1e6}
+
+    def figure(**more):
+        model = build(MODEL, MemoryPart.model_validate(settings | more), 256, 0)
+        return memory_figures(model, torch.zeros(1, 19, dtype=torch.int64)).get("overshoot")
+
+    assert figure() is None
+    # One token again and again is nearly one key, but for the convolution's first tokens: the rates add up.
+    assert figure(form="frozen_chunk", write=0.5) == pytest.approx(4.0, rel=0.05)
+    assert figure(form="frozen_chunk", write=0.2, write_limit=0.25) < 2

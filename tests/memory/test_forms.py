@@ -15,7 +15,7 @@ from meristem.memory.bias import absolute, squared
 from meristem.memory.features import identity
 from meristem.memory.forms import accepting, forms
 from meristem.memory.forms.by_chunk import finished
-from meristem.memory.forms.frozen_chunk import refined
+from meristem.memory.forms.frozen_chunk import overshoot, refined
 from meristem.memory.named import rules
 from meristem.memory.retention import decay
 from meristem.memory.rule import read, write
@@ -342,3 +342,21 @@ def test_an_exact_form_goes_on_from_an_unfinished_chunk_as_if_it_were_whole() ->
     true_bthv, _ = scan(rule, *inputs.cut(5, 10, finished(memory)).arguments())
     torch.testing.assert_close(read_bthv, true_bthv)
     assert "unfinished" not in after
+
+
+@pytest.mark.parametrize("write_rate, is_stable", [(0.02, True), (0.03, True), (0.05, False)])
+def test_the_overshoot_tells_where_frozen_chunks_diverge(write_rate: float, is_stable: bool) -> None:
+    """S1-M17, memory.md 4.4: one key of length one, nothing forgotten: stable below 2; at 3.2, 113 times in six."""
+    rule = named("delta")
+    keys_bthk = torch.zeros(1, 384, 1, 4, dtype=torch.float64)
+    keys_bthk[..., 0] = 1
+    ones_bth = torch.ones(1, 384, 1, dtype=torch.float64)
+    gates = Gates(ones_bth, write_rate * ones_bth)
+    worst = overshoot(rule, keys_bthk, gates, 64)
+    torch.testing.assert_close(worst, torch.full_like(worst, 64 * write_rate), rtol=1e-4, atol=1e-4)
+    first = {"matrix_bhkv": torch.ones(1, 1, 4, 1, dtype=torch.float64)}
+    values_bthv = torch.zeros(1, 384, 1, 1, dtype=torch.float64)
+    _, after = run(rule, first, keys_bthk, values_bthv, keys_bthk, gates, form="frozen_chunk", chunk=64)
+    residual = abs(after["matrix_bhkv"][0, 0, 0, 0].item())
+    assert residual == pytest.approx(abs(1 - 64 * write_rate) ** 6, rel=1e-6)
+    assert (residual < 1) == (worst.max() < 2) == is_stable

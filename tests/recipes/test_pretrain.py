@@ -154,3 +154,16 @@ def test_prompts_begin_held_out_documents(settings):
 def test_directory_may_be_read_while_it_is_written(settings, result):
     """The configuration in the directory is the one of the run."""
     assert Path(result.run_dir / "config.yaml").read_text().count("titans-mag") >= 1
+
+
+def test_a_memory_that_diverges_is_told_once(tmp_path, settings):
+    """Frozen chunks far beyond their limit: an event that says what to do, not one at every record."""
+    part = {"rule": "delta", "form": "frozen_chunk", "write": 0.9, "chunk": 16, "half_life": 1e6}
+    memory = settings.memory.model_copy(update=part)
+    train = settings.train.model_copy(update={"steps": 9})
+    data = settings.data.model_copy(update={"window": 33})
+    wild = settings.model_copy(update={"memory": memory, "train": train, "data": data})
+    result = pretrain(wild, run_dir=tmp_path / "wild")
+    told = [r for r in read_records(result.run_dir / "events.ndjson") if r["name"].startswith("memory.")]
+    assert [event["name"] for event in told] == ["memory.overshoots", "memory.unstable"]
+    assert all("write_limit" in event["payload"]["advice"] for event in told)

@@ -4,17 +4,23 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
 from meristem.memory import Gates
+from meristem.memory.forms.frozen_chunk import overshoot
 from meristem.memory.value import State, flatten
 from meristem.nn.gates import GateMap
-from meristem.shapes import Tokens
+from meristem.nn.memory import Recall
+from meristem.shapes import Hidden, Tokens
 
 CARRIED = ("momentum", "anchor", "deep", "span", "reset")
 """In the names of what a memory carries beside its weights."""
+
+FROZEN = ("frozen_chunk", "refined", "tnt")
+"""Forms whose chunks may overshoot."""
 
 
 @torch.no_grad()
@@ -22,9 +28,11 @@ def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
     """Figures of the memories of ``model`` after it has read ``tokens_bt`` from a fresh start; none without a memory.
 
     half_life: tokens after which the mean retain factor leaves one half. write, momentum: means over tokens, heads and
-    layers. norm: of the memory of a head, its momentum not counted. Neither parameters nor a run's memory are touched.
+    layers. norm: of the memory of a head, its momentum not counted. summed_rate: write over 1 - momentum, by which a
+    key that returns is corrected in all. overshoot: of frozen chunks, the worst (``frozen_chunk.overshoot``). Neither
+    parameters nor a run's memory are touched.
     """
-    with _uncompiled(), _listening(model) as heard:
+    with _uncompiled(), _listening(model) as (heard, asked):
         _, state = model(tokens_bt)
     if not heard:
         return {}
@@ -35,7 +43,19 @@ def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
         "norm": _mean([weight.flatten(2).norm(dim=-1) for weight in _weights(state)]),
     }
     momenta = [gates.momentum_bth for gates in heard if gates.momentum_bth is not None]
-    return figures | ({"momentum": _mean(momenta)} if momenta else {})
+    if momenta:
+        figures["momentum"] = _mean(momenta)
+        figures["summed_rate"] = figures["write"] / max(1 - figures["momentum"], 1e-6)
+    worst = [_overshoot(recall, *inputs) for recall, inputs in asked if recall.form in FROZEN]
+    return figures | ({"overshoot": max(worst)} if any(worst) else {})
+
+
+def _overshoot(recall: Recall, hidden_btd: Hidden, state: State | None = None) -> float:
+    """The worst of one layer; 0 where it has no whole chunk, or its recall is no one matrix."""
+    if not recall.rule.is_linear or hidden_btd.shape[1] < recall.chunk:
+        return 0.0
+    _, keys_bthk, _, _ = recall.vectors(hidden_btd, None)
+    return float(overshoot(recall.rule, keys_bthk, recall.gates(hidden_btd), recall.chunk).max())
 
 
 def _uncompiled() -> AbstractContextManager[object]:
@@ -43,19 +63,29 @@ def _uncompiled() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
+Heard = tuple[list[Gates], list[tuple[Recall, tuple[Any, ...]]]]
+
+
 @contextmanager
-def _listening(model: nn.Module) -> Iterator[list[Gates]]:
-    """The gates that every gate map gives while this lasts."""
+def _listening(model: nn.Module) -> Iterator[Heard]:
+    """The gates that every gate map gives while this lasts, and what every memory is given."""
     heard: list[Gates] = []
+    asked: list[tuple[Recall, tuple[Any, ...]]] = []
 
     def hear(module: nn.Module, inputs: object, gates: Gates) -> None:
         heard.append(gates)
+
+    def ask(module: nn.Module, given: tuple[Any, ...]) -> None:
+        if isinstance(module, Recall):
+            asked.append((module, given))
 
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, GateMap):
                 hooks.enter_context(module.register_forward_hook(hear))
-        yield heard
+            if isinstance(module, Recall):
+                hooks.enter_context(module.register_forward_pre_hook(ask))
+        yield heard, asked
 
 
 def _weights(state: State) -> Iterator[torch.Tensor]:

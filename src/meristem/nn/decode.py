@@ -39,7 +39,7 @@ def decode(recall: "Recall", hidden_btd: Hidden, state: State) -> tuple[Hidden, 
     gate_blh11 = functional.linear(hidden_btd, recall.gates.weight_hd, recall.gates.bias_h).sigmoid()
     gate_blh11 = gate_blh11.view(mixed_bd.shape[0], -1, recall.heads, 1, 1)
     gates = dict(zip(recall.gates.names, gate_blh11.unbind(1), strict=True))
-    write_bh11 = gates["write"]
+    write_bh11 = gates["write"] if recall.gates.write_limit == 1 else recall.gates.write_limit * gates["write"]
     if "momentum" in gates and recall.gates.is_scaled:
         write_bh11 = torch.addcmul(write_bh11, write_bh11, gates["momentum"], value=-1)
     name = rule.structure.weights[0]

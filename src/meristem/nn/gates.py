@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meristem.errors import ConflictingKeys
 from meristem.memory import Gates, Rule
 from meristem.memory.value import full_precision
 from meristem.nn.part import MemoryPart
@@ -17,10 +18,10 @@ class GateMap(nn.Module):
     """What a rule asks of each token and head, each a smooth bounded map of the hidden vector (memory.md 2.3).
 
     Weights start at 0, so that every token begins with the same gates: retain by its half-life H, ``2^(-1/H)``; write
-    rate ``write``; momentum ``momentum``; threshold 1; weight of a pair ``sigmoid(2)``. With momentum the write rate
-    carries the factor ``1 - momentum``: a key that returns is then written once, not ``1 / (1 - momentum)`` times,
-    which keeps the rule stable. Where the momentum is orthogonalised its length is always about one, and the factor
-    would only make every step smaller. Codes are linear and start random.
+    rate ``write``, never above ``write_limit``; momentum ``momentum``; threshold 1; weight of a pair ``sigmoid(2)``.
+    With momentum the write rate carries the factor ``1 - momentum``: a key that returns is then written once, not
+    ``1 / (1 - momentum)`` times, which keeps the rule stable. Where the momentum is orthogonalised its length is always
+    about one, and the factor would only make every step smaller. Codes are linear and start random.
     """
 
     no_decay: ClassVar = frozenset({"weight_hd", "bias_h", "code.weight"})
@@ -28,7 +29,13 @@ class GateMap(nn.Module):
     def __init__(self, width: int, heads: int, rule: Rule, part: MemoryPart) -> None:
         super().__init__()
         self.heads, self.is_scaled = heads, rule.update.has_momentum and rule.update.name != "orthogonal_momentum"
-        first = {"write": _logit(part.write)}
+        if part.write >= part.write_limit:
+            raise ConflictingKeys(
+                f"memory.write {part.write} is not below memory.write_limit {part.write_limit}. Lower the first, or "
+                f"raise the second."
+            )
+        self.write_limit = part.write_limit
+        first = {"write": _logit(part.write / part.write_limit)}
         if rule.has_retain:
             first["retain"] = _logit(2 ** (-1 / part.half_life))
         if rule.update.has_momentum:
@@ -48,7 +55,7 @@ class GateMap(nn.Module):
             hidden_btd = hidden_btd.to(self.weight_hd.dtype)
             raw_bth = functional.linear(hidden_btd, self.weight_hd, self.bias_h)
             raw: dict[str, Gate] = dict(zip(self.names, raw_bth.chunk(len(self.names), dim=-1), strict=True))
-            write_bth = raw["write"].sigmoid()
+            write_bth = self.write_limit * raw["write"].sigmoid()
             log_retain_bth = functional.logsigmoid(raw["retain"]) if "retain" in raw else torch.zeros_like(write_bth)
             log_momentum_bth = None
             if "momentum" in raw:

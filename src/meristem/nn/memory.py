@@ -16,7 +16,7 @@ from meristem.nn.gates import GateMap
 from meristem.nn.norm import RMSNorm
 from meristem.nn.part import MemoryPart
 from meristem.nn.rule import rule_of
-from meristem.shapes import Hidden, Keys, Values
+from meristem.shapes import Hidden, Keys, Queries, Values
 
 
 class Initial(nn.Module):
@@ -89,15 +89,7 @@ class Recall(nn.Module):
             return decode(self, hidden_btd, state)
         if state is None:
             state = {"memory": self.initial(hidden_btd.shape[0]), "conv": None}
-        mixed_btd, tail = self.conv(self.qkv(hidden_btd), state["conv"])
-        found = functional.silu(mixed_btd).unflatten(-1, (len(self.used), self.heads, -1)).unbind(2)
-        vectors = dict(zip(self.used, found, strict=True))
-        # A rule never looks at what it does not use, but its forms take three vectors all the same.
-        query_bthk, key_bthk, value_bthv = (vectors.get(name, found[0]) for name in ("query", "key", "value"))
-        if self.mix is None:
-            query_bthk, key_bthk = unit(query_bthk), unit(key_bthk)
-        else:
-            value_bthv = self.mix(key_bthk, value_bthv)
+        query_bthk, key_bthk, value_bthv, tail = self.vectors(hidden_btd, state["conv"])
         read_bthv, memory = run(
             self.rule,
             state["memory"],
@@ -108,7 +100,18 @@ class Recall(nn.Module):
             form=self.form,
             chunk=self.chunk,
         )
-        return read_bthv.flatten(2).to(mixed_btd.dtype), {"memory": memory, "conv": tail}
+        return read_bthv.flatten(2).to(value_bthv.dtype), {"memory": memory, "conv": tail}
+
+    def vectors(self, hidden_btd: Hidden, tail: State | None) -> tuple[Queries, Keys, Values, State]:
+        """Queries, keys and values of a window, and what the convolution carries on."""
+        mixed_btd, tail = self.conv(self.qkv(hidden_btd), tail)
+        found = functional.silu(mixed_btd).unflatten(-1, (len(self.used), self.heads, -1)).unbind(2)
+        vectors = dict(zip(self.used, found, strict=True))
+        # A rule never looks at what it does not use, but its forms take three vectors all the same.
+        query_bthk, key_bthk, value_bthv = (vectors.get(name, found[0]) for name in ("query", "key", "value"))
+        if self.mix is not None:
+            return query_bthk, key_bthk, self.mix(key_bthk, value_bthv), tail
+        return unit(query_bthk), unit(key_bthk), value_bthv, tail
 
 
 class ValueMix(nn.Module):

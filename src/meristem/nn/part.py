@@ -36,6 +36,10 @@ class MemoryPart(Part):
     write: Annotated[
         float, Field(gt=0, lt=1, description="Write rate at the start, before the factor 1 - momentum.")
     ] = 0.1
+    write_limit: Annotated[
+        float,
+        Field(gt=0, le=1, description="Greatest write rate; 2 / chunk keeps any frozen chunk from diverging."),
+    ] = 1.0
     momentum: Annotated[float, Field(gt=0, lt=1, description="Momentum at the start, for rules that carry it.")] = 0.5
     conv: Annotated[
         int, Field(ge=1, description="Tokens that the short convolution of keys, values and queries sees.")

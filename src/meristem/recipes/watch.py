@@ -1,11 +1,12 @@
 """Steps as records and as what a person sees; and when something else is due."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from meristem.evaluate.memory import memory_figures
-from meristem.events import Event
+from meristem.events import Event, Severity
 from meristem.recipes.resume import Job
 from meristem.recipes.run import Run
 from meristem.train.loop import Step
@@ -13,6 +14,13 @@ from meristem.train.progress import Progress
 
 PROBE_TOKENS = 128
 """Held-out tokens that are read for the figures of the memory: few, since they are read at every record."""
+
+LIMITS: Final[tuple[tuple[str, float, Severity, str], ...]] = (
+    ("summed_rate", 1.0, "warning", "a key that returns is written more than once; lower memory.write or momentum"),
+    ("overshoot", 1.0, "warning", "frozen chunks overshoot; lower memory.chunk or write_limit, or take an exact form"),
+    ("overshoot", 2.0, "error", "frozen chunks diverge; set memory.write_limit to 2 / chunk, or take an exact form"),
+)
+"""Figures of the memory, what they may be, and what to do where they are more (memory.md 2.3, 4.4)."""
 
 SMOOTHING = 0.9
 """Share of the shown loss that stays from step to step; the recorded one is that of its step alone."""
@@ -44,6 +52,7 @@ class Log:
         self._shown: float | None = None
         self._memory: dict[str, float] = {}
         self._tokens_per_s = 0.0
+        self._told: set[tuple[str, float]] = set()
         self.held_out: float | None = None
         window = job.corpus.tokens("val")[: min(PROBE_TOKENS, job.config.data.window)]
         (self._probe_bt,) = job.device.move(torch.from_numpy(window.astype("int64"))[None])
@@ -76,9 +85,21 @@ class Log:
             "tokens_per_s": self._tokens_per_s,
             "seconds_used": now.seconds_used,
         }
+        self._warn(now.step)
         metrics |= {f"memory/{name}": value for name, value in self._memory.items()}
         self._run.records.metrics(now.step, now.tokens, self._job.stream.epoch(now.cursor), "train", metrics)
         self._recorded = now
+
+    def _warn(self, step: int) -> None:
+        """Say once that a memory writes more than it can take, and again only after it had been quiet."""
+        for name, limit, severity, advice in LIMITS:
+            value = self._memory.get(name, 0.0)
+            if value > limit and (name, limit) not in self._told:
+                payload = {"step": step, name: round(value, 3), "limit": limit, "advice": advice}
+                self._run.emit(Event("memory.unstable" if limit == 2 else "memory.overshoots", payload, severity))
+                self._told.add((name, limit))
+            elif value <= limit:
+                self._told.discard((name, limit))
 
     def _show(self, step: Step) -> None:
         now, part = step.progress, self._job.config.train

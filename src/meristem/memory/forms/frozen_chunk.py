@@ -16,7 +16,7 @@ from torch import Tensor
 
 from meristem.memory.forms.by_chunk import Window, walk
 from meristem.memory.forms.exact_chunk import solved
-from meristem.memory.forms.flow import Flow, flow
+from meristem.memory.forms.flow import Flow, cut, flow
 from meristem.memory.gates import Gates, RowGates
 from meristem.memory.rule import Rule
 from meristem.memory.structure import Live, Pairs, Surprise, Weights
@@ -219,6 +219,26 @@ def _at_the_end(rule: Rule, memory: Memory, step: FrozenStep, rows: RowGates) ->
         rows, retain_bhc=rows.retain_bhc.prod(-1, keepdim=True), write_bhc=rows.write_bhc.sum(-1, keepdim=True)
     )
     return rule.retention.apply(memory, change, rule.in_effect(total)) | carried
+
+
+@torch.no_grad()
+def overshoot(rule: Rule, keys_bthk: Keys, gates: Gates, chunk: int) -> Tensor:
+    """How far frozen chunks overshoot: the greatest of every whole chunk and head, ``n h``.
+
+    ``lambda_max(K^T diag(w) K)``, w the weight with which each write leaves the chunk: how many times a residual along
+    the worst direction is corrected before it is measured again. Below 1 nothing overshoots; from 2 on the memory
+    diverges along that direction, with momentum sooner (memory.md 4.4).
+    """
+    address_bthk = rule.structure.address(keys_bthk.float())
+    n_whole = keys_bthk.shape[1] // chunk * chunk
+    whole = gates.window(0, n_whole).to(torch.float32)
+    write_nhc = cut(rule.update.rate(whole.write_bth, address_bthk[:, :n_whole]), chunk)
+    log_momentum_bth = whole.log_momentum() if rule.update.has_momentum else None
+    log_retain_nhc = cut(whole.log_retain(), chunk) if rule.has_retain else torch.zeros_like(write_nhc)
+    flowing = flow(log_retain_nhc, None if log_momentum_bth is None else cut(log_momentum_bth, chunk), write_nhc)
+    root_nhc1 = (abs(rule.slope or 0.0) * flowing.arriving_cl[..., :1]).clamp(min=0).sqrt()
+    weighed_nhck = root_nhc1 * cut(address_bthk[:, :n_whole], chunk)
+    return torch.linalg.eigvalsh(weighed_nhck @ weighed_nhck.mT)[..., -1]
 
 
 def refined(
