@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memory.inputs import Window, variants, window
-from meristem.errors import ConflictingKeys
+from meristem.errors import ConflictingKeys, ShapeError, WrongValue
 from meristem.memory import Gates, Rule, named, run, scan
 from meristem.memory.bias import absolute, squared
 from meristem.memory.features import identity
@@ -330,6 +330,33 @@ def test_tnt_is_a_global_memory_and_local_ones_that_start_afresh(name: str) -> N
     torch.testing.assert_close(read_bthv, torch.cat(reads, dim=1), rtol=0, atol=1e-10)
     kept = {key: after[key] for key in finished(whole)}
     torch.testing.assert_close(kept, finished(whole), rtol=0, atol=1e-10)
+
+
+def test_a_memory_of_another_rule_or_width_is_refused_with_every_difference() -> None:
+    rule = named("titans")
+    inputs = window(rule, 5)
+    other = named("titans_mlp").init(2, 3, 5, 7)
+    with pytest.raises(ShapeError, match=r"no 'matrix_bhkv'.*no 'matrix_momentum_bhkv'.*holds 'in_bhkf'.*rule.init"):
+        run(rule, other, *inputs.arguments()[1:])
+    wide = rule.init(3, 3, 6, 7, like=inputs.keys_bthk)
+    told = r"'matrix_bhkv' is \(3, 6, 7\).*expected \(3, 5, 7\).*holds 3 rows, the window has 2"
+    with pytest.raises(ShapeError, match=told):
+        run(rule, wide, *inputs.arguments()[1:])
+    with pytest.raises(ShapeError, match="asks for the gates momentum_bth"):
+        run(rule, *inputs.arguments()[:4], replace(inputs.gates, momentum_bth=None))
+
+
+def test_gates_out_of_range_and_keys_that_are_no_numbers_are_refused() -> None:
+    """Nothing is clamped in silence."""
+    rule = named("titans")
+    inputs = window(rule, 5)
+    keys_bthk = inputs.keys_bthk.clone()
+    keys_bthk[0, 0, 0, 0] = torch.nan
+    with pytest.raises(WrongValue, match="keys are not all finite"):
+        run(rule, inputs.memory, keys_bthk, *inputs.arguments()[2:])
+    gates = replace(inputs.gates, retain_bth=inputs.gates.retain_bth + 1, write_bth=-inputs.gates.write_bth)
+    with pytest.raises(WrongValue, match=r"retain_bth spans 1.* expected 0 to 1; write_bth spans -"):
+        run(rule, *inputs.arguments()[:4], gates)
 
 
 def test_an_exact_form_goes_on_from_an_unfinished_chunk_as_if_it_were_whole() -> None:

@@ -123,3 +123,24 @@ def test_what_has_no_short_way_goes_as_windows_do() -> None:
     module = layer("titans", "auto")
     _, state = module(hidden_btd)
     assert not can_decode(module.recall, hidden_btd, state), "training goes through autograd"
+
+
+@pytest.mark.parametrize("settings", [{"gates": "channel"}, {"gates": "channel", "gate_rank": 3}, {"gate_rank": 2}])
+@pytest.mark.parametrize("name", ["titans", "gated_delta", "hebbian"])
+def test_gates_may_be_of_channels_and_of_low_rank(name: str, settings: dict[str, object]) -> None:
+    """Every parameter learns; with equal gates in all channels of a head the layer is the one with gates of heads."""
+    module = layer(name, "auto", **settings)
+    hidden_btd = torch.randn(2, 19, WIDTH, generator=torch.Generator().manual_seed(1))
+    mixed_btd, _ = module(hidden_btd)
+    mixed_btd.square().sum().backward()
+    assert [path for path, p in module.named_parameters() if p.grad is None or not p.grad.any()] == []
+    plain = layer(name, "auto")
+    values = {path: p for path, p in module.state_dict().items() if "gates" not in path and "initial" not in path}
+    plain.load_state_dict(values, strict=False)
+    module.recall.gates.weight_hd.data.zero_()
+    torch.testing.assert_close(module(hidden_btd)[0], plain(hidden_btd)[0], rtol=0, atol=1e-5)
+
+
+def test_channels_that_a_rule_joins_have_no_gates_of_their_own() -> None:
+    with pytest.raises(ConflictingKeys, match="'channel', and this rule joins.*'mlp'.*memory.gates=head"):
+        layer("titans_mlp", "frozen_chunk", gates="channel")

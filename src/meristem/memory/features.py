@@ -57,7 +57,7 @@ def polynomial() -> Features:
         width = rows.shape[-1]
         first, second = torch.triu_indices(width, width, device=rows.device)
         # Off the diagonal each product stands for two equal terms of the square.
-        weight = torch.where(first == second, math.sqrt(0.5), 1.0).to(rows.dtype)
+        weight = torch.ones_like(first, dtype=rows.dtype).masked_fill(first == second, math.sqrt(0.5))
         return torch.cat([rows, weight * rows[..., first] * rows[..., second]], dim=-1)
 
     return Features("polynomial", apply, lambda width: width + width * (width + 1) // 2)

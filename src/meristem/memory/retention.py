@@ -114,10 +114,19 @@ def f_divergence(kind: Literal["kl", "pearson", "hellinger"] = "kl") -> Retentio
     """
     if kind not in _INVERSE:
         raise WrongValue(f"the kind of an f-divergence is '{kind}'; expected one of {', '.join(_INVERSE)}.")
-    ratio = _INVERSE[kind]
+    ratio, rise = _INVERSE[kind]
 
     def apply(memory: Memory, change: Memory, gates: RowGates) -> Memory:
-        return {name: memory[name] * ratio(part - _level(memory[name], part, ratio)) for name, part in change.items()}
+        after = {}
+        for name, part in change.items():
+            # A weight at 0 stays there, whatever its change. zeta takes up any shift; what is near 0 keeps its digits.
+            is_zero = memory[name] == 0
+            least = part.detach().masked_fill(is_zero, torch.inf).amin(dim=-2, keepdim=True)
+            part = torch.where(is_zero, least, part)
+            part = part - part.detach().amax(dim=-2, keepdim=True)
+            reached = memory[name] * ratio(part - _level(memory[name], part, ratio, rise))
+            after[name] = reached / reached.sum(dim=-2, keepdim=True)
+        return after
 
     def first(drawn: Tensor) -> Tensor:
         return (0.1 * torch.randn_like(drawn)).softmax(dim=-2)
@@ -129,16 +138,19 @@ def f_divergence(kind: Literal["kl", "pearson", "hellinger"] = "kl") -> Retentio
     return Retention("f_divergence", apply, first=first, settle=settle, has_retain=False)
 
 
-_INVERSE: dict[str, Callable[[Tensor], Tensor]] = {
-    "kl": lambda slope: (slope - 1).exp(),
-    "pearson": lambda slope: (1 + slope / 2).clamp(min=0.0),
+Ratio = Callable[[Tensor], Tensor]
+
+_INVERSE: dict[str, tuple[Ratio, Ratio]] = {
+    # From a slope to u, and from u to how fast it rises with the slope.
+    "kl": (lambda slope: (slope - 1).exp(), lambda u: u),
+    "pearson": (lambda slope: (1 + slope / 2).clamp(min=0.0), lambda u: (u > 0) / 2),
     # f' = 1 - 1 / sqrt(u) stays below 1; the clamp keeps the search inside, and no solution lies beyond it.
-    "hellinger": lambda slope: (1 - slope.clamp(max=1 - 1e-6)) ** -2,
+    "hellinger": (lambda slope: (1 - slope.clamp(max=1 - 1e-6)) ** -2, lambda u: 2 * u**1.5),
 }
 
 
-def _level(weight: Tensor, change: Tensor, ratio: Callable[[Tensor], Tensor]) -> Tensor:
-    """zeta of every column, by bisection; one Newton step at the end gives it its gradient."""
+def _level(weight: Tensor, change: Tensor, ratio: Ratio, rise: Ratio) -> Tensor:
+    """zeta of every column, by bisection; one Newton step of length 0 at the end gives it its gradient."""
 
     def excess(level: Tensor) -> Tensor:
         return (weight * ratio(change - level)).sum(dim=-2, keepdim=True) - 1
@@ -148,10 +160,12 @@ def _level(weight: Tensor, change: Tensor, ratio: Callable[[Tensor], Tensor]) ->
         low, high = -reach, reach
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = torch.where(excess(middle) > 0, middle, low), torch.where(excess(middle) > 0, high, middle)
-        step = 1e-6
-        slope = (excess(high + step) - excess(high - step)) / (2 * step)
-    return high - excess(high) / slope
+            # Far below the solution u may be infinite, and the excess no number.
+            is_above = excess(middle) <= 0
+            low, high = torch.where(is_above, low, middle), torch.where(is_above, middle, high)
+        slope = -(weight * rise(ratio(change - high))).sum(dim=-2, keepdim=True)
+    wrong = excess(high)
+    return high - (wrong - wrong.detach()) / slope
 
 
 def elastic(alpha: float = 10.0, beta: float = 10.0, *, is_smooth: bool = False) -> Retention:

@@ -21,12 +21,14 @@ class GateMap(nn.Module):
     rate ``write``, never above ``write_limit``; momentum ``momentum``; threshold 1; weight of a pair ``sigmoid(2)``.
     With momentum the write rate carries the factor ``1 - momentum``: a key that returns is then written once, not
     ``1 / (1 - momentum)`` times, which keeps the rule stable. Where the momentum is orthogonalised its length is always
-    about one, and the factor would only make every step smaller. Codes are linear and start random.
+    about one, and the factor would only make every step smaller. Codes are linear and start random. With a rank the
+    map goes through so few numbers.
     """
 
-    no_decay: ClassVar = frozenset({"weight_hd", "bias_h", "code.weight"})
+    no_decay: ClassVar = frozenset({"weight_hd", "down_rd", "bias_h", "code.weight"})
 
     def __init__(self, width: int, heads: int, rule: Rule, part: MemoryPart) -> None:
+        """heads: places that have gates of their own."""
         super().__init__()
         self.heads, self.is_scaled = heads, rule.update.has_momentum and rule.update.name != "orthogonal_momentum"
         if part.write >= part.write_limit:
@@ -45,7 +47,12 @@ class GateMap(nn.Module):
         if rule.span > 1:
             first["weight"] = 2.0
         self.names = tuple(first)
-        self.weight_hd = nn.Parameter(torch.zeros(len(first) * heads, width))
+        self.down_rd = None
+        if part.gate_rank is not None:
+            self.down_rd = nn.Parameter(torch.randn(part.gate_rank, width) / math.sqrt(width))
+        first_weight = torch.zeros(len(first) * heads, part.gate_rank or width)
+        # Of two factors one has to be off zero, or neither would ever get a gradient.
+        self.weight_hd = nn.Parameter(first_weight if self.down_rd is None else first_weight.normal_(std=0.01))
         self.bias_h = nn.Parameter(torch.tensor(list(first.values())).repeat_interleave(heads))
         self.code = nn.Linear(width, heads * rule.structure.n_codes, bias=False) if rule.structure.n_codes else None
 
@@ -53,7 +60,8 @@ class GateMap(nn.Module):
         """Gates in float32, whatever the autocast: a retain factor near 1 does not survive bfloat16."""
         with full_precision(hidden_btd.device):
             hidden_btd = hidden_btd.to(self.weight_hd.dtype)
-            raw_bth = functional.linear(hidden_btd, self.weight_hd, self.bias_h)
+            lowered = hidden_btd if self.down_rd is None else functional.linear(hidden_btd, self.down_rd)
+            raw_bth = functional.linear(lowered, self.weight_hd, self.bias_h)
             raw: dict[str, Gate] = dict(zip(self.names, raw_bth.chunk(len(self.names), dim=-1), strict=True))
             write_bth = self.write_limit * raw["write"].sigmoid()
             log_retain_bth = functional.logsigmoid(raw["retain"]) if "retain" in raw else torch.zeros_like(write_bth)

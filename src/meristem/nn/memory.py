@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional
 
 from meristem.errors import ConflictingKeys
-from meristem.memory import Rule, run
-from meristem.memory.forms import forms, require
+from meristem.memory import Rule
+from meristem.memory.forms import choose, forms, require, run_trusted
 from meristem.memory.value import Memory, State, beside
 from meristem.nn.conv import CausalConv
 from meristem.nn.decode import can_decode, decode
@@ -28,10 +28,11 @@ class Initial(nn.Module):
     has_local: the start of the local memories of the form ``tnt`` is learned beside it.
     """
 
-    def __init__(self, rule: Rule, heads: int, head_width: int, *, has_local: bool = False) -> None:
+    def __init__(self, rule: Rule, heads: int, widths: tuple[int, int], *, has_local: bool = False) -> None:
+        """widths: of keys and values."""
         super().__init__()
         self.rule = rule
-        first = rule.init(1, heads, head_width, head_width)
+        first = rule.init(1, heads, *widths)
         weights = {name: first[name] for name in rule.structure.weights}
         learned = [*weights, *(rule.update.carry(weights) if rule.update.is_learned else ())]
         if has_local:
@@ -76,12 +77,18 @@ class Recall(nn.Module):
         self.used = self.rule.structure.used
         self.qkv = nn.Linear(width, len(self.used) * width, bias=False)
         self.conv = CausalConv(len(self.used) * width, part.conv)
-        self.gates = GateMap(width, self.heads, self.rule, part)
+        # With gates for every channel, each value channel is a head of its own, which shares the keys of its head.
+        self.channels = part.head_width if part.gates == "channel" else 1
+        if self.channels > 1:
+            _require_channels(self.rule)
+        self.gates = GateMap(width, self.heads * self.channels, self.rule, part)
         self.mix = ValueMix(self.heads, part.head_width) if self.rule.values == "mixed" else None
-        self.initial = Initial(self.rule, self.heads, part.head_width, has_local=self.form == "tnt")
+        widths = part.head_width, part.head_width // self.channels
+        self.initial = Initial(self.rule, self.heads * self.channels, widths, has_local=self.form == "tnt")
         # What ``decode`` takes: all else goes token by token as windows do.
         is_exact = self.form == "auto" or forms.get(self.form).is_exact
         is_usual = self.rule.structure.kind == "matrix" and self.rule.features.name == "identity" and self.mix is None
+        is_usual = is_usual and self.channels == 1 and part.gate_rank is None
         self.is_plain = self.rule.is_linear and is_exact and is_usual
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
@@ -90,14 +97,19 @@ class Recall(nn.Module):
         if state is None:
             state = {"memory": self.initial(hidden_btd.shape[0]), "conv": None}
         query_bthk, key_bthk, value_bthv, tail = self.vectors(hidden_btd, state["conv"])
-        read_bthv, memory = run(
+        window = key_bthk, value_bthv, query_bthk
+        if self.channels > 1:
+            window = (
+                key_bthk.repeat_interleave(self.channels, dim=2),
+                value_bthv.flatten(2)[..., None],
+                query_bthk.repeat_interleave(self.channels, dim=2),
+            )
+        read_bthv, memory = run_trusted(
             self.rule,
             state["memory"],
-            key_bthk,
-            value_bthv,
-            query_bthk,
+            window,
             self.gates(hidden_btd),
-            form=self.form,
+            form=choose(self.rule) if self.form == "auto" else self.form,
             chunk=self.chunk,
         )
         return read_bthv.flatten(2).to(value_bthv.dtype), {"memory": memory, "conv": tail}
@@ -112,6 +124,17 @@ class Recall(nn.Module):
         if self.mix is not None:
             return query_bthk, key_bthk, self.mix(key_bthk, value_bthv), tail
         return unit(query_bthk), unit(key_bthk), value_bthv, tail
+
+
+def _require_channels(rule: Rule) -> None:
+    """Raises ConflictingKeys where the channels of a value do not go their own ways."""
+    apart = ("dot", "squared", "absolute", "power", "huber_coordinate")
+    if rule.structure.kind != "matrix" or rule.bias.name not in apart or rule.retention.name not in ("decay", "local"):
+        raise ConflictingKeys(
+            f"memory.gates is 'channel', and this rule joins the channels of a value (structure "
+            f"'{rule.structure.kind}', bias '{rule.bias.name}', retention '{rule.retention.name}'). Take the structure "
+            f"'matrix', a bias of {', '.join(apart)} and the retention 'decay' or 'local', or memory.gates=head."
+        )
 
 
 class ValueMix(nn.Module):

@@ -41,6 +41,13 @@ class MemoryPart(Part):
         Field(gt=0, le=1, description="Greatest write rate; 2 / chunk keeps any frozen chunk from diverging."),
     ] = 1.0
     momentum: Annotated[float, Field(gt=0, lt=1, description="Momentum at the start, for rules that carry it.")] = 0.5
+    gates: Annotated[
+        Literal["head", "channel"],
+        Field(description="One gate for a head, or one for each of its value channels: slower, for a matrix only."),
+    ] = "head"
+    gate_rank: Annotated[
+        int | None, Field(ge=1, description="Gates are mapped through so few numbers; null for a full map.")
+    ] = None
     conv: Annotated[
         int, Field(ge=1, description="Tokens that the short convolution of keys, values and queries sees.")
     ] = 4

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from meristem.errors import ConflictingKeys
+from meristem.memory.door import require_window
 from meristem.memory.forms import associative, atlas, exact_chunk, frozen_chunk, lattice, tnt
-from meristem.memory.forms.by_chunk import finished
+from meristem.memory.forms.by_chunk import Window, finished
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule, scan
 from meristem.memory.value import Memory, full_precision
@@ -97,8 +98,8 @@ def require(rule: Rule, form: str) -> None:
         )
 
 
-def choose(rule: Rule, n_time: int) -> str:
-    """The fastest exact form for a window of ``n_time`` tokens: what ``form="auto"`` runs."""
+def choose(rule: Rule) -> str:
+    """The fastest exact form of the rule: what ``form="auto"`` runs."""
     return "scan" if exact_chunk.refusals(rule) else "exact_chunk"
 
 
@@ -115,20 +116,30 @@ def run(
 ) -> tuple[Values, Memory]:
     """Reads and the memory left behind, by the form of that name.
 
+    Raises ConflictingKeys where the form cannot run the rule (the message names the forms that can), ShapeError for a
+    memory of another rule or width, and WrongValue for what is not finite or out of range.
+    """
+    name = choose(rule) if form == "auto" else form
+    require(rule, name)
+    require_window(rule, memory, keys_bthk, values_bthv, queries_bthk, gates)
+    return run_trusted(rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, form=name, chunk=chunk)
+
+
+def run_trusted(
+    rule: Rule, memory: Memory, window: Window, gates: Gates, *, form: str, chunk: int
+) -> tuple[Values, Memory]:
+    """``run`` for a caller that made rule, memory and gates itself, and chose a form that takes them.
+
     The memory keeps its own dtype, float32 unless the caller chose otherwise, and everything that touches it is
     computed in it, whatever the autocast around this call.
-
-    Raises ConflictingKeys where the form cannot run the rule; the message names the forms that can.
     """
-    name = choose(rule, keys_bthk.shape[1]) if form == "auto" else form
-    chosen = forms.get(name)
-    require(rule, name)
+    keys_bthk, values_bthv, queries_bthk = window
     like = next(iter(memory.values()))
     with full_precision(like.device):
         keys_bthk, queries_bthk = (rule.features.apply(x.to(like.dtype)) for x in (keys_bthk, queries_bthk))
-        return chosen.run(
+        return forms.get(form).run(
             rule.without_features(),
-            memory if name in UNFINISHED else finished(memory),
+            memory if form in UNFINISHED else finished(memory),
             keys_bthk,
             values_bthv.to(like.dtype),
             queries_bthk,
