@@ -1,14 +1,19 @@
 """The documents say what is true: the README runs, the reference is current, links lead somewhere."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from meristem.memory.forms import forms
+from meristem.memory.named import rules
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -66,11 +71,45 @@ def borrow_environment(root: Path) -> None:
     subprocess.run(["sh", "-eu", "-c", f"{stamp.group()}\nstamp >.venv/stamp"], cwd=root, check=True)
 
 
-def test_the_configuration_reference_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts" / "reference.py")
+def script(name: str) -> ModuleType:
+    """A program of scripts/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    reference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reference)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_rules_is_current() -> None:
+    """Names, equations, papers, parts and forms are those of the catalogue; figures are those that were measured."""
+    page = script("rules")
+    written = page.PAGE.read_text(encoding="utf-8")
+    found = json.loads(page.FIGURES.read_text(encoding="utf-8"))
+    assert written == page.page(found), "docs/rules.md is stale: run .venv/bin/python scripts/rules.py"
+    for name in rules.names():
+        assert f"\n## {name}\n\n{page.said(rules.get(name))}\n" in written
+
+
+def test_both_rules_of_atlas_stand_on_the_page_with_their_equations() -> None:
+    written = script("rules").PAGE.read_text(encoding="utf-8")
+    assert "`S <- momentum S + grad sum of the last losses; M <- retain M - write NS(S)`" in written
+    assert "`S <- momentum S + write u k^T; M <- retain M + S`" in written
+
+
+def test_a_rule_that_is_not_on_the_page_makes_it_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check above can fail: on another catalogue, and on other forms."""
+    page = script("rules")
+    found = json.loads(page.FIGURES.read_text(encoding="utf-8"))
+    written = page.page(found)
+    monkeypatch.setitem(rules._entries, "unheard_of", rules.get("delta"))
+    assert page.page(found) != written
+    monkeypatch.undo()
+    monkeypatch.delitem(forms._entries, "exact_chunk")
+    assert page.page(found) != written
+
+
+def test_the_configuration_reference_is_current() -> None:
+    reference = script("reference")
     written = reference.PAGE.read_text(encoding="utf-8")
     assert written == reference.page(), "docs/configuration.md is stale: run .venv/bin/python scripts/reference.py"
 

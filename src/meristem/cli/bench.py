@@ -1,11 +1,13 @@
 """`meristem bench`: how fast it is here, each figure measured against another in one run."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
 from meristem.cli.answer import Json, json_line
+from meristem.errors import WrongValue
 
 if TYPE_CHECKING:
     from meristem.recipes.bench.measure import Row
@@ -24,6 +26,9 @@ def bench(
     window: Annotated[
         list[int] | None, typer.Option("--window", min=1, help="Tokens that the rules read; 512. May be repeated.")
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="PNG to draw the training speed of every rule and form in.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure memory forms, models, decoding and start-up on this machine: a table, then one JSON line.
@@ -32,14 +37,17 @@ def bench(
 
     memory ends with a table of every rule in every form that takes it: tokens/s of training and reading, bytes of state
     and peak, the share of the machine's matrix products, and how much faster than by its scan it trains. At one width
-    and one window it takes about three minutes.
+    and one window it takes a few minutes.
 
     \b
     Examples:
       meristem bench
+      meristem bench memory --picture rules.png
       meristem bench memory --width 64 --width 128 --width 256 --window 512 --window 2048
       meristem bench decode --repeats 3 --json
     """
+    if picture is not None and what not in ("memory", "all"):
+        raise WrongValue(f"'{what}' measures no rule, so {picture} would be empty. Ask for memory or all.", value=what)
     # torch's profiler, which sees the peaks, writes a line to stderr whenever it starts and stops, unless told before.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from meristem.recipes.bench.suite import SECTIONS, measure, to_json
@@ -51,6 +59,10 @@ def bench(
         if not as_json:
             typer.echo(_line(row))
     json_line(to_json(rows, n_repeats=repeats))
+    if picture is not None:
+        from meristem.recipes.bench.picture import draw_speeds
+
+        draw_speeds(picture, [row.figures for row in rows])
     if any(row.is_met is False for row in rows):
         raise typer.Exit(1)
 

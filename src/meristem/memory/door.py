@@ -22,7 +22,7 @@ def require_window(
             f"and give the gates that the rule asks for.",
             misfits=misfits,
         )
-    if keys_bthk.device.type == "cpu" and not torch.compiler.is_compiling():
+    if keys_bthk.device.type == "cpu":
         wrong = _wrong_values({"keys": keys_bthk, "values": values_bthv, "queries": queries_bthk}, gates)
         if wrong:
             raise WrongValue(f"a memory cannot be written with these: {'; '.join(wrong)}.", value=wrong)

@@ -63,7 +63,8 @@ def moneta() -> Rule:
 
 
 def yaad() -> Rule:
-    """Square where the residual is small, straight where it is large, near where it was (MIRAS, section 5.3)."""
+    """``W <- retain W - write g - 0.01 (W - W_ref)``, g of the squared loss where ``|f(k) - v|`` is at most the token's
+    threshold, else of the absolute one times the threshold (MIRAS 2504.13173, section 5.3)."""
     return Rule(structure=mlp(is_normed=True), bias=huber_switch(), retention=local(), update=plain())
 
 
@@ -105,8 +106,8 @@ def omega_net(span: int = 4) -> Rule:
 
 
 def omega() -> Rule:
-    """``S <- momentum S + write u k^T; M <- retain M + S``: u mixes key and value and never sees the memory, so one
-    product serves all tokens."""
+    """``S <- momentum S + write u k^T; M <- retain M + S``: ``u = W silu([k; v])`` never sees the memory, so
+    one product serves all tokens: a surrogate of Atlas (2505.23735)."""
     return Rule(structure=matrix(), bias=dot(), retention=decay(), update=momentum(), values="mixed")
 
 

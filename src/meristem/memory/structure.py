@@ -192,27 +192,20 @@ class Mlp:
         raise TypeError("an MLP memory has no one matrix")
 
     def recall(self, weights: Weights, query: Tensor) -> Tensor:
-        _, _, added_bhcv = self._forward(weights, query)
-        answer_bhcv = functional.layer_norm(added_bhcv, added_bhcv.shape[-1:]) if self.is_normed else added_bhcv
-        return answer_bhcv + query if answer_bhcv.shape == query.shape else answer_bhcv
+        return self._answer(query, self._forward(weights, query)[-1])
 
     def linearise(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
-        reached, gate_bhcf, added_bhcv = self._forward(weights, pairs.key_bhck)
-        answer_bhcv = functional.layer_norm(added_bhcv, added_bhcv.shape[-1:]) if self.is_normed else added_bhcv
-        recalled_bhcv = answer_bhcv
-        if answer_bhcv.shape == pairs.key_bhck.shape:
-            recalled_bhcv = answer_bhcv + pairs.key_bhck
+        reached, curved, gate_bhcf, last_bhcf, added_bhcv = self._forward(weights, pairs.key_bhck)
 
         def pull(gradient_bhcv: Tensor) -> Surprise:
             if self.is_normed:
                 gradient_bhcv = _pull_norm(added_bhcv, gradient_bhcv)
-            last_bhcf = functional.gelu(reached[-1]) if gate_bhcf is None else functional.gelu(reached[-1]) * gate_bhcf
             surprise: Surprise = {"out_bhfv": (last_bhcf, gradient_bhcv)}
             gradient_bhcf = weights.against("out_bhfv", gradient_bhcv)
             if gate_bhcf is not None:
-                surprise["gate_bhkf"] = (pairs.key_bhck, gradient_bhcf * functional.gelu(reached[-1]))
+                surprise["gate_bhkf"] = (pairs.key_bhck, gradient_bhcf * curved[-1])
                 gradient_bhcf = gradient_bhcf * gate_bhcf
-            inputs = [pairs.key_bhck, *(functional.gelu(x) for x in reached[:-1])]
+            inputs = [pairs.key_bhck, *curved[:-1]]
             for name, rows, reached_bhcf in reversed(list(zip(self.inner, inputs, reached, strict=True))):
                 gradient_bhcf = gradient_bhcf * _gelu_slope(reached_bhcf)
                 surprise[name] = (rows, gradient_bhcf)
@@ -220,16 +213,25 @@ class Mlp:
                     gradient_bhcf = weights.against(name, gradient_bhcf)
             return {name: surprise[name] for name in self.weights}
 
-        return recalled_bhcv, pairs.value_bhcv, pull
+        return self._answer(pairs.key_bhck, added_bhcv), pairs.value_bhcv, pull
 
-    def _forward(self, weights: Weights, key_bhck: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor]:
-        """What every hidden layer reaches before its GELU, the gate, and what is added to the key."""
-        reached = [weights.times(self.inner[0], key_bhck)]
-        for name in self.inner[1:]:
-            reached.append(weights.times(name, functional.gelu(reached[-1])))
-        last_bhcf = functional.gelu(reached[-1])
+    def _forward(
+        self, weights: Weights, key_bhck: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor, Tensor]:
+        """Every hidden layer before and after its GELU, the gate, what the last layer is given, and what it adds."""
+        reached, curved, rows = [], [], key_bhck
+        for name in self.inner:
+            reached.append(weights.times(name, rows))
+            rows = functional.gelu(reached[-1])
+            curved.append(rows)
         gate_bhcf = weights.times("gate_bhkf", key_bhck) if self.is_gated else None
-        return reached, gate_bhcf, weights.times("out_bhfv", last_bhcf if gate_bhcf is None else last_bhcf * gate_bhcf)
+        last_bhcf = rows if gate_bhcf is None else rows * gate_bhcf
+        return reached, curved, gate_bhcf, last_bhcf, weights.times("out_bhfv", last_bhcf)
+
+    def _answer(self, key_bhck: Tensor, added_bhcv: Tensor) -> Tensor:
+        if self.is_normed:
+            added_bhcv = functional.layer_norm(added_bhcv, added_bhcv.shape[-1:])
+        return added_bhcv + key_bhck if added_bhcv.shape == key_bhck.shape else added_bhcv
 
 
 @dataclass(frozen=True)

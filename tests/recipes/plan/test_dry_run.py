@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -9,18 +10,27 @@ import pytest
 import torch
 from torch import nn
 
+from meristem.cli.answer import columns
 from meristem.data.prepare import prepare
 from meristem.data.stream import Batch, Cursor, Stream
 from meristem.device.resolve import resolve
 from meristem.errors import DataError, OutOfDeviceBytes
 from meristem.events import silent
+from meristem.memory.bias import biases, squared
+from meristem.memory.check import conflicts
+from meristem.memory.forms import forms
+from meristem.memory.named import named
+from meristem.memory.retention import retentions, sphere
+from meristem.memory.rule import Rule
+from meristem.memory.structure import mlp, structures
+from meristem.memory.update import momentum, plain, updates
 from meristem.memory.value import size_bytes
 from meristem.models.build import build, models
 from meristem.optim.groups import build as build_optimizer
 from meristem.recipes.config import Config, load_config
 from meristem.recipes.plan import measure
 from meristem.recipes.plan.dry_run import PARTS, plan
-from meristem.recipes.plan.report import brief
+from meristem.recipes.plan.report import brief, sections
 from meristem.train.loop import steps
 from meristem.train.part import TrainPart
 from meristem.train.progress import Progress
@@ -290,3 +300,41 @@ def test_a_plan_leaves_nothing_behind(load):
     assert torch.equal(torch.get_rng_state(), before)
     logits_bto, _ = build(config.model, config.memory, 256, 0)(torch.zeros(1, 39, dtype=torch.int64))
     assert torch.isfinite(logits_bto).all()
+
+
+def test_the_memory_that_runs_is_told(load):
+    """The parts of the rule, what auto chose, and why the other forms refuse: in the words of their registries."""
+    memory = plan(load("lmm-yaad", "memory.form=auto", "memory.update=momentum", "data.window=7"), until="build").memory
+    assert (memory.rule, memory.structure, memory.bias) == ("yaad", "mlp", "huber_switch")
+    assert (memory.retention, memory.update, memory.form, memory.runs) == ("local", "momentum", "auto", "scan")
+    rule = replace(named("yaad"), update=momentum())
+    assert {row.name: list(row.refusals) for row in memory.forms} == {
+        name: forms.get(name).refusals(rule) for name in forms.names()
+    }
+    assert plan(load("lmm-delta"), until="build").memory.runs == "exact_chunk"
+    assert plan(load("attention"), until="build").memory is None
+
+
+def test_the_table_of_parts_is_that_of_the_check(load):
+    """Every pair of parts is there; a pair fits where no reason is given against a rule with the two in it."""
+    fits = plan(load("lmm-delta"), until="build").memory.fits
+    sizes = [len(registry.names()) for registry in (structures, biases, retentions, updates)]
+    assert len(fits) == (sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2
+    against = {fit.parts: fit.reasons for fit in fits}
+    assert against["mlp", "sphere"] == tuple(conflicts(Rule(mlp(), squared(), sphere(), plain())))
+    assert against["mlp", "sphere"] and not against["matrix", "sphere"]
+    assert against["squared", "implicit"] == () and "exact step" in against["dot", "implicit"][0]
+
+
+def test_the_memory_is_short_on_a_terminal(load):
+    """Every number in the table is a reason below it; no line is wider than a page."""
+    report = plan(load("lmm-lattice"), until="build")
+    memory, *tables, reasons = [s for s in sections(report) if s.title not in ("Plan", "Totals")]
+    assert [row for row in memory.rows if row[0] == "form exact_chunk"] == [
+        ("form exact_chunk", "; ".join(forms.get("exact_chunk").refusals(named("lattice"))))
+    ]
+    assert [table.title.split()[1] for table in tables] == ["bias", "retention", "update"]
+    numbers = {number for table in tables for row in table.rows for cell in row[1:] for number in cell.split()}
+    assert numbers - {"yes"} <= {row[0] for row in reasons.rows}
+    assert max(len(line) for s in (memory, *tables, reasons) for line in columns(s.columns, s.rows)) <= 120
+    assert sum(len(s.rows) for s in (memory, *tables, reasons)) < 50

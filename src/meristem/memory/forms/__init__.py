@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from meristem.errors import ConflictingKeys
 from meristem.memory.door import require_window
 from meristem.memory.forms import associative, atlas, exact_chunk, frozen_chunk, lattice, tnt
@@ -121,7 +123,8 @@ def run(
     """
     name = choose(rule) if form == "auto" else form
     require(rule, name)
-    require_window(rule, memory, keys_bthk, values_bthv, queries_bthk, gates)
+    if not torch.compiler.is_compiling():
+        require_window(rule, memory, keys_bthk, values_bthv, queries_bthk, gates)
     return run_trusted(rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, form=name, chunk=chunk)
 
 

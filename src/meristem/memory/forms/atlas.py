@@ -1,5 +1,7 @@
 """The form of rules that orthogonalise their momentum: weights per token, but only inside a short chunk."""
 
+from dataclasses import replace
+
 import torch
 
 from meristem.memory.forms.by_chunk import walk
@@ -21,6 +23,7 @@ def refusals(rule: Rule) -> list[str]:
     """Why this form cannot run the rule; empty when it can."""
     reasons = {
         "its update does not orthogonalise a momentum": rule.update.name == "orthogonal_momentum",
+        "it measures at retained weights": rule.probe == "cold",
         "its retention does more than scale the old memory": rule.retention.is_linear and not rule.retention.is_mapped,
     }
     return [reason for reason, is_met in reasons.items() if not is_met]
@@ -54,9 +57,11 @@ def _chunk(
     if log_momentum_bth is None:
         raise ValueError("a rule with momentum needs momentum gates; they are None. Pass Gates(momentum_bth=...)")
     # The momenta alone: a memory kept by the momentum gate and written at rate 1.
-    moved = Gates.from_logs(log_momentum_bth, torch.ones_like(gates.write_bth), weight_bth=gates.weight_bth)
-    plainly = Rule(rule.structure, rule.bias, rule.retention, plain(), span=rule.span)
-    step = frozen_step(plainly, memory, Pairs(key_bhck, value_bhcv), moved.rows(0, n_tokens), moved)
+    others = {"weight_bth": gates.weight_bth, "threshold_bth": gates.threshold_bth, "code_bthg": gates.code_bthg}
+    moved = Gates.from_logs(log_momentum_bth, torch.ones_like(gates.write_bth), **others)
+    rows = moved.rows(0, n_tokens)
+    pairs = Pairs(key_bhck, value_bhcv, rows.code_bhcg)
+    step = frozen_step(replace(rule, update=plain()), memory, pairs, rows, moved)
     kept_bhcs, kept_bhc = decay_between(gates.log_retain().movedim(1, 2))
     write_bhc11 = gates.write_bth.movedim(1, 2)[..., None, None]
     held: Memory = {}

@@ -27,7 +27,11 @@ from meristem.shapes import Keys, Queries, Values
 
 def refusals(rule: Rule) -> list[str]:
     """Why this form cannot run the rule; empty when it can."""
-    return [] if rule.update.is_linear else ["its update is not linear in the surprise"]
+    reasons = {
+        "its update is not linear in the surprise": rule.update.is_linear,
+        "it measures several pairs at what each token retains": rule.span == 1 or rule.probe == "cold",
+    }
+    return [reason for reason, is_met in reasons.items() if not is_met]
 
 
 def frozen_chunk(
@@ -89,7 +93,11 @@ class FrozenStep:
         return Moving(self.memory, self.factors, self.flowing.entering_cl, self.reach_bhcs)
 
     def after(self, rule: Rule) -> Memory:
-        """What is stored after the rows, and the momentum with it."""
+        """What is stored after the rows, and the momentum with it, where the retention only scales what is stored."""
+        return {name: rule.retention.settle(x) if name in self.factors else x for name, x in self.summed().items()}
+
+    def summed(self) -> Memory:
+        """What flows into the stored tensors and the momentum, added up."""
         after: Memory = {}
         for name, factor in self.factors.items():
             names = [name, momentum_name(name)][: self.arriving_bhsl.shape[-1]]
@@ -98,7 +106,6 @@ class FrozenStep:
                 kept = sum(carried_bhl[..., at, None, None] * self.memory[source] for at, source in enumerate(names))
                 arriving_bhs = self.arriving_bhsl[..., index]
                 after[stored] = kept - (factor[0] * arriving_bhs[..., None]).mT @ factor[1]
-            after[name] = rule.retention.settle(after[name])
         return after
 
 
@@ -211,7 +218,7 @@ def _at_the_end(rule: Rule, memory: Memory, step: FrozenStep, rows: RowGates) ->
         # What a memory that began at 0 and forgets nothing would hold is the sum of the changes.
         source = momentum_name(name)
         empty = {name: torch.zeros_like(memory[name])} | ({source: memory[source]} if source in memory else {})
-        moved = replace(step, memory=empty, factors={name: factor}).after(rule)
+        moved = replace(step, memory=empty, factors={name: factor}).summed()
         change[name] = moved.pop(name)
         carried |= moved
     # The product of factors and the sum of rates are the gates of one write as large as all of these.

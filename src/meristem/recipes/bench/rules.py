@@ -35,7 +35,7 @@ COMPARED: Final = 1024
 """The window in which a form is held against ``scan``, and the number of times it has to train faster."""
 ASKED: Final = 10.0
 
-MOST_S: Final = 4.0
+MOST_S: Final = 2.0
 """Seconds for the turns of one rule in one window: slow rules take fewer turns."""
 
 LIMIT_SIZE: Final = 2048
@@ -64,7 +64,7 @@ class Speed:
     def row(self) -> Row:
         """The pair as a line: tokens a second of training, and the rest beside it."""
         note = (
-            f"forward {self.forward_tokens_per_s:,.0f}, state {self.state_bytes / 2**10:,.0f} KiB, peak "
+            f"forward {self.forward_tokens_per_s:,.0f} tokens/s, state {self.state_bytes / 2**10:,.1f} KiB, peak "
             f"{self.peak_bytes / 2**20:,.1f} MiB, {self.limit_share:.1%} of the limit"
         )
         if self.form == "scan":
@@ -85,8 +85,8 @@ def speeds(
     for width in widths:
         for name in only or rules.names():
             for n_time in windows:
-                yield from _speeds(name, width, n_time, limit, n_repeats)
-            yield from _over_scan(name, width, n_repeats)
+                yield from in_all_forms(name, width, n_time, limit, n_repeats)
+            yield from over_scan(name, width, n_repeats)
 
 
 def matrix_limit(n_repeats: int) -> float:
@@ -103,11 +103,12 @@ def part_of(name: str) -> MemoryPart:
     return load_config(preset, environment={}).tree.memory if preset in preset_names() else MemoryPart(rule=name)
 
 
-def _speeds(name: str, width: int, n_time: int, limit: float, n_repeats: int) -> Iterator[Row]:
+def in_all_forms(name: str, width: int, n_time: int, limit: float, n_repeats: int) -> Iterator[Row]:
+    """One row for every form that takes the rule. limit: operations a second, as ``matrix_limit`` gives them."""
     fitting = [form for form in accepting(named(name)) if n_time <= LONGEST.get(form, n_time)]
     for form in accepting(named(name)):
         if form not in fitting:
-            yield _skipped(f"{name}, {form}: width {width}, T = {n_time}", "tokens/s")
+            yield _skipped(name, form, f"{name}, {form}: width {width}, T = {n_time}", "tokens/s")
     candidates = {form: _Window(name, form, width, SCANNED if form == "scan" else n_time) for form in fitting}
     training = {form: timed(window.train) for form, window in candidates.items()}
     reading = {f"read by {form}": timed(window.read) for form, window in candidates.items()}
@@ -134,13 +135,13 @@ def _speeds(name: str, width: int, n_time: int, limit: float, n_repeats: int) ->
         ).row()
 
 
-def _over_scan(name: str, width: int, n_repeats: int) -> Iterator[Row]:
+def over_scan(name: str, width: int, n_repeats: int) -> Iterator[Row]:
     """How many times faster than by its scan the rule trains, by every other form that takes it."""
     others = [form for form in accepting(named(name)) if form != "scan"]
     fitting = [form for form in others if LONGEST.get(form, COMPARED) >= COMPARED]
     for form in others:
         if form not in fitting:
-            yield _skipped(f"{name}, {form} over scan: width {width}, T = {COMPARED}", "x")
+            yield _skipped(name, form, f"{name}, {form} over scan: width {width}, T = {COMPARED}", "x")
     if not fitting:
         return
     steps = {form: _Window(name, form, width, COMPARED) for form in (*fitting, "scan")}
@@ -155,8 +156,9 @@ def _over_scan(name: str, width: int, n_repeats: int) -> Iterator[Row]:
         yield Row(label, ratio, "x", ASKED, note=note, figures=figures)
 
 
-def _skipped(name: str, unit: str) -> Row:
-    return Row(name, None, unit, note="skipped: the form holds a matrix per token; it is for shorter windows")
+def _skipped(rule: str, form: str, name: str, unit: str) -> Row:
+    note = f"skipped: beyond {LONGEST[form]} tokens; the form holds a matrix per token"
+    return Row(name, None, unit, note=note, figures={"rule": rule, "form": form})
 
 
 class _Window:
@@ -185,7 +187,7 @@ class _Window:
 
 
 def _peak(window: _Window, n_time: int) -> int:
-    """Peak bytes of a training step over ``n_time`` tokens; a shorter window is continued on the line from half of it."""
+    """Peak bytes of a training step over ``n_time`` tokens, by the line through a shorter window and half of it."""
     there = peak_bytes(window.train)
     if window.n_time == n_time:
         return there

@@ -1,7 +1,6 @@
 """Which figures there are, and how they are asked for."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 
@@ -13,9 +12,9 @@ from meristem.recipes.bench import memory, model, rules
 from meristem.recipes.bench.measure import Row
 
 SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
-    "memory": (memory.forms, memory.layer),
+    "memory": (memory.forms, memory.layer, memory.deep, memory.gated),
     "model": (model.models, model.growth),
-    "decode": (model.decoding,),
+    "decode": (model.decoding, memory.token),
     "start": (model.start,),
 }
 
@@ -28,10 +27,11 @@ def measure(
     widths, windows: those of the layers in the table of rules, which belongs to the section ``memory``.
     """
     resolve(DevicePart(), silent)
-    table = partial(rules.speeds, widths=widths, windows=windows)
     for name in names:
-        for section in (*SECTIONS[name], *([table] if name == "memory" else [])):
+        for section in SECTIONS[name]:
             yield from section(n_repeats)
+        if name == "memory":
+            yield from rules.speeds(n_repeats, widths, windows)
 
 
 def to_json(rows: Sequence[Row], *, n_repeats: int) -> dict[str, object]:

@@ -46,7 +46,7 @@ def memory_of(model: nn.Module, part: MemoryPart, window: int) -> MemoryFigures 
         retention=rule.retention.name,
         update=rule.update.name,
         form=part.form,
-        runs=choose(rule, window) if part.form == "auto" else part.form,
+        runs=choose(rule) if part.form == "auto" else part.form,
         chunk=part.chunk,
         forms=tuple(_forms(rule)),
         fits=tuple(fits()),
@@ -73,5 +73,5 @@ def _forms(rule: Rule) -> Iterator[FormRow]:
 
 def _made(maker: Callable[..., Any]) -> Any:
     """The part with its own choices, and ``EXAMPLE`` where it has none."""
-    parameters = inspect.signature(maker).parameters.values()
-    return maker(**{parameter.name: EXAMPLE for parameter in parameters if parameter.default is parameter.empty})
+    parameters = inspect.signature(maker).parameters.items()
+    return maker(**{name: EXAMPLE for name, parameter in parameters if parameter.default is parameter.empty})

@@ -1,0 +1,63 @@
+"""The training speed of every rule in every form as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from meristem.errors import MissingExtra
+
+COLOURS: Final = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#d62728", "#17becf", "#bcbd22")
+"""One for every form, in the order of their names; more forms go round."""
+
+
+def draw_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
+    """Write training tokens a second as bars, a group for each rule, a panel for each width and window, as a PNG.
+
+    figures: those of the rows of a benchmark; those that are no training speed of a rule are passed over.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as cause:
+        raise MissingExtra(
+            f"matplotlib is not installed, so {path.name} cannot be drawn. Run: pip install 'meristem[plot]'",
+            extra="plot",
+        ) from cause
+    bars = [found for found in figures if "training_tokens_per_s" in found]
+    panels = list(dict.fromkeys((found["width"], found["n_time"]) for found in bars))
+    rules = list(dict.fromkeys(found["rule"] for found in bars))
+    colours = dict(zip(sorted({found["form"] for found in bars}), COLOURS * len(bars), strict=False))
+    n_forms = {rule: len({found["form"] for found in bars if found["rule"] == rule}) for rule in rules}
+    height = 1.5 + 0.17 * sum(n + 1 for n in n_forms.values())
+    # Figure and canvas without pyplot: no global state, no display, nothing left behind.
+    figure = Figure(figsize=(1.5 + 6.5 * len(panels), height), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+        _draw_panel(axes, [found for found in bars if (found["width"], found["n_time"]) == panel], n_forms, colours)
+        axes.set_title(f"width {panel[0]}, windows of {panel[1]:,} tokens", fontsize="medium")
+    handles = [figure.axes[0].barh([0], [0], color=colour, label=form) for form, colour in colours.items()]
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=min(len(colours), 5 * len(panels)), fontsize="small"
+    )
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _draw_panel(
+    axes: Any, bars: Sequence[Mapping[str, Any]], n_forms: Mapping[str, int], colours: Mapping[str, str]
+) -> None:
+    """The bars of one width and window; every rule has its place, whether all its forms were measured or not."""
+    place, ticks = 0.0, []
+    for rule, n in n_forms.items():
+        own = sorted((found for found in bars if found["rule"] == rule), key=lambda found: str(found["form"]))
+        for index, found in enumerate(own):
+            speed = found["training_tokens_per_s"]
+            axes.barh(place + index, speed, height=0.9, color=colours[found["form"]])
+            axes.text(speed * 1.04, place + index, f"{speed:,.0f}", va="center", fontsize=7)
+        ticks.append(place + (n - 1) / 2)
+        place += n + 1
+    axes.set_yticks(ticks, list(n_forms))
+    axes.set_ylim(place - 0.5, -1)
+    axes.set_xscale("log")
+    axes.set_xlim(right=2 * max(found["training_tokens_per_s"] for found in bars))
+    axes.set_xlabel("tokens a second of training, forward and backward (logarithmic)")
+    axes.grid(axis="x", linewidth=0.4, alpha=0.5)
+    axes.set_axisbelow(True)
