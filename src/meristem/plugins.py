@@ -210,11 +210,12 @@ def spelled(registry: Registry[Callable[..., T]], text: str) -> T:
             value=text,
         ) from cause
     made = registry.get(call.func.id)
+    taken = inspect.signature(made).replace(return_annotation=inspect.Signature.empty)
     try:
-        inspect.signature(made).bind(*places, **chosen)
+        taken.bind(*places, **chosen)
     except TypeError as cause:
         raise WrongValue(
-            f"found '{text}': {cause}. The {registry.kind} '{call.func.id}' takes {inspect.signature(made)}.",
+            f"found '{text}': {cause}. The {registry.kind} '{call.func.id}' takes {taken}.",
             value=text,
         ) from cause
     return made(*places, **chosen)

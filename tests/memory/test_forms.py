@@ -387,3 +387,18 @@ def test_the_overshoot_tells_where_frozen_chunks_diverge(write_rate: float, is_s
     residual = abs(after["matrix_bhkv"][0, 0, 0, 0].item())
     assert residual == pytest.approx(abs(1 - 64 * write_rate) ** 6, rel=1e-6)
     assert (residual < 1) == (worst.max() < 2) == is_stable
+
+
+@pytest.mark.parametrize("name, form", PAIRS)
+def test_gates_that_a_rule_does_not_ask_for_change_nothing(name: str, form: str) -> None:
+    """One gate layer may serve a loop over names."""
+    rule = named(name)
+    inputs = window(rule, 7)
+    other_bth = inputs.gates.retain_bth
+    more = {key: other_bth if gate is None else gate for key, gate in vars(inputs.gates).items() if key in MORE}
+    read_bthv, _ = run(rule, *inputs.arguments(), form=form, chunk=4)
+    again_bthv, _ = run(rule, *inputs.arguments()[:4], replace(inputs.gates, **more), form=form, chunk=4)
+    torch.testing.assert_close(again_bthv, read_bthv, rtol=0, atol=0)
+
+
+MORE = ("momentum_bth", "threshold_bth", "weight_bth")

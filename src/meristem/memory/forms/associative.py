@@ -44,7 +44,9 @@ def associative(
     rated_bhtk = rate_bth.movedim(1, 2)[..., None] * address_bhtk
     written_bhtkv = rated_bhtk[..., None] * values_bthv.movedim(1, 2)[..., None, :]
     retain_bht = (gates.retain_bth if rule.has_retain else torch.ones_like(gates.retain_bth)).movedim(1, 2)
-    carried_bhtll, added_bhtlkv = _elements(retain_bht, gates.momentum_bth, written_bhtkv)
+    carried_bhtll, added_bhtlkv = _elements(
+        retain_bht, gates.momentum_bth if rule.update.has_momentum else None, written_bhtkv
+    )
     carried_bhtll, added_bhtlkv = _join_all(carried_bhtll, added_bhtlkv)
     first_bhlkv = torch.stack([memory[source] for source in names], dim=2)
     reached_bhtlkv = torch.einsum("bhtcl,bhlkv->bhtckv", carried_bhtll, first_bhlkv) + added_bhtlkv
