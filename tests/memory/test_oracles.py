@@ -96,14 +96,14 @@ def test_a_chunk_flows_as_in_fla() -> None:
     retain_bhc, momentum_bhc, write_bhc = gates
     flowing = flow(retain_bhc.log(), momentum_bhc.log(), write_bhc)
     found = {
-        "kept_bhc": flowing.entering_cl[..., 0],
-        "kept_bh": flowing.carried_ll[..., 0, 0],
-        "joined_bhc": flowing.entering_cl[..., 1],
-        "joined_bh": flowing.carried_ll[..., 0, 1],
-        "arriving_bhs": flowing.arriving_cl[..., 0],
-        "reach_bhcs": flowing.reach_cs,
-        "moving_bh": flowing.carried_ll[..., 1, 1],
-        "moved_bhs": flowing.arriving_cl[..., 1],
+        "kept_bhc": flowing.entering_nhcl[..., 0],
+        "kept_bh": flowing.carried_nhll[..., 0, 0],
+        "joined_bhc": flowing.entering_nhcl[..., 1],
+        "joined_bh": flowing.carried_nhll[..., 0, 1],
+        "arriving_bhs": flowing.arriving_nhcl[..., 0],
+        "reach_bhcs": flowing.reach_nhcs,
+        "moving_bh": flowing.carried_nhll[..., 1, 1],
+        "moved_bhs": flowing.arriving_nhcl[..., 1],
     }
     torch.testing.assert_close(found, expected, **DOUBLE)
 

@@ -67,7 +67,7 @@ def _chunk(
     held: Memory = {}
     after: Memory = {}
     for name, (addresses, gradients) in step.factors.items():
-        entering_bhc11 = step.flowing.entering_cl[..., 0, None, None]
+        entering_bhc11 = step.flowing.entering_nhcl[..., 0, None, None]
         momenta_bhckv = torch.einsum("bhcs,bhsk,bhsv->bhckv", step.reach_bhcs, addresses, gradients)
         momenta_bhckv = momenta_bhckv + entering_bhc11 * memory[momentum_name(name)][:, :, None]
         steps = write_bhc11 * newton_schulz(momenta_bhckv)

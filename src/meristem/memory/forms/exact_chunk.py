@@ -102,7 +102,7 @@ def solved(
     address_bthk, wanted_bthk = rule.structure.address(keys_bthk), rule.structure.address(queries_bthk)
     key_width = address_bthk.shape[-1]
     flowing = _flow(rule, gates, cut(rule.update.rate(gates.write_bth, address_bthk), chunk), n_time)
-    sight_nhcl, outer_nhcs = flowing.before() if rule.reads == "before" else (flowing.entering_cl, flowing.reach_cs)
+    sight_nhcl, outer_nhcs = flowing.before() if rule.reads == "before" else (flowing.entering_nhcl, flowing.reach_nhcs)
     inner_nhcs = probe_nhcl = None
     if rule.slope:
         probe_nhcl, inner_nhcs = flowing.before()
@@ -121,8 +121,8 @@ def solved(
         outer_nhcs,
         probe_nhcl,
         sight_nhcl,
-        flowing.arriving_cl,
-        flowing.carried_ll,
+        flowing.arriving_nhcl,
+        flowing.carried_nhll,
         torch.cat([memory[name].flatten(0, 1) for name in names], dim=-2),
     )
     read_bnchv = read_nhcv.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4)

@@ -11,25 +11,27 @@ from meristem.memory.kernels.chunk_solve import Between
 
 @dataclass(frozen=True)
 class Flow:
-    """The weights of the past at every token of a chunk, for any leading axes; l is memory, and momentum beside it.
+    """The weights of the past at every token of a chunk; l is memory, and momentum beside it.
 
-    entering_cl: of the memory, and the momentum, that enter the chunk.
-    reach_cs: of what token s wrote, at token c, write rate included; lower triangular.
-    arriving_cl: of what each token wrote, in the memory and the momentum that leave the chunk, write rate included.
-    carried_ll: of the entering values in the leaving ones.
+    Leading axes are chunks and folded heads (n h), or rows and heads of one chunk.
+
+    entering_nhcl: of the memory, and the momentum, that enter the chunk.
+    reach_nhcs: of what token s wrote, at token c, write rate included; lower triangular.
+    arriving_nhcl: of what each token wrote, in the memory and the momentum that leave the chunk, write rate included.
+    carried_nhll: of the entering values in the leaving ones.
     """
 
-    entering_cl: Tensor
-    reach_cs: Tensor
-    arriving_cl: Tensor
-    carried_ll: Tensor
+    entering_nhcl: Tensor
+    reach_nhcs: Tensor
+    arriving_nhcl: Tensor
+    carried_nhll: Tensor
 
     def before(self) -> tuple[Tensor, Tensor]:
         """``entering`` and ``reach`` one token earlier: as the memory is before a token is written."""
-        first_1l = torch.zeros_like(self.entering_cl[..., :1, :])
-        first_1l[..., 0] = 1.0
-        entering_cl = torch.cat([first_1l, self.entering_cl[..., :-1, :]], dim=-2)
-        return entering_cl, functional.pad(self.reach_cs[..., :-1, :], (0, 0, 1, 0))
+        first_nh1l = torch.zeros_like(self.entering_nhcl[..., :1, :])
+        first_nh1l[..., 0] = 1.0
+        entering_nhcl = torch.cat([first_nh1l, self.entering_nhcl[..., :-1, :]], dim=-2)
+        return entering_nhcl, functional.pad(self.reach_nhcs[..., :-1, :], (0, 0, 1, 0))
 
 
 def flow(log_retain: Tensor, log_momentum: Tensor | None, write: Tensor, is_token: Tensor | None = None) -> Flow:
@@ -38,29 +40,29 @@ def flow(log_retain: Tensor, log_momentum: Tensor | None, write: Tensor, is_toke
     is_token: False where a chunk was padded, which broadcasts over [c, s]: such a token must not add the momentum once
     more, so it is emitted into the memory with weight 0.
     """
-    kept_cs, kept_c = decay_between(log_retain)
+    kept_nhcs, kept_nhc = decay_between(log_retain)
     if log_momentum is None:
-        reach_cs = kept_cs * write[..., None, :]
-        return Flow(kept_c[..., None], reach_cs, reach_cs[..., -1, :, None], kept_c[..., -1:, None])
-    moving_cs, moving_c = decay_between(log_momentum)
-    emitted_cs = kept_cs if is_token is None else kept_cs * is_token
-    joined_c = (emitted_cs * moving_c[..., None, :]).sum(dim=-1)
-    written_cs = moving_cs * write[..., None, :]
-    reach_cs = emitted_cs @ written_cs
-    last = moving_c[..., -1]
-    carried_ll = torch.stack([kept_c[..., -1], joined_c[..., -1], torch.zeros_like(last), last], dim=-1)
+        reach_nhcs = kept_nhcs * write[..., None, :]
+        return Flow(kept_nhc[..., None], reach_nhcs, reach_nhcs[..., -1, :, None], kept_nhc[..., -1:, None])
+    moving_nhcs, moving_nhc = decay_between(log_momentum)
+    emitted_nhcs = kept_nhcs if is_token is None else kept_nhcs * is_token
+    joined_nhc = (emitted_nhcs * moving_nhc[..., None, :]).sum(dim=-1)
+    written_nhcs = moving_nhcs * write[..., None, :]
+    reach_nhcs = emitted_nhcs @ written_nhcs
+    last = moving_nhc[..., -1]
+    carried_nhll = torch.stack([kept_nhc[..., -1], joined_nhc[..., -1], torch.zeros_like(last), last], dim=-1)
     return Flow(
-        entering_cl=torch.stack([kept_c, joined_c], dim=-1),
-        reach_cs=reach_cs,
-        arriving_cl=torch.stack([reach_cs[..., -1, :], written_cs[..., -1, :]], dim=-1),
-        carried_ll=carried_ll.unflatten(-1, (2, 2)),
+        entering_nhcl=torch.stack([kept_nhc, joined_nhc], dim=-1),
+        reach_nhcs=reach_nhcs,
+        arriving_nhcl=torch.stack([reach_nhcs[..., -1, :], written_nhcs[..., -1, :]], dim=-1),
+        carried_nhll=carried_nhll.unflatten(-1, (2, 2)),
     )
 
 
 def decay_between(log_factors: Tensor) -> tuple[Tensor, Tensor]:
     """The product of the factors after s up to c, and from the chunk's start up to c."""
-    total_c = log_factors.cumsum(dim=-1)
-    return Between.apply(total_c), total_c.exp()
+    total = log_factors.cumsum(dim=-1)
+    return Between.apply(total), total.exp()
 
 
 def cut(x: Tensor, chunk: int) -> Tensor:

@@ -90,7 +90,7 @@ class FrozenStep:
         """The weights as each token meets them."""
         if reads == "before":
             return Moving(self.memory, self.factors, self.flowing.before()[0], self.before_bhcs)
-        return Moving(self.memory, self.factors, self.flowing.entering_cl, self.reach_bhcs)
+        return Moving(self.memory, self.factors, self.flowing.entering_nhcl, self.reach_bhcs)
 
     def after(self, rule: Rule) -> Memory:
         """What is stored after the rows, and the momentum with it, where the retention only scales what is stored."""
@@ -102,7 +102,7 @@ class FrozenStep:
         for name, factor in self.factors.items():
             names = [name, momentum_name(name)][: self.arriving_bhsl.shape[-1]]
             for index, stored in enumerate(names):
-                carried_bhl = self.flowing.carried_ll[..., index, :]
+                carried_bhl = self.flowing.carried_nhll[..., index, :]
                 kept = sum(carried_bhl[..., at, None, None] * self.memory[source] for at, source in enumerate(names))
                 arriving_bhs = self.arriving_bhsl[..., index]
                 after[stored] = kept - (factor[0] * arriving_bhs[..., None]).mT @ factor[1]
@@ -156,7 +156,7 @@ def frozen_step(
         factors = {name: (addresses, gradients + rule.update.erase * erased)}
         write_bhc = rule.update.rate(write_bhc, addresses)
     flowing = _flowing(rule, gates, write_bhc)
-    reach_bhcs, before_bhcs, arriving_bhsl = flowing.reach_cs, flowing.before()[1], flowing.arriving_cl
+    reach_bhcs, before_bhcs, arriving_bhsl = flowing.reach_nhcs, flowing.before()[1], flowing.arriving_nhcl
     if counts_bhs is not None:
         band_cs = _band(rule.span, write_bhc.shape[-1], write_bhc)
         counts_bh1s = counts_bhs[..., None, :]
@@ -243,7 +243,7 @@ def overshoot(rule: Rule, keys_bthk: Keys, gates: Gates, chunk: int) -> Tensor:
     log_momentum_bth = whole.log_momentum() if rule.update.has_momentum else None
     log_retain_nhc = cut(whole.log_retain(), chunk) if rule.has_retain else torch.zeros_like(write_nhc)
     flowing = flow(log_retain_nhc, None if log_momentum_bth is None else cut(log_momentum_bth, chunk), write_nhc)
-    root_nhc1 = (abs(rule.slope or 0.0) * flowing.arriving_cl[..., :1]).clamp(min=0).sqrt()
+    root_nhc1 = (abs(rule.slope or 0.0) * flowing.arriving_nhcl[..., :1]).clamp(min=0).sqrt()
     weighed_nhck = root_nhc1 * cut(address_bthk[:, :n_whole], chunk)
     return torch.linalg.eigvalsh(weighed_nhck @ weighed_nhck.mT)[..., -1]
 
