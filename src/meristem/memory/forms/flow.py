@@ -50,12 +50,12 @@ def flow(log_retain: Tensor, log_momentum: Tensor | None, write: Tensor, is_toke
     written_nhcs = moving_nhcs * write[..., None, :]
     reach_nhcs = emitted_nhcs @ written_nhcs
     last = moving_nhc[..., -1]
-    carried_nhll = torch.stack([kept_nhc[..., -1], joined_nhc[..., -1], torch.zeros_like(last), last], dim=-1)
+    carried = torch.stack([kept_nhc[..., -1], joined_nhc[..., -1], torch.zeros_like(last), last], dim=-1)
     return Flow(
         entering_nhcl=torch.stack([kept_nhc, joined_nhc], dim=-1),
         reach_nhcs=reach_nhcs,
         arriving_nhcl=torch.stack([reach_nhcs[..., -1, :], written_nhcs[..., -1, :]], dim=-1),
-        carried_nhll=carried_nhll.unflatten(-1, (2, 2)),
+        carried_nhll=carried.unflatten(-1, (2, 2)),
     )
 
 
