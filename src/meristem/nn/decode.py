@@ -7,10 +7,9 @@ Nothing here is learned or decided: the same numbers, fewer calls.
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
-from meristem.memory.update import momentum_name
+from meristem.memory.forms.exact_chunk import one_token
 from meristem.memory.value import State
 from meristem.shapes import Hidden
 
@@ -42,33 +41,6 @@ def decode(recall: "Recall", hidden_btd: Hidden, state: State) -> tuple[Hidden, 
     write_bh11 = gates["write"] if recall.gates.write_limit == 1 else recall.gates.write_limit * gates["write"]
     if "momentum" in gates and recall.gates.is_scaled:
         write_bh11 = torch.addcmul(write_bh11, write_bh11, gates["momentum"], value=-1)
-    name = rule.structure.weights[0]
-    old_bhkv = memory[name]
-    after = _written(recall, old_bhkv, (key_bh1k, vectors_blhk[:, 2].unsqueeze(-2), write_bh11), gates, memory)
-    read_bh1v = query_bh1k @ (old_bhkv if rule.reads == "before" else after[name])
+    rows = key_bh1k, vectors_blhk[:, 2].unsqueeze(-2), query_bh1k
+    read_bh1v, after = one_token(rule, memory, rows, gates | {"write": write_bh11})
     return read_bh1v.view(hidden_btd.shape[0], 1, -1), {"memory": after, "conv": {"tail_bsd": padded_bsd[:, 1:]}}
-
-
-def _written(
-    recall: "Recall",
-    old_bhkv: Tensor,
-    pair: tuple[Tensor, Tensor, Tensor],
-    gates: dict[str, Tensor],
-    memory: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    rule = recall.rule
-    key_bh1k, value_bh1v, write_bh11 = pair
-    rate_bh11 = rule.update.rate(write_bh11[..., 0], key_bh1k)[..., None]
-    new_bh1v = value_bh1v
-    if rule.slope:
-        recalled_bh1v = key_bh1k @ old_bhkv
-        if rule.probe == "warm":
-            recalled_bh1v = gates["retain"] * recalled_bh1v
-        new_bh1v = torch.sub(value_bh1v, recalled_bh1v, alpha=rule.slope)
-    step_bhkv = key_bh1k.mT * (rate_bh11 * new_bh1v)
-    name, carried = rule.structure.weights[0], {}
-    if "momentum" in gates:
-        step_bhkv = torch.addcmul(step_bhkv, gates["momentum"], memory[momentum_name(name)])
-        carried[momentum_name(name)] = step_bhkv
-    kept_bhkv = torch.addcmul(step_bhkv, gates["retain"], old_bhkv) if "retain" in gates else old_bhkv + step_bhkv
-    return memory | {name: kept_bhkv} | carried

@@ -71,8 +71,8 @@ class Recall(nn.Module):
                 f"Set memory.head_width to a divisor of {width}."
             )
         self.rule = rule_of(part)
-        self.form, self.chunk = part.form, part.chunk
-        require(self.rule, self.form)
+        require(self.rule, part.form)
+        self.form, self.chunk = choose(self.rule) if part.form == "auto" else part.form, part.chunk
         self.heads = width // part.head_width
         self.used = self.rule.structure.used
         self.qkv = nn.Linear(width, len(self.used) * width, bias=False)
@@ -86,7 +86,7 @@ class Recall(nn.Module):
         widths = part.head_width, part.head_width // self.channels
         self.initial = Initial(self.rule, self.heads * self.channels, widths, has_local=self.form == "tnt")
         # What ``decode`` takes: all else goes token by token as windows do.
-        is_exact = self.form == "auto" or forms.get(self.form).is_exact
+        is_exact = forms.get(self.form).is_exact
         is_usual = self.rule.structure.kind == "matrix" and self.rule.features.name == "identity" and self.mix is None
         is_usual = is_usual and self.channels == 1 and part.gate_rank is None
         self.is_plain = self.rule.is_linear and is_exact and is_usual
@@ -97,25 +97,18 @@ class Recall(nn.Module):
         if state is None:
             state = {"memory": self.initial(hidden_btd.shape[0]), "conv": None}
         query_bthk, key_bthk, value_bthv, tail = self.vectors(hidden_btd, state["conv"])
-        window = key_bthk, value_bthv, query_bthk
-        if self.channels > 1:
-            window = (
-                key_bthk.repeat_interleave(self.channels, dim=2),
-                value_bthv.flatten(2)[..., None],
-                query_bthk.repeat_interleave(self.channels, dim=2),
-            )
         read_bthv, memory = run_trusted(
             self.rule,
             state["memory"],
-            window,
+            (key_bthk, value_bthv, query_bthk),
             self.gates(hidden_btd),
-            form=choose(self.rule) if self.form == "auto" else self.form,
+            form=self.form,
             chunk=self.chunk,
         )
         return read_bthv.flatten(2).to(value_bthv.dtype), {"memory": memory, "conv": tail}
 
     def vectors(self, hidden_btd: Hidden, tail: State | None) -> tuple[Queries, Keys, Values, State]:
-        """Queries, keys and values of a window, and what the convolution carries on."""
+        """Queries, keys and values of a window as the rule takes them, and what the convolution carries on."""
         mixed_btd, tail = self.conv(self.qkv(hidden_btd), tail)
         found = functional.silu(mixed_btd).unflatten(-1, (len(self.used), self.heads, -1)).unbind(2)
         vectors = dict(zip(self.used, found, strict=True))
@@ -123,7 +116,11 @@ class Recall(nn.Module):
         query_bthk, key_bthk, value_bthv = (vectors.get(name, found[0]) for name in ("query", "key", "value"))
         if self.mix is not None:
             return query_bthk, key_bthk, self.mix(key_bthk, value_bthv), tail
-        return unit(query_bthk), unit(key_bthk), value_bthv, tail
+        query_bthk, key_bthk = unit(query_bthk), unit(key_bthk)
+        if self.channels > 1:
+            query_bthk, key_bthk = (x.repeat_interleave(self.channels, dim=2) for x in (query_bthk, key_bthk))
+            value_bthv = value_bthv.flatten(2)[..., None]
+        return query_bthk, key_bthk, value_bthv, tail
 
 
 def _require_channels(rule: Rule) -> None:

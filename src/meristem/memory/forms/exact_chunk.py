@@ -59,31 +59,43 @@ def exact_chunk(
 
 
 def _one_token(rule: Rule, memory: Memory, window: Window, gates: Gates) -> tuple[Values, Memory]:
-    """What ``scan`` does with one token, in a dozen operations: a session that speaks does nothing else."""
     # b t h k with t = 1 is b h 1 k in other words: each head has one row.
     key_bh1k, value_bh1v, query_bh1k = (x.transpose(1, 2) for x in window)
-    key_bh1k, query_bh1k = rule.structure.address(key_bh1k), rule.structure.address(query_bh1k)
-    retain_bh11, write_bh1 = gates.retain_bth.transpose(1, 2)[..., None], gates.write_bth.transpose(1, 2)
-    rate_bh11 = rule.update.rate(write_bh1, key_bh1k)[..., None]
+    rows = rule.structure.address(key_bh1k), value_bh1v, rule.structure.address(query_bh1k)
+    factors = {"retain": gates.retain_bth, "write": gates.write_bth, "momentum": gates.momentum_bth}
+    factors_bh11 = {name: x.transpose(1, 2)[..., None] for name, x in factors.items() if x is not None}
+    read_bh1v, memory = one_token(rule, memory, rows, factors_bh11)
+    return read_bh1v.transpose(1, 2), memory
+
+
+def one_token(rule: Rule, memory: Memory, rows: Window, factors: dict[str, Tensor]) -> tuple[Tensor, Memory]:
+    """What ``scan`` does with one token, in a dozen operations: a session that speaks does nothing else.
+
+    rows: address, value and query, ``b h 1 k``. factors: ``write``, ``retain`` where old memory fades, and ``momentum``
+    where the rule has it, ``b h 1 1``.
+    """
+    key_bh1k, value_bh1v, query_bh1k = rows
     name = rule.structure.weights[0]
     old_bhkv = memory[name]
-    wrong_bh1v = -value_bh1v
+    new_bh1v = value_bh1v
     if rule.slope:
         recalled_bh1v = key_bh1k @ old_bhkv
         if rule.probe == "warm":
-            recalled_bh1v = retain_bh11 * recalled_bh1v
-        wrong_bh1v = torch.add(wrong_bh1v, recalled_bh1v, alpha=rule.slope)
-    step_bhkv = (key_bh1k * rate_bh11).mT @ wrong_bh1v
+            recalled_bh1v = factors["retain"] * recalled_bh1v
+        new_bh1v = torch.sub(value_bh1v, recalled_bh1v, alpha=rule.slope)
+    rate_bh11 = rule.update.rate(factors["write"][..., 0], key_bh1k)[..., None]
+    step_bhkv = key_bh1k.mT * (rate_bh11 * new_bh1v)
     carried: Memory = {}
     if rule.update.has_momentum:
-        if gates.momentum_bth is None:
-            raise ValueError("a rule with momentum needs momentum gates; they are None. Pass Gates(momentum_bth=...)")
         moving = momentum_name(name)
-        step_bhkv = step_bhkv - gates.momentum_bth.transpose(1, 2)[..., None] * memory[moving]
-        carried[moving] = -step_bhkv
-    new_bhkv = (retain_bh11 * old_bhkv if rule.has_retain else old_bhkv) - step_bhkv
-    read_bh1v = query_bh1k @ (old_bhkv if rule.reads == "before" else new_bhkv)
-    return read_bh1v.transpose(1, 2), memory | {name: new_bhkv} | carried
+        step_bhkv = torch.addcmul(step_bhkv, factors["momentum"], memory[moving])
+        carried[moving] = step_bhkv
+    if rule.has_retain:
+        kept_bhkv = torch.addcmul(step_bhkv, factors["retain"], old_bhkv)
+    else:
+        kept_bhkv = old_bhkv + step_bhkv
+    read_bh1v = query_bh1k @ (old_bhkv if rule.reads == "before" else kept_bhkv)
+    return read_bh1v, memory | {name: kept_bhkv} | carried
 
 
 def solved(
@@ -101,7 +113,7 @@ def solved(
     chunk = min(chunk, n_time)
     address_bthk, wanted_bthk = rule.structure.address(keys_bthk), rule.structure.address(queries_bthk)
     key_width = address_bthk.shape[-1]
-    flowing = _flow(rule, gates, cut(rule.update.rate(gates.write_bth, address_bthk), chunk), n_time)
+    flowing = flow_of(rule, gates, cut(rule.update.rate(gates.write_bth, address_bthk), chunk), n_time)
     sight_nhcl, outer_nhcs = flowing.before() if rule.reads == "before" else (flowing.entering_nhcl, flowing.reach_nhcs)
     inner_nhcs = probe_nhcl = None
     if rule.slope:
@@ -136,13 +148,14 @@ def _probed(rule: Rule, gates: Gates, chunk: int) -> Tensor | float:
     return slope * cut(gates.retain_bth, chunk)[..., None] if rule.probe == "warm" else slope
 
 
-def _flow(rule: Rule, gates: Gates, write_nhc: Tensor, n_time: int) -> Flow:
-    n_chunks, _, chunk = write_nhc.shape
-    log_retain_nhc = cut(gates.log_retain(), chunk) if rule.has_retain else torch.zeros_like(write_nhc)
+def flow_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Flow:
+    """The flow of all chunks of a window, ``n (b h)`` in front."""
+    n_chunks, _, chunk = write.shape
+    log_retain_nhc = cut(gates.log_retain(), chunk) if rule.has_retain else torch.zeros_like(write)
     log_momentum_bth = gates.log_momentum() if rule.update.has_momentum else None
     is_token_n11s = None
     if n_time % chunk:
-        is_token_ns = torch.arange(n_chunks * chunk, device=write_nhc.device).view(n_chunks, chunk) < n_time
+        is_token_ns = torch.arange(n_chunks * chunk, device=write.device).view(n_chunks, chunk) < n_time
         is_token_n11s = is_token_ns[:, None, None, :]
     log_momentum_nhc = None if log_momentum_bth is None else cut(log_momentum_bth, chunk)
-    return flow(log_retain_nhc, log_momentum_nhc, write_nhc, is_token_n11s)
+    return flow(log_retain_nhc, log_momentum_nhc, write, is_token_n11s)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from meristem.memory.forms.by_chunk import Window, walk
-from meristem.memory.forms.exact_chunk import solved
+from meristem.memory.forms.exact_chunk import flow_of, solved
 from meristem.memory.forms.flow import Flow, cut, flow
 from meristem.memory.gates import Gates, RowGates
 from meristem.memory.rule import Rule
@@ -240,9 +240,7 @@ def overshoot(rule: Rule, keys_bthk: Keys, gates: Gates, chunk: int) -> Tensor:
     n_whole = keys_bthk.shape[1] // chunk * chunk
     whole = gates.window(0, n_whole).to(torch.float32)
     write_nhc = cut(rule.update.rate(whole.write_bth, address_bthk[:, :n_whole]), chunk)
-    log_momentum_bth = whole.log_momentum() if rule.update.has_momentum else None
-    log_retain_nhc = cut(whole.log_retain(), chunk) if rule.has_retain else torch.zeros_like(write_nhc)
-    flowing = flow(log_retain_nhc, None if log_momentum_bth is None else cut(log_momentum_bth, chunk), write_nhc)
+    flowing = flow_of(rule, whole, write_nhc, n_whole)
     root_nhc1 = (abs(rule.slope or 0.0) * flowing.arriving_nhcl[..., :1]).clamp(min=0).sqrt()
     weighed_nhck = root_nhc1 * cut(address_bthk[:, :n_whole], chunk)
     return torch.linalg.eigvalsh(weighed_nhck @ weighed_nhck.mT)[..., -1]

@@ -58,7 +58,7 @@ def tnt(
     """
     window, n_time = (keys_bthk, values_bthv, queries_bthk), keys_bthk.shape[1]
     names = rule.structure.weights
-    begun: State | None = dict(memory).get("unfinished")  # type: ignore[assignment]
+    begun: Any = dict(memory).get("unfinished")
     memory = {beside(name, "reset"): memory[name] for name in names} | finished(memory)
     begun = begun or _begin(rule, memory, queries_bthk)
     reads, at = [], 0
