@@ -16,7 +16,7 @@ from meristem.nn.part import MemoryPart
 VOCABULARY = 29
 N_TIME = 13
 
-SMALL = {"width": 12, "n_layers": 2, "heads": 2, "hidden": 17, "span": 5, "window": 23}
+SMALL = {"width": 12, "n_layers": 2, "heads": 2, "hidden": 17, "span": 5, "window": 23, "segment": 5}
 SMALL_MEMORY = {"head_width": 4, "chunk": 3}
 
 
@@ -53,6 +53,14 @@ def _entries() -> Iterator[tuple[str, ModelPart, MemoryPart]]:
         small({"mixer": "attention", "n_persistent": 3, "mlp": "gelu", "tied": True}),
         small_memory({}),
     )
+    for mixer in ("mag", "mac", "mal"):
+        yield f"lm-{mixer}-persistent", small({"mixer": mixer, "n_persistent": 3}), small_memory({})
+    for combine in ("projected", "sigmoid", "additive"):
+        yield f"lm-mag-{combine}", small({"combine": combine}), small_memory({})
+    yield "lm-mal-plain", small({"mixer": "mal", "is_residual": False}), small_memory({})
+    hybrid = [{"mixer": "memory", "rule": "yaad"}, {"mixer": "attention"}]
+    for join in ("stack", "sum", "concat", "attention"):
+        yield f"lm-hybrid-{join}", small({"layers": hybrid, "join": join}), small_memory({})
     yield "lm-full", small({"mixer": "attention"}).model_copy(update={"span": None}), small_memory({})
     yield "charformer-pre", small({"name": "charformer", "order": "pre", "positions": "learned"}), small_memory({})
 

@@ -31,6 +31,8 @@ def test_an_unknown_mixer_is_answered_with_the_nearest():
         ({"name": "charformer", "span": 7}, "span"),
         ({"name": "lm", "window": 7}, "window"),
         ({"mixer": "memory", "n_persistent": 3}, "n_persistent"),
+        ({"mixer": "mac", "span": 7}, "span"),
+        ({"layers": [{"mixer": "memory"}, {"mixer": "attention"}], "combine": "additive"}, "combine"),
     ],
 )
 def test_a_key_that_the_model_does_not_read_is_refused(settings, key):
@@ -67,7 +69,14 @@ CHANGES = {
     "order": "pre",
     "positions": "learned",
     "init": "unscaled",
+    "combine": "additive",
+    "segment": 5,
+    "is_residual": False,
+    "layers": [{"mixer": "attention"}],
+    "join": "sum",
 }
+READ_BY = {"segment": "mac", "is_residual": "mal"}
+"""The mixer that reads a key, where the default one does not."""
 
 
 @pytest.mark.parametrize("name, key", [(name, key) for name, keys in READS.items() for key in sorted(keys)])
@@ -78,6 +87,8 @@ def test_every_key_changes_the_model_that_reads_it(name, key):
         small = (
             {"width": 12, "heads": 2, "n_layers": 2} if name in ("lm", "charformer") else {"width": 12, "n_layers": 2}
         )
+        if key in READ_BY:
+            small |= {"mixer": READ_BY[key]}
         model = build(ModelPart(**{"name": name} | small | settings), MemoryPart(**SMALL_MEMORY), 29, random_seed=3)
         with torch.no_grad():
             logits_bto, _ = model(ids(2, 100 if name == "lm" else 13))

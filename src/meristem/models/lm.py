@@ -12,9 +12,12 @@ from torch import nn
 from meristem.memory.value import State
 from meristem.models.doors import check_tokens
 from meristem.models.draws import drawn_from
+from meristem.models.join import JOINS
 from meristem.models.part import ModelPart
 from meristem.nn.attention import Attention
+from meristem.nn.mac import MemoryAsContext
 from meristem.nn.mag import MemoryAsGate
+from meristem.nn.mal import MemoryAsLayer
 from meristem.nn.memory import MemoryLayer
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.nn.norm import RMSNorm
@@ -37,7 +40,18 @@ def attention(model: ModelPart, memory: MemoryPart) -> Attention:
 
 def memory_as_gate(model: ModelPart, memory: MemoryPart) -> MemoryAsGate:
     """Sliding-window attention, scaled by what the memory recalls."""
-    return MemoryAsGate(model.width, memory, attention=attention(model, memory))
+    return MemoryAsGate(model.width, memory, attention=attention(model, memory), combine=model.combine)
+
+
+def memory_as_context(model: ModelPart, memory: MemoryPart) -> MemoryAsContext:
+    """Attention inside a segment, to the segment and to what the memory of earlier ones recalls for it."""
+    whole = Attention(model.width, model.heads, span=None, rope=model.rope, n_persistent=model.n_persistent)
+    return MemoryAsContext(model.width, memory, attention=whole, segment=model.segment, combine=model.combine)
+
+
+def memory_as_layer(model: ModelPart, memory: MemoryPart) -> MemoryAsLayer:
+    """A memory, and sliding-window attention to what it gives."""
+    return MemoryAsLayer(model.width, memory, attention=attention(model, memory), is_residual=model.is_residual)
 
 
 def memory_alone(model: ModelPart, memory: MemoryPart) -> MemoryLayer:
@@ -46,7 +60,14 @@ def memory_alone(model: ModelPart, memory: MemoryPart) -> MemoryLayer:
 
 
 mixers: Registry[Callable[[ModelPart, MemoryPart], nn.Module]] = Registry(
-    "mixer", {"attention": attention, "mag": memory_as_gate, "memory": memory_alone}
+    "mixer",
+    {
+        "attention": attention,
+        "mag": memory_as_gate,
+        "mac": memory_as_context,
+        "mal": memory_as_layer,
+        "memory": memory_alone,
+    },
 )
 """What mixes tokens: modules with ``forward(hidden_btd, state) -> (hidden_btd, state)``."""
 
@@ -94,7 +115,10 @@ def _derived_hidden(model: ModelPart) -> int:
 
 
 class LM(nn.Module):
-    """Embedding, ``blocks``, norm, head. State: what each block carries, ``{"layer": {"0": ..., "1": ...}}``."""
+    """Embedding, ``blocks``, norm, head. The blocks stand on each other, or side by side and are joined.
+
+    State: what each block carries, ``{"layer": {"0": ..., "1": ...}}``.
+    """
 
     window: int | None = None
 
@@ -109,15 +133,29 @@ class LM(nn.Module):
         self.blocks = nn.ModuleList()
         for layer in range(model.n_layers):
             with drawn_from(random_seed, "model.layer", layer):
-                self.blocks.append(Block(model, memory))
+                self.blocks.append(Block(*of_layer(model, memory, layer)))
+        with drawn_from(random_seed, "model.join"):
+            self.join = None if model.join == "stack" else JOINS[model.join](model.width, model.n_layers)
         self.norm = RMSNorm(model.width)
 
     def forward(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
         check_tokens(tokens_bt)
         carried: dict[str, Any] = state or {"layer": {}}
         after: State = {}
-        hidden_btd = self.embedding(tokens_bt)
+        hidden_btd = embedded_btd = self.embedding(tokens_bt)
+        beside: list[Hidden] = []
         for layer, block in enumerate(self.blocks):
-            hidden_btd, after[str(layer)] = block(hidden_btd, carried["layer"].get(str(layer)))
+            seen_btd = hidden_btd if self.join is None else embedded_btd
+            hidden_btd, after[str(layer)] = block(seen_btd, carried["layer"].get(str(layer)))
+            beside.append(hidden_btd)
+        if self.join is not None:
+            hidden_btd = self.join(torch.stack(beside))
         head_od = self.embedding.weight if self.head is None else self.head.weight
         return F.linear(self.norm(hidden_btd), head_od), {"layer": after}
+
+
+def of_layer(model: ModelPart, memory: MemoryPart, layer: int) -> tuple[ModelPart, MemoryPart]:
+    """The settings as one layer sees them."""
+    own = model.of_layer(layer)
+    memory = memory.model_copy(update=own.model_dump(include={"rule", "retention"}, exclude_none=True))
+    return model.model_copy(update={"mixer": own.mixer or model.mixer}), memory

@@ -8,15 +8,38 @@ from meristem.config import Part
 from meristem.errors import ConflictingKeys, DeadKey
 
 READS: Final = {
-    "lm": frozenset({"width", "n_layers", "heads", "hidden", "mlp", "mixer", "span", "rope", "n_persistent", "tied"}),
+    "lm": frozenset(
+        {
+            *("width", "n_layers", "heads", "hidden", "mlp", "mixer", "span", "rope", "n_persistent", "tied"),
+            *("combine", "segment", "is_residual", "layers", "join"),
+        }
+    ),
     "charformer": frozenset({"width", "n_layers", "heads", "hidden", "window", "order", "positions", "init"}),
     "charrnn": frozenset({"width", "n_layers"}),
     "chargru": frozenset({"width", "n_layers"}),
 }
 """The keys that each of our models reads; a plugin's model may read any."""
 
-ATTENTION: Final = frozenset({"heads", "span", "rope", "n_persistent"})
-"""The keys that a mixer without attention does not read."""
+BY_MIXER: Final = {
+    "heads": frozenset({"attention", "mag", "mac", "mal"}),
+    "span": frozenset({"attention", "mag", "mal"}),
+    "rope": frozenset({"attention", "mag", "mac", "mal"}),
+    "n_persistent": frozenset({"attention", "mag", "mac", "mal"}),
+    "combine": frozenset({"mag", "mac"}),
+    "segment": frozenset({"mac"}),
+    "is_residual": frozenset({"mal"}),
+}
+"""Keys that only some of our mixers read; a plugin's mixer may read any."""
+
+OUR_MIXERS: Final = frozenset({"attention", "mag", "mac", "mal", "memory", "self_reference"})
+
+
+class LayerPart(Part):
+    """What one layer has of its own; null is what the model or its memory says."""
+
+    mixer: Annotated[str | None, Field(description="What mixes tokens in this layer.")] = None
+    rule: Annotated[str | None, Field(description="The rule of its memory.")] = None
+    retention: Annotated[str | None, Field(description="What becomes of its old memory.")] = None
 
 
 class ModelPart(Part):
@@ -28,7 +51,26 @@ class ModelPart(Part):
     heads: Annotated[int, Field(ge=1, description="Attention heads; they share the width.")] = 4
     hidden: Annotated[int, Field(ge=0, description="Hidden width of the feed-forward layers; 0 derives it.")] = 0
     mlp: Annotated[Literal["swiglu", "gelu"], Field(description="The feed-forward layer.")] = "swiglu"
-    mixer: Annotated[str, Field(description="What mixes tokens: attention, mag (memory as gate), memory.")] = "mag"
+    mixer: Annotated[
+        str,
+        Field(
+            description="What mixes tokens: attention, mag (memory as gate), mac (as context), mal (as layer), memory."
+        ),
+    ] = "mag"
+    layers: Annotated[
+        tuple[LayerPart, ...],
+        Field(description="What layers have of their own, taken in turn: [{mixer: memory}, {mixer: attention}]."),
+    ] = ()
+    join: Annotated[
+        Literal["stack", "sum", "concat", "attention"],
+        Field(description="Layers on each other, or side by side: their sum, a projection of all, or a learned mix."),
+    ] = "stack"
+    combine: Annotated[
+        Literal["normalised", "projected", "sigmoid", "additive"],
+        Field(description="How mag and mac make one of attention and memory."),
+    ] = "normalised"
+    segment: Annotated[int, Field(ge=1, description="Tokens that attend to each other in mac.")] = 64
+    is_residual: Annotated[bool, Field(description="mal: attention reads the memory's answer plus its input.")] = True
     span: Annotated[int | None, Field(ge=1, description="Keys that attention sees; null for all before.")] = 64
     rope: Annotated[bool, Field(description="Rotary positions in attention.")] = True
     n_persistent: Annotated[int, Field(ge=0, description="Learned vectors in front of the text, per layer.")] = 0
@@ -42,11 +84,24 @@ class ModelPart(Part):
     def reads(self) -> frozenset[str]:
         """The keys that mean something to this model."""
         keys = READS.get(self.name, frozenset(type(self).model_fields)) - {"name"}
-        return keys - ATTENTION if self.name == "lm" and self.mixer == "memory" else keys
+        used = set(self.mixers)
+        if self.name != "lm" or used - OUR_MIXERS:
+            return keys
+        return keys - {key for key, readers in BY_MIXER.items() if not used & readers}
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The mixer of every layer, the lowest first."""
+        return tuple(self.of_layer(layer).mixer or self.mixer for layer in range(self.n_layers))
+
+    def of_layer(self, layer: int) -> LayerPart:
+        """What that layer has of its own."""
+        return self.layers[layer % len(self.layers)] if self.layers else LayerPart()
 
     @property
     def _described(self) -> str:
-        return f"'{self.name}'" + (f" with mixer '{self.mixer}'" if "mixer" in self.reads else "")
+        named = "', '".join(dict.fromkeys(self.mixers))
+        return f"'{self.name}'" + (f" with mixer '{named}'" if "mixer" in self.reads else "")
 
     @model_validator(mode="after")
     def _has_no_dead_key(self) -> Self:

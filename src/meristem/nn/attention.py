@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
     def mix(self, hidden_btd: Hidden, state: Memory | None = None) -> tuple[Hidden, Memory]:
         """What the heads gathered, side by side, before it is projected back: where a gate can act."""
-        query_bthk, keys_bshk, values_bshv = self._project(hidden_btd)
+        query_bthk, keys_bshk, values_bshv = self.project(hidden_btd)
         if state is not None:
             keys_bshk = torch.cat([state["keys_bshk"], keys_bshk], dim=1)
             values_bshv = torch.cat([state["values_bshv"], values_bshv], dim=1)
@@ -66,7 +66,8 @@ class Attention(nn.Module):
         state = {"keys_bshk": self._ring(keys_bshk), "values_bshv": self._ring(values_bshv)}
         return mixed_bthv.flatten(2), state
 
-    def _project(self, hidden_btd: Hidden) -> tuple[Queries, Keys, Values]:
+    def project(self, hidden_btd: Hidden) -> tuple[Queries, Keys, Values]:
+        """Queries, keys and values of every head, neither scaled nor turned."""
         query_bthk, key_bthk, value_bthv = self.qkv(hidden_btd).unflatten(-1, (3, self.heads, -1)).unbind(2)
         return query_bthk, key_bthk, value_bthv
 
@@ -79,12 +80,11 @@ class Attention(nn.Module):
     def _mix(self, query_bthk: Queries, keys_bshk: PastKeys, values_bshv: PastValues) -> Values:
         still_bthk, n_read = query_bthk, keys_bshk.shape[1]
         if self.rope:
-            angle_sk = _angles(n_read, keys_bshk)
-            query_bthk = _turn(query_bthk, angle_sk[n_read - query_bthk.shape[1] :])
-            keys_bshk = _turn(keys_bshk, angle_sk)
+            query_bthk = turned(query_bthk, n_read - query_bthk.shape[1])
+            keys_bshk = turned(keys_bshk)
         if self.persistent_gd is None:
             return windowed(query_bthk, keys_bshk, values_bshv, self.span)
-        _, pinned_bghk, pinned_bghv = self._project(self.persistent_gd[None])
+        _, pinned_bghk, pinned_bghv = self.project(self.persistent_gd[None])
         pinned_ghk, pinned_ghv = pinned_bghk[0], pinned_bghv[0]
         if self.rope:
             # A pinned key has no position and meets the query as it was: its score comes in as a channel of its own.
@@ -186,16 +186,13 @@ class _Blocks:
         return F.pad(keys_bshk, (0, 0, 0, 0, front, back)) if front or back else keys_bshk
 
 
-def _angles(n_time: int, like: Tensor) -> Tensor:
-    """Angle by which position s turns pair k of a key: s * base^(-2k / key width)."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    position_s = torch.arange(n_time, dtype=dtype, device=like.device)
-    exponent_k = torch.arange(0, like.shape[-1], 2, dtype=dtype, device=like.device) / like.shape[-1]
-    return position_s[:, None] * ROTATION_BASE**-exponent_k
-
-
-def _turn(keys_bshk: PastKeys, angle_sk: Tensor) -> PastKeys:
-    """Turn the pair made of channel k and channel k + half the key width."""
+def turned(keys_bshk: PastKeys, first: int = 0) -> PastKeys:
+    """Keys at the positions ``first``, ``first + 1``, ...: the pair made of channel k and channel k + half the key width
+    is turned by the angle position * base^(-2k / key width)."""
+    dtype = torch.promote_types(keys_bshk.dtype, torch.float32)
+    position_s = torch.arange(first, first + keys_bshk.shape[1], dtype=dtype, device=keys_bshk.device)
+    exponent_k = torch.arange(0, keys_bshk.shape[-1], 2, dtype=dtype, device=keys_bshk.device) / keys_bshk.shape[-1]
+    angle_sk = position_s[:, None] * ROTATION_BASE**-exponent_k
     cos_shk = angle_sk.cos().to(keys_bshk.dtype)[:, None]
     sin_shk = angle_sk.sin().to(keys_bshk.dtype)[:, None]
     left_bshk, right_bshk = keys_bshk.chunk(2, dim=-1)

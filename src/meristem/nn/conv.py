@@ -27,10 +27,14 @@ class CausalConv(nn.Module):
         weight_dc[:, -1] = 1.0
         self.weight_dc = nn.Parameter(weight_dc)
 
-    def forward(self, hidden_btd: Hidden, state: Memory | None = None) -> tuple[Hidden, Memory]:
+    def begin(self, hidden_btd: Hidden) -> Memory:
+        """Zeros in the place of what came before the first token."""
         width, kernel = self.weight_dc.shape
-        tail_bsd = hidden_btd.new_zeros(hidden_btd.shape[0], kernel - 1, width) if state is None else state["tail_bsd"]
-        padded_bsd = torch.cat([tail_bsd, hidden_btd], dim=1)
+        return {"tail_bsd": hidden_btd.new_zeros(hidden_btd.shape[0], kernel - 1, width)}
+
+    def forward(self, hidden_btd: Hidden, state: Memory | None = None) -> tuple[Hidden, Memory]:
+        tail_bsd = (self.begin(hidden_btd) if state is None else state)["tail_bsd"]
+        padded_bsd = torch.cat([tail_bsd.to(hidden_btd.dtype), hidden_btd], dim=1)
         mixed_btd = ShortFilter.apply(padded_bsd, self.weight_dc.to(padded_bsd.dtype).mT.contiguous())
         # A copy, so that the state does not keep the whole window alive.
         return mixed_btd, {"tail_bsd": padded_bsd[:, hidden_btd.shape[1] :].clone()}

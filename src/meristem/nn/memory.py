@@ -9,7 +9,8 @@ from torch.nn import functional
 from meristem.errors import ConflictingKeys
 from meristem.memory import Rule
 from meristem.memory.forms import choose, forms, require, run_trusted
-from meristem.memory.value import Memory, State, beside
+from meristem.memory.structure import Live
+from meristem.memory.value import Memory, State, beside, full_precision
 from meristem.nn.conv import CausalConv
 from meristem.nn.decode import can_decode, decode
 from meristem.nn.gates import GateMap
@@ -94,8 +95,7 @@ class Recall(nn.Module):
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         if state is not None and can_decode(self, hidden_btd, state):
             return decode(self, hidden_btd, state)
-        if state is None:
-            state = {"memory": self.initial(hidden_btd.shape[0]), "conv": None}
+        state = self.begin(hidden_btd) if state is None else state
         query_bthk, key_bthk, value_bthv, tail = self.vectors(hidden_btd, state["conv"])
         read_bthv, memory = run_trusted(
             self.rule,
@@ -106,6 +106,25 @@ class Recall(nn.Module):
             chunk=self.chunk,
         )
         return read_bthv.flatten(2).to(value_bthv.dtype), {"memory": memory, "conv": tail}
+
+    def begin(self, hidden_btd: Hidden) -> State:
+        """The state of a reader that has read nothing; ``hidden_btd`` gives batch, dtype and device."""
+        return {"memory": self.initial(hidden_btd.shape[0]), "conv": self.conv.begin(hidden_btd)}
+
+    def look(self, asked_btd: Hidden, state: State) -> Hidden:
+        """What the memory, as it stands, recalls of the given vectors; nothing is written.
+
+        A chunk that is not finished has not reached the weights.
+        """
+        memory: Memory = state["memory"]
+        asked_bthk = asked_btd.unflatten(-1, (self.heads, -1))
+        query_bthk = asked_bthk if self.mix is not None else unit(asked_bthk)
+        query_bthk = query_bthk.repeat_interleave(self.channels, dim=2)
+        weights = self.rule.weights(memory)
+        with full_precision(asked_btd.device):
+            query_bhtk = self.rule.features.apply(query_bthk.to(next(iter(weights.values())).dtype)).movedim(1, 2)
+            read_bhtv = self.rule.structure.recall(Live(weights), query_bhtk)
+        return read_bhtv.movedim(1, 2).flatten(2).to(asked_btd.dtype)
 
     def vectors(self, hidden_btd: Hidden, tail: State | None) -> tuple[Queries, Keys, Values, State]:
         """Queries, keys and values of a window as the rule takes them, and what the convolution carries on."""

@@ -1,0 +1,78 @@
+"""How what attention gathered and what a memory recalled become one: the sign that Titans writes as a circled cross."""
+
+from collections.abc import Callable
+from typing import ClassVar, Final
+
+import torch
+from torch import nn
+
+from meristem.nn.norm import RMSNorm
+from meristem.shapes import Hidden
+
+OPEN: Final = 2.0
+"""First bias of a gate: sigmoid(2) = 0.88. A raw sigmoid of an empty memory halves attention and adds nothing."""
+
+
+class Normalised(nn.Module):
+    """``RMSNorm(y) * sigmoid(RMSNorm(m) + b)``, both norms with learned gains, b per channel (memory.md 5.4)."""
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(width)
+        self.memory_norm = RMSNorm(width)
+        self.bias_d = nn.Parameter(torch.full((width,), OPEN))
+
+    def forward(self, attended_btd: Hidden, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
+        return self.attention_norm(attended_btd) * (self.memory_norm(recalled_btd) + self.bias_d).sigmoid()
+
+
+class Projected(nn.Module):
+    """``RMSNorm(y) * sigmoid(W RMSNorm(m) + b)``: channels of the memory may open others than their own."""
+
+    no_decay: ClassVar = frozenset({"gate.bias"})
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(width)
+        self.memory_norm = RMSNorm(width)
+        self.gate = nn.Linear(width, width)
+        nn.init.constant_(self.gate.bias, OPEN)
+
+    def forward(self, attended_btd: Hidden, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
+        return self.attention_norm(attended_btd) * self.gate(self.memory_norm(recalled_btd)).sigmoid()
+
+
+class Sigmoid(nn.Module):
+    """``y * sigmoid(m)``, as the paper prints it (Titans 2501.00663, eqs. 25 and 28): an empty memory halves y."""
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+
+    def forward(self, attended_btd: Hidden, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
+        return attended_btd * recalled_btd.sigmoid()
+
+
+class Additive(nn.Module):
+    """``y + RMSNorm(m) * sigmoid(W x + b)``, the norm per head. Sums without norm and gate reach norms of 800."""
+
+    no_decay: ClassVar = frozenset({"gate.weight", "gate.bias"})
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.memory_norm = RMSNorm(head_width)
+        self.gate = nn.Linear(width, width)
+        nn.init.constant_(self.gate.bias, OPEN)
+
+    def forward(self, attended_btd: Hidden, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
+        normed_btd = self.memory_norm(recalled_btd.unflatten(-1, (-1, self.head_width))).flatten(2)
+        return attended_btd + normed_btd * self.gate(hidden_btd).sigmoid()
+
+
+COMBINATIONS: Final[dict[str, Callable[[int, int], nn.Module]]] = {
+    "normalised": Normalised,
+    "projected": Projected,
+    "sigmoid": Sigmoid,
+    "additive": Additive,
+}
+"""Name to maker: ``(width, head width)`` to a module that takes attended, recalled and hidden vectors."""

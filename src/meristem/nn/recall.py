@@ -1,0 +1,29 @@
+"""The memory that a layer reads and writes, as its settings compose it, and how a reader of it begins."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from meristem.memory.value import State
+from meristem.nn.levels import MemoryLevels
+from meristem.nn.memory import Recall
+from meristem.nn.part import MemoryPart
+from meristem.shapes import Hidden
+
+
+def recall_of(width: int, part: MemoryPart) -> nn.Module:
+    """A module ``(hidden_btd, state) -> (recalled_btd, state)``: one memory, kept ones beside it, or several levels."""
+    if part.levels.count > 1 or part.levels.reset_after is not None:
+        return MemoryLevels(width, part)
+    return Recall(width, part)
+
+
+def begun(recall: nn.Module, persistent_gd: Float[Tensor, "g d"] | None, hidden_btd: Hidden) -> State | None:
+    """The state of a reader that has met the persistent vectors only; None, a fresh one, where there are none.
+
+    Memory reads and writes them in front of the text (Titans 2501.00663, eq. 19).
+    """
+    if persistent_gd is None:
+        return None
+    _, state = recall(persistent_gd.to(hidden_btd.dtype).expand(hidden_btd.shape[0], -1, -1), None)
+    met: State = state
+    return met
