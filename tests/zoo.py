@@ -1,5 +1,6 @@
 """Every model of the package at small sizes, different for different axes; the law tests run over it."""
 
+import itertools
 from collections.abc import Iterator
 from importlib import resources
 
@@ -18,6 +19,17 @@ N_TIME = 13
 
 SMALL = {"width": 12, "n_layers": 2, "heads": 2, "hidden": 17, "span": 5, "window": 23, "segment": 5}
 SMALL_MEMORY = {"head_width": 4, "chunk": 3}
+SLOWER = [("mag", [1, 3]), ("mag", [1, 2, 3, 5]), ("mac", [1, 2, 3, 5])]
+"""Mixers and the periods of their memories."""
+SMALL_CHUNKS = {"chunk_memory": 2, "chunk_other": 4}
+SELF_REFERENCES = [
+    {"setting": "static"},
+    {"setting": "adaptive", "loss": "squared"},
+    {"structure": "mlp"},
+    {"structure": "mlp", "setting": "adaptive", "loss": "squared"},
+    {"adaptive_query": True, "loss": "squared"},
+    {"adaptive_query": True, "structure": "mlp", "loss": "squared"},
+]
 
 
 def small(settings: dict[str, object]) -> ModelPart:
@@ -27,7 +39,9 @@ def small(settings: dict[str, object]) -> ModelPart:
 
 
 def small_memory(settings: dict[str, object]) -> MemoryPart:
-    return MemoryPart.model_validate(settings | SMALL_MEMORY)
+    chosen = settings.get("self_reference", {})
+    chunks = {"self_reference": dict(chosen) | SMALL_CHUNKS}
+    return MemoryPart.model_validate(settings | SMALL_MEMORY | chunks)
 
 
 def preset(name: str) -> dict[str, dict[str, object]]:
@@ -61,6 +75,20 @@ def _entries() -> Iterator[tuple[str, ModelPart, MemoryPart]]:
     hybrid = [{"mixer": "memory", "rule": "yaad"}, {"mixer": "attention"}]
     for join in ("stack", "sum", "concat", "attention"):
         yield f"lm-hybrid-{join}", small({"layers": hybrid, "join": join}), small_memory({})
+    for tokens in ("each", "pooled"):
+        levels = {"count": 3, "periods": [1, 2, 5], "tokens": tokens}
+        yield f"lm-levels-{tokens}", small({"mixer": "attention", "mlp": "levels", "levels": levels}), small_memory({})
+    for chosen in SELF_REFERENCES:
+        name = "-".join(str(word) for word in chosen.values())
+        yield f"lm-self_reference-{name}", small({"mixer": "self_reference"}), small_memory({"self_reference": chosen})
+    for (mixer, periods), tokens in itertools.product(SLOWER, ("pooled", "each")):
+        slower = {"count": len(periods), "periods": periods, "tokens": tokens}
+        yield f"lm-{mixer}-{len(periods)}-{tokens}", small({"mixer": mixer}), small_memory({"levels": slower})
+    learned = {"count": 2, "periods": [1, 3], "mix": "softmax"}
+    yield "lm-mac-shares", small({"mixer": "mac"}), small_memory({"levels": learned})
+    for tokens, frequency in (("pooled", "output"), ("each", "write")):
+        levels = {"rule": "gated_delta", "levels": learned | {"tokens": tokens, "frequency": frequency}}
+        yield f"lm-mag-frequency-{frequency}", small({"mixer": "mag"}), small_memory(levels)
     yield "lm-full", small({"mixer": "attention"}).model_copy(update={"span": None}), small_memory({})
     yield "charformer-pre", small({"name": "charformer", "order": "pre", "positions": "learned"}), small_memory({})
 

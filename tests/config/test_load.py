@@ -41,6 +41,7 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package folder of presets that holds one of ours."""
     folder = tmp_path / "package"
     (folder / "presets").mkdir(parents=True)
+    (folder / "sizes").mkdir()
     monkeypatch.setattr("importlib.resources.files", lambda name: folder)
     return folder / "presets"
 

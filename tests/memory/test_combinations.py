@@ -202,7 +202,7 @@ def test_a_memory_survives_being_written_down(rule: Rule) -> None:
 @given(any_rule())
 @some(150)
 def test_an_invalid_rule_is_refused_with_every_reason(rule: Rule) -> None:
-    """2.8: one error that lists all violations."""
+    """S3-M1, 2.8: one error that lists all violations."""
     reasons = conflicts(rule)
     assume(reasons)
     with pytest.raises(ConflictingKeys, match="^these parts make no rule: ") as caught:
@@ -246,7 +246,7 @@ REASONS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("parts, reason", REASONS, ids=[reason for _, reason in REASONS])
 def test_every_reason_can_occur_alone(parts: dict[str, Any], reason: str) -> None:
-    """2.8: and it offers another choice, which is one."""
+    """S3-M1, 2.8: and it offers another choice, which is one."""
     (found,) = conflicts(replace(PLAIN, **parts))
     assert reason in found
     assert re.search(r": take ", found)

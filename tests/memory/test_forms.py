@@ -1,6 +1,7 @@
 """Whatever the form, what is read back and the memory left behind are those of the plain scan."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,13 +14,13 @@ from meristem.errors import ConflictingKeys, ShapeError, WrongValue
 from meristem.memory import Gates, Rule, named, run, scan
 from meristem.memory.bias import absolute, squared
 from meristem.memory.features import identity
-from meristem.memory.forms import accepting, forms
+from meristem.memory.forms import accepting, forms, run_trusted
 from meristem.memory.forms.by_chunk import finished
 from meristem.memory.forms.frozen_chunk import overshoot, refined
 from meristem.memory.named import rules
 from meristem.memory.retention import decay
 from meristem.memory.rule import read, write
-from meristem.memory.structure import matrix
+from meristem.memory.structure import Live, Pairs, matrix, outer
 from meristem.memory.update import momentum
 from meristem.memory.value import beside, flatten
 
@@ -48,6 +49,7 @@ def outcome(rule: Rule, inputs: Window, form: str, chunk: int) -> dict[str, Tens
 @pytest.mark.parametrize("name, form", EXACT)
 @pytest.mark.parametrize("n_time, chunk", [(1, 64), (7, 3), (33, 8), (64, 16), (67, 64)])
 def test_form_agrees_with_scan(name: str, form: str, n_time: int, chunk: int) -> None:
+    """S1-M4, S1-M5, S1-M6, S1-M18, S1-M21: reads, memory, momentum and gradients, at any chunk, in every order."""
     for rule in variants(named(name)):
         if forms.get(form).refusals(rule):
             continue
@@ -59,7 +61,7 @@ def test_form_agrees_with_scan(name: str, form: str, n_time: int, chunk: int) ->
 
 @pytest.mark.parametrize("name, form", ROUGH)
 def test_a_rough_form_with_chunks_of_one_token_is_scan(name: str, form: str) -> None:
-    """S1-M17: what is frozen at the start of a chunk of one token is not frozen."""
+    """S1-M17, S1-M9: what is frozen at the start of a chunk of one token is not frozen."""
     for rule in variants(named(name)):
         if forms.get(form).refusals(rule):
             continue
@@ -107,9 +109,13 @@ def test_enough_passes_of_refinement_are_scan(name: str) -> None:
         assert (worse_bthv - true_bthv).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("name", ["titans", "titans_mlp", "trellis", "momentum_delta", "omega_net"])
-def test_the_frozen_form_is_a_loop_with_frozen_surprises(name: str) -> None:
-    """S1-M5: token by token, with every surprise measured at a copy of the memory that entered the chunk."""
+LOOPED = [(name, "frozen_chunk") for name in ("titans", "titans_mlp", "trellis", "momentum_delta", "omega_net")]
+
+
+@pytest.mark.parametrize("name, form", [*LOOPED, ("atlas", "atlas")])
+def test_the_frozen_form_is_a_loop_with_frozen_surprises(name: str, form: str) -> None:
+    """S1-M5, S1-M17, S1-M21: token by token, with every surprise, of a whole span where the rule has one, measured at a
+    copy of the memory that entered the chunk."""
     rule = named(name)
     inputs = window(rule, 7)
     keys_bthk = rule.features.apply(inputs.keys_bthk)
@@ -117,7 +123,8 @@ def test_the_frozen_form_is_a_loop_with_frozen_surprises(name: str) -> None:
     for t in range(7):
         start = memory if t % 4 == 0 else start
         frozen = start | {name: value for name, value in memory.items() if "span" in name}
-        # The change that the write would make of the frozen memory, and of nothing: the surprise is what both share.
+        # The momentum is the live one. Of the frozen memory as much is kept as of the live one: their difference goes
+        # through.
         weights = rule.structure.weights
         gates = inputs.gates.at(t)
         still = replace(rule, update=replace(rule.update, has_momentum=rule.update.has_momentum), features=identity())
@@ -131,9 +138,81 @@ def test_the_frozen_form_is_a_loop_with_frozen_surprises(name: str) -> None:
         retain = gates.retain_bhc[..., None]
         memory = write_at | {n: write_at[n] + retain * (memory[n] - frozen[n]) for n in weights}
         reads.append(read(rule, memory, inputs.queries_bthk[:, t]))
-    read_bthv, after = run(rule, *inputs.arguments(), form="frozen_chunk", chunk=4)
+    read_bthv, after = run(rule, *inputs.arguments(), form=form, chunk=4)
     torch.testing.assert_close(read_bthv, torch.stack(reads, dim=1), rtol=0, atol=1e-10)
     torch.testing.assert_close(finished(after), memory, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["moneta", "memora", "ftrl"])
+def test_what_is_stored_is_mapped_where_a_chunk_ends(name: str) -> None:
+    """S3b-S7, S1-M9: inside a chunk all queries and surprises meet the weights that entered it, while what is stored
+    goes on by the linear recurrence; its map, or its settling, comes at the end."""
+    rule = named(name)
+    inputs = window(rule, 7)
+    stored = {weight: inputs.memory[weight] for weight in rule.structure.weights}
+    reads = []
+    for begin in (0, 4):
+        entered = dict(stored)
+        for t in range(begin, min(begin + 4, 7)):
+            reads.append(read(rule, entered, inputs.queries_bthk[:, t]))
+            gates = rule.in_effect(inputs.gates.at(t))
+            pairs = Pairs(inputs.keys_bthk[:, t, :, None], inputs.values_bthv[:, t, :, None])
+            recalled, target, pull = rule.structure.linearise(Live(rule.weights(entered)), pairs)
+            for weight, factor in pull(rule.bias.gradient(recalled, target, None)).items():
+                written = gates.write_bhc[..., None] * outer(factor)
+                stored[weight] = gates.retain_bhc[..., None] * stored[weight] - written
+        stored = {weight: rule.retention.settle(x) for weight, x in stored.items()}
+    read_bthv, after = run(rule, *inputs.arguments(), form="frozen_chunk", chunk=4)
+    torch.testing.assert_close(read_bthv, torch.stack(reads, dim=1), rtol=0, atol=1e-10)
+    torch.testing.assert_close(finished(after), stored, rtol=0, atol=1e-10)
+
+
+def test_linearised_slots_are_off_by_the_square_of_the_step() -> None:
+    """S1-M20: exact at one token; in a chunk a tenth of the rate leaves a hundredth of the error; writing learns."""
+    rule = named("lattice")
+
+    def away(scale: float, n_time: int) -> tuple[float, Tensor]:
+        inputs = window(rule, n_time)
+        gates = replace(inputs.gates, write_bth=(scale * inputs.gates.write_bth).requires_grad_())
+        rest = *inputs.arguments()[:4], gates
+        # The chunk is never of one token: that one is run by scan itself.
+        _, rough = run(rule, *rest, form="lattice", chunk=8)
+        _, true = scan(rule, *rest)
+        (slope_bth,) = torch.autograd.grad(rough["slots_bhgk"][..., 0].sum(), gates.write_bth)
+        return float((rough["slots_bhgk"] - true["slots_bhgk"]).detach().abs().max()), slope_bth
+
+    assert away(0.1, 1)[0] < 1e-10
+    (large, slope_bth), (small, _) = away(0.1, 8), away(0.01, 8)
+    assert large > 1e-6, "nothing was approximated: the test shows nothing"
+    assert 60 < large / small < 170
+    assert (slope_bth != 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in rules.names() if name not in ("hebbian", "omega")])
+def test_the_associative_form_takes_what_never_looks_at_the_memory(name: str) -> None:
+    """S1-M18: all other rules are rejected, for it would be wrong about them."""
+    rule = named(name)
+    inputs = window(rule, 3)
+    with pytest.raises(ConflictingKeys, match="form 'associative' cannot run this rule.*Forms that can: .*scan"):
+        run(rule, *inputs.arguments(), form="associative")
+    assert {name for name, form in PAIRS if form == "associative"} == {"hebbian", "omega"}
+
+
+def test_the_gradient_of_ftrl_is_that_of_differences_above_its_threshold() -> None:
+    """S0-M1: where nothing is near the threshold, passing it straight through is right."""
+    rule = named("ftrl")
+    inputs = window(rule, 5, batch=1)
+    far = {name: x.sign() * (x.abs() + 9) for name, x in inputs.memory.items()}
+    inputs = replace(inputs, memory=far).tracked()
+
+    def answer(*leaves: Tensor) -> tuple[Tensor, ...]:
+        fresh = dict(zip(inputs.leaves(), leaves, strict=True))
+        gates = Gates(**{key: fresh.get(key) for key in vars(inputs.gates)})
+        memory = {key: fresh[key] for key in inputs.memory}
+        read_bthv, after = run(rule, memory, fresh["keys"], fresh["values"], fresh["queries"], gates, form="scan")
+        return read_bthv, *after.values()
+
+    assert torch.autograd.gradcheck(answer, tuple(inputs.leaves().values()), fast_mode=True, atol=1e-4)
 
 
 # The threshold of ftrl is passed straight through: its gradient is meant to be another than that of what is read.
@@ -161,6 +240,7 @@ def test_gradients_agree_with_finite_differences(name: str, form: str) -> None:
 @pytest.mark.parametrize("name, form", PAIRS)
 @pytest.mark.parametrize("cuts", [[1], [13], [5, 6, 29]])
 def test_a_window_may_be_cut_anywhere(name: str, form: str, cuts: list[int]) -> None:
+    """S1-M5, S1-M17, law 3: two calls are one, momentum and unfinished chunks included."""
     rule = named(name)
     whole = window(rule, 37)
     read_bthv, memory_after = run(rule, *whole.arguments(), form=form, chunk=8)
@@ -174,6 +254,7 @@ def test_a_window_may_be_cut_anywhere(name: str, form: str, cuts: list[int]) -> 
 
 @pytest.mark.parametrize("name, form", PAIRS)
 def test_no_read_depends_on_a_later_token(name: str, form: str) -> None:
+    """Law 2."""
     rule = named(name)
     inputs, other = window(rule, 23), window(rule, 23, random_seed=1)
     read_bthv, _ = run(rule, *inputs.arguments(), form=form, chunk=8)
@@ -193,7 +274,7 @@ def test_no_read_depends_on_a_later_token(name: str, form: str) -> None:
 
 @pytest.mark.parametrize("name, form", PAIRS)
 def test_rows_of_a_batch_never_meet(name: str, form: str) -> None:
-    """Turning the rows turns reads and memory with them, and nothing else."""
+    """Law 8: turning the rows turns reads and memory with them, and nothing else."""
     rule = named(name)
     inputs = window(rule, 19, batch=3)
     turned = {key: x.roll(1, dims=0) for key, x in inputs.leaves().items()}
@@ -230,6 +311,7 @@ def test_float32_stays_close_to_the_truth(name: str, form: str) -> None:
 
 @pytest.mark.parametrize("name, form", PAIRS)
 def test_memory_keeps_its_dtype_under_autocast(name: str, form: str) -> None:
+    """Law 5: and whatever the autocast, the numbers are those without it."""
     rule = named(name)
     inputs = window(rule, 11, dtype=torch.float32)
     read_bthv, memory = run(rule, *inputs.arguments(), form=form, chunk=4)
@@ -252,8 +334,8 @@ def test_memory_keeps_its_dtype_under_autocast(name: str, form: str) -> None:
 
 @pytest.mark.parametrize("name, form", WINDOWED)
 def test_no_tensor_of_time_times_key_times_value(name: str, form: str) -> None:
-    """Neither forward nor backward makes a tensor that holds the weights per token; a window is worth having only
-    without."""
+    """Section 12, cost: neither forward nor backward makes a tensor that holds the weights per token; a window is worth
+    having only without."""
     rule = named(name)
     n_time, chunk = 96, 8
     inputs = window(rule, n_time).tracked()
@@ -282,6 +364,111 @@ def test_no_tensor_of_time_times_key_times_value(name: str, form: str) -> None:
     assert sum(_graph(run(rule, *inputs.arguments(), form="scan")[0])) > limit
 
 
+COUNTED = [pair for pair in PAIRS if pair[1] in ("exact_chunk", "frozen_chunk", "tnt", "lattice", "atlas")]
+
+
+@pytest.mark.parametrize("name, form", COUNTED)
+def test_the_number_of_kernels_depends_on_chunks_alone(name: str, form: str) -> None:
+    """Section 12, cost: not on rows, heads or tokens at a fixed number of chunks; and the device is never read from."""
+    rule = named(name)
+    few, many = window(rule, 24, batch=3), window(rule, 48, batch=3)
+    counts = [
+        len(_operations(rule, few, form, chunk=6)),
+        len(_operations(rule, _rows(few, slice(2)), form, chunk=6)),
+        len(_operations(rule, _heads(few, slice(2)), form, chunk=6)),
+        len(_operations(rule, many, form, chunk=12)),
+    ]
+    assert len(set(counts)) == 1, counts
+    read_back = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
+    assert not read_back & set(_operations(rule, few, form, chunk=6))
+
+
+def _operations(rule: Rule, inputs: Window, form: str, chunk: int) -> list[str]:
+    """What runs in a window and its backward pass, the checks at the door apart."""
+    inputs, found = inputs.tracked(), []
+
+    class Named(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            found.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    vectors = inputs.keys_bthk, inputs.values_bthv, inputs.queries_bthk
+    with Named():
+        read_bthv, _ = run_trusted(rule, inputs.memory, vectors, inputs.gates, form=form, chunk=chunk)
+        read_bthv.sum().backward()
+    return found
+
+
+def _rows(inputs: Window, rows: slice) -> Window:
+    return _cut(inputs, lambda x, is_memory: x[rows])
+
+
+def _heads(inputs: Window, heads: slice) -> Window:
+    return _cut(inputs, lambda x, is_memory: x if x.dim() == 1 else x[:, heads] if is_memory else x[:, :, heads])
+
+
+def _cut(inputs: Window, cut: Callable[[Tensor, bool], Tensor]) -> Window:
+    gates = {name: None if x is None else cut(x, False) for name, x in vars(inputs.gates).items()}
+    return Window(
+        memory={name: cut(x, True) for name, x in inputs.memory.items()},
+        keys_bthk=cut(inputs.keys_bthk, False),
+        values_bthv=cut(inputs.values_bthv, False),
+        queries_bthk=cut(inputs.queries_bthk, False),
+        gates=Gates(**gates),
+    )
+
+
+@pytest.mark.parametrize("name, form", PAIRS)
+def test_the_same_window_twice_is_the_same_to_the_bit(name: str, form: str) -> None:
+    """Section 12, determinism."""
+    rule = named(name)
+    inputs = window(rule, 19, dtype=torch.float32)
+    once, again = (run(rule, *inputs.arguments(), form=form, chunk=8) for _ in range(2))
+    torch.testing.assert_close(flatten(again[1]), flatten(once[1]), rtol=0, atol=0)
+    assert torch.equal(again[0], once[0])
+
+
+@pytest.mark.parametrize("name", ["delta", "gated_delta", "titans", "momentum_delta"])
+@pytest.mark.parametrize("chunk, allowed", [(64, 2e-6), (128, 4e-6)])
+def test_correlated_keys_cost_no_digits(name: str, chunk: int, allowed: float) -> None:
+    """4.3: keys of a mean cosine of 0.84 in single precision, where squaring the inverse out would be off by 1e7."""
+    rule, width = named(name), 64
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(width, generator=generator, dtype=torch.float64)
+    keys_bthk = shared + 0.44 * torch.randn(1, 256, 2, width, generator=generator, dtype=torch.float64)
+    keys_bthk = keys_bthk / keys_bthk.norm(dim=-1, keepdim=True)
+    cosine = torch.einsum("bthk,bshk->bhts", keys_bthk, keys_bthk).mean()
+    assert 0.8 < cosine < 0.88
+    values_bthv = torch.randn(1, 256, 2, 32, generator=generator, dtype=torch.float64)
+    ones_bth = torch.ones(1, 256, 2, dtype=torch.float64)
+    gates = Gates(0.99 * ones_bth, 0.5 * ones_bth)
+    if rule.update.has_momentum:
+        gates = replace(gates, write_bth=0.05 * ones_bth, momentum_bth=0.5 * ones_bth)
+    memory = rule.init(1, 2, width, 32, like=keys_bthk)
+    true_bthv, _ = scan(rule, memory, keys_bthk, values_bthv, keys_bthk, gates)
+    single = {key: x.float() for key, x in memory.items()}
+    vectors = (x.float() for x in (keys_bthk, values_bthv, keys_bthk))
+    read_bthv, _ = run(rule, single, *vectors, gates.to(torch.float32), form="exact_chunk", chunk=chunk)
+    assert (read_bthv - true_bthv).abs().max() <= allowed * true_bthv.abs().max()
+
+
+@pytest.mark.parametrize("name, form", EXACT)
+def test_low_precision_errs_no_more_than_twice_the_plain_maths_in_it(name: str, form: str) -> None:
+    """Section 12, precision: a window in bfloat16 against scan with memory and gates in bfloat16 too."""
+    rule = named(name)
+    inputs = window(rule, 100)
+    true_bthv, _ = scan(rule, *inputs.arguments())
+    low = (x.bfloat16() for x in (inputs.keys_bthk, inputs.values_bthv, inputs.queries_bthk))
+    keys_bthk, values_bthv, queries_bthk = low
+    plain = {key: x.bfloat16() for key, x in inputs.memory.items()}
+    plain_bthv, _ = scan(rule, plain, keys_bthk, values_bthv, queries_bthk, inputs.gates.to(torch.bfloat16))
+    single = {key: x.float() for key, x in inputs.memory.items()}
+    rest = keys_bthk, values_bthv, queries_bthk, inputs.gates.to(torch.float32)
+    read_bthv, after = run(rule, single, *rest, form=form, chunk=16)
+    assert {x.dtype for x in finished(after).values()} == {torch.float32}
+    assert (read_bthv - true_bthv).abs().max() <= 2 * (plain_bthv - true_bthv).abs().max()
+
+
 def _graph(result: Tensor) -> list[int]:
     """Sizes of all tensors that the autograd graph behind ``result`` keeps."""
     sizes, seen, waiting = [], set(), [result.grad_fn]
@@ -298,6 +485,7 @@ def _graph(result: Tensor) -> list[int]:
 
 
 def test_a_form_that_cannot_run_a_rule_says_why_and_names_those_that_can() -> None:
+    """S1-M22, S1-M18."""
     rule = Rule(structure=matrix(), bias=absolute(), retention=decay(), update=momentum())
     inputs = window(rule, 5)
     with pytest.raises(ConflictingKeys, match=r"bias is not affine in what is recalled. Forms that can: .*scan"):
@@ -333,6 +521,7 @@ def test_tnt_is_a_global_memory_and_local_ones_that_start_afresh(name: str) -> N
 
 
 def test_a_memory_of_another_rule_or_width_is_refused_with_every_difference() -> None:
+    """S1-M22."""
     rule = named("titans")
     inputs = window(rule, 5)
     other = named("titans_mlp").init(2, 3, 5, 7)
@@ -347,7 +536,7 @@ def test_a_memory_of_another_rule_or_width_is_refused_with_every_difference() ->
 
 
 def test_gates_out_of_range_and_keys_that_are_no_numbers_are_refused() -> None:
-    """Nothing is clamped in silence."""
+    """S1-M22: nothing is clamped in silence."""
     rule = named("titans")
     inputs = window(rule, 5)
     keys_bthk = inputs.keys_bthk.clone()

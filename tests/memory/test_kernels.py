@@ -156,6 +156,7 @@ def interpreted() -> dict[str, dict[str, float]]:
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_kernel_agrees_with_the_plain_loop(interpreted, case: str) -> None:
+    """S2-M1: outputs and gradients of the Triton kernel, by its interpreter."""
     exact, single = interpreted[f"{case}:float64"], interpreted[f"{case}:float32"]
     results = [name for name in exact if not name.startswith("plain ")]
     assert {"read", "last", "d 0", "d 1", "d 2", "d 9"} <= set(results)
@@ -167,6 +168,7 @@ def test_interpreted_kernel_agrees_with_the_plain_loop(interpreted, case: str) -
 @needs_triton
 @pytest.mark.parametrize("name", WINDOWED)
 def test_interpreted_form_agrees_with_the_plain_form(interpreted, name: str) -> None:
+    """S2-M1: the same through the whole form."""
     assert max(interpreted[name].values()) < 1e-12
 
 
@@ -198,6 +200,7 @@ assert compiled.metadata.shared < 48 * 1024 and "fma.rn.f32" in ptx and "tf32" n
 @needs_gpu
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_on_a_gpu_agrees_with_the_plain_loop(case: str) -> None:
+    """S2-M1."""
     truth, inputs = solved(chunks(case, torch.float64)), chunks(case, torch.float32, "cuda")
     assert select.choose_loop(inputs[0], inputs[1]) == "triton"
     with force_reference():
@@ -211,6 +214,7 @@ def test_kernel_on_a_gpu_agrees_with_the_plain_loop(case: str) -> None:
 @pytest.mark.skipif(find_spec("fla") is None, reason="fla-core is not installed: pip install 'meristem[kernels]'")
 @pytest.mark.parametrize("name", ["delta", "gated_delta"])
 def test_fla_on_a_gpu_agrees_with_scan_but_for_tf32(name: str) -> None:
+    """S2-M1."""
     rule = named(name)
     memory, keys, values, queries, gates = tokens(rule, 150, torch.float32)
     true_read, true_memory = scan(rule, memory, keys, values, queries, gates)
@@ -295,6 +299,7 @@ def spread_out(device: str) -> list[Tensor]:
 
 @pytest.mark.usefixtures("with_everything")
 def test_force_reference_turns_all_kernels_off() -> None:
+    """S2-M1: and leaves them as they were."""
     keys, _, values = spread_out("cuda")
 
     def chosen() -> tuple[str, str]:
@@ -348,6 +353,7 @@ def gated_delta_by_hand(**given: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", ["delta", "gated_delta"])
 def test_arguments_for_fla_mean_what_scan_means(name: str) -> None:
+    """S2-M1: outputs and gradients, through the paper's own recurrence."""
     rule = named(name)
     memory, keys, values, queries, gates = inputs = tokens(rule, 23)
     leaves = {"keys": keys, "values": values, "retain": gates.retain_bth, "write": gates.write_bth} | memory
@@ -391,7 +397,7 @@ def test_a_missing_fla_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", ["hebbian", "titans"])
 def test_form_compiles_whole_with_a_static_chunk(name: str) -> None:
-    """Choosing a kernel breaks no graph."""
+    """S2-M1: one graph for whole chunks, for choosing a kernel breaks none."""
     rule, inputs = named(name), tokens(named(name), 32)
 
     def read(*given: object) -> tuple[Tensor, Memory]:

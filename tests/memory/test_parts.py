@@ -465,6 +465,7 @@ def test_nothing_written_and_nothing_forgotten_changes_nothing(name: str) -> Non
 
 
 def test_decay_keeps_what_retain_says() -> None:
+    """S3-M1: the default retention is the fused formula, to the bit."""
     after = decay().apply({NAME: weight()}, change(), row_gates(0.7))
     torch.testing.assert_close(after[NAME], 0.7 * weight() + change()[NAME], rtol=0, atol=0)
 
@@ -570,7 +571,7 @@ def test_an_unknown_divergence_is_refused() -> None:
 
 @pytest.mark.parametrize("alpha, beta", [(10.0, 10.0), (2.0, 0.5), (1.0, 100.0)])
 def test_the_elastic_net_is_the_exact_minimiser(alpha: float, beta: float) -> None:
-    """2.6: 0 is in the subgradient of ``<g, W> + |W - W_0|^2 / 2 rate + |W|_1 / alpha + |W|^2 / 2 beta``."""
+    """S3-M1, 2.6: 0 is in the subgradient of ``<g, W> + |W - W_0|^2 / 2 rate + |W|_1 / alpha + |W|^2 / 2 beta``."""
     rate, old = 0.4, weight()
     surprise = drawn(2, HEADS, 5, 7, random_seed=1)
     new = elastic(alpha, beta).apply({NAME: old}, {NAME: -rate * surprise}, row_gates(rate=rate))[NAME]

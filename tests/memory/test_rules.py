@@ -94,6 +94,7 @@ def test_titans_is_sgd_with_momentum_on_the_squared_error() -> None:
 
 @pytest.mark.parametrize("name", ["delta", "gated_delta"])
 def test_a_unit_key_written_at_rate_one_is_recalled_exactly(name: str) -> None:
+    """S1-M4: where nothing fades; and writing the pair again changes nothing."""
     rule = named(name)
     inputs = window(rule, 1)
     gates = Gates(torch.ones_like(inputs.gates.retain_bth), torch.ones_like(inputs.gates.write_bth))
@@ -108,6 +109,7 @@ FADING = [name for name in rules.names() if named(name).has_retain and named(nam
 
 @pytest.mark.parametrize("name", FADING)
 def test_a_memory_nobody_writes_halves_in_its_half_life(name: str) -> None:
+    """Section 12, half-life: ``retain = 2^(-1/H)`` for H tokens."""
     rule = named(name)
     half_life = 17
     inputs = window(rule, half_life)
@@ -121,6 +123,7 @@ def test_a_memory_nobody_writes_halves_in_its_half_life(name: str) -> None:
 
 
 def test_without_momentum_titans_is_delta_to_the_bit() -> None:
+    """S1-M5: momentum 0 is no momentum."""
     inputs = window(named("titans"), 19)
     gates = Gates(inputs.gates.retain_bth, inputs.gates.write_bth, torch.zeros_like(inputs.gates.write_bth))
     memory = {key: x if "momentum" not in key else torch.zeros_like(x) for key, x in inputs.memory.items()}
@@ -132,7 +135,7 @@ def test_without_momentum_titans_is_delta_to_the_bit() -> None:
 
 
 def test_cold_delta_is_warm_delta_in_other_letters() -> None:
-    """cold(retain, write, v) = warm(retain, write / retain, retain v): memory.md 3.1."""
+    """S1-M4: cold(retain, write, v) = warm(retain, write / retain, retain v), memory.md 3.1."""
     inputs = window(named("delta"), 23)
     retain_bth, write_bth = inputs.gates.retain_bth, inputs.gates.write_bth
     cold_bthv, _ = scan(named("delta"), *inputs.arguments())
@@ -156,7 +159,7 @@ def test_hebbian_without_decay_is_causal_linear_attention() -> None:
 
 @pytest.mark.parametrize("rate, grows", [(1.9, False), (2.1, True)])
 def test_titans_is_stable_up_to_a_summed_rate_of_two(rate: float, grows: bool) -> None:
-    """With unit keys that come back after the momentum has died out: write / (1 - momentum) < 2 (memory.md 2.3)."""
+    """Section 12, stability: unit keys that come back after the momentum has died out, write / (1 - momentum) < 2."""
     rule, momentum = named("titans"), 0.5
     generator = torch.Generator().manual_seed(0)
     n_time, width = 4000, 64
@@ -170,6 +173,7 @@ def test_titans_is_stable_up_to_a_summed_rate_of_two(rate: float, grows: bool) -
 
 
 def test_an_unknown_rule_names_the_nearest() -> None:
+    """S1-M22."""
     with pytest.raises(WrongValue, match="titans"):
         named("titan")
 
@@ -181,6 +185,7 @@ def test_the_function_is_public_even_after_the_module_was_imported() -> None:
 
 
 def test_every_rule_of_ours_has_a_preset() -> None:
+    """S1-M22."""
     ours = {origin.name for origin in rules.origins() if origin.distribution == "meristem"}
     assert {f"lmm-{name}" for name in ours} <= set(preset_names())
 
@@ -315,14 +320,14 @@ def test_trellis_without_a_squash_is_the_delta_rule_on_codes() -> None:
 
 
 def test_atlas_on_one_pair_without_newton_schulz_is_titans() -> None:
-    """3.8: span 1, identity features, plain momentum."""
+    """S3-M4, 3.8: span 1, identity features, plain momentum."""
     inputs = window(named("titans"), 15)
     rule = replace(named("atlas"), span=1, features=identity(), update=momentum())
     torch.testing.assert_close(scan(rule, *inputs.arguments())[0], scan(named("titans"), *inputs.arguments())[0])
 
 
 def test_a_span_sums_the_losses_of_the_last_pairs() -> None:
-    """3.8: against a loop that keeps all pairs and takes autograd of the written objective."""
+    """S3-M4, S1-M21: against a loop that keeps all pairs and takes autograd of the written objective."""
     rule = replace(named("omega_net"), features=identity())
     inputs = window(rule, 8, batch=1)
     empty = rule.init(1, HEADS, inputs.keys_bthk.shape[-1], inputs.values_bthv.shape[-1], like=inputs.keys_bthk)

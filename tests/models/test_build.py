@@ -74,9 +74,10 @@ CHANGES = {
     "is_residual": False,
     "layers": [{"mixer": "attention"}],
     "join": "sum",
+    "levels": {"count": 3},
 }
-READ_BY = {"segment": "mac", "is_residual": "mal"}
-"""The mixer that reads a key, where the default one does not."""
+READ_BY = {"segment": {"mixer": "mac"}, "is_residual": {"mixer": "mal"}, "levels": {"mlp": "levels"}}
+"""The choice that reads a key, where the default one does not."""
 
 
 @pytest.mark.parametrize("name, key", [(name, key) for name, keys in READS.items() for key in sorted(keys)])
@@ -88,7 +89,7 @@ def test_every_key_changes_the_model_that_reads_it(name, key):
             {"width": 12, "heads": 2, "n_layers": 2} if name in ("lm", "charformer") else {"width": 12, "n_layers": 2}
         )
         if key in READ_BY:
-            small |= {"mixer": READ_BY[key]}
+            small |= READ_BY[key]
         model = build(ModelPart(**{"name": name} | small | settings), MemoryPart(**SMALL_MEMORY), 29, random_seed=3)
         with torch.no_grad():
             logits_bto, _ = model(ids(2, 100 if name == "lm" else 13))

@@ -1,14 +1,18 @@
-"""Which parameters decay."""
+"""Which parameters decay, when they move and by what."""
 
 import pytest
 import torch
 from torch import nn
 
 from meristem.config import preset_names
+from meristem.errors import ConflictingKeys, WrongValue
 from meristem.models.build import build as build_model
-from meristem.optim.groups import build, split
+from meristem.optim.groups import build, levels, split
+from meristem.optim.kinds import KINDS
 from meristem.optim.part import OptimPart
 from meristem.recipes.config import load_config
+from optim.levels import Levelled
+from zoo import VOCABULARY, ZOO
 
 
 class Gated(nn.Module):
@@ -84,3 +88,60 @@ def test_groups_of_every_preset(preset):
 
 
 SPARED = ("embedding", "norm", "gates.", "bias", "initial", "persistent", "position")
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_groups_of_every_model(name):
+    """For every kind each trainable parameter is in exactly one group, that of its period and decay.
+
+    What makes steps of matrices gets plain matrices, and neither embedding nor head among them.
+    """
+    with torch.device("meta"):
+        model = build_model(*ZOO[name], VOCABULARY, random_seed=3)
+    decayed = {id(parameter) for parameter in split(model)[0]}
+    period_of = {id(p): period for period, parameters in levels(model).items() for p in parameters}
+    trainable = sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    for kind in KINDS:
+        part = OptimPart(kind=kind)
+        optimizer = build(model, part)
+        assert sorted(id(p) for group in optimizer.param_groups for p in group["params"]) == trainable
+        for group in optimizer.param_groups:
+            assert {period_of[id(p)] for p in group["params"]} == {group["period"]}
+            assert {id(p) in decayed for p in group["params"]} == {group["weight_decay"] > 0}
+            assert group["lr"] == part.rate * part.level_rate(group["period"])
+        for matrices in optimizer.parts[1:]:
+            turned = names(model, [p for group in matrices.param_groups for p in group["params"]])
+            assert turned and not [it for it in turned if any(word in it for word in (*SPARED, "head"))]
+
+
+def test_the_nearest_module_with_a_period_wins():
+    model = Levelled(8, 2)
+    model.layers[0].period = 4
+    model.layers.period = 16
+    model.layers.append(nn.Linear(5, 3))
+    found = {period: names(model, parameters) for period, parameters in levels(model).items()}
+    assert found == {
+        1: {"scale", "norm.weight", "norm.bias"},
+        2: {"layers.1.weight", "layers.1.bias"},
+        4: {"layers.0.weight", "layers.0.bias"},
+        16: {"layers.2.weight", "layers.2.bias"},
+    }
+
+
+def test_what_two_levels_share_moves_with_the_faster():
+    model = Levelled(8, 2)
+    model.layers[0].weight = model.layers[1].weight
+    assert names(model, levels(model)[2]) == {"layers.0.weight", "layers.1.bias"}
+    assert names(model, levels(model)[8]) == {"layers.0.bias"}
+
+
+@pytest.mark.parametrize("period", [0, 2.5])
+def test_a_period_that_is_none_is_refused(period):
+    with pytest.raises(WrongValue, match=rf"Linear.period is {period}; expected the whole number of steps, 1 or more"):
+        levels(Levelled(period))
+
+
+def test_a_setting_for_a_level_that_is_not_there_is_refused():
+    part = OptimPart(level_rates={7: 2.0, 8: 1.0}, level_betas={64: (0.1, 0.2)})
+    with pytest.raises(ConflictingKeys, match=r"level_rates.7, optim.level_betas.64: no level .* there are 1, 8"):
+        build(Levelled(8), part)

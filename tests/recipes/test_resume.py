@@ -90,11 +90,12 @@ def test_never_refuses_a_directory_with_a_run(text):
         run(text, "a", resume="never")
 
 
-def test_path_branches_off_another_run(text):
+@pytest.mark.parametrize("kind", ["adamw", "m3"])
+def test_path_branches_off_another_run(text, kind):
     """A new run begins where the given checkpoint stands, and meets the same losses as the run it came from."""
-    first = run(text, "a")
+    first = run(text, "a", f"optim.kind={kind}")
     start = next(entry.path for entry in entries(first.run_dir / "checkpoints") if entry.step == 4)
-    second = run(text, "b", resume=str(start))
+    second = run(text, "b", f"optim.kind={kind}", resume=str(start))
     assert [event["from"] for event in events(second.run_dir, "run.started")] == [4]
     theirs = {
         record["step"]: record["metrics"]["nats"] for record in history(first.run_dir) if record["split"] == "train"
@@ -117,6 +118,11 @@ def test_more_steps_can_be_asked_for(text):
     ("setting", "error", "message"),
     [
         ("model.width=14", CheckpointMismatch, r"another model: model.width was 12, is 14. Set them as they were"),
+        (
+            "optim.kind=muon",
+            CheckpointMismatch,
+            r"what the optimizer 'adamw' gathered, of which 'muon'",
+        ),
         ("tokenizer.kind=bpe", TokenizerMismatch, r"with a byte tokenizer of 256 .* now cut by a bpe tokenizer"),
         ("data.validation=0.3", ManifestMismatch, r"the text, its split or its tokenizer changed"),
         ("data.window=19", MeristemError, r"Set the keys of data and run.random_seed as they were"),

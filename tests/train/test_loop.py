@@ -22,7 +22,10 @@ from meristem.events import silent
 from meristem.models.build import build
 from meristem.models.part import ModelPart
 from meristem.nn.part import MemoryPart
+from meristem.optim import state
 from meristem.optim.groups import build as build_optimizer
+from meristem.optim.kinds import KINDS
+from meristem.optim.outer import Outer
 from meristem.optim.part import OptimPart
 from meristem.train import loop
 from meristem.train.loop import Step, steps
@@ -51,10 +54,10 @@ def tiny() -> nn.Module:
 def run(
     model: nn.Module, stream: Stream, part: TrainPart, *, clip: float | None = 1.0, start: Progress | None = None
 ) -> list[Step]:
-    optimizer = build_optimizer(model, OptimPart(rate=0.01))
+    optimizer = build_optimizer(model, OptimPart(rate=0.01, clip=clip))
     start = start or Progress(cursor=stream.start())
     schedule: Callable[[float], float] = lambda share: 1 - share / 2  # noqa: E731
-    made = steps(model, stream, optimizer, schedule, part=part, clip=clip, device=DEVICE, start=start)
+    made = steps(model, stream, optimizer, schedule, part=part, device=DEVICE, start=start)
     return list(made)
 
 
@@ -100,13 +103,13 @@ def test_accumulation_is_exact(corpus):
         rows.append(batch)
     tokens_bt = torch.cat([batch.tokens_bt for batch in rows])
     wanted = gradient(model, tokens_bt, torch.cat([batch.targets_bt for batch in rows]))
-    optimizer = build_optimizer(model, OptimPart())
+    optimizer = build_optimizer(model, OptimPart(clip=None))
     optimizer.register_step_pre_hook(
         lambda *_: seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
     )
     progress = Progress(cursor=stream.stream.start())
     part = limit(steps=1, accumulate=3)
-    (step,) = steps(model, stream, optimizer, lambda _: 1.0, part=part, clip=None, device=DEVICE, start=progress)
+    (step,) = steps(model, stream, optimizer, lambda _: 1.0, part=part, device=DEVICE, start=progress)
     assert step.n_targets == 2 * (13 + 4 + 1)
     for name, gradient_found in seen.items():
         torch.testing.assert_close(gradient_found.double(), wanted[name], rtol=0, atol=1e-6)
@@ -120,13 +123,13 @@ def test_norm_is_measured_before_clipping(corpus):
 
 def test_clipping_bounds_the_gradient(corpus):
     model, norms = tiny(), []
-    optimizer = build_optimizer(model, OptimPart())
-    optimizer.register_step_pre_hook(
+    optimizer = build_optimizer(model, OptimPart(clip=0.01))
+    optimizer.parts[0].register_step_pre_hook(
         lambda *_: norms.append(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
     )
     stream = stream_of(corpus, batch=3)
     start = Progress(cursor=stream.start())
-    list(steps(model, stream, optimizer, lambda _: 1.0, part=limit(steps=3), clip=0.01, device=DEVICE, start=start))
+    list(steps(model, stream, optimizer, lambda _: 1.0, part=limit(steps=3), device=DEVICE, start=start))
     assert max(norms) <= 0.01 * (1 + 1e-5)
 
 
@@ -165,7 +168,7 @@ def test_time_between_steps_is_not_charged(corpus, monkeypatch):
     model, stream = Slow(monkeypatch), stream_of(corpus, batch=3)
     optimizer, start = build_optimizer(model, OptimPart()), Progress(cursor=stream.start())
     part, n_steps = TrainPart(budget=3.5), 0
-    for _ in steps(model, stream, optimizer, lambda _: 1.0, part=part, clip=1.0, device=DEVICE, start=start):
+    for _ in steps(model, stream, optimizer, lambda _: 1.0, part=part, device=DEVICE, start=start):
         model.now_s += 1000
         n_steps += 1
     assert n_steps == 4
@@ -189,7 +192,6 @@ def test_going_on_from_progress_changes_nothing(corpus, order, n_first):
             optimizer,
             lambda share: 1 - share / 2,
             part=limit(steps=7),
-            clip=1.0,
             device=DEVICE,
             start=progress,
         )
@@ -218,7 +220,6 @@ def test_memory_is_carried_only_where_batches_go_on(corpus):
             optimizer,
             lambda s: 1 - s / 2,
             part=part,
-            clip=1.0,
             device=DEVICE,
             start=replace(progress, memory=None),
         )
@@ -249,9 +250,7 @@ def test_bad_step_changes_nothing(corpus, value):
     stream = stream_of(corpus, batch=3)
     optimizer = build_optimizer(model, OptimPart(rate=0.01))
     start, snapshots, counts = Progress(cursor=stream.start()), [], []
-    for step in steps(
-        model, stream, optimizer, lambda _: 1.0, part=limit(steps=4), clip=1.0, device=DEVICE, start=start
-    ):
+    for step in steps(model, stream, optimizer, lambda _: 1.0, part=limit(steps=4), device=DEVICE, start=start):
         moments = [tensor for held in optimizer.state.values() for tensor in held.values()]
         snapshots.append([tensor.detach().clone() for tensor in (*model.parameters(), *moments)])
         counts.append((step.progress.n_nonfinite, step.progress.n_nonfinite_in_row))
@@ -292,13 +291,19 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def test_accelerator_is_read_only_where_a_step_logs(corpus, reads):
-    """One read per record, however many steps lie between; the other steps tell no loss."""
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("period", [1, 3])
+def test_accelerator_is_read_only_where_a_step_logs(corpus, reads, kind, period):
+    """One read per record, however many steps lie between; the other steps tell no loss.
+
+    Whatever kind of optimizer moves the model, and also where levels wait and fire.
+    """
     stream, model = stream_of(corpus, batch=3), tiny()
-    optimizer, start = build_optimizer(model, OptimPart()), Progress(cursor=stream.start())
+    model.stack.period = period
+    optimizer, start = build_optimizer(model, OptimPart(kind=kind)), Progress(cursor=stream.start())
     part = limit(steps=9, log_every=4, accumulate=2)
     told = []
-    for step in steps(model, stream, optimizer, lambda _: 1.0, part=part, clip=1.0, device=DEVICE, start=start):
+    for step in steps(model, stream, optimizer, lambda _: 1.0, part=part, device=DEVICE, start=start):
         told.append((step.loss_nats is not None, len(reads)))
         reads.clear()
     assert told == [(number % 4 == 0, int(number % 4 == 0)) for number in range(1, 10)]
@@ -318,6 +323,40 @@ def test_accelerator_drops_a_spoilt_memory_at_once(corpus, reads):
     stream = stream_of(corpus, batch=3, order="sequential")
     made = run(Poisoned({2}, math.nan), stream, limit(steps=4, log_every=4))
     assert made[-1].progress.n_nonfinite == 1
+
+
+def with_levels() -> nn.Module:
+    """A model with a memory that carries momentum, its layers and a part of one at periods of their own."""
+    part = MemoryPart(head_width=4, chunk=3, rule="titans")
+    model = build(ModelPart(mixer="memory", width=12, n_layers=2, hidden=17), part, 256, random_seed=1)
+    for period, module in ((2, model.blocks[0].mlp), (3, model.blocks[1]), (5, model.blocks[1].mlp)):
+        module.period = period
+    return model
+
+
+@pytest.mark.parametrize("cut", [4, 9, 15])
+def test_resuming_levels_changes_nothing(corpus, cut):
+    """Memory.md 12: 20 steps across fires of four levels, with AdamW, a momentum memory that is carried on, and two
+    batches a step: what was saved and restored in between takes the same losses and ends at the same weights.
+    """
+    stream = stream_of(corpus, batch=3, order="sequential")
+
+    def some(model: nn.Module, optimizer: Outer, start: Progress, n_until: int) -> list[Step]:
+        part = limit(steps=n_until, accumulate=2)
+        return list(steps(model, stream, optimizer, lambda _: 1.0, part=part, device=DEVICE, start=start))
+
+    whole, first, second = (with_levels() for _ in range(3))
+    optimizers = [build_optimizer(model, OptimPart(rate=0.01)) for model in (whole, first, second)]
+    assert optimizers[0].clock.periods == (1, 2, 3, 5)
+    wanted = some(whole, optimizers[0], Progress(cursor=stream.start()), 20)
+    before = some(first, optimizers[1], Progress(cursor=stream.start()), cut)
+    second.load_state_dict(first.state_dict())
+    state.restore(second, optimizers[2], state.tensors(first, optimizers[1]))
+    after = some(second, optimizers[2], before[-1].progress, 20)
+    assert [step.loss_nats for step in before + after] == [step.loss_nats for step in wanted]
+    assert [step.grad_norm for step in before + after] == [step.grad_norm for step in wanted]
+    for mine, its in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, its)
 
 
 def test_one_place_computes_gradients():

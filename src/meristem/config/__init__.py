@@ -1,6 +1,6 @@
 """Configuration: the base of every part, the layers of a tree, and its text."""
 
-from meristem.config.layers import Loaded, load, preset_names, schema
+from meristem.config.layers import Loaded, load, preset_names, schema, size_names, sized, sources
 from meristem.config.part import Part
 from meristem.config.text import canonical, dump_yaml, fingerprint, leaves, read_yaml
 
@@ -15,4 +15,7 @@ __all__ = [
     "preset_names",
     "read_yaml",
     "schema",
+    "size_names",
+    "sized",
+    "sources",
 ]

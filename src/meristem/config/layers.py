@@ -46,7 +46,7 @@ def load(
     """
     layers = []
     if preset is not None:
-        layers += [_whole(tree, f"preset {name}") for name, tree in _lineage(preset)]
+        layers += [_whole(told.settings, told.place) for told in _lineage(preset)]
     if file is not None:
         layers.append(_whole(_file(file), f"file {file}"))
     layers.append(_environment(environment or {}))
@@ -64,9 +64,36 @@ def load(
 
 
 def preset_names() -> list[str]:
-    """The presets in the package, sorted."""
-    folder = resources.files("meristem.config") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    """The presets in the package, sorted. ``sized`` says which of them also come as ``<preset>-<size>``."""
+    return _names("presets")
+
+
+def size_names() -> list[str]:
+    """The sizes that presets of papers come in, sorted."""
+    return _names("sizes")
+
+
+def sized() -> list[str]:
+    """The presets that come in every size: those that say where their numbers are from."""
+    return [name for name in preset_names() if "sources" in _read("presets", name)]
+
+
+def sources(preset: str) -> dict[str, str]:
+    """Where the settings of a preset are from: dotted leaf to equation, section or "ours"."""
+    found: dict[str, str] = {}
+    for layer in _lineage(preset):
+        found |= layer.sources
+    return found
+
+
+def _names(folder: str) -> list[str]:
+    entries = (resources.files("meristem.config") / folder).iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def _read(folder: str, name: str) -> dict[str, Any]:
+    text = (resources.files("meristem.config") / folder / f"{name}.yaml").read_text(encoding="utf-8")
+    return read_yaml(text, f"{folder.removesuffix('s')} {name}")
 
 
 def schema(root: type[Part]) -> dict[str, Any]:
@@ -74,23 +101,46 @@ def schema(root: type[Part]) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | root.model_json_schema()
 
 
-def _preset(name: str) -> dict[str, Any]:
+class Told(NamedTuple):
+    """What one file of a preset says."""
+
+    place: str
+    settings: dict[str, Any]
+    sources: dict[str, str]
+
+
+def _lineage(preset: str) -> list[Told]:
+    """A preset after the one that its first line ``base: name`` builds on, and so on down.
+
+    ``<preset>-<size>`` adds the file of the size, and on top what the preset's ``sizes:`` says of it.
+    """
+    name, size = _split(preset)
+    tree = _read("presets", name)
+    below = _lineage(tree.pop("base")) if "base" in tree else []
+    of_size = tree.pop("sizes", {}).get(size, {})
+    told = [*below, Told(f"preset {name}", tree, tree.pop("sources", {}))]
+    if size:
+        general = _read("sizes", size)
+        told.append(Told(f"size {size}", general, general.pop("sources", {})))
+        told.append(Told(f"size {size} of preset {name}", of_size, of_size.pop("sources", {})))
+    return told
+
+
+def _split(preset: str) -> tuple[str, str]:
+    """The name of a preset and its size, "" where it has none."""
     names = preset_names()
-    if name not in names:
-        raise WrongValue(
-            f"no preset is called '{name}'. Nearest: {', '.join(nearest_words(name, names)) or 'none'}.",
-            value=name,
-            accepted=names,
-        )
-    text = (resources.files("meristem.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    return read_yaml(text, f"preset {name}")
-
-
-def _lineage(name: str) -> list[tuple[str, dict[str, Any]]]:
-    """A preset after the one that its first line ``base: name`` builds on, and so on down."""
-    tree = _preset(name)
-    base = tree.pop("base", None)
-    return [*(_lineage(base) if base else []), (name, tree)]
+    for size in size_names():
+        name = preset.removesuffix(f"-{size}")
+        if name != preset and name in names and name in sized():
+            return name, size
+    if preset in names:
+        return preset, ""
+    known = [*names, *(f"{name}-{size}" for name in sized() for size in size_names())]
+    raise WrongValue(
+        f"no preset is called '{preset}'. Nearest: {', '.join(nearest_words(preset, known)) or 'none'}.",
+        value=preset,
+        accepted=names,
+    )
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
     key that returns is corrected in all. overshoot: of frozen chunks, the worst (``frozen_chunk.overshoot``). Neither
     parameters nor a run's memory are touched.
     """
-    with _uncompiled(), _listening(model) as (heard, asked):
+    with uncompiled(), _listening(model) as (heard, asked):
         _, state = model(tokens_bt)
     if not heard:
         return {}
@@ -58,7 +58,7 @@ def _overshoot(recall: Recall, hidden_btd: Hidden, state: State | None = None) -
     return float(overshoot(recall.rule, keys_bthk, recall.gates(hidden_btd), recall.chunk).max())
 
 
-def _uncompiled() -> AbstractContextManager[object]:
+def uncompiled() -> AbstractContextManager[object]:
     """Compiled blocks pass over hooks; inside this they run as written. Nothing compiled, no compiler is loaded."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 

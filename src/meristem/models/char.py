@@ -1,7 +1,7 @@
 """Three small models to compare with: a plain transformer and two recurrent stacks (platform.md 6.1)."""
 
 import math
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ class CharFormer(nn.Module):
     again from position 0. So a call sees all of a text up to ``window``, and a long text, token by token, at least its
     last half window.
     """
+
+    no_decay: ClassVar = frozenset({"position_td"})
 
     def __init__(self, model: ModelPart, memory: MemoryPart, vocabulary: int, random_seed: int) -> None:
         super().__init__()

@@ -13,8 +13,10 @@ from meristem.memory.value import State
 from meristem.models.doors import check_tokens
 from meristem.models.draws import drawn_from
 from meristem.models.join import JOINS
+from meristem.models.layers import of_layer
 from meristem.models.part import ModelPart
 from meristem.nn.attention import Attention
+from meristem.nn.chain import Chain, chain_of
 from meristem.nn.mac import MemoryAsContext
 from meristem.nn.mag import MemoryAsGate
 from meristem.nn.mal import MemoryAsLayer
@@ -22,6 +24,7 @@ from meristem.nn.memory import MemoryLayer
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.nn.norm import RMSNorm
 from meristem.nn.part import MemoryPart
+from meristem.nn.self_reference import SelfReference
 from meristem.plugins import Registry
 from meristem.shapes import Hidden, Logits, Tokens
 
@@ -59,6 +62,11 @@ def memory_alone(model: ModelPart, memory: MemoryPart) -> MemoryLayer:
     return MemoryLayer(model.width, memory)
 
 
+def self_reference(model: ModelPart, memory: MemoryPart) -> SelfReference:
+    """Memories that make the keys, values and gates by which they are written."""
+    return SelfReference(model.width, memory)
+
+
 mixers: Registry[Callable[[ModelPart, MemoryPart], nn.Module]] = Registry(
     "mixer",
     {
@@ -67,6 +75,7 @@ mixers: Registry[Callable[[ModelPart, MemoryPart], nn.Module]] = Registry(
         "mac": memory_as_context,
         "mal": memory_as_layer,
         "memory": memory_alone,
+        "self_reference": self_reference,
     },
 )
 """What mixes tokens: modules with ``forward(hidden_btd, state) -> (hidden_btd, state)``."""
@@ -78,21 +87,32 @@ MLPS: Final[dict[str, Callable[[int, int], nn.Module]]] = {
 
 
 class Block(nn.Module):
-    """One residual layer: ``x + mixer(norm x)``, then ``x + mlp(norm x)``. Its state is that of the mixer."""
+    """One residual layer: ``x + mixer(norm x)``, then ``x + mlp(norm x)``, or a chain of such.
+
+    Its state is that of the mixer, and under ``levels`` that of the chain where it carries any.
+    """
+
+    m3_every: int | None = None
 
     def __init__(self, model: ModelPart, memory: MemoryPart) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(model.width)
         self.mixer = mixers.get(model.mixer)(model, memory)
-        self.mlp_norm = RMSNorm(model.width)
-        self.mlp = MLPS[model.mlp](model.width, model.hidden or _derived_hidden(model))
+        hidden = model.hidden or _derived_hidden(model)
+        is_chain = model.mlp == "levels"
+        self.mlp_norm = None if is_chain else RMSNorm(model.width)
+        self.mlp = chain_of(model.width, hidden, model.levels) if is_chain else MLPS[model.mlp](model.width, hidden)
         self._draw_weights()
         self._shrink_outputs(1 / math.sqrt(2 * model.n_layers))
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
-        mixed_btd, state = self.mixer(self.mixer_norm(hidden_btd), state)
+        carried = None if state is None else {name: leaf for name, leaf in state.items() if name != "levels"}
+        mixed_btd, after = self.mixer(self.mixer_norm(hidden_btd), carried)
         hidden_btd = hidden_btd + mixed_btd
-        return hidden_btd + self.mlp(self.mlp_norm(hidden_btd)), state
+        if self.mlp_norm is not None:
+            return hidden_btd + self.mlp(self.mlp_norm(hidden_btd)), after
+        added_btd, levels = self.mlp(hidden_btd, None if state is None else state.get("levels"))
+        return hidden_btd + added_btd, after | ({"levels": levels} if levels else {})
 
     def _draw_weights(self) -> None:
         """Every projection keeps the size of what it is given."""
@@ -102,16 +122,19 @@ class Block(nn.Module):
 
     def _shrink_outputs(self, factor: float) -> None:
         """All branches of a stack together add as much as one would: their last projections, ``out``, start small."""
-        for branch in (self.mixer, self.mlp):
-            out = getattr(branch, "out", None)
-            if isinstance(out, nn.Linear):
-                with torch.no_grad():
+        outs = [getattr(self.mixer, "out", None), getattr(self.mlp, "out", None)]
+        with torch.no_grad():
+            for out in outs:
+                if isinstance(out, nn.Linear):
                     out.weight.mul_(factor)
+            levels = self.mlp.outs if isinstance(self.mlp, Chain) else []
+            for out in levels:
+                out.weight.mul_(factor / math.sqrt(len(levels)))
 
 
 def _derived_hidden(model: ModelPart) -> int:
     """4 widths, or, where a gate takes a third of the weights, 8/3 of them, in whole multiples of 32."""
-    return 4 * model.width if model.mlp == "gelu" else 32 * math.ceil(model.width / 12)
+    return 4 * model.width if model.mlp in ("gelu", "levels") else 32 * math.ceil(model.width / 12)
 
 
 class LM(nn.Module):
@@ -133,7 +156,10 @@ class LM(nn.Module):
         self.blocks = nn.ModuleList()
         for layer in range(model.n_layers):
             with drawn_from(random_seed, "model.layer", layer):
-                self.blocks.append(Block(*of_layer(model, memory, layer)))
+                block = Block(*of_layer(model, memory, layer))
+            # Where each layer has an m3 of its own, ``optim.groups`` reads its speed here.
+            block.m3_every = model.of_layer(layer).m3_every
+            self.blocks.append(block)
         with drawn_from(random_seed, "model.join"):
             self.join = None if model.join == "stack" else JOINS[model.join](model.width, model.n_layers)
         self.norm = RMSNorm(model.width)
@@ -152,10 +178,3 @@ class LM(nn.Module):
             hidden_btd = self.join(torch.stack(beside))
         head_od = self.embedding.weight if self.head is None else self.head.weight
         return F.linear(self.norm(hidden_btd), head_od), {"layer": after}
-
-
-def of_layer(model: ModelPart, memory: MemoryPart, layer: int) -> tuple[ModelPart, MemoryPart]:
-    """The settings as one layer sees them."""
-    own = model.of_layer(layer)
-    memory = memory.model_copy(update=own.model_dump(include={"rule", "retention"}, exclude_none=True))
-    return model.model_copy(update={"mixer": own.mixer or model.mixer}), memory

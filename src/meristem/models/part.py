@@ -6,12 +6,13 @@ from pydantic import Field, model_validator
 
 from meristem.config import Part
 from meristem.errors import ConflictingKeys, DeadKey
+from meristem.nn.part import ChainPart
 
 READS: Final = {
     "lm": frozenset(
         {
             *("width", "n_layers", "heads", "hidden", "mlp", "mixer", "span", "rope", "n_persistent", "tied"),
-            *("combine", "segment", "is_residual", "layers", "join"),
+            *("combine", "segment", "is_residual", "layers", "join", "levels", "pattern"),
         }
     ),
     "charformer": frozenset({"width", "n_layers", "heads", "hidden", "window", "order", "positions", "init"}),
@@ -40,6 +41,13 @@ class LayerPart(Part):
     mixer: Annotated[str | None, Field(description="What mixes tokens in this layer.")] = None
     rule: Annotated[str | None, Field(description="The rule of its memory.")] = None
     retention: Annotated[str | None, Field(description="What becomes of its old memory.")] = None
+    periods: Annotated[
+        tuple[int, ...] | None,
+        Field(description="Periods of its levels: of its chain where model.mlp is `levels`, else of its memory."),
+    ] = None
+    m3_every: Annotated[
+        int | None, Field(ge=1, description="Steps that the slow momentum of m3 gathers for its parameters.")
+    ] = None
 
 
 class ModelPart(Part):
@@ -50,7 +58,11 @@ class ModelPart(Part):
     n_layers: Annotated[int, Field(ge=1, description="How many layers stand on each other.")] = 4
     heads: Annotated[int, Field(ge=1, description="Attention heads; they share the width.")] = 4
     hidden: Annotated[int, Field(ge=0, description="Hidden width of the feed-forward layers; 0 derives it.")] = 0
-    mlp: Annotated[Literal["swiglu", "gelu"], Field(description="The feed-forward layer.")] = "swiglu"
+    mlp: Annotated[
+        Literal["swiglu", "gelu", "levels"],
+        Field(description="The feed-forward layer; `levels` is a chain of gelu layers that learn at different speeds."),
+    ] = "swiglu"
+    levels: ChainPart = ChainPart()
     mixer: Annotated[
         str,
         Field(
@@ -61,6 +73,10 @@ class ModelPart(Part):
         tuple[LayerPart, ...],
         Field(description="What layers have of their own, taken in turn: [{mixer: memory}, {mixer: attention}]."),
     ] = ()
+    pattern: Annotated[
+        Literal["basic", "nested", "sequential", "independent", "hybrid"] | None,
+        Field(description="A way to deploy levels that the layers have to follow; null asks for none."),
+    ] = None
     join: Annotated[
         Literal["stack", "sum", "concat", "attention"],
         Field(description="Layers on each other, or side by side: their sum, a projection of all, or a learned mix."),
@@ -87,7 +103,8 @@ class ModelPart(Part):
         used = set(self.mixers)
         if self.name != "lm" or used - OUR_MIXERS:
             return keys
-        return keys - {key for key, readers in BY_MIXER.items() if not used & readers}
+        idle = {key for key, readers in BY_MIXER.items() if not used & readers}
+        return keys - idle - ({"levels"} if self.mlp != "levels" else set())
 
     @property
     def mixers(self) -> tuple[str, ...]:

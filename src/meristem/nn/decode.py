@@ -7,6 +7,7 @@ Nothing here is learned or decided: the same numbers, fewer calls.
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from meristem.memory.forms.exact_chunk import one_token
@@ -28,6 +29,12 @@ def can_decode(recall: "Recall", hidden_btd: Hidden, state: State | None) -> boo
 
 def decode(recall: "Recall", hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
     """What the memory answers to one token, and the state after it; the state that came in stays as it was."""
+    read_bh1v, _, after = decode_heads(recall, hidden_btd, state)
+    return read_bh1v.view(hidden_btd.shape[0], 1, -1), after
+
+
+def decode_heads(recall: "Recall", hidden_btd: Hidden, state: State) -> tuple[Tensor, Tensor, State]:
+    """The same head by head, ``b h 1 v``, and the query that each head asked with, ``b h 1 k``."""
     rule, memory = recall.rule, state["memory"]
     padded_bsd = torch.cat([state["conv"]["tail_bsd"], functional.linear(hidden_btd, recall.qkv.weight)], dim=1)
     mixed_bd = functional.silu((padded_bsd.mT * recall.conv.weight_dc).sum(dim=-1))
@@ -43,4 +50,4 @@ def decode(recall: "Recall", hidden_btd: Hidden, state: State) -> tuple[Hidden, 
         write_bh11 = torch.addcmul(write_bh11, write_bh11, gates["momentum"], value=-1)
     rows = key_bh1k, vectors_blhk[:, 2].unsqueeze(-2), query_bh1k
     read_bh1v, after = one_token(rule, memory, rows, gates | {"write": write_bh11})
-    return read_bh1v.view(hidden_btd.shape[0], 1, -1), {"memory": after, "conv": {"tail_bsd": padded_bsd[:, 1:]}}
+    return read_bh1v, query_bh1k, {"memory": after, "conv": {"tail_bsd": padded_bsd[:, 1:]}}

@@ -34,7 +34,7 @@ class MemoryAsContext(nn.Module):
             raise WrongValue(f"found a segment of {segment} tokens; expected 1 or more. Raise it.", value=segment)
         self.segment = segment
         self.attention = attention
-        self.recall = recall_of(width, part)
+        self.recall = recall_of(width, part, is_asked=True)
         self.ask = nn.Linear(width, width, bias=False)
         self.combine = COMBINATIONS[combine](width, part.head_width)
 

@@ -62,7 +62,11 @@ class Recall(nn.Module):
     needs no such bound.
 
     State: the memory, float32 whatever the autocast, and the convolution's tail. A fresh memory is a learned parameter.
+
+    is_writing: False in a reader whose memories stand still (``models.reader.still``).
     """
+
+    is_writing = True
 
     def __init__(self, width: int, part: MemoryPart) -> None:
         super().__init__()
@@ -93,10 +97,13 @@ class Recall(nn.Module):
         self.is_plain = self.rule.is_linear and is_exact and is_usual
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
-        if state is not None and can_decode(self, hidden_btd, state):
+        if state is not None and self.is_writing and can_decode(self, hidden_btd, state):
             return decode(self, hidden_btd, state)
         state = self.begin(hidden_btd) if state is None else state
         query_bthk, key_bthk, value_bthv, tail = self.vectors(hidden_btd, state["conv"])
+        if not self.is_writing:
+            read_bthv = self.answer(query_bthk, state["memory"])
+            return read_bthv.flatten(2).to(value_bthv.dtype), state | {"conv": tail}
         read_bthv, memory = run_trusted(
             self.rule,
             state["memory"],
@@ -112,19 +119,18 @@ class Recall(nn.Module):
         return {"memory": self.initial(hidden_btd.shape[0]), "conv": self.conv.begin(hidden_btd)}
 
     def look(self, asked_btd: Hidden, state: State) -> Hidden:
-        """What the memory, as it stands, recalls of the given vectors; nothing is written.
-
-        A chunk that is not finished has not reached the weights.
-        """
-        memory: Memory = state["memory"]
+        """What the memory, as it stands, recalls of the given vectors; nothing is written."""
         asked_bthk = asked_btd.unflatten(-1, (self.heads, -1))
         query_bthk = asked_bthk if self.mix is not None else unit(asked_bthk)
         query_bthk = query_bthk.repeat_interleave(self.channels, dim=2)
+        return self.answer(query_bthk, state["memory"]).flatten(2).to(asked_btd.dtype)
+
+    def answer(self, query_bthk: Queries, memory: Memory) -> Values:
+        """What a memory recalls of queries, as it stands. A chunk that is not finished has not reached its weights."""
         weights = self.rule.weights(memory)
-        with full_precision(asked_btd.device):
+        with full_precision(query_bthk.device):
             query_bhtk = self.rule.features.apply(query_bthk.to(next(iter(weights.values())).dtype)).movedim(1, 2)
-            read_bhtv = self.rule.structure.recall(Live(weights), query_bhtk)
-        return read_bhtv.movedim(1, 2).flatten(2).to(asked_btd.dtype)
+            return self.rule.structure.recall(Live(weights), query_bhtk).movedim(1, 2)
 
     def vectors(self, hidden_btd: Hidden, tail: State | None) -> tuple[Queries, Keys, Values, State]:
         """Queries, keys and values of a window as the rule takes them, and what the convolution carries on."""

@@ -10,10 +10,14 @@ from meristem.nn.part import MemoryPart
 from meristem.shapes import Hidden
 
 
-def recall_of(width: int, part: MemoryPart) -> nn.Module:
-    """A module ``(hidden_btd, state) -> (recalled_btd, state)``: one memory, kept ones beside it, or several levels."""
+def recall_of(width: int, part: MemoryPart, *, is_asked: bool = False) -> nn.Module:
+    """A module ``(hidden_btd, state) -> (recalled_btd, state)``: one memory, kept ones beside it, or several levels.
+
+    is_asked: the layer also looks at the memory without writing; where answers of levels are mixed by learned shares,
+    these have shares of their own.
+    """
     if part.levels.count > 1 or part.levels.reset_after is not None:
-        return MemoryLevels(width, part)
+        return MemoryLevels(width, part, is_asked=is_asked)
     return Recall(width, part)
 
 

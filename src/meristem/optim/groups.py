@@ -1,23 +1,56 @@
-"""Which parameters the optimizer decays, and the optimizer over them."""
+"""Which parameters the optimizer decays, when and by what it moves them, and the optimizer over them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-import torch
 from torch import nn
 
+from meristem.errors import ConflictingKeys, WrongValue
+from meristem.optim.kinds import KINDS, Group
+from meristem.optim.outer import Outer
 from meristem.optim.part import OptimPart
 
 
-def build(model: nn.Module, part: OptimPart) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter, in the two groups of ``split``."""
-    decayed, plain = split(model)
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": part.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=part.rate,
-        betas=(part.beta1, part.beta2),
-        eps=part.eps,
-        fused=True,
-    )
+def build(model: nn.Module, part: OptimPart) -> Outer:
+    """The optimizer over every trainable parameter: one group for each period, decayed or not, and what moves it.
+
+    Matrix optimizers take what ``split`` decays, but for the head, whose rows are tokens and not directions.
+    """
+    kind, every_level = KINDS[part.kind], levels(model)
+    _require_levels(part, every_level)
+    decayed = {id(parameter) for parameter in split(model)[0]}
+    is_end = {id(parameter) for parameter in _head(model)} if kind.matrices else decayed
+    matrices: list[Group] = []
+    rest: list[Group] = []
+    for period, parameters in every_level.items():
+        turned = [each for each in parameters if id(each) in decayed - is_end]
+        shrunk = [each for each in parameters if id(each) in decayed & is_end]
+        plain = [each for each in parameters if id(each) not in decayed]
+        common = {"lr": part.rate * part.level_rate(period), "period": period}
+        matrices.append(common | {"params": turned, "weight_decay": part.weight_decay})
+        rest.append(common | {"params": shrunk, "weight_decay": part.weight_decay})
+        rest.append(common | {"params": plain, "weight_decay": 0.0})
+    made = []
+    for maker, groups in ((kind.rest, rest), (kind.matrices, matrices)):
+        filled = [group for group in groups if group["params"]]
+        if maker and filled:
+            made.append(maker(filled, part))
+    return Outer(made, every_level, clip=part.clip)
+
+
+def levels(model: nn.Module) -> dict[int, list[nn.Parameter]]:
+    """Period to the trainable parameters that move once in so many steps, in the model's order; the fastest first.
+
+    A module says its period by an attribute ``period``, for everything in it that has none of its own; without one a
+    parameter moves every step. What two modules share moves as often as the faster of them.
+    """
+    period_of: dict[int, int] = {}
+    for parameter, period in _with_periods(model, 1):
+        period_of[id(parameter)] = min(period, period_of.get(id(parameter), period))
+    found: dict[int, list[nn.Parameter]] = {period: [] for period in sorted(set(period_of.values()))}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            found[period_of[id(parameter)]].append(parameter)
+    return {period: parameters for period, parameters in found.items() if parameters}
 
 
 def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -42,3 +75,41 @@ def _kept(module: nn.Module) -> Iterator[nn.Parameter]:
     for name, parameter in module.named_parameters():
         if name in exempt or name.split(".")[0] in exempt:
             yield parameter
+
+
+def _with_periods(module: nn.Module, inherited: int) -> Iterator[tuple[nn.Parameter, int]]:
+    """Every parameter with the period of the nearest module around it that has one."""
+    period = getattr(module, "period", inherited)
+    if not isinstance(period, int) or period < 1:
+        raise WrongValue(
+            f"{type(module).__name__}.period is {period!r}; expected the whole number of steps, 1 or more, after which "
+            "its parameters move.",
+            value=period,
+        )
+    for parameter in module.parameters(recurse=False):
+        yield parameter, period
+    for child in module.children():
+        yield from _with_periods(child, period)
+
+
+def _head(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What turns the last hidden vector into logits: the child ``head``, by which every model of ours calls it."""
+    head = getattr(model, "head", None)
+    if isinstance(head, nn.Module):
+        yield from head.parameters()
+
+
+def _require_levels(part: OptimPart, every_level: Mapping[int, object]) -> None:
+    """A setting for a period that no level has is read by nothing."""
+    unread = [
+        f"optim.{key}.{period}"
+        for key in ("level_rates", "level_betas")
+        for period in getattr(part, key)
+        if period not in every_level
+    ]
+    if unread:
+        raise ConflictingKeys(
+            f"{', '.join(unread)}: no level of this model has such a period; there are "
+            f"{', '.join(map(str, every_level))}. Remove the key, or name one of these.",
+            path=unread[0],
+        )

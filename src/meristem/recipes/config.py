@@ -13,6 +13,7 @@ from meristem.data.part import DataPart, TokenizerPart
 from meristem.device.part import DevicePart
 from meristem.errors import ConflictingKeys
 from meristem.evaluate.part import EvaluatePart
+from meristem.models.layers import require_pattern
 from meristem.models.part import ModelPart
 from meristem.nn.part import MemoryPart
 from meristem.optim.part import OptimPart, SchedulePart
@@ -61,7 +62,7 @@ class Config(Part):
 
     @model_validator(mode="after")
     def _memory_fits_its_model(self) -> Self:
-        has_memory = "mixer" in self.model.reads and self.model.mixer != "attention"
+        has_memory = "mixer" in self.model.reads and set(self.model.mixers) != {"attention"}
         if has_memory and self.model.width % self.memory.head_width:
             raise ConflictingKeys(
                 f"model.width {self.model.width} does not divide into memories of memory.head_width "
@@ -69,6 +70,12 @@ class Config(Part):
                 path="memory.head_width",
                 value=self.memory.head_width,
             )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_follow_their_pattern(self) -> Self:
+        if "pattern" in self.model.reads:
+            require_pattern(self.model, self.memory, self.optim.kind)
         return self
 
     @model_validator(mode="after")

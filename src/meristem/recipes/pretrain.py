@@ -161,7 +161,6 @@ def train(run: Run, job: Job, start: Progress) -> tuple[Progress, bool]:
             job.optimizer,
             partial(rate_factor, config.schedule),
             part=config.train,
-            clip=config.optim.clip,
             device=job.device,
             start=start,
         ):
@@ -224,7 +223,8 @@ def stop(run: Run, job: Job, progress: Progress) -> Result:
 
 
 def finish(run: Run, job: Job, progress: Progress) -> Result:
-    """Save, then read more of the held-out text than before, let the model write, and report."""
+    """Use up what waits, save, read more of the held-out text than before, let the model write, and report."""
+    job.optimizer.flush()
     part = job.config.evaluate
     metrics = ranked(measure(run, job, progress, part.n_windows))
     path = save(run, job, progress, reason="final", metrics=metrics)

@@ -21,6 +21,7 @@ from meristem.events import Event
 from meristem.memory.value import State, flatten, map_tensors, unflatten
 from meristem.models.load import put_weights
 from meristem.optim import state as optim_state
+from meristem.optim.outer import Outer
 from meristem.recipes.config import Config
 from meristem.recipes.run import Run
 from meristem.train.progress import Progress
@@ -35,7 +36,7 @@ class Job:
     corpus: Corpus
     stream: Stream
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Outer
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def restore(run: Run, job: Job, checkpoint: Checkpoint) -> Progress:
 
 
 def require_same(config: Config, now: Tokenizer, checkpoint: Checkpoint) -> None:
-    """Refuse to go on with another tokenizer or another model than the checkpoint's."""
+    """Refuse to go on with another tokenizer, model or kind of optimizer than the checkpoint's."""
     was = tokenizer_from_bytes(checkpoint.file("tokenizer.json"))
     if was.fingerprint != now.fingerprint:
         raise TokenizerMismatch(
@@ -168,8 +169,8 @@ def require_same(config: Config, now: Tokenizer, checkpoint: Checkpoint) -> None
             found=now.fingerprint,
             expected=was.fingerprint,
         )
-    differences = {key: values for key, values in changed(config, checkpoint).items()
-                   if key.split(".")[0] in ("model", "memory")}  # fmt: skip
+    every = changed(config, checkpoint)
+    differences = {key: values for key, values in every.items() if key.split(".")[0] in ("model", "memory")}
     if differences:
         listed = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in differences.items())
         raise CheckpointMismatch(
@@ -178,6 +179,15 @@ def require_same(config: Config, now: Tokenizer, checkpoint: Checkpoint) -> None
             path=str(checkpoint.path),
             step=checkpoint.step,
             differences=differences,
+        )
+    if "optim.kind" in every:
+        old, new = every["optim.kind"]
+        raise CheckpointMismatch(
+            f"{checkpoint.path} holds what the optimizer '{old}' gathered, of which '{new}' can make nothing. Set "
+            "optim.kind as it was, or start a new run with --resume never and another --run-dir.",
+            path=str(checkpoint.path),
+            step=checkpoint.step,
+            differences={"optim.kind": (old, new)},
         )
 
 

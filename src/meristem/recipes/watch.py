@@ -5,6 +5,7 @@ from typing import Final
 
 import torch
 
+from meristem.evaluate.levels import Dormancy, level_figures
 from meristem.evaluate.memory import memory_figures
 from meristem.events import Event, Severity
 from meristem.recipes.resume import Job
@@ -53,6 +54,7 @@ class Log:
         self._memory: dict[str, float] = {}
         self._tokens_per_s = 0.0
         self._told: set[tuple[str, float]] = set()
+        self._still: dict[str, Dormancy] = {}
         self.held_out: float | None = None
         window = job.corpus.tokens("val")[: min(PROBE_TOKENS, job.config.data.window)]
         (self._probe_bt,) = job.device.move(torch.from_numpy(window.astype("int64"))[None])
@@ -77,6 +79,7 @@ class Log:
         self._tokens_per_s = (now.tokens - self._recorded.tokens) / seconds
         with self._job.device.autocast():
             self._memory = memory_figures(self._job.model, self._probe_bt)
+            levels = level_figures(self._job.model, self._probe_bt)
         metrics = {
             "nats": step.loss_nats,
             "bits_per_byte": step.bits_per_byte,
@@ -87,6 +90,9 @@ class Log:
         }
         self._warn(now.step)
         metrics |= {f"memory/{name}": value for name, value in self._memory.items()}
+        for level, figures in levels.items():
+            self._rouse(now.step, level, figures)
+            metrics |= {f"memory/{level}/{name}": value for name, value in figures.items()}
         self._run.records.metrics(now.step, now.tokens, self._job.stream.epoch(now.cursor), "train", metrics)
         self._recorded = now
 
@@ -100,6 +106,13 @@ class Log:
                 self._told.add((name, limit))
             elif value <= limit:
                 self._told.discard((name, limit))
+
+    def _rouse(self, step: int, level: str, figures: dict[str, float]) -> None:
+        """Say once that a level sleeps, and again only after it had been awake."""
+        before = self._still.get(level, Dormancy())
+        self._still[level] = now = before.fed(figures)
+        if now.is_dormant and not before.is_dormant:
+            self._run.emit(now.event(level, step))
 
     def _show(self, step: Step) -> None:
         now, part = step.progress, self._job.config.train

@@ -4,6 +4,7 @@ A session reads text through the model's one forward and keeps the state that co
 knows of the past is in that state, whose size does not grow, and so the time per token does not grow either.
 """
 
+import copy
 import math
 import time
 import uuid
@@ -20,6 +21,7 @@ from meristem.device.random import stream as random_stream
 from meristem.errors import CheckpointMismatch, WrongValue
 from meristem.memory.value import Memory, State, flatten, size_bytes, unflatten
 from meristem.models.generate import Sampling, choose
+from meristem.models.reader import LEARNED, Learn, reader_of
 from meristem.nn.memory import Recall
 from meristem.serve import store
 from meristem.train.loss import cross_entropy
@@ -73,7 +75,11 @@ _FRESH: Final = _Moment(None, None, 0)
 
 
 class Session:
-    """Reads, writes and remembers. The weights are shared with other sessions and never change."""
+    """Reads, writes and remembers. The weights are shared with other sessions and never change.
+
+    learn: what changes while it reads. "off": nothing, and its memory answers as the model's first one; "memory"; or
+    "levels", feed-forward levels as well, in a copy of its own (``models.reader``).
+    """
 
     def __init__(
         self,
@@ -83,8 +89,11 @@ class Session:
         sampling: Sampling | None = None,
         random_seed: int = 0,
         name: str | None = None,
+        learn: Learn = "memory",
     ) -> None:
         self.model = model
+        self.learn = learn
+        self._reader = reader_of(model, learn, cross_entropy)
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
         self.random_seed = random_seed
@@ -162,8 +171,10 @@ class Session:
 
     def fork(self, name: str | None = None) -> "Session":
         """A second session that stands where this one stands; from here on neither knows of the other."""
-        other = Session(self.model, self.tokenizer, sampling=self.sampling, random_seed=self.random_seed, name=name)
-        other._now, other._turns = self._now, dict(self._turns)
+        other = copy.copy(self)
+        other.id = uuid.uuid4().hex
+        other.name = name or other.id[:8]
+        other._turns = dict(self._turns)
         return other
 
     def rollback(self, to: Turn | int) -> None:
@@ -214,6 +225,7 @@ class Session:
             "n_tokens": self._now.n_tokens,
             "sampling": asdict(self.sampling),
             "random_seed": self.random_seed,
+            "learn": self.learn,
             "integers": {name: leaf for name, leaf in leaves.items() if isinstance(leaf, int)},
         }
         store.write(Path(path), tensors, header)
@@ -228,6 +240,7 @@ class Session:
             sampling=Sampling(**header["sampling"]),
             random_seed=int(header["random_seed"]),
             name=header["name"],
+            learn=header["learn"],
         )
         session._require_same(header, Path(path))
         session.id = header["id"]
@@ -271,7 +284,7 @@ class Session:
         """The moment after reading some tokens, and the prediction made at each of them."""
         tokens_bt = torch.tensor([token_ids], device=self._device)
         with torch.no_grad():
-            logits_bto, state = self.model(tokens_bt, moment.state)
+            logits_bto, state = self._reader(tokens_bt, moment.state)
         return _Moment(state, logits_bto[:, -1].clone(), moment.n_tokens + len(token_ids)), logits_bto
 
 

@@ -12,6 +12,7 @@ from meristem.data.stream import Batch, Cursor, Stream
 from meristem.device.resolve import Device
 from meristem.errors import NonFinite
 from meristem.memory.value import State, detach
+from meristem.optim.outer import Outer
 from meristem.train.loss import cross_entropy
 from meristem.train.part import TrainPart
 from meristem.train.progress import Progress
@@ -44,17 +45,17 @@ class Step:
 def steps(
     model: nn.Module,
     stream: Stream,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Outer,
     schedule: Callable[[float], float],
     *,
     part: TrainPart,
-    clip: float | None,
     device: Device,
     start: Progress,
 ) -> Iterator[Step]:
     """Train from ``start`` until a limit of ``part`` is reached, yielding after every step.
 
     schedule: the share of the run that is done to the factor on the optimizer's rates.
+    Which parameters move in a step, and how they are clipped, is the optimizer's affair, as is what waits at the end.
     A step whose loss or gradient is not finite changes neither weights nor moments, and the memory begins afresh after
     it; ``part.max_nonfinite`` such steps in a row raise NonFinite (on an accelerator at the next step that is read).
     """
@@ -69,14 +70,15 @@ def steps(
         batches, cursor = _take(stream, now.cursor, part.accumulate)
         n_targets = sum(batch.n_targets for batch in batches)
         loss, memory = _backward(model, batches, now.memory, device)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
-        unread.append(_update(optimizer, loss, norm))
+        update = optimizer.step(loss)
+        optimizer.zero_grad()
+        unread.append(update.is_skipped)
         now = replace(now, cursor=cursor, step=now.step + 1, tokens=now.tokens + n_targets, memory=memory)
         is_logged = now.step % part.log_every == 0
         numbers: list[float] = []
         # On the CPU reading costs nothing. A memory that is carried on must not stay spoilt until the next record.
         if is_logged or loss.is_cpu or not batches[-1].starts:
-            numbers = torch.stack([loss, norm, *unread]).tolist()
+            numbers = torch.stack([loss, update.norm, *unread]).tolist()
             unread = []
             now = _count(now, numbers[2:], part.max_nonfinite)
         seconds = time.perf_counter() - began
@@ -121,19 +123,6 @@ def _backward(
         losses.append(loss.detach())
         memory = detach(memory)
     return torch.stack(losses).sum(), memory
-
-
-def _update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """Step unless loss or gradient is not finite; 1 where it was skipped, on the device.
-
-    Torch's fused optimizers leave everything untouched where ``found_inf`` is 1: the attribute by which its gradient
-    scaler skips a step without the host having to read why.
-    """
-    is_skipped = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
-    optimizer.found_inf = is_skipped  # type: ignore[attr-defined]
-    optimizer.step()
-    optimizer.zero_grad()
-    return is_skipped
 
 
 def _count(now: Progress, skipped: list[float], most: int) -> Progress:

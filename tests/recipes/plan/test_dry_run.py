@@ -79,7 +79,6 @@ def true_peak(config: Config) -> int:
             optimizer,
             lambda share: 1.0,
             part=part,
-            clip=config.optim.clip,
             device=device,
             start=start,
         )
@@ -96,7 +95,10 @@ def test_peak_is_that_of_the_run(load, preset):
     assert plan(config, until="steps").training.peak_bytes == pytest.approx(true_peak(config), rel=0.01)
 
 
-@pytest.mark.parametrize("override", ["data.order=sequential", "train.accumulate=2", "device.compute=fp32"])
+@pytest.mark.parametrize(
+    "override",
+    ["data.order=sequential", "train.accumulate=2", "device.compute=fp32", "optim.kind=muon", "optim.kind=m3"],
+)
 def test_peak_knows_how_the_run_steps(load, override):
     """A memory that is carried on, accumulated batches and the dtype of products are in the figure."""
     config = load("titans-mag", "data.batch=2", "data.window=37", "model.n_layers=1", "device.compute=bf16", override)

@@ -137,7 +137,7 @@ def run_trusted(
     computed in it, whatever the autocast around this call.
     """
     keys_bthk, values_bthv, queries_bthk = window
-    like = next(iter(memory.values()))
+    like = memory[rule.structure.weights[0]]
     with full_precision(like.device):
         keys_bthk, queries_bthk = (rule.features.apply(x.to(like.dtype)) for x in (keys_bthk, queries_bthk))
         return forms.get(form).run(

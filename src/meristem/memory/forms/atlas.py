@@ -76,5 +76,8 @@ def _chunk(
         after |= {name: held[name][:, :, -1], momentum_name(name): momenta_bhckv[:, :, -1]}
     if rule.reads == "before":
         held = {name: torch.cat([memory[name][:, :, None], x[:, :, :-1]], dim=2) for name, x in held.items()}
-    read_bhc1v = rule.structure.recall(Live(held), query_bhck[..., None, :])
-    return read_bhc1v[..., 0, :].movedim(1, 2), memory | after | step.remembered
+    # Every token has weights of its own, as heads have.
+    met = Live({name: x.flatten(1, 2) for name, x in held.items()})
+    read_bh1v = rule.structure.recall(met, query_bhck.flatten(1, 2)[:, :, None])
+    read_bhcv = read_bh1v[:, :, 0].unflatten(1, query_bhck.shape[1:3])
+    return read_bhcv.movedim(1, 2), memory | after | step.remembered

@@ -57,8 +57,11 @@ def _chunk(
     last_bhgk = held_bhcgk[:, :, -1]
     if rule.reads == "before":
         held_bhcgk = torch.cat([slots_bhgk[:, :, None], held_bhcgk[:, :, :-1]], dim=2)
-    read_bhc1k = rule.structure.recall(Live({"slots_bhgk": held_bhcgk}), query_bhck[..., None, :])
-    return read_bhc1k[..., 0, :].movedim(1, 2), memory | {"slots_bhgk": last_bhgk}
+    # Every token has slots of its own, as heads have.
+    met = Live({"slots_bhgk": held_bhcgk.flatten(1, 2)})
+    read_bh1k = rule.structure.recall(met, query_bhck.flatten(1, 2)[:, :, None])
+    read_bhck = read_bh1k[:, :, 0].unflatten(1, query_bhck.shape[1:3])
+    return read_bhck.movedim(1, 2), memory | {"slots_bhgk": last_bhgk}
 
 
 def _unit(slots: Tensor) -> Tensor:

@@ -74,25 +74,25 @@ class ChunkSolve(torch.autograd.Function):
 
 
 class Between(torch.autograd.Function):
-    """``apply(total_nhc) -> factor_nhcs``: exp(total_c - total_s) for s <= c, else 0.
+    """``apply(total) -> factor``: exp(total_c - total_s) for s <= c, else 0, along the last axis, whatever leads.
 
     Autograd would pass six times over what one product and two sums give.
     """
 
     @staticmethod
-    def forward(ctx: Any, total_nhc: Tensor) -> Tensor:
+    def forward(ctx: Any, total: Tensor) -> Tensor:
         # Clamped before exp: above the diagonal the difference is positive, would overflow, and is cut off afterwards.
         # Filling it with -inf instead costs seven times as much, for exp is slow on what it cannot represent.
-        factor_nhcs = (total_nhc[..., :, None] - total_nhc[..., None, :]).clamp(max=0.0).exp().tril()
-        ctx.save_for_backward(factor_nhcs)
-        return factor_nhcs
+        factor = (total[..., :, None] - total[..., None, :]).clamp(max=0.0).exp().tril()
+        ctx.save_for_backward(factor)
+        return factor
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_factor_nhcs: Tensor) -> Tensor:
-        (factor_nhcs,) = ctx.saved_tensors
-        d_difference_nhcs = d_factor_nhcs * factor_nhcs
-        return d_difference_nhcs.sum(dim=-1) - d_difference_nhcs.sum(dim=-2)
+    def backward(ctx: Any, d_factor: Tensor) -> Tensor:
+        (factor,) = ctx.saved_tensors
+        d_difference = d_factor * factor
+        return d_difference.sum(dim=-1) - d_difference.sum(dim=-2)
 
 
 def _backward(

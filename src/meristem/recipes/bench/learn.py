@@ -1,6 +1,5 @@
 """Train a small model on a task of recall and score it: what one memory rule can be made to hold, beside another."""
 
-import math
 from typing import Final
 
 from torch import nn
@@ -30,17 +29,18 @@ def learn(
     model.to(device=device.device, dtype=device.parameters)
     optim, schedule = OptimPart(rate=rate), SchedulePart()
     optimizer = build(model, optim)
+    rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * rate_factor(schedule, step / steps)
+        for group, highest in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = highest * rate_factor(schedule, step / steps)
         questions = task.questions(batch, key(random_seed, "recall.learn", step))
         tokens_bt, targets_bt = device.move(questions.tokens_bt, questions.targets_bt)
         with device.autocast():
             logits_bto, _ = model(tokens_bt, None)
-        (cross_entropy(logits_bto, targets_bt) / questions.n).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if optim.clip is None else optim.clip)
-        if not norm.isfinite():
+        loss = cross_entropy(logits_bto, targets_bt) / questions.n
+        loss.backward()
+        if optimizer.step(loss.detach()).is_skipped:
             raise NonFinite(f"the gradient of step {step} of {task.name} is not finite. Lower the rate.", step=step)
-        optimizer.step()
         optimizer.zero_grad()
+    optimizer.flush()
     return recall(model, task.questions(N_HELD_OUT, HELD_OUT), batch=batch, device=device, loss=cross_entropy)

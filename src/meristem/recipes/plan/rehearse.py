@@ -13,6 +13,7 @@ from meristem.device.resolve import Device
 from meristem.memory.value import State, size_bytes
 from meristem.models.build import build as build_model
 from meristem.optim.groups import build as build_optimizer
+from meristem.optim.outer import Outer
 from meristem.recipes.config import Config
 from meristem.recipes.plan.ledger import Ledger, tensors_in
 from meristem.train.loop import steps
@@ -77,7 +78,6 @@ def train(config: Config, vocabulary: int, device: Device, *, batch: int, window
             optimizer,
             lambda share: 1.0,
             part=TrainPart(steps=n_steps, budget=None, accumulate=accumulate),
-            clip=config.optim.clip,
             device=device,
             start=Progress(cursor=stream.start()),
         ):
@@ -135,7 +135,7 @@ def _move(model: nn.Module, device: Device) -> None:
             setattr(module, name, buffer.to(device.device, dtype))
 
 
-def _announce_stages(model: nn.Module, optimizer: torch.optim.Optimizer, ledger: Ledger) -> list[str]:
+def _announce_stages(model: nn.Module, optimizer: Outer, ledger: Ledger) -> list[str]:
     """Tell the ledger where the loop stands, by hooks: the loop itself knows nothing of it.
 
     Names the parameters that have no gradient, once a step was made.
@@ -155,14 +155,14 @@ def _announce_stages(model: nn.Module, optimizer: torch.optim.Optimizer, ledger:
         ledger.claim_rest("activations", "forward")
         ledger.stage("backward")
 
-    def update_begins(optimizer: torch.optim.Optimizer, *args: object) -> None:
+    def update_begins(*args: object) -> None:
         named = model.named_parameters()
         without_gradient[:] = [name for name, p in named if p.requires_grad and p.grad is None]
         ledger.claim("gradients", (p.grad for p in model.parameters() if p.grad is not None))
         ledger.stage("optimizer")
 
-    def update_ends(optimizer: torch.optim.Optimizer, *args: object) -> None:
-        ledger.claim("optimizer", tensors_in(list(optimizer.state.values())))
+    def update_ends(*args: object) -> None:
+        ledger.claim("optimizer", tensors_in([*optimizer.state.values(), optimizer.pending]))
         ledger.stage("between steps")
 
     model.register_forward_pre_hook(forward_begins)

@@ -1,0 +1,307 @@
+"""Memories side by side that learn at different speeds: a continuum memory system (Nested Learning 2512.24695).
+
+Level l has a period C_l in tokens, the fastest 1. It fires where the number of tokens read is a multiple of its period,
+and only then does what it learned become visible. The number is part of the state; whoever needs to know which levels
+fire reads it before it moves on (memory.md 6.1, 6.3, 6.5, 6.8).
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from meristem.errors import ConflictingKeys
+from meristem.memory import Gates
+from meristem.memory.forms import run_trusted
+from meristem.memory.forms.by_chunk import finished
+from meristem.memory.structure import Live
+from meristem.memory.value import State, full_precision
+from meristem.nn.frequency import Frequency
+from meristem.nn.memory import Recall
+from meristem.nn.norm import RMSNorm
+from meristem.nn.part import LevelsPart, MemoryPart
+from meristem.nn.pool import group_means, hold, wide
+from meristem.shapes import Gate, Hidden, Queries, Values
+
+
+class MemoryLevels(nn.Module):
+    """``y_t = sum_l c_l a_lt y_lt`` over the levels: what all memories answer to each token, faster and slower.
+
+    Every token hears all levels. c: 1 each, 1 / sqrt(their number), or a learned softmax, uniform at the start. a is 1
+    unless the frequency of a level is learned (``nn.frequency``).
+
+    is_asked: ``look`` mixes with a learned softmax of its own where answers are mixed so (memory.md 5.3).
+    State: the number of tokens read, what each level carries, and what the learned frequencies carry.
+    """
+
+    no_decay: ClassVar = frozenset({"mix_l", "look_mix_l"})
+
+    def __init__(self, width: int, part: MemoryPart, *, is_asked: bool = False) -> None:
+        super().__init__()
+        self.width, self.part, self.is_asked = width, part, is_asked
+        levels = part.levels
+        self.level = nn.ModuleList(_level(width, part, level) for level in range(levels.count))
+        is_learned = levels.joined_by == "softmax"
+        self.mix_l = nn.Parameter(torch.zeros(levels.count)) if is_learned else None
+        self.look_mix_l = nn.Parameter(torch.zeros(levels.count)) if is_learned and is_asked else None
+        self.frequency = None if levels.frequency == "fixed" else Frequency(width, levels)
+
+    @property
+    def heads(self) -> int:
+        """How many heads the answer consists of."""
+        return next(level.recall.heads for _, level in self.named_levels())
+
+    def begin(self, hidden_btd: Hidden) -> State:
+        """The state of a reader that has read nothing; ``hidden_btd`` gives batch, dtype and device."""
+        state: State = {
+            "count": 0,
+            "level": {str(index): level.begin(hidden_btd) for index, level in self.named_levels()},
+        }
+        return state | ({} if self.frequency is None else {"frequency": self.frequency.begin(hidden_btd)})
+
+    def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+        state = self.begin(hidden_btd) if state is None else state
+        count = state["count"]
+        on: list[Gate] = []
+        after: State = {"count": count + hidden_btd.shape[1], "level": {}}
+        if self.frequency is not None:
+            on_btl, after["frequency"] = self.frequency(hidden_btd, state["frequency"], count)
+            on = [torch.ones_like(on_btl[..., :1]), *on_btl.split(1, dim=-1)]
+        is_writing = self.part.levels.frequency == "write"
+        answers = []
+        for index, level in self.named_levels():
+            write_bt1 = on[index] if is_writing else None
+            answer_btd, after["level"][str(index)] = level(hidden_btd, state["level"][str(index)], count, write_bt1)
+            answers.append(answer_btd if is_writing or not on else (on[index] * answer_btd).to(answer_btd.dtype))
+        return self._joined(answers, self.mix_l), after
+
+    def look(self, asked_btd: Hidden, state: State) -> Hidden:
+        """What the memories, as they stand, recall of the given vectors, mixed; nothing is written."""
+        count, carried = state["count"], state["level"]
+        answers = [level.look(asked_btd, carried[str(index)], count) for index, level in self.named_levels()]
+        return self._joined(answers, self.mix_l if self.look_mix_l is None else self.look_mix_l)
+
+    def shares(self) -> Tensor:
+        """c_l: how much of each level's answer is heard."""
+        return self._shares_l(self.mix_l)
+
+    def named_levels(self) -> Iterator[tuple[int, "Level"]]:
+        """The levels with their numbers, the fastest first."""
+        return enumerate(cast("Iterable[Level]", self.level))
+
+    def _shares_l(self, mix_l: Tensor | None) -> Tensor:
+        if mix_l is not None:
+            return mix_l.softmax(dim=0)
+        n_levels = len(self.level)
+        share = 1 / math.sqrt(n_levels) if self.part.levels.joined_by == "inv_sqrt" else 1.0
+        return torch.full((n_levels,), share)
+
+    def _joined(self, answers: list[Hidden], mix_l: Tensor | None) -> Hidden:
+        joined_btd = answers[0]
+        if mix_l is None:
+            for answer_btd in answers[1:]:
+                joined_btd = joined_btd + answer_btd.to(joined_btd.dtype)
+            is_scaled = self.part.levels.joined_by == "inv_sqrt"
+            return joined_btd / math.sqrt(len(answers)) if is_scaled else joined_btd
+        share_l = self._shares_l(mix_l).to(joined_btd.dtype)
+        joined_btd = share_l[0] * joined_btd
+        for share, answer_btd in zip(share_l[1:], answers[1:], strict=True):
+            joined_btd = joined_btd + share * answer_btd.to(joined_btd.dtype)
+        return joined_btd
+
+
+class Every(nn.Module):
+    """A level that is written and read at every token: the plain memory, begun afresh after ``reset_after`` tokens."""
+
+    def __init__(self, recall: Recall, reset_after: int | None) -> None:
+        super().__init__()
+        self.recall, self.reset_after, self.n_apart = recall, reset_after, 1
+
+    def begin(self, hidden_btd: Hidden) -> State:
+        return self.recall.begin(hidden_btd)
+
+    def forward(
+        self, hidden_btd: Hidden, state: State, count: int, write_bt1: Tensor | None = None
+    ) -> tuple[Hidden, State]:
+        """count: tokens read before. The fastest level always writes."""
+        return _recalled(self.recall, hidden_btd, state, count=count, reset_after=self.reset_after)
+
+    def look(self, asked_btd: Hidden, state: State, count: int) -> Hidden:
+        return self.recall.look(asked_btd, state)
+
+
+class Pooled(nn.Module):
+    """A level that is written once per period: the mean of the period's tokens, brought to unit size.
+
+    The tokens of the next period hear what the memory answered to that mean, ``out[floor(t / period) - 1]``; those of
+    the first hear 0 (memory.md 6.5). The fewer numbers a mean is made of, the larger it is; without the norm a slow
+    level would whisper.
+
+    State: the memory and the convolution's tail, the sum over the unfinished period, and the last answer.
+    """
+
+    def __init__(self, recall: Recall, reset_after: int | None, *, width: int, period: int) -> None:
+        super().__init__()
+        self.recall, self.reset_after, self.n_apart = recall, reset_after, period
+        self.norm = RMSNorm(width)
+
+    def begin(self, hidden_btd: Hidden) -> State:
+        batch, _, width = hidden_btd.shape
+        zeros_bd = hidden_btd.new_zeros(batch, width, dtype=wide(hidden_btd.dtype))
+        return self.recall.begin(hidden_btd) | {"sum_bd": zeros_bd, "last_bd": zeros_bd}
+
+    def forward(
+        self, hidden_btd: Hidden, state: State, count: int, write_bt1: Tensor | None = None
+    ) -> tuple[Hidden, State]:
+        """count: tokens read before. Pooling is the schedule of writes, so that no gate acts on them."""
+        n_begun, n_time = count % self.n_apart, hidden_btd.shape[1]
+        mean_bnd, sum_bd = group_means(hidden_btd, state["sum_bd"], period=self.n_apart, n_begun=n_begun)
+        carried = {"memory": state["memory"], "conv": state["conv"]}
+        read_bnd = mean_bnd
+        if mean_bnd.shape[1]:
+            normed_bnd = self.norm(mean_bnd)
+            begun = count // self.n_apart
+            read_bnd, carried = _recalled(self.recall, normed_bnd, carried, count=begun, reset_after=self.reset_after)
+            read_bnd = read_bnd.to(sum_bd.dtype)
+        held_btd, last_bd = hold(read_bnd, state["last_bd"], period=self.n_apart, n_begun=n_begun, n_time=n_time)
+        return held_btd, {**carried, "sum_bd": sum_bd, "last_bd": last_bd}
+
+    def look(self, asked_btd: Hidden, state: State, count: int) -> Hidden:
+        return self.recall.look(asked_btd, state)
+
+
+class Delayed(nn.Module):
+    """A level that is written at every token and read as it was when the last period ended (memory.md 6.1).
+
+    The copy that is read is replaced at multiples of the period by the one that is written, which then begins afresh
+    after ``reset_after`` periods.
+
+    State: ``memory``, which is written, ``read``, which is read, and the convolution's tail.
+    """
+
+    def __init__(self, recall: Recall, reset_after: int | None, *, period: int) -> None:
+        super().__init__()
+        self.recall, self.reset_after, self.n_apart = recall, reset_after, period
+
+    def begin(self, hidden_btd: Hidden) -> State:
+        begun = self.recall.begin(hidden_btd)
+        return begun | {"read": begun["memory"]}
+
+    def forward(
+        self, hidden_btd: Hidden, state: State, count: int, write_bt1: Tensor | None = None
+    ) -> tuple[Hidden, State]:
+        """count: tokens read before. write_bt1: 1 where the memory changes, 0 where it stays."""
+        query_bthk, key_bthk, value_bthv, tail = self.recall.vectors(hidden_btd, state["conv"])
+        gates = self.recall.gates(hidden_btd)
+        gates = gates if write_bt1 is None else _only_where(gates, write_bt1)
+        memory, read = state["memory"], state["read"]
+        reads = []
+        for begin, stop in _parts(count, hidden_btd.shape[1], self.n_apart):
+            if (count + begin) % self.n_apart == 0:
+                memory, read = self._fired(memory, (count + begin) // self.n_apart, hidden_btd.shape[0])
+            window = key_bthk[:, begin:stop], value_bthv[:, begin:stop], query_bthk[:, begin:stop]
+            reads.append(_asked(self.recall, read, window[2]))
+            _, memory = run_trusted(
+                self.recall.rule,
+                memory,
+                window,
+                gates.window(begin, stop),
+                form=self.recall.form,
+                chunk=self.recall.chunk,
+            )
+        answer_btd = torch.cat(reads, dim=1).flatten(2).to(value_bthv.dtype)
+        return answer_btd, {"memory": memory, "read": read, "conv": tail}
+
+    def look(self, asked_btd: Hidden, state: State, count: int) -> Hidden:
+        is_due = count % self.n_apart == 0
+        return self.recall.look(asked_btd, {"memory": state["memory" if is_due else "read"]})
+
+    def _fired(self, memory: State, n_fires: int, batch: int) -> tuple[State, State]:
+        """The memory that is written on, and the one that is read until the next period ends."""
+        read = finished(memory)
+        is_over = self.reset_after is not None and n_fires > 0 and n_fires % self.reset_after == 0
+        return (self.recall.initial(batch) if is_over else memory), read
+
+
+Level: TypeAlias = Every | Pooled | Delayed
+"""Each has a ``recall``, and ``n_apart``: tokens from one write that can be heard to the next."""
+
+
+def _level(width: int, part: MemoryPart, level: int) -> Level:
+    """One level of the settings. A memory that is written less often fades less often, so that every level begins with
+    a half-life of ``half_life`` times its period, in tokens."""
+    levels = part.levels
+    period = levels.all_periods[level]
+    reset_after = None if levels.reset_after is None else levels.reset_after[level]
+    is_each = levels.tokens == "each" and period > 1
+    half_life = part.half_life * (period if is_each and levels.frequency != "write" else 1)
+    recall = Recall(width, part.model_copy(update={"levels": LevelsPart(), "half_life": half_life}))
+    if is_each:
+        _require_each(recall, is_gated=levels.frequency == "write")
+        return Delayed(recall, reset_after, period=period)
+    return Every(recall, reset_after) if period == 1 else Pooled(recall, reset_after, width=width, period=period)
+
+
+def _require_each(recall: Recall, *, is_gated: bool) -> None:
+    """Raises ConflictingKeys with every reason why this memory cannot be read late, or written where a gate says."""
+    rule = recall.rule
+    reasons = ["the form 'tnt' reads local memories beside the one that a period ends with"] * (recall.form == "tnt")
+    if is_gated:
+        if rule.update.has_momentum or not rule.update.is_linear:
+            reasons.append(f"the update '{rule.update.name}' changes the memory also where nothing is written")
+        if not rule.retention.is_linear or rule.retention.is_mapped:
+            reasons.append(f"the retention '{rule.retention.name}' is more than a factor that a gate can set to 1")
+        if rule.span > 1 or rule.structure.n_codes:
+            reasons.append("its surprises are more than the pair of one token")
+    if reasons:
+        raise ConflictingKeys(
+            f"memory.levels with tokens 'each'{' and frequency write' if is_gated else ''} cannot run this memory: "
+            f"{'; '.join(reasons)}. Take another rule or form, or memory.levels.tokens=pooled with frequency fixed or "
+            f"output.",
+            reasons=reasons,
+        )
+
+
+def _only_where(gates: Gates, on_bt1: Tensor) -> Gates:
+    """Gates under which the memory becomes ``M + a (M' - M)``: write ``a w``, retain ``1 - a (1 - r)``."""
+    lost_bth = -torch.expm1(gates.log_retain())
+    on_bt1 = on_bt1.to(lost_bth.dtype)
+    others = {"threshold_bth": gates.threshold_bth}
+    return Gates.from_logs(torch.log1p(-on_bt1 * lost_bth), on_bt1 * gates.write_bth, **others)
+
+
+def _asked(recall: Recall, memory: State, query_bthk: Queries) -> Values:
+    """What a memory that is not written recalls."""
+    weights = recall.rule.weights(memory)
+    with full_precision(query_bthk.device):
+        query_bthk = query_bthk.to(next(iter(weights.values())).dtype)
+        query_bhtk = recall.rule.features.apply(query_bthk).movedim(1, 2)
+        return recall.rule.structure.recall(Live(weights), query_bhtk).movedim(1, 2)
+
+
+def _recalled(
+    recall: Recall, hidden_btd: Hidden, state: State, *, count: int, reset_after: int | None
+) -> tuple[Hidden, State]:
+    """What ``recall`` answers after ``count`` vectors, begun afresh after every ``reset_after``."""
+    if reset_after is None:
+        read_btd, state = recall(hidden_btd, state)
+        return read_btd, state
+    reads = []
+    for begin, stop in _parts(count, hidden_btd.shape[1], reset_after):
+        at = count + begin
+        if at and at % reset_after == 0:
+            state = {**state, "memory": recall.initial(hidden_btd.shape[0])}
+        read_btd, state = recall(hidden_btd[:, begin:stop], state)
+        reads.append(read_btd)
+    return torch.cat(reads, dim=1), state
+
+
+def _parts(count: int, n_time: int, period: int) -> Iterator[tuple[int, int]]:
+    """A window that begins after ``count`` vectors, cut where a multiple of ``period`` of them has been read."""
+    begin = 0
+    while begin < n_time:
+        stop = min(n_time, begin + period - (count + begin) % period)
+        yield begin, stop
+        begin = stop

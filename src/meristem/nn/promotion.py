@@ -1,0 +1,197 @@
+"""Levels that are added to a trained module: a fresh fast one below, or a fresh slow one on top (memory.md 6.7).
+
+Nothing is changed: a new module comes back, with the names under which the old parameters are found in it, so that an
+optimizer can keep its moments. What a level is given afresh, and vectors with one number per level, are not named. The
+fresh level draws from torch's generator; call inside a named stream.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from meristem.memory.forms.by_chunk import finished
+from meristem.memory.value import State
+from meristem.nn.auxiliary import AUXILIARY
+from meristem.nn.chain import Chain, ChainLevel
+from meristem.nn.levels import MemoryLevels
+from meristem.nn.memory import Recall
+from meristem.nn.norm import RMSNorm
+from meristem.nn.part import PERIODS, ChainPart, LevelsPart, MemoryPart
+from meristem.shapes import Hidden
+
+Made = TypeVar("Made", MemoryLevels, Chain)
+Settings = TypeVar("Settings", LevelsPart, ChainPart)
+
+
+@dataclass(frozen=True)
+class Grown(Generic[Made]):
+    """A module with one level more.
+
+    names: of a parameter before, to its name now, for all that were taken over as they were.
+    moved: of a level before, to its number now.
+    """
+
+    module: Made
+    names: Mapping[str, str]
+    moved: Mapping[int, int]
+
+    @property
+    def fresh(self) -> int:
+        """The number of the new level."""
+        (fresh,) = set(range(len(self.module.level))) - set(self.moved.values())
+        return fresh
+
+
+def push_up(
+    memory: Recall | MemoryLevels, part: MemoryPart, *, gates: Literal["carry", "default"] = "carry"
+) -> Grown[MemoryLevels]:
+    """Level i becomes level i + 1, and takes its period; a fresh level 0 begins to learn.
+
+    part: the settings that ``memory`` was made with. gates: whether promoted levels keep their gates or begin with
+    those of their new place.
+    """
+    n_levels = part.levels.count
+    return _with_memories(memory, part, {level: level + 1 for level in range(n_levels)}, gates)
+
+
+def stack_up(memory: Recall | MemoryLevels, part: MemoryPart) -> Grown[MemoryLevels]:
+    """All levels stay as they are; a fresh one, slower than all, comes on top."""
+    return _with_memories(memory, part, {level: level for level in range(part.levels.count)}, "carry")
+
+
+def push_up_chain(chain: Chain) -> Grown[Chain]:
+    """Level i becomes level i + 1, and takes its period; a fresh level 0, which adds nothing yet, begins to learn."""
+    return _with_chain_level(chain, {level: level + 1 for level in range(chain.part.count)})
+
+
+def stack_up_chain(chain: Chain) -> Grown[Chain]:
+    """All levels stay as they are; a fresh one, slower than all, which adds nothing yet, comes on top."""
+    return _with_chain_level(chain, {level: level for level in range(chain.part.count)})
+
+
+def carry_state(grown: Grown[MemoryLevels] | Grown[Chain], state: State, hidden_btd: Hidden) -> State:
+    """A reader's state for the grown module: memories move with their levels, and the fresh one begins.
+
+    What is read of a promoted level stays; a group of tokens that had begun goes on in the longer one.
+    hidden_btd: gives batch, dtype and device.
+    """
+    begun = grown.module.begin(hidden_btd)
+    if not begun:
+        return {}
+    before: State = state if "level" in state else {"count": 0, "level": {"0": state}}
+    level = {**begun["level"]}
+    for old, new in grown.moved.items():
+        # A level of a chain that reads every token carries nothing.
+        if str(old) in before["level"] and str(new) in level:
+            level[str(new)] = _moved_level(before["level"][str(old)], begun["level"][str(new)])
+    after: State = {"count": before["count"], "level": level}
+    if "frequency" in begun:
+        after["frequency"] = {**begun["frequency"]}
+        for name in ("seen_bl", "rate_bl"):
+            carried = after["frequency"][name].clone()
+            for old, new in grown.moved.items():
+                if old > 0 and "frequency" in before:
+                    carried[:, new - 1] = before["frequency"][name][:, old - 1]
+            after["frequency"][name] = carried
+        after["frequency"][AUXILIARY] = begun["frequency"][AUXILIARY]
+    return after
+
+
+def _moved_level(before: State, begun: State) -> State:
+    kept = {name: value for name, value in before.items() if name in begun}
+    if "read" in begun and "read" not in before:
+        kept["read"] = finished(before["memory"])
+    return begun | kept
+
+
+def _with_memories(
+    memory: Recall | MemoryLevels, part: MemoryPart, moved: Mapping[int, int], gates: Literal["carry", "default"]
+) -> Grown[MemoryLevels]:
+    width = memory.width if isinstance(memory, MemoryLevels) else memory.qkv.in_features
+    is_asked = isinstance(memory, MemoryLevels) and memory.is_asked
+    grown_part = part.model_copy(update={"levels": _with_one_more(part.levels)})
+    module = MemoryLevels(width, grown_part, is_asked=is_asked)
+    like = next(memory.parameters())
+    module = module.to(device=like.device, dtype=like.dtype)
+    old: Mapping[str, Tensor] = memory.state_dict()
+    if isinstance(memory, Recall):
+        old = {f"level.0.recall.{name}": value for name, value in old.items()}
+    new = module.state_dict()
+    renamed = {name: _renamed(name, moved) for name in old if name.startswith("level.")}
+    taken = {a: b for a, b in renamed.items() if b in new and not (gates == "default" and ".gates." in b)}
+    for name in new:
+        if name.endswith("qkv.weight") and name not in taken.values():
+            nn.init.normal_(new[name], std=1 / math.sqrt(width))
+    for a, b in taken.items():
+        new[b].copy_(old[a])
+    for name in ("mix_l", "look_mix_l"):
+        if name in new and name in old:
+            new[name][list(moved.values())] = old[name][list(moved)]
+    _move_frequency(old, new, moved, (part.levels.all_periods, grown_part.levels.all_periods))
+    prefix = "level.0.recall." if isinstance(memory, Recall) else ""
+    return Grown(module, {a.removeprefix(prefix): b for a, b in taken.items()}, moved)
+
+
+def _move_frequency(
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    moved: Mapping[int, int],
+    periods: tuple[tuple[int, ...], tuple[int, ...]],
+) -> None:
+    """A learned frequency keeps what it looks for, and how far it is above or below its budget."""
+    if "frequency.bias_l" not in old:
+        return
+    for a, b in moved.items():
+        if a > 0:
+            new["frequency.weight_ld"][b - 1] = old["frequency.weight_ld"][a - 1]
+            shift = math.log(periods[0][a] - 1) - math.log(periods[1][b] - 1)
+            new["frequency.bias_l"][b - 1] = old["frequency.bias_l"][a - 1] + shift
+
+
+def _with_chain_level(chain: Chain, moved: Mapping[int, int]) -> Grown[Chain]:
+    part = _with_one_more(chain.part)
+    fresh = copy.deepcopy(chain.level[0])
+    _begin_afresh(fresh)
+    level_of = {new: chain.level[old] for old, new in moved.items()}
+    levels = [cast(ChainLevel, level_of.get(number, fresh)) for number in range(part.count)]
+    module = Chain([copy.deepcopy((level.norm, level.feedforward)) for level in levels], part)
+    like = next(chain.parameters())
+    module = module.to(device=like.device, dtype=like.dtype)
+    if module.mix_l is not None and chain.mix_l is not None:
+        with torch.no_grad():
+            module.mix_l[list(moved.values())] = chain.mix_l[list(moved)]
+    names = {name: _renamed(name, moved) for name, _ in chain.named_parameters() if name.startswith("level.")}
+    return Grown(module, names, moved)
+
+
+def _begin_afresh(level: nn.Module) -> None:
+    """First weights; the last projection is zero, so that the level adds nothing until it has learned."""
+    for name, module in level.named_modules():
+        if isinstance(module, RMSNorm):
+            nn.init.ones_(module.gain_d)
+        if isinstance(module, nn.Linear):
+            is_last = name.rpartition(".")[2] == "out"
+            nn.init.normal_(module.weight, std=0.0 if is_last else 1 / math.sqrt(module.in_features))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _renamed(name: str, moved: Mapping[int, int]) -> str:
+    _, level, rest = name.split(".", 2)
+    return f"level.{moved[int(level)]}.{rest}"
+
+
+def _with_one_more(part: Settings) -> Settings:
+    """The settings of one level more, each period after the last ``PERIODS`` times as long."""
+    changes: dict[str, object] = {"count": part.count + 1}
+    if part.periods is not None:
+        changes["periods"] = [*part.all_periods, part.all_periods[-1] * PERIODS]
+    resets: list[int] = list(getattr(part, "reset_after", None) or ())
+    if resets:
+        changes["reset_after"] = [*resets, resets[-1]]
+    return type(part).model_validate(part.model_dump() | changes)

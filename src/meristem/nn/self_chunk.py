@@ -1,0 +1,176 @@
+"""What all memories of a self-reference share within a chunk: its keys, its gates, and how writes flow through it.
+
+Axes: h rows of the batch and heads folded together, with chunks n in front where many are treated at once.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+GATES = ("rate", "retain")
+"""Memories that say one number."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the makers say of each token, ``h t ...``.
+
+    key and query have length one. log_retain and rate have no last axis.
+    """
+
+    key: Tensor
+    value: Tensor
+    query: Tensor
+    log_retain: Tensor
+    rate: Tensor
+
+    @staticmethod
+    def joined(parts: "list[Made]") -> "Made":
+        """Windows behind each other as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return Made(*(torch.cat(x, dim=1) for x in zip(*(vars(part).values() for part in parts), strict=True)))
+
+    def window(self, begin: int, stop: int) -> "Made":
+        """The tokens from ``begin`` to ``stop``."""
+        if begin == 0 and stop == self.key.shape[1]:
+            return self
+        return Made(*(x[:, begin:stop] for x in vars(self).values()))
+
+    def chunks(self, chunk: int) -> "Made":
+        """h (n c) ... -> n h c ..."""
+        return Made(*(x.unflatten(1, (-1, chunk)).transpose(0, 1).contiguous() for x in vars(self).values()))
+
+
+class Writes(Protocol):
+    """The writes ``M <- M (retain - rate a a^T) + rate w a^T`` of the rows of a chunk, each made after the other."""
+
+    @property
+    def made(self) -> Made: ...
+
+    def new(self, wanted: Tensor, recalled: Tensor) -> Tensor:
+        """What each key is found to lack: ``wanted`` w less what it recalls just before its token is written.
+
+        recalled: what it recalls from the memory that enters the chunk.
+        """
+        ...
+
+    def met(self, recalled: Tensor, asked: Tensor, address: Tensor, new: Tensor) -> Tensor:
+        """What each query recalls just before its token is written: ``recalled`` from the memory that enters."""
+        ...
+
+    def after(self, memory: Tensor, address: Tensor, new: Tensor) -> Tensor:
+        """The memory that leaves the chunk."""
+        ...
+
+    def repeated(self, count: int) -> "Writes":
+        """The same for ``count`` memories behind each other in the place of each, as far as ``after`` goes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The writes of many rows at once (memory.md 4.3, with the probe cold and reads before writes).
+
+    With rows per token, what is new N solves ``D N = W - diag(before) K M^T``, ``D = I + reach * K K^T``.
+
+    before_c1: weight of the entering memory just before each token. reach_cs: weight there of what token s wrote, rate
+    included. system_cs: D below its diagonal. arriving_c1: weight with which what is new leaves. kept_11: of the
+    entering memory in the one that leaves.
+    """
+
+    made: Made
+    before_c1: Tensor
+    reach_cs: Tensor
+    system_cs: Tensor
+    arriving_c1: Tensor
+    kept_11: Tensor
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """``D^-1`` times rows, by substitution."""
+        return torch.linalg.solve_triangular(self.system_cs, rows, upper=False, unitriangular=True)
+
+    def new(self, wanted: Tensor, recalled: Tensor) -> Tensor:
+        return self.solve(torch.addcmul(wanted, self.before_c1, recalled, value=-1))
+
+    def met(self, recalled: Tensor, asked: Tensor, address: Tensor, new: Tensor) -> Tensor:
+        return torch.addcmul((self.reach_cs * (asked @ address.mT)) @ new, self.before_c1, recalled)
+
+    def after(self, memory: Tensor, address: Tensor, new: Tensor) -> Tensor:
+        return torch.baddbmm(self.kept_11 * memory, (self.arriving_c1 * address).mT, new)
+
+    def repeated(self, count: int) -> "Chunk":
+        if count == 1:
+            return self
+        arriving_c1, kept_11 = (x.repeat_interleave(count, dim=0) for x in (self.arriving_c1, self.kept_11))
+        return replace(self, arriving_c1=arriving_c1, kept_11=kept_11)
+
+    def unbound(self) -> "list[Chunk]":
+        """The chunks that lie behind each other in front."""
+        made, *weights = vars(self).values()
+        mades = (Made(*x) for x in zip(*(x.unbind() for x in vars(made).values()), strict=True))
+        return [Chunk(*x) for x in zip(mades, *(x.unbind() for x in weights), strict=True)]
+
+
+@dataclass(frozen=True)
+class Token:
+    """The write of a single row: nothing was written before it, and there is nothing to solve."""
+
+    made: Made
+    retain_h11: Tensor
+    rate_h11: Tensor
+
+    def new(self, wanted: Tensor, recalled: Tensor) -> Tensor:
+        return wanted - recalled
+
+    def met(self, recalled: Tensor, asked: Tensor, address: Tensor, new: Tensor) -> Tensor:
+        return recalled
+
+    def after(self, memory: Tensor, address: Tensor, new: Tensor) -> Tensor:
+        return torch.addcmul(address.mT * (self.rate_h11 * new), self.retain_h11, memory)
+
+    def repeated(self, count: int) -> "Token":
+        if count == 1:
+            return self
+        return Token(self.made, *(x.repeat_interleave(count, dim=0) for x in (self.retain_h11, self.rate_h11)))
+
+
+def writes(made: Made) -> Chunk | Token:
+    """The writes of a chunk or of a part of one; of many, where chunks lie in front."""
+    if made.key.shape[-2] == 1:
+        return Token(made, made.log_retain.exp()[..., None], made.rate[..., None])
+    return chunk_of(made)
+
+
+def chunk_of(made: Made) -> Chunk:
+    """The system of a chunk, or of many behind each other in front."""
+    total = made.log_retain.cumsum(dim=-1)
+    entering, last = total - made.log_retain, total[..., -1:]
+    # Above the diagonal the difference is positive, would overflow, and is cut off afterwards.
+    factor_cs = (entering[..., :, None] - total[..., None, :]).clamp(max=0.0).exp().tril(-1)
+    reach_cs = factor_cs * made.rate[..., None, :]
+    return Chunk(
+        made=made,
+        before_c1=entering.exp()[..., None],
+        reach_cs=reach_cs,
+        system_cs=reach_cs * (made.key @ made.key.mT),
+        arriving_c1=((last - total).exp() * made.rate)[..., None],
+        kept_11=last.exp()[..., None],
+    )
+
+
+def spans(n_before: int, n_time: int, chunk: int) -> list[tuple[int, int, bool]]:
+    """Where a window that begins ``n_before`` tokens into the text is cut: begin, stop, and whether a chunk ends."""
+    cuts, begin = [], 0
+    while begin < n_time:
+        stop = min(n_time, begin + chunk - (n_before + begin) % chunk)
+        cuts.append((begin, stop, (n_before + stop) % chunk == 0))
+        begin = stop
+    return cuts
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows of length one."""
+    return rows * (rows.square().sum(dim=-1, keepdim=True) + 1e-12).rsqrt()

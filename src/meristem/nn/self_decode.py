@@ -1,0 +1,67 @@
+"""A self-reference that reads one token: what its window does, in a third of the time, for memories of one matrix.
+
+A session that speaks reads one token after another, and there the cost is the number of operations, not their size.
+Nothing here is learned or decided: the same numbers, fewer calls.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meristem.memory.value import State
+from meristem.shapes import Hidden
+
+if TYPE_CHECKING:
+    from meristem.nn.self_reference import Memories, SelfReference
+
+
+def can_decode(layer: "SelfReference", hidden_btd: Hidden, state: State | None) -> bool:
+    """One token, in full precision, outside training, and memories of one matrix that are all written."""
+    if hidden_btd.shape[1] != 1 or state is None or torch.is_grad_enabled():
+        return False
+    is_usual = layer.is_matrix and layer.query is not None and not layer.is_static
+    return (
+        is_usual and hidden_btd.dtype is layer.bias_hl.dtype and not torch.is_autocast_enabled(hidden_btd.device.type)
+    )
+
+
+def decode(layer: "SelfReference", hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
+    """What the layer answers to one token, and the state after it; the state that came in stays as it was."""
+    batch, heads = len(hidden_btd), layer.heads
+    query: nn.Linear = layer.query  # type: ignore[assignment]
+    memory, n_after = state["memory"], state["memory"]["n_tokens"] + 1
+    padded_bsd = torch.cat([state["conv"]["tail_bsd"], hidden_btd], dim=1)
+    mixed_bd = (padded_bsd.mT * layer.conv.weight_dc).sum(dim=-1)
+    # From here on h is rows of the batch and heads together.
+    row_h1k = mixed_bd.view(batch * heads, 1, -1)
+    width = row_h1k.shape[-1]
+    names = ("makers", "asked")
+    starts, lives = ([memory[name][at]["matrix_bhkv"].flatten(0, 1) for name in names] for at in ("start", "live"))
+    made_h1v = torch.bmm(row_h1k, starts[0])
+    pair_hlk = torch.cat([query(mixed_bd).view_as(row_h1k), made_h1v[..., :width]], dim=1)
+    query_h1k, key_h1k = (pair_hlk * (pair_hlk.square().sum(-1, keepdim=True) + 1e-12).rsqrt()).split(1, dim=1)
+    gate_bhl = made_h1v[..., 2 * width :].view(batch, heads, 2, width).mean(dim=-1) + layer.bias_hl
+    gate_hl1 = gate_bhl.view(-1, 2, 1)
+    rate_h1k = layer.eta_scale * functional.softplus(gate_hl1[:, :1]) * key_h1k
+    retain_h11 = gate_hl1[:, 1:].sigmoid()
+    read_bd = layer.norm(torch.bmm(query_h1k, lives[1])).view(batch, -1)
+    out_bd = layer.out(read_bd * layer.gate(hidden_btd[:, 0]).sigmoid())
+    pair = key_h1k, made_h1v[..., width : 2 * width]
+    after: State = {"n_tokens": n_after}
+    for name, start_hkv, live_hkv in zip(names, starts, lives, strict=True):
+        teach, chunk = (layer.makers, layer.chunk_other) if name == "makers" else (layer.memory, layer.chunk_memory)
+        new_h1v = torch.baddbmm(_wanted(teach, start_hkv, *pair), key_h1k, live_hkv, alpha=-1)
+        live_hkv = torch.addcmul(rate_h1k.mT * new_h1v, retain_h11, live_hkv)
+        live = {"matrix_bhkv": live_hkv.unflatten(0, (batch, heads))}
+        after[name] = {"start": live if n_after % chunk == 0 else memory[name]["start"], "live": live}
+    return out_bd[:, None], {"memory": after, "conv": {"tail_bsd": padded_bsd[:, 1:]}}
+
+
+def _wanted(teach: "Memories", start_hkv: Tensor, key_h1k: Tensor, value_h1k: Tensor) -> Tensor:
+    """What the memories are to recall for the key."""
+    if teach.is_generated:
+        return torch.bmm(value_h1k - key_h1k if teach.is_squared else value_h1k, start_hkv)
+    wanted_h1v = value_h1k.repeat(1, 1, len(teach.names))
+    return torch.baddbmm(wanted_h1v, key_h1k, start_hkv, alpha=-1) if teach.is_squared else wanted_h1v

@@ -1,0 +1,161 @@
+"""Self-referential memories of two layers each, hidden layers side by side."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from meristem.memory.value import Memory
+from meristem.nn.self_chunk import GATES, Chunk, Writes
+from meristem.nn.self_matrix import NOISE
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Rows of keys at the memories that begin a chunk.
+
+    reached: before the GELU. hidden: after it, by output layer. lacking: what the loss asks each output layer to add,
+    and the hidden layers, the gradients negated.
+    """
+
+    reached_hcf: Tensor
+    hidden: dict[str, Tensor]
+    lacking: dict[str, Tensor]
+    lacking_hcf: Tensor
+
+
+@dataclass(frozen=True)
+class Networks:
+    """``M(x) = x + gelu(x W_1) W_2``, hidden as wide as x; the memories of gates say one number and add no x.
+
+    Gradients of a chunk are taken at the memories that begin it. What ``- rate k k^T`` erases of ``W_1`` is exact, as
+    for a matrix; ``W_2``, whose rows are no keys, only fades (memory.md 7.1, 7.2).
+
+    is_generated, is_squared: as for ``Matrices``.
+    """
+
+    names: tuple[str, ...]
+    is_generated: bool
+    is_squared: bool
+
+    def first(self, heads: int, width: int) -> Memory:
+        """Identity-like: random input layers (Xavier) and output layers near zero, but not at it, which is a saddle."""
+        values: Memory = {}
+        for name in self.names:
+            values[f"{name}_in_hkf"] = torch.randn(heads, width, width) / width**0.5
+            values[f"{name}_out_hfv"] = NOISE * torch.randn(heads, width, 1 if name in GATES else width)
+        return values
+
+    def joined(self, values: Mapping[str, Tensor]) -> Memory:
+        """The values of ``first`` beside each other: hidden layers within a head, output layers as heads of their
+        own."""
+        weights = {"in_bhkf": torch.cat([values[f"{name}_in_hkf"] for name in self.names], dim=-1)}
+        for layer, names in self._layers.items():
+            weights[layer] = torch.stack([values[f"{name}_out_hfv"] for name in names], dim=1).flatten(0, 1)
+        return {name: x[None] for name, x in weights.items()}
+
+    @property
+    def _layers(self) -> dict[str, tuple[str, ...]]:
+        """The output layers: those of vectors, and those of numbers where there are any."""
+        vectors = tuple(name for name in self.names if name not in GATES)
+        numbers = tuple(name for name in self.names if name in GATES)
+        return {"out_bhfv": vectors} | ({"gate_bhfv": numbers} if numbers else {})
+
+    def look(self, weights: Memory, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """What the memories of vectors make of rows, and what those of gates do, ``h c l``."""
+        answers = self._answers(weights, rows, self._apart(functional.gelu(rows @ weights["in_bhkf"])))
+        vectors = self._layers["out_bhfv"]
+        made = answers["out_bhfv"].unflatten(0, (-1, len(vectors))).unbind(1)
+        return dict(zip(vectors, made, strict=True)), answers["gate_bhfv"].view(len(rows), len(GATES), -1).mT
+
+    def write(self, start: Memory, live: Memory, rows: Writes) -> Memory:
+        """The memories after the rows of a chunk, or of a part of it.
+
+        start: as they were when the chunk began. live: as the rows before have left them.
+        """
+        seen = self._seen(start, rows.made.key, rows.made.value)
+        return self._written(live, rows, seen, self._new(start, live, rows, seen))
+
+    def read(self, start: Memory, live: Memory, rows: Writes) -> tuple[Tensor, Memory]:
+        """What each query recalls just before its token is written, and the memory after the rows."""
+        seen, asked = self._seen(start, rows.made.key, rows.made.value), rows.made.query
+        new_hcf = self._new(start, live, rows, seen)
+        asked_hcf = functional.gelu(rows.met(asked @ live["in_bhkf"], asked, rows.made.key, new_hcf))
+        written = seen.hidden["out_bhfv"], seen.lacking["out_bhfv"]
+        read = asked + rows.met(asked_hcf @ live["out_bhfv"], asked_hcf, *written)
+        return read, self._written(live, rows, seen, new_hcf)
+
+    def read_chunks(self, live: Memory, chunks: Chunk) -> tuple[Tensor, Memory]:
+        """``read`` of whole chunks behind each other, ``n h c``: writes in order, reads at once."""
+        entering, news, hidden, lacking = [], [], [], []
+        for chunk in chunks.unbound():
+            entering.append(live)
+            seen = self._seen(live, chunk.made.key, chunk.made.value)
+            news.append(chunk.new(seen.lacking_hcf, seen.reached_hcf))
+            hidden.append(seen.hidden["out_bhfv"])
+            lacking.append(seen.lacking["out_bhfv"])
+            live = self._written(live, chunk, seen, news[-1])
+        in_nhkf, out_nhfv = (torch.stack([x[name] for x in entering]) for name in ("in_bhkf", "out_bhfv"))
+        asked_nhck = chunks.made.query
+        met_nhcf = chunks.met(asked_nhck @ in_nhkf, asked_nhck, chunks.made.key, torch.stack(news))
+        asked_nhcf = functional.gelu(met_nhcf)
+        written = torch.stack(hidden), torch.stack(lacking)
+        read_nhcv = asked_nhck + chunks.met(asked_nhcf @ out_nhfv, asked_nhcf, *written)
+        return read_nhcv.transpose(0, 1).flatten(1, 2), live
+
+    def _seen(self, start: Memory, key: Tensor, value: Tensor) -> _Seen:
+        """Gradients of a chunk's rows at the memories that begin it."""
+        n_rows = key.shape[-2]
+        reached_hcf = (torch.cat([key, value], dim=-2) if self.is_generated else key) @ start["in_bhkf"]
+        hidden = self._apart(functional.gelu(reached_hcf))
+        of_key = {layer: x[:, :n_rows] for layer, x in hidden.items()}
+        if self.is_generated:
+            lacking = self._answers(start, value, {layer: x[:, n_rows:] for layer, x in hidden.items()})
+        else:
+            # A gate is to recall the mean of the value.
+            goals = {"out_bhfv": value, "gate_bhfv": value.mean(dim=-1, keepdim=True)}
+            lacking = {layer: goals[layer].repeat_interleave(len(x), 0) for layer, x in self._layers.items()}
+        if self.is_squared:
+            recalled = self._answers(start, key, of_key)
+            lacking = {layer: goal - recalled[layer] for layer, goal in lacking.items()}
+        pulled_hcf = self._beside({layer: x @ start[layer].mT for layer, x in lacking.items()})
+        reached_hcf = reached_hcf[:, :n_rows]
+        return _Seen(reached_hcf, of_key, lacking, torch.ops.aten.gelu_backward(pulled_hcf, reached_hcf))
+
+    def _answers(self, weights: Memory, rows: Tensor, hidden: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the output layers say of hidden rows, vectors beside the rows themselves."""
+        n_vectors = len(self._layers["out_bhfv"])
+        added = rows if n_vectors == 1 else rows.repeat_interleave(n_vectors, dim=0)
+        answers = {"out_bhfv": torch.baddbmm(added, hidden["out_bhfv"], weights["out_bhfv"])}
+        if "gate_bhfv" in weights:
+            answers["gate_bhfv"] = hidden["gate_bhfv"] @ weights["gate_bhfv"]
+        return answers
+
+    def _new(self, start: Memory, live: Memory, rows: Writes, seen: _Seen) -> Tensor:
+        """What is new at each hidden layer: the probe is the live layer's, the gradient that of the chunk's start."""
+        reached_hcf = seen.reached_hcf if start is live else rows.made.key @ live["in_bhkf"]
+        return rows.new(seen.lacking_hcf, reached_hcf)
+
+    def _written(self, live: Memory, rows: Writes, seen: _Seen, new_hcf: Tensor) -> Memory:
+        written = {"in_bhkf": rows.after(live["in_bhkf"], rows.made.key, new_hcf)}
+        for layer, names in self._layers.items():
+            written[layer] = rows.repeated(len(names)).after(live[layer], seen.hidden[layer], seen.lacking[layer])
+        return written
+
+    def _apart(self, side_by_side: Tensor) -> dict[str, Tensor]:
+        """h c (g f) -> (h g) c f, by output layer."""
+        if len(self.names) == 1:
+            return {"out_bhfv": side_by_side}
+        apart_hgcf = side_by_side.unflatten(-1, (len(self.names), -1)).transpose(1, 2)
+        sizes = [len(names) for names in self._layers.values()]
+        pieces = (x.flatten(0, 1) for x in apart_hgcf.split(sizes, dim=1))
+        return dict(zip(self._layers, pieces, strict=True))
+
+    def _beside(self, apart: dict[str, Tensor]) -> Tensor:
+        """(h g) c f, by output layer -> h c (g f)"""
+        if len(self.names) == 1:
+            return apart["out_bhfv"]
+        pieces = [apart[layer].unflatten(0, (-1, len(names))) for layer, names in self._layers.items()]
+        return torch.cat(pieces, dim=1).transpose(1, 2).flatten(-2)

@@ -1,0 +1,210 @@
+"""Memories that make the keys, values, write rates and retain factors by which all of them are written."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meristem.errors import ConflictingKeys
+from meristem.memory.gates import LOG_FLOOR
+from meristem.memory.value import Memory, State, full_precision
+from meristem.nn.conv import CausalConv
+from meristem.nn.norm import RMSNorm
+from meristem.nn.part import MemoryPart
+from meristem.nn.self_chunk import Chunk, Made, Writes, chunk_of, spans, unit, writes
+from meristem.nn.self_decode import can_decode, decode
+from meristem.nn.self_matrix import Matrices
+from meristem.nn.self_mlp import Networks
+from meristem.shapes import Hidden
+
+
+class Memories(Protocol):
+    """Memories of one structure that share keys and gates, as one value."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def is_generated(self) -> bool: ...
+
+    @property
+    def is_squared(self) -> bool: ...
+
+    def first(self, heads: int, width: int) -> Memory: ...
+
+    def joined(self, values: Mapping[str, Tensor]) -> Memory: ...
+
+    def look(self, weights: Memory, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]: ...
+
+    def write(self, start: Memory, live: Memory, rows: Writes) -> Memory: ...
+
+    def read(self, start: Memory, live: Memory, rows: Writes) -> tuple[Tensor, Memory]: ...
+
+    def read_chunks(self, live: Memory, chunks: Chunk) -> tuple[Tensor, Memory]: ...
+
+
+STRUCTURES: Final[dict[str, Callable[[tuple[str, ...], bool, bool], Memories]]] = {"matrix": Matrices, "mlp": Networks}
+
+
+class SelfReference(nn.Module):
+    """Self-referential Titans: ``conv(x)`` -> makers -> memory -> norm, gate and projection (memory.md 7).
+
+    The makers are the memories M_k, M_v, M_eta, M_alpha, and M_q where the query adapts; the memory that is asked is
+    written with what they make. Each is read before it is written, and all are written by delta descent,
+    ``M <- M (alpha - eta k k^T) - eta grad L`` (Nested Learning 2512.24695, eqs. 83-93). What a chunk is written with
+    comes from the memories that begin it: ``chunk_other`` tokens for the makers, ``chunk_memory`` for the memory (eq.
+    97). Heads are memories of their own, each of its own channels; the paper has one, ``head_width`` = width.
+
+    State: the short convolution's tail, and under ``memory`` how many tokens were read and, of the makers that adapt
+    and of the memory that is asked, the values that began the unfinished chunk (``start``) and those that its tokens
+    have left (``live``). Fresh memories are learned parameters.
+    """
+
+    no_decay: ClassVar = frozenset({"initial", "bias_hl", "gate.weight", "gate.bias"})
+
+    def __init__(self, width: int, part: MemoryPart) -> None:
+        super().__init__()
+        own = part.self_reference
+        if width % part.head_width:
+            raise ConflictingKeys(
+                f"model.width {width} is not a multiple of memory.head_width {part.head_width}. "
+                f"Set memory.head_width to a divisor of {width}."
+            )
+        self.heads, self.is_static = width // part.head_width, own.setting == "static"
+        self.chunk_memory, self.chunk_other, self.eta_scale = own.chunk_memory, own.chunk_other, own.eta_scale
+        names = ("key", "value", *(("query",) if own.adaptive_query else ()), "rate", "retain")
+        kind, how = STRUCTURES[own.structure], (own.setting == "self_generated", own.loss == "squared")
+        self.is_matrix = own.structure == "matrix"
+        self.makers: Memories = kind(names, *how)
+        self.memory: Memories = kind(("memory",), *how)
+        self.conv = CausalConv(width, part.conv)
+        self.query = None if own.adaptive_query else nn.Linear(width, width, bias=False)
+        first = self.makers.first(self.heads, part.head_width) | self.memory.first(self.heads, part.head_width)
+        self.initial = nn.ParameterDict({name: nn.Parameter(value) for name, value in first.items()})
+        # softplus of the first is 1: the write rate starts at eta_scale; retain starts with its half-life.
+        kept = 2 ** (-1 / part.half_life)
+        bias_l = torch.tensor([math.log(math.e - 1), math.log(kept / (1 - kept))])
+        self.bias_hl = nn.Parameter(bias_l.repeat(self.heads, 1))
+        self.norm = RMSNorm(part.head_width)
+        self.gate = nn.Linear(width, width)
+        self.out = nn.Linear(width, width, bias=False)
+        # The output gate starts open: sigmoid(2) = 0.88.
+        nn.init.constant_(self.gate.bias, 2.0)
+
+    def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+        if state is not None and can_decode(self, hidden_btd, state):
+            return decode(self, hidden_btd, state)
+        state = {"memory": self.fresh(hidden_btd.shape[0]), "conv": None} if state is None else state
+        mixed_btd, tail = self.conv(hidden_btd, state["conv"])
+        query_btd = None if self.query is None else self.query(mixed_btd)
+        with full_precision(hidden_btd.device):
+            queries = None if query_btd is None else unit(self._heads(query_btd))
+            read_htk, memory = self.recall(self._heads(mixed_btd), queries, state["memory"])
+            read_bthk = self.norm(read_htk.unflatten(0, (len(hidden_btd), self.heads)).transpose(1, 2))
+        gate_btd = self.gate(hidden_btd).sigmoid()
+        gated_btd = read_bthk.flatten(2).to(gate_btd.dtype) * gate_btd
+        return self.out(gated_btd), {"memory": memory, "conv": tail}
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The first value of every memory, one tensor for each of its layers."""
+        return dict(self.initial.items())
+
+    def fresh(self, batch: int) -> State:
+        """Every memory at its learned first value."""
+        state: State = {"n_tokens": 0, "asked": _begun(_expanded(self.memory.joined(self.values), batch))}
+        if not self.is_static:
+            state["makers"] = _begun(_expanded(self.makers.joined(self.values), batch))
+        return state
+
+    def recall(self, rows: Tensor, queries: Tensor | None, memory: State) -> tuple[Tensor, State]:
+        """What the memory answers to each token, and all memories after them.
+
+        rows: ``(b h) t k``, as all that is computed here. queries: of length one; None where a memory makes them.
+        """
+        n_before, n_time = memory["n_tokens"], rows.shape[1]
+        batch = len(rows) // self.heads
+        after: State = {"n_tokens": n_before + n_time}
+        if self.is_static:
+            made = self._made(_folded(_expanded(self.makers.joined(self.values), batch)), rows, queries)
+        else:
+            made, after["makers"] = self._make(rows, queries, memory)
+        read, after["asked"] = self._ask(made, memory["asked"], n_before)
+        return read, after
+
+    def _make(self, rows: Tensor, queries: Tensor | None, memory: State) -> tuple[Made, State]:
+        """What the makers say of each token, and the makers after them."""
+        n_before, chunk = memory["n_tokens"], self.chunk_other
+        start, live = _running(memory["makers"], n_before % chunk == 0)
+        parts = []
+        for begin, stop, is_end in spans(n_before, rows.shape[1], chunk):
+            asked = None if queries is None else queries[:, begin:stop]
+            parts.append(self._made(start, rows[:, begin:stop], asked))
+            live = self.makers.write(start, live, writes(parts[-1]))
+            start = live if is_end else start
+        return Made.joined(parts), _kept(start, live, len(rows) // self.heads)
+
+    def _made(self, makers: Memory, rows: Tensor, queries: Tensor | None) -> Made:
+        made, gates_htl = self.makers.look(makers, rows)
+        gates_htl = gates_htl + self.bias_hl.repeat(len(rows) // self.heads, 1)[:, None]
+        return Made(
+            key=unit(made["key"]),
+            value=made["value"],
+            query=unit(made["query"]) if queries is None else queries,
+            log_retain=functional.logsigmoid(gates_htl[..., 1]).clamp_min(LOG_FLOOR),
+            rate=self.eta_scale * functional.softplus(gates_htl[..., 0]),
+        )
+
+    def _ask(self, made: Made, memory: State, n_before: int) -> tuple[Tensor, State]:
+        """What the memory answers to each token before it is written, and the memory after them."""
+        n_time, chunk = made.key.shape[1], self.chunk_memory
+        start, live = _running(memory, n_before % chunk == 0)
+        reads, at = [], 0
+        for begin, stop, is_end in spans(n_before, n_time, chunk):
+            if begin < at:
+                continue
+            if chunk > 1 and stop - begin == chunk:
+                at = begin + (n_time - begin) // chunk * chunk
+                read, live = self.memory.read_chunks(live, chunk_of(made.window(begin, at).chunks(chunk)))
+                start = live
+            else:
+                read, live = self.memory.read(start, live, writes(made.window(begin, stop)))
+                start = live if is_end else start
+            reads.append(read)
+        batch = len(made.key) // self.heads
+        return torch.cat(reads, dim=1) if len(reads) > 1 else reads[0], _kept(start, live, batch)
+
+    def _heads(self, mixed_btd: Hidden) -> Tensor:
+        """b t (h k) -> (b h) t k, in the precision of the memories."""
+        return mixed_btd.to(self.bias_hl.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _expanded(weights: Memory, batch: int) -> Memory:
+    """One value for all rows of a batch."""
+    return {name: x.expand(batch, *x.shape[1:]) for name, x in weights.items()}
+
+
+def _folded(weights: Memory) -> Memory:
+    """b h ... -> (b h) ..."""
+    return {name: x.flatten(0, 1) for name, x in weights.items()}
+
+
+def _begun(weights: Memory) -> State:
+    return {"start": weights, "live": weights}
+
+
+def _running(memory: State, is_at_start: bool) -> tuple[Memory, Memory]:
+    """The memories that began the chunk, and those that its tokens so far have left; one value where it begins."""
+    live = _folded(memory["live"])
+    return live if is_at_start else _folded(memory["start"]), live
+
+
+def _kept(start: Memory, live: Memory, batch: int) -> State:
+    """What is carried to the next window; a chunk that begins has one value under both names."""
+    after = {name: x.unflatten(0, (batch, -1)) for name, x in live.items()}
+    if start is live:
+        return _begun(after)
+    return {"start": {name: x.unflatten(0, (batch, -1)) for name, x in start.items()}, "live": after}
