@@ -1,7 +1,9 @@
 """Writes docs/configuration.md from the code; the tests fail when the page is stale."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from pydantic.fields import FieldInfo
 
@@ -25,11 +27,26 @@ def page() -> str:
         part = field.annotation
         if not (isinstance(part, type) and issubclass(part, Part)):
             raise TypeError(f"{name} is {part}; every field of the tree is a part")
-        rows = "\n".join(row(name, key, leaf) for key, leaf in part.model_fields.items())
+        rows = "\n".join(rows_of(name, part))
         sections.append(
             f"## {name}\n\n{first_line(part)}\n\n| key | default | accepts | meaning |\n|---|---|---|---|\n{rows}\n"
         )
     return "\n".join(sections)
+
+
+def rows_of(name: str, part: type[Part]) -> Iterator[str]:
+    """The settings of a part, those of parts inside it among them."""
+    for key, field in part.model_fields.items():
+        if is_part(field.annotation):
+            yield from rows_of(f"{name}.{key}", field.annotation)
+            continue
+        yield row(name, key, field)
+        for listed in filter(is_part, get_args(field.annotation)):
+            yield from rows_of(f"{name}.{key}[]", listed)
+
+
+def is_part(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Part)
 
 
 def row(part: str, key: str, field: FieldInfo) -> str:

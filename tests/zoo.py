@@ -19,7 +19,7 @@ N_TIME = 13
 
 SMALL = {"width": 12, "n_layers": 2, "heads": 2, "hidden": 17, "span": 5, "window": 23, "segment": 5}
 SMALL_MEMORY = {"head_width": 4, "chunk": 3}
-SLOWER = [("mag", [1, 3]), ("mag", [1, 2, 3, 5]), ("mac", [1, 2, 3, 5])]
+SLOWER = [("mag", [1, 3]), ("mag", [1, 2, 3, 5]), ("mac", [1, 2, 3, 5]), ("mal", [1, 3]), ("memory", [1, 2, 5])]
 """Mixers and the periods of their memories."""
 SMALL_CHUNKS = {"chunk_memory": 2, "chunk_other": 4}
 SELF_REFERENCES = [

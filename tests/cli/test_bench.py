@@ -3,8 +3,10 @@
 import json
 
 from meristem.cli import run
-from meristem.recipes.bench import suite
+from meristem.recipes.bench import stability, suite
 from meristem.recipes.bench.measure import Row
+from meristem.recipes.bench.stability import Cell
+from recipes.ablations import listed
 
 
 def test_table_and_line(capsys):
@@ -26,7 +28,45 @@ def test_json_is_the_line_alone(answered):
 
 def test_a_picture_of_nothing_is_refused_at_once(tmp_path, capsys):
     assert run(["bench", "start", "--picture", str(tmp_path / "rules.png")]) == 2
-    assert "'start' measures no rule" in capsys.readouterr().err
+    assert "No such option: --picture" in capsys.readouterr().err
+
+
+def test_alone_it_measures_all_speeds(capsys, monkeypatch):
+    """As it did before there was more to measure."""
+    for name in suite.SECTIONS:
+        monkeypatch.setitem(suite.SECTIONS, name, (lambda n_repeats, name=name: iter([Row(name, 1.0, "x")]),))
+    monkeypatch.setattr(suite.rules, "speeds", lambda *given: iter(()))
+    assert run(["bench"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]] == list(suite.SECTIONS)
+
+
+def test_an_ablation_is_asked_for_by_its_file(answered, capsys, tmp_path):
+    """Both ways to say it; the page stands where it was asked for, and the second call finds all of it done."""
+    config, out = listed(tmp_path, seeds=[3]), tmp_path / "pages" / "mine.md"
+    assert run(["bench", "ablation", "--config", str(config), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "0 of 2 runs are known, 2 to go" in said and "`titans` against `attention`" in said
+    code, report = answered("bench", "ablation", "--config", config, "--out", out)
+    assert code == 0 and report["schema"] == "meristem.ablation/1"
+    assert {outcome["name"] for outcome in report["outcomes"]} == {"attention-3", "titans-3"}
+    assert "of a single start" in out.read_text() and out.with_suffix(".png").exists()
+
+
+def test_a_missing_file_of_an_ablation_is_refused(tmp_path, capsys):
+    assert run(["bench", "ablation", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml cannot be read" in capsys.readouterr().err
+
+
+def test_stability_tells_by_its_exit_code(answered, capsys, tmp_path, monkeypatch):
+    """The table is written cell by cell, and a cell that is not finite is a negative result."""
+    good, bad = Cell("delta", "mag", 1, 3.0, 2.0, True), Cell("titans", "mag", 2, 3.0, 2.0, False)
+    monkeypatch.setattr(stability, "sweep", lambda steps: iter([good, bad]))
+    out = tmp_path / "stability.md"
+    assert run(["bench", "stability", "--steps", "7", "--out", str(out)]) == 1
+    assert "NOT FINITE" in capsys.readouterr().out and "not finite" in out.read_text()
+    monkeypatch.setattr(stability, "sweep", lambda steps: iter([good]))
+    code, report = answered("bench", "stability", "--steps", 7, "--out", out)
+    assert (code, report["steps"], report["is_stable"], len(report["cells"])) == (0, 7, True, 1)
 
 
 def test_the_table_of_rules_is_asked_for_by_width_and_window(answered, tmp_path, monkeypatch):

@@ -81,6 +81,35 @@ def test_recall_asks_for_ids_of_the_checkpoint(place, answered, capsys):
     assert "Set data.window to 16 or more" in capsys.readouterr().err
 
 
+def test_adaptation_reads_long_documents_with_and_without_a_memory(place, answered, capsys):
+    """Four windows of each; the same sums on every call, and a memory that stands still keeps nothing."""
+    assert answered(*words("runs/fay", 3))[0] == 0
+    code, summary = answered("eval", "runs/fay", "--suite", "adaptation", "--max-windows", 2)
+    assert code == 0 and [task["name"] for task in summary["tasks"]] == ["adaptation/off", "adaptation/memory"]
+    off, memory = ({name: m["value"] for name, m in task["metrics"].items()} for task in summary["tasks"])
+    assert summary["tasks"][0]["n"] == summary["tasks"][1]["n"] and summary["tasks"][0]["n"] % 96 == 0
+    assert summary["tasks"][0]["dataset_fingerprint"] == summary["tasks"][1]["dataset_fingerprint"]
+    assert memory != off and memory["gain_nats"] == memory["first_half_nats"] - memory["second_half_nats"]
+    directions = {name: metric["direction"] for name, metric in summary["tasks"][0]["metrics"].items()}
+    assert directions["gain_nats"] == "max" and directions["again_kept_bits_per_byte"] == "min"
+    assert answered("eval", "runs/fay", "--suite", "adaptation", "--max-windows", 2)[1] == summary
+    assert run(["eval", "runs/fay", "--suite", "adaptation", "--learn", "levels"]) != 0
+    assert "no feed-forward levels" in capsys.readouterr().err
+    assert run(["eval", "runs/fay", "--suite", "adaptation", "data.window=100000"]) != 0
+    assert "Add longer documents" in capsys.readouterr().err
+
+
+def test_what_learns_while_it_reads_is_chosen(place, answered):
+    """Likelihood and recall are read with the memory unless off is asked for."""
+    assert answered(*words("runs/gus", 3))[0] == 0
+    for suite in ("likelihood", "recall"):
+        asked = ("eval", "runs/gus", "--suite", suite, "--max-windows", 3)
+        usual, memory, off = (
+            answered(*asked, *more)[1]["tasks"] for more in ((), ("--learn", "memory"), ("--learn", "off"))
+        )
+        assert usual == memory != off
+
+
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_made(place, capsys):
     """The plan says so in a moment; nothing is written, and the text is not even read."""
     assert run(words("runs/huge", 3, "data.batch=100000000")) == 5

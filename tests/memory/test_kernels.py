@@ -23,7 +23,7 @@ from meristem.errors import MissingExtra
 from meristem.memory import Gates, Rule, named, run, scan
 from meristem.memory.forms import accepting
 from meristem.memory.kernels import select
-from meristem.memory.kernels.chunk_solve import ChunkSolve
+from meristem.memory.kernels.chunk_solve import Weights, solve, solve_back
 from meristem.memory.kernels.fla_delta import fla_delta, recurrence
 from meristem.memory.kernels.select import force_reference
 from meristem.memory.named import rules
@@ -46,8 +46,12 @@ needs_gpu = pytest.mark.skipif(
 Results = dict[str, Tensor]
 
 
-def chunks(case: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor | None]:
-    """Inputs of ``ChunkSolve``: an odd number of chunks, unit keys, more values than one program takes.
+Chunks = tuple[Tensor, Tensor, Tensor, Weights, Tensor]
+"""Keys, values, queries, weights, and the first memory over its momentum."""
+
+
+def chunks(case: str, dtype: torch.dtype, device: str = "cpu") -> Chunks:
+    """Inputs of ``solve``: an odd number of chunks, unit keys, more values than one program takes.
 
     Those of delta are square and lie transposed, which nobody may notice.
     """
@@ -58,26 +62,42 @@ def chunks(case: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor | 
     def draw(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator, dtype=torch.float64)
 
-    inputs = [functional.normalize(draw(n, h, c, k), dim=-1), draw(n, h, c, v), draw(n, h, c, k)]
-    inputs += [draw(n, h, c, c).sigmoid().tril(-1) if solves else None, draw(n, h, c, c).tril()]
-    inputs += [draw(n, h, c, n_levels).sigmoid() if looks else None]
-    inputs += [draw(n, h, c, n_levels), 0.5 * draw(n, h, c, n_levels), 0.5 * draw(n, h, n_levels, n_levels)]
-    inputs += [draw(h, n_levels * k, v)]
-    if case == "delta":
-        inputs = [None if x is None else x.mT.contiguous().mT for x in inputs]
-    return [None if x is None else x.to(device, dtype).requires_grad_() for x in inputs]
+    def placed(x: Tensor) -> Tensor:
+        return (x.mT.contiguous().mT if case == "delta" else x).to(device, dtype)
 
-
-def solved(inputs: list[Tensor | None]) -> Results:
-    """Reads, last memory, and the gradient of a loss that weighs every number of both differently."""
-    read, last = ChunkSolve.apply(*inputs)
-    return {"read": read, "last": last} | gradients(
-        [read, last], {str(place): x for place, x in enumerate(inputs) if x is not None}
+    vectors = functional.normalize(draw(n, h, c, k), dim=-1), draw(n, h, c, v), draw(n, h, c, k)
+    weights = Weights(
+        reach_nhcs=placed(draw(n, h, c, c).sigmoid().tril()),
+        sight_nhcl=placed(draw(n, h, c, n_levels)),
+        arriving_nhcl=placed(0.5 * draw(n, h, c, n_levels)),
+        carried_nhll=placed(0.5 * draw(n, h, n_levels, n_levels)),
+        probe_nhcl=placed(draw(n, h, c, n_levels).sigmoid()) if looks else None,
+        is_solved=bool(solves),
     )
+    key_nhck, value_nhcv, query_nhck = map(placed, vectors)
+    return key_nhck, value_nhcv, query_nhck, weights, placed(draw(h, n_levels * k, v))
+
+
+def solved(inputs: Chunks) -> Results:
+    """Reads, last memory, and the gradient of a loss that weighs every number of both differently."""
+    key_nhck, value_nhcv, query_nhck, weights, first_hkv = inputs
+    kernel = select.loop_kernel(key_nhck, value_nhcv)
+    read, made = solve((key_nhck, query_nhck), value_nhcv, weights, first_hkv, kernel)
+    last = made.passing_nhkv[-1]
+    d_vectors, d_weights, d_first = solve_back(
+        (key_nhck, query_nhck), weights, made, weighing(read), weighing(last), kernel
+    )
+    d_chunks = dict(zip(("d key", "d value", "d query"), d_vectors, strict=True)) | {"d first": d_first}
+    d_given = {f"d {name}": x for name, x in vars(d_weights).items() if isinstance(x, Tensor)}
+    return {"read": read, "last": last} | d_chunks | d_given
+
+
+def weighing(x: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
 
 
 def gradients(results: list[Tensor], leaves: dict[str, Tensor]) -> Results:
-    loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view_as(x)).sum() for x in results)
+    loss = sum((x * weighing(x)).sum() for x in results)
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {f"d {name}": gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
 
@@ -153,13 +173,33 @@ def interpreted() -> dict[str, dict[str, float]]:
     return dict(zip(asked, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_the_plain_loop_agree_with_differences(case: str) -> None:
+    key_nhck, value_nhcv, query_nhck, weights, first_hkv = inputs = chunks(case, torch.float64)
+    given = {name: x for name, x in vars(weights).items() if isinstance(x, Tensor)}
+    given |= {"key": key_nhck, "value": value_nhcv, "query": query_nhck, "first": first_hkv}
+    found = solved(inputs)
+    generator = torch.Generator().manual_seed(2)
+
+    def loss() -> Tensor:
+        read, made = solve((key_nhck, query_nhck), value_nhcv, weights, first_hkv, None)
+        return sum((x * weighing(x)).sum() for x in (read, made.passing_nhkv[-1]))
+
+    for name, x in given.items():
+        direction, before = torch.randn(x.shape, generator=generator, dtype=x.dtype), x.clone()
+        direction = direction.tril() if name == "reach_nhcs" else direction
+        above, below = (loss() for step in (1e-6, -1e-6) if x.copy_(before + step * direction) is x)
+        x.copy_(before)
+        torch.testing.assert_close((found[f"d {name}"] * direction).sum(), (above - below) / 2e-6, rtol=1e-6, atol=0)
+
+
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_kernel_agrees_with_the_plain_loop(interpreted, case: str) -> None:
     """S2-M1: outputs and gradients of the Triton kernel, by its interpreter."""
     exact, single = interpreted[f"{case}:float64"], interpreted[f"{case}:float32"]
     results = [name for name in exact if not name.startswith("plain ")]
-    assert {"read", "last", "d 0", "d 1", "d 2", "d 9"} <= set(results)
+    assert {"read", "last", "d key", "d value", "d query", "d first"} <= set(results)
     assert max(exact[name] for name in results) < 1e-12
     for name in results:
         assert single[name] <= max(2 * single[f"plain {name}"], 4e-6), name

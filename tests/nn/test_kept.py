@@ -482,6 +482,17 @@ def test_no_tensor_of_time_times_key_times_value(name: str, form: str, read: str
     assert mode.n_elements < 96 * 16 * 16 * (1 if name == "titans" else 4)
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("read", ["gated", "sparse"])
+def test_it_is_one_graph(read: str) -> None:
+    """Fresh and with a state; every number of kept memories up to the limit has a graph of its own."""
+    module, hidden_btd = made({"rule": "titans", "kept": {"read": read}}), inputs()
+    _, state = module(hidden_btd[:, :7])
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for before in (None, state):
+        torch.testing.assert_close(compiled(hidden_btd, before)[0], module(hidden_btd, before)[0], rtol=0, atol=1e-12)
+
+
 class Reader(nn.Module):
     """A model of one layer: tokens, memory with kept ones, logits."""
 

@@ -25,6 +25,7 @@ CLOSE = {"rtol": 0, "atol": 1e-10}
 FIXTURE = Path(__file__).with_name("oracles") / "nested_learning.safetensors"
 SETTINGS = [
     {"structure": structure, "setting": setting, "loss": loss, "adaptive_query": adaptive_query}
+    | ({"unit_value": False} if loss == "squared" else {})
     for structure in ("matrix", "mlp")
     for setting in ("static", "adaptive", "self_generated")
     for loss in ("dot", "squared")
@@ -41,8 +42,8 @@ def layer(width=WIDTH, head_width=HEAD, is_grown=True, **settings):
     Not as strongly as others: what generates its own values grows by about ``1 + eta v k`` with every token.
     """
     torch.manual_seed(0)
-    chosen = {"eta_scale": 0.05, "chunk_memory": 2, "chunk_other": 4} | settings
-    part = MemoryPart.model_validate({"head_width": head_width, "half_life": 8, "self_reference": chosen})
+    chosen = {"eta_scale": 0.05, "half_life": 8, "chunk_memory": 2, "chunk_other": 4} | settings
+    part = MemoryPart.model_validate({"head_width": head_width, "self_reference": chosen})
     module = SelfReference(width, part).double()
     if is_grown:
         with torch.no_grad():
@@ -74,6 +75,7 @@ def meaning_of(module):
         is_generated=module.memory.is_generated,
         is_squared=module.memory.is_squared,
         eta_scale=module.eta_scale,
+        unit_value=module.unit_value,
         rate_bias_h=rate_bias_h,
         retain_bias_h=retain_bias_h,
     )
@@ -131,6 +133,7 @@ def inner_loop(module, hidden_btd):
         row = rows[:, :, t : t + 1]
         query = meaning.recall(start, "query", row) if queries is None else queries[:, :, t : t + 1]
         key, value = unit(meaning.recall(start, "key", row)), meaning.recall(start, "value", row)
+        value = unit(value) if meaning.unit_value else value
         rate = meaning.recall(start, "rate", row) + meaning.rate_bias_h[:, None, None]
         retain = (meaning.recall(start, "retain", row) + meaning.retain_bias_h[:, None, None]).sigmoid()
         rate = meaning.eta_scale * functional.softplus(rate)
@@ -178,7 +181,7 @@ def test_chunks_of_one_token_are_the_scan(settings, n_time):
 
 
 @every_setting
-@pytest.mark.parametrize("chunks", [(2, 4), (3, 3), (6, 2), (1, 5), (7, 1), (8, 64)], ids=str)
+@pytest.mark.parametrize("chunks", [(2, 4), (6, 2), (7, 1), (8, 64)], ids=str)
 def test_chunks_are_the_loop_over_their_tokens(settings, chunks):
     """S3b-S15, S4-M11: the solve is exact at any two sizes, and no gradient is blocked on the way."""
     module, hidden_btd = layer(chunk_memory=chunks[0], chunk_other=chunks[1], **settings), drawn(17)
@@ -223,6 +226,7 @@ def test_memories_are_those_of_nested_learning(case):
     chunks = {"tokens": (1, 1), "query": (1, 1), "chunks": (2, 4), "turned": (6, 3)}[case]
     is_adaptive = case in ("query", "turned")
     settings = {"chunk_memory": chunks[0], "chunk_other": chunks[1], "adaptive_query": is_adaptive, "eta_scale": 0.3}
+    settings["unit_value"] = False
     module = layer(6, 6, is_grown=False, structure="mlp", **settings)
     with torch.no_grad():
         module.bias_hl.zero_()
@@ -267,7 +271,7 @@ def test_with_frozen_makers_it_is_delta_descent(setting):
     read, memory = asked(module, hidden_btd)
     meaning, memories = meaning_of(module), memories_of(module, 2)
     rows, queries = (x.unflatten(0, (2, -1)) for x in rows_of(module, hidden_btd))
-    key, value = unit(meaning.recall(memories, "key", rows)), meaning.recall(memories, "value", rows)
+    key, value = (unit(meaning.recall(memories, name, rows)) for name in ("key", "value"))
     rate = meaning.recall(memories, "rate", rows) + meaning.rate_bias_h[:, None, None]
     rate_bth = (meaning.eta_scale * functional.softplus(rate))[..., 0].movedim(1, 2)
     retain = meaning.recall(memories, "retain", rows) + meaning.retain_bias_h[:, None, None]
@@ -417,6 +421,29 @@ def test_inputs_ten_times_as_large_stay_finite(settings):
     mixed_btd.square().sum().backward()
     assert mixed_btd.isfinite().all()
     assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("loss", ["dot", "squared"])
+def test_one_token_said_often_stays_finite(loss):
+    """As it begins, a wide memory that hears one token 2000 times stays what it is; as printed it overflows."""
+    norms = {}
+    for unit_value in (True, False):
+        module = layer(
+            64,
+            64,
+            False,
+            loss=loss,
+            unit_value=unit_value,
+            eta_scale=0.01,
+            half_life=32768,
+            chunk_memory=8,
+            chunk_other=64,
+        )
+        with torch.no_grad():
+            _, state = module(drawn(1, width=64).expand(-1, 2000, -1))
+        norms[unit_value] = state["memory"]["asked"]["live"]["matrix_bhkv"].norm(dim=(-2, -1))
+    assert ((norms[True] > 4) & (norms[True] < 16)).all(), "the identity has the norm 8"
+    assert not (norms[False] < 1e6).any()
 
 
 @every_structure

@@ -203,6 +203,17 @@ def test_nothing_is_lost_when_a_run_ends_between_fires(kind):
     assert not torch.equal(model.layers[0].weight, after["layers.0.weight"]), "and the run may go on"
 
 
+def test_nothing_is_lost_when_the_last_step_was_due_and_spoilt():
+    model = Levelled(3)
+    optimizer = build(model, OptimPart(rate=0.01))
+    train(model, optimizer, range(6))
+    step(model, optimizer, 6, math.nan)
+    before = weights(model)
+    optimizer.flush()
+    assert not torch.equal(model.layers[0].weight, before["layers.0.weight"])
+    assert torch.equal(model.scale, before["scale"])
+
+
 def test_nothing_waits_right_after_a_fire():
     model = Levelled(3)
     optimizer = build(model, OptimPart())

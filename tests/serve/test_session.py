@@ -32,6 +32,18 @@ MODELS = {
         256,
         2,
     ),
+    "hope": build(
+        ModelPart(width=12, n_layers=2, mixer="self_reference", mlp="levels", levels={"count": 2, "periods": [1, 128]}),
+        MemoryPart(head_width=4, self_reference={"chunk_memory": 2, "chunk_other": 4}),
+        256,
+        6,
+    ),
+    "mac-levels": build(
+        ModelPart(width=12, n_layers=2, heads=2, mixer="mac", segment=5),
+        MemoryPart(head_width=4, chunk=7, levels={"count": 2, "tokens": "each"}),
+        256,
+        7,
+    ),
     "chargru": build(ModelPart(name="chargru", width=11, n_layers=2), MemoryPart(), 256, 4),
     "charformer": build(ModelPart(name="charformer", width=12, n_layers=2, heads=3, window=37), MemoryPart(), 256, 5),
 }
@@ -78,7 +90,7 @@ def test_feeding_is_the_raw_forward(model):
         assert torch.equal(session._now.logits_bo, last_bo)
     found, true = flatten(session._now.state), flatten(state)
     assert found.keys() == true.keys()
-    assert all(torch.equal(found[name], true[name]) for name in true)
+    torch.testing.assert_close(found, true, rtol=0, atol=0)
     assert told == pytest.approx(nats, rel=1e-5)
 
 
@@ -219,6 +231,61 @@ def test_looking_at_the_memory_changes_nothing():
     assert memory["layers"]["layer.1.recall"]["norm"] == pytest.approx(float(matrix_bhkv.norm()), rel=1e-6)
     assert memory["layers"]["layer.0.recall"]["half_life"] == pytest.approx(MemoryPart().half_life, rel=1e-3)
     assert memory["size_bytes"] == session.size_bytes > memory["layers"]["layer.0.recall"]["size_bytes"] * 2
+
+
+@pytest.mark.parametrize("name, layers", [("hope", ["layer.0", "layer.1"]), ("mac-levels", None)])
+def test_every_memory_of_a_layer_is_looked_at(name, layers):
+    """Also where it is no recall, or several stand side by side; and after a file has put names in another order."""
+    session = fed(MODELS[name], *TEXTS)
+    found = session.memory()["layers"]
+    assert list(found) == (layers or [f"layer.{layer}.recall.level.{level}" for layer in (0, 1) for level in (0, 1)])
+    assert all(memory["norm"] > 0 and memory["size_bytes"] > 0 for memory in found.values())
+    with tempfile.TemporaryDirectory() as folder:
+        session.save(Path(folder) / "session")
+        assert Session.load(Path(folder) / "session", MODELS[name], TOKENIZER).memory() == session.memory()
+
+
+def test_a_session_modifies_its_memory_and_no_weight():
+    """S4-M14: memories that make their own keys, values and rates change with the text; weights do not."""
+    model = MODELS["hope"]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    session = fed(model, TEXTS[0])
+    first = flatten(session._now.state)
+    session.feed(TEXTS[4])
+    now = {name: leaf for name, leaf in flatten(session._now.state).items() if ".makers.live" in name}
+    assert now and all(not torch.equal(leaf, first[name]) for name, leaf in now.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_levels_learn_stays_in_the_session():
+    """With learn = levels a session's own copy changes, and no other session's; a fork and a file take it along."""
+    model, text = MODELS["hope"], "to be or not to be, " * 8
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    session, plain = fed(model, text, learn="levels"), fed(model, text)
+    own = session._now.state["learned"]["moved"]
+    assert own and "learned" not in plain._now.state
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert_same(plain, fed(model, text))
+    other = session.fork()
+    other.feed(text)
+    moved, later = flatten(own), flatten(other._now.state["learned"]["moved"])
+    assert moved.keys() == later.keys() and any(not torch.equal(leaf, later[name]) for name, leaf in moved.items())
+    torch.testing.assert_close(flatten(session._now.state["learned"]["moved"]), moved, rtol=0, atol=0)
+    with tempfile.TemporaryDirectory() as folder:
+        session.save(Path(folder) / "session")
+        loaded = Session.load(Path(folder) / "session", model, TOKENIZER)
+    assert loaded.learn == "levels"
+    loaded.feed(text)
+    assert_same(loaded, other)
+
+
+@pytest.mark.parametrize("name", ["titans", "hope", "mac-levels"])
+def test_with_learning_off_a_memory_stays_as_it_was(name):
+    session = fed(MODELS[name], "x" * 40, learn="off")
+    before = {path: memory["norm"] for path, memory in session.memory()["layers"].items()}
+    session.feed("y" * 97)
+    assert {path: memory["norm"] for path, memory in session.memory()["layers"].items()} == pytest.approx(before)
+    assert before and session.n_tokens == 137
 
 
 def test_a_long_text_is_read_in_portions():

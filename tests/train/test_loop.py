@@ -359,6 +359,26 @@ def test_resuming_levels_changes_nothing(corpus, cut):
         assert torch.equal(mine, its)
 
 
+def test_losses_of_layers_are_taught_and_not_told(corpus):
+    """S3-M5: without a budget the gate of a learned frequency hears the text alone, with one its bias goes elsewhere."""
+
+    def taught(budget: float) -> tuple[Tensor, float | None]:
+        levels = {"count": 2, "frequency": "output", "budget": budget}
+        part = MemoryPart.model_validate({"head_width": 8, "levels": levels})
+        model = build(ModelPart(width=16, n_layers=1, mixer="memory"), part, 256, random_seed=3)
+        frequency, heard = model.get_submodule("blocks.0.mixer.recall.frequency"), []
+        # On budget, as it begins, the budget's loss has no gradient.
+        nn.init.zeros_(frequency.get_parameter("bias_l"))
+        for parameter in frequency.parameters():
+            parameter.register_hook(heard.append)
+        (step,) = run(model, stream_of(corpus, batch=2), limit(steps=1))
+        return torch.cat([gradient.flatten() for gradient in heard]), step.loss_nats
+
+    (alone, told), (held, told_again) = taught(0.0), taught(100.0)
+    assert told == told_again
+    assert (held - alone).norm() > 0.01
+
+
 def test_one_place_computes_gradients():
     """One loop serves every recipe. Benchmarks time gradients and the device probe tries one; nothing else does."""
     package = Path(meristem.__file__).parent

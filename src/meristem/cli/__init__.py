@@ -48,7 +48,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(config.app, name="config")
 app.add_typer(plugins.app, name="plugins")
 app.command("doctor")(doctor.doctor)
-app.command("bench")(bench.bench)
+app.add_typer(bench.app, name="bench")
 
 
 def run(arguments: Sequence[str]) -> int:

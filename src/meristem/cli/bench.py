@@ -1,58 +1,186 @@
-"""`meristem bench`: how fast it is here, each figure measured against another in one run."""
+"""`meristem bench`: how fast it is here and what its parts are worth, each figure measured against another."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from meristem.cli.answer import Json, json_line
-from meristem.errors import WrongValue
 
 if TYPE_CHECKING:
     from meristem.recipes.bench.measure import Row
 
 _VERDICTS: Final = {True: "met", False: "missed", None: ""}
 
+app = typer.Typer()
 
-def bench(
-    what: Annotated[
-        Literal["memory", "model", "decode", "start", "all"], typer.Argument(metavar="WHAT", help="What to measure.")
-    ] = "all",
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements behind each median.")] = 5,
-    width: Annotated[
-        list[int] | None, typer.Option("--width", min=1, help="Width of the rules' layers; 128. May be repeated.")
-    ] = None,
-    window: Annotated[
-        list[int] | None, typer.Option("--window", min=1, help="Tokens that the rules read; 512. May be repeated.")
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option("--picture", help="PNG to draw the training speed of every rule and form in.")
-    ] = None,
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Measurements behind each median.")]
+Widths = Annotated[
+    list[int] | None, typer.Option("--width", min=1, help="Width of the rules' layers; 128. May be repeated.")
+]
+Windows = Annotated[
+    list[int] | None, typer.Option("--window", min=1, help="Tokens that the rules read; 512. May be repeated.")
+]
+Picture = Annotated[
+    Path | None, typer.Option("--picture", help="PNG to draw the training speed of every rule and form in.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def bench(context: typer.Context) -> None:
+    """Measure speeds on this machine, and what the parts of a model are worth. Alone it measures all speeds."""
+    if context.invoked_subcommand is None:
+        everything()
+
+
+@app.command("all")
+def everything(
+    repeats: Repeats = 5,
+    width: Widths = None,
+    window: Windows = None,
+    picture: Picture = None,
     as_json: Json = False,
 ) -> None:
-    """Measure memory forms, models, decoding and start-up on this machine: a table, then one JSON line.
+    """Measure memory forms, models, decoding and start-up: a table, then one JSON line.
 
-    WHAT is memory, model, decode, start or all. Exit code 1 when a target is missed.
-
-    memory ends with a table of every rule in every form that takes it: tokens/s of training and reading, bytes of state
-    and peak, the share of the machine's matrix products, and how much faster than by its scan it trains. At one width
-    and one window it takes a few minutes.
+    Exit code 1 when a target is missed.
 
     \b
     Examples:
-      meristem bench
+      meristem bench all
+      meristem bench all --repeats 3 --json
+    """
+    _speeds(("memory", "model", "decode", "start"), repeats, as_json, layers=(width, window), picture=picture)
+
+
+@app.command()
+def memory(
+    repeats: Repeats = 5,
+    width: Widths = None,
+    window: Windows = None,
+    picture: Picture = None,
+    as_json: Json = False,
+) -> None:
+    """Measure memory forms and layers: a table, then one JSON line. Exit code 1 when a target is missed.
+
+    It ends with a table of every rule in every form that takes it: tokens/s of training and reading, bytes of state and
+    peak, the share of the machine's matrix products, and how much faster than by its scan it trains. At one width and
+    one window it takes a few minutes.
+
+    \b
+    Examples:
       meristem bench memory --picture rules.png
       meristem bench memory --width 64 --width 128 --width 256 --window 512 --window 2048
+    """
+    _speeds(("memory",), repeats, as_json, layers=(width, window), picture=picture)
+
+
+@app.command()
+def model(repeats: Repeats = 5, as_json: Json = False) -> None:
+    """Measure training of the default model against a transformer. Exit code 1 when a target is missed.
+
+    \b
+    Examples:
+      meristem bench model
+    """
+    _speeds(("model",), repeats, as_json)
+
+
+@app.command()
+def decode(repeats: Repeats = 5, as_json: Json = False) -> None:
+    """Measure how fast a session writes. Exit code 1 when a target is missed.
+
+    \b
+    Examples:
       meristem bench decode --repeats 3 --json
     """
-    if picture is not None and what not in ("memory", "all"):
-        raise WrongValue(f"'{what}' measures no rule, so {picture} would be empty. Ask for memory or all.", value=what)
+    _speeds(("decode",), repeats, as_json)
+
+
+@app.command()
+def start(repeats: Repeats = 5, as_json: Json = False) -> None:
+    """Measure how long the program takes to answer. Exit code 1 when a target is missed.
+
+    \b
+    Examples:
+      meristem bench start
+    """
+    _speeds(("start",), repeats, as_json)
+
+
+@app.command()
+def ablation(
+    config: Annotated[Path, typer.Option("--config", help="YAML file that lists the variants.")],
+    out: Annotated[Path, typer.Option("--out", help="The page; JSON and picture stand beside it.")] = Path(
+        "docs/results.md"
+    ),
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once, one thread each.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Train variants of one size on the same tokens from several starts, and write what each is worth.
+
+    The page gives bits per byte, recall, adaptation, tokens/s and bytes of a session, and says in plain words what has
+    an effect and what has none. What was measured goes into the JSON beside it: asked again, only what is missing runs.
+
+    \b
+    Examples:
+      meristem bench ablation --config docs/ablation.yaml
+      meristem bench ablation --config mine.yaml --out mine.md --jobs 2 --json
+    """
+    from meristem.recipes.bench.study import study
+
+    say = (lambda line: None) if as_json else typer.echo
+    known = study(config, out, jobs=jobs, say=say)
+    if as_json:
+        json_line(known)
+
+
+@app.command()
+def stability(
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of every cell.")] = 300,
+    out: Annotated[Path, typer.Option("--out", help="The table.")] = Path("stability.md"),
+    as_json: Json = False,
+) -> None:
+    """Train eight rules in mag, mac and mal with one, two and four levels, and write which stay finite and learn.
+
+    Exit code 1 when a cell is not finite, or fewer than four in five end below where they began. 300 steps take about
+    a quarter of an hour on one core.
+
+    \b
+    Examples:
+      meristem bench stability
+      meristem bench stability --steps 100000 --out nightly.md
+    """
+    from meristem.recipes.bench import stability as grid
+
+    cells = []
+    for cell in grid.sweep(steps):
+        cells.append(cell)
+        out.write_text(grid.table(cells, steps), encoding="utf-8")
+        if not as_json:
+            typer.echo(cell.line)
+    if as_json:
+        json_line(grid.to_json(cells, steps))
+    if not grid.is_stable(cells):
+        raise typer.Exit(1)
+
+
+def _speeds(
+    names: Sequence[str],
+    repeats: int,
+    as_json: bool,
+    *,
+    layers: tuple[list[int] | None, list[int] | None] = (None, None),
+    picture: Path | None = None,
+) -> None:
+    """The rows of these sections as they are measured, then all in one line."""
     # torch's profiler, which sees the peaks, writes a line to stderr whenever it starts and stops, unless told before.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    from meristem.recipes.bench.suite import SECTIONS, measure, to_json
+    from meristem.recipes.bench.suite import measure, to_json
 
-    names = list(SECTIONS) if what == "all" else [what]
+    width, window = layers
     rows: list[Row] = []
     for row in measure(names, n_repeats=repeats, widths=width or (128,), windows=window or (512,)):
         rows.append(row)

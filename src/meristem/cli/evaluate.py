@@ -1,5 +1,6 @@
-"""`meristem eval`: how well a checkpoint predicts held-out text, and what its memory recalls."""
+"""`meristem eval`: how well a checkpoint predicts held-out text, what its memory recalls, what it gains by reading."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
@@ -10,6 +11,7 @@ from meristem.cli.sample import Checkpoint
 if TYPE_CHECKING:
     from torch import nn
 
+    from meristem.data.corpus import Corpus
     from meristem.data.tokenizer import Tokenizer
     from meristem.device.resolve import Device
     from meristem.recipes.config import Config
@@ -20,35 +22,52 @@ VERSION: Final = "1"
 N_WINDOWS: Final = 128
 """Of each task of recall, unless asked otherwise."""
 
-DIRECTIONS: Final = {"nats": "min", "perplexity": "min", "bits_per_byte": "min", "accuracy": "max"}
+SMALLER_IS_BETTER: Final = ("nats", "perplexity", "bits_per_byte")
+"""How the names of metrics end of which less is better; of a gain, as of an accuracy, more is."""
+
+Learn = Literal["off", "memory", "levels"]
 
 
 def evaluate(
     checkpoint: Checkpoint,
     overrides: Overrides = None,
-    suite: Annotated[Literal["likelihood", "recall"], typer.Option("--suite", help="What to measure.")] = "likelihood",
+    suite: Annotated[
+        Literal["likelihood", "recall", "adaptation"], typer.Option("--suite", help="What to measure.")
+    ] = "likelihood",
+    learn: Annotated[
+        Learn | None,
+        typer.Option(
+            "--learn",
+            help="What learns while it reads: nothing, the memory, or feed-forward levels as well. By default the "
+            "memory; adaptation compares off with memory.",
+            show_default=False,
+        ),
+    ] = None,
     max_windows: Annotated[
         int | None,
         typer.Option(
             "--max-windows",
             min=1,
-            help=f"Windows to read; by default the whole held-out text, or {N_WINDOWS} of each task of recall.",
+            help=f"Windows to read; by default the whole held-out text, or {N_WINDOWS} of each task of recall. "
+            "Documents of adaptation; by default 32.",
             show_default=False,
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a checkpoint: how well it predicts held-out text, or what it recalls of generated windows.
+    """Measure a checkpoint: how well it predicts held-out text, what it recalls, or what it gains by reading.
 
     likelihood gives nats per token, perplexity and bits per byte. recall asks for random ids that stood earlier in the
     window (values of keys, a copied sequence, a needle at a distance), as far as data.window and the vocabulary reach,
-    and gives the share of right answers and nats per answer.
+    and gives the share of right answers and nats per answer. adaptation reads the beginnings of long documents, four
+    windows each: the second half against the first, and all of it a second time with the memory kept or reset.
 
     \b
     Examples:
       meristem eval runs/latest --suite likelihood
       meristem eval runs/latest data.source=other.txt data.validation=0.9 --json
       meristem eval runs/latest --suite recall data.window=1024
+      meristem eval runs/latest --suite adaptation --learn levels
     """
     from meristem.checkpoint.store import find
     from meristem.device.resolve import resolve
@@ -60,71 +79,103 @@ def evaluate(
     config = load_config(str(found.path / "config.yaml"), overrides or ()).tree
     model, tokenizer = load(found.path)
     device = resolve(as_it_was(config.device, found), tell)
-    model = model.to(device.device)
-    if suite == "recall":
-        tasks = _recall(model, tokenizer, config, device, max_windows or N_WINDOWS)
-    else:
-        tasks = [_likelihood(model, tokenizer, config, device, max_windows, is_its_own=not overrides)]
+    loaded = _Loaded(model.to(device.device), tokenizer, config, device, is_its_own=not overrides)
+    suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": _adaptation}
+    tasks = suites[suite](loaded, learn, max_windows)
     summary = {"schema": "meristem.evaluation/1", "checkpoint": str(found.path), "suite": suite, "tasks": tasks}
     answer(summary, as_json, _words)
 
 
-def _likelihood(
-    model: "nn.Module",
-    tokenizer: "Tokenizer",
-    config: "Config",
-    device: "Device",
-    max_windows: int | None,
-    *,
-    is_its_own: bool,
-) -> dict[str, Any]:
-    """One task, on the text that it was trained beside (``is_its_own``), or on another."""
-    from meristem.data.prepare import prepare
+@dataclass(frozen=True)
+class _Loaded:
+    """What is measured, and on what. is_its_own: on the text that it was trained beside, or on another."""
+
+    model: "nn.Module"
+    tokenizer: "Tokenizer"
+    config: "Config"
+    device: "Device"
+    is_its_own: bool
+
+    def corpus(self) -> "Corpus":
+        """The text; its own has been prepared already, another is cut by the checkpoint's tokenizer."""
+        from meristem.data.prepare import prepare
+
+        data, tokenizer = self.config.data, self.tokenizer
+        with progress_bytes("preparing") as progress:
+            corpus = prepare(data, self.config.tokenizer if self.is_its_own else tokenizer, tell, progress)
+            if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
+                corpus = prepare(data, tokenizer, tell, progress)
+        return corpus
+
+    def reading(self, learn: Learn, batch: int) -> dict[str, Any]:
+        """How it is read: who reads, how many texts at once, on which device, and what counts."""
+        from meristem.models.reader import reader_of
+        from meristem.train.loss import cross_entropy
+
+        reader = reader_of(self.model, learn, cross_entropy)
+        # Levels learn from one text, in a copy of their own.
+        return {
+            "reader": reader,
+            "batch": 1 if learn == "levels" else batch,
+            "device": self.device,
+            "loss": cross_entropy,
+        }
+
+
+def _likelihood(loaded: _Loaded, learn: Learn | None, max_windows: int | None) -> list[dict[str, Any]]:
+    """One task: every window from a fresh memory."""
     from meristem.evaluate.likelihood import likelihood
-    from meristem.train.loss import cross_entropy
 
-    with progress_bytes("preparing") as progress:
-        # Its own text has been prepared already; another text is cut by the checkpoint's tokenizer.
-        corpus = prepare(config.data, config.tokenizer if is_its_own else tokenizer, tell, progress)
-        if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
-            corpus = prepare(config.data, tokenizer, tell, progress)
-    measured = likelihood(
-        model,
-        corpus,
-        "val",
-        window=config.data.window,
-        batch=config.evaluate.batch,
-        max_windows=max_windows,
-        device=device,
-        loss=cross_entropy,
-    )
+    config, how = loaded.config, loaded.reading(learn or "memory", loaded.config.evaluate.batch)
+    corpus = loaded.corpus()
+    measured = likelihood(how.pop("reader"), corpus, "val", window=config.data.window, max_windows=max_windows, **how)
     figures = {name: getattr(measured, name) for name in ("nats", "perplexity", "bits_per_byte")}
-    return _task("likelihood", corpus.fingerprint, measured.n_tokens, figures)
+    return [_task("likelihood", corpus.fingerprint, measured.n_tokens, figures)]
 
 
-def _recall(
-    model: "nn.Module", tokenizer: "Tokenizer", config: "Config", device: "Device", n_windows: int
-) -> list[dict[str, Any]]:
+def _recall(loaded: _Loaded, learn: Learn | None, n_windows: int | None) -> list[dict[str, Any]]:
     """Every task of recall that fits, its ids drawn from the vocabulary of the checkpoint."""
     from meristem.evaluate.recall import HELD_OUT, recall, suite
-    from meristem.train.loss import cross_entropy
 
-    tasks = []
-    for task in suite(tokenizer.vocab_size, config.data.window):
-        questions = task.questions(n_windows, HELD_OUT)
-        measured = recall(model, questions, batch=config.evaluate.batch, device=device, loss=cross_entropy)
+    how = loaded.reading(learn or "memory", loaded.config.evaluate.batch)
+    reader, tasks = how.pop("reader"), []
+    for task in suite(loaded.tokenizer.vocab_size, loaded.config.data.window):
+        questions = task.questions(n_windows or N_WINDOWS, HELD_OUT)
+        measured = recall(reader, questions, **how)
         figures = {"accuracy": measured.accuracy, "nats": measured.nats}
         tasks.append(_task(task.name, questions.fingerprint, measured.n, figures))
+    return tasks
+
+
+def _adaptation(loaded: _Loaded, learn: Learn | None, n_documents: int | None) -> list[dict[str, Any]]:
+    """A task for every way to read; all read the same documents."""
+    from meristem.evaluate.adaptation import N_DOCUMENTS, adaptation, documents
+    from meristem.evaluate.adaptation import N_WINDOWS as WINDOWS
+
+    config = loaded.config
+    length = WINDOWS * config.data.window
+    ways: tuple[Learn, ...] = ("off", "memory") if learn is None else (learn,)
+    readings = {way: loaded.reading(way, config.evaluate.batch) for way in ways}
+    chosen = documents(loaded.corpus(), "val", length=length, most=n_documents or N_DOCUMENTS)
+    tasks = []
+    for way, how in readings.items():
+        measured = adaptation(how.pop("reader"), chosen, piece=config.data.window, **how)
+        tasks.append(_task(f"adaptation/{way}", chosen.fingerprint, measured.whole.n_tokens, measured.figures()))
     return tasks
 
 
 def _task(name: str, dataset_fingerprint: str, n: int, figures: dict[str, float]) -> dict[str, Any]:
     """What one task came to; ``n`` tokens were predicted."""
     metrics = {
-        metric: {"value": value, "version": VERSION, "direction": DIRECTIONS[metric]}
+        metric: {"value": value, "version": VERSION, "direction": _direction(metric)}
         for metric, value in figures.items()
     }
     return {"name": name, "dataset_fingerprint": dataset_fingerprint, "n": n, "metrics": metrics}
+
+
+def _direction(metric: str) -> str:
+    is_cost = metric.endswith(SMALLER_IS_BETTER) and not metric.startswith("gain")
+    return "min" if is_cost else "max"
 
 
 def _words(summary: dict[str, Any]) -> list[str]:

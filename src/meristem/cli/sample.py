@@ -3,7 +3,7 @@
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -25,9 +25,15 @@ TopP = Annotated[
     float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw among the likeliest with this share in all.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed of the sampler.")]
+Learn = Annotated[
+    Literal["off", "memory", "levels"],
+    typer.Option("--learn", help="What changes while it reads: nothing, its memory, or feed-forward levels as well."),
+]
 
 
-def open_session(checkpoint: Path, *, temperature: float, top_k: int, top_p: float, seed: int) -> "Session":
+def open_session(
+    checkpoint: Path, *, temperature: float, top_k: int, top_p: float, seed: int, learn: Learn = "memory"
+) -> "Session":
     """A fresh session with the model of a checkpoint."""
     from meristem.models.generate import Sampling
     from meristem.models.load import load
@@ -35,7 +41,7 @@ def open_session(checkpoint: Path, *, temperature: float, top_k: int, top_p: flo
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     loaded = load(checkpoint, tell)
-    return Session(loaded.model, loaded.tokenizer, sampling=sampling, random_seed=seed)
+    return Session(loaded.model, loaded.tokenizer, sampling=sampling, random_seed=seed, learn=learn)
 
 
 def sample(

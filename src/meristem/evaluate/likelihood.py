@@ -7,14 +7,17 @@ from functools import reduce
 from operator import add
 
 import torch
-from torch import nn
 
 from meristem.data.corpus import Corpus
 from meristem.data.stream import held_out
 from meristem.device.resolve import Device
+from meristem.memory.value import State
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits and targets to the nats of all targets together: ``train.loss.cross_entropy``, handed in by the recipe."""
+
+Reader = Callable[[torch.Tensor, State | None], tuple[torch.Tensor, State]]
+"""A model, or what ``models.reader`` makes of one: ``reader(tokens_bt, state) -> (logits_bto, state)``."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Likelihood:
 
 @torch.no_grad()
 def likelihood(
-    model: nn.Module,
+    reader: Reader,
     corpus: Corpus,
     split: str,
     *,
@@ -59,7 +62,7 @@ def likelihood(
     device: Device,
     loss: Loss,
 ) -> Likelihood:
-    """How well ``model`` predicts the documents of a split, each window read from a fresh memory.
+    """How well ``reader`` predicts the documents of a split, each window read from a fresh memory.
 
     Every token but the first of a document is predicted once.
     max_windows: read that many, evenly spread over the split and the same ones every time; None reads all.
@@ -68,6 +71,6 @@ def likelihood(
     for held in held_out(corpus, split, window=window, batch=batch, max_windows=max_windows):
         tokens_bt, targets_bt = device.move(held.tokens_bt, held.targets_bt)
         with device.autocast():
-            logits_bto, _ = model(tokens_bt, None)
+            logits_bto, _ = reader(tokens_bt, None)
         parts.append(Likelihood(float(loss(logits_bto, targets_bt)), held.n_targets, held.n_bytes))
     return reduce(add, parts)

@@ -13,6 +13,7 @@ from meristem.memory import Gates
 from meristem.memory.forms.frozen_chunk import overshoot
 from meristem.memory.value import State, flatten
 from meristem.nn.gates import GateMap
+from meristem.nn.kept import KeptRecall
 from meristem.nn.memory import Recall
 from meristem.shapes import Hidden, Tokens
 
@@ -40,7 +41,7 @@ def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
     figures = {
         "half_life": math.log(0.5) / math.log(retain) if 0 < retain < 1 else math.inf,
         "write": _mean([gates.write_bth for gates in heard]),
-        "norm": _mean([weight.flatten(2).norm(dim=-1) for weight in _weights(state)]),
+        "norm": _mean([weight.flatten(2).norm(dim=-1) for weight in weights_in(state)]),
     }
     momenta = [gates.momentum_bth for gates in heard if gates.momentum_bth is not None]
     if momenta:
@@ -50,7 +51,7 @@ def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
     return figures | ({"overshoot": max(worst)} if any(worst) else {})
 
 
-def _overshoot(recall: Recall, hidden_btd: Hidden, state: State | None = None) -> float:
+def _overshoot(recall: Recall | KeptRecall, hidden_btd: Hidden, state: State | None = None) -> float:
     """The worst of one layer; 0 where it has no whole chunk, or its recall is no one matrix."""
     if not recall.rule.is_linear or hidden_btd.shape[1] < recall.chunk:
         return 0.0
@@ -63,36 +64,37 @@ def uncompiled() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-Heard = tuple[list[Gates], list[tuple[Recall, tuple[Any, ...]]]]
+Heard = tuple[list[Gates], list[tuple[Recall | KeptRecall, tuple[Any, ...]]]]
 
 
 @contextmanager
 def _listening(model: nn.Module) -> Iterator[Heard]:
     """The gates that every gate map gives while this lasts, and what every memory is given."""
     heard: list[Gates] = []
-    asked: list[tuple[Recall, tuple[Any, ...]]] = []
+    asked: list[tuple[Recall | KeptRecall, tuple[Any, ...]]] = []
 
     def hear(module: nn.Module, inputs: object, gates: Gates) -> None:
         heard.append(gates)
 
     def ask(module: nn.Module, given: tuple[Any, ...]) -> None:
-        if isinstance(module, Recall):
+        if isinstance(module, Recall | KeptRecall):
             asked.append((module, given))
 
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, GateMap):
                 hooks.enter_context(module.register_forward_hook(hear))
-            if isinstance(module, Recall):
+            if isinstance(module, Recall | KeptRecall):
                 hooks.enter_context(module.register_forward_pre_hook(ask))
         yield heard, asked
 
 
-def _weights(state: State) -> Iterator[torch.Tensor]:
-    """The weight tensors of every memory inside a state."""
+def weights_in(state: State) -> Iterator[torch.Tensor]:
+    """The weight tensors of every memory inside a state; copies of earlier moments do not count."""
     for path, leaf in flatten(state).items():
         *groups, name = path.split(".")
-        is_weight = "memory" in groups and "unfinished" not in groups and not any(word in name for word in CARRIED)
+        is_now = "memory" in groups and not {"unfinished", "start", "kept"} & set(groups)
+        is_weight = is_now and not any(word in name for word in CARRIED)
         if isinstance(leaf, torch.Tensor) and is_weight:
             yield leaf
 

@@ -11,14 +11,13 @@ from functools import cached_property
 from typing import Final, Protocol
 
 import torch
-from torch import nn
 
 from meristem.checkpoint.files import sha256
 from meristem.data.stream import IGNORED
 from meristem.device.random import stream
 from meristem.device.resolve import Device
 from meristem.errors import WrongValue
-from meristem.evaluate.likelihood import Loss
+from meristem.evaluate.likelihood import Loss, Reader
 from meristem.shapes import Targets, Tokens
 
 PAIRS: Final = (4, 16, 64)
@@ -245,13 +244,13 @@ class Recall:
 
 
 @torch.no_grad()
-def recall(model: nn.Module, questions: Questions, *, batch: int, device: Device, loss: Loss) -> Recall:
-    """How many of the questions ``model`` answers, each window read from a fresh memory, ``batch`` of them at once."""
+def recall(reader: Reader, questions: Questions, *, batch: int, device: Device, loss: Loss) -> Recall:
+    """How many of the questions ``reader`` answers, each window read from a fresh memory, ``batch`` of them at once."""
     n_right, total_nats = 0, 0.0
     for rows in zip(questions.tokens_bt.split(batch), questions.targets_bt.split(batch), strict=True):
         tokens_bt, targets_bt = device.move(*rows)
         with device.autocast():
-            logits_bto, _ = model(tokens_bt, None)
+            logits_bto, _ = reader(tokens_bt, None)
         n_right += int((logits_bto.argmax(-1) == targets_bt).sum())
         total_nats += float(loss(logits_bto, targets_bt))
     return Recall(questions.n, n_right, total_nats)

@@ -24,6 +24,7 @@ from meristem.nn.memory import MemoryLayer
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.nn.norm import RMSNorm
 from meristem.nn.part import MemoryPart
+from meristem.nn.recall import recall_of
 from meristem.nn.self_reference import SelfReference
 from meristem.plugins import Registry
 from meristem.shapes import Hidden, Logits, Tokens
@@ -59,7 +60,7 @@ def memory_as_layer(model: ModelPart, memory: MemoryPart) -> MemoryAsLayer:
 
 def memory_alone(model: ModelPart, memory: MemoryPart) -> MemoryLayer:
     """A memory without attention."""
-    return MemoryLayer(model.width, memory)
+    return MemoryLayer(model.width, memory, recall_of(model.width, memory))
 
 
 def self_reference(model: ModelPart, memory: MemoryPart) -> SelfReference:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from meristem.errors import CapabilityError, ShapeError
-from meristem.memory.value import State, detach
+from meristem.memory.value import State, detach, flatten
 from meristem.nn.chain import ChainLevel
 from meristem.shapes import Logits, Tokens
 
@@ -39,7 +39,7 @@ def still(model: nn.Module) -> nn.Module:
     reader = copy.deepcopy(model, shared)
     for module in reader.modules():
         if hasattr(module, "is_writing"):
-            module.is_writing = False
+            setattr(module, "is_writing", False)  # noqa: B010 - modules of several kinds have it
     return reader
 
 
@@ -91,7 +91,7 @@ class LevelReader:
             piece_bt = tokens_bt[:, at:stop]
             if carried is not None and not read_bt.shape[1]:
                 learned = learned | {"begun": carried}
-            logits_bto, carried = functional_call(self.model, learned.get("moved", {}), (piece_bt, carried))
+            logits_bto, carried = functional_call(self.model, _named(learned, "moved"), (piece_bt, carried))
             logits.append(logits_bto)
             learned = learned | {"tokens_bt": torch.cat([read_bt, piece_bt], dim=1)}
             if learned["tokens_bt"].shape[1] == self.chunk:
@@ -102,7 +102,7 @@ class LevelReader:
     def _taught(self, learned: dict[str, Any]) -> dict[str, Any]:
         """What is learned once a chunk is full."""
         tokens_bt, n_tokens = learned["tokens_bt"], learned["n_tokens"] + self.chunk
-        own, moved = dict(self.model.named_parameters()), learned.get("moved", {})
+        own, moved = dict(self.model.named_parameters()), _named(learned, "moved")
         weights = {name: moved.get(name, own[name]).detach().requires_grad_() for name in self.periods}
         with torch.enable_grad():
             begun = detach(learned["begun"]) if "begun" in learned else None
@@ -110,7 +110,7 @@ class LevelReader:
             nats = self.loss(logits_bto, tokens_bt[:, 1:])
             # A slow level that reads means has said nothing before the first of them is whole.
             found = torch.autograd.grad(nats, list(weights.values()), materialize_grads=True)
-        before = learned.get("waiting", {})
+        before = _named(learned, "waiting")
         waiting = {name: before.get(name, 0) + gradient for name, gradient in zip(weights, found, strict=True)}
         due = {period for period in self.periods.values() if n_tokens % period == 0}
         for period in sorted(due):
@@ -119,6 +119,11 @@ class LevelReader:
             factor = self.rate * (self.clip / length.clamp_min(self.clip))
             moved = moved | {name: (weights[name] - factor * waiting.pop(name)).detach() for name in names}
         return {"n_tokens": n_tokens, "moved": moved, "waiting": waiting}
+
+
+def _named(learned: State, kind: str) -> dict[str, Tensor]:
+    """Tensors by the names of parameters, however a file has nested these."""
+    return {name: leaf for name, leaf in flatten(learned.get(kind, {})).items() if isinstance(leaf, Tensor)}
 
 
 def _periods(model: nn.Module) -> Iterator[tuple[str, int]]:

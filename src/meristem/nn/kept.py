@@ -136,9 +136,12 @@ class KeptRecall(nn.Module):
         return begun | {"kept": kept | {"n_tokens": 0, "n_segments": 0}}
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
-        if state is not None and can_decode(self.recall, hidden_btd, state):
-            return self._decode(hidden_btd, state)
         state = self.begin(hidden_btd) if state is None else state
+        if not self.recall.is_writing:
+            read_btd, still = self.recall(hidden_btd, {name: state[name] for name in ("memory", "conv")})
+            return read_btd, state | still
+        if can_decode(self.recall, hidden_btd, state):
+            return self._decode(hidden_btd, state)
         query_bthk, key_bthk, value_bthv, tail = self.recall.vectors(hidden_btd, state["conv"])
         gates = self.gates(hidden_btd)
         memory, kept = state["memory"], state["kept"]

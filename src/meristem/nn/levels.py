@@ -16,14 +16,13 @@ from meristem.errors import ConflictingKeys
 from meristem.memory import Gates
 from meristem.memory.forms import run_trusted
 from meristem.memory.forms.by_chunk import finished
-from meristem.memory.structure import Live
-from meristem.memory.value import State, full_precision
+from meristem.memory.value import State
 from meristem.nn.frequency import Frequency
 from meristem.nn.memory import Recall
 from meristem.nn.norm import RMSNorm
 from meristem.nn.part import LevelsPart, MemoryPart
-from meristem.nn.pool import group_means, hold, wide
-from meristem.shapes import Gate, Hidden, Queries, Values
+from meristem.nn.pool import Groups, group_means, hold, wide
+from meristem.shapes import Gate, Hidden
 
 
 class MemoryLevels(nn.Module):
@@ -70,12 +69,20 @@ class MemoryLevels(nn.Module):
             on_btl, after["frequency"] = self.frequency(hidden_btd, state["frequency"], count)
             on = [torch.ones_like(on_btl[..., :1]), *on_btl.split(1, dim=-1)]
         is_writing = self.part.levels.frequency == "write"
+        stride = self._stride(count, hidden_btd.shape[1])
+        seen_btd = hidden_btd if stride == 1 else _means(hidden_btd, stride)
         answers = []
         for index, level in self.named_levels():
+            if stride > 1 and isinstance(level, Pooled):
+                answer_btd, after["level"][str(index)] = level.of_means(
+                    seen_btd, state["level"][str(index)], count, stride
+                )
+                answers.append(answer_btd)
+                continue
             write_bt1 = on[index] if is_writing else None
             answer_btd, after["level"][str(index)] = level(hidden_btd, state["level"][str(index)], count, write_bt1)
             answers.append(answer_btd if is_writing or not on else (on[index] * answer_btd).to(answer_btd.dtype))
-        return self._joined(answers, self.mix_l), after
+        return self._joined(answers, self.mix_l, stride), after
 
     def look(self, asked_btd: Hidden, state: State) -> Hidden:
         """What the memories, as they stand, recall of the given vectors, mixed; nothing is written."""
@@ -98,18 +105,30 @@ class MemoryLevels(nn.Module):
         share = 1 / math.sqrt(n_levels) if self.part.levels.joined_by == "inv_sqrt" else 1.0
         return torch.full((n_levels,), share)
 
-    def _joined(self, answers: list[Hidden], mix_l: Tensor | None) -> Hidden:
-        joined_btd = answers[0]
-        if mix_l is None:
-            for answer_btd in answers[1:]:
-                joined_btd = joined_btd + answer_btd.to(joined_btd.dtype)
-            is_scaled = self.part.levels.joined_by == "inv_sqrt"
-            return joined_btd / math.sqrt(len(answers)) if is_scaled else joined_btd
-        share_l = self._shares_l(mix_l).to(joined_btd.dtype)
-        joined_btd = share_l[0] * joined_btd
-        for share, answer_btd in zip(share_l[1:], answers[1:], strict=True):
-            joined_btd = joined_btd + share * answer_btd.to(joined_btd.dtype)
-        return joined_btd
+    def _stride(self, count: int, n_time: int) -> int:
+        """How many tokens slow levels may take together: those of the second level's period, where all others are
+        multiples of it, the window is one, and none has a gate of its own. They then pass over the window once."""
+        levels = self.part.levels
+        if levels.count < 3 or levels.tokens != "pooled" or self.frequency is not None or n_time == 0:
+            return 1
+        stride = levels.all_periods[1]
+        return 1 if any(length % stride for length in (count, n_time, *levels.all_periods[1:])) else stride
+
+    def _joined(self, answers: list[Hidden], mix_l: Tensor | None, stride: int = 1) -> Hidden:
+        """The weighted sum. stride: tokens that hear one row of the slow levels' answers."""
+        if len(answers) == 1 and mix_l is None:
+            return answers[0]
+        share_l = None if mix_l is None else self._shares_l(mix_l).to(answers[0].dtype)
+        heard = [x.to(answers[0].dtype) if share_l is None else share_l[n] * x for n, x in enumerate(answers)]
+        slow_btd = heard[1] if len(heard) > 1 else heard[0]
+        for slower_btd in heard[2:]:
+            slow_btd = slow_btd + slower_btd
+        if len(heard) == 1:
+            return slow_btd
+        joined_btd = heard[0] + (slow_btd if stride == 1 else slow_btd.repeat_interleave(stride, dim=1))
+        # In place: a window's worth of memory is slow to get.
+        is_scaled = self.part.levels.joined_by == "inv_sqrt"
+        return joined_btd.div_(math.sqrt(len(answers))) if is_scaled else joined_btd
 
 
 class Every(nn.Module):
@@ -156,8 +175,12 @@ class Pooled(nn.Module):
         self, hidden_btd: Hidden, state: State, count: int, write_bt1: Tensor | None = None
     ) -> tuple[Hidden, State]:
         """count: tokens read before. Pooling is the schedule of writes, so that no gate acts on them."""
-        n_begun, n_time = count % self.n_apart, hidden_btd.shape[1]
-        mean_bnd, sum_bd = group_means(hidden_btd, state["sum_bd"], period=self.n_apart, n_begun=n_begun)
+        return self.of_means(hidden_btd, state, count, 1)
+
+    def of_means(self, hidden_btd: Hidden, state: State, count: int, stride: int) -> tuple[Hidden, State]:
+        """The same where every vector is the mean of ``stride`` tokens, by which period and count can be divided."""
+        period, n_begun, n_time = self.n_apart // stride, count % self.n_apart // stride, hidden_btd.shape[1]
+        mean_bnd, sum_bd = group_means(hidden_btd, state["sum_bd"] / stride, period=period, n_begun=n_begun)
         carried = {"memory": state["memory"], "conv": state["conv"]}
         read_bnd = mean_bnd
         if mean_bnd.shape[1]:
@@ -165,8 +188,8 @@ class Pooled(nn.Module):
             begun = count // self.n_apart
             read_bnd, carried = _recalled(self.recall, normed_bnd, carried, count=begun, reset_after=self.reset_after)
             read_bnd = read_bnd.to(sum_bd.dtype)
-        held_btd, last_bd = hold(read_bnd, state["last_bd"], period=self.n_apart, n_begun=n_begun, n_time=n_time)
-        return held_btd, {**carried, "sum_bd": sum_bd, "last_bd": last_bd}
+        held_btd, last_bd = hold(read_bnd, state["last_bd"], period=period, n_begun=n_begun, n_time=n_time)
+        return held_btd, {**carried, "sum_bd": sum_bd * stride, "last_bd": last_bd}
 
     def look(self, asked_btd: Hidden, state: State, count: int) -> Hidden:
         return self.recall.look(asked_btd, state)
@@ -194,6 +217,9 @@ class Delayed(nn.Module):
     ) -> tuple[Hidden, State]:
         """count: tokens read before. write_bt1: 1 where the memory changes, 0 where it stays."""
         query_bthk, key_bthk, value_bthv, tail = self.recall.vectors(hidden_btd, state["conv"])
+        if not self.recall.is_writing:
+            still_bthv = self.recall.answer(query_bthk, state["read"])
+            return still_bthv.flatten(2).to(value_bthv.dtype), state | {"conv": tail}
         gates = self.recall.gates(hidden_btd)
         gates = gates if write_bt1 is None else _only_where(gates, write_bt1)
         memory, read = state["memory"], state["read"]
@@ -202,7 +228,7 @@ class Delayed(nn.Module):
             if (count + begin) % self.n_apart == 0:
                 memory, read = self._fired(memory, (count + begin) // self.n_apart, hidden_btd.shape[0])
             window = key_bthk[:, begin:stop], value_bthv[:, begin:stop], query_bthk[:, begin:stop]
-            reads.append(_asked(self.recall, read, window[2]))
+            reads.append(self.recall.answer(window[2], read))
             _, memory = run_trusted(
                 self.recall.rule,
                 memory,
@@ -223,6 +249,11 @@ class Delayed(nn.Module):
         read = finished(memory)
         is_over = self.reset_after is not None and n_fires > 0 and n_fires % self.reset_after == 0
         return (self.recall.initial(batch) if is_over else memory), read
+
+
+def _means(hidden_btd: Hidden, stride: int) -> Groups:
+    """Of every ``stride`` tokens, the mean."""
+    return hidden_btd.to(wide(hidden_btd.dtype)).unflatten(1, (-1, stride)).sum(dim=2) / stride
 
 
 Level: TypeAlias = Every | Pooled | Delayed
@@ -270,15 +301,6 @@ def _only_where(gates: Gates, on_bt1: Tensor) -> Gates:
     on_bt1 = on_bt1.to(lost_bth.dtype)
     others = {"threshold_bth": gates.threshold_bth}
     return Gates.from_logs(torch.log1p(-on_bt1 * lost_bth), on_bt1 * gates.write_bth, **others)
-
-
-def _asked(recall: Recall, memory: State, query_bthk: Queries) -> Values:
-    """What a memory that is not written recalls."""
-    weights = recall.rule.weights(memory)
-    with full_precision(query_bthk.device):
-        query_bthk = query_bthk.to(next(iter(weights.values())).dtype)
-        query_bhtk = recall.rule.features.apply(query_bthk).movedim(1, 2)
-        return recall.rule.structure.recall(Live(weights), query_bhtk).movedim(1, 2)
 
 
 def _recalled(

@@ -6,7 +6,7 @@ from meristem.memory.value import State
 from meristem.nn.attention import Attention
 from meristem.nn.memory import MemoryLayer
 from meristem.nn.part import MemoryPart
-from meristem.nn.recall import begun
+from meristem.nn.recall import begun, recall_of
 from meristem.shapes import Hidden
 
 
@@ -19,7 +19,7 @@ class MemoryAsLayer(nn.Module):
 
     def __init__(self, width: int, part: MemoryPart, *, attention: Attention, is_residual: bool = True) -> None:
         super().__init__()
-        self.memory = MemoryLayer(width, part)
+        self.memory = MemoryLayer(width, part, recall_of(width, part))
         self.attention = attention
         self.is_residual = is_residual
 

@@ -1,9 +1,10 @@
 """A layer that reads and writes a memory: projections, gates and a rule."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from meristem.errors import ConflictingKeys
@@ -11,13 +12,13 @@ from meristem.memory import Rule
 from meristem.memory.forms import choose, forms, require, run_trusted
 from meristem.memory.structure import Live
 from meristem.memory.value import Memory, State, beside, full_precision
-from meristem.nn.conv import CausalConv
+from meristem.nn.conv import CausalConv, inverse_length, precise
 from meristem.nn.decode import can_decode, decode
 from meristem.nn.gates import GateMap
 from meristem.nn.norm import RMSNorm
 from meristem.nn.part import MemoryPart
 from meristem.nn.rule import rule_of
-from meristem.shapes import Hidden, Keys, Queries, Values
+from meristem.shapes import Gate, Hidden, Keys, Queries, Values
 
 
 class Initial(nn.Module):
@@ -125,6 +126,10 @@ class Recall(nn.Module):
         query_bthk = query_bthk.repeat_interleave(self.channels, dim=2)
         return self.answer(query_bthk, state["memory"]).flatten(2).to(asked_btd.dtype)
 
+    def retain_at_rest(self) -> Gate:
+        """The retain factors that a hidden vector of zeros gets: what the gates are by themselves."""
+        return self.gates(torch.zeros_like(self.qkv.weight[:1])[None]).retain_bth
+
     def answer(self, query_bthk: Queries, memory: Memory) -> Values:
         """What a memory recalls of queries, as it stands. A chunk that is not finished has not reached its weights."""
         weights = self.rule.weights(memory)
@@ -134,14 +139,15 @@ class Recall(nn.Module):
 
     def vectors(self, hidden_btd: Hidden, tail: State | None) -> tuple[Queries, Keys, Values, State]:
         """Queries, keys and values of a window as the rule takes them, and what the convolution carries on."""
-        mixed_btd, tail = self.conv(self.qkv(hidden_btd), tail)
-        found = functional.silu(mixed_btd).unflatten(-1, (len(self.used), self.heads, -1)).unbind(2)
+        # Queries and keys stand before values.
+        n_units = 0 if self.mix is not None else sum(name != "value" for name in self.used)
+        sizes = {"n_vectors": len(self.used), "heads": self.heads, "n_units": n_units}
+        found, tail = self.conv.vectors(self.qkv(hidden_btd), tail, **sizes)
         vectors = dict(zip(self.used, found, strict=True))
         # A rule never looks at what it does not use, but its forms take three vectors all the same.
         query_bthk, key_bthk, value_bthv = (vectors.get(name, found[0]) for name in ("query", "key", "value"))
         if self.mix is not None:
             return query_bthk, key_bthk, self.mix(key_bthk, value_bthv), tail
-        query_bthk, key_bthk = unit(query_bthk), unit(key_bthk)
         if self.channels > 1:
             query_bthk, key_bthk = (x.repeat_interleave(self.channels, dim=2) for x in (query_bthk, key_bthk))
             value_bthv = value_bthv.flatten(2)[..., None]
@@ -176,8 +182,8 @@ class ValueMix(nn.Module):
 
 def unit(key_bthk: Keys) -> Keys:
     """Keys of length one; in float32, where a tiny key keeps its direction."""
-    key_bthk = key_bthk.float() if key_bthk.dtype in (torch.bfloat16, torch.float16) else key_bthk
-    return key_bthk * (key_bthk.square().sum(dim=-1, keepdim=True) + 1e-12).rsqrt()
+    key_bthk = precise(key_bthk)
+    return key_bthk * inverse_length(key_bthk)
 
 
 class MemoryLayer(nn.Module):
@@ -185,9 +191,10 @@ class MemoryLayer(nn.Module):
 
     no_decay: ClassVar = frozenset({"gate.weight", "gate.bias"})
 
-    def __init__(self, width: int, part: MemoryPart) -> None:
+    def __init__(self, width: int, part: MemoryPart, recall: nn.Module | None = None) -> None:
+        """recall: what is asked in the place of a single memory, as ``nn.recall`` composes it."""
         super().__init__()
-        self.recall = Recall(width, part)
+        self.recall = Recall(width, part) if recall is None else recall
         self.norm = RMSNorm(part.head_width)
         self.gate = nn.Linear(width, width)
         self.out = nn.Linear(width, width, bias=False)
@@ -196,6 +203,45 @@ class MemoryLayer(nn.Module):
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         recalled_btd, state = self.recall(hidden_btd, state)
-        batch, n_time, width = recalled_btd.shape
-        normed_btd = self.norm(recalled_btd.view(batch, n_time, self.recall.heads, -1)).view(batch, n_time, width)
-        return self.out(normed_btd * self.gate(hidden_btd).sigmoid()), state
+        gain_k = self.norm.gain_d.to(recalled_btd.dtype)
+        return self.out(GatedNorm.apply(recalled_btd, self.gate(hidden_btd), gain_k, self.norm.eps)), state
+
+
+class GatedNorm(torch.autograd.Function):
+    """``apply(recalled_btd, gate_btd, gain_k, eps)``: ``RMSNorm`` of every head times ``sigmoid(gate)``.
+
+    Autograd would keep three tensors as large as these two beside them, and pass seventeen times over such.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        recalled_btd, gate_btd, gain_k, eps = inputs
+        ctx.save_for_backward(recalled_btd, gate_btd, gain_k)
+        ctx.eps = eps
+        recalled_bthk = precise(recalled_btd).unflatten(-1, (-1, len(gain_k)))
+        open_bthk = precise(gate_btd).sigmoid().view_as(recalled_bthk)
+        gained_bthk = open_bthk.mul_(recalled_bthk).mul_(_inverse_size(recalled_bthk, eps)).mul_(gain_k)
+        return gained_bthk.flatten(2).to(recalled_btd.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_gained_btd: Tensor) -> tuple[Tensor | None, ...]:
+        """With n = x / size: ``dx = (dn - n mean(n dn)) / size``."""
+        recalled_btd, gate_btd, gain_k = ctx.saved_tensors
+        recalled_bthk = precise(recalled_btd).unflatten(-1, (-1, len(gain_k)))
+        scale_bth1, open_btd = _inverse_size(recalled_bthk, ctx.eps), precise(gate_btd).sigmoid()
+        normed_bthk = recalled_bthk * scale_bth1
+        d_normed_bthk = (d_gained_btd * open_btd).view_as(recalled_bthk)
+        weighed_bthk = normed_bthk * d_normed_bthk
+        d_gain_k = weighed_bthk.flatten(0, 2).sum(dim=0)
+        weighed_bthk.mul_(gain_k)
+        d_gate_btd = torch.addcmul(weighed_bthk.flatten(2), weighed_bthk.flatten(2), open_btd, value=-1)
+        along_bth1 = weighed_bthk.mean(dim=-1, keepdim=True)
+        d_recalled_bthk = d_normed_bthk.mul_(gain_k).addcmul_(normed_bthk, along_bth1, value=-1).mul_(scale_bth1)
+        d_recalled_btd = d_recalled_bthk.flatten(2).to(recalled_btd.dtype)
+        return d_recalled_btd, d_gate_btd.to(gate_btd.dtype), d_gain_k.to(gain_k.dtype), None
+
+
+def _inverse_size(vector_bthk: Tensor, eps: float) -> Tensor:
+    length_bth1 = torch.linalg.vector_norm(vector_bthk, dim=-1, keepdim=True)
+    return (length_bth1.square() / vector_bthk.shape[-1] + eps).rsqrt()

@@ -215,6 +215,12 @@ class SelfReferencePart(Part):
         int, Field(ge=1, le=128, description="Tokens for which all else is made by the memories that began them.")
     ] = 64
     eta_scale: Annotated[float, Field(gt=0, le=1, description="Write rate at the start; it is learned.")] = 1e-3
+    half_life: Annotated[
+        float, Field(gt=0, description="Tokens after which what was there at the start, keys included, is one half.")
+    ] = 32768.0
+    unit_value: Annotated[
+        bool, Field(description="Values of length one: without, memories that teach themselves grow without bound.")
+    ] = True
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -227,7 +233,7 @@ class SelfReferencePart(Part):
             )
         if self.setting == "static" and self.adaptive_query:
             reasons.append(
-                "adaptive_query is true and setting 'static' lets nothing adapt; set it to false, or setting to adaptive"
+                "adaptive_query is true and setting 'static' lets nothing adapt; set it to false, or setting=adaptive"
             )
         if reasons:
             raise ConflictingKeys(f"memory.self_reference: {'; '.join(reasons)}.", reasons=reasons)

@@ -19,15 +19,27 @@ def group_means(hidden_btd: Hidden, sum_bd: Row, *, period: int, n_begun: int) -
 
     sum_bd: of the ``n_begun`` tokens of the group in which the window begins.
     """
+    n_missing, n_time = (period - n_begun) % period, hidden_btd.shape[1]
     wide_btd = hidden_btd.to(sum_bd.dtype)
-    n_missing, n_time = period - n_begun, hidden_btd.shape[1]
-    if n_time < n_missing:
+    if n_begun + n_time < period:
         return wide_btd[:, :0], sum_bd + wide_btd.sum(dim=1)
-    n_whole = (n_time - n_missing) // period
-    stop = n_missing + n_whole * period
-    first_bd = sum_bd + wide_btd[:, :n_missing].sum(dim=1)
-    whole_bnd = wide_btd[:, n_missing:stop].unflatten(1, (n_whole, period)).sum(dim=2)
-    return torch.cat([first_bd[:, None], whole_bnd], dim=1) / period, wide_btd[:, stop:].sum(dim=1)
+    n_left = (n_begun + n_time) % period
+    first_btd, whole_btd, left_btd = _three(wide_btd, n_missing, n_left)
+    # Not a mean over time, whose gradient is divided token by token.
+    mean_bnd = whole_btd.unflatten(1, (-1, period)).sum(dim=2) / period if whole_btd.shape[1] else whole_btd
+    if n_missing:
+        first_bd = (sum_bd + first_btd.sum(dim=1)) / period
+        mean_bnd = torch.cat([first_bd[:, None], mean_bnd], dim=1)
+    return mean_bnd, left_btd.sum(dim=1)
+
+
+def _three(wide_btd: Hidden, n_first: int, n_last: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The window in three parts, uncut where two of them are empty: a gradient through a cut is a copy of the whole."""
+    n_time = wide_btd.shape[1]
+    if not n_first and not n_last:
+        return wide_btd[:, :0], wide_btd, wide_btd[:, :0]
+    first_btd, whole_btd, last_btd = wide_btd.split([n_first, n_time - n_first - n_last, n_last], dim=1)
+    return first_btd, whole_btd, last_btd
 
 
 def hold(read_bnd: Groups, last_bd: Row, *, period: int, n_begun: int, n_time: int) -> tuple[Hidden, Row]:
@@ -37,10 +49,16 @@ def hold(read_bnd: Groups, last_bd: Row, *, period: int, n_begun: int, n_time: i
     """
     if read_bnd.shape[1] == 0:
         return last_bd[:, None].expand(-1, n_time, -1), last_bd
-    heard_bnd = torch.cat([last_bd[:, None].to(read_bnd.dtype), read_bnd], dim=1)
-    held_btd = heard_bnd.repeat_interleave(period, dim=1)[:, n_begun : n_begun + n_time]
+    n_left = (n_begun + n_time) % period
+    parts = [last_bd[:, None].to(read_bnd.dtype).expand(-1, period - n_begun, -1)] if n_begun else []
+    # Each answer but the last is heard for a whole period.
+    whole_bnd = (
+        read_bnd[:, :-1] if n_begun else torch.cat([last_bd[:, None].to(read_bnd.dtype), read_bnd[:, :-1]], dim=1)
+    )
+    parts += [whole_bnd.repeat_interleave(period, dim=1)] if whole_bnd.shape[1] else []
+    parts += [read_bnd[:, -1:].expand(-1, n_left, -1)] if n_left else []
     # A copy, so that the state does not keep the whole window alive.
-    return held_btd, heard_bnd[:, -1].clone()
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], read_bnd[:, -1].clone()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

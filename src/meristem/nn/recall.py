@@ -4,8 +4,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meristem.memory.value import State
+from meristem.nn.kept import keeping
 from meristem.nn.levels import MemoryLevels
-from meristem.nn.memory import Recall
 from meristem.nn.part import MemoryPart
 from meristem.shapes import Hidden
 
@@ -18,7 +18,7 @@ def recall_of(width: int, part: MemoryPart, *, is_asked: bool = False) -> nn.Mod
     """
     if part.levels.count > 1 or part.levels.reset_after is not None:
         return MemoryLevels(width, part, is_asked=is_asked)
-    return Recall(width, part)
+    return keeping(width, part)
 
 
 def begun(recall: nn.Module, persistent_gd: Float[Tensor, "g d"] | None, hidden_btd: Hidden) -> State | None:

@@ -87,9 +87,12 @@ class Chunk:
     system_cs: Tensor
     arriving_c1: Tensor
     kept_11: Tensor
+    inverse_cs: Tensor | None = None
 
     def solve(self, rows: Tensor) -> Tensor:
-        """``D^-1`` times rows, by substitution."""
+        """``D^-1`` times rows, by substitution unless ``inverted``."""
+        if self.inverse_cs is not None:
+            return self.inverse_cs @ rows
         return torch.linalg.solve_triangular(self.system_cs, rows, upper=False, unitriangular=True)
 
     def new(self, wanted: Tensor, recalled: Tensor) -> Tensor:
@@ -107,9 +110,14 @@ class Chunk:
         arriving_c1, kept_11 = (x.repeat_interleave(count, dim=0) for x in (self.arriving_c1, self.kept_11))
         return replace(self, arriving_c1=arriving_c1, kept_11=kept_11)
 
+    def inverted(self) -> "Chunk":
+        """The same with D^-1 at hand, for many small chunks that are solved one by one."""
+        identity_cs = torch.eye(self.system_cs.shape[-1], dtype=self.system_cs.dtype, device=self.system_cs.device)
+        return replace(self, inverse_cs=self.solve(identity_cs.expand_as(self.system_cs)))
+
     def unbound(self) -> "list[Chunk]":
         """The chunks that lie behind each other in front."""
-        made, *weights = vars(self).values()
+        made, *weights = (x for x in vars(self).values() if x is not None)
         mades = (Made(*x) for x in zip(*(x.unbind() for x in vars(made).values()), strict=True))
         return [Chunk(*x) for x in zip(mades, *(x.unbind() for x in weights), strict=True)]
 

@@ -7,10 +7,11 @@ Nothing here is learned or decided: the same numbers, fewer calls.
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from meristem.memory.value import State
+from meristem.nn.self_chunk import unit
 from meristem.shapes import Hidden
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def can_decode(layer: "SelfReference", hidden_btd: Hidden, state: State | None) 
 def decode(layer: "SelfReference", hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
     """What the layer answers to one token, and the state after it; the state that came in stays as it was."""
     batch, heads = len(hidden_btd), layer.heads
-    query: nn.Linear = layer.query  # type: ignore[assignment]
+    query_dd: Tensor = layer.query.weight  # type: ignore[union-attr]
     memory, n_after = state["memory"], state["memory"]["n_tokens"] + 1
     padded_bsd = torch.cat([state["conv"]["tail_bsd"], hidden_btd], dim=1)
     mixed_bd = (padded_bsd.mT * layer.conv.weight_dc).sum(dim=-1)
@@ -40,19 +41,22 @@ def decode(layer: "SelfReference", hidden_btd: Hidden, state: State) -> tuple[Hi
     names = ("makers", "asked")
     starts, lives = ([memory[name][at]["matrix_bhkv"].flatten(0, 1) for name in names] for at in ("start", "live"))
     made_h1v = torch.bmm(row_h1k, starts[0])
-    pair_hlk = torch.cat([query(mixed_bd).view_as(row_h1k), made_h1v[..., :width]], dim=1)
-    query_h1k, key_h1k = (pair_hlk * (pair_hlk.square().sum(-1, keepdim=True) + 1e-12).rsqrt()).split(1, dim=1)
+    value_h1k = made_h1v[..., width : 2 * width]
+    vectors = [functional.linear(mixed_bd, query_dd).view_as(row_h1k), made_h1v[..., :width]]
+    found_hlk = unit(torch.cat([*vectors, value_h1k] if layer.unit_value else vectors, dim=1))
+    query_h1k, key_h1k, value_h1k = (*found_hlk.split(1, dim=1), value_h1k)[:3]
     gate_bhl = made_h1v[..., 2 * width :].view(batch, heads, 2, width).mean(dim=-1) + layer.bias_hl
     gate_hl1 = gate_bhl.view(-1, 2, 1)
     rate_h1k = layer.eta_scale * functional.softplus(gate_hl1[:, :1]) * key_h1k
     retain_h11 = gate_hl1[:, 1:].sigmoid()
-    read_bd = layer.norm(torch.bmm(query_h1k, lives[1])).view(batch, -1)
-    out_bd = layer.out(read_bd * layer.gate(hidden_btd[:, 0]).sigmoid())
-    pair = key_h1k, made_h1v[..., width : 2 * width]
+    read_h1k = torch.bmm(query_h1k, lives[1])
+    normed_bd = functional.rms_norm(read_h1k, (width,), layer.norm.gain_d, layer.norm.eps).view(batch, -1)
+    gate_bd = functional.linear(hidden_btd[:, 0], layer.gate.weight, layer.gate.bias).sigmoid()
+    out_bd = functional.linear(normed_bd * gate_bd, layer.out.weight)
     after: State = {"n_tokens": n_after}
     for name, start_hkv, live_hkv in zip(names, starts, lives, strict=True):
         teach, chunk = (layer.makers, layer.chunk_other) if name == "makers" else (layer.memory, layer.chunk_memory)
-        new_h1v = torch.baddbmm(_wanted(teach, start_hkv, *pair), key_h1k, live_hkv, alpha=-1)
+        new_h1v = torch.baddbmm(_wanted(teach, start_hkv, key_h1k, value_h1k), key_h1k, live_hkv, alpha=-1)
         live_hkv = torch.addcmul(rate_h1k.mT * new_h1v, retain_h11, live_hkv)
         live = {"matrix_bhkv": live_hkv.unflatten(0, (batch, heads))}
         after[name] = {"start": live if n_after % chunk == 0 else memory[name]["start"], "live": live}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from meristem.memory.value import Memory
-from meristem.nn.self_chunk import GATES, Chunk, Writes
+from meristem.nn.self_chunk import GATES, Chunk, Made, Writes
 from meristem.nn.self_matrix import NOISE
 
 
@@ -75,12 +75,12 @@ class Networks:
 
         start: as they were when the chunk began. live: as the rows before have left them.
         """
-        seen = self._seen(start, rows.made.key, rows.made.value)
+        seen = self._seen(start, rows.made, self._probes(rows.made))
         return self._written(live, rows, seen, self._new(start, live, rows, seen))
 
     def read(self, start: Memory, live: Memory, rows: Writes) -> tuple[Tensor, Memory]:
         """What each query recalls just before its token is written, and the memory after the rows."""
-        seen, asked = self._seen(start, rows.made.key, rows.made.value), rows.made.query
+        seen, asked = self._seen(start, rows.made, self._probes(rows.made)), rows.made.query
         new_hcf = self._new(start, live, rows, seen)
         asked_hcf = functional.gelu(rows.met(asked @ live["in_bhkf"], asked, rows.made.key, new_hcf))
         written = seen.hidden["out_bhfv"], seen.lacking["out_bhfv"]
@@ -90,9 +90,10 @@ class Networks:
     def read_chunks(self, live: Memory, chunks: Chunk) -> tuple[Tensor, Memory]:
         """``read`` of whole chunks behind each other, ``n h c``: writes in order, reads at once."""
         entering, news, hidden, lacking = [], [], [], []
-        for chunk in chunks.unbound():
+        probes = self._probes(chunks.made).unbind()
+        for chunk, probe_hck in zip(chunks.inverted().unbound(), probes, strict=True):
             entering.append(live)
-            seen = self._seen(live, chunk.made.key, chunk.made.value)
+            seen = self._seen(live, chunk.made, probe_hck)
             news.append(chunk.new(seen.lacking_hcf, seen.reached_hcf))
             hidden.append(seen.hidden["out_bhfv"])
             lacking.append(seen.lacking["out_bhfv"])
@@ -105,14 +106,19 @@ class Networks:
         read_nhcv = asked_nhck + chunks.met(asked_nhcf @ out_nhfv, asked_nhcf, *written)
         return read_nhcv.transpose(0, 1).flatten(1, 2), live
 
-    def _seen(self, start: Memory, key: Tensor, value: Tensor) -> _Seen:
+    def _probes(self, made: Made) -> Tensor:
+        """The rows that the memories at a chunk's start are asked for: keys, and values where they make their own."""
+        return torch.cat([made.key, made.value], dim=-2) if self.is_generated else made.key
+
+    def _seen(self, start: Memory, made: Made, probes: Tensor) -> _Seen:
         """Gradients of a chunk's rows at the memories that begin it."""
-        n_rows = key.shape[-2]
-        reached_hcf = (torch.cat([key, value], dim=-2) if self.is_generated else key) @ start["in_bhkf"]
-        hidden = self._apart(functional.gelu(reached_hcf))
-        of_key = {layer: x[:, :n_rows] for layer, x in hidden.items()}
+        key, value = made.key, made.value
+        sizes = [key.shape[-2], probes.shape[-2] - key.shape[-2]]
+        reached = probes @ start["in_bhkf"]
+        split = {layer: x.split(sizes, dim=-2) for layer, x in self._apart(functional.gelu(reached)).items()}
+        of_key = {layer: x for layer, (x, _) in split.items()}
         if self.is_generated:
-            lacking = self._answers(start, value, {layer: x[:, n_rows:] for layer, x in hidden.items()})
+            lacking = self._answers(start, value, {layer: x for layer, (_, x) in split.items()})
         else:
             # A gate is to recall the mean of the value.
             goals = {"out_bhfv": value, "gate_bhfv": value.mean(dim=-1, keepdim=True)}
@@ -121,7 +127,7 @@ class Networks:
             recalled = self._answers(start, key, of_key)
             lacking = {layer: goal - recalled[layer] for layer, goal in lacking.items()}
         pulled_hcf = self._beside({layer: x @ start[layer].mT for layer, x in lacking.items()})
-        reached_hcf = reached_hcf[:, :n_rows]
+        reached_hcf = reached.split(sizes, dim=-2)[0]
         return _Seen(reached_hcf, of_key, lacking, torch.ops.aten.gelu_backward(pulled_hcf, reached_hcf))
 
     def _answers(self, weights: Memory, rows: Tensor, hidden: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -58,12 +58,18 @@ class SelfReference(nn.Module):
     comes from the memories that begin it: ``chunk_other`` tokens for the makers, ``chunk_memory`` for the memory (eq.
     97). Heads are memories of their own, each of its own channels; the paper has one, ``head_width`` = width.
 
+    What teaches itself is multiplied by about ``alpha + eta (v k - 1)`` along k with every token. As printed, v is as
+    long as the root of the width, and one token said often ends in NaN; values of length one (``unit_value``) cannot
+    grow. What is left is that ``alpha`` fades all memories, keys included, hence the long ``half_life``.
+
     State: the short convolution's tail, and under ``memory`` how many tokens were read and, of the makers that adapt
     and of the memory that is asked, the values that began the unfinished chunk (``start``) and those that its tokens
     have left (``live``). Fresh memories are learned parameters.
     """
 
     no_decay: ClassVar = frozenset({"initial", "bias_hl", "gate.weight", "gate.bias"})
+    is_writing = True
+    """False in a reader whose memories stand still (``models.reader.still``)."""
 
     def __init__(self, width: int, part: MemoryPart) -> None:
         super().__init__()
@@ -74,7 +80,8 @@ class SelfReference(nn.Module):
                 f"Set memory.head_width to a divisor of {width}."
             )
         self.heads, self.is_static = width // part.head_width, own.setting == "static"
-        self.chunk_memory, self.chunk_other, self.eta_scale = own.chunk_memory, own.chunk_other, own.eta_scale
+        self.chunk_memory, self.chunk_other = own.chunk_memory, own.chunk_other
+        self.eta_scale, self.unit_value = own.eta_scale, own.unit_value
         names = ("key", "value", *(("query",) if own.adaptive_query else ()), "rate", "retain")
         kind, how = STRUCTURES[own.structure], (own.setting == "self_generated", own.loss == "squared")
         self.is_matrix = own.structure == "matrix"
@@ -85,7 +92,7 @@ class SelfReference(nn.Module):
         first = self.makers.first(self.heads, part.head_width) | self.memory.first(self.heads, part.head_width)
         self.initial = nn.ParameterDict({name: nn.Parameter(value) for name, value in first.items()})
         # softplus of the first is 1: the write rate starts at eta_scale; retain starts with its half-life.
-        kept = 2 ** (-1 / part.half_life)
+        kept = 2 ** (-1 / own.half_life)
         bias_l = torch.tensor([math.log(math.e - 1), math.log(kept / (1 - kept))])
         self.bias_hl = nn.Parameter(bias_l.repeat(self.heads, 1))
         self.norm = RMSNorm(part.head_width)
@@ -95,7 +102,7 @@ class SelfReference(nn.Module):
         nn.init.constant_(self.gate.bias, 2.0)
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
-        if state is not None and can_decode(self, hidden_btd, state):
+        if state is not None and self.is_writing and can_decode(self, hidden_btd, state):
             return decode(self, hidden_btd, state)
         state = {"memory": self.fresh(hidden_btd.shape[0]), "conv": None} if state is None else state
         mixed_btd, tail = self.conv(hidden_btd, state["conv"])
@@ -112,6 +119,10 @@ class SelfReference(nn.Module):
     def values(self) -> dict[str, Tensor]:
         """The first value of every memory, one tensor for each of its layers."""
         return dict(self.initial.items())
+
+    def retain_at_rest(self) -> Tensor:
+        """The retain factors that makers which say nothing give."""
+        return self.bias_hl[:, 1].sigmoid()
 
     def fresh(self, batch: int) -> State:
         """Every memory at its learned first value."""
@@ -150,12 +161,16 @@ class SelfReference(nn.Module):
     def _made(self, makers: Memory, rows: Tensor, queries: Tensor | None) -> Made:
         made, gates_htl = self.makers.look(makers, rows)
         gates_htl = gates_htl + self.bias_hl.repeat(len(rows) // self.heads, 1)[:, None]
+        log_retain_ht = functional.logsigmoid(gates_htl[..., 1]).clamp_min(LOG_FLOOR)
+        rate_ht = self.eta_scale * functional.softplus(gates_htl[..., 0])
+        if not self.is_writing:
+            log_retain_ht, rate_ht = torch.zeros_like(log_retain_ht), torch.zeros_like(rate_ht)
         return Made(
             key=unit(made["key"]),
-            value=made["value"],
+            value=unit(made["value"]) if self.unit_value else made["value"],
             query=unit(made["query"]) if queries is None else queries,
-            log_retain=functional.logsigmoid(gates_htl[..., 1]).clamp_min(LOG_FLOOR),
-            rate=self.eta_scale * functional.softplus(gates_htl[..., 0]),
+            log_retain=log_retain_ht,
+            rate=rate_ht,
         )
 
     def _ask(self, made: Made, memory: State, n_before: int) -> tuple[Tensor, State]:

@@ -31,6 +31,7 @@ class Meaning:
     is_generated: bool
     is_squared: bool
     eta_scale: float
+    unit_value: bool
     rate_bias_h: HeadBias
     retain_bias_h: HeadBias
 
@@ -52,7 +53,8 @@ def scan(
 ) -> tuple[Rows, dict[str, Memory]]:
     """What every token recalls before it is written, and the memories left behind.
 
-    ``k = unit(M_k x)``, ``v = M_v x``, ``q`` static or ``unit(M_q x)``, ``eta = scale softplus(M_eta x + b)``,
+    ``k = unit(M_k x)``, ``v = M_v x`` (of length one where so chosen), ``q`` static or ``unit(M_q x)``,
+    ``eta = scale softplus(M_eta x + b)``,
     ``alpha = sigmoid(M_alpha x + b)``, ``o = M_mem q``; then for every memory, also mem,
     ``M <- M (alpha - eta k k^T) - eta grad L(M; k, M v)``, with ``L = -<M k, v>`` or ``1/2 |M k - v|^2`` and its goal
     held still (Nested Learning 2512.24695, eqs. 83-93; memory.md 7.1). In two layers ``k k^T`` acts on the first.
@@ -61,6 +63,7 @@ def scan(
     for t in range(rows_bhtk.shape[2]):
         row = rows_bhtk[:, :, t : t + 1]
         key, value = unit(meaning.recall(memories, "key", row)), meaning.recall(memories, "value", row)
+        value = unit(value) if meaning.unit_value else value
         query = queries_bhtk[:, :, t : t + 1] if queries_bhtk is not None else meaning.recall(memories, "query", row)
         rate = meaning.recall(memories, "rate", row) + meaning.rate_bias_h[:, None, None]
         rate = meaning.eta_scale * functional.softplus(rate)

@@ -26,7 +26,9 @@ def build(model: nn.Module, part: OptimPart) -> Outer:
         shrunk = [each for each in parameters if id(each) in decayed & is_end]
         plain = [each for each in parameters if id(each) not in decayed]
         common = {"lr": part.rate * part.level_rate(period), "period": period}
-        matrices.append(common | {"params": turned, "weight_decay": part.weight_decay})
+        for speed, own in _by_speed(model, turned).items():
+            group = common | {"params": own, "weight_decay": part.weight_decay}
+            matrices.append(group if speed is None else group | {"every": speed})
         rest.append(common | {"params": shrunk, "weight_decay": part.weight_decay})
         rest.append(common | {"params": plain, "weight_decay": 0.0})
     made = []
@@ -90,6 +92,19 @@ def _with_periods(module: nn.Module, inherited: int) -> Iterator[tuple[nn.Parame
         yield parameter, period
     for child in module.children():
         yield from _with_periods(child, period)
+
+
+def _by_speed(model: nn.Module, parameters: list[nn.Parameter]) -> dict[int | None, list[nn.Parameter]]:
+    """The parameters by the speed of M3 that a module around them asks for, by an attribute ``m3_every``, or by none."""
+    every_of: dict[int, int] = {}
+    for module in model.modules():
+        every = getattr(module, "m3_every", None)
+        if every is not None:
+            every_of |= dict.fromkeys(map(id, module.parameters()), every)
+    found: dict[int | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(every_of.get(id(parameter)), []).append(parameter)
+    return found
 
 
 def _head(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -28,7 +28,7 @@ class Health:
 
     ratio: |pending| / |gradient of the last step|. Near the root of n_steps the gradients are a random walk, near
         n_steps they agree; a level whose ratio falls below the first fights itself.
-    n_steps: how many steps have waited since the level last moved.
+    n_steps: how many steps have gone by since the level was last due, skipped ones included.
     """
 
     pending_norm: float
@@ -93,10 +93,10 @@ class Outer(torch.optim.Optimizer):
     def flush(self) -> None:
         """Move the levels that still have something waiting: what a run ends with shall not be lost.
 
-        The clock stays, and a second call does nothing.
+        The clock stays, and a second call does nothing. The host waits to learn which levels these are.
         """
         self.zero_grad()
-        owed = [period for period in self.levels if self._n_waiting(period)]
+        owed = [period for period in self.levels if any(pending.any() for pending in self._waiting(period))]
         for period in owed:
             norm = self._offer(period)
             if self.clip is not None:
@@ -111,9 +111,9 @@ class Outer(torch.optim.Optimizer):
         """How what waits compares with the gradient of the last step, by period; the host waits for the numbers."""
         found = {}
         for period, gradient_norm in self._gradient_norms.items():
-            waiting = [self.pending[each] for each in self.levels[period] if each in self.pending]
-            pending_norm, norm = torch.stack([get_total_norm(waiting).to(gradient_norm), gradient_norm]).tolist()
-            found[period] = Health(pending_norm, norm, self._n_waiting(period))
+            pending_norm = get_total_norm(self._waiting(period)).to(gradient_norm)
+            norms = torch.stack([pending_norm, gradient_norm]).tolist()
+            found[period] = Health(norms[0], norms[1], n_steps=(self.clock.count - 1) % period)
         return found
 
     def _wait(self, period: int, is_skipped: Tensor) -> None:
@@ -143,14 +143,13 @@ class Outer(torch.optim.Optimizer):
 
     def _spend(self, periods: Iterable[int], is_skipped: Tensor) -> None:
         """What was applied waits no longer; what was skipped waits on."""
-        spent = [self.pending[each] for period in periods for each in self.levels[period] if each in self.pending]
+        spent = [pending for period in periods for pending in self._waiting(period)]
         if spent:
             torch._foreach_mul_(spent, is_skipped)
 
-    def _n_waiting(self, period: int) -> int:
-        """How many steps a level has waited for."""
-        is_waiting = any(parameter in self.pending for parameter in self.levels[period])
-        return (self.clock.count - 1) % period if is_waiting else 0
+    def _waiting(self, period: int) -> list[Tensor]:
+        """The sums of a level; 0 right after it has moved."""
+        return [self.pending[parameter] for parameter in self.levels[period] if parameter in self.pending]
 
 
 def _gradients(level: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -76,6 +76,14 @@ class Config(Part):
     def _layers_follow_their_pattern(self) -> Self:
         if "pattern" in self.model.reads:
             require_pattern(self.model, self.memory, self.optim.kind)
+        has_speeds = any(layer.m3_every is not None for layer in self.model.layers)
+        if has_speeds and (self.optim.kind != "m3" or self.optim.m3_ema):
+            raise ConflictingKeys(
+                f"layers have an m3_every of their own, and optim.kind '{self.optim.kind}'"
+                f"{' with m3_ema' if self.optim.m3_ema else ''} does not read it. Set optim.kind=m3, or remove it.",
+                path="model.layers",
+                value=self.optim.kind,
+            )
         return self
 
     @model_validator(mode="after")

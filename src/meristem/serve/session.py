@@ -8,7 +8,7 @@ import copy
 import math
 import time
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, TypedDict
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from meristem.data.tokenizer import Tokenizer
 from meristem.device.random import stream as random_stream
 from meristem.errors import CheckpointMismatch, WrongValue
-from meristem.memory.value import Memory, State, flatten, size_bytes, unflatten
+from meristem.evaluate.memory import weights_in
+from meristem.memory.value import State, flatten, size_bytes, unflatten
 from meristem.models.generate import Sampling, choose
 from meristem.models.reader import LEARNED, Learn, reader_of
 from meristem.nn.memory import Recall
+from meristem.nn.self_reference import SelfReference
 from meristem.serve import store
 from meristem.train.loss import cross_entropy
 
@@ -198,14 +200,13 @@ class Session:
 
     def memory(self) -> MemoryView:
         """What is remembered now; looking changes nothing."""
-        leaves = flatten(self._now.state or {})
-        held: dict[str, dict[str, Tensor]] = {}
-        for path, leaf in leaves.items():
-            layer, is_memory, name = path.partition(".memory.")
-            if is_memory and isinstance(leaf, Tensor):
-                held.setdefault(layer, {})[name] = leaf
-        recalls = [module for module in self.model.modules() if isinstance(module, Recall)] if held else []
-        layers = {layer: _looked_at(recall, held[layer]) for layer, recall in zip(held, recalls, strict=True)}
+        modules = {
+            _numbers(path): module
+            for path, module in self.model.named_modules()
+            if isinstance(module, Recall | SelfReference)
+        }
+        held = dict(_memories(self._now.state or {}))
+        layers = {path: _looked_at(modules[_numbers(path)], memory) for path, memory in held.items()}
         return {"n_tokens": self.n_tokens, "size_bytes": self.size_bytes, "layers": layers}
 
     def save(self, path: Path | str) -> None:
@@ -297,13 +298,25 @@ def _surprise(before_bo: Tensor | None, logits_bto: Tensor, token_ids: Sequence[
     return float(cross_entropy(predicted_bto, targets_bt))
 
 
+def _memories(state: State, path: str = "") -> Iterator[tuple[str, State]]:
+    """Every memory inside a state, by where it stands; copies of earlier moments are none."""
+    for name, inner in state.items():
+        if name == "memory":
+            yield path, inner
+        elif isinstance(inner, dict) and name not in (LEARNED, "start", "kept"):
+            yield from _memories(inner, f"{path}.{name}".removeprefix("."))
+
+
+def _numbers(path: str) -> tuple[int, ...]:
+    """Layer and level, which a state and the modules of a model count alike."""
+    return tuple(int(name) for name in path.split(".") if name.isdecimal())
+
+
 @torch.no_grad()
-def _looked_at(recall: Recall, memory: Memory) -> LayerMemory:
-    weights = [memory[name] for name in recall.rule.structure.weights]
-    at_rest_bth = recall.gates(torch.zeros_like(recall.qkv.weight[:1])[None]).retain_bth
-    retain = float(at_rest_bth.mean())
+def _looked_at(module: Recall | SelfReference, memory: State) -> LayerMemory:
+    retain = float(module.retain_at_rest().mean())
     return {
-        "norm": float(sum(weight.double().square().sum() for weight in weights)) ** 0.5,
-        "size_bytes": size_bytes({**memory}),
+        "norm": float(sum(weight.double().square().sum() for weight in weights_in({"memory": memory}))) ** 0.5,
+        "size_bytes": size_bytes(memory),
         "half_life": math.log(0.5) / math.log(retain) if retain < 1 else math.inf,
     }

@@ -12,6 +12,7 @@ from meristem.data.stream import Batch, Cursor, Stream
 from meristem.device.resolve import Device
 from meristem.errors import NonFinite
 from meristem.memory.value import State, detach
+from meristem.nn.auxiliary import auxiliary
 from meristem.optim.outer import Outer
 from meristem.train.loss import cross_entropy
 from meristem.train.part import TrainPart
@@ -110,7 +111,7 @@ def _backward(
     """Gradients of the mean loss over all targets of the step, that mean, and the memory after the last batch.
 
     loss = (sum of nats over all batches and targets) / N with N the targets of the whole step: however the targets are
-    spread over batches, each counts the same.
+    spread over batches, each counts the same. Losses that layers have of their own are taught, and not told.
     """
     n_targets = max(1, sum(batch.n_targets for batch in batches))
     losses = []
@@ -119,7 +120,8 @@ def _backward(
         with device.autocast():
             logits_bto, memory = model(tokens_bt, None if batch.starts else memory)
         loss = cross_entropy(logits_bto, targets_bt) / n_targets
-        loss.backward()
+        own = auxiliary(memory)
+        (loss if own is None else loss + own / len(batches)).backward()
         losses.append(loss.detach())
         memory = detach(memory)
     return torch.stack(losses).sum(), memory

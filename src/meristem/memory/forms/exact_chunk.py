@@ -10,19 +10,26 @@ momentum added: the weight with which a write has reached the memory is the prod
 4.3).
 """
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from meristem.memory.forms.by_chunk import Window
-from meristem.memory.forms.flow import Flow, cut, flow
+from meristem.memory.forms.flow import Flow, Logs, between, cut, flow, flow_back, flow_from
 from meristem.memory.gates import Gates
-from meristem.memory.kernels.chunk_solve import ChunkSolve
+from meristem.memory.kernels.chunk_solve import Solved, Weights, solve, solve_back, sooner
 from meristem.memory.kernels.fla_delta import fla_delta
-from meristem.memory.kernels.select import choose_window
+from meristem.memory.kernels.select import choose_window, loop_kernel
 from meristem.memory.rule import Rule
 from meristem.memory.update import momentum_name
-from meristem.memory.value import Memory
+from meristem.memory.value import Memory, full_precision
 from meristem.shapes import Keys, Queries, Values
+
+Looks = Literal["never", "at the start", "at each token"]
+"""Where a write looks for what is new to the memory: nowhere, at the start of its chunk, or where it stands."""
 
 
 def refusals(rule: Rule) -> list[str]:
@@ -113,43 +120,103 @@ def solved(
     chunk = min(chunk, n_time)
     address_bthk, wanted_bthk = rule.structure.address(keys_bthk), rule.structure.address(queries_bthk)
     key_width = address_bthk.shape[-1]
-    flowing = flow_of(rule, gates, cut(rule.update.rate(gates.write_bth, address_bthk), chunk), n_time)
-    sight_nhcl, outer_nhcs = flowing.before() if rule.reads == "before" else (flowing.entering_nhcl, flowing.reach_nhcs)
-    inner_nhcs = probe_nhcl = None
-    if rule.slope:
-        probe_nhcl, inner_nhcs = flowing.before()
-        if is_frozen:
-            inner_nhcs, probe_nhcl = None, torch.zeros_like(probe_nhcl)
-            probe_nhcl[..., 0] = 1.0
-        scale = _probed(rule, gates, chunk)
-        probe_nhcl, inner_nhcs = scale * probe_nhcl, None if inner_nhcs is None else scale * inner_nhcs
+    logs = logs_of(rule, gates, cut(rule.update.rate(gates.write_bth, address_bthk), chunk), n_time)
+    scale_nhc = cut(gates.retain_bth, chunk) if rule.probe == "warm" and rule.slope else None
+    if rule.slope and rule.slope != 1:
+        scale_nhc = torch.full_like(logs.write, rule.slope) if scale_nhc is None else rule.slope * scale_nhc
+    looks: Looks = "never" if not rule.slope else "at the start" if is_frozen else "at each token"
     weight = rule.structure.weights[0]
-    names = [weight, momentum_name(weight)][: sight_nhcl.shape[-1]]
-    read_nhcv, last_hkv = ChunkSolve.apply(
-        cut(address_bthk, chunk),
-        cut(values_bthv, chunk),
-        cut(wanted_bthk, chunk),
-        inner_nhcs,
-        outer_nhcs,
-        probe_nhcl,
-        sight_nhcl,
-        flowing.arriving_nhcl,
-        flowing.carried_nhll,
+    names = [weight, momentum_name(weight)][: 2 if rule.update.has_momentum else 1]
+    read_nhcv, last_hkv = WholeChunks.apply(
+        *(cut(x, chunk) for x in (address_bthk, values_bthv, wanted_bthk)),
+        *logs,
+        scale_nhc,
         torch.cat([memory[name].flatten(0, 1) for name in names], dim=-2),
+        looks,
+        rule.reads == "before",
     )
     read_bnchv = read_nhcv.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4)
     last = last_hkv.unflatten(0, (batch, heads)).split(key_width, dim=-2)
     return read_bnchv.flatten(1, 2)[:, :n_time], memory | dict(zip(names, last, strict=True))
 
 
-def _probed(rule: Rule, gates: Gates, chunk: int) -> Tensor | float:
-    """How much of the memory before a token the residual is measured at."""
-    slope = rule.slope or 0.0
-    return slope * cut(gates.retain_bth, chunk)[..., None] if rule.probe == "warm" else slope
+class WholeChunks(torch.autograd.Function):
+    """``apply(keys, values, queries, *logs, scale, first, looks, reads_before) -> (read, last)``.
+
+    Nothing that holds a number per pair of tokens is kept for the backward pass but D^-1 of ``chunk_solve``: the
+    weights are made again from the gates.
+
+    first_hkv, last_hkv: memory over momentum, along k. looks: where a write measures what is new.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        key_nhck, value_nhcv, query_nhck, *logs, scale_nhc, first_hkv, looks, reads_before = inputs
+        # Chosen once: the way back may run on another thread, or after ``force_reference`` has ended.
+        ctx.kernel = loop_kernel(key_nhck, value_nhcv)
+        ctx.looks, ctx.reads_before = looks, reads_before
+        flowing = flow_from(Logs(*logs), between)
+        weights = _weights(flowing, scale_nhc, looks, reads_before)
+        read_nhcv, solved = solve((key_nhck, query_nhck), value_nhcv, weights, first_hkv, ctx.kernel)
+        ctx.save_for_backward(key_nhck, query_nhck, *logs, scale_nhc, *solved)
+        return read_nhcv, solved.passing_nhkv[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_read_nhcv: Tensor, d_last_hkv: Tensor) -> tuple[Tensor | None, ...]:
+        key_nhck, query_nhck, *logs, scale_nhc, new_nhcv, inverse_nhcs, passing_nhkv = ctx.saved_tensors
+        # The engine may call this under the caller's autocast; memories keep their precision backwards as well.
+        with full_precision(d_read_nhcv.device):
+            flowing = flow_from(Logs(*logs), between)
+            weights = _weights(flowing, scale_nhc, ctx.looks, ctx.reads_before)
+            solved = Solved(new_nhcv, inverse_nhcs, passing_nhkv)
+            d_vectors, d_weights, d_first_hkv = solve_back(
+                (key_nhck, query_nhck), weights, solved, d_read_nhcv.contiguous(), d_last_hkv, ctx.kernel
+            )
+            d_flow, d_scale_nhc = _weights_back(flowing, d_weights, scale_nhc, ctx.looks, ctx.reads_before)
+            del flowing, weights, d_weights
+            d_logs = flow_back(Logs(*logs), d_flow)
+        return *d_vectors, *d_logs, None, d_scale_nhc, d_first_hkv, None, None
 
 
-def flow_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Flow:
-    """The flow of all chunks of a window, ``n (b h)`` in front."""
+def _weights(flowing: Flow, scale_nhc: Tensor | None, looks: Looks, reads_before: bool) -> Weights:
+    """The weights of ``solve``."""
+    probe_nhcl = None
+    if looks != "never":
+        probe_nhcl = flowing.entering_before()
+        if looks == "at the start":
+            probe_nhcl = functional.pad(torch.ones_like(probe_nhcl[..., :1]), (0, probe_nhcl.shape[-1] - 1))
+        probe_nhcl = probe_nhcl if scale_nhc is None else probe_nhcl * scale_nhc[..., None]
+    return Weights(
+        reach_nhcs=flowing.reach_nhcs,
+        sight_nhcl=flowing.entering_before() if reads_before else flowing.entering_nhcl,
+        arriving_nhcl=flowing.arriving_nhcl,
+        carried_nhll=flowing.carried_nhll,
+        probe_nhcl=probe_nhcl,
+        scale_nhc=scale_nhc,
+        is_solved=looks == "at each token",
+        reads_before=reads_before,
+    )
+
+
+def _weights_back(
+    flowing: Flow, d_weights: Weights, scale_nhc: Tensor | None, looks: Looks, reads_before: bool
+) -> tuple[Flow, Tensor | None]:
+    """The gradients of the flow and of the scale."""
+    d_entering_nhcl = sooner(d_weights.sight_nhcl) if reads_before else d_weights.sight_nhcl
+    d_probe_nhcl, d_scale_nhc = d_weights.probe_nhcl, d_weights.scale_nhc
+    if d_probe_nhcl is not None and looks == "at the start":
+        d_scale_nhc = None if scale_nhc is None else d_probe_nhcl[..., 0]
+    elif d_probe_nhcl is not None:
+        if scale_nhc is not None:
+            d_scale_nhc = d_scale_nhc + torch.linalg.vecdot(d_probe_nhcl, flowing.entering_before())
+            d_probe_nhcl = d_probe_nhcl * scale_nhc[..., None]
+        d_entering_nhcl = d_entering_nhcl + sooner(d_probe_nhcl)
+    return Flow(d_entering_nhcl, d_weights.reach_nhcs, d_weights.arriving_nhcl, d_weights.carried_nhll), d_scale_nhc
+
+
+def logs_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Logs:
+    """What the flow of all chunks of a window is made of, ``n (b h)`` in front."""
     n_chunks, _, chunk = write.shape
     log_retain_nhc = cut(gates.log_retain(), chunk) if rule.has_retain else torch.zeros_like(write)
     log_momentum_bth = gates.log_momentum() if rule.update.has_momentum else None
@@ -158,4 +225,9 @@ def flow_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Flow:
         is_token_ns = torch.arange(n_chunks * chunk, device=write.device).view(n_chunks, chunk) < n_time
         is_token_n11s = is_token_ns[:, None, None, :]
     log_momentum_nhc = None if log_momentum_bth is None else cut(log_momentum_bth, chunk)
-    return flow(log_retain_nhc, log_momentum_nhc, write, is_token_n11s)
+    return Logs(log_retain_nhc, log_momentum_nhc, write, is_token_n11s)
+
+
+def flow_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Flow:
+    """The flow of all chunks of a window, ``n (b h)`` in front."""
+    return flow(*logs_of(rule, gates, write, n_time))

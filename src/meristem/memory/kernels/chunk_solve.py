@@ -2,158 +2,216 @@
 
 For every chunk, with memory and momentum stacked in ``Z`` and rows of weights written before what they scale::
 
-    D N = V - [w K] Z        D = I + inner * K K^T      what is new in each value: minus the residual
-    Y   = [a Q] Z + (outer * Q K^T) N                   what is read
+    D N = V - [w K] Z        D = I + z * W' * K K^T     what is new in each value: minus the residual
+    Y   = [a Q] Z + (W * Q K^T) N                       what is read
     Z'  = C Z + [r K]^T N                               what leaves the chunk
 
-``[w K]`` is ``w_1 K`` beside ``w_2 K``, one for memory and one for momentum. Only the line of ``Z'`` must be done in
-order, and in reverse order its adjoint ``dZ = C^T dZ' + [a Q]^T dY - [w K]^T dV`` with ``dV = D^-T dN`` and
-``dN = (outer * Q K^T)^T dY + [r K] dZ'``; everything else is one batched matrix product for all chunks. Kept for the
-backward pass are the inputs, N, D^-1 and Z at the chunk starts: nothing that holds a matrix per token.
+``W'`` is ``W`` one token earlier, and so is ``W`` in the reads where a token reads before it is written. ``[w K]`` is
+``w_1 K`` beside ``w_2 K``, one for memory and one for momentum. Only the line of ``Z'`` must be done in order, and in
+reverse order its adjoint ``dZ = C^T dZ' + [a Q]^T dY - [w K]^T dV`` with ``dV = D^-T dN`` and
+``dN = (W * Q K^T)^T dY + [r K] dZ'``; everything else is one batched matrix product for all chunks. Kept for the
+backward pass are N, D^-1 and Z at the chunk starts: nothing that holds a matrix per token.
+
+What is as large as the keys is overwritten in place once it has served: on a CPU a fresh tensor costs as much as the
+product that fills it.
 
 Axes: n chunks, h batch and heads folded together, c and s tokens within a chunk, l memory and momentum, k key width
 (of memory and momentum side by side in what is spread or stacked), v value width.
 """
 
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from meristem.memory.kernels.select import loop_kernel
-from meristem.memory.value import full_precision
 
 
-class ChunkSolve(torch.autograd.Function):
-    """``apply(keys, values, queries, inner, outer, probe, sight, arriving, carried, first) -> (read, last)``.
+@dataclass(frozen=True)
+class Weights:
+    """reach_nhcs: W, lower triangular. probe_nhcl, sight_nhcl, arriving_nhcl, carried_nhll: w, a, r and C.
 
-    inner_nhcs: strictly lower triangular, or None where a write does not look at what its chunk wrote: D is I.
-    probe_nhcl, sight_nhcl, arriving_nhcl: the weights w, a and r. probe_nhcl is None where a write does not look at the
-    memory at all. carried_nhll: C.
-    first_hkv, last_hkv: memory over momentum, along k.
+    probe_nhcl: None where a write does not look at the memory at all.
+    scale_nhc: z; None where it is 1.
+    is_solved: a write looks at what its chunk wrote; otherwise D is I.
+    reads_before: a token reads before it is written.
     """
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        key_nhck, value_nhcv, query_nhck, inner_nhcs, outer_nhcs, *weights, first_hkv = inputs
-        probe_nhcl, sight_nhcl, arriving_nhcl, carried_nhll = weights
-        arriving_nhck = _spread(arriving_nhcl, key_nhck)
-        inverse_nhcs = None if inner_nhcs is None else _invert(inner_nhcs * (key_nhck @ key_nhck.mT))
-        probe_nhck = None if probe_nhcl is None else _spread(probe_nhcl, key_nhck)
-        # Chosen once: the way back may run on another thread, or after ``force_reference`` has ended.
-        ctx.kernel = loop_kernel(key_nhck, value_nhcv)
-        if ctx.kernel is not None:
-            solved = inverse_nhcs, probe_nhcl, arriving_nhcl, carried_nhll
-            entering_nhkv, new_nhcv, passing_hkv = ctx.kernel.walk(key_nhck, value_nhcv, first_hkv, solved)
-        else:
-            passing_hkv, entering, news = first_hkv, [], []
-            for n in range(len(key_nhck)):
-                entering.append(passing_hkv)
-                new_hcv = value_nhcv[n]
-                if probe_nhck is not None:
-                    new_hcv = torch.baddbmm(new_hcv, probe_nhck[n], passing_hkv, alpha=-1)
-                if inverse_nhcs is not None:
-                    new_hcv = inverse_nhcs[n] @ new_hcv
-                news.append(new_hcv)
-                passing_hkv = torch.baddbmm(_carry(carried_nhll[n], passing_hkv), arriving_nhck[n].mT, new_hcv)
-            entering_nhkv, new_nhcv = torch.stack(entering), torch.stack(news)
-        mixing_nhcs = (query_nhck @ key_nhck.mT) * outer_nhcs
-        read_nhcv = _add_product(mixing_nhcs @ new_nhcv, _spread(sight_nhcl, query_nhck), entering_nhkv)
-        made = new_nhcv, inverse_nhcs, entering_nhkv
-        ctx.save_for_backward(key_nhck, query_nhck, *made, inner_nhcs, outer_nhcs, *weights)
-        return read_nhcv, passing_hkv
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_read_nhcv: Tensor, d_last_hkv: Tensor) -> tuple[Tensor | None, ...]:
-        # The engine may call this under the caller's autocast; memories keep their precision backwards as well.
-        with full_precision(d_read_nhcv.device):
-            return _backward(ctx.kernel, ctx.saved_tensors, d_read_nhcv.contiguous(), d_last_hkv)
+    reach_nhcs: Tensor
+    sight_nhcl: Tensor
+    arriving_nhcl: Tensor
+    carried_nhll: Tensor
+    probe_nhcl: Tensor | None = None
+    scale_nhc: Tensor | None = None
+    is_solved: bool = False
+    reads_before: bool = False
 
 
-class Between(torch.autograd.Function):
-    """``apply(total) -> factor``: exp(total_c - total_s) for s <= c, else 0, along the last axis, whatever leads.
+class Solved(NamedTuple):
+    """N, D^-1, and Z as it enters every chunk; below the last, Z as it leaves the window."""
 
-    Autograd would pass six times over what one product and two sums give.
+    new_nhcv: Tensor
+    inverse_nhcs: Tensor | None
+    passing_nhkv: Tensor
+
+
+Vectors = tuple[Tensor, Tensor]
+"""key_nhck, query_nhck."""
+
+
+def solve(
+    vectors: Vectors,
+    value_nhcv: Float[Tensor, "n h c v"],
+    weights: Weights,
+    first_hkv: Float[Tensor, "h ... v"],
+    kernel: ModuleType | None,
+) -> tuple[Tensor, Solved]:
+    """What is read, and what ``solve_back`` needs.
+
+    first_hkv: memory over momentum, along k. kernel: runs the loop, as ``loop_kernel`` chose.
     """
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor) -> Tensor:
-        # Clamped before exp: above the diagonal the difference is positive, would overflow, and is cut off afterwards.
-        # Filling it with -inf instead costs seven times as much, for exp is slow on what it cannot represent.
-        factor = (total[..., :, None] - total[..., None, :]).clamp(max=0.0).exp().tril()
-        ctx.save_for_backward(factor)
-        return factor
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_factor: Tensor) -> Tensor:
-        (factor,) = ctx.saved_tensors
-        d_difference = d_factor * factor
-        return d_difference.sum(dim=-1) - d_difference.sum(dim=-2)
+    key_nhck, query_nhck = vectors
+    inverse_nhcs = None
+    if weights.is_solved:
+        strict_nhcs = _weigh(key_nhck @ key_nhck.mT, weights.reach_nhcs, is_earlier=True)
+        if weights.scale_nhc is not None:
+            strict_nhcs.mul_(weights.scale_nhc[..., None])
+        inverse_nhcs = _invert(strict_nhcs)
+    solved = _walk(key_nhck, value_nhcv, weights, first_hkv, inverse_nhcs, kernel)
+    mixing_nhcs = _weigh(query_nhck @ key_nhck.mT, weights.reach_nhcs, is_earlier=weights.reads_before)
+    read_nhcv = mixing_nhcs @ solved.new_nhcv
+    _add_product(read_nhcv, _spread(weights.sight_nhcl, query_nhck), solved.passing_nhkv[:-1])
+    return read_nhcv, solved
 
 
-def _backward(
-    kernel: ModuleType | None, saved: tuple[Any, ...], d_read_nhcv: Tensor, d_last_hkv: Tensor
-) -> tuple[Tensor | None, ...]:
-    key_nhck, query_nhck, new_nhcv, inverse_nhcs, entering_nhkv, inner_nhcs, outer_nhcs, *weights = saved
-    probe_nhcl, sight_nhcl, arriving_nhcl, carried_nhll = weights
+def solve_back(
+    vectors: Vectors,
+    weights: Weights,
+    solved: Solved,
+    d_read_nhcv: Float[Tensor, "n h c v"],
+    d_last_hkv: Float[Tensor, "h ... v"],
+    kernel: ModuleType | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Weights, Tensor]:
+    """The gradients of ``(key, value, query)``, of every weight, and of ``first_hkv``."""
+    key_nhck, query_nhck = vectors
+    new_nhcv, entering_nhkv = solved.new_nhcv, solved.passing_nhkv[:-1]
     likeness_nhcs = query_nhck @ key_nhck.mT
-    d_new_nhcv = (likeness_nhcs * outer_nhcs).mT @ d_read_nhcv
-    d_entering_nhkv = _spread(sight_nhcl, query_nhck).mT @ d_read_nhcv
-    arriving_nhck = _spread(arriving_nhcl, key_nhck)
-    probe_nhck = None if probe_nhcl is None else _spread(probe_nhcl, key_nhck)
-    if kernel is not None:
-        solved = inverse_nhcs, probe_nhcl, arriving_nhcl, carried_nhll
-        d_leaving_nhkv, d_value_nhcv, d_passing_hkv = kernel.walk_back(
-            key_nhck, d_new_nhcv, d_last_hkv, d_entering_nhkv, solved
-        )
-    else:
-        d_passing_hkv, d_leaving, d_values = d_last_hkv, [], []
-        for n in reversed(range(len(key_nhck))):
-            d_leaving.append(d_passing_hkv)
-            d_value_hcv = torch.baddbmm(d_new_nhcv[n], arriving_nhck[n], d_passing_hkv)
-            d_passing_hkv = _carry(carried_nhll[n].mT, d_passing_hkv) + d_entering_nhkv[n]
-            if inverse_nhcs is not None:
-                d_value_hcv = inverse_nhcs[n].mT @ d_value_hcv
-            if probe_nhck is not None:
-                d_passing_hkv = torch.baddbmm(d_passing_hkv, probe_nhck[n].mT, d_value_hcv, alpha=-1)
-            d_values.append(d_value_hcv)
-        d_leaving_nhkv, d_value_nhcv = torch.stack(d_leaving[::-1]), torch.stack(d_values[::-1])
-
-    d_mixing_nhcs = d_read_nhcv @ new_nhcv.mT
-    d_outer_nhcs, d_likeness_nhcs = d_mixing_nhcs * likeness_nhcs, d_mixing_nhcs * outer_nhcs
-    d_query_nhck, d_sight_nhcl = _despread(d_read_nhcv @ entering_nhkv.mT, sight_nhcl, query_nhck)
-    d_key_nhck, d_arriving_nhcl = _despread(new_nhcv @ d_leaving_nhkv.mT, arriving_nhcl, key_nhck)
-    d_query_nhck = _add_product(d_query_nhck, d_likeness_nhcs, key_nhck)
-    d_key_nhck = _add_product(d_key_nhck, d_likeness_nhcs.mT, query_nhck)
+    d_new_nhcv = _weigh(likeness_nhcs.clone(), weights.reach_nhcs, is_earlier=weights.reads_before).mT @ d_read_nhcv
+    d_value_nhcv, d_passing_nhkv = _walk_back(vectors, weights, solved, (d_new_nhcv, d_read_nhcv, d_last_hkv), kernel)
+    del d_new_nhcv
+    d_key_nhck, d_arriving_nhcl = _despread(new_nhcv @ d_passing_nhkv[1:].mT, weights.arriving_nhcl, key_nhck)
     d_left_nhlk, came_nhlk = (
-        x.unflatten(-2, (-1, key_nhck.shape[-1])).flatten(-2) for x in (d_leaving_nhkv, entering_nhkv)
+        _by_level(d_passing_nhkv[1:], weights.carried_nhll),
+        _by_level(entering_nhkv, weights.carried_nhll),
     )
-    d_carried_nhll = d_left_nhlk @ came_nhlk.mT
-    d_inner_nhcs, d_probe_nhcl, d_side_nhcv = None, None, -d_value_nhcv
-    if probe_nhcl is not None:
-        d_probed_nhck, d_probe_nhcl = _despread(d_side_nhcv @ entering_nhkv.mT, probe_nhcl, key_nhck)
-        d_key_nhck = d_key_nhck + d_probed_nhck
-    if inner_nhcs is not None:
-        d_system_nhcs = d_side_nhcv @ new_nhcv.mT
-        d_inner_nhcs, d_alike_nhcs = d_system_nhcs * (key_nhck @ key_nhck.mT), d_system_nhcs * inner_nhcs
-        d_key_nhck = _add_product(d_key_nhck, d_alike_nhcs, key_nhck)
-        d_key_nhck = _add_product(d_key_nhck, d_alike_nhcs.mT, key_nhck)
-    return (
-        d_key_nhck,
-        d_value_nhcv,
-        d_query_nhck,
-        d_inner_nhcs,
-        d_outer_nhcs,
-        d_probe_nhcl,
-        d_sight_nhcl,
-        d_arriving_nhcl,
-        d_carried_nhll,
-        d_passing_hkv,
-    )
+    d_carried_nhll, d_first_hkv = d_left_nhlk @ came_nhlk.mT, d_passing_nhkv[0].clone()
+    del d_passing_nhkv, d_left_nhlk
+    d_query_nhck, d_sight_nhcl = _despread(d_read_nhcv @ entering_nhkv.mT, weights.sight_nhcl, query_nhck)
+
+    d_likeness_nhcs = d_read_nhcv @ new_nhcv.mT
+    d_reach_nhcs = likeness_nhcs.mul_(d_likeness_nhcs)
+    if weights.reads_before:
+        d_reach_nhcs = sooner(d_reach_nhcs)
+    _weigh(d_likeness_nhcs, weights.reach_nhcs, is_earlier=weights.reads_before)
+    _add_product(d_query_nhck, d_likeness_nhcs, key_nhck)
+    _add_product(d_key_nhck, d_likeness_nhcs.mT, query_nhck)
+    del d_likeness_nhcs
+    d_probe_nhcl, d_scale_nhc = None, None
+    if weights.probe_nhcl is not None:
+        d_probed_nhck = _minus_product(d_value_nhcv, entering_nhkv.mT)
+        d_probe_nhcl = _despread(d_probed_nhck, weights.probe_nhcl, key_nhck, onto_nhck=d_key_nhck)[1]
+        del d_probed_nhck
+    if weights.is_solved:
+        d_scale_nhc = _system_back(
+            key_nhck, weights, _minus_product(d_value_nhcv, new_nhcv.mT), d_reach_nhcs, d_key_nhck
+        )
+    d_weights = Weights(d_reach_nhcs, d_sight_nhcl, d_arriving_nhcl, d_carried_nhll, d_probe_nhcl, d_scale_nhc)
+    return (d_key_nhck, d_value_nhcv, d_query_nhck), d_weights, d_first_hkv
+
+
+def _system_back(
+    key_nhck: Tensor, weights: Weights, d_system_nhcs: Tensor, d_reach_nhcs: Tensor, d_key_nhck: Tensor
+) -> Tensor | None:
+    """From the gradient of D, what is added to those of weights and keys, in place; gives that of the scale."""
+    alike_nhcs, d_scale_nhc = key_nhck @ key_nhck.mT, None
+    if weights.scale_nhc is not None:
+        strict_nhcs = _weigh(alike_nhcs.clone(), weights.reach_nhcs, is_earlier=True)
+        d_scale_nhc = torch.linalg.vecdot(d_system_nhcs, strict_nhcs)
+        d_system_nhcs.mul_(weights.scale_nhc[..., None])
+    d_reach_nhcs[..., :-1, :].addcmul_(d_system_nhcs[..., 1:, :], alike_nhcs[..., 1:, :])
+    d_alike_nhcs = _weigh(d_system_nhcs, weights.reach_nhcs, is_earlier=True)
+    _add_product(d_key_nhck, torch.add(d_alike_nhcs, d_alike_nhcs.mT, out=alike_nhcs), key_nhck)
+    return d_scale_nhc
+
+
+def _walk(
+    key_nhck: Tensor,
+    value_nhcv: Tensor,
+    weights: Weights,
+    first_hkv: Tensor,
+    inverse_nhcs: Tensor | None,
+    kernel: ModuleType | None,
+) -> Solved:
+    if kernel is not None:
+        given = inverse_nhcs, weights.probe_nhcl, weights.arriving_nhcl, weights.carried_nhll
+        entering_nhkv, new_nhcv, last_hkv = kernel.walk(key_nhck, value_nhcv, first_hkv, given)
+        return Solved(new_nhcv, inverse_nhcs, torch.cat([entering_nhkv, last_hkv[None]]))
+    passing, news = [first_hkv], []
+    for n, (key_hck, new_hcv) in enumerate(zip(key_nhck, value_nhcv, strict=True)):
+        if weights.probe_nhcl is not None:
+            new_hcv = torch.baddbmm(new_hcv, _spread(weights.probe_nhcl[n], key_hck), passing[n], alpha=-1)
+        if inverse_nhcs is not None:
+            new_hcv = inverse_nhcs[n] @ new_hcv
+        news.append(new_hcv)
+        kept_hkv = _carry(weights.carried_nhll[n], passing[n])
+        passing.append(torch.baddbmm(kept_hkv, _spread(weights.arriving_nhcl[n], key_hck).mT, new_hcv))
+    return Solved(torch.stack(news), inverse_nhcs, torch.stack(passing))
+
+
+def _walk_back(
+    vectors: Vectors,
+    weights: Weights,
+    solved: Solved,
+    sent: tuple[Tensor, Tensor, Tensor],
+    kernel: ModuleType | None,
+) -> tuple[Tensor, Tensor]:
+    """``d_value_nhcv`` and the gradient of what passes from chunk to chunk; sent: those of new, read and last."""
+    key_nhck, query_nhck = vectors
+    d_new_nhcv, d_read_nhcv, d_last_hkv = sent
+    read_nhkv = _spread(weights.sight_nhcl, query_nhck).mT @ d_read_nhcv
+    if kernel is not None:
+        given = solved.inverse_nhcs, weights.probe_nhcl, weights.arriving_nhcl, weights.carried_nhll
+        d_leaving_nhkv, d_value_nhcv, d_first_hkv = kernel.walk_back(key_nhck, d_new_nhcv, d_last_hkv, read_nhkv, given)
+        return d_value_nhcv, torch.cat([d_first_hkv[None], d_leaving_nhkv])
+    d_passing, d_values = [d_last_hkv], []
+    for n in reversed(range(len(key_nhck))):
+        d_left_hkv, key_hck = d_passing[-1], key_nhck[n]
+        d_value_hcv = torch.baddbmm(d_new_nhcv[n], _spread(weights.arriving_nhcl[n], key_hck), d_left_hkv)
+        d_came_hkv = read_nhkv[n] + _carry(weights.carried_nhll[n].mT, d_left_hkv)
+        if solved.inverse_nhcs is not None:
+            d_value_hcv = solved.inverse_nhcs[n].mT @ d_value_hcv
+        if weights.probe_nhcl is not None:
+            d_came_hkv = torch.baddbmm(d_came_hkv, _spread(weights.probe_nhcl[n], key_hck).mT, d_value_hcv, alpha=-1)
+        d_values.append(d_value_hcv)
+        d_passing.append(d_came_hkv)
+    d_value_nhcv = torch.stack(d_values[::-1])
+    del d_values, read_nhkv
+    return d_value_nhcv, torch.stack(d_passing[::-1])
+
+
+def _weigh(product_nhcs: Tensor, reach_nhcs: Tensor, *, is_earlier: bool) -> Tensor:
+    """The product times the weights, or times the weights one token earlier; in place."""
+    if not is_earlier:
+        return product_nhcs.mul_(reach_nhcs)
+    product_nhcs[..., 1:, :].mul_(reach_nhcs[..., :-1, :])
+    product_nhcs[..., 0, :].zero_()
+    return product_nhcs
+
+
+def sooner(rows: Float[Tensor, "n h c ..."]) -> Float[Tensor, "n h c ..."]:
+    """Each row in the place of the one before it, the last zero."""
+    return torch.cat([rows[..., 1:, :], torch.zeros_like(rows[..., :1, :])], dim=-2)
 
 
 def _invert(strict_nhcs: Tensor) -> Tensor:
@@ -168,22 +226,36 @@ def _spread(weight_nhcl: Tensor, vector_nhck: Tensor) -> Tensor:
     return (weight_nhcl[..., None] * vector_nhck[..., None, :]).flatten(-2)
 
 
-def _despread(d_spread_nhck: Tensor, weight_nhcl: Tensor, vector_nhck: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the vectors and of the weights of ``spread``."""
-    pieces = list(zip(d_spread_nhck.split(vector_nhck.shape[-1], dim=-1), weight_nhcl.split(1, dim=-1), strict=True))
-    d_vector_nhck = pieces[0][0] * pieces[0][1]
-    for d_copy_nhck, weight_nhc1 in pieces[1:]:
-        d_vector_nhck = torch.addcmul(d_vector_nhck, d_copy_nhck, weight_nhc1)
-    return d_vector_nhck, torch.stack([torch.linalg.vecdot(d_copy, vector_nhck) for d_copy, _ in pieces], dim=-1)
+def _despread(
+    d_spread_nhck: Tensor, weight_nhcl: Tensor, vector_nhck: Tensor, onto_nhck: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the vectors and of the weights of ``spread``; onto_nhck: where the first is added, in place."""
+    d_copies_nhclk = d_spread_nhck.unflatten(-1, (weight_nhcl.shape[-1], -1))
+    d_weight_nhcl = (d_copies_nhclk @ vector_nhck[..., None])[..., 0]
+    first, *others = zip(d_copies_nhclk.unbind(-2), weight_nhcl.split(1, dim=-1), strict=True)
+    d_vector_nhck = torch.mul(*first) if onto_nhck is None else onto_nhck.addcmul_(*first)
+    for d_copy_nhck, weight_nhc1 in others:
+        d_vector_nhck.addcmul_(d_copy_nhck, weight_nhc1)
+    return d_vector_nhck, d_weight_nhcl
 
 
 def _carry(carried_hll: Tensor, passing_hkv: Tensor) -> Tensor:
     """Memory and momentum after a chunk in which nothing is written: each a mix of the two."""
-    stacked_hlk = passing_hkv.unflatten(-2, (carried_hll.shape[-1], -1)).flatten(-2)
-    return (carried_hll @ stacked_hlk).view_as(passing_hkv)
+    return (carried_hll @ _by_level(passing_hkv, carried_hll)).view_as(passing_hkv)
 
 
-def _add_product(base_nhck: Tensor, left_nhcs: Tensor, right_nhsk: Tensor) -> Tensor:
-    """``base + left @ right``, in one pass over the result."""
-    folded = (x.flatten(0, 1) for x in (base_nhck, left_nhcs, right_nhsk))
-    return torch.baddbmm(*folded).unflatten(0, base_nhck.shape[:2])
+def _by_level(passing_nhkv: Tensor, carried_nhll: Tensor) -> Tensor:
+    """Memory and momentum as one row each."""
+    return passing_nhkv.unflatten(-2, (carried_nhll.shape[-1], -1)).flatten(-2)
+
+
+def _add_product(sum_nhck: Tensor, left_nhcs: Tensor, right_nhsk: Tensor) -> None:
+    """``sum += left @ right``, in place, in one pass."""
+    sum_nhck.flatten(0, 1).baddbmm_(left_nhcs.flatten(0, 1), right_nhsk.flatten(0, 1))
+
+
+def _minus_product(left_nhcv: Tensor, right_nhvk: Tensor) -> Tensor:
+    """``- left @ right``, in one pass."""
+    minus_nhck = left_nhcv.new_empty(*left_nhcv.shape[:-1], right_nhvk.shape[-1])
+    minus_nhck.flatten(0, 1).baddbmm_(left_nhcv.flatten(0, 1), right_nhvk.flatten(0, 1), beta=0, alpha=-1)
+    return minus_nhck
