@@ -75,6 +75,13 @@ def _entries() -> Iterator[tuple[str, ModelPart, MemoryPart]]:
     hybrid = [{"mixer": "memory", "rule": "yaad"}, {"mixer": "attention"}]
     for join in ("stack", "sum", "concat", "attention"):
         yield f"lm-hybrid-{join}", small({"layers": hybrid, "join": join}), small_memory({})
+    for read in ("gated", "soup"):
+        kept = {"read": read, "length": 4}
+        yield (
+            f"lm-mag-kept-{read}",
+            small({}),
+            small_memory({"rule": "titans_mlp", "form": "frozen_chunk", "kept": kept}),
+        )
     for tokens in ("each", "pooled"):
         levels = {"count": 3, "periods": [1, 2, 5], "tokens": tokens}
         yield f"lm-levels-{tokens}", small({"mixer": "attention", "mlp": "levels", "levels": levels}), small_memory({})

@@ -150,9 +150,7 @@ def test_documents_are_the_beginnings_of_those_that_are_long_enough(corpus):
 
 
 def test_documents_that_are_too_short_are_refused(corpus):
-    with pytest.raises(
-        CorpusTooShort, match=r"no document.*holds 1001 tokens; the longest.*data.window to 2\d"
-    ):
+    with pytest.raises(CorpusTooShort, match=r"no document.*holds 1001 tokens; the longest.*data.window to 2\d"):
         documents(corpus, "val", length=1000)
 
 

@@ -54,3 +54,16 @@ def test_a_kernel_of_one_tap_keeps_no_past():
 def test_the_state_does_not_keep_the_window_alive():
     _, state = CausalConv(5, 4)(torch.randn(3, 101, 5))
     assert state["tail_bsd"].untyped_storage().nbytes() == 3 * 3 * 5 * 4
+
+
+@pytest.mark.parametrize("kernel", [1, 4])
+def test_float32_inputs_under_autocast_get_a_gradient(kernel):
+    """As in a stack whose norm gives float32; what is filtered there, and its gradient, are of half precision."""
+    conv, hidden_btd = CausalConv(5, kernel), torch.randn(3, 11, 5, requires_grad=True)
+    sent_btd = torch.randn(3, 11, 5)
+    (expected_btd,) = torch.autograd.grad(conv(hidden_btd)[0], hidden_btd, sent_btd)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed_btd, _ = conv(hidden_btd)
+    mixed_btd.backward(sent_btd.to(mixed_btd.dtype))
+    assert hidden_btd.grad is not None and conv.weight_dc.grad is not None
+    torch.testing.assert_close(hidden_btd.grad, expected_btd, rtol=2**-7, atol=2**-7)

@@ -9,7 +9,7 @@ Rows: ``_bhck``, one per token, c of them for every head.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -195,7 +195,7 @@ class Mlp:
         return self._answer(query, self._forward(weights, query)[-1])
 
     def linearise(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
-        reached, curved, gate_bhcf, last_bhcf, added_bhcv = self._forward(weights, pairs.key_bhck)
+        slopes, curved, gate_bhcf, last_bhcf, added_bhcv = self._forward(weights, pairs.key_bhck)
 
         def pull(gradient_bhcv: Tensor) -> Surprise:
             if self.is_normed:
@@ -206,8 +206,8 @@ class Mlp:
                 surprise["gate_bhkf"] = (pairs.key_bhck, gradient_bhcf * curved[-1])
                 gradient_bhcf = gradient_bhcf * gate_bhcf
             inputs = [pairs.key_bhck, *curved[:-1]]
-            for name, rows, reached_bhcf in reversed(list(zip(self.inner, inputs, reached, strict=True))):
-                gradient_bhcf = gradient_bhcf * _gelu_slope(reached_bhcf)
+            for name, rows, slope_bhcf in reversed(list(zip(self.inner, inputs, slopes, strict=True))):
+                gradient_bhcf = gradient_bhcf * slope_bhcf
                 surprise[name] = (rows, gradient_bhcf)
                 if name != self.inner[0]:
                     gradient_bhcf = weights.against(name, gradient_bhcf)
@@ -218,15 +218,15 @@ class Mlp:
     def _forward(
         self, weights: Weights, key_bhck: Tensor
     ) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor, Tensor]:
-        """Every hidden layer before and after its GELU, the gate, what the last layer is given, and what it adds."""
-        reached, curved, rows = [], [], key_bhck
+        """The slope and the value of every GELU, the gate, what the last layer is given, and what it adds."""
+        slopes, curved, rows = [], [], key_bhck
         for name in self.inner:
-            reached.append(weights.times(name, rows))
-            rows = functional.gelu(reached[-1])
+            rows, slope_bhcf = Gelu.apply(weights.times(name, rows))
+            slopes.append(slope_bhcf)
             curved.append(rows)
         gate_bhcf = weights.times("gate_bhkf", key_bhck) if self.is_gated else None
         last_bhcf = rows if gate_bhcf is None else rows * gate_bhcf
-        return reached, curved, gate_bhcf, last_bhcf, weights.times("out_bhfv", last_bhcf)
+        return slopes, curved, gate_bhcf, last_bhcf, weights.times("out_bhfv", last_bhcf)
 
     def _answer(self, key_bhck: Tensor, added_bhcv: Tensor) -> Tensor:
         if self.is_normed:
@@ -393,10 +393,38 @@ def _norm(rows: Tensor) -> Tensor:
     return (rows.square().sum(dim=-1, keepdim=True) + 1e-12).sqrt()
 
 
-def _gelu_slope(reached: Tensor) -> Tensor:
-    """``Phi(a) + a phi(a)``."""
-    density = torch.exp(-0.5 * reached.square()) * 0.3989422804014327
-    return 0.5 * (1 + torch.erf(reached * 0.7071067811865476)) + reached * density
+class Gelu(torch.autograd.Function):
+    """``apply(a) -> (a Phi(a), Phi(a) + a phi(a))``: GELU and its slope, which share all that is slow in them.
+
+    Kept for the backward pass are a and the slope. It may be differentiated again.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(reached: Tensor) -> tuple[Tensor, Tensor]:
+        share = torch.erf(reached * 0.7071067811865476).add_(1).mul_(0.5)
+        return reached * share, torch.addcmul(share, reached, _bell(reached))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        # A layer that is only read needs no gradient of the slope, and then none is made.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, d_curved: Tensor | None, d_slope: Tensor | None) -> Tensor | None:
+        reached, slope = ctx.saved_tensors
+        d_reached = None if d_curved is None else d_curved * slope
+        if d_slope is None:
+            return d_reached
+        bent = d_slope * _bell(reached) * (2 - reached.square())
+        return bent if d_reached is None else d_reached + bent
+
+
+def _bell(reached: Tensor) -> Tensor:
+    """The normal density."""
+    return torch.exp(-0.5 * reached.square()) * 0.3989422804014327
 
 
 def _pull_norm(rows: Tensor, gradient: Tensor) -> Tensor:

@@ -134,6 +134,8 @@ def _unit_back(vector_bthk: Tensor, d_unit_bthk: Tensor) -> Tensor:
 
 def _filtered_back(padded_bsd: Tensor, weight_dc: Tensor, d_mixed_btd: Tensor) -> tuple[Tensor, Tensor]:
     kernel, n_time = weight_dc.shape[1], d_mixed_btd.shape[1]
+    # Under autocast float32 inputs are filtered to half precision, and their gradient comes back in it.
+    d_mixed_btd = d_mixed_btd.to(padded_bsd.dtype)
     taps = [(d_mixed_btd * padded_bsd[:, c : c + n_time]).sum(dim=(0, 1)) for c in range(kernel)]
     return _filtered(d_mixed_btd, weight_dc.flip(1), n_zeros=kernel - 1), torch.stack(taps, dim=-1)
 

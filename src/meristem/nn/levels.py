@@ -71,7 +71,7 @@ class MemoryLevels(nn.Module):
         is_writing = self.part.levels.frequency == "write"
         stride = self._stride(count, hidden_btd.shape[1])
         seen_btd = hidden_btd if stride == 1 else _means(hidden_btd, stride)
-        answers = []
+        answers: list[Tensor] = []
         for index, level in self.named_levels():
             if stride > 1 and isinstance(level, Pooled):
                 answer_btd, after["level"][str(index)] = level.of_means(
@@ -114,7 +114,7 @@ class MemoryLevels(nn.Module):
         stride = levels.all_periods[1]
         return 1 if any(length % stride for length in (count, n_time, *levels.all_periods[1:])) else stride
 
-    def _joined(self, answers: list[Hidden], mix_l: Tensor | None, stride: int = 1) -> Hidden:
+    def _joined(self, answers: list[Tensor], mix_l: Tensor | None, stride: int = 1) -> Hidden:
         """The weighted sum. stride: tokens that hear one row of the slow levels' answers."""
         if len(answers) == 1 and mix_l is None:
             return answers[0]

@@ -4,13 +4,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meristem.memory.value import State
-from meristem.nn.kept import keeping
+from meristem.nn.kept import KeptRecall, keeping
 from meristem.nn.levels import MemoryLevels
+from meristem.nn.memory import Recall
 from meristem.nn.part import MemoryPart
 from meristem.shapes import Hidden
 
 
-def recall_of(width: int, part: MemoryPart, *, is_asked: bool = False) -> nn.Module:
+def recall_of(width: int, part: MemoryPart, *, is_asked: bool = False) -> Recall | KeptRecall | MemoryLevels:
     """A module ``(hidden_btd, state) -> (recalled_btd, state)``: one memory, kept ones beside it, or several levels.
 
     is_asked: the layer also looks at the memory without writing; where answers of levels are mixed by learned shares,

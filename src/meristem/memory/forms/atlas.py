@@ -6,7 +6,7 @@ import torch
 
 from meristem.memory.forms.by_chunk import walk
 from meristem.memory.forms.flow import decay_between
-from meristem.memory.forms.frozen_chunk import frozen_step
+from meristem.memory.forms.frozen_chunk import flow_at_rate_one, frozen_step
 from meristem.memory.gates import Gates
 from meristem.memory.kernels.newton_schulz import newton_schulz
 from meristem.memory.rule import Rule
@@ -61,14 +61,17 @@ def _chunk(
     moved = Gates.from_logs(log_momentum_bth, torch.ones_like(gates.write_bth), **others)
     rows = moved.rows(0, n_tokens)
     pairs = Pairs(key_bhck, value_bhcv, rows.code_bhcg)
-    step = frozen_step(replace(rule, update=plain()), memory, pairs, rows, moved)
+    plain_rule = replace(rule, update=plain())
+    (flowing,) = flow_at_rate_one(plain_rule, moved, n_tokens)
+    step = frozen_step(plain_rule, memory, pairs, rows, flowing)
+    moving = step.moving(flowing)
     kept_bhcs, kept_bhc = decay_between(gates.log_retain().movedim(1, 2))
     write_bhc11 = gates.write_bth.movedim(1, 2)[..., None, None]
     held: Memory = {}
     after: Memory = {}
     for name, (addresses, gradients) in step.factors.items():
         entering_bhc11 = step.flowing.entering_nhcl[..., 0, None, None]
-        momenta_bhckv = torch.einsum("bhcs,bhsk,bhsv->bhckv", step.reach_bhcs, addresses, gradients)
+        momenta_bhckv = torch.einsum("bhcs,bhsk,bhsv->bhckv", moving.reach_bhcs, addresses, gradients)
         momenta_bhckv = momenta_bhckv + entering_bhc11 * memory[momentum_name(name)][:, :, None]
         steps = write_bhc11 * newton_schulz(momenta_bhckv)
         faded = kept_bhc[..., None, None] * memory[name][:, :, None]

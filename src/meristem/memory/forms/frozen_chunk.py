@@ -6,10 +6,15 @@ form; for networks of any depth it is ``dual``: a layer's weights at token t are
 products, so what a query meets there is ``A_t q W + c_t q S - (q a^T * reach) d``, and no tensor holds weights per
 token (memory.md 4.4, 4.5).
 
+How writes flow is worked out for all chunks at once; surprises, reads and writes go chunk after chunk, where the
+matrices of one chunk stay in a processor's cache.
+
 Where a retention maps or projects what is stored, it acts when a chunk ends, and queries meet the entering memory.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +23,7 @@ from meristem.memory.forms.by_chunk import Window, walk
 from meristem.memory.forms.exact_chunk import flow_of, solved
 from meristem.memory.forms.flow import Flow, cut, flow
 from meristem.memory.gates import Gates, RowGates
+from meristem.memory.kernels.outer_flow import Left, Met
 from meristem.memory.rule import Rule
 from meristem.memory.structure import Live, Pairs, Surprise, Weights
 from meristem.memory.update import momentum_name
@@ -50,47 +56,74 @@ def frozen_chunk(
     multiplied by ``1 - C w``, which must stay above -1.
     """
     window = keys_bthk, values_bthv, queries_bthk
-    return walk(_chunk, rule, memory, window, gates, chunk, _whole_chunks if rule.is_linear else None)
+    return walk(_chunk, rule, memory, window, gates, chunk, _whole_chunks)
 
 
 def _whole_chunks(rule: Rule, memory: Memory, window: Window, gates: Gates, chunk: int) -> tuple[Values, Memory]:
-    return solved(rule, memory, window, gates, chunk=chunk, is_frozen=True)
+    if rule.is_linear:
+        return solved(rule, memory, window, gates, chunk=chunk, is_frozen=True)
+    return _in_order(rule, memory, window, gates, chunk)
 
 
 def _chunk(
-    rule: Rule, memory: Memory, keys_bthk: Keys, values_bthv: Values, queries_bthk: Queries, gates: Gates
+    rule: Rule,
+    memory: Memory,
+    keys_bthk: Keys,
+    values_bthv: Values,
+    queries_bthk: Queries,
+    gates: Gates,
+    n_passes: int = 0,
 ) -> tuple[Values, Memory]:
-    key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in (keys_bthk, values_bthv, queries_bthk))
-    rows = gates.rows(0, key_bhck.shape[2])
-    step = frozen_step(rule, memory, Pairs(key_bhck, value_bhcv, rows.code_bhcg), rows, gates)
-    if rule.retention.is_linear and not rule.retention.is_mapped:
-        read_bhcv = rule.structure.recall(step.moving(rule.reads), query_bhck)
-    else:
-        read_bhcv = rule.structure.recall(Live(rule.weights(memory)), query_bhck)
-    after = step.after(rule) if rule.retention.is_linear else _at_the_end(rule, memory, step, rows)
-    return read_bhcv.movedim(1, 2), memory | after | step.remembered
+    return _in_order(rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, keys_bthk.shape[1], n_passes)
+
+
+def _in_order(
+    rule: Rule, memory: Memory, window: Window, gates: Gates, chunk: int, n_passes: int = 0
+) -> tuple[Values, Memory]:
+    """Whole chunks, one after the other.
+
+    n_passes: how often the surprises of a chunk are taken anew, at the weights that its tokens met.
+    """
+    windows = zip(*(_heads_first(x, chunk).unbind(2) for x in window), _rows(gates, chunk), strict=True)
+    n_passes = min(n_passes, chunk - 1)
+    is_moving = rule.retention.is_linear and not rule.retention.is_mapped
+    flowing = _flowing(rule, gates, chunk)
+    flows, reads = _unbind(flowing), []
+    earlier = _unbind(_earlier(flowing)) if n_passes or rule.reads == "before" else flows
+    for n, (key_bhck, value_bhcv, query_bhck, rows) in enumerate(windows):
+        pairs = Pairs(key_bhck, value_bhcv, rows.code_bhcg)
+        step = frozen_step(rule, memory, pairs, rows, flows[n])
+        for _ in range(n_passes):
+            step = frozen_step(rule, memory, pairs, rows, flows[n], met=step.moving(earlier[n]))
+        met = step.moving((flows if rule.reads == "after" else earlier)[n]) if is_moving else Live(step.weights)
+        reads.append(rule.structure.recall(met, query_bhck))
+        after = step.after(rule) if rule.retention.is_linear else _at_the_end(rule, memory, step, rows)
+        memory = memory | after | step.remembered
+    return torch.cat(reads, dim=2).movedim(1, 2), memory
 
 
 @dataclass(frozen=True)
 class FrozenStep:
     """The surprises of rows at one memory, and how they flow into the memory while the rows are read.
 
-    reach_bhcs: with which weight row s of the factors is in the memory at token c; before_bhcs: just before token c.
+    weights: of the memory, as they are read. flowing: at write rate 1; rate_bhc is the rate in effect.
+    counts_bhs: how much each pair counts, for a rule whose surprise spans several: those before the rows come first.
     """
 
     memory: Memory
+    weights: Memory
     factors: Surprise
     flowing: Flow
-    reach_bhcs: Tensor
-    before_bhcs: Tensor
-    arriving_bhsl: Tensor
+    rate_bhc: Tensor
+    counts_bhs: Tensor | None
     remembered: Memory
 
-    def moving(self, reads: str) -> "Moving":
-        """The weights as each token meets them."""
-        if reads == "before":
-            return Moving(self.memory, self.factors, self.flowing.before()[0], self.before_bhcs)
-        return Moving(self.memory, self.factors, self.flowing.entering_nhcl, self.reach_bhcs)
+    def moving(self, flowing: Flow) -> "Moving":
+        """The weights as each token meets them, where what it meets flows so."""
+        reach_bhcs = flowing.reach_nhcs * self.rate_bhc[..., None, :]
+        if self.counts_bhs is not None:
+            reach_bhcs = reach_bhcs @ self._band(self.counts_bhs) * self.counts_bhs[..., None, :]
+        return Moving(self.memory, self.factors, flowing.entering_nhcl, reach_bhcs)
 
     def after(self, rule: Rule) -> Memory:
         """What is stored after the rows, and the momentum with it, where the retention only scales what is stored."""
@@ -98,15 +131,21 @@ class FrozenStep:
 
     def summed(self) -> Memory:
         """What flows into the stored tensors and the momentum, added up."""
+        arriving_bhsl = self.flowing.arriving_nhcl * self.rate_bhc[..., None]
+        if self.counts_bhs is not None:
+            arriving_bhsl = (self._band(self.counts_bhs).mT @ arriving_bhsl) * self.counts_bhs[..., None]
         after: Memory = {}
         for name, factor in self.factors.items():
-            names = [name, momentum_name(name)][: self.arriving_bhsl.shape[-1]]
-            for index, stored in enumerate(names):
-                carried_bhl = self.flowing.carried_nhll[..., index, :]
-                kept = sum(carried_bhl[..., at, None, None] * self.memory[source] for at, source in enumerate(names))
-                arriving_bhs = self.arriving_bhsl[..., index]
-                after[stored] = kept - (factor[0] * arriving_bhs[..., None]).mT @ factor[1]
+            names = _stored(name, arriving_bhsl)
+            stored = [self.memory[source] for source in names]
+            left = Left.apply(*factor, arriving_bhsl, self.flowing.carried_nhll, *stored)
+            after |= dict(zip(names, left, strict=True))
         return after
+
+    def _band(self, counts_bhs: Tensor) -> Tensor:
+        """1 where the objective of token c is about pair s."""
+        n_rows, n_pairs = self.rate_bhc.shape[-1], counts_bhs.shape[-1]
+        return counts_bhs.new_ones(n_rows, n_pairs).triu().tril(n_pairs - n_rows)
 
 
 @dataclass(frozen=True)
@@ -120,25 +159,28 @@ class Moving:
 
     def times(self, name: str, rows: Tensor) -> Tensor:
         addresses, gradients = self.factors[name]
-        return self._entering(name, rows, is_turned=False) - ((rows @ addresses.mT) * self.reach_bhcs) @ gradients
+        return self._met(rows, addresses, gradients, [self.memory[source] for source in self._sources(name)])
 
     def against(self, name: str, rows: Tensor) -> Tensor:
         addresses, gradients = self.factors[name]
-        return self._entering(name, rows, is_turned=True) - ((rows @ gradients.mT) * self.reach_bhcs) @ addresses
+        return self._met(rows, gradients, addresses, [self.memory[source].mT for source in self._sources(name)])
 
-    def _entering(self, name: str, rows: Tensor, *, is_turned: bool) -> Tensor:
-        names = [name, momentum_name(name)][: self.entering_bhcl.shape[-1]]
-        weights = [self.memory[source].mT if is_turned else self.memory[source] for source in names]
-        met = self.entering_bhcl[..., 0:1] * (rows @ weights[0])
-        for index, weight in enumerate(weights[1:], start=1):
-            met = met + self.entering_bhcl[..., index : index + 1] * (rows @ weight)
-        return met
+    def _sources(self, name: str) -> list[str]:
+        return _stored(name, self.entering_bhcl)
+
+    def _met(self, rows: Tensor, inward: Tensor, outward: Tensor, stored: list[Tensor]) -> Tensor:
+        # A view, for rows may be one of the sides, and torch.compile refuses to see one tensor in two places.
+        sides = rows.view_as(rows), inward, outward
+        return cast(Tensor, Met.apply(*sides, self.reach_bhcs, self.entering_bhcl, *stored))
 
 
 def frozen_step(
-    rule: Rule, memory: Memory, pairs: Pairs, rows: RowGates, gates: Gates, met: Weights | None = None
+    rule: Rule, memory: Memory, pairs: Pairs, rows: RowGates, flowing: Flow, met: Weights | None = None
 ) -> FrozenStep:
-    """Surprises of all rows at the memory, or at the weights as the rows ``met`` them, and how they flow into it."""
+    """Surprises of all rows at the memory, or at the weights as the rows ``met`` them, and how they flow into it.
+
+    flowing: at write rate 1, as ``flow_at_rate_one`` gives it.
+    """
     counts_bhs: Tensor | None = None
     remembered: Memory = {}
     if rule.span > 1:
@@ -146,32 +188,59 @@ def frozen_step(
     weights = rule.weights(memory)
     probed = Scaled(weights, rows.retain_bhc[..., None]) if rule.probe == "warm" else Live(weights)
     recalled, target, pull = rule.structure.linearise(met or probed, pairs)
-    gradient = rule.bias.gradient(recalled, target, rows.threshold_bhc)
-    factors = pull(gradient)
-    write_bhc = rows.write_bhc
-    if rule.update.erase or rule.update.rate(write_bhc, pairs.key_bhck) is not write_bhc:
+    factors = pull(rule.bias.gradient(recalled, target, rows.threshold_bhc))
+    rate_bhc = rows.write_bhc
+    if rule.update.erase or rule.update.rate(rate_bhc, pairs.key_bhck) is not rate_bhc:
         (name,) = rule.structure.weights
         addresses, gradients = factors[name]
         erased = (met or Live(memory)).times(name, addresses)
         factors = {name: (addresses, gradients + rule.update.erase * erased)}
-        write_bhc = rule.update.rate(write_bhc, addresses)
-    flowing = _flowing(rule, gates, write_bhc)
-    reach_bhcs, before_bhcs, arriving_bhsl = flowing.reach_nhcs, flowing.before()[1], flowing.arriving_nhcl
-    if counts_bhs is not None:
-        band_cs = _band(rule.span, write_bhc.shape[-1], write_bhc)
-        counts_bh1s = counts_bhs[..., None, :]
-        reach_bhcs, before_bhcs = (x @ band_cs * counts_bh1s for x in (reach_bhcs, before_bhcs))
-        arriving_bhsl = (band_cs.mT @ arriving_bhsl) * counts_bhs[..., None]
-    return FrozenStep(memory, factors, flowing, reach_bhcs, before_bhcs, arriving_bhsl, remembered)
+        rate_bhc = rule.update.rate(rate_bhc, addresses)
+    return FrozenStep(memory, weights, factors, flowing, rate_bhc, counts_bhs, remembered)
 
 
-def _flowing(rule: Rule, gates: Gates, write_bhc: Tensor) -> Flow:
-    log_retain_bhc = gates.log_retain().movedim(1, 2)
+def flow_at_rate_one(rule: Rule, gates: Gates, chunk: int) -> list[Flow]:
+    """How what is written flows through each chunk, were it written at rate 1."""
+    return _unbind(_flowing(rule, gates, chunk))
+
+
+def _flowing(rule: Rule, gates: Gates, chunk: int) -> Flow:
+    """The same for all chunks, ``b h n``."""
+    log_retain_bhnc = _heads_first(gates.log_retain(), chunk)
     if not (rule.has_retain and rule.retention.is_linear):
         # What the retention does when the chunk ends is its own; until then changes are only gathered.
-        log_retain_bhc = torch.zeros_like(log_retain_bhc)
-    log_momentum = gates.log_momentum() if rule.update.has_momentum else None
-    return flow(log_retain_bhc, None if log_momentum is None else log_momentum.movedim(1, 2), write_bhc)
+        log_retain_bhnc = torch.zeros_like(log_retain_bhnc)
+    log_momentum_bth = gates.log_momentum() if rule.update.has_momentum else None
+    log_momentum_bhnc = None if log_momentum_bth is None else _heads_first(log_momentum_bth, chunk)
+    return flow(log_retain_bhnc, log_momentum_bhnc, torch.ones_like(log_retain_bhnc))
+
+
+def _earlier(flowing: Flow) -> Flow:
+    """The flow up to the token before."""
+    entering_nhcl, reach_nhcs = flowing.before()
+    return replace(flowing, entering_nhcl=entering_nhcl, reach_nhcs=reach_nhcs)
+
+
+def _unbind(flowing: Flow) -> list[Flow]:
+    """The flow of every chunk, of flows ``b h n``."""
+    return [Flow(*parts) for parts in zip(*(x.unbind(2) for x in vars(flowing).values()), strict=True)]
+
+
+def _heads_first(x: Tensor, chunk: int) -> Tensor:
+    """b (n c) h ... -> b h n c ..."""
+    return x.unflatten(1, (-1, chunk)).movedim(3, 1).contiguous()
+
+
+def _rows(gates: Gates, chunk: int) -> list[RowGates]:
+    """The gates of every chunk."""
+    rows = {name: x for name, x in vars(gates.rows(0, gates.write_bth.shape[1])).items() if x is not None}
+    parts = (x.unflatten(2, (-1, chunk)).unbind(2) for x in rows.values())
+    return [RowGates(**dict(zip(rows, part, strict=True))) for part in zip(*parts, strict=True)]
+
+
+def _stored(name: str, weights: Tensor) -> list[str]:
+    """The weight, and its momentum where there are weights for two."""
+    return [name, momentum_name(name)][: weights.shape[-1]]
 
 
 @dataclass(frozen=True)
@@ -202,12 +271,6 @@ def _looking_back(memory: Memory, pairs: Pairs, rows: RowGates) -> tuple[Pairs, 
         "span_weights_bhc": counts_bhs[:, :, -n_before:],
     }
     return Pairs(keys_bhsk, values_bhsv), counts_bhs, following
-
-
-def _band(span: int, chunk: int, like: Tensor) -> Tensor:
-    """1 where the objective of token c is about pair s, the pairs before the chunk first."""
-    ones_cs = torch.ones(chunk, chunk + span - 1, dtype=like.dtype, device=like.device)
-    return ones_cs.triu().tril(span - 1)
 
 
 def _at_the_end(rule: Rule, memory: Memory, step: FrozenStep, rows: RowGates) -> Memory:
@@ -261,20 +324,8 @@ def refined(
 
     After chunk - 1 passes it is ``scan`` (Trellis 2512.23852, section 4).
     """
-
-    def chunk_of(
-        rule: Rule, memory: Memory, keys_bthk: Keys, values_bthv: Values, queries_bthk: Queries, gates: Gates
-    ) -> tuple[Values, Memory]:
-        key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in (keys_bthk, values_bthv, queries_bthk))
-        rows = gates.rows(0, key_bhck.shape[2])
-        pairs = Pairs(key_bhck, value_bhcv, rows.code_bhcg)
-        step = frozen_step(rule, memory, pairs, rows, gates)
-        for _ in range(min(n_passes, key_bhck.shape[2] - 1)):
-            step = frozen_step(rule, memory, pairs, rows, gates, met=step.moving("before"))
-        read_bhcv = rule.structure.recall(step.moving(rule.reads), query_bhck)
-        return read_bhcv.movedim(1, 2), memory | step.after(rule)
-
-    return walk(chunk_of, rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk)
+    one, whole = partial(_chunk, n_passes=n_passes), partial(_in_order, n_passes=n_passes)
+    return walk(one, rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk, whole)
 
 
 def refined_refusals(rule: Rule) -> list[str]:

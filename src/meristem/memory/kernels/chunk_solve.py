@@ -231,7 +231,7 @@ def _despread(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the vectors and of the weights of ``spread``; onto_nhck: where the first is added, in place."""
     d_copies_nhclk = d_spread_nhck.unflatten(-1, (weight_nhcl.shape[-1], -1))
-    d_weight_nhcl = (d_copies_nhclk @ vector_nhck[..., None])[..., 0]
+    d_weight_nhcl = torch.linalg.vecdot(d_copies_nhclk, vector_nhck[..., None, :])
     first, *others = zip(d_copies_nhclk.unbind(-2), weight_nhcl.split(1, dim=-1), strict=True)
     d_vector_nhck = torch.mul(*first) if onto_nhck is None else onto_nhck.addcmul_(*first)
     for d_copy_nhck, weight_nhc1 in others:

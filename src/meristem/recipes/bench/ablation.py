@@ -53,7 +53,7 @@ class AblationPart(Part):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
-        asked = {"same_size_as": (self.same_size_as,)}
+        asked: dict[str, tuple[str, ...]] = {"same_size_as": (self.same_size_as,)}
         asked |= {f"variants.{name}.against": variant.against for name, variant in self.variants.items()}
         wrong = [f"{path} names '{n}'" for path, names in asked.items() for n in names if n not in self.variants]
         wrong += [f"variants.{name} is compared with itself" for name, v in self.variants.items() if name in v.against]

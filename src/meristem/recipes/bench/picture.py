@@ -52,7 +52,7 @@ def draw_ablation(path: Path, found: Mapping[str, Sequence[Figures]]) -> None:
     all_bits = [figures.bits_per_byte for starts in found.values() for figures in starts]
     room = max(0.02, max(all_bits) - min(all_bits))
     ends.set_xlim(min(all_bits) - room, max(all_bits) + room / 4)
-    ends.set_xlabel("bits per byte at the end; a point for every start (the axis does not begin at 0)")
+    ends.set_xlabel("bits per byte at the end; a point for every start\n(the axis does not begin at 0)")
     curves.legend(fontsize="x-small")
     figure.canvas.print_png(str(path))
 

@@ -102,25 +102,30 @@ def run_trial(trial: Trial) -> Outcome:
     A run that could not be trained is an outcome as well. Raises KeyboardInterrupt where it was asked to stop.
     """
     trial.directory.parent.mkdir(parents=True, exist_ok=True)
-    outcome = {
-        "name": trial.name,
-        "variant": trial.variant,
-        "random_seed": trial.random_seed,
-        "fingerprint": trial.fingerprint,
-        "n_parameters": trial.n_parameters,
-        "hidden": trial.config.model.hidden,
-    }
     with trial.directory.with_suffix(".log").open("a", encoding="utf-8") as log:
         view = Console(screen=rich.console.Console(file=log, highlight=False))
         try:
             result = pretrain(trial.config, run_dir=trial.directory, view=view)
         except TrainingError as cause:
-            return Outcome(figures=None, failure=str(cause), **outcome)
+            return _outcome(trial, None, str(cause))
     if result.status == "interrupted" or result.bits_per_byte is None:
         raise KeyboardInterrupt
     tokens_per_s = result.tokens / max(result.seconds_used, 1e-9)
     figures = measure(trial, result.checkpoint, bits_per_byte=result.bits_per_byte, tokens_per_s=tokens_per_s)
-    return Outcome(figures=figures, **outcome)
+    return _outcome(trial, figures)
+
+
+def _outcome(trial: Trial, figures: Figures | None, failure: str | None = None) -> Outcome:
+    return Outcome(
+        name=trial.name,
+        variant=trial.variant,
+        random_seed=trial.random_seed,
+        fingerprint=trial.fingerprint,
+        n_parameters=trial.n_parameters,
+        hidden=trial.config.model.hidden,
+        figures=figures,
+        failure=failure,
+    )
 
 
 def measure(trial: Trial, checkpoint: Path, *, bits_per_byte: float, tokens_per_s: float) -> Figures:

@@ -1,0 +1,74 @@
+"""S1-M2: two levels against one, compared fairly: the same text, grid of rates, first gates, starts and size."""
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+from meristem.device.random import stream
+from meristem.device.resolve import Device
+from meristem.evaluate.levels import level_figures
+from meristem.evaluate.recall import HELD_OUT, Questions
+from meristem.models.build import build
+from meristem.models.part import ModelPart
+from meristem.nn.part import LevelsPart, MemoryPart
+from meristem.recipes.bench.learn import learn
+
+CPU = Device(torch.device("cpu"), torch.float32, torch.float32)
+RATES, STARTS, STEPS = (1e-2, 3e-2), range(5), 40
+PERIODS = (1, 8)
+
+
+@dataclass(frozen=True)
+class Regimes:
+    """x_(t+1) = (3 x_t + 1 mod V / R) + regime V / R, and the regime is floor(t / 8) mod R: slow beside fast."""
+
+    vocabulary: int = 16
+    n_regimes: int = 2
+    window: int = 32
+    name = "regimes"
+
+    def questions(self, n_rows: int, random_seed: int) -> Questions:
+        per = self.vocabulary // self.n_regimes
+        x_b = torch.randint(per, (n_rows,), generator=stream(random_seed, "regimes"))
+        columns = []
+        for t in range(self.window + 1):
+            columns.append(x_b + t // 8 % self.n_regimes * per)
+            x_b = (3 * x_b + 1) % per
+        tokens_bt = torch.stack(columns, dim=1)
+        return Questions(tokens_bt[:, :-1], tokens_bt[:, 1:])
+
+
+def model_of(levels: LevelsPart, random_seed: int, hidden: int) -> torch.nn.Module:
+    part = ModelPart.model_validate({"mixer": "memory", "width": 16, "n_layers": 1, "hidden": hidden})
+    memory = MemoryPart(rule="gated_delta", head_width=8, chunk=8, levels=levels)
+    return build(part, memory, Regimes().vocabulary, random_seed)
+
+
+def size(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def final_nats(levels: LevelsPart, hidden: int, rate: float, start: int) -> float:
+    model = model_of(levels, start, hidden)
+    return learn(model, Regimes(), steps=STEPS, batch=4, rate=rate, random_seed=start, device=CPU).nats
+
+
+def test_two_levels_are_no_worse_than_one():
+    """S1-M2: both converge, the second level costs nothing (L2 <= 1.05 L1), and each level tells of its gates."""
+    one, two = LevelsPart(), LevelsPart(count=2, periods=PERIODS)
+    # The single level is padded by a wider feed-forward layer, three rows of weights for each unit.
+    hidden = 32 + round((size(model_of(two, 0, 32)) - size(model_of(one, 0, 32))) / 48)
+    assert abs(size(model_of(one, 0, hidden)) / size(model_of(two, 0, 32)) - 1) < 0.02
+    found = {}
+    for name, levels, width in (("one", one, hidden), ("two", two, 32)):
+        rate = min(RATES, key=lambda rate, levels=levels, width=width: final_nats(levels, width, rate, 99))
+        found[name] = [final_nats(levels, width, rate, start) for start in STARTS]
+    ratio = statistics.fmean(found["two"]) / statistics.fmean(found["one"])
+    print(f"two levels over one: {ratio:.3f}, {found}")
+    guess = torch.log(torch.tensor(16.0)).item()
+    assert max(found["one"] + found["two"]) < 0.5 * guess
+    assert ratio <= 1.05
+    figures = level_figures(model_of(two, 0, 32), Regimes().questions(1, HELD_OUT).tokens_bt)
+    assert [path.rpartition(".")[2] for path in figures] == ["0", "1"]
+    assert all({"write_budget", "half_life", "share", "n_fires"} <= each.keys() for each in figures.values())
