@@ -133,7 +133,7 @@ def test_a_plain_causal_mask_over_the_joined_sequence_leaks():
     """S1-M14: [h | X] in one causal sequence shows every h of a segment to its first token; the law above sees it."""
     mac = met(made(MemoryAsContext, rope=False, span=None, segment=SEGMENT))
 
-    def attend_plainly(query_bthk, seen):
+    def attend_plainly(still_bthk, query_bthk, seen):
         _, n_time = seen["keys_bshk"].shape[1], query_bthk.shape[1]
         keys_bshk = torch.cat([seen["context_keys_bshk"], seen["keys_bshk"]], dim=1)
         values_bshv = torch.cat([seen["context_values_bshv"], seen["values_bshv"]], dim=1)

@@ -186,11 +186,14 @@ class _Blocks:
         return F.pad(keys_bshk, (0, 0, 0, 0, front, back)) if front or back else keys_bshk
 
 
-def turned(keys_bshk: PastKeys, first: int = 0) -> PastKeys:
-    """Keys at the positions ``first``, ``first + 1``, ...: the pair made of channel k and channel k + half the key width
-    is turned by the angle position * base^(-2k / key width)."""
+def turned(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) -> PastKeys:
+    """Keys at the positions ``first``, ``first + 1``, ..., from 0 again at every multiple of ``period``.
+
+    The pair made of channel k and channel k + half the key width is turned by the angle position * base^(-2k / width).
+    """
     dtype = torch.promote_types(keys_bshk.dtype, torch.float32)
     position_s = torch.arange(first, first + keys_bshk.shape[1], dtype=dtype, device=keys_bshk.device)
+    position_s = position_s if period is None else position_s % period
     exponent_k = torch.arange(0, keys_bshk.shape[-1], 2, dtype=dtype, device=keys_bshk.device) / keys_bshk.shape[-1]
     angle_sk = position_s[:, None] * ROTATION_BASE**-exponent_k
     cos_shk = angle_sk.cos().to(keys_bshk.dtype)[:, None]

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from meristem.errors import WrongValue
 from meristem.memory.value import State
@@ -11,7 +12,7 @@ from meristem.nn.attention import Attention, turned
 from meristem.nn.combine import COMBINATIONS
 from meristem.nn.part import MemoryPart
 from meristem.nn.recall import recall_of
-from meristem.shapes import Hidden, Queries, Values
+from meristem.shapes import Hidden, Keys, Queries, Values
 
 
 class MemoryAsContext(nn.Module):
@@ -23,7 +24,8 @@ class MemoryAsContext(nn.Module):
     a leak. h_t and x_t have the same time here, and x_t sees the persistent vectors p, the h up to t and the x up to t
     (memory.md 5.3, ``causal_pair``). Of y the rows of X are written, which are those that the output is made of.
 
-    State: the memory now and as the segment began, and the keys and values of an unfinished segment.
+    State: the memory now and as the segment began, and the keys, at their positions, and values of an unfinished
+    segment.
     """
 
     def __init__(
@@ -45,14 +47,26 @@ class MemoryAsContext(nn.Module):
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         state = self._fresh(hidden_btd) if state is None else state
-        window = (hidden_btd, self.ask(hidden_btd), *self.attention.project(hidden_btd))
-        combined, at = [], 0
+        n_read = state["keys_bshk"].shape[1]
+        still_bthk, key_bthk, value_bthv = self.attention.project(hidden_btd)
+        still_bthk = still_bthk / math.sqrt(still_bthk.shape[-1])
+        window = [self.ask(hidden_btd), still_bthk, self._placed(still_bthk, n_read), self._placed(key_bthk, n_read)]
+        attended, recalled, at = [], [], 0
         while at < hidden_btd.shape[1]:
             stop = min(hidden_btd.shape[1], at + self.segment - state["keys_bshk"].shape[1])
-            combined_btd, state = self._read(tuple(x[:, at:stop] for x in window), state)
-            combined.append(combined_btd)
+            parts = [x[:, at:stop] for x in (*window, value_bthv)]
+            attended_btd, recalled_btd, state = self._read(parts, state)
+            attended.append(attended_btd)
+            recalled.append(recalled_btd)
             at = stop
-        return self.out(torch.cat(combined, dim=1)), state
+        combined_btd = self.combine(torch.cat(attended, dim=1), torch.cat(recalled, dim=1), hidden_btd)
+        return self.out(combined_btd), state
+
+    def _placed(self, keys_bthk: Keys, n_read: int) -> Keys:
+        """Keys at their positions in the segment, ``n_read`` tokens of which were read before."""
+        if not self.attention.rope:
+            return keys_bthk
+        return turned(keys_bthk, n_read, period=self.segment)
 
     def _fresh(self, hidden_btd: Hidden) -> State:
         begun = self.recall.begin(hidden_btd)
@@ -64,33 +78,27 @@ class MemoryAsContext(nn.Module):
         names = ("keys_bshk", "values_bshv", "context_keys_bshk", "context_values_bshv")
         return dict.fromkeys(names, empty)
 
-    def _read(self, part: tuple[Tensor, ...], state: State) -> tuple[Hidden, State]:
-        """What tokens of one segment come to, and the state after them."""
-        hidden_btd, asked_btd, query_bthk, key_bthk, value_bthv = part
+    def _read(self, parts: list[Tensor], state: State) -> tuple[Hidden, Hidden, State]:
+        """What tokens of one segment gather, what the memory recalls when that is written, and the state after them."""
+        asked_btd, still_bthk, query_bthk, key_bthk, value_bthv = parts
+        n_read, width = state["keys_bshk"].shape[1], asked_btd.shape[-1]
         context_btd = self.recall.look(asked_btd, state["start"])
-        _, context_key_bthk, context_value_bthv = self.attention.project(context_btd)
-        after = {
-            "keys_bshk": torch.cat([state["keys_bshk"], key_bthk], dim=1),
-            "values_bshv": torch.cat([state["values_bshv"], value_bthv], dim=1),
-            "context_keys_bshk": torch.cat([state["context_keys_bshk"], context_key_bthk], dim=1),
-            "context_values_bshv": torch.cat([state["context_values_bshv"], context_value_bthv], dim=1),
-        }
-        attended_btd = self._attend(query_bthk, after)
+        both_btd = functional.linear(context_btd, self.attention.qkv.weight[width:])
+        context_key_bthk, context_value_bthv = both_btd.unflatten(-1, (2, self.attention.heads, -1)).unbind(2)
+        new = (key_bthk, value_bthv, self._placed(context_key_bthk, n_read), context_value_bthv)
+        names = ("keys_bshk", "values_bshv", "context_keys_bshk", "context_values_bshv")
+        seen = {name: torch.cat([state[name], x], dim=1) if n_read else x for name, x in zip(names, new, strict=True)}
+        attended_btd = self._attend(still_bthk, query_bthk, seen)
         recalled_btd, recall = self.recall(attended_btd, state["recall"])
-        combined_btd = self.combine(attended_btd, recalled_btd, hidden_btd)
-        if after["keys_bshk"].shape[1] == self.segment:
-            return combined_btd, {"recall": recall, "start": recall, **self._empty(hidden_btd)}
-        return combined_btd, {"recall": recall, "start": state["start"], **after}
+        if n_read + asked_btd.shape[1] == self.segment:
+            return attended_btd, recalled_btd, {"recall": recall, "start": recall, **self._empty(asked_btd)}
+        return attended_btd, recalled_btd, {"recall": recall, "start": state["start"], **seen}
 
-    def _attend(self, query_bthk: Queries, seen: State) -> Hidden:
+    def _attend(self, still_bthk: Queries, query_bthk: Queries, seen: State) -> Hidden:
         """Each query sees the persistent vectors, and in its segment what came before it and itself, twice."""
         n_read, n_time = seen["keys_bshk"].shape[1], query_bthk.shape[1]
-        still_bthk = query_bthk = query_bthk / math.sqrt(query_bthk.shape[-1])
-        keys = [seen["context_keys_bshk"], seen["keys_bshk"]]
-        if self.attention.rope:
-            query_bthk = turned(query_bthk, n_read - n_time)
-            keys = [turned(keys_bshk) for keys_bshk in keys]
-        score_bhts = torch.einsum("bthk,bshk->bhts", query_bthk, torch.cat(keys, dim=1))
+        keys_bshk = torch.cat([seen["context_keys_bshk"], seen["keys_bshk"]], dim=1)
+        score_bhts = torch.einsum("bthk,bshk->bhts", query_bthk, keys_bshk)
         is_later_ts = torch.ones(n_time, n_read, dtype=torch.bool, device=query_bthk.device).triu(n_read - n_time + 1)
         score_bhts = score_bhts.masked_fill(is_later_ts.repeat(1, 2), -math.inf)
         values_bshv = torch.cat([seen["context_values_bshv"], seen["values_bshv"]], dim=1)

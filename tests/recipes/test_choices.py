@@ -1,5 +1,6 @@
-"""S1-M2: two levels against one, compared fairly: the same text, grid of rates, first gates, starts and size."""
+"""S1-M2, S4-M10: choices compared fairly: the same text, grid of rates, first gates, starts and size."""
 
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -39,9 +40,12 @@ class Regimes:
         return Questions(tokens_bt[:, :-1], tokens_bt[:, 1:])
 
 
-def model_of(levels: LevelsPart, random_seed: int, hidden: int) -> torch.nn.Module:
+GUESS = math.log(16)
+
+
+def model_of(levels: LevelsPart, random_seed: int, hidden: int, rule: str = "gated_delta") -> torch.nn.Module:
     part = ModelPart.model_validate({"mixer": "memory", "width": 16, "n_layers": 1, "hidden": hidden})
-    memory = MemoryPart(rule="gated_delta", head_width=8, chunk=8, levels=levels)
+    memory = MemoryPart(rule=rule, head_width=8, chunk=8, levels=levels)
     return build(part, memory, Regimes().vocabulary, random_seed)
 
 
@@ -66,9 +70,23 @@ def test_two_levels_are_no_worse_than_one():
         found[name] = [final_nats(levels, width, rate, start) for start in STARTS]
     ratio = statistics.fmean(found["two"]) / statistics.fmean(found["one"])
     print(f"two levels over one: {ratio:.3f}, {found}")
-    guess = torch.log(torch.tensor(16.0)).item()
-    assert max(found["one"] + found["two"]) < 0.5 * guess
+    assert max(found["one"] + found["two"]) < 0.5 * GUESS
     assert ratio <= 1.05
     figures = level_figures(model_of(two, 0, 32), Regimes().questions(1, HELD_OUT).tokens_bt)
     assert [path.rpartition(".")[2] for path in figures] == ["0", "1"]
     assert all({"write_budget", "half_life", "share", "n_fires"} <= each.keys() for each in figures.values())
+
+
+def test_delta_descent_and_plain_descent_both_converge():
+    """S4-M10: one word of the settings apart, from three starts each; the losses are told."""
+    found = {}
+    for rule in ("delta_descent", "delta"):
+        models = [model_of(LevelsPart(), start, 32, rule) for start in range(3)]
+        learned = [
+            learn(model, Regimes(), steps=STEPS, batch=4, rate=RATES[1], random_seed=start, device=CPU)
+            for start, model in enumerate(models)
+        ]
+        found[rule] = [result.nats for result in learned]
+    print({rule: (statistics.fmean(nats), statistics.stdev(nats)) for rule, nats in found.items()})
+    assert max(nats for losses in found.values() for nats in losses) < 0.5 * GUESS
+    assert found["delta"] != found["delta_descent"]
