@@ -360,7 +360,7 @@ def test_resuming_levels_changes_nothing(corpus, cut):
 
 
 def test_losses_of_layers_are_taught_and_not_told(corpus):
-    """S3-M5: without a budget the gate of a learned frequency hears the text alone, with one its bias goes elsewhere."""
+    """S3-M5: without a budget the gate of a learned frequency hears the text alone, with one it hears that as well."""
 
     def taught(budget: float) -> tuple[Tensor, float | None]:
         levels = {"count": 2, "frequency": "output", "budget": budget}

@@ -14,7 +14,9 @@ app = typer.Typer(help="Show the settings of a preset or file, and what may be s
 def show(
     preset: Preset,
     overrides: Overrides = None,
-    why: Annotated[bool, typer.Option("--why", help="Name the layer that set each value.")] = False,
+    why: Annotated[
+        bool, typer.Option("--why", help="Name the layer that set each value, and where a paper's number is from.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print the settings a run would use, all layers merged.
@@ -24,20 +26,28 @@ def show(
       meristem config show titans-mag
       meristem config show titans-mag train.budget=60s --why
     """
-    from meristem.config import dump_yaml
-    from meristem.recipes.config import load_config
+    from meristem.config import dump_yaml, sources
+    from meristem.recipes.config import is_preset, load_config
 
     loaded = load_config(preset, overrides or ())
     tree = loaded.tree.model_dump(mode="json")
     if not why:
         answer(tree, as_json, lambda tree: dump_yaml(tree).splitlines())
         return
-    leaves = {key: {"value": _leaf(tree, key), "layer": layer} for key, layer in loaded.why.items()}
-    answer(leaves, as_json, lambda leaves: columns(("key", "value", "set by"), _why_rows(leaves)))
+    told = sources(preset) if is_preset(preset) else {}
+    leaves = {
+        key: {
+            "value": _leaf(tree, key),
+            "layer": layer,
+            "source": told.get(key, "") if "preset" in layer or "size" in layer else "",
+        }
+        for key, layer in loaded.why.items()
+    }
+    answer(leaves, as_json, lambda leaves: columns(("key", "value", "set by", "source"), _why_rows(leaves)))
 
 
 def _why_rows(leaves: Mapping[str, Mapping[str, object]]) -> list[tuple[object, ...]]:
-    return [(key, leaf["value"], leaf["layer"]) for key, leaf in sorted(leaves.items())]
+    return [(key, leaf["value"], leaf["layer"], leaf["source"]) for key, leaf in sorted(leaves.items())]
 
 
 def _leaf(tree: object, key: str) -> object:
@@ -71,6 +81,7 @@ def presets(as_json: Json = False) -> None:
     Example:
       meristem config presets
     """
-    from meristem.config import preset_names
+    from meristem.config import preset_names, size_names, sized
 
-    answer(list(preset_names()), as_json, lambda names: names)
+    also = f"{', '.join(sized())}: also as NAME-SIZE, where SIZE is {', '.join(size_names())}"
+    answer(list(preset_names()), as_json, lambda names: [*names, "", also])

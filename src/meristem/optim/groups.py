@@ -95,7 +95,7 @@ def _with_periods(module: nn.Module, inherited: int) -> Iterator[tuple[nn.Parame
 
 
 def _by_speed(model: nn.Module, parameters: list[nn.Parameter]) -> dict[int | None, list[nn.Parameter]]:
-    """The parameters by the speed of M3 that a module around them asks for, by an attribute ``m3_every``, or by none."""
+    """The parameters by the speed of M3 that a module around them asks for by ``m3_every``, or by none."""
     every_of: dict[int, int] = {}
     for module in model.modules():
         every = getattr(module, "m3_every", None)

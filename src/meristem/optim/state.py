@@ -11,6 +11,7 @@ from meristem.optim.clock import Clock
 from meristem.optim.outer import Outer
 
 PENDING: Final = "pending"
+NOTHING: Final = "nothing"
 COUNT: Final = "clock/count"
 PERIODS: Final = "clock/periods"
 
@@ -19,11 +20,15 @@ def tensors(model: nn.Module, optimizer: Outer) -> dict[str, Tensor]:
     """Moments, step counters and pending gradients under ``<parameter>/<tensor>``, and the clock.
 
     By name, so that neither order nor grouping matters. Counters that the host holds become whole numbers without axes.
+    A parameter of which nothing was gathered yet, as in a level that was grown, says so.
     """
     held: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        gathered = optimizer.state.get(parameter, {})
+        for key, value in gathered.items():
             held[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+        if parameter.requires_grad and not gathered:
+            held[f"{name}/{NOTHING}"] = torch.tensor(1)
         if parameter in optimizer.pending:
             held[f"{name}/{PENDING}"] = optimizer.pending[parameter]
     clock = {COUNT: torch.tensor(optimizer.clock.count), PERIODS: torch.tensor(optimizer.clock.periods)}
@@ -39,6 +44,7 @@ def restore(model: nn.Module, optimizer: Outer, saved: Mapping[str, Tensor]) -> 
     parameters = dict(model.named_parameters())
     restored: dict[Tensor, dict[str, Any]] = {}
     pending: dict[Tensor, Tensor] = {}
+    known: set[str] = set()
     for path, value in saved.items():
         if path in (COUNT, PERIODS):
             continue
@@ -52,11 +58,14 @@ def restore(model: nn.Module, optimizer: Outer, saved: Mapping[str, Tensor]) -> 
                 tensor=path,
             )
         copied = value.detach().to(parameter.device, copy=True)
+        known.add(name)
         if key == PENDING:
             pending[parameter] = copied
+        elif key == NOTHING:
+            continue
         else:
             restored.setdefault(parameter, {})[key] = copied if value.is_floating_point() else int(value)
-    missing = {name for name, parameter in parameters.items() if parameter.requires_grad and parameter not in restored}
+    missing = {name for name, parameter in parameters.items() if parameter.requires_grad and name not in known}
     if restored and missing:
         raise CheckpointMismatch(
             f"the saved optimizer holds nothing for {sorted(missing)[:3]} ({len(missing)} parameters in all). "

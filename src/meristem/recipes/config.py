@@ -109,7 +109,7 @@ def load_config(
     preset_or_file: str, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ
 ) -> Loaded[Config]:
     """The tree of a preset, or of a YAML file, which is told by its ending or by a directory in its name."""
-    is_file = Path(preset_or_file).suffix in (".yaml", ".yml") or os.sep in preset_or_file
+    is_file = not is_preset(preset_or_file)
     return load(
         Config,
         preset=None if is_file else preset_or_file,
@@ -117,3 +117,8 @@ def load_config(
         environment=environment,
         overrides=overrides,
     )
+
+
+def is_preset(preset_or_file: str) -> bool:
+    """Whether the text names a preset and no file."""
+    return Path(preset_or_file).suffix not in (".yaml", ".yml") and os.sep not in preset_or_file
