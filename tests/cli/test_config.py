@@ -17,8 +17,11 @@ def test_shown_settings_are_the_settings(capsys):
 def test_why_names_the_layer(answered):
     """Of every leaf."""
     code, leaves = answered("config", "show", "charformer", "train.steps=7", "--why")
-    assert (code, leaves["train.steps"]) == (0, {"value": 7, "layer": "command line train.steps=7"})
-    assert leaves["model.name"] == {"value": "charformer", "layer": "preset charformer"}
+    assert (code, leaves["train.steps"]) == (0, {"value": 7, "layer": "command line train.steps=7", "source": ""})
+    assert leaves["model.name"] == {"value": "charformer", "layer": "preset charformer", "source": ""}
+    _, leaves = answered("config", "show", "hope-340m", "--why")
+    assert leaves["model.width"]["source"].startswith("MIRAS 2504.13173")
+    assert leaves["model.width"]["layer"] == "size 340m"
     assert leaves["train.max_nonfinite"]["layer"] == "defaults"
 
 

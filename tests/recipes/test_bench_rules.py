@@ -52,7 +52,8 @@ def test_the_scan_is_continued_on_a_line(monkeypatch):
     (whole,) = (r for r in bench.in_all_forms("delta", WIDTH, N_TIME, 1e11, 1) if r.figures["form"] == "scan")
     monkeypatch.setattr(bench, "SCANNED", N_TIME // 2)
     (half,) = (r for r in bench.in_all_forms("delta", WIDTH, N_TIME, 1e11, 1) if r.figures["form"] == "scan")
-    assert half.figures["training_flops"] == whole.figures["training_flops"]
+    # The convolution's gradient works on the padding too, which a window has once whatever its length.
+    assert half.figures["training_flops"] == pytest.approx(whole.figures["training_flops"], rel=2e-3)
     assert half.figures["peak_bytes"] == pytest.approx(whole.figures["peak_bytes"], rel=0.1)
     assert f"from {N_TIME // 2} tokens" in half.note
 

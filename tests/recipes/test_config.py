@@ -7,7 +7,7 @@ import pytest
 
 import meristem
 from meristem.config import Part, dump_yaml, leaves, preset_names, read_yaml
-from meristem.errors import ConflictingKeys, WrongValue
+from meristem.errors import ConflictingKeys, DeadKey, WrongValue
 from meristem.recipes.config import Config, load_config
 
 PACKAGE = Path(meristem.__file__).parent
@@ -37,10 +37,24 @@ def test_keys_that_do_not_go_together(preset, overrides, message):
 
 @pytest.mark.parametrize(
     ("preset", "overrides"),
-    [("charrnn", ["data.window=300"]), ("attention", ["memory.head_width=24"]), ("charformer", ["data.window=255"])],
+    [("charrnn", ["data.window=300"]), ("charformer", ["data.window=255"]), ("hope", ["memory.conv=2"])],
 )
 def test_rules_hold_only_for_whom_they_concern(preset, overrides):
     load_config(preset, overrides, {})
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "message"),
+    [
+        ("attention", "memory.rule=yaad", "memory.rule given, but no layer .* they read nothing of memory"),
+        ("charrnn", "memory.head_width=16", "memory.head_width given"),
+        ("hope", "memory.rule=yaad", "they read memory.conv, memory.head_width, memory.self_reference. Remove"),
+        ("titans-mag", "memory.self_reference.setting=static", "memory.self_reference given"),
+    ],
+)
+def test_settings_of_memories_that_no_layer_reads_are_refused(preset, override, message):
+    with pytest.raises(DeadKey, match=message):
+        load_config(preset, [override], {})
 
 
 def test_file_is_told_from_preset(tmp_path):

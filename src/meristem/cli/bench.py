@@ -43,7 +43,7 @@ def everything(
     picture: Picture = None,
     as_json: Json = False,
 ) -> None:
-    """Measure memory forms, models, decoding and start-up: a table, then one JSON line.
+    """Measure memory forms, models, compositions, decoding and start-up: a table, then one JSON line.
 
     Exit code 1 when a target is missed.
 
@@ -52,7 +52,8 @@ def everything(
       meristem bench all
       meristem bench all --repeats 3 --json
     """
-    _speeds(("memory", "model", "decode", "start"), repeats, as_json, layers=(width, window), picture=picture)
+    names = ("memory", "model", "compositions", "hope", "levels", "decode", "start")
+    _speeds(names, repeats, as_json, layers=(width, window), picture=picture)
 
 
 @app.command()
@@ -86,6 +87,41 @@ def model(repeats: Repeats = 5, as_json: Json = False) -> None:
       meristem bench model
     """
     _speeds(("model",), repeats, as_json)
+
+
+@app.command()
+def compositions(repeats: Repeats = 5, as_json: Json = False) -> None:
+    """Measure training with a memory as context, gate and layer. Exit code 1 when a target is missed.
+
+    Two layers, windows of 512 tokens, whole steps; a transformer of the same width and depth takes turns with them.
+
+    \b
+    Examples:
+      meristem bench compositions
+    """
+    _speeds(("compositions",), repeats, as_json)
+
+
+@app.command()
+def hope(repeats: Repeats = 5, as_json: Json = False) -> None:
+    """Measure training and decoding of hope, memories written. Exit code 1 when a target is missed.
+
+    \b
+    Examples:
+      meristem bench hope --repeats 9
+    """
+    _speeds(("hope",), repeats, as_json)
+
+
+@app.command()
+def levels(repeats: Repeats = 5, as_json: Json = False) -> None:
+    """Measure what four levels cost over one in training. Exit code 1 when a target is missed.
+
+    \b
+    Examples:
+      meristem bench levels --json
+    """
+    _speeds(("levels",), repeats, as_json)
 
 
 @app.command()

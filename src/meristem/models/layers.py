@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from meristem.errors import ConflictingKeys
-from meristem.models.part import ModelPart
+from meristem.models.part import READS, ModelPart
 from meristem.nn.part import LevelsPart, MemoryPart
 
 
@@ -20,6 +20,22 @@ def of_layer(model: ModelPart, memory: MemoryPart, layer: int) -> tuple[ModelPar
         else:
             in_memory["levels"] = LevelsPart.model_validate(memory.levels.model_dump() | of_levels)
     return model.model_copy(update=in_model), memory.model_copy(update=in_memory)
+
+
+MEMORY_KEYS: Final = {
+    "attention": frozenset[str](),
+    "self_reference": frozenset({"head_width", "conv", "self_reference"}),
+    **dict.fromkeys(("mag", "mac", "mal", "memory"), frozenset(MemoryPart.model_fields) - {"self_reference"}),
+}
+"""What each of our mixers reads of the settings of memories; a plugin's mixer may read any."""
+
+
+def memory_keys(model: ModelPart) -> frozenset[str]:
+    """The settings of memories that some layer of the model reads."""
+    every = frozenset(MemoryPart.model_fields)
+    if model.name != "lm":
+        return frozenset() if model.name in READS else every
+    return frozenset().union(*(MEMORY_KEYS.get(mixer, every) for mixer in model.mixers))
 
 
 def require_pattern(model: ModelPart, memory: MemoryPart, optimizer: str) -> None:

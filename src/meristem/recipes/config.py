@@ -11,9 +11,9 @@ from meristem.checkpoint.part import CheckpointPart
 from meristem.config import Loaded, Part, load
 from meristem.data.part import DataPart, TokenizerPart
 from meristem.device.part import DevicePart
-from meristem.errors import ConflictingKeys
+from meristem.errors import ConflictingKeys, DeadKey
 from meristem.evaluate.part import EvaluatePart
-from meristem.models.layers import require_pattern
+from meristem.models.layers import memory_keys, require_pattern
 from meristem.models.part import ModelPart
 from meristem.nn.part import MemoryPart
 from meristem.optim.part import OptimPart, SchedulePart
@@ -69,6 +69,21 @@ class Config(Part):
                 f"{self.memory.head_width}. Set memory.head_width to a divisor of the width.",
                 path="memory.head_width",
                 value=self.memory.head_width,
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_is_read(self) -> Self:
+        read = memory_keys(self.model)
+        given = {key for key, field in MemoryPart.model_fields.items() if getattr(self.memory, key) != field.default}
+        dead = sorted(given - read)
+        if dead:
+            raise DeadKey(
+                f"memory.{', memory.'.join(dead)} given, but no layer of this model reads it; they read "
+                f"{', '.join(f'memory.{key}' for key in sorted(read)) or 'nothing of memory'}. Remove the key, or "
+                f"choose another model.mixer.",
+                path=f"memory.{dead[0]}",
+                value=getattr(self.memory, dead[0]),
             )
         return self
 
