@@ -91,13 +91,14 @@ def test_the_page_of_rules_is_current() -> None:
 
 
 def test_both_rules_of_atlas_stand_on_the_page_with_their_equations() -> None:
+    """S3b-S18."""
     written = script("rules").PAGE.read_text(encoding="utf-8")
     assert "`S <- momentum S + grad sum of the last losses; M <- retain M - write NS(S)`" in written
     assert "`S <- momentum S + write u k^T; M <- retain M + S`" in written
 
 
 def test_a_rule_that_is_not_on_the_page_makes_it_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check above can fail: on another catalogue, and on other forms."""
+    """S3b-S18: the check above can fail: on another catalogue, and on other forms."""
     page = script("rules")
     found = json.loads(page.FIGURES.read_text(encoding="utf-8"))
     written = page.page(found)

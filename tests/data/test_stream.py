@@ -78,7 +78,7 @@ def test_targets_are_the_tokens_that_follow(corpus, layout):
 @given(position=st.integers(0, 300))
 @settings(max_examples=20, deadline=None)
 def test_a_batch_is_found_from_its_position_alone(corpus, layout, position):
-    """A stream made anew, given a cursor that went through JSON, goes on where the first one would."""
+    """S1-M15: a stream made anew, given a cursor that went through JSON, goes on where the first one would."""
     walked, cursor = take(stream(corpus, **layout), position + 3)
     resumed = Cursor.from_json(Cursor(position, cursor.fingerprint, cursor.layout).to_json())
     for batch, again in zip(walked[position:], take(stream(corpus, **layout), 3, resumed)[0], strict=True):
@@ -196,6 +196,7 @@ def test_more_rows_than_windows_cannot_read_on(make):
 
 
 def test_a_cursor_of_another_text_is_refused(corpus, make):
+    """S1-M15."""
     cursor = stream(make("short", [9])).start()
     with pytest.raises(ManifestMismatch, match="the cursor belongs to data .* the text, its split or its tokenizer"):
         stream(corpus).next(cursor)
@@ -206,6 +207,7 @@ def test_a_cursor_of_another_text_is_refused(corpus, make):
     [{"window": 6}, {"batch": 4}, {"stride": 1}, {"random_seed": 2}, {"order": "random"}, {"documents": "within"}],
 )
 def test_a_cursor_of_another_layout_is_refused(corpus, more):
+    """S1-M15."""
     with pytest.raises(DataError, match="counts batches of 'train shuffled join window=5 .* this stream gives"):
         stream(corpus, **more).next(stream(corpus).start())
 

@@ -65,6 +65,7 @@ def compared(attention, n_time, width):
 @pytest.mark.parametrize("key_width", [16, 32, 64, 80, 128])
 @pytest.mark.parametrize("span", [None, 5])
 def test_every_head_width_agrees_with_the_dense_reference(key_width, span):
+    """S2-M1a."""
     (ours, our_grads), (true, true_grads) = compared(made(key_width, 2, span=span), 23, 2 * key_width)
     torch.testing.assert_close(ours, true, rtol=0, atol=1e-10)
     torch.testing.assert_close(our_grads, true_grads, rtol=0, atol=1e-10)

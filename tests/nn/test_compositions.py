@@ -133,11 +133,11 @@ def test_a_plain_causal_mask_over_the_joined_sequence_leaks():
     """S1-M14: [h | X] in one causal sequence shows every h of a segment to its first token; the law above sees it."""
     mac = met(made(MemoryAsContext, rope=False, span=None, segment=SEGMENT))
 
-    def attend_plainly(still_bthk, query_bthk, seen):
-        _, n_time = seen["keys_bshk"].shape[1], query_bthk.shape[1]
+    def attend_plainly(part, whole, seen):
+        n_time = part.query_bthk.shape[1]
         keys_bshk = torch.cat([seen["context_keys_bshk"], seen["keys_bshk"]], dim=1)
         values_bshv = torch.cat([seen["context_values_bshv"], seen["values_bshv"]], dim=1)
-        score_bhts = torch.einsum("bthk,bshk->bhts", query_bthk, keys_bshk)
+        score_bhts = torch.einsum("bthk,bshk->bhts", part.query_bthk, keys_bshk)
         is_later_ts = torch.ones(n_time, keys_bshk.shape[1], dtype=torch.bool).triu(keys_bshk.shape[1] - n_time + 1)
         share_bhts = score_bhts.masked_fill(is_later_ts, -math.inf).softmax(-1)
         return torch.einsum("bhts,bshv->bthv", share_bhts, values_bshv).flatten(2)

@@ -21,6 +21,7 @@ def plain(weight_dc, hidden_btd):
 @pytest.mark.parametrize("kernel", [1, 2, 4])
 @pytest.mark.parametrize("n_time", [1, 3, 11])
 def test_conv_is_a_weighted_sum_of_the_last_inputs(kernel, n_time):
+    """S3b-S19."""
     conv = CausalConv(5, kernel).double()
     hidden_btd = torch.randn(3, n_time, 5, dtype=torch.float64)
     torch.testing.assert_close(conv(hidden_btd)[0], plain(conv.weight_dc, hidden_btd), rtol=0, atol=1e-12)
@@ -29,6 +30,7 @@ def test_conv_is_a_weighted_sum_of_the_last_inputs(kernel, n_time):
 @pytest.mark.parametrize("kernel", [1, 4])
 @pytest.mark.parametrize("cuts", [[1] * 11, [2, 9], [1, 3, 7]])
 def test_cutting_the_window_changes_nothing(kernel, cuts):
+    """S3b-S19."""
     conv = CausalConv(5, kernel).double()
     hidden_btd = torch.randn(3, 11, 5, dtype=torch.float64)
     whole_btd, last = conv(hidden_btd)
@@ -47,6 +49,7 @@ def test_conv_starts_near_the_identity():
 
 
 def test_a_kernel_of_one_tap_keeps_no_past():
+    """S3b-S19."""
     _, state = CausalConv(5, 1)(torch.randn(3, 7, 5))
     assert state["tail_bsd"].shape == (3, 0, 5)
 

@@ -14,11 +14,13 @@ from meristem.memory import Gates, named
 from meristem.memory import scan as scan_rule
 from meristem.memory.structure import Live, Matrix, Mlp, Pairs, outer
 from meristem.memory.value import clone, flatten
+from meristem.models.build import build
 from meristem.nn.part import MemoryPart, SelfReferencePart
 from meristem.nn.self_chunk import GATES, unit
 from meristem.nn.self_decode import can_decode
 from meristem.nn.self_reference import SelfReference
 from meristem.nn.self_scan import Meaning, descended, scan
+from meristem.recipes.config import load_config
 
 WIDTH, HEAD = 12, 4
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -444,6 +446,47 @@ def test_one_token_said_often_stays_finite(loss):
         norms[unit_value] = state["memory"]["asked"]["live"]["matrix_bhkv"].norm(dim=(-2, -1))
     assert ((norms[True] > 4) & (norms[True] < 16)).all(), "the identity has the norm 8"
     assert not (norms[False] < 1e6).any()
+
+
+def scanned(module, rows, queries, memory):
+    """``SelfReference.recall`` by the scan, from the first memories."""
+    batch = len(rows) // module.heads
+    rows_bhtk, queries_bhtk = (x if x is None else x.unflatten(0, (batch, -1)) for x in (rows, queries))
+    read_bhtk, _ = scan(meaning_of(module), memories_of(module, batch), rows_bhtk, queries_bhtk)
+    return read_bhtk.flatten(0, 1), {}
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"setting": "self_generated", "loss": "dot"},
+        {"setting": "self_generated", "loss": "squared", "adaptive_query": "true"},
+        {"setting": "self_generated", "structure": "mlp"},
+        {"setting": "adaptive", "chunk_memory": 4},
+        {"setting": "static", "chunk_memory": 4, "chunk_other": 8},
+    ],
+    ids=lambda chosen: "-".join(map(str, chosen.values())),
+)
+def test_a_model_chosen_by_settings_is_that_of_the_equations(chosen, monkeypatch):
+    """S4-M11: two layers of HOPE; logits are those of the scan in every layer, and so is every gradient, none blocked.
+
+    Chunks of one token make everything anew; longer ones are exact where what they make is not written meanwhile.
+    """
+    settings = {"chunk_memory": 1, "chunk_other": 1, "eta_scale": 0.05, "half_life": 8} | chosen
+    overrides = [f"memory.self_reference.{key}={value}" for key, value in settings.items()]
+    config = load_config("hope-micro", ["model.width=8", "model.hidden=9", "memory.head_width=4", *overrides], {}).tree
+    model, tokens_bt = build(config.model, config.memory, 29, 3).double(), torch.arange(2 * 19).reshape(2, 19) * 5 % 29
+    parameters = dict(model.named_parameters())
+    found = []
+    for recall in (SelfReference.recall, scanned):
+        monkeypatch.setattr(SelfReference, "recall", recall)
+        logits_bto, _ = model(tokens_bt)
+        loss = functional.cross_entropy(logits_bto[:, :-1].flatten(0, 1), tokens_bt[:, 1:].flatten())
+        found.append((logits_bto, torch.autograd.grad(loss, list(parameters.values()))))
+    torch.testing.assert_close(*(logits_bto for logits_bto, _ in found), **CLOSE)
+    for name, gradient, true_gradient in zip(parameters, found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(gradient, true_gradient, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+        assert gradient.any(), name
 
 
 @every_structure

@@ -10,6 +10,7 @@ from torch.nn import functional
 from meristem.errors import WrongValue
 from meristem.models.build import build as build_model
 from meristem.models.part import ModelPart
+from meristem.nn.memory import MemoryLayer
 from meristem.nn.part import MemoryPart
 from meristem.nn.promotion import push_up, push_up_chain, stack_up, stack_up_chain
 from meristem.optim import state
@@ -19,11 +20,11 @@ from meristem.optim.part import OptimPart
 from meristem.optim.surgery import carried
 from optim.levels import Levelled, copied, equal, train, weights
 
-SMALL = {"width": 12, "n_layers": 1, "heads": 2, "span": 5, "hidden": 17}
+SMALL = {"width": 12, "n_layers": 1, "hidden": 17}
 MODELS = {
     "memory": ModelPart.model_validate(SMALL | {"mixer": "memory", "mlp": "gelu"}),
     "chain": ModelPart.model_validate(
-        SMALL | {"mixer": "attention", "mlp": "levels", "levels": {"count": 2, "periods": [1, 3]}}
+        SMALL | {"mixer": "attention", "heads": 2, "mlp": "levels", "levels": {"count": 2, "periods": [1, 3]}}
     ),
 }
 MEMORY = MemoryPart.model_validate(
@@ -38,9 +39,10 @@ def part_of(kind):
 
 
 def learn(model, optimizer, steps):
-    """Steps on texts that are others at every step."""
+    """Steps on texts that are others at every step, long enough for the slowest memory to be heard."""
+    n_time = 20 if isinstance(model.blocks[0].mixer, MemoryLayer) else 9
     for step in steps:
-        tokens_bt = torch.randint(29, (2, 14), generator=torch.Generator().manual_seed(step))
+        tokens_bt = torch.randint(29, (2, n_time), generator=torch.Generator().manual_seed(step))
         logits_bto, _ = model(tokens_bt[:, :-1])
         loss = functional.cross_entropy(logits_bto.flatten(0, 1), tokens_bt[:, 1:].flatten())
         loss.backward()
@@ -49,8 +51,8 @@ def learn(model, optimizer, steps):
         assert loss.isfinite()
 
 
-def trained(kind):
-    model = build_model(MODEL, MEMORY, 29, random_seed=3)
+def trained(kind, where):
+    model = build_model(MODELS[where], MEMORY, 29, random_seed=3)
     optimizer = build(model, part_of(kind))
     learn(model, optimizer, range(N_BEFORE))
     return model, optimizer
@@ -91,7 +93,7 @@ def gathered(model, optimizer):
 @every_growth
 def test_moments_move_with_their_levels(kind, where, grow):
     """Issue 4, 6: moments, counters and what waits are bitwise those of the level as it was; a fresh level has none."""
-    old, before = trained(kind)
+    old, before = trained(kind, where)
     model, names, fresh = grown(old, where, grow)
     after = carried(before, old=old, model=model, names=names, part=part_of(kind))
     had, has = gathered(old, before), gathered(model, after)
@@ -101,32 +103,37 @@ def test_moments_move_with_their_levels(kind, where, grow):
         assert {value.data_ptr() for value in has[new].values()}.isdisjoint(v.data_ptr() for v in had[name].values())
     begun = {name for name, _ in model.named_parameters()} - names.keys()
     assert not any(has[name] for name in begun) and any(name.startswith(fresh) for name in begun)
-    slow = [name for name in names if name.startswith("blocks.0.mlp.level.") and "pending" in has[name]]
-    assert slow and all(has[name]["pending"].any() for name in slow)
-    longest = {"push_up": (1, 3, 24), "stack_up": (1, 3, 24)}[grow] if where == "chain" else (1, 3)
-    assert (after.clock.count, after.clock.periods) == (N_BEFORE, longest)
+    slow = [name for name in names if state.PENDING in has[name]]
+    assert bool(slow) == (where == "chain") and all(has[name][state.PENDING].any() for name in slow)
+    assert (after.clock.count, after.clock.periods) == (N_BEFORE, (1, 3, 24) if where == "chain" else (1,))
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["adamw", "m3"])
 @every_growth
 def test_training_goes_on_and_the_old_run_knows_nothing_of_it(kind, where, grow):
-    """Finite, every parameter of the grown model moves once its period has passed; undone, all is as it was."""
-    old, before = trained(kind)
+    """Finite, every parameter of the grown model moves once its period has passed; undone, all is as it was.
+
+    Of a level that adds nothing yet only the last projection has a gradient at first; decay moves all matrices.
+    """
+    old, before = trained(kind, where)
     was, held = weights(old), copied(state.tensors(old, before))
-    model, names, _ = grown(old, where, grow)
+    model, names, fresh = grown(old, where, grow)
     after = carried(before, old=old, model=model, names=names, part=part_of(kind))
     start = weights(model)
     learn(model, after, range(N_BEFORE, 25))
     now = weights(model)
-    assert all(now[name].isfinite().all() and not torch.equal(now[name], start[name]) for name in now)
+    still = {name for name in now if torch.equal(now[name], start[name])}
+    waits = {name for name in now if where == "chain" and grow == "stack_up" and name.startswith(fresh)}
+    assert all(tensor.isfinite().all() for tensor in now.values())
+    assert still == {name for name in waits if ".out." not in name and now[name].dim() == 1}
     assert equal(weights(old), was) and equal(state.tensors(old, before), held)
 
 
 @every_kind
-@pytest.mark.parametrize("cut", [0, 1, 4])
+@pytest.mark.parametrize("cut", [0, 4])
 def test_a_grown_run_is_resumed_to_the_bit(kind, cut):
     """Issue 4, 6: checkpoint, promotion and resume; the level on top is not due before step 24, and has nothing yet."""
-    old, before = trained(kind)
+    old, before = trained(kind, "chain")
     model, names, fresh = grown(old, "chain", "stack_up")
     after = carried(before, old=old, model=model, names=names, part=part_of(kind))
     learn(model, after, range(N_BEFORE, N_BEFORE + cut))
@@ -137,7 +144,7 @@ def test_a_grown_run_is_resumed_to_the_bit(kind, cut):
     restored = build(second, part_of(kind))
     state.restore(second, restored, saved)
     for each, optimizer in ((model, after), (second, restored)):
-        learn(each, optimizer, range(N_BEFORE + cut, 27))
+        learn(each, optimizer, range(N_BEFORE + cut, 25))
     assert equal(weights(model), weights(second))
     assert equal(state.tensors(model, after), state.tensors(second, restored))
 
@@ -153,18 +160,13 @@ def test_nothing_grown_is_nothing_changed(kind):
     after = carried(before, old=first, model=second, names=names, part=part_of(kind))
     train(first, before, range(4, 11))
     train(second, after, range(4, 11))
-    assert equal(weights(first), weights(second)) and equal(
-        *(state.tensors(*pair) for pair in pairs(first, before, second, after))
-    )
-
-
-def pairs(first, before, second, after):
-    return (first, before), (second, after)
+    assert equal(weights(first), weights(second))
+    assert equal(state.tensors(first, before), state.tensors(second, after))
 
 
 def test_what_is_named_no_more_begins_afresh():
     """Moments can be left behind, of a promoted level as of any other."""
-    old, before = trained("adamw")
+    old, before = trained("adamw", "chain")
     model, names, _ = grown(old, "chain", "push_up")
     left = {name: source for name, source in names.items() if not name.startswith("blocks.0.mlp.")}
     found = gathered(model, carried(before, old=old, model=model, names=left, part=part_of("adamw")))

@@ -53,9 +53,14 @@ def size(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def final_nats(levels: LevelsPart, hidden: int, rate: float, start: int) -> float:
-    model = model_of(levels, start, hidden)
+def final_nats(model: torch.nn.Module, rate: float, start: int) -> float:
+    """Of a model that is trained for it, in place."""
     return learn(model, Regimes(), steps=STEPS, batch=4, rate=rate, random_seed=start, device=CPU).nats
+
+
+def first_biases(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What the gates of each level begin with."""
+    return [value for name, value in model.state_dict().items() if name.endswith("gates.bias_h")]
 
 
 def test_two_levels_are_no_worse_than_one():
@@ -64,17 +69,29 @@ def test_two_levels_are_no_worse_than_one():
     # The single level is padded by a wider feed-forward layer, three rows of weights for each unit.
     hidden = 32 + round((size(model_of(two, 0, 32)) - size(model_of(one, 0, 32))) / 48)
     assert abs(size(model_of(one, 0, hidden)) / size(model_of(two, 0, 32)) - 1) < 0.02
-    found = {}
+    (alone,), together = first_biases(model_of(one, 0, hidden)), first_biases(model_of(two, 0, 32))
+    assert len(together) == 2 and all(torch.equal(bias_h, alone) for bias_h in together)
+    found, figures = {}, {}
     for name, levels, width in (("one", one, hidden), ("two", two, 32)):
-        rate = min(RATES, key=lambda rate, levels=levels, width=width: final_nats(levels, width, rate, 99))
-        found[name] = [final_nats(levels, width, rate, start) for start in STARTS]
+        tried = {rate: final_nats(model_of(levels, 99, width), rate, 99) for rate in RATES}
+        models = [model_of(levels, start, width) for start in STARTS]
+        found[name] = [
+            final_nats(model, min(tried, key=tried.__getitem__), start)
+            for start, model in zip(STARTS, models, strict=True)
+        ]
+        figures[name] = level_figures(models[0], Regimes().questions(1, HELD_OUT).tokens_bt)
     ratio = statistics.fmean(found["two"]) / statistics.fmean(found["one"])
     print(f"two levels over one: {ratio:.3f}, {found}")
     assert max(found["one"] + found["two"]) < 0.5 * GUESS
     assert ratio <= 1.05
-    figures = level_figures(model_of(two, 0, 32), Regimes().questions(1, HELD_OUT).tokens_bt)
-    assert [path.rpartition(".")[2] for path in figures] == ["0", "1"]
-    assert all({"write_budget", "half_life", "share", "n_fires"} <= each.keys() for each in figures.values())
+    print(figures)
+    assert not figures["one"], "one level is the plain memory"
+    assert [path.rpartition(".")[2] for path in figures["two"]] == ["0", "1"]
+    fast, slow = figures["two"].values()
+    assert (fast["n_fires"], slow["n_fires"]) == (16, 2)
+    assert all(
+        0 < each["write_budget"] < 1 < each["half_life"] and each["memory_change"] > 1e-3 for each in (fast, slow)
+    )
 
 
 def test_delta_descent_and_plain_descent_both_converge():

@@ -1,4 +1,10 @@
-"""S4-M14: HOPE from a text to a trained model, with four levels of feed-forward layers."""
+"""S4-M14, S3b-M3: HOPE from a text to a trained model, with four levels of feed-forward layers, and what it is
+compared with by a word of its settings."""
+
+import itertools
+import math
+import statistics
+from collections import Counter
 
 import pytest
 import torch
@@ -7,10 +13,12 @@ from meristem.models.build import build
 from meristem.models.load import load
 from meristem.models.reader import reader_of
 from meristem.nn.chain import ChainLevel
+from meristem.optim.groups import build as build_optimizer
+from meristem.recipes.config import load_config
 from meristem.recipes.pretrain import pretrain
 from meristem.sinks.records import history
 from meristem.train.loss import cross_entropy
-from recipes.small import config, write_text
+from recipes.small import TEXT, config, write_text
 
 STEPS = 60
 HOPE = (
@@ -75,3 +83,67 @@ def test_reading_changes_the_memory_and_no_weight(trained):
     answers = [reader_of(model, learn, cross_entropy)(tokens_bt, None)[0] for learn in ("off", "memory", "levels")]
     assert not torch.equal(answers[0], answers[1]) and not torch.equal(answers[1], answers[2])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("structure", "n_steps"),
+    [
+        ("matrix", 200),
+        pytest.param("mlp", 200, marks=pytest.mark.slow),
+        pytest.param("matrix", 1000, marks=pytest.mark.slow),
+    ],
+)
+def test_every_gradient_is_alive_throughout(structure, n_steps):
+    """S3b-M3: the micro model learns for 200 steps, in each of which every gradient is finite and not 0."""
+    settings = load_config("hope-micro", [f"memory.self_reference.structure={structure}"], {}).tree
+    model = build(settings.model, settings.memory, 256, settings.run.random_seed)
+    optimizer, generator = build_optimizer(model, settings.optim), torch.Generator().manual_seed(0)
+    data, losses = torch.tensor(list(TEXT.encode())), []
+    for step in range(n_steps):
+        starts = torch.randint(len(data) - 33, (2,), generator=generator)
+        text_bt = torch.stack([data[start : start + 33] for start in starts.tolist()])
+        loss = cross_entropy(model(text_bt[:, :-1], None)[0], text_bt[:, 1:]) / 64
+        loss.backward()
+        dead = [name for name, p in model.named_parameters() if not (p.grad.any() and p.grad.isfinite().all())]
+        assert not dead, f"step {step}: {dead}"
+        optimizer.step(loss.detach())
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    print(f"{structure}: {statistics.fmean(losses[:10]):.3f} -> {statistics.fmean(losses[-10:]):.3f} nats")
+    assert max(losses) < 1.5 * math.log(256), "it never diverges"
+    assert statistics.fmean(losses[-10:]) < 0.5 * statistics.fmean(losses[:10])
+
+
+MAG, OWN = "titans-mag-micro", "hope-micro"
+CHOICES = {
+    "descent": (MAG, "memory.rule", ("delta_descent", "delta")),
+    "loss": (OWN, "memory.self_reference.loss", ("dot", "squared")),
+    "setting": (OWN, "memory.self_reference.setting", ("self_generated", "adaptive", "static")),
+}
+BRIEF = ("train.steps=60", "optim.rate=0.01", "model.width=16", "checkpoint.every=60", "evaluate.every=null")
+STRONG = tuple(f"memory.self_reference.{each}" for each in ("chunk_memory=2", "chunk_other=4", "eta_scale=0.05"))
+
+
+@pytest.mark.parametrize(
+    ("choice", "starts"),
+    [(choice, 1) for choice in CHOICES] + [pytest.param(choice, 5, marks=pytest.mark.slow) for choice in CHOICES],
+)
+def test_a_choice_is_a_word_of_the_settings(choice, starts, tmp_path):
+    """S4-M10, S4-M11, S4-M14: delta descent or plain, what self-reference is taught by, how far it goes.
+
+    The loss of each from the same starts is told; all converge, below what the bytes of the text say without their
+    order; and the word is read.
+    """
+    preset, key, words = CHOICES[choice]
+    text, found = write_text(tmp_path), {word: [] for word in words}
+    for word, start in itertools.product(words, range(starts)):
+        settings = (*BRIEF, *(STRONG if preset == OWN else ()), f"{key}={word}", f"run.random_seed={start}")
+        run = pretrain(
+            config(text, *settings, "evaluate.n_samples=0", preset=preset), run_dir=tmp_path / f"{word}-{start}"
+        )
+        found[word].append(run.nats)
+    counts = Counter(TEXT.encode())
+    bytes_alone = sum(-n / len(TEXT) * math.log(n / len(TEXT)) for n in counts.values())
+    print(f"{preset}, {key}: {found}; bytes alone {bytes_alone:.3f}")
+    assert all(nats < bytes_alone for each in found.values() for nats in each)
+    assert len({tuple(nats) for nats in found.values()}) == len(words)

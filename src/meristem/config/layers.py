@@ -131,7 +131,7 @@ def _split(preset: str) -> tuple[str, str]:
     names = preset_names()
     for size in size_names():
         name = preset.removesuffix(f"-{size}")
-        if name != preset and name in names and name in sized():
+        if name != preset and name in names and "sources" in _read("presets", name):
             return name, size
     if preset in names:
         return preset, ""

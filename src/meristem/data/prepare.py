@@ -180,13 +180,14 @@ def _build(
     try:
         with disk_full(place):
             partial.mkdir()
+            asked = tokenizer.vocab_size
             if not isinstance(tokenizer, Tokenizer):
                 texts = (text for name, text in _divided(source, listing) if name == "train")
                 tokenizer = train_tokenizer(tokenizer, texts)
             tokenizer.save(partial)
             counts, files, max_token_id = _write_tokens(partial, source, listing, tokenizer, progress)
             files.append(manifests.describe_file(partial / TOKENIZER, "json", tokenizer.vocab_size))
-            manifest = _manifest(source, listing, tokenizer)
+            manifest = _manifest(source, listing, tokenizer, asked)
             manifests.write(partial, {**manifest, "counts": counts, "files": files, "max_token_id": max_token_id})
             os.rename(partial, place)
             sync_directory(place.parent)
@@ -300,7 +301,8 @@ def _require_filled(parts: Collection[str], listing: _Listing, source: sources.S
             )
 
 
-def _manifest(source: sources.Source, listing: _Listing, tokenizer: Tokenizer) -> dict[str, Any]:
+def _manifest(source: sources.Source, listing: _Listing, tokenizer: Tokenizer, asked: int) -> dict[str, Any]:
+    """asked: the most entries that the tokenizer might have learned; a short text teaches it fewer."""
     licence = {"license": source.licence} if source.licence else {}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     return {
@@ -316,6 +318,7 @@ def _manifest(source: sources.Source, listing: _Listing, tokenizer: Tokenizer) -
             "name": tokenizer.kind,
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
+            "asked_vocab_size": max(asked, tokenizer.vocab_size),
         },
         "split": {"method": listing.method, "salt": split.SALT, "ratios": list(listing.ratios), "group_key": "id"},
         "quality": {"bad": 0, "empty": listing.n_empty, "duplicates": 0, "too_long": 0, "examples": []},

@@ -20,6 +20,8 @@ ROTATION_BASE: Final = 10_000.0
 
 PastKeys = Float[Tensor, "b s h k"]
 PastValues = Float[Tensor, "b s h v"]
+Turns = tuple[Float[Tensor, "s 1 k"], Float[Tensor, "s 1 k"]]
+"""Cosines and sines, the latter with the sign of the channel that they bring in."""
 
 
 class Attention(nn.Module):
@@ -191,6 +193,11 @@ def turned(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) ->
 
     The pair made of channel k and channel k + half the key width is turned by the angle position * base^(-2k / width).
     """
+    return turned_by(keys_bshk, turns(keys_bshk, first, period=period))
+
+
+def turns(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) -> Turns:
+    """By how much ``turned`` turns such keys: what many keys at the same positions share."""
     dtype = torch.promote_types(keys_bshk.dtype, torch.float32)
     position_s = torch.arange(first, first + keys_bshk.shape[1], dtype=dtype, device=keys_bshk.device)
     position_s = position_s if period is None else position_s % period
@@ -198,6 +205,11 @@ def turned(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) ->
     angle_sk = position_s[:, None] * ROTATION_BASE**-exponent_k
     cos_shk = angle_sk.cos().to(keys_bshk.dtype)[:, None]
     sin_shk = angle_sk.sin().to(keys_bshk.dtype)[:, None]
+    return torch.cat([cos_shk, cos_shk], dim=-1), torch.cat([-sin_shk, sin_shk], dim=-1)
+
+
+def turned_by(keys_bshk: PastKeys, by: Turns) -> PastKeys:
+    """Keys turned."""
+    cos_shk, sin_shk = by
     left_bshk, right_bshk = keys_bshk.chunk(2, dim=-1)
-    swapped_bshk = torch.cat([right_bshk, left_bshk], dim=-1)
-    return keys_bshk * torch.cat([cos_shk, cos_shk], dim=-1) + swapped_bshk * torch.cat([-sin_shk, sin_shk], dim=-1)
+    return keys_bshk * cos_shk + torch.cat([right_bshk, left_bshk], dim=-1) * sin_shk

@@ -1,6 +1,7 @@
 """Memory as context: a segment attends to what the memory of earlier ones recalls (Titans 2501.00663, eqs. 21-25)."""
 
 import math
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +9,14 @@ from torch.nn import functional
 
 from meristem.errors import WrongValue
 from meristem.memory.value import State
-from meristem.nn.attention import Attention, turned
+from meristem.nn.attention import Attention, Turns, turned_by, turns
 from meristem.nn.combine import COMBINATIONS
 from meristem.nn.part import MemoryPart
 from meristem.nn.recall import recall_of
 from meristem.shapes import Hidden, Keys, Queries, Values
+
+SEEN: Final = ("keys_bshk", "values_bshv", "context_keys_bshk", "context_values_bshv")
+"""What the state holds of an unfinished segment."""
 
 
 class MemoryAsContext(nn.Module):
@@ -47,26 +51,14 @@ class MemoryAsContext(nn.Module):
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         state = self._fresh(hidden_btd) if state is None else state
-        n_read = state["keys_bshk"].shape[1]
-        still_bthk, key_bthk, value_bthv = self.attention.project(hidden_btd)
-        still_bthk = still_bthk / math.sqrt(still_bthk.shape[-1])
-        window = [self.ask(hidden_btd), still_bthk, self._placed(still_bthk, n_read), self._placed(key_bthk, n_read)]
-        attended, recalled, at = [], [], 0
-        while at < hidden_btd.shape[1]:
-            stop = min(hidden_btd.shape[1], at + self.segment - state["keys_bshk"].shape[1])
-            parts = [x[:, at:stop] for x in (*window, value_bthv)]
-            attended_btd, recalled_btd, state = self._read(parts, state)
+        parts, whole = self._cut(hidden_btd, state["keys_bshk"].shape[1])
+        attended, recalled = [], []
+        for part in parts:
+            attended_btd, recalled_btd, state = self._read(part, whole, state)
             attended.append(attended_btd)
             recalled.append(recalled_btd)
-            at = stop
         combined_btd = self.combine(torch.cat(attended, dim=1), torch.cat(recalled, dim=1), hidden_btd)
         return self.out(combined_btd), state
-
-    def _placed(self, keys_bthk: Keys, n_read: int) -> Keys:
-        """Keys at their positions in the segment, ``n_read`` tokens of which were read before."""
-        if not self.attention.rope:
-            return keys_bthk
-        return turned(keys_bthk, n_read, period=self.segment)
 
     def _fresh(self, hidden_btd: Hidden) -> State:
         begun = self.recall.begin(hidden_btd)
@@ -75,37 +67,85 @@ class MemoryAsContext(nn.Module):
     def _empty(self, hidden_btd: Hidden) -> State:
         batch, _, width = hidden_btd.shape
         empty = hidden_btd.new_zeros(batch, 0, self.attention.heads, width // self.attention.heads)
-        names = ("keys_bshk", "values_bshv", "context_keys_bshk", "context_values_bshv")
-        return dict.fromkeys(names, empty)
+        return dict.fromkeys(SEEN, empty)
 
-    def _read(self, parts: list[Tensor], state: State) -> tuple[Hidden, Hidden, State]:
-        """What tokens of one segment gather, what the memory recalls when that is written, and the state after them."""
-        asked_btd, still_bthk, query_bthk, key_bthk, value_bthv = parts
-        n_read, width = state["keys_bshk"].shape[1], asked_btd.shape[-1]
-        context_btd = self.recall.look(asked_btd, state["start"])
-        both_btd = functional.linear(context_btd, self.attention.qkv.weight[width:])
-        context_key_bthk, context_value_bthv = both_btd.unflatten(-1, (2, self.attention.heads, -1)).unbind(2)
-        new = (key_bthk, value_bthv, self._placed(context_key_bthk, n_read), context_value_bthv)
-        names = ("keys_bshk", "values_bshv", "context_keys_bshk", "context_values_bshv")
-        seen = {name: torch.cat([state[name], x], dim=1) if n_read else x for name, x in zip(names, new, strict=True)}
-        attended_btd = self._attend(still_bthk, query_bthk, seen)
-        recalled_btd, recall = self.recall(attended_btd, state["recall"])
-        if n_read + asked_btd.shape[1] == self.segment:
-            return attended_btd, recalled_btd, {"recall": recall, "start": recall, **self._empty(asked_btd)}
-        return attended_btd, recalled_btd, {"recall": recall, "start": state["start"], **seen}
-
-    def _attend(self, still_bthk: Queries, query_bthk: Queries, seen: State) -> Hidden:
-        """Each query sees the persistent vectors, and in its segment what came before it and itself, twice."""
-        n_read, n_time = seen["keys_bshk"].shape[1], query_bthk.shape[1]
-        keys_bshk = torch.cat([seen["context_keys_bshk"], seen["keys_bshk"]], dim=1)
-        score_bhts = torch.einsum("bthk,bshk->bhts", query_bthk, keys_bshk)
-        is_later_ts = torch.ones(n_time, n_read, dtype=torch.bool, device=query_bthk.device).triu(n_read - n_time + 1)
-        score_bhts = score_bhts.masked_fill(is_later_ts.repeat(1, 2), -math.inf)
-        values_bshv = torch.cat([seen["context_values_bshv"], seen["values_bshv"]], dim=1)
+    def _cut(self, hidden_btd: Hidden, n_read: int) -> tuple[list["Part"], "Whole"]:
+        """The window in segments, ``n_read`` tokens of the first read before; what does not wait for a memory is done
+        here for all of them at once."""
+        still_bthk, key_bthk, value_bthv = self.attention.project(hidden_btd)
+        query_bthk = still_bthk = still_bthk / math.sqrt(still_bthk.shape[-1])
+        sizes = _sizes(hidden_btd.shape[1], n_read, self.segment)
+        turned: list[Turns | None] = [None] * len(sizes)
+        if self.attention.rope:
+            by = turns(still_bthk, n_read, period=self.segment)
+            query_bthk, key_bthk = turned_by(still_bthk, by), turned_by(key_bthk, by)
+            turned = list(zip(*(x.split(sizes) for x in by), strict=True))
+        pinned: list[Tensor | None] = [None] * len(sizes)
+        pinned_ghv = None
         if self.attention.persistent_gd is not None:
             _, pinned_bghk, pinned_bghv = self.attention.project(self.attention.persistent_gd[None])
+            pinned_ghv = pinned_bghv[0]
             pinned_bhtg = torch.einsum("bthk,ghk->bhtg", still_bthk, pinned_bghk[0])
-            score_bhts = torch.cat([pinned_bhtg, score_bhts], dim=-1)
-            values_bshv = torch.cat([pinned_bghv.expand(len(values_bshv), -1, -1, -1), values_bshv], dim=1)
-        mixed_bthv: Values = torch.einsum("bhts,bshv->bthv", score_bhts.softmax(-1), values_bshv)
+            pinned = list(pinned_bhtg.split(sizes, dim=2))
+        longest = min(self.segment, n_read + hidden_btd.shape[1])
+        is_later_ts = torch.ones(longest, longest, dtype=torch.bool, device=hidden_btd.device).triu(1)
+        cut = [x.split(sizes, dim=1) for x in (self.ask(hidden_btd), query_bthk, key_bthk, value_bthv)]
+        parts = [Part(*x) for x in zip(*cut, pinned, turned, strict=True)]
+        return parts, Whole(self.attention.qkv.weight[hidden_btd.shape[-1] :], pinned_ghv, is_later_ts)
+
+    def _read(self, part: "Part", whole: "Whole", state: State) -> tuple[Hidden, Hidden, State]:
+        """What tokens of one segment gather, what the memory recalls when that is written, and the state after them."""
+        n_read, heads = state["keys_bshk"].shape[1], self.attention.heads
+        both_btd = functional.linear(self.recall.look(part.asked_btd, state["start"]), whole.weight_fd)
+        context_key_bthk, context_value_bthv = both_btd.unflatten(-1, (2, heads, -1)).unbind(2)
+        if part.by is not None:
+            context_key_bthk = turned_by(context_key_bthk, part.by)
+        new = (part.key_bthk, part.value_bthv, context_key_bthk, context_value_bthv)
+        seen = {name: torch.cat([state[name], x], dim=1) if n_read else x for name, x in zip(SEEN, new, strict=True)}
+        attended_btd = self._attend(part, whole, seen)
+        recalled_btd, recall = self.recall(attended_btd, state["recall"])
+        if n_read + attended_btd.shape[1] == self.segment:
+            return attended_btd, recalled_btd, {"recall": recall, "start": recall, **self._empty(attended_btd)}
+        return attended_btd, recalled_btd, {"recall": recall, "start": state["start"], **seen}
+
+    def _attend(self, part: "Part", whole: "Whole", seen: State) -> Hidden:
+        """Each query sees the persistent vectors, and in its segment what came before it and itself, twice."""
+        n_read, n_time = seen["keys_bshk"].shape[1], part.query_bthk.shape[1]
+        keys_bshk = torch.cat([seen["context_keys_bshk"], seen["keys_bshk"]], dim=1)
+        values = [seen["context_values_bshv"], seen["values_bshv"]]
+        score_bhts = torch.einsum("bthk,bshk->bhts", part.query_bthk, keys_bshk)
+        if n_time > 1:
+            is_later_ts = whole.is_later_ts[n_read - n_time : n_read, :n_read]
+            score_bhts = score_bhts.masked_fill(is_later_ts.repeat(1, 2), -math.inf)
+        if part.pinned_bhtg is not None and whole.pinned_ghv is not None:
+            score_bhts = torch.cat([part.pinned_bhtg, score_bhts], dim=-1)
+            values = [whole.pinned_ghv.expand(len(score_bhts), -1, -1, -1), *values]
+        mixed_bthv: Values = torch.einsum("bhts,bshv->bthv", score_bhts.softmax(-1), torch.cat(values, dim=1))
         return mixed_bthv.flatten(2)
+
+
+class Part(NamedTuple):
+    """A segment or what a window holds of one. ``by``: its turns; pinned_bhtg: scores of the persistent vectors."""
+
+    asked_btd: Hidden
+    query_bthk: Queries
+    key_bthk: Keys
+    value_bthv: Values
+    pinned_bhtg: Tensor | None
+    by: Turns | None
+
+
+class Whole(NamedTuple):
+    """What all segments of a window share: the projection of what is recalled, persistent values, and which of two
+    tokens of a segment is later."""
+
+    weight_fd: Tensor
+    pinned_ghv: Tensor | None
+    is_later_ts: Tensor
+
+
+def _sizes(n_time: int, n_read: int, segment: int) -> list[int]:
+    """Tokens of the window in each segment."""
+    first = min(n_time, segment - n_read)
+    n_left = n_time - first
+    return [first, *[segment] * (n_left // segment), *([n_left % segment] if n_left % segment else [])]

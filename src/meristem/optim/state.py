@@ -20,14 +20,14 @@ def tensors(model: nn.Module, optimizer: Outer) -> dict[str, Tensor]:
     """Moments, step counters and pending gradients under ``<parameter>/<tensor>``, and the clock.
 
     By name, so that neither order nor grouping matters. Counters that the host holds become whole numbers without axes.
-    A parameter of which nothing was gathered yet, as in a level that was grown, says so.
+    A parameter of which nothing was gathered while something was of others, as in a grown level, says so.
     """
     held: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         gathered = optimizer.state.get(parameter, {})
         for key, value in gathered.items():
             held[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-        if parameter.requires_grad and not gathered:
+        if optimizer.state and parameter.requires_grad and not gathered:
             held[f"{name}/{NOTHING}"] = torch.tensor(1)
         if parameter in optimizer.pending:
             held[f"{name}/{PENDING}"] = optimizer.pending[parameter]
@@ -61,9 +61,7 @@ def restore(model: nn.Module, optimizer: Outer, saved: Mapping[str, Tensor]) -> 
         known.add(name)
         if key == PENDING:
             pending[parameter] = copied
-        elif key == NOTHING:
-            continue
-        else:
+        elif key != NOTHING:
             restored.setdefault(parameter, {})[key] = copied if value.is_floating_point() else int(value)
     missing = {name for name, parameter in parameters.items() if parameter.requires_grad and name not in known}
     if restored and missing:

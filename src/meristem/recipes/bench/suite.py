@@ -8,12 +8,15 @@ from meristem.device.describe import describe
 from meristem.device.part import DevicePart
 from meristem.device.resolve import resolve
 from meristem.events import silent
-from meristem.recipes.bench import memory, model, rules
+from meristem.recipes.bench import compositions, memory, model, rules
 from meristem.recipes.bench.measure import Row
 
 SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
     "memory": (memory.forms, memory.layer, memory.deep, memory.gated),
     "model": (model.models, model.growth),
+    "compositions": (compositions.compositions,),
+    "hope": (compositions.hope, compositions.hope_speaks),
+    "levels": (compositions.levels,),
     "decode": (model.decoding, memory.token),
     "start": (model.start,),
 }

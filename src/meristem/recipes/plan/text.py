@@ -72,13 +72,19 @@ def prepared(data: DataPart, tokenizer: TokenizerPart) -> Path | None:
     sizes = _sizes(data, source)
     wanted = (source.name, source.loader, dict(source.args), list(ratios_for(data.validation)), tokenizer.kind)
     fitting = [
-        (manifest["tokenizer"]["vocab_size"], manifest["created"], place)
+        (manifest["created"], place)
         for place, manifest in _manifests(store(data, "corpora"))
         if _described(manifest) == wanted
-        and manifest["tokenizer"]["vocab_size"] <= max(256, tokenizer.vocab_size)
+        and (tokenizer.kind == "byte" or _asked(manifest) == tokenizer.vocab_size)
         and sizes in (None, {entry["uri"]: entry["size_bytes"] for entry in manifest["sources"]})
     ]
     return max(fitting)[-1] if fitting else None
+
+
+def _asked(manifest: Mapping[str, Any]) -> int:
+    """The vocabulary that was asked for; manifests from before it was written down say what was learned."""
+    described = manifest["tokenizer"]
+    return int(described.get("asked_vocab_size", described["vocab_size"]))
 
 
 def _sizes(data: DataPart, source: sources.Source) -> dict[str, int] | None:

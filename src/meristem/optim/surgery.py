@@ -1,0 +1,79 @@
+"""What an optimizer has gathered for a model, given to one over the model that has grown out of it (memory.md 6.7)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from meristem.errors import WrongValue
+from meristem.optim.groups import build
+from meristem.optim.outer import Outer
+from meristem.optim.part import OptimPart
+
+
+def carried(before: Outer, *, old: nn.Module, model: nn.Module, names: Mapping[str, str], part: OptimPart) -> Outer:
+    """An optimizer over ``model`` that goes on where ``before``, that of ``old``, stands.
+
+    A parameter whose name leads to one of the same shape, moved by the same kind of optimizer, has copies of that one's
+    moments, step counter and pending sum; every other begins with nothing. The clock counts on, also for periods that
+    are new. ``before`` and ``old`` are as they were, so that the growth can be undone.
+
+    Moments are as the old period left them: a level that now waits longer meets larger sums than its moments know of.
+    Leave its names out to have them begin afresh.
+
+    names: of a parameter of ``model``, to its name in ``old``. Raises WrongValue where one of them is not there, and
+    where a sum would wait for ever, since its parameter now moves at every step.
+    """
+    sources = _sources(dict(model.named_parameters()), dict(old.named_parameters()), names)
+    after = build(model, part)
+    makers, old_makers = _makers(after), _makers(before)
+    always = {id(parameter) for parameter in after.levels.get(1, [])}
+    stranded = []
+    for name, (parameter, source) in sources.items():
+        maker = makers.get(id(parameter))
+        if maker is None or maker is not old_makers.get(id(source)) or parameter.shape != source.shape:
+            continue
+        if source in before.state:
+            after.state[parameter] = {key: _copied(value, parameter) for key, value in before.state[source].items()}
+        if source in before.pending and id(parameter) not in always:
+            after.pending[parameter] = _copied(before.pending[source], parameter)
+        elif source in before.pending and before.pending[source].any():
+            stranded.append(name)
+    if stranded:
+        raise WrongValue(
+            f"gradients wait for {', '.join(stranded[:3])} ({len(stranded)} parameters in all), which now move at "
+            f"every step and would never use them. Call flush() of the old optimizer first.",
+            value=stranded,
+        )
+    after.clock = replace(after.clock, count=before.clock.count)
+    return after
+
+
+def _sources(
+    now: Mapping[str, nn.Parameter], was: Mapping[str, nn.Parameter], names: Mapping[str, str]
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """By new name, the new parameter and the old one that it comes from."""
+    unknown = [new for new in names if new not in now] + [name for name in names.values() if name not in was]
+    if unknown:
+        raise WrongValue(
+            f"no parameter is called {', '.join(unknown[:3])} ({len(unknown)} names in all). Expected names of the new "
+            f"model, each with the name in the old one that it goes on from.",
+            value=unknown,
+        )
+    return {new: (now[new], was[name]) for new, name in names.items()}
+
+
+def _makers(optimizer: Outer) -> dict[int, type]:
+    """What moves each parameter, by the parameter's id."""
+    return {
+        id(parameter): type(each)
+        for each in optimizer.parts
+        for group in each.param_groups
+        for parameter in group["params"]
+    }
+
+
+def _copied(value: Any, like: Tensor) -> Any:
+    """A counter of the host is a value already."""
+    return value.detach().to(like.device, copy=True) if isinstance(value, Tensor) else value
