@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import meristem
 from meristem.data.corpus import Corpus
@@ -31,6 +33,7 @@ from meristem.train import loop
 from meristem.train.loop import Step, steps
 from meristem.train.part import TrainPart
 from meristem.train.progress import Progress
+from zoo import ZOO
 
 DEVICE = resolve(DevicePart(name="cpu", compute="fp32", threads=1), silent)
 
@@ -307,6 +310,61 @@ def test_accelerator_is_read_only_where_a_step_logs(corpus, reads, kind, period)
         told.append((step.loss_nats is not None, len(reads)))
         reads.clear()
     assert told == [(number % 4 == 0, int(number % 4 == 0)) for number in range(1, 10)]
+
+
+class Waits(TorchDispatchMode):
+    """Names the operations for whose result the host of an accelerator would have to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        is_mask = name.startswith("index") and any(
+            isinstance(leaf, Tensor) and leaf.dtype is torch.bool for leaf in pytree.tree_leaves(args[1:])
+        )
+        if is_mask or name in WAITING:
+            self.made.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "allclose")
+"""Operations whose result, or its shape, the host has to know."""
+
+UNASKED = (
+    *("preset-hope", "preset-hope-attention", "preset-titans-mac", "preset-titans-mag", "preset-titans-mal"),
+    *("lm-mac-4-pooled", "lm-mac-4-each", "lm-mac-shares", "lm-levels-pooled", "lm-self_reference-mlp"),
+    *("lm-mag-kept-gated", "lm-mag-kept-soup", "lm-mag-frequency-output", "lm-mag-frequency-write"),
+)
+"""Models of the zoo that have every composition, level and kept memory between them."""
+
+
+@pytest.mark.parametrize("name", UNASKED)
+def test_no_model_makes_the_host_wait(corpus, reads, name):
+    """Forward, backward and update go out without a question, whatever the memory. One read where the step logs."""
+    model, stream = build(*ZOO[name], 256, random_seed=1), stream_of(corpus, batch=2)
+    optimizer, start = build_optimizer(model, OptimPart()), Progress(cursor=stream.start())
+    part, told = limit(steps=2, log_every=2), []
+    with Waits() as waits:
+        for _ in steps(model, stream, optimizer, lambda _: 1.0, part=part, device=DEVICE, start=start):
+            told.append((list(reads), list(waits.made)))
+            reads.clear()
+            waits.made.clear()
+    assert told == [([], []), (["tolist"], [])]
+
+
+def test_a_question_is_noticed(reads):
+    """Of the kinds that a model could ask."""
+    number = torch.arange(3.0)
+    with Waits() as waits:
+        for ask in (torch.nonzero, lambda x: x[x > 1], lambda x: x.masked_select(x > 1), lambda x: x.max().item()):
+            ask(number)
+    assert reads == ["item"] and [name for name in waits.made if name != "nonzero"] == [
+        "index",
+        "masked_select",
+        "_local_scalar_dense",
+    ]
 
 
 def test_accelerator_counts_bad_steps_at_the_next_record(corpus, reads):
