@@ -45,8 +45,8 @@ def test_speaking_writes_the_memory(made):
     assert all(not torch.equal(*pair) for pair in zip(live, live[1:], strict=False))
 
 
-def test_a_session_counts_its_own_losses(made):
-    """As in training: a loss that a layer has of its own is taught."""
+def test_losses_of_layers_are_taught(made):
+    """As the loop of training does."""
     gates = ("memory.levels.count=2", "memory.levels.frequency=output", "memory.levels.budget=100.0")
     step = trained.training_step(trained.sized("lmm", 32, *gates), batch=1)
     frequency = made[0].get_submodule("blocks.0.mixer.recall.frequency")
@@ -82,7 +82,7 @@ def test_targets_are_those_of_the_issue(monkeypatch, section):
 def test_decoding_is_on_one_thread(monkeypatch):
     """As a session decodes; afterwards there are as many as before."""
     threads = []
-    monkeypatch.setattr(bench, "speaking", lambda config, n_tokens: lambda: threads.append(torch.get_num_threads()))
+    monkeypatch.setattr(bench, "speaking", lambda *given, **how: lambda: threads.append(torch.get_num_threads()))
     before = torch.get_num_threads()
     rows = list(bench.hope_speaks(1))
     assert set(threads) == {1} and torch.get_num_threads() == before

@@ -329,7 +329,16 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "allclose")
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "_unique2",
+    "unique_dim",
+    "allclose",
+)
 """Operations whose result, or its shape, the host has to know."""
 
 UNASKED = (

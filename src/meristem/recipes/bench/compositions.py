@@ -67,7 +67,8 @@ def hope_speaks(n_repeats: int) -> Iterator[Row]:
     try:
         for width, asked in HOPE_SPEAKS.items():
             candidates = {kind: timed(speaking(_hope(width, kind), N_SPOKEN)) for kind in ("matrix", "mlp")}
-            seconds = medians(candidates, n_repeats=4 * n_repeats)
+            compiled = speaking(_hope(width, "matrix"), N_SPOKEN, is_compiled=True)
+            seconds = medians(candidates | {"matrix compiled": timed(compiled)}, n_repeats=4 * n_repeats, n_warm=3)
             for kind, value in seconds.items():
                 target = asked if kind == "matrix" else None
                 yield Row(f"hope, {kind}, width {width}: decoding", N_SPOKEN / value, "tokens/s", target)

@@ -41,9 +41,11 @@ def training_step(config: Config, batch: int) -> Callable[[], object]:
     return step
 
 
-def speaking(config: Config, n_tokens: int) -> Callable[[], object]:
+def speaking(config: Config, n_tokens: int, *, is_compiled: bool = False) -> Callable[[], object]:
     """So many tokens, each chosen from what the one before was answered, memories written; every call goes on."""
     model = build(config.model, config.memory, VOCABULARY, 0).eval()
+    if is_compiled:
+        model.compile()
     held: list[tuple[Tensor, State | None]] = [(torch.zeros(1, 1, dtype=torch.int64), None)]
 
     def step() -> None:
