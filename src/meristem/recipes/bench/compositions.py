@@ -66,6 +66,8 @@ def hope_speaks(n_repeats: int) -> Iterator[Row]:
     torch.set_num_threads(1)
     try:
         for width, asked in HOPE_SPEAKS.items():
+            # The compiler gives up on code that it has compiled eight times, for whichever models.
+            torch.compiler.reset()
             candidates = {kind: timed(speaking(_hope(width, kind), N_SPOKEN)) for kind in ("matrix", "mlp")}
             compiled = speaking(_hope(width, "matrix"), N_SPOKEN, is_compiled=True)
             seconds = medians(candidates | {"matrix compiled": timed(compiled)}, n_repeats=4 * n_repeats, n_warm=3)
