@@ -69,7 +69,7 @@ def _entries() -> Iterator[tuple[str, ModelPart, MemoryPart]]:
     )
     for mixer in ("mag", "mac", "mal"):
         yield f"lm-{mixer}-persistent", small({"mixer": mixer, "n_persistent": 3}), small_memory({})
-    for combine in ("projected", "sigmoid", "additive"):
+    for combine in ("normalised", "projected", "sigmoid", "additive"):
         yield f"lm-mag-{combine}", small({"combine": combine}), small_memory({})
     yield "lm-mal-plain", small({"mixer": "mal", "is_residual": False}), small_memory({})
     hybrid = [{"mixer": "memory", "rule": "yaad"}, {"mixer": "attention"}]

@@ -37,25 +37,31 @@ def silence(recall):
         recall.gates.bias_h.fill_(-1e4)
 
 
-@pytest.mark.parametrize("name", ["normalised", "projected"])
+@pytest.mark.parametrize("name", ["gated", "normalised", "projected"])
 def test_the_gate_of_memory_starts_open_and_stays_in_its_range(name):
     """S1-M12."""
     mag, ones_btd = made(MemoryAsGate, combine=name), torch.ones_like(hidden())
     recalled_btd = 30 * hidden()
-    gate_btd = mag.combine(ones_btd, recalled_btd, hidden()) / mag.combine.attention_norm(ones_btd)
+    gate_btd = mag.combine(ones_btd, recalled_btd, hidden()) / kept(mag.combine, ones_btd)
     assert (gate_btd > 0).all() and (gate_btd < 1).all()
-    open_btd = mag.combine(ones_btd, 0 * recalled_btd, hidden()) / mag.combine.attention_norm(ones_btd)
+    open_btd = mag.combine(ones_btd, 0 * recalled_btd, hidden()) / kept(mag.combine, ones_btd)
     torch.testing.assert_close(open_btd, torch.full_like(open_btd, 1 / (1 + math.exp(-2))))
 
 
-def test_attention_under_an_empty_memory_is_scaled_attention():
-    """S1-M12: with memory switched off, and the gate fully open, attention is left, normalised."""
-    mag = made(MemoryAsGate)
+def kept(combine, attended_btd):
+    """What a fully open gate lets through."""
+    return combine.attention_norm(attended_btd) if hasattr(combine, "attention_norm") else attended_btd
+
+
+@pytest.mark.parametrize("name", ["gated", "normalised"])
+def test_attention_under_an_empty_memory_is_left_as_it_is(name):
+    """S1-M12: with memory switched off, and the gate fully open, attention is left."""
+    mag = made(MemoryAsGate, combine=name)
     silence(mag.recall)
     with torch.no_grad():
         mag.combine.bias_d.fill_(1e4)
     attended_btd, _ = mag.attention.mix(hidden())
-    torch.testing.assert_close(mag(hidden())[0], mag.out(mag.combine.attention_norm(attended_btd)))
+    torch.testing.assert_close(mag(hidden())[0], mag.out(kept(mag.combine, attended_btd)))
 
 
 def test_the_paper_gate_halves_attention_while_the_memory_is_empty():

@@ -82,9 +82,9 @@ class ModelPart(Part):
         Field(description="Layers on each other, or side by side: their sum, a projection of all, or a learned mix."),
     ] = "stack"
     combine: Annotated[
-        Literal["normalised", "projected", "sigmoid", "additive"],
+        Literal["gated", "normalised", "projected", "sigmoid", "additive"],
         Field(description="How mag and mac make one of attention and memory."),
-    ] = "normalised"
+    ] = "gated"
     segment: Annotated[int, Field(ge=1, description="Tokens that attend to each other in mac.")] = 64
     is_residual: Annotated[bool, Field(description="mal: attention reads the memory's answer plus its input.")] = True
     span: Annotated[int | None, Field(ge=1, description="Keys that attention sees; null for all before.")] = 64

@@ -26,6 +26,22 @@ class Normalised(nn.Module):
         return self.attention_norm(attended_btd) * (self.memory_norm(recalled_btd) + self.bias_d).sigmoid()
 
 
+class Gated(nn.Module):
+    """``y * sigmoid(RMSNorm(m) + b)``, b per channel: the gate alone is normalised, and attention keeps its size.
+
+    The default. With attention normalised as well (``Normalised``) what it has not learned yet is as loud as what it
+    has: 2.08 bits per byte where this reaches 1.96, after 700,000 tokens of ``titans-mag`` (dev/LOG.md).
+    """
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.memory_norm = RMSNorm(width)
+        self.bias_d = nn.Parameter(torch.full((width,), OPEN))
+
+    def forward(self, attended_btd: Hidden, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
+        return attended_btd * (self.memory_norm(recalled_btd) + self.bias_d).sigmoid()
+
+
 class Projected(nn.Module):
     """``RMSNorm(y) * sigmoid(W RMSNorm(m) + b)``: channels of the memory may open others than their own."""
 
@@ -70,6 +86,7 @@ class Additive(nn.Module):
 
 
 COMBINATIONS: Final[dict[str, Callable[[int, int], nn.Module]]] = {
+    "gated": Gated,
     "normalised": Normalised,
     "projected": Projected,
     "sigmoid": Sigmoid,

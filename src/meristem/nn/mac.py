@@ -33,7 +33,7 @@ class MemoryAsContext(nn.Module):
     """
 
     def __init__(
-        self, width: int, part: MemoryPart, *, attention: Attention, segment: int, combine: str = "normalised"
+        self, width: int, part: MemoryPart, *, attention: Attention, segment: int, combine: str = "gated"
     ) -> None:
         super().__init__()
         if segment < 1:

@@ -17,7 +17,7 @@ class MemoryAsGate(nn.Module):
     query sees, are written into a fresh memory first.
     """
 
-    def __init__(self, width: int, part: MemoryPart, *, attention: Attention, combine: str = "normalised") -> None:
+    def __init__(self, width: int, part: MemoryPart, *, attention: Attention, combine: str = "gated") -> None:
         super().__init__()
         self.attention = attention
         self.recall = recall_of(width, part)

@@ -94,7 +94,10 @@ class Log:
             self._rouse(now.step, level, figures)
             metrics |= {f"memory/{level}/{name}": value for name, value in figures.items()}
         for period, waiting in self._job.optimizer.health().items():
-            metrics |= {f"optim/pending_ratio/{period}": waiting.ratio, f"optim/pending_steps/{period}": waiting.n_steps}
+            metrics |= {
+                f"optim/pending_ratio/{period}": waiting.ratio,
+                f"optim/pending_steps/{period}": waiting.n_steps,
+            }
         self._run.records.metrics(now.step, now.tokens, self._job.stream.epoch(now.cursor), "train", metrics)
         self._recorded = now
 
