@@ -57,13 +57,17 @@ def test_golden_numbers(name: str) -> None:
     )
 
 
-def test_titans_momentum_is_that_of_the_golden_table() -> None:
+@pytest.mark.parametrize(
+    "form, momenta", [("scan", [[0.53, -0.5], [0.16, 0.5]]), ("frozen_chunk", [[0.575, 0.1], [0.25, 0.5]])]
+)
+def test_titans_momentum_is_that_of_the_golden_table(form: str, momenta: list[list[float]]) -> None:
     keys = torch.tensor([[1, 0], [0.6, 0.8], [0, 1]], dtype=torch.float64)[None, :, None]
     values = torch.tensor([[1, 2], [3, 0], [-1, 1]], dtype=torch.float64)[None, :, None]
     rule = named("titans")
     gates = gates_of(3, retain=0.9, write_rate=0.5, momentum=0.5)
-    _, memory = scan(rule, rule.init(1, 1, 2, 2, like=keys), keys, values, keys, gates)
-    expected = torch.tensor([[0.53, -0.5], [0.16, 0.5]], dtype=torch.float64)
+    memory = rule.init(1, 1, 2, 2, like=keys)
+    _, memory = run(rule, memory, keys, values, torch.ones_like(keys), gates, form=form, chunk=3)
+    expected = torch.tensor(momenta, dtype=torch.float64)
     torch.testing.assert_close(memory["matrix_momentum_bhkv"][0, 0].mT, expected, rtol=0, atol=6e-5)
 
 
