@@ -40,7 +40,9 @@ def test_keys_that_do_not_go_together(preset, overrides, message):
     [("charrnn", ["data.window=300"]), ("charformer", ["data.window=255"]), ("hope", ["memory.conv=2"])],
 )
 def test_rules_hold_only_for_whom_they_concern(preset, overrides):
-    load_config(preset, overrides, {})
+    key, _, value = overrides[0].partition("=")
+    section, name = key.split(".")
+    assert getattr(getattr(load_config(preset, overrides, {}).tree, section), name) == int(value)
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,17 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Final, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from meristem.evaluate.memory import uncompiled
+from meristem.evaluate.memory import COPIES, mean, uncompiled
 from meristem.events import Event
 from meristem.memory import Gates
 from meristem.memory.value import State, flatten
 from meristem.nn.levels import Level, MemoryLevels, Pooled
 from meristem.shapes import Tokens
-
-COPIES: Final = ("start",)
-"""Under these names a state holds memories a second time, as they were."""
 
 
 @torch.no_grad()
@@ -102,9 +99,9 @@ def _of_gates(level: Level, heard: list[Gates]) -> dict[str, float]:
     if not heard:
         return {}
     n_apart = level.n_apart if isinstance(level, Pooled) else 1
-    retain = _mean([gates.retain_bth for gates in heard])
+    retain = mean([gates.retain_bth for gates in heard])
     return {
-        "write_budget": _mean([gates.write_bth for gates in heard]) / n_apart,
+        "write_budget": mean([gates.write_bth for gates in heard]) / n_apart,
         "half_life": n_apart * math.log(0.5) / math.log(retain) if 0 < retain < 1 else math.inf,
     }
 
@@ -123,7 +120,3 @@ def _weights(level: Level, memory: State) -> Tensor:
     return torch.cat(
         [leaf.flatten() for name, leaf in flatten(memory).items() if name in names and isinstance(leaf, Tensor)]
     )
-
-
-def _mean(tensors: list[Tensor]) -> float:
-    return float(torch.cat([tensor.flatten() for tensor in tensors]).mean())

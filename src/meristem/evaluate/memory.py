@@ -12,6 +12,7 @@ from torch import nn
 from meristem.memory import Gates
 from meristem.memory.forms.frozen_chunk import overshoot
 from meristem.memory.value import State, flatten
+from meristem.models.reader import LEARNED
 from meristem.nn.gates import GateMap
 from meristem.nn.kept import KeptRecall
 from meristem.nn.memory import Recall
@@ -19,6 +20,9 @@ from meristem.shapes import Hidden, Tokens
 
 CARRIED = ("momentum", "anchor", "deep", "span", "reset")
 """In the names of what a memory carries beside its weights."""
+
+COPIES = frozenset({"start", "kept", LEARNED})
+"""Under these names a state holds memories a second time, as they were."""
 
 FROZEN = ("frozen_chunk", "refined", "tnt")
 """Forms whose chunks may overshoot."""
@@ -37,15 +41,15 @@ def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
         _, state = model(tokens_bt)
     if not heard:
         return {}
-    retain = _mean([gates.retain_bth for gates in heard])
+    retain = mean([gates.retain_bth for gates in heard])
     figures = {
         "half_life": math.log(0.5) / math.log(retain) if 0 < retain < 1 else math.inf,
-        "write": _mean([gates.write_bth for gates in heard]),
-        "norm": _mean([weight.flatten(2).norm(dim=-1) for weight in weights_in(state)]),
+        "write": mean([gates.write_bth for gates in heard]),
+        "norm": mean([weight.flatten(2).norm(dim=-1) for weight in weights_in(state)]),
     }
     momenta = [gates.momentum_bth for gates in heard if gates.momentum_bth is not None]
     if momenta:
-        figures["momentum"] = _mean(momenta)
+        figures["momentum"] = mean(momenta)
         figures["summed_rate"] = figures["write"] / max(1 - figures["momentum"], 1e-6)
     worst = [_overshoot(recall, *inputs) for recall, inputs in asked if recall.form in FROZEN]
     return figures | ({"overshoot": max(worst)} if any(worst) else {})
@@ -93,11 +97,12 @@ def weights_in(state: State) -> Iterator[torch.Tensor]:
     """The weight tensors of every memory inside a state; copies of earlier moments do not count."""
     for path, leaf in flatten(state).items():
         *groups, name = path.split(".")
-        is_now = "memory" in groups and not {"unfinished", "start", "kept"} & set(groups)
+        is_now = "memory" in groups and not (COPIES | {"unfinished"}) & set(groups)
         is_weight = is_now and not any(word in name for word in CARRIED)
         if isinstance(leaf, torch.Tensor) and is_weight:
             yield leaf
 
 
-def _mean(tensors: list[torch.Tensor]) -> float:
+def mean(tensors: list[torch.Tensor]) -> float:
+    """Of all their numbers together."""
     return float(torch.cat([tensor.flatten() for tensor in tensors]).mean())

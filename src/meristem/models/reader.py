@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits and targets to the nats of all targets together: ``train.loss.cross_entropy``."""
 
 
+@runtime_checkable
+class Writing(Protocol):
+    """A module with a memory that it writes while it reads, unless ``is_writing`` is False."""
+
+    is_writing: bool
+
+
 def reader_of(model: nn.Module, learn: Learn, loss: Loss) -> Callable[[Tokens, State | None], tuple[Logits, State]]:
     """The model as it is read while ``learn`` of it learns."""
     if learn == "levels":
@@ -38,8 +45,8 @@ def still(model: nn.Module) -> nn.Module:
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     reader = copy.deepcopy(model, shared)
     for module in reader.modules():
-        if hasattr(module, "is_writing"):
-            setattr(module, "is_writing", False)  # noqa: B010 - modules of several kinds have it
+        if isinstance(module, Writing):
+            module.is_writing = False
     return reader
 
 

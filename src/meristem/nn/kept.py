@@ -4,7 +4,6 @@ A memory of fixed size forgets. Here the text is cut into segments, the memory t
 every token reads all of them: between a recurrent memory, which has one, and attention, which keeps every token.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,8 +22,9 @@ from meristem.memory.structure import Live, Pairs, Pullback, Structure, Weights
 from meristem.memory.value import Memory, State, full_precision
 from meristem.nn.decode import can_decode, decode_heads
 from meristem.nn.gates import GateMap
-from meristem.nn.memory import Recall, unit
+from meristem.nn.memory import Recall
 from meristem.nn.part import MemoryPart
+from meristem.nn.pool import spans
 from meristem.shapes import Hidden, Keys, Queries, Values
 
 Descriptors = Float[Tensor, "b n d"]
@@ -150,7 +150,8 @@ class KeptRecall(nn.Module):
             dtype = memory[self.rule.structure.weights[0]].dtype
             query_bthk, key_bthk = (self.rule.features.apply(x.to(dtype)) for x in (query_bthk, key_bthk))
             window = key_bthk, value_bthv.to(dtype), query_bthk
-            lengths = self._lengths(hidden_btd.shape[1], kept["n_tokens"])
+            ends = spans(kept["n_tokens"], hidden_btd.shape[1], self.part.length)
+            lengths = [stop - begin for begin, stop in ends]
             segments = zip(_cut(window, lengths), _cut_gates(gates.to(dtype), lengths), strict=True)
             for inputs_btd, (part, inside) in zip(hidden_btd.to(dtype).split(lengths, dim=1), segments, strict=True):
                 share_btn, kept = self._heard(inputs_btd, kept)
@@ -169,11 +170,6 @@ class KeptRecall(nn.Module):
             after["memory"], kept = self._ended(after["memory"], kept)
         return read_b1hv.flatten(2), after | {"kept": kept}
 
-    def _lengths(self, n_time: int, n_before: int) -> list[int]:
-        """How many tokens of a window belong to each segment. n_before: tokens that the first one has already."""
-        ends = [*range(self.part.length - n_before, n_time, self.part.length), n_time]
-        return [stop - start for start, stop in itertools.pairwise([0, *ends])]
-
     def look(self, asked_btd: Hidden, state: State) -> Hidden:
         """What running and kept memories, as they stand, recall of the given vectors; nothing is written.
 
@@ -183,9 +179,7 @@ class KeptRecall(nn.Module):
         memory, kept = state["memory"], state["kept"]
         if not self._n_kept(kept):
             return self.recall.look(asked_btd, state)
-        asked_bthk = asked_btd.unflatten(-1, (self.heads, -1))
-        query_bthk = asked_bthk if self.recall.mix is not None else unit(asked_bthk)
-        query_bthk = query_bthk.repeat_interleave(self.recall.channels, dim=2)
+        query_bthk = self.recall.asking(asked_btd)
         with full_precision(asked_btd.device):
             running = Live(self.rule.weights(memory))
             dtype = next(iter(running.memory.values())).dtype

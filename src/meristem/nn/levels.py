@@ -21,7 +21,7 @@ from meristem.nn.frequency import Frequency
 from meristem.nn.memory import Recall
 from meristem.nn.norm import RMSNorm
 from meristem.nn.part import LevelsPart, MemoryPart
-from meristem.nn.pool import Groups, group_means, hold, wide
+from meristem.nn.pool import Groups, group_means, hold, spans, wide
 from meristem.shapes import Gate, Hidden
 
 
@@ -224,7 +224,7 @@ class Delayed(nn.Module):
         gates = gates if write_bt1 is None else _only_where(gates, write_bt1)
         memory, read = state["memory"], state["read"]
         reads = []
-        for begin, stop in _parts(count, hidden_btd.shape[1], self.n_apart):
+        for begin, stop in spans(count, hidden_btd.shape[1], self.n_apart):
             if (count + begin) % self.n_apart == 0:
                 memory, read = self._fired(memory, (count + begin) // self.n_apart, hidden_btd.shape[0])
             window = key_bthk[:, begin:stop], value_bthv[:, begin:stop], query_bthk[:, begin:stop]
@@ -311,19 +311,10 @@ def _recalled(
         read_btd, state = recall(hidden_btd, state)
         return read_btd, state
     reads = []
-    for begin, stop in _parts(count, hidden_btd.shape[1], reset_after):
+    for begin, stop in spans(count, hidden_btd.shape[1], reset_after):
         at = count + begin
         if at and at % reset_after == 0:
             state = {**state, "memory": recall.initial(hidden_btd.shape[0])}
         read_btd, state = recall(hidden_btd[:, begin:stop], state)
         reads.append(read_btd)
     return torch.cat(reads, dim=1), state
-
-
-def _parts(count: int, n_time: int, period: int) -> Iterator[tuple[int, int]]:
-    """A window that begins after ``count`` vectors, cut where a multiple of ``period`` of them has been read."""
-    begin = 0
-    while begin < n_time:
-        stop = min(n_time, begin + period - (count + begin) % period)
-        yield begin, stop
-        begin = stop

@@ -12,6 +12,7 @@ from meristem.memory.value import State
 from meristem.nn.attention import Attention, Turns, turned_by, turns
 from meristem.nn.combine import COMBINATIONS
 from meristem.nn.part import MemoryPart
+from meristem.nn.pool import spans
 from meristem.nn.recall import recall_of
 from meristem.shapes import Hidden, Keys, Queries, Values
 
@@ -74,7 +75,7 @@ class MemoryAsContext(nn.Module):
         here for all of them at once."""
         still_bthk, key_bthk, value_bthv = self.attention.project(hidden_btd)
         query_bthk = still_bthk = still_bthk / math.sqrt(still_bthk.shape[-1])
-        sizes = _sizes(hidden_btd.shape[1], n_read, self.segment)
+        sizes = [stop - begin for begin, stop in spans(n_read, hidden_btd.shape[1], self.segment)]
         turned: list[Turns | None] = [None] * len(sizes)
         if self.attention.rope:
             by = turns(still_bthk, n_read, period=self.segment)
@@ -142,10 +143,3 @@ class Whole(NamedTuple):
     weight_fd: Tensor
     pinned_ghv: Tensor | None
     is_later_ts: Tensor
-
-
-def _sizes(n_time: int, n_read: int, segment: int) -> list[int]:
-    """Tokens of the window in each segment."""
-    first = min(n_time, segment - n_read)
-    n_left = n_time - first
-    return [first, *[segment] * (n_left // segment), *([n_left % segment] if n_left % segment else [])]

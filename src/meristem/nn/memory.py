@@ -15,7 +15,7 @@ from meristem.memory.value import Memory, State, beside, full_precision
 from meristem.nn.conv import CausalConv, inverse_length, precise
 from meristem.nn.decode import can_decode, decode
 from meristem.nn.gates import GateMap
-from meristem.nn.norm import RMSNorm
+from meristem.nn.norm import RMSNorm, inverse_size
 from meristem.nn.part import MemoryPart
 from meristem.nn.rule import rule_of
 from meristem.shapes import Gate, Hidden, Keys, Queries, Values
@@ -71,15 +71,10 @@ class Recall(nn.Module):
 
     def __init__(self, width: int, part: MemoryPart) -> None:
         super().__init__()
-        if width % part.head_width:
-            raise ConflictingKeys(
-                f"model.width {width} is not a multiple of memory.head_width {part.head_width}. "
-                f"Set memory.head_width to a divisor of {width}."
-            )
         self.rule = rule_of(part)
         require(self.rule, part.form)
         self.form, self.chunk = choose(self.rule) if part.form == "auto" else part.form, part.chunk
-        self.heads = width // part.head_width
+        self.heads = part.heads_in(width)
         self.used = self.rule.structure.used
         self.qkv = nn.Linear(width, len(self.used) * width, bias=False)
         self.conv = CausalConv(len(self.used) * width, part.conv)
@@ -121,10 +116,13 @@ class Recall(nn.Module):
 
     def look(self, asked_btd: Hidden, state: State) -> Hidden:
         """What the memory, as it stands, recalls of the given vectors; nothing is written."""
+        return self.answer(self.asking(asked_btd), state["memory"]).flatten(2).to(asked_btd.dtype)
+
+    def asking(self, asked_btd: Hidden) -> Queries:
+        """Vectors as queries: one for every head, of length one where the rule's are."""
         asked_bthk = asked_btd.unflatten(-1, (self.heads, -1))
         query_bthk = asked_bthk if self.mix is not None else unit(asked_bthk)
-        query_bthk = query_bthk.repeat_interleave(self.channels, dim=2)
-        return self.answer(query_bthk, state["memory"]).flatten(2).to(asked_btd.dtype)
+        return query_bthk.repeat_interleave(self.channels, dim=2)
 
     def retain_at_rest(self) -> Gate:
         """The retain factors that a hidden vector of zeros gets: what the gates are by themselves."""
@@ -220,7 +218,7 @@ class GatedNorm(torch.autograd.Function):
         ctx.eps = eps
         recalled_bthk = precise(recalled_btd).unflatten(-1, (-1, len(gain_k)))
         open_bthk = precise(gate_btd).sigmoid().view_as(recalled_bthk)
-        gained_bthk = open_bthk.mul_(recalled_bthk).mul_(_inverse_size(recalled_bthk, eps)).mul_(gain_k)
+        gained_bthk = open_bthk.mul_(recalled_bthk).mul_(inverse_size(recalled_bthk, eps)).mul_(gain_k)
         return gained_bthk.flatten(2).to(recalled_btd.dtype)
 
     @staticmethod
@@ -229,7 +227,7 @@ class GatedNorm(torch.autograd.Function):
         """With n = x / size: ``dx = (dn - n mean(n dn)) / size``."""
         recalled_btd, gate_btd, gain_k = ctx.saved_tensors
         recalled_bthk = precise(recalled_btd).unflatten(-1, (-1, len(gain_k)))
-        scale_bth1, open_btd = _inverse_size(recalled_bthk, ctx.eps), precise(gate_btd).sigmoid()
+        scale_bth1, open_btd = inverse_size(recalled_bthk, ctx.eps), precise(gate_btd).sigmoid()
         normed_bthk = recalled_bthk * scale_bth1
         d_normed_bthk = (d_gained_btd * open_btd).view_as(recalled_bthk)
         weighed_bthk = normed_bthk * d_normed_bthk
@@ -240,8 +238,3 @@ class GatedNorm(torch.autograd.Function):
         d_recalled_bthk = d_normed_bthk.mul_(gain_k).addcmul_(normed_bthk, along_bth1, value=-1).mul_(scale_bth1)
         d_recalled_btd = d_recalled_bthk.flatten(2).to(recalled_btd.dtype)
         return d_recalled_btd, d_gate_btd.to(gate_btd.dtype), d_gain_k.to(gain_k.dtype), None
-
-
-def _inverse_size(vector_bthk: Tensor, eps: float) -> Tensor:
-    length_bth1 = torch.linalg.vector_norm(vector_bthk, dim=-1, keepdim=True)
-    return (length_bth1.square() / vector_bthk.shape[-1] + eps).rsqrt()

@@ -32,8 +32,7 @@ class Normalise(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         hidden, gain_d, eps = inputs
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = length.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
+        scale = inverse_size(wide, eps)
         ctx.save_for_backward(hidden, gain_d, scale)
         return (wide * scale).mul_(gain_d).to(hidden.dtype)
 
@@ -48,3 +47,9 @@ class Normalise(torch.autograd.Function):
         along = weighed.mul_(gain_d).mean(dim=-1, keepdim=True)
         d_hidden = (d_normed.to(scale.dtype) * gain_d).addcmul_(unit, along, value=-1).mul_(scale)
         return d_hidden.to(hidden.dtype), d_gain_d.to(gain_d.dtype), None
+
+
+def inverse_size(hidden: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt(mean(x^2) + eps)`` over the last axis."""
+    length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    return (length.square() / hidden.shape[-1] + eps).rsqrt()

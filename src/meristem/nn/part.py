@@ -288,6 +288,15 @@ class MemoryPart(Part):
     levels: LevelsPart = LevelsPart()
     self_reference: SelfReferencePart = SelfReferencePart()
 
+    def heads_in(self, width: int) -> int:
+        """How many heads a width is cut into. Raises ConflictingKeys where they do not fill it."""
+        if width % self.head_width:
+            raise ConflictingKeys(
+                f"model.width {width} is not a multiple of memory.head_width {self.head_width}. "
+                f"Set memory.head_width to a divisor of {width}."
+            )
+        return width // self.head_width
+
     @model_validator(mode="after")
     def _keeps_or_has_levels(self) -> Self:
         if self.kept.read != "none" and self.levels != LevelsPart():

@@ -4,6 +4,8 @@ Only finished groups are read, and only the tokens after a group hear of it: a m
 made of would tell them what comes later (memory.md 6.5).
 """
 
+import itertools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +14,12 @@ from meristem.shapes import Hidden
 
 Groups = Float[Tensor, "b n d"]
 Row = Float[Tensor, "b d"]
+
+
+def spans(n_before: int, n_time: int, period: int) -> list[tuple[int, int]]:
+    """Where a window that begins after ``n_before`` tokens is cut: where a multiple of ``period`` has been read."""
+    cuts = [*range(period - n_before % period, n_time, period), n_time]
+    return list(itertools.pairwise([0, *cuts]))
 
 
 def group_means(hidden_btd: Hidden, sum_bd: Row, *, period: int, n_begun: int) -> tuple[Groups, Row]:

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from meristem.nn.conv import inverse_length
+
 GATES = ("rate", "retain")
 """Memories that say one number."""
 
@@ -169,16 +171,6 @@ def chunk_of(made: Made) -> Chunk:
     )
 
 
-def spans(n_before: int, n_time: int, chunk: int) -> list[tuple[int, int, bool]]:
-    """Where a window that begins ``n_before`` tokens into the text is cut: begin, stop, and whether a chunk ends."""
-    cuts, begin = [], 0
-    while begin < n_time:
-        stop = min(n_time, begin + chunk - (n_before + begin) % chunk)
-        cuts.append((begin, stop, (n_before + stop) % chunk == 0))
-        begin = stop
-    return cuts
-
-
 def unit(rows: Tensor) -> Tensor:
     """Rows of length one."""
-    return rows * (rows.square().sum(dim=-1, keepdim=True) + 1e-12).rsqrt()
+    return rows * inverse_length(rows)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meristem.errors import ConflictingKeys
 from meristem.memory.gates import LOG_FLOOR
 from meristem.memory.value import Memory, State, full_precision
 from meristem.nn.conv import CausalConv
 from meristem.nn.norm import RMSNorm
 from meristem.nn.part import MemoryPart
-from meristem.nn.self_chunk import Chunk, Made, Writes, chunk_of, spans, unit, writes
+from meristem.nn.pool import spans
+from meristem.nn.self_chunk import Chunk, Made, Writes, chunk_of, unit, writes
 from meristem.nn.self_decode import can_decode, decode
 from meristem.nn.self_matrix import Matrices
 from meristem.nn.self_mlp import Networks
@@ -74,12 +74,7 @@ class SelfReference(nn.Module):
     def __init__(self, width: int, part: MemoryPart) -> None:
         super().__init__()
         own = part.self_reference
-        if width % part.head_width:
-            raise ConflictingKeys(
-                f"model.width {width} is not a multiple of memory.head_width {part.head_width}. "
-                f"Set memory.head_width to a divisor of {width}."
-            )
-        self.heads, self.is_static = width // part.head_width, own.setting == "static"
+        self.heads, self.is_static = part.heads_in(width), own.setting == "static"
         self.chunk_memory, self.chunk_other = own.chunk_memory, own.chunk_other
         self.eta_scale, self.unit_value = own.eta_scale, own.unit_value
         names = ("key", "value", *(("query",) if own.adaptive_query else ()), "rate", "retain")
@@ -151,11 +146,11 @@ class SelfReference(nn.Module):
         n_before, chunk = memory["n_tokens"], self.chunk_other
         start, live = _running(memory["makers"], n_before % chunk == 0)
         parts = []
-        for begin, stop, is_end in spans(n_before, rows.shape[1], chunk):
+        for begin, stop in spans(n_before, rows.shape[1], chunk):
             asked = None if queries is None else queries[:, begin:stop]
             parts.append(self._made(start, rows[:, begin:stop], asked))
             live = self.makers.write(start, live, writes(parts[-1]))
-            start = live if is_end else start
+            start = live if (n_before + stop) % chunk == 0 else start
         return Made.joined(parts), _kept(start, live, len(rows) // self.heads)
 
     def _made(self, makers: Memory, rows: Tensor, queries: Tensor | None) -> Made:
@@ -178,7 +173,7 @@ class SelfReference(nn.Module):
         n_time, chunk = made.key.shape[1], self.chunk_memory
         start, live = _running(memory, n_before % chunk == 0)
         reads, at = [], 0
-        for begin, stop, is_end in spans(n_before, n_time, chunk):
+        for begin, stop in spans(n_before, n_time, chunk):
             if begin < at:
                 continue
             if chunk > 1 and stop - begin == chunk:
@@ -187,7 +182,7 @@ class SelfReference(nn.Module):
                 start = live
             else:
                 read, live = self.memory.read(start, live, writes(made.window(begin, stop)))
-                start = live if is_end else start
+                start = live if (n_before + stop) % chunk == 0 else start
             reads.append(read)
         batch = len(made.key) // self.heads
         return torch.cat(reads, dim=1) if len(reads) > 1 else reads[0], _kept(start, live, batch)

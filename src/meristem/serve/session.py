@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from meristem.data.tokenizer import Tokenizer
 from meristem.device.random import stream as random_stream
 from meristem.errors import CheckpointMismatch, WrongValue
-from meristem.evaluate.memory import weights_in
+from meristem.evaluate.memory import COPIES, weights_in
 from meristem.memory.value import State, flatten, size_bytes, unflatten
 from meristem.models.generate import Sampling, choose
-from meristem.models.reader import LEARNED, Learn, reader_of
+from meristem.models.reader import Learn, reader_of
 from meristem.nn.memory import Recall
 from meristem.nn.self_reference import SelfReference
 from meristem.serve import store
@@ -303,7 +303,7 @@ def _memories(state: State, path: str = "") -> Iterator[tuple[str, State]]:
     for name, inner in state.items():
         if name == "memory":
             yield path, inner
-        elif isinstance(inner, dict) and name not in (LEARNED, "start", "kept"):
+        elif isinstance(inner, dict) and name not in COPIES:
             yield from _memories(inner, f"{path}.{name}".removeprefix("."))
 
 

@@ -1,4 +1,4 @@
-"""The chunk loop of ``ChunkSolve`` as one Triton kernel per pass: what every linear rule, titans first, launches most.
+"""The chunk loop of ``chunk_solve`` as one Triton kernel per pass: what every linear rule, titans first, launches most.
 
 For every chunk, with memory and momentum stacked in ``Z`` and rows of weights written before what they scale::
 
