@@ -1,16 +1,18 @@
 """Everything a user can cause, as one tree.
 
 MeristemError
-|- ConfigError (2)      UnknownKey  WrongValue  ConflictingKeys  DeadKey
+|- ConfigError (2)      UnknownKey  WrongValue  ConflictingKeys  DeadKey  SnapshotTooLarge
 |- ShapeError (2)
 |- CapabilityError (3)  a device, dtype or operation that is not there
 |- MissingExtra (3)     an optional package that is not installed
 |- PluginError (3)      PluginConflict  PluginTooOld
 |- SinkError (3)
 |- RunError (3)         RunInUse  DiskFull
+|- WorkerError (3)      WorkerTimeout  WorkerDied  QueueFull  BreakerOpen
 |- DataError (4)        CorpusTooShort  ManifestMismatch  BadRecords  SplitError  TokenizerMismatch  FileChanged
 |- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
-`- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost
+`- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost  RollbackFailed  Halted  StateTransferFailed
+                        AgreementFailed
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 """
@@ -48,6 +50,10 @@ class ConflictingKeys(ConfigError):
 
 class DeadKey(ConfigError):
     """A key that the other choices make meaningless."""
+
+
+class SnapshotTooLarge(ConfigError):
+    """Snapshots in memory that do not fit into the bytes they may take."""
 
 
 class ShapeError(MeristemError):
@@ -100,6 +106,28 @@ class RunInUse(RunError):
 
 class DiskFull(RunError):
     """No space is left where something had to be saved."""
+
+
+class WorkerError(MeristemError):
+    """A call in another process that gave no result."""
+
+    exit_code = 3
+
+
+class WorkerTimeout(WorkerError):
+    """A call that was not done at its deadline; its process is gone."""
+
+
+class WorkerDied(WorkerError):
+    """A process that ended in the middle of a call."""
+
+
+class QueueFull(WorkerError):
+    """More calls at once than a bounded queue takes."""
+
+
+class BreakerOpen(WorkerError):
+    """A call that is not tried, since too many before it failed."""
 
 
 class DataError(MeristemError):
@@ -170,3 +198,19 @@ class OutOfDeviceBytes(TrainingError):
 
 class DeviceLost(TrainingError):
     """The device stopped answering."""
+
+
+class RollbackFailed(TrainingError):
+    """No earlier state of the run could be brought back."""
+
+
+class Halted(TrainingError):
+    """The run stopped itself, since going back did not help."""
+
+
+class StateTransferFailed(TrainingError):
+    """What an optimizer has gathered cannot be given to the one that was to follow it."""
+
+
+class AgreementFailed(TrainingError):
+    """The processes of a run do not stand at the same place."""
