@@ -10,6 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=40, help="at how many moments test_kill.py kills a run; 200 are all")
+
+
 @pytest.fixture(autouse=True)
 def _compiler_starts_anew() -> Iterator[None]:
     """A test compiles as if it were the first: the compiler counts what others compiled against its limit of eight."""

@@ -127,6 +127,15 @@ def test_check_goes_through_all(site: Path) -> None:
     ]
 
 
+def test_one_entry_is_checked_as_all_are(site: Path) -> None:
+    """The one that ``origins`` lists, hidden behind ours or not."""
+    kind = "test7"
+    install(site, "late", "l_late", "MERISTEM_API = 1\nrule = 3\n", kind, {"own": "l_late:rule", "far": "l_late:no"})
+    registry = Registry(kind, {"own": "posixpath:join"})
+    found = {(origin.name, origin.is_ours): registry.check_one(origin).error for origin in registry.origins()}
+    assert found == {("own", True): "", ("own", False): "PluginError", ("far", False): "PluginError"}
+
+
 def test_finding_as_json() -> None:
     assert Finding(Origin("rule", "a", "d", "1", "m:a"), error="PluginError", cause="why").to_json() == {
         "kind": "rule",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from meristem.errors import PluginConflict, PluginError, PluginTooOld, WrongValue
 
@@ -31,6 +31,11 @@ class Origin:
     distribution: str
     version: str
     entry_point: str
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is no plugin. Other distributions have a version."""
+        return self.distribution == "meristem" and not self.version
 
 
 @dataclass(frozen=True)
@@ -119,21 +124,23 @@ class Registry(Generic[T]):
 
     def check(self) -> list[Finding]:
         """Import every entry and say which of them cannot be used, and why."""
-        findings = []
-        for key in self._entries:
-            try:
-                self.get(key)
-                findings.append(Finding(self._own(key)))
-            except (ImportError, AttributeError) as cause:
-                findings.append(Finding(self._own(key), error=type(cause).__name__, cause=str(cause)))
-        for key, found in self._discovered().items():
-            for entry in found:
-                try:
-                    self.get(key) if key not in self._entries else self._load(entry)
-                    findings.append(Finding(self._origin(entry)))
-                except PluginError as error:
-                    findings.append(Finding(self._origin(entry), error=type(error).__name__, cause=str(error)))
-        return sorted(findings, key=lambda finding: (finding.origin.name, finding.origin.distribution))
+        return [self.check_one(origin) for origin in self.origins()]
+
+    def check_one(self, origin: Origin) -> Finding:
+        """Import the entry that ``origins`` lists as ``origin`` and say whether, and why, it cannot be used."""
+        try:
+            if origin.is_ours or origin.name not in self._entries:
+                self.get(origin.name)
+            for entry in self._hidden(origin):
+                self._load(entry)
+        except (PluginError, ImportError, AttributeError) as cause:
+            return Finding(origin, error=type(cause).__name__, cause=str(cause))
+        return Finding(origin)
+
+    def _hidden(self, origin: Origin) -> list[EntryPoint]:
+        """The plugin of that origin, if one of our own names stands before it."""
+        found = self._discovered().get(origin.name, []) if origin.name in self._entries else []
+        return [entry for entry in found if self._origin(entry) == origin]
 
     def _discovered(self) -> dict[str, list[EntryPoint]]:
         if self._plugins is None:
@@ -178,6 +185,15 @@ class Registry(Generic[T]):
     def _origin(self, entry: EntryPoint) -> Origin:
         name, version = (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "")
         return Origin(self.kind, entry.name.casefold(), name, version, entry.value)
+
+
+def checked(entry: Mapping[str, Any]) -> dict[str, object]:
+    """The finding about one entry, asked for and given as JSON: for a process of its own.
+
+    entry: ``registry`` as ``module:attribute``, and the ``origin`` of the entry in it.
+    """
+    registry = cast(Registry[object], _imported(entry["registry"]))
+    return registry.check_one(Origin(**entry["origin"])).to_json()
 
 
 def _imported(reference: str) -> object:

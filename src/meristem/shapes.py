@@ -3,12 +3,30 @@
 A letter names the same axis in the type, in the suffix of the local and in the einsum string. Batch and time are free
 in every signature; that two arguments share an axis is said by repeating its letter. The test run checks these types
 (``tests/shape_plugin.py``); the product run does not pay for them.
+
+Since everything that computes comes past here, this is also where a torch that is too old is refused.
 """
 
 from typing import Final
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from meristem.errors import CapabilityError
+
+OLDEST_TORCH: Final = "2.13"
+"""The one torch that the code is written for: nothing asks for a version, or for what a version has, a second time."""
+
+if TorchVersion(torch.__version__) < OLDEST_TORCH:
+    raise CapabilityError(
+        f"torch {torch.__version__} is installed, and meristem needs {OLDEST_TORCH} or newer. "
+        f"pip install --upgrade 'torch>={OLDEST_TORCH}'",
+        operation="import",
+        found=str(torch.__version__),
+        expected=OLDEST_TORCH,
+    )
 
 LEGEND: Final = {
     "b": "batch",

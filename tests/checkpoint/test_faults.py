@@ -5,10 +5,11 @@ import os
 import shutil
 import subprocess
 
+import orjson
 import pytest
 
 from meristem.checkpoint.retention import prune
-from meristem.checkpoint.store import entries, newest, open_checkpoint, verify
+from meristem.checkpoint.store import entries, newest, open_checkpoint, pin, verify
 from meristem.errors import DiskFull
 from meristem.events import silent
 
@@ -132,6 +133,58 @@ def test_disk_holds_everything_before_it_gets_its_name(tmp_path, monkeypatch):
     assert before[-2:] == [("sync", "manifest.json"), ("sync", f".{final.name}.partial")]
     assert {("sync", path.name) for path in final.iterdir()} <= set(before)
     assert after == [("sync", "root"), ("sync", ".index.json.partial"), ("rename", "index.json"), ("sync", "root")]
+
+
+FILES = ("model.safetensors", "memory.safetensors", "cursor.json", "progress.json", "config.yaml", "tokenizer.json")
+
+
+def test_damage_is_tried_on_every_file(tmp_path):
+    """The list below is that of the files that a checkpoint has."""
+    assert sorted(path.name for path in save_sample(tmp_path, 3).iterdir()) == sorted((*FILES, "manifest.json"))
+
+
+@pytest.mark.parametrize("part", (*FILES, "manifest.json"))
+def test_a_changed_byte_is_found(tmp_path, part):
+    """A byte anywhere in any file of the newest checkpoint: ``verify`` names the file, the one before is used."""
+    save_sample(tmp_path, 3, number=1)
+    path = save_sample(tmp_path, 5, number=2)
+    content = (path / part).read_bytes()
+    for place in range(0, len(content), 1 + len(content) // 700):
+        (path / part).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        (found,) = verify(path)
+        assert part in found, place
+        assert place % 9 or newest(tmp_path, silent).step == 3, place
+    (path / part).write_bytes(content)
+    assert verify(path) == [] and number_of(newest(tmp_path, silent)) == 2
+
+
+@pytest.mark.parametrize("part", (*FILES, "manifest.json"))
+def test_a_torn_file_is_found(tmp_path, part):
+    """At every length, or one in a few, but its own; too long, and padded to its own with zeros, too."""
+    save_sample(tmp_path, 3, number=1)
+    path = save_sample(tmp_path, 5, number=2)
+    content = (path / part).read_bytes()
+    torn = [content[:length] for length in range(0, len(content), 1 + len(content) // 700)]
+    padded = [start.ljust(len(content), b"\0") for start in torn[::17]]
+    for spoilt in [*torn, *(start for start in padded if start != content), content + b"\0", content * 2]:
+        (path / part).write_bytes(spoilt)
+        (found,) = verify(path)
+        assert part in found, spoilt
+        assert len(spoilt) % 9 or newest(tmp_path, silent).step == 3, spoilt
+    (path / part).write_bytes(content)
+    assert verify(path) == [] and number_of(newest(tmp_path, silent)) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\0" * 99])
+def test_files_beside_the_checkpoints_may_be_torn(tmp_path, content):
+    """The index is made again from the manifests, and what a pin says is not in it: a damaged one loses nothing."""
+    pin(save_sample(tmp_path, 3, number=1))
+    (tmp_path / "index.json").write_bytes(content)
+    (tmp_path / "step-00000003" / "pinned").write_bytes(content)
+    assert number_of(newest(tmp_path, silent)) == 1 and verify(tmp_path / "step-00000003") == []
+    save_sample(tmp_path, 5, number=2)
+    listed = orjson.loads((tmp_path / "index.json").read_bytes())["checkpoints"]
+    assert [(entry["step"], entry["pinned"]) for entry in listed] == [(3, True), (5, False)]
 
 
 def test_full_disk(tmp_path):

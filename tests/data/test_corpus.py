@@ -122,7 +122,7 @@ def n_descriptors(root):
 
 @pytest.fixture
 def odd(tmp_path):
-    """One path of each kind that cannot be mapped."""
+    """One path of each kind that holds no numbers."""
     (tmp_path / "directory").mkdir()
     (tmp_path / "empty").touch()
     (tmp_path / "uneven").write_bytes(b"abc")
@@ -145,7 +145,7 @@ ODD = [
 def test_each_way_not_to_open_has_its_error_and_leaks_nothing(odd, name, message):
     for _ in range(50):
         with pytest.raises(DataError, match=message):
-            files.map_array(odd / name, "uint16")
+            files.open_numbers(odd / name, "uint16")
     assert n_descriptors(odd) == 0
 
 
@@ -164,9 +164,9 @@ def test_a_file_that_may_not_be_read_is_named(odd):
 
 def test_opening_many_times_leaves_no_descriptor(prepared):
     for _ in range(2000):
-        files.map_array(prepared / "tokens.train.u16", "uint16")
+        files.open_numbers(prepared / "tokens.train.u16", "uint16")
     for _ in range(50):
         open_corpus(prepared)
     assert n_descriptors(prepared) == 0
     held = open_corpus(prepared)
-    assert n_descriptors(prepared) == len(held.arrays)
+    assert n_descriptors(prepared) == len(held.numbers)

@@ -54,7 +54,7 @@ def test_the_splits_together_are_the_text(tmp_path, text, tokenizer):
         assert (edges[0], edges[-1]) == (0, len(tokens))
         assert corpus.text(split) == b"".join(found[-(len(edges) - 1) :])
         assert len(corpus.text(split)) == corpus.size_bytes(split)
-        assert corpus.tokenizer.byte_lengths[tokens].sum() == corpus.size_bytes(split)
+        assert corpus.tokenizer.byte_lengths[tokens[:]].sum() == corpus.size_bytes(split)
     assert sorted(found) == sorted(whole.values())
 
 
@@ -70,7 +70,7 @@ def test_the_manifest_says_what_it_is(tmp_path, text):
     assert manifest["split"]["method"] == "document"
     counts = manifest["counts"]
     assert counts["train"]["records"] + counts["val"]["records"] == 34
-    assert manifest["max_token_id"] == max(int(corpus.tokens(split).max()) for split in counts)
+    assert manifest["max_token_id"] == max(int(corpus.tokens(split)[:].max()) for split in counts)
     assert str(tmp_path) not in (corpus.path / "manifest.json").read_text()
 
 
@@ -275,6 +275,7 @@ def test_preparing_needs_no_torch(tmp_path, text):
 
 def test_a_prepared_corpus_cannot_be_written_to(tmp_path, text):
     tokens = prepare(settings(tmp_path, text), TokenizerPart()).tokens("train")
-    with pytest.raises(ValueError, match="read-only"):
-        tokens[0] = 1
-    assert isinstance(tokens, np.ndarray)
+    before = tokens[:].copy()
+    tokens[:][0] += 1
+    assert np.array_equal(tokens[:], before)
+    assert not hasattr(tokens, "__setitem__")

@@ -263,3 +263,32 @@ def test_reading_on_excludes_what_would_break_it(more):
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         DataPart(**wrong)
+
+
+@EACH
+@given(n_ranks=st.sampled_from([1, 2, 3, 4, 6, 12]), position=st.integers(0, 60))
+@settings(max_examples=25, deadline=None)
+def test_s2_m2_processes_share_a_batch_without_overlap(corpus, layout, n_ranks, position):
+    """Whatever their number, their rows one under the other are those of one process, and so are counts and cursor."""
+    whole = stream(corpus, batch=12, **layout)
+    cursor = Cursor(position, whole.start().fingerprint, whole.start().layout)
+    joined, after = whole.next(cursor)
+    parts = [whole.share(rank, n_ranks).next(cursor) for rank in range(n_ranks)]
+    assert torch.equal(torch.cat([part.tokens_bt for part, _ in parts]), joined.tokens_bt)
+    assert torch.equal(torch.cat([part.targets_bt for part, _ in parts]), joined.targets_bt)
+    assert [part.n_targets for part, _ in parts] == [joined.n_targets // n_ranks] * n_ranks
+    assert sum(part.n_bytes for part, _ in parts) == joined.n_bytes
+    assert {(part.starts, cursor) for part, cursor in parts} == {(joined.starts, after)}
+
+
+def test_a_cursor_goes_on_with_another_number_of_processes(corpus):
+    whole = stream(corpus, batch=12)
+    _, cursor = take(whole.share(1, 2), 5)
+    first, _ = whole.share(0, 3).next(cursor)
+    assert torch.equal(first.tokens_bt, take(whole, 6)[0][5].tokens_bt[:4])
+    assert whole.share(2, 4).epoch(cursor) == whole.epoch(cursor)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(corpus):
+    with pytest.raises(ConflictingKeys, match="data.batch is 12 rows.* 5 processes .*Set data.batch to 15, or"):
+        stream(corpus, batch=12).share(0, 5)

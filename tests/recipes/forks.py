@@ -7,10 +7,12 @@ keeps its process id until it was waited for, so that killing it hits nobody els
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 
@@ -24,18 +26,41 @@ class Runs:
         )
         assert self._read() == {"ready": True}
 
-    def start(self, preset: str, overrides: Sequence[str], run_dir: Path, resume: str = "auto") -> int:
-        """Begin a run and give its process id."""
+    def start(
+        self,
+        preset: str,
+        overrides: Sequence[str],
+        run_dir: Path,
+        resume: str = "auto",
+        *,
+        garbled: Sequence[int] = (),
+        dies: tuple[str, int] | None = None,
+    ) -> int:
+        """Begin a run and give its process id.
+
+        garbled: the batches, counted from 0, whose text is corrupt.
+        dies: in which of ``PIECES`` the process kills itself, and at the how manieth call of a function there. Where it
+        lives on, it leaves the number of these calls in the file ``calls-PIECE`` of the run.
+        """
         order = {"preset": preset, "overrides": list(overrides), "run_dir": str(run_dir), "resume": resume}
-        return int(self._ask(order)["pid"])
+        return int(self._ask(order | {"garbled": list(garbled), "dies": dies})["pid"])
 
     def wait(self, pid: int) -> int:
         """The exit code of the run, or minus the signal that killed it."""
         return int(self._ask({"wait": pid})["code"])
 
-    def run(self, preset: str, overrides: Sequence[str], run_dir: Path, resume: str = "auto") -> int:
-        """The exit code of a run that nobody disturbs."""
-        return self.wait(self.start(preset, overrides, run_dir, resume))
+    def run(
+        self,
+        preset: str,
+        overrides: Sequence[str],
+        run_dir: Path,
+        resume: str = "auto",
+        *,
+        garbled: Sequence[int] = (),
+        dies: tuple[str, int] | None = None,
+    ) -> int:
+        """The exit code of a run that nobody else disturbs."""
+        return self.wait(self.start(preset, overrides, run_dir, resume, garbled=garbled, dies=dies))
 
     def close(self) -> None:
         assert self._server.stdin and self._server.stdout
@@ -60,6 +85,7 @@ def _serve() -> None:
     import matplotlib.figure  # noqa: F401 - imported so that no child has to
 
     import meristem.models.lm
+    import meristem.recipes.drill.training
     import meristem.recipes.pretrain  # noqa: F401
 
     _say({"ready": True})
@@ -83,19 +109,82 @@ def _say(answer: dict[str, Any]) -> None:
 def _run(order: dict[str, Any]) -> int:
     from meristem.errors import MeristemError
     from meristem.recipes.config import load_config
-    from meristem.recipes.pretrain import pretrain
+    from meristem.recipes.drill.training import garble
+    from meristem.recipes.pretrain import prepare_job, pretrain
     from meristem.sinks.console import Console
 
+    breaks = garble(order["garbled"])
+    count = _dying(*order["dies"]) if order["dies"] else None
     config = load_config(order["preset"], order["overrides"], {}).tree
     # stdout carries the answers of the server; the words of a run go to stderr, and stderr nowhere.
     sys.stderr = open(os.devnull, "w")
     try:
-        result = pretrain(config, run_dir=Path(order["run_dir"]), resume=order["resume"], view=Console(json=True))
+        result = pretrain(
+            config,
+            run_dir=Path(order["run_dir"]),
+            resume=order["resume"],
+            view=Console(json=True),
+            make_job=lambda run, *given: breaks(run, prepare_job(run, *given)),
+        )
     except MeristemError as error:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    if count:
+        (Path(order["run_dir"]) / f"calls-{order['dies'][0]}").write_text(str(count[0]))
     return result.exit_code
+
+
+PIECES = ("save", "rollback", "resume")
+"""Pieces of a run in which a process can kill itself: in the thread that writes checkpoints, while it goes back to an
+earlier state, and from putting back what a checkpoint holds to its first step."""
+
+
+def _dying(piece: str, at: int) -> list[int]:
+    """Count the calls of functions, Python's and C's, in a piece of the run; the process dies at number ``at``."""
+    from meristem.checkpoint import store
+    from meristem.checkpoint.saver import Saver
+    from meristem.recipes import pretrain
+    from meristem.recipes.shelter import Shelter
+
+    count = [0]
+
+    def watch(frame: FrameType, event: str, argument: object) -> None:
+        if event in ("call", "c_call"):
+            count[0] += 1
+            if count[0] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def begins(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            sys.setprofile(watch)
+            return function(*given, **named)
+
+        return call
+
+    def ends(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            sys.setprofile(None)
+            return function(*given, **named)
+
+        return call
+
+    def ends_after(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            try:
+                return function(*given, **named)
+            finally:
+                sys.setprofile(None)
+
+        return call
+
+    if piece == "save":
+        store.save, Saver._run = begins(store.save), ends_after(Saver._run)
+    elif piece == "rollback":
+        Shelter.go_back = begins(ends_after(Shelter.go_back))
+    else:
+        pretrain.begin, pretrain.train = begins(pretrain.begin), ends(pretrain.train)
+    return count
 
 
 if __name__ == "__main__":

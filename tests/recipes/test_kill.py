@@ -26,41 +26,82 @@ STATEFUL = ("data.order=sequential", "model.n_layers=1", "model.heads=2", "model
 """A model with a memory that is carried from window to window: everything that a checkpoint can hold."""
 
 N_STEPS, SAVED_EVERY = 30, 4
+"""Of a run that nothing is wrong with."""
+
+GARBLED = (*range(17, 20), *range(29, 36))
+"""The batches whose text is corrupt, so that the guard panics: once, and later twice in a row."""
+
+N_GUARDED = 40
+GUARDED = (
+    *STATEFUL,
+    f"train.steps={N_GUARDED}",
+    "optim.rate=0.03",
+    "guard.n_least=6",
+    "guard.span=12",
+    "rollback.snapshots=2",
+    "rollback.snapshot_every=4",
+    "rollback.ease_steps=5",
+    "evaluate.n_samples=0",
+)
+"""A run that goes back. Snapshots are of the steps at which checkpoints are, so that a process which has only these
+goes back to where the one before it would have gone."""
+
+NEVER = 10**12
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When a run is killed: some time after a step of it was recorded, step 0 being its start.
+    """When a run is killed.
 
-    share: of the time that the next thing takes, which is starting, a step with what follows it, or ending.
+    piece: ``step``, some time after a step was recorded, step 0 being the start of the run; or one of ``PIECES``.
+    share: of the time that follows the step, which is for starting, a step with what follows it, or ending; or of the
+        calls of functions in a piece. For ``resume`` the run is killed after ``step``, and then once more.
     """
 
-    step: int
+    piece: str
     share: float
+    step: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.piece}-{self.step + self.share:.3f}"
 
 
-_DRAW = random.Random(25)
-MOMENTS = [
-    *(Moment(0, _DRAW.random()) for _ in range(3)),
-    *(Moment(1 + number * (N_STEPS - 2) // 18, _DRAW.random()) for number in range(19)),
-    *(Moment(N_STEPS, _DRAW.random()) for _ in range(3)),
-]
-"""Twenty-five, spread over the whole life: starting, training, evaluating, saving, reporting."""
+def moments() -> Iterator[Moment]:
+    """Without end, of every twenty the same number in each piece."""
+    draw = random.Random(25)
+    while True:
+        yield from (Moment("step", draw.random(), draw.randrange(N_GUARDED + 1)) for _ in range(7))
+        yield from (Moment("save", 0.97 * draw.random()) for _ in range(6))
+        yield from (Moment("rollback", 0.97 * draw.random()) for _ in range(4))
+        yield from (Moment("resume", 0.9 * draw.random(), draw.randrange(SAVED_EVERY + 1, N_GUARDED)) for _ in range(3))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "moment" in metafunc.fixturenames:
+        drawn = list(itertools.islice(moments(), metafunc.config.getoption("--kills")))
+        metafunc.parametrize("moment", drawn, ids=str)
 
 
 @dataclass(frozen=True)
 class Truth:
-    """An undisturbed run: how long its pieces took, its losses by step, and what it ended with."""
+    """An undisturbed run: how long its pieces took, its losses by step, and what it ended with.
+
+    n_calls: of functions, by piece.
+    """
 
     starting_s: float
     step_s: float
     ending_s: float
     losses: dict[int, float]
     trees: dict[str, dict[str, torch.Tensor]]
+    n_calls: dict[str, int]
 
     def delay_s(self, moment: Moment) -> float:
-        pieces = {0: self.starting_s, N_STEPS: self.ending_s}
+        pieces = {0: self.starting_s, N_GUARDED: self.ending_s}
         return moment.share * pieces.get(moment.step, self.step_s)
+
+    def call(self, moment: Moment) -> tuple[str, int]:
+        return moment.piece, 1 + int(moment.share * self.n_calls[moment.piece])
 
 
 @dataclass(frozen=True)
@@ -69,23 +110,52 @@ class Place:
     settings: list[str]
     truth: Truth
 
+    def start(self, run_dir: Path, dies: tuple[str, int] | None = None) -> int:
+        return self.runs.start("titans-mag", self.settings, run_dir, garbled=GARBLED, dies=dies)
+
+    def run(self, run_dir: Path, dies: tuple[str, int] | None = None) -> int:
+        return self.runs.wait(self.start(run_dir, dies))
+
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("kill")
-    settings = overrides(write_text(folder), *STATEFUL)
+def runs() -> Iterator[Runs]:
     runs = Runs()
-    assert runs.run("titans-mag", settings, folder / "first") == 0  # this one also prepares the text
+    yield runs
+    runs.close()
+
+
+@pytest.fixture(scope="module")
+def place(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("kill")
+    settings = overrides(write_text(folder), *GUARDED)
+    place = Place(runs, settings, Truth(0, 0, 0, {}, {}, {}))
+    n_calls = {}
+    for piece in ("save", "rollback"):  # the first one also prepares the text
+        assert place.run(folder / piece, (piece, NEVER)) == 0
+        n_calls[piece] = int((folder / piece / f"calls-{piece}").read_text())
     times_s = [time.monotonic()]
-    pid = runs.start("titans-mag", settings, folder / "second")
-    for n_steps in (1, N_STEPS):
-        wait_for(lambda n_steps=n_steps: has_steps(folder / "second", n_steps))
+    pid = place.start(folder / "truth")
+    for n_steps in (1, N_GUARDED):
+        wait_for(lambda n_steps=n_steps: has_steps(folder / "truth", n_steps))
         times_s.append(time.monotonic())
     assert runs.wait(pid) == 0
     times_s.append(time.monotonic())
     starting_s, training_s, ending_s = (after - before for before, after in itertools.pairwise(times_s))
-    yield Place(runs, settings, Truth(starting_s, training_s / N_STEPS, ending_s, *ends(folder / "second")))
-    runs.close()
+    pid = place.start(folder / "resume")
+    kill_after(runs, pid, folder / "resume", N_GUARDED // 2)
+    assert place.run(folder / "resume", ("resume", NEVER)) == 0
+    n_calls["resume"] = int((folder / "resume" / "calls-resume").read_text())
+    found = Truth(starting_s, training_s / N_GUARDED, ending_s, *ends(folder / "truth"), n_calls)
+    return Place(runs, settings, found)
+
+
+@pytest.fixture(scope="module")
+def plain(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A run that nothing is wrong with."""
+    folder = tmp_path_factory.mktemp("plain")
+    settings = overrides(write_text(folder), *STATEFUL)
+    assert runs.run("titans-mag", settings, folder / "truth") == 0
+    return Place(runs, settings, Truth(0, 0, 0, *ends(folder / "truth"), {}))
 
 
 def ends(run_dir: Path) -> tuple[dict[int, float], dict[str, dict[str, torch.Tensor]]]:
@@ -109,61 +179,72 @@ def assert_same(run_dir: Path, truth: Truth) -> None:
 
 
 def test_the_undisturbed_run_repeats(place, tmp_path):
-    """What the tests below rely on: the same settings give the same losses and the same end in another process."""
-    assert sorted(place.truth.losses) == list(range(1, N_STEPS + 1))
-    assert place.runs.run("titans-mag", place.settings, tmp_path / "run") == 0
+    """What the tests below rely on: it goes back, and the same settings give the same in another process."""
+    assert sorted(place.truth.losses) == list(range(1, N_GUARDED + 1))
+    assert place.run(tmp_path / "run") == 0
     assert_same(tmp_path / "run", place.truth)
+    returns = [event["payload"] for event in events(tmp_path / "run", "rollback.done")]
+    assert [event["in_row"] for event in returns] == [1, 2]
+    assert all(event["tier"] == "fast" for event in returns)
 
 
-@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment.step + moment.share:.3f}")
-def test_killed_run_goes_on_to_the_bit(place, tmp_path, moment):
+def test_tr9_killed_run_goes_on_to_the_bit(place, tmp_path, moment):
     """SIGKILL at any moment; the same command again ends with the same losses, weights, moments and memory."""
     run_dir = tmp_path / "run"
-    pid = place.runs.start("titans-mag", place.settings, run_dir)
-    wait_for(lambda: moment.step == 0 or has_steps(run_dir, moment.step))
-    time.sleep(place.truth.delay_s(moment))
-    os.kill(pid, signal.SIGKILL)
-    place.runs.wait(pid)
-    assert place.runs.run("titans-mag", place.settings, run_dir) == 0
+    if moment.piece in ("step", "resume"):
+        kill_after(place.runs, place.start(run_dir), run_dir, moment.step, place.truth.delay_s(moment))
+        n_made = max(0, moment.step - 1)
+    if moment.piece != "step":
+        assert place.run(run_dir, place.truth.call(moment)) == -signal.SIGKILL
+    assert place.run(run_dir) == 0
     assert_same(run_dir, place.truth)
-    n_saved = max(0, moment.step - 1) // SAVED_EVERY * SAVED_EVERY
-    assert n_saved == 0 or resumed_from(run_dir) >= n_saved
+    if moment.piece == "step" and moment.step < min(GARBLED):
+        # A save is not lost once the next one has begun.
+        assert resumed_from(run_dir) >= (n_made // SAVED_EVERY - 1) * SAVED_EVERY
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_goes_on(place, tmp_path, number):
+def test_asked_to_stop_it_saves_and_goes_on(plain, tmp_path, number):
     """Exit code 130, a checkpoint of that very step, and nothing lost: no step is made twice."""
     run_dir = tmp_path / "run"
-    pid = place.runs.start("titans-mag", [*place.settings, "checkpoint.every=1000"], run_dir)
+    pid = plain.runs.start("titans-mag", [*plain.settings, "checkpoint.every=1000"], run_dir)
     wait_for(lambda: has_steps(run_dir, 3))
     os.kill(pid, number)
-    assert place.runs.wait(pid) == 130
+    assert plain.runs.wait(pid) == 130
     checkpoint = newest(run_dir / "checkpoints", silent)
     assert checkpoint is not None and checkpoint.manifest["reason"] == "signal"
     assert checkpoint.step == max(losses(run_dir)) < N_STEPS
     assert read(run_dir)["status"] == "interrupted"
-    assert place.runs.run("titans-mag", [*place.settings, "checkpoint.every=1000"], run_dir) == 0
+    assert plain.runs.run("titans-mag", [*plain.settings, "checkpoint.every=1000"], run_dir) == 0
     records = [record for record in read_records(run_dir / "metrics.ndjson") if record["split"] == "train"]
     assert [record["step"] for record in records] == list(range(1, N_STEPS + 1))
-    assert_same(run_dir, place.truth)
+    assert_same(run_dir, plain.truth)
 
 
-def test_time_boxed_run_gets_the_time_it_had_left(place, tmp_path):
+def test_time_boxed_run_gets_the_time_it_had_left(plain, tmp_path):
     """Killed after some of its three seconds, the second process trains for the rest of them and no longer."""
     run_dir = tmp_path / "run"
-    settings = [*place.settings, "train.steps=null", "train.budget=3s", "evaluate.every=10000", "checkpoint.every=60"]
-    pid = place.runs.start("titans-mag", settings, run_dir)
+    settings = [*plain.settings, "train.steps=null", "train.budget=3s", "evaluate.every=10000", "checkpoint.every=60"]
+    pid = plain.runs.start("titans-mag", settings, run_dir)
     wait_for(lambda: newest(run_dir / "checkpoints", silent) is not None and seconds_used(run_dir)[-1] > 1.5)
     os.kill(pid, signal.SIGKILL)
-    place.runs.wait(pid)
+    plain.runs.wait(pid)
     saved = newest(run_dir / "checkpoints", silent)
     assert saved is not None
     saved_s = saved.value("progress")["seconds_used"]
-    assert place.runs.run("titans-mag", settings, run_dir) == 0
+    assert plain.runs.run("titans-mag", settings, run_dir) == 0
     used = seconds_used(run_dir)
     after = [seconds for seconds in used if seconds > saved_s]
     assert used == sorted(used)
     assert after[-1] >= 3 and all(seconds < 3 for seconds in after[:-1])
+
+
+def kill_after(runs: Runs, pid: int, run_dir: Path, step: int, delay_s: float = 0.0) -> None:
+    """SIGKILL so long after a step was recorded."""
+    wait_for(lambda: step == 0 or has_steps(run_dir, step))
+    time.sleep(delay_s)
+    os.kill(pid, signal.SIGKILL)
+    runs.wait(pid)
 
 
 def wait_for(is_there: Callable[[], bool]) -> None:
@@ -179,8 +260,11 @@ def has_steps(run_dir: Path, n_steps: int) -> bool:
 
 
 def resumed_from(run_dir: Path) -> int:
-    events = read_records(run_dir / "events.ndjson")
-    return next(event["payload"]["resumed_from"] for event in events if event["name"] == "run.resumed")
+    return events(run_dir, "run.resumed")[0]["payload"]["resumed_from"]
+
+
+def events(run_dir: Path, name: str) -> list[dict]:
+    return [event for event in read_records(run_dir / "events.ndjson") if event["name"] == name]
 
 
 def seconds_used(run_dir: Path) -> list[float]:

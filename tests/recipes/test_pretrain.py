@@ -9,7 +9,7 @@ from meristem.checkpoint.store import entries, find
 from meristem.data.prepare import prepare
 from meristem.device.part import DevicePart
 from meristem.device.resolve import resolve
-from meristem.errors import CapabilityError, NonFinite
+from meristem.errors import CapabilityError, Halted, NonFinite
 from meristem.evaluate.likelihood import likelihood
 from meristem.events import silent
 from meristem.models.load import load
@@ -104,17 +104,23 @@ def test_best_and_last_checkpoints_stay(settings, result):
     assert read(result.run_dir)["best"]["step"] == by_rank[0]
 
 
-def test_bad_steps_end_the_run_with_its_checkpoints_intact(settings, tmp_path):
+@pytest.mark.parametrize(
+    ("is_guarded", "error", "match", "in_rows"),
+    [(False, NonFinite, "4 end a run", [1, 2, 3]), (True, Halted, "went back 3 times in a row", [1, 2, 3] * 3)],
+)
+def test_bad_steps_end_the_run_with_its_checkpoints_intact(settings, tmp_path, is_guarded, error, match, in_rows):
     """A rate that cannot work: each bad step is an event, the run fails with the exit code of training."""
     wild = settings.optim.model_copy(update={"rate": 1e30, "clip": None})
     train = settings.train.model_copy(update={"max_nonfinite": 4})
-    with pytest.raises(NonFinite, match="4 end a run"):
-        pretrain(settings.model_copy(update={"optim": wild, "train": train}), run_dir=tmp_path / "wild")
+    guard = settings.guard.model_copy(update={"is_on": is_guarded})
+    changes = {"optim": wild, "train": train, "guard": guard}
+    with pytest.raises(error, match=match):
+        pretrain(settings.model_copy(update=changes), run_dir=tmp_path / "wild")
     run = read(tmp_path / "wild")
     assert (run["status"], run["exit"]) == ("failed", 5)
     events = list(read_records(tmp_path / "wild" / "events.ndjson"))
-    assert [e["payload"]["in_row"] for e in events if e["name"] == "loss.nonfinite"] == [1, 2, 3]
-    assert [e["payload"]["type"] for e in events if e["name"] == "exception"] == ["NonFinite"]
+    assert [e["payload"]["in_row"] for e in events if e["name"] == "loss.nonfinite"] == in_rows
+    assert [e["payload"]["type"] for e in events if e["name"] == "exception"] == [error.__name__]
     find(tmp_path / "wild", silent)
 
 

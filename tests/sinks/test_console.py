@@ -2,8 +2,10 @@
 
 import io
 import math
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import rich.console
@@ -163,3 +165,62 @@ def test_falling_loss_falls():
     assert drawn[0] == "█"
     assert drawn[-1] == "▁"
     assert list(drawn) == sorted(drawn, reverse=True)
+
+
+STUCK = """
+import sys, tempfile
+from functools import partial
+from pathlib import Path
+from meristem.sinks.console import Console
+from meristem.sinks.emitter import SCREEN, Emitter
+from meristem.sinks.outbox import Pace
+from meristem.sinks.records import Records
+
+view = Console()
+emitter = Emitter(Records(Path(tempfile.mkdtemp()), "r"), screen=view.show, pace=Pace(close_s=0.2))
+view.through(partial(emitter.later, SCREEN), emitter.emit)
+view.start("t")
+view.update({"a": "b"})
+view.stop()
+(told,) = emitter.close()
+view.lose("it takes no more text")
+print("to nobody")
+print(told.status, file=sys.stderr)
+"""
+
+
+def test_process_ends_though_its_screen_takes_nothing():
+    """A thread that is stuck in stdout holds its lock: neither a later print nor the exit of Python may wait for it."""
+    ours, terminal = os.openpty()
+    filling = os.open(os.ttyname(terminal), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    n_refused = 0
+    while n_refused < 5:
+        try:
+            os.write(filling, b"x")
+        except BlockingIOError:
+            n_refused += 1
+            time.sleep(0.02)
+    code = [sys.executable, "-c", STUCK]
+    done = subprocess.run(code, stdout=terminal, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, "hung\n")
+    for descriptor in (ours, terminal, filling):
+        os.close(descriptor)
+
+
+def test_lost_screen_gives_stderr_back():
+    """Whenever the terminal goes, what is written to stderr afterwards is not swallowed by a view that nobody sees."""
+    usual = sys.stderr
+    for n_drawn in range(4):
+        target = screen(force_terminal=True)
+        posted = []
+        console = Console(screen=target)
+        console.through(posted.append)
+        console.start("t")
+        console.update({"a": "b"})
+        console.stop()
+        for draw in posted[:n_drawn]:
+            draw()
+        target.file.close()
+        for draw in posted[n_drawn:]:
+            draw()
+        assert sys.stderr is usual

@@ -17,7 +17,7 @@ from meristem.errors import BadRecords, DiskFull
 from meristem.events import Event
 from meristem.sinks.lines import read_records
 from meristem.sinks.part import SinksPart
-from meristem.sinks.records import Records, history
+from meristem.sinks.records import RETURNS, Records, history
 
 
 def write_steps(records, steps, value=0.0):
@@ -207,28 +207,49 @@ def test_full_disk_leaves_the_file_whole(tmp_path, monkeypatch, n_taken):
     assert events == []
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
-    legs=st.lists(st.tuples(st.integers(0, 6), st.floats(0, 1)), min_size=1, max_size=5),
+    legs=st.lists(st.tuples(st.integers(0, 6), st.floats(0, 1), st.sampled_from(RETURNS)), min_size=1, max_size=5),
     n_evaluations=st.integers(1, 3),
 )
 def test_history_is_what_was_kept(tmp_path_factory, legs, n_evaluations):
-    """Through any resumes from any earlier step, history is the steps of the branch that survived, each once."""
+    """Through any resumes and rollbacks to any earlier step, history is the steps of the branch that survived, once."""
     run_dir = tmp_path_factory.mktemp("run")
     expected: list[tuple[int, int]] = []
-    for leg, (n_steps, where) in enumerate(legs):
-        records = Records(run_dir, "r")
+    records = Records(run_dir, "r")
+    for leg, (n_steps, where, back) in enumerate(legs):
         if leg:
             expected = expected[: round(where * len(expected))]
+            if back == "run.resumed":
+                records.close()
+                records = Records(run_dir, "r")
             resumed_from = expected[-1][0] if expected else 0
-            records.event(Event("run.resumed", {"resumed_from": resumed_from}), step=resumed_from)
+            records.event(Event(back, {"resumed_from": resumed_from}))
+            assert records.step == resumed_from
         start = expected[-1][0] if expected else 0
         for step in range(start + 1, start + n_steps + 1):
             for _ in range(n_evaluations):
                 records.metrics(step, 0, 0.0, "val", {"leg": leg})
             expected.append((step, leg))
-        records.close()
+    records.close()
     assert [(r["step"], r["metrics"]["leg"]) for r in history(run_dir)] == expected
+
+
+def test_what_happens_after_a_return_stands_at_its_step(tmp_path):
+    """After going back, events and readings belong to the branch that survives until a step is recorded again."""
+    records = Records(tmp_path, "r")
+    write_steps(records, [1, 2, 3])
+    records.event(Event("guard.verdict"))
+    records.event(Event("rollback.done", {"resumed_from": 1}))
+    records.event(Event("checkpoint.saved"))
+    records.system({})
+    write_steps(records, [2])
+    records.event(Event("rollback.done", {"why": "there was nothing to go back to"}))
+    records.close()
+    told = [(event["name"], event["step"]) for event in read_records(tmp_path / "events.ndjson")]
+    assert told == [("guard.verdict", 3), ("rollback.done", 1), ("checkpoint.saved", 1), ("rollback.done", 2)]
+    assert [event["name"] for event in history(tmp_path, "events")] == [name for name, _ in told[1:]]
+    assert [record["step"] for record in read_records(tmp_path / "system.ndjson")] == [1]
 
 
 def test_part_has_the_limits_of_the_sampler():

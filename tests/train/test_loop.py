@@ -29,6 +29,7 @@ from meristem.optim.groups import build as build_optimizer
 from meristem.optim.kinds import KINDS
 from meristem.optim.outer import Outer
 from meristem.optim.part import OptimPart
+from meristem.optim.schedule import Done
 from meristem.train import loop
 from meristem.train.loop import Step, steps
 from meristem.train.part import TrainPart
@@ -59,7 +60,7 @@ def run(
 ) -> list[Step]:
     optimizer = build_optimizer(model, OptimPart(rate=0.01, clip=clip))
     start = start or Progress(cursor=stream.start())
-    schedule: Callable[[float], float] = lambda share: 1 - share / 2  # noqa: E731
+    schedule: Callable[[Done], float] = lambda done: 1 - done.share / 2  # noqa: E731
     made = steps(model, stream, optimizer, schedule, part=part, device=DEVICE, start=start)
     return list(made)
 
@@ -187,13 +188,11 @@ def test_going_on_from_progress_changes_nothing(corpus, order, n_first):
     optimizer = build_optimizer(model, OptimPart(rate=0.01))
     progress, losses = Progress(cursor=stream.start()), []
     for n_until in (n_first, 7):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.01
         made = steps(
             model,
             stream,
             optimizer,
-            lambda share: 1 - share / 2,
+            lambda done: 1 - done.share / 2,
             part=limit(steps=7),
             device=DEVICE,
             start=progress,
@@ -214,14 +213,12 @@ def test_memory_is_carried_only_where_batches_go_on(corpus):
     model = tiny()
     optimizer = build_optimizer(model, OptimPart(rate=0.01))
     for _ in range(3):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.01
         part = limit(steps=3)
         made = steps(
             model,
             stream,
             optimizer,
-            lambda s: 1 - s / 2,
+            lambda done: 1 - done.share / 2,
             part=part,
             device=DEVICE,
             start=replace(progress, memory=None),
@@ -454,4 +451,4 @@ def test_one_place_computes_gradients():
         for path in package.rglob("*.py")
         if ".backward(" in path.read_text() and "bench" not in path.parts
     }
-    assert callers == {"train/loop", "device/resolve"}
+    assert callers == {"train/backward", "device/resolve"}

@@ -15,16 +15,17 @@ from meristem.errors import DiskFull
 PARTIAL = ".partial"
 """Ending of names that are still being written; readers pass over them."""
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The disk is full, the user has used up what is theirs, or a file may not grow beyond a limit (``ulimit -f``)."""
 
 
 @contextlib.contextmanager
 def disk_full(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" inside the block into ``DiskFull`` naming ``path``."""
+    """Turn ``NO_SPACE`` inside the block into ``DiskFull`` naming ``path``."""
     try:
         yield
     except OSError as cause:
-        if cause.errno in _NO_SPACE:
+        if cause.errno in NO_SPACE:
             raise DiskFull(
                 f"no space is left to write {path}: {cause.strerror}. What was saved before is untouched. "
                 f"Free space there, or point the run at another disk with --run-dir.",

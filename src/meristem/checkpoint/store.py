@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from meristem.checkpoint.files import (
 )
 from meristem.checkpoint.manifest import corrupt
 from meristem.checkpoint.tensors import write_tensors
+from meristem.checkpoint.values import to_json
 from meristem.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, NoCheckpoint
 from meristem.events import Emit, Event
 
@@ -88,7 +89,11 @@ class Checkpoint:
 
     def value(self, name: str) -> Any:
         """The plain value saved as ``name``."""
-        return orjson.loads(self._path(name, "value").read_bytes())
+        path = self._path(name, "value")
+        try:
+            return orjson.loads(path.read_bytes())
+        except orjson.JSONDecodeError as cause:
+            raise corrupt(self.path, f"{path.name} is not JSON: {cause}") from cause
 
     def file(self, name: str) -> bytes:
         """The bytes saved as file ``name``."""
@@ -126,7 +131,7 @@ def save(
     Whatever fails, what was there before can still be loaded; a full disk is ``DiskFull``.
     header: fields of the manifest that the caller knows (``manifest.build``).
     """
-    texts = {f"{name}.json": _dump(name, value) for name, value in values.items()}
+    texts = {f"{name}.json": to_json(name, value) for name, value in values.items()}
     manifests.check_names([f"{name}.safetensors" for name in trees] + list(texts) + list(files))
     final = root / f"step-{step:08d}"
     partial = _aside(final, PARTIAL)
@@ -153,23 +158,6 @@ def save(
         write_index(root)
         _remove(_aside(final, _REPLACED))
     return final
-
-
-def _dump(name: str, value: object) -> bytes:
-    """JSON of one value. JSON would turn NaN into null unasked, so that is refused."""
-    _refuse_nonfinite(name, value)
-    return orjson.dumps(value)
-
-
-def _refuse_nonfinite(where: str, value: object) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"value '{where}' is {value}, which JSON cannot hold; store null or a string in its place")
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _refuse_nonfinite(f"{where}.{key}", inner)
-    if isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            _refuse_nonfinite(f"{where}.{index}", inner)
 
 
 def _written(path: str, role: str, size_bytes: int, digest: str) -> dict[str, object]:
@@ -308,24 +296,31 @@ def verify(path: Path) -> list[str]:
     return wrong
 
 
-def newest(root: Path, emit: Emit) -> Checkpoint | None:
-    """The newest checkpoint under ``root`` that is whole. Each damaged one passed over is ``checkpoint.skipped``."""
+def newest(root: Path, emit: Emit, refusal: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint | None:
+    """The newest checkpoint under ``root`` that is whole, and for which ``refusal`` knows no reason against it.
+
+    Each one that is passed over is ``checkpoint.skipped``.
+    """
     readable = []
     for path in _directories(root):
         try:
             readable.append(_entry(path))
         except CheckpointError as error:
-            _skipped(path, error, emit)
+            _skipped(path, str(error), emit)
     for entry in sorted(readable, key=age_order, reverse=True):
         try:
-            return open_checkpoint(entry.path)
+            checkpoint = open_checkpoint(entry.path)
+            reason = refusal(checkpoint)
         except CheckpointError as error:
-            _skipped(entry.path, error, emit)
+            reason = str(error)
+        if reason is None:
+            return checkpoint
+        _skipped(entry.path, reason, emit)
     return None
 
 
-def _skipped(path: Path, error: CheckpointError, emit: Emit) -> None:
-    emit(Event("checkpoint.skipped", {"checkpoint": path.name, "reason": str(error)}, "warning"))
+def _skipped(path: Path, reason: str, emit: Emit) -> None:
+    emit(Event("checkpoint.skipped", {"checkpoint": path.name, "reason": reason}, "warning"))
 
 
 def find(path: Path, emit: Emit) -> Checkpoint:

@@ -46,14 +46,19 @@ def write_tensors(path: Path, tree: Mapping[str, Tensor]) -> tuple[int, str]:
     return size_bytes, digest.hexdigest()
 
 
+def check_savable(name: str, tensor: Tensor) -> None:
+    """Refuse, as a ValueError that names it, a tensor that has no bytes or a dtype unknown to the format."""
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(f"tensor {name!r} cannot be saved: {tensor.dtype}, {tensor.layout}, on {tensor.device}")
+
+
 def _portions(tree: Mapping[str, Tensor]) -> Iterator[memoryview]:
     """The bytes of the file. Wide dtypes come first, so that every tensor lies aligned to its own width."""
     header, end = {}, 0
     names = sorted(tree, key=lambda name: (-tree[name].element_size(), name))
     for name in names:
         tensor = tree[name]
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"tensor {name!r} cannot be saved: {tensor.dtype}, {tensor.layout}, on {tensor.device}")
+        check_savable(name, tensor)
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = orjson.dumps(header)

@@ -43,7 +43,7 @@ def everything(
     picture: Picture = None,
     as_json: Json = False,
 ) -> None:
-    """Measure memory forms, models, compositions, decoding and start-up: a table, then one JSON line.
+    """Measure memory forms, models, compositions, decoding, snapshots and start-up: a table, then one JSON line.
 
     Exit code 1 when a target is missed.
 
@@ -52,7 +52,7 @@ def everything(
       meristem bench all
       meristem bench all --repeats 3 --json
     """
-    names = ("memory", "model", "compositions", "hope", "levels", "decode", "start")
+    names = ("memory", "model", "compositions", "hope", "levels", "decode", "snapshot", "start")
     _speeds(names, repeats, as_json, layers=(width, window), picture=picture)
 
 
@@ -133,6 +133,21 @@ def decode(repeats: Repeats = 5, as_json: Json = False) -> None:
       meristem bench decode --repeats 3 --json
     """
     _speeds(("decode",), repeats, as_json)
+
+
+@app.command()
+def snapshot(repeats: Repeats = 5, as_json: Json = False) -> None:
+    """Measure snapshots in memory of 100 million parameters with moments. Exit code 1 when a target is missed.
+
+    How long the run waits for one and for the way back, and the share of the machine's copy bandwidth that is. It
+    needs 6 GB of RAM.
+
+    \b
+    Examples:
+      meristem bench snapshot
+      meristem bench snapshot --repeats 9 --json
+    """
+    _speeds(("snapshot",), repeats, as_json)
 
 
 @app.command()

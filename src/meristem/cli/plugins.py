@@ -1,15 +1,17 @@
 """`meristem plugins`: what can be chosen by name, and whether all of it can be loaded."""
 
+from dataclasses import asdict
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from meristem.cli.answer import Json, answer, columns
-from meristem.errors import WrongValue
+from meristem.cli.answer import Json, answer, columns, tell
+from meristem.errors import WorkerDied, WorkerError, WorkerTimeout, WrongValue
 
 if TYPE_CHECKING:
-    from meristem.plugins import Registry
+    from meristem.plugins import Finding, Origin, Registry
+    from meristem.worker.process import Worker
 
 app = typer.Typer(help="List what can be chosen by name, and check that it loads.")
 
@@ -25,19 +27,59 @@ REGISTRIES: Final = (
     "meristem.models.lm:mixers",
 )
 """Every registry of the package, as ``module:attribute``."""
+CHECKED: Final = "meristem.plugins:checked"
+START_S: Final = 120.0
+"""How long a process may take to import our own rooms, before a plugin has its turn."""
+LOAD_S: Final = 30.0
+"""How long a plugin may take to load."""
+LoadS = Annotated[float, typer.Option("--load-s", min=0.1, help="Seconds that each plugin may take to load.")]
 Kind = Annotated[str | None, typer.Option("--kind", help="One kind alone, such as memory.", show_default=False)]
 
 
-def registries(kind: str | None = None) -> "list[Registry[Any]]":
-    """The registries themselves, or the one of a kind; imports their rooms."""
-    references = (reference.partition(":") for reference in REGISTRIES)
-    found = [getattr(import_module(module), attribute) for module, _, attribute in references]
-    if kind is None:
-        return found
-    kinds = [registry.kind for registry in found]
-    if kind not in kinds:
+def registries(kind: str | None = None) -> "dict[str, Registry[Any]]":
+    """The registries by reference, or the one of a kind; imports their rooms."""
+    references = {reference: reference.partition(":") for reference in REGISTRIES}
+    found = {text: getattr(import_module(module), name) for text, (module, _, name) in references.items()}
+    kinds = [registry.kind for registry in found.values()]
+    if kind is not None and kind not in kinds:
         raise WrongValue(f"nothing is registered as a '{kind}'. The kinds are {', '.join(kinds)}.", value=kind)
-    return [registry for registry in found if registry.kind == kind]
+    return {text: registry for text, registry in found.items() if kind in (None, registry.kind)}
+
+
+def findings(kind: str | None = None, load_s: float = LOAD_S) -> "list[Finding]":
+    """What loading every entry shows: ours here, each plugin in another process, where it may hang or crash."""
+    found = registries(kind)
+    entries = [(text, registry, origin) for text, registry in found.items() for origin in registry.origins()]
+    theirs = [text for text, _, origin in entries if not origin.is_ours]
+    if not theirs:
+        return [registry.check_one(origin) for _, registry, origin in entries]
+    from meristem.worker.process import Worker
+
+    rooms = sorted({text.partition(":")[0] for text in theirs})
+    with Worker("plugins", imports=rooms, n_spare=0, emit=tell) as worker:
+        return [
+            registry.check_one(origin) if origin.is_ours else _checked_apart(worker, text, origin, load_s)
+            for text, registry, origin in entries
+        ]
+
+
+def _checked_apart(worker: "Worker", reference: str, origin: "Origin", load_s: float) -> "Finding":
+    """What loading a plugin in another process shows."""
+    from meristem.plugins import Finding
+
+    where = f"the {origin.kind} '{origin.name}' of {origin.distribution} {origin.version} ({origin.entry_point})"
+    worker.ready(START_S)
+    try:
+        found = worker.call(CHECKED, {"registry": reference, "origin": asdict(origin)}, load_s, expects=dict).value
+    except WorkerDied as error:
+        cause = f"{where} ends the process that loads it: {error.fields['cause']}. Update or uninstall it."
+        return Finding(origin, error="WorkerDied", cause=cause)
+    except WorkerTimeout:
+        cause = f"{where} was not loaded after {load_s:g} s. Update or uninstall it, or raise --load-s."
+        return Finding(origin, error="WorkerTimeout", cause=cause)
+    except WorkerError as error:
+        return Finding(origin, error=type(error).__name__, cause=str(error))
+    return Finding(origin, error=found["error"], cause=found["cause"])
 
 
 @app.command()
@@ -48,22 +90,26 @@ def ls(kind: Kind = None, as_json: Json = False) -> None:
     Example:
       meristem plugins ls --kind memory
     """
-    rows = [origin for registry in registries(kind) for origin in registry.origins()]
+    rows = [origin for registry in registries(kind).values() for origin in registry.origins()]
     titles = ("kind", "name", "distribution", "version")
     found = [{title: getattr(origin, title) for title in titles} for origin in rows]
     answer(found, as_json, lambda found: columns(titles, [list(row.values()) for row in found]))
 
 
 @app.command()
-def check(kind: Kind = None, as_json: Json = False) -> None:
-    """Load every entry; exit code 1 names those that cannot be used.
+def check(
+    kind: Kind = None,
+    load_s: LoadS = LOAD_S,
+    as_json: Json = False,
+) -> None:
+    """Load every entry; exit code 1 names those that cannot be used. Plugins load in another process.
 
     \b
     Example:
       meristem plugins check --json
     """
-    findings = [finding.to_json() for registry in registries(kind) for finding in registry.check()]
+    found = [finding.to_json() for finding in findings(kind, load_s)]
     titles = ("kind", "name", "distribution", "ok", "cause")
-    answer(findings, as_json, lambda rows: columns(titles, [[row[title] for title in titles] for row in rows]))
-    if not all(finding["ok"] for finding in findings):
+    answer(found, as_json, lambda rows: columns(titles, [[row[title] for title in titles] for row in rows]))
+    if not all(finding["ok"] for finding in found):
         raise typer.Exit(1)

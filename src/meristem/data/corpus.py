@@ -1,6 +1,5 @@
-"""A prepared corpus: memory-mapped tokens with their documents, tokenizer and manifest."""
+"""A prepared corpus: tokens in files with their documents, tokenizer and manifest."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any, Final
 import numpy as np
 
 from meristem.data import manifest as manifests
-from meristem.data.files import map_array, refused
+from meristem.data.files import Numbers, open_numbers
 from meristem.data.tokenizer import Tokenizer, load_tokenizer
-from meristem.errors import FileChanged, ManifestMismatch, SplitError
+from meristem.errors import ManifestMismatch, SplitError
 
 TOKENS: Final = "tokens"
 DOCUMENTS: Final = "documents"
@@ -19,13 +18,12 @@ DOCUMENTS: Final = "documents"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens by split, read only. ``arrays`` and ``stamps`` go by the name of the file."""
+    """Tokens by split, read only. ``numbers`` go by the name of the file."""
 
     path: Path
     manifest: Mapping[str, Any]
     tokenizer: Tokenizer
-    arrays: Mapping[str, np.ndarray]
-    stamps: Mapping[str, tuple[int, int, int]]
+    numbers: Mapping[str, Numbers]
 
     @property
     def name(self) -> str:
@@ -42,13 +40,13 @@ class Corpus:
         """The parts that hold text."""
         return tuple(self.manifest["counts"])
 
-    def tokens(self, split: str) -> np.ndarray:
+    def tokens(self, split: str) -> Numbers:
         """The ids of a split, document after document."""
-        return self.arrays[self._file(TOKENS, split)]
+        return self.numbers[self._file(TOKENS, split)]
 
     def documents(self, split: str) -> np.ndarray:
         """Where each document begins among the tokens, and last where they end."""
-        return self.arrays[self._file(DOCUMENTS, split)]
+        return self.numbers[self._file(DOCUMENTS, split)][:]
 
     def size_bytes(self, split: str) -> int:
         """The bytes of text in a split."""
@@ -57,27 +55,15 @@ class Corpus:
 
     def text(self, split: str) -> bytes:
         """The text of a split as it was before it became tokens."""
-        return self.tokenizer.decode_bytes(self.tokens(split).tolist())
+        return self.tokenizer.decode_bytes(self.tokens(split)[:].tolist())
 
     def require_unchanged(self) -> None:
         """Refuse to read on when a file was replaced, cut or written to since it was opened."""
-        for name, stamp in self.stamps.items():
-            path = self.path / name
-            try:
-                found = _stamp(os.stat(path))
-            except OSError as cause:
-                raise refused("read", path, cause) from cause
-            if found != stamp:
-                raise FileChanged(
-                    f"{path} changed while it was in use: size, time and inode were {stamp}, now {found}. "
-                    f"Prepare the text again and resume the run.",
-                    path=str(path),
-                    found=found,
-                    expected=stamp,
-                )
+        for numbers in self.numbers.values():
+            numbers.require_unchanged()
 
     def _file(self, kind: str, split: str) -> str:
-        for name in self.arrays:
+        for name in self.numbers:
             if name.startswith(f"{kind}.{split}."):
                 return name
         raise SplitError(
@@ -99,14 +85,6 @@ def open_corpus(path: Path, verify: bool = True) -> Corpus:
             f"{described}. Remove the directory and prepare the text again.",
             path=str(path),
         )
-    arrays, stamps = {}, {}
-    for entry in manifest["files"]:
-        name = entry["path"]
-        if name.startswith((f"{TOKENS}.", f"{DOCUMENTS}.")):
-            arrays[name], status = map_array(path / name, entry["dtype"])
-            stamps[name] = _stamp(status)
-    return Corpus(path, manifest, tokenizer, arrays, stamps)
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    names = [entry for entry in manifest["files"] if entry["path"].startswith((f"{TOKENS}.", f"{DOCUMENTS}."))]
+    numbers = {entry["path"]: open_numbers(path / entry["path"], entry["dtype"]) for entry in names}
+    return Corpus(path, manifest, tokenizer, numbers)

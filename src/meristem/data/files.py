@@ -1,16 +1,16 @@
 """Reading files that others own: open, look and read are separate steps, each with its own error."""
 
 import contextlib
-import mmap
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from meristem.data.part import DataPart
-from meristem.errors import DataError
+from meristem.errors import DataError, FileChanged
 
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
@@ -52,8 +52,77 @@ def read(path: Path) -> bytes:
             raise refused("read", path, cause) from cause
 
 
-def map_array(path: Path, dtype: str) -> tuple[np.ndarray, os.stat_result]:
-    """A read-only array over the bytes of a file, and the status the file had when it was mapped."""
+class Numbers:
+    """Whole numbers in a file, each read when it is asked for.
+
+    They are not mapped. Where a mapped file is cut, whoever touches what is gone is killed by a signal that Python
+    cannot catch, and no check before can rule that out; a read just comes back short, which is FileChanged.
+    """
+
+    def __init__(self, path: Path, descriptor: int, status: os.stat_result, dtype: str) -> None:
+        """descriptor: of the open file, read only; it is closed with the last reference to this."""
+        self._path, self._descriptor, self._stamp = path, descriptor, stamp(status)
+        self.dtype = np.dtype(dtype)
+        self._length = status.st_size // self.dtype.itemsize
+        weakref.finalize(self, os.close, descriptor)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """The numbers of a slice without a step."""
+        start, stop, step = part.indices(len(self))
+        if step != 1:
+            raise ValueError(f"numbers of a file are read one after the other, and not every {step}-th")
+        found = np.empty(max(0, stop - start), self.dtype)
+        self._read(found, start)
+        return found
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The ``length`` numbers from each start on, a row for each; 0 where the file holds no more."""
+        found = np.zeros((len(starts), length), self.dtype)
+        for row, start in zip(found, starts.tolist(), strict=True):
+            self._read(row[: max(0, len(self) - start)], start)
+        return found
+
+    def require_unchanged(self) -> None:
+        """Refuse to read on when the file was replaced, cut or written to since it was opened."""
+        try:
+            found = stamp(os.stat(self._path))
+        except OSError as cause:
+            raise refused("read", self._path, cause) from cause
+        if found != self._stamp:
+            raise self._changed(found)
+
+    def _read(self, target: np.ndarray, start: int) -> None:
+        """Fill ``target``, which lies in one piece, with the numbers from ``start`` on."""
+        left, at = memoryview(target).cast("B"), start * self.dtype.itemsize
+        while left:
+            try:
+                n_read = os.preadv(self._descriptor, [left], at)
+            except OSError as cause:
+                raise refused("read", self._path, cause) from cause
+            if not n_read:
+                raise self._changed(stamp(os.fstat(self._descriptor)))
+            left, at = left[n_read:], at + n_read
+
+    def _changed(self, found: tuple[int, int, int]) -> FileChanged:
+        return FileChanged(
+            f"{self._path} changed while it was in use: size, time and inode were {self._stamp}, now {found}. "
+            f"Prepare the text again and resume the run.",
+            path=str(self._path),
+            found=found,
+            expected=self._stamp,
+        )
+
+
+def stamp(status: os.stat_result) -> tuple[int, int, int]:
+    """What changes with a file: its size, its time, and which file it is."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def open_numbers(path: Path, dtype: str) -> Numbers:
+    """The numbers in a file that holds nothing else."""
     with opened(path) as (descriptor, status):
         width = np.dtype(dtype).itemsize
         if status.st_size == 0 or status.st_size % width:
@@ -62,11 +131,7 @@ def map_array(path: Path, dtype: str) -> tuple[np.ndarray, os.stat_result]:
                 path=str(path),
                 found=status.st_size,
             )
-        try:
-            mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        except OSError as cause:
-            raise refused("map", path, cause) from cause
-    return np.frombuffer(mapped, dtype=dtype), status
+        return Numbers(path, os.dup(descriptor), status, dtype)
 
 
 def store(data: DataPart, kind: str) -> Path:

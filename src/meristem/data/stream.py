@@ -3,9 +3,10 @@
 batch, cursor = stream.next(cursor)
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch
 from meristem.data.corpus import Corpus
 from meristem.data.part import Documents, Order
 from meristem.data.windows import Windows, draw, key, permute
-from meristem.errors import CorpusTooShort, DataError, ManifestMismatch
+from meristem.errors import ConflictingKeys, CorpusTooShort, DataError, ManifestMismatch
 from meristem.shapes import Targets, Tokens
 
 IGNORED: Final = -100
@@ -24,7 +25,7 @@ IGNORED: Final = -100
 class Batch:
     """Rows of ids with the ids that follow them.
 
-    n_targets, n_bytes: how many targets count, and the bytes of text they stand for.
+    n_targets, n_bytes: how many targets of these rows count, and the bytes of text they stand for.
     starts: the memory must begin afresh before this batch.
     """
 
@@ -56,6 +57,7 @@ class Cursor:
 class Stream:
     """The batches of a split, without end.
 
+    batch: rows of a batch, those of all processes together (``share``).
     stride: tokens between window starts; None for the window, or for 1 when order is random.
     order: ``shuffled`` visits every window once per epoch; ``random`` draws with replacement; ``sequential`` lets each
     row read on through its own contiguous part and start over at its end, the part moved by some windows from epoch
@@ -82,6 +84,7 @@ class Stream:
         self._tokens = corpus.tokens(split)
         self._windows = Windows(spans, window, stride)
         self._batch = batch
+        self._rows = np.arange(batch)
         self._order = order
         self._key = key(random_seed, "data")
         self._layout = (
@@ -106,6 +109,24 @@ class Stream:
             return self.n_windows // self._batch
         return -(-self.n_windows // self._batch)
 
+    def share(self, rank: int, n_ranks: int) -> Self:
+        """The same stream, of whose batches process ``rank`` of ``n_ranks`` takes its own rows, one next to the other.
+
+        Cursor and epoch are those of the whole: any number of processes that divides the batch goes on from them.
+        """
+        if self._batch % n_ranks:
+            raise ConflictingKeys(
+                f"data.batch is {self._batch} rows, those of all processes together, and {n_ranks} processes cannot "
+                f"share them evenly. Set data.batch to {-(-self._batch // n_ranks) * n_ranks}, or start a number of "
+                f"processes that divides {self._batch}.",
+                path="data.batch",
+                value=self._batch,
+            )
+        made = copy.copy(self)
+        n_rows = self._batch // n_ranks
+        made._rows = np.arange(rank * n_rows, (rank + 1) * n_rows)
+        return made
+
     def start(self) -> Cursor:
         """The cursor before the first batch."""
         return Cursor(0, self._corpus.fingerprint, self._layout)
@@ -119,9 +140,11 @@ class Stream:
     def next(self, cursor: Cursor) -> tuple[Batch, Cursor]:
         """The batch at the cursor, and the cursor after it."""
         self._require_same(cursor)
-        self._corpus.require_unchanged()
         starts = self._windows.starts(self._indices(cursor.position))
-        rows = self._tokens[starts[:, None] + np.arange(self._windows.length)].astype(np.int64)
+        rows = self._tokens.rows(starts, self._windows.length).astype(np.int64)
+        # Afterwards: whatever was done to the files before or meanwhile, what was read is what was prepared.
+        self._corpus.require_unchanged()
+        self._require_known(int(rows.max()))
         batch = Batch(
             tokens_bt=torch.from_numpy(rows[:, :-1].copy()),
             targets_bt=torch.from_numpy(rows[:, 1:].copy()),
@@ -133,7 +156,7 @@ class Stream:
 
     def _indices(self, position: int) -> np.ndarray:
         """The window of each row of the batch at this position."""
-        rows = np.arange(self._batch)
+        rows = self._rows
         if self._order == "sequential":
             per_row = self.batches_per_epoch
             epoch, place = divmod(position, per_row)
@@ -145,6 +168,18 @@ class Stream:
         if self._order == "random":
             return draw(taken, self.n_windows, self._key)
         return permute(taken % self.n_windows, self.n_windows, self._key, taken // self.n_windows)
+
+    def _require_known(self, largest: int) -> None:
+        """Files are compared with their hashes when they are opened; later a disk may still give other bytes."""
+        n_known = len(self._corpus.tokenizer.byte_lengths)
+        if largest >= n_known:
+            raise ManifestMismatch(
+                f"corpus '{self._corpus.name}' gave the id {largest}, and its tokenizer has {n_known} entries: its "
+                f"files were read wrongly. Look at the disk, prepare the text again and resume the run.",
+                path=str(self._corpus.path),
+                found=largest,
+                expected=n_known,
+            )
 
     def _require_same(self, cursor: Cursor) -> None:
         if cursor.fingerprint != self._corpus.fingerprint:
@@ -185,7 +220,7 @@ def held_out(corpus: Corpus, split: str, *, window: int, batch: int, max_windows
         starts = edges[document] + (numbers - last[document] + n_windows[document]) * window
         places = starts[:, None] + np.arange(window + 1)
         is_text = places < edges[document + 1][:, None]
-        rows = np.where(is_text, tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64), 0)
+        rows = np.where(is_text, tokens.rows(starts, window + 1).astype(np.int64), 0)
         is_target = is_text[:, 1:]
         yield Batch(
             tokens_bt=torch.from_numpy(rows[:, :-1].copy()),

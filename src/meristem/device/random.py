@@ -51,7 +51,9 @@ def restore_random_state(values: Mapping[str, Any], tensors: Mapping[str, torch.
     np.random.set_state({**numpy_state, "state": {"key": words, "pos": numpy_state["state"]["pos"]}})
     here = available()
     left_out = sorted(name for name in tensors if name not in here)
-    for name, state in tensors.items():
+    for name, saved in tensors.items():
+        # Torch reads a state from where its storage begins, and a view into a larger buffer begins elsewhere.
+        state = saved.clone()
         if name == "cpu":
             torch.set_rng_state(state)
         elif name in here and name == "mps":

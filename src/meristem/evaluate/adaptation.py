@@ -60,7 +60,7 @@ def documents(corpus: Corpus, split: str, *, length: int, most: int | None = Non
         )
     if most is not None and most < len(firsts):
         firsts = firsts[np.arange(most) * len(firsts) // most]
-    rows = tokens[firsts[:, None] + np.arange(length + 1)].astype(np.int64)
+    rows = tokens.rows(firsts, length + 1).astype(np.int64)
     return Documents(torch.from_numpy(rows), torch.from_numpy(corpus.tokenizer.byte_lengths[rows].astype(np.int64)))
 
 

@@ -5,7 +5,7 @@ nests such dicts. Everything here is a plain function from value to value, so th
 need no class.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
@@ -30,6 +30,32 @@ def detach(state: State) -> State:
 def clone(state: State) -> State:
     """A copy that shares no storage and no graph with ``state``."""
     return map_tensors(lambda tensor: tensor.detach().clone(), state)
+
+
+def take_rows(state: State, start: int, stop: int) -> State:
+    """The state of some rows of a batch; integers are those of all."""
+    rows = {
+        name: leaf.narrow(_batch_axis(name), start, stop - start) if isinstance(leaf, torch.Tensor) else leaf
+        for name, leaf in flatten(state).items()
+    }
+    return unflatten(rows)
+
+
+def join_rows(states: Sequence[State]) -> State:
+    """The state of a batch from those of its parts, in their order; the inverse of ``take_rows``."""
+    if len(states) == 1:
+        return states[0]
+    joined: dict[str, torch.Tensor | int] = {}
+    flat = [flatten(state) for state in states]
+    for name, leaf in flat[0].items():
+        leaves = [found for each in flat if isinstance(found := each[name], torch.Tensor)]
+        joined[name] = torch.cat(leaves, dim=_batch_axis(name)) if leaves else leaf
+    return unflatten(joined)
+
+
+def _batch_axis(name: str) -> int:
+    """Where the batch stands among the axes that a name ends in."""
+    return name.rpartition("_")[2].index("b")
 
 
 def flatten(state: State) -> dict[str, torch.Tensor | int]:

@@ -13,6 +13,8 @@ from meristem.optim.part import OptimPart
 def build(model: nn.Module, part: OptimPart) -> Outer:
     """The optimizer over every trainable parameter: one group for each period, decayed or not, and what moves it.
 
+    A group has a ``name``, as ``level:8:no_decay`` with the period of its level, the ``param_names`` of what is in it,
+    and its highest ``rate``. The third word is ``matrix`` for what a matrix optimizer takes, which says its own speed.
     Matrix optimizers take what ``split`` decays, but for the head, whose rows are tokens and not directions.
     """
     kind, every_level = KINDS[part.kind], levels(model)
@@ -25,15 +27,18 @@ def build(model: nn.Module, part: OptimPart) -> Outer:
         turned = [each for each in parameters if id(each) in decayed - is_end]
         shrunk = [each for each in parameters if id(each) in decayed & is_end]
         plain = [each for each in parameters if id(each) not in decayed]
-        common = {"lr": part.rate * part.level_rate(period), "period": period}
+        rate = part.rate * part.level_rate(period)
+        common = {"lr": rate, "rate": rate, "period": period}
         for speed, own in _by_speed(model, turned).items():
-            group = common | {"params": own, "weight_decay": part.weight_decay}
-            matrices.append(group if speed is None else group | {"every": speed})
-        rest.append(common | {"params": shrunk, "weight_decay": part.weight_decay})
-        rest.append(common | {"params": plain, "weight_decay": 0.0})
+            group = common | {"name": f"level:{period}:matrix", "params": own, "weight_decay": part.weight_decay}
+            of_speed = {"name": f"level:{period}:matrix:{speed}", "every": speed}
+            matrices.append(group if speed is None else group | of_speed)
+        decays = {"name": f"level:{period}:decay", "params": shrunk, "weight_decay": part.weight_decay}
+        rest += [common | decays, common | {"name": f"level:{period}:no_decay", "params": plain, "weight_decay": 0.0}]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     made = []
     for maker, groups in ((kind.rest, rest), (kind.matrices, matrices)):
-        filled = [group for group in groups if group["params"]]
+        filled = [group | {"param_names": _named(group["params"], names)} for group in groups if group["params"]]
         if maker and filled:
             made.append(maker(filled, part))
     return Outer(made, every_level, clip=part.clip)
@@ -92,6 +97,10 @@ def _with_periods(module: nn.Module, inherited: int) -> Iterator[tuple[nn.Parame
         yield parameter, period
     for child in module.children():
         yield from _with_periods(child, period)
+
+
+def _named(parameters: list[nn.Parameter], names: Mapping[int, str]) -> list[str]:
+    return [names[id(parameter)] for parameter in parameters]
 
 
 def _by_speed(model: nn.Module, parameters: list[nn.Parameter]) -> dict[int | None, list[nn.Parameter]]:

@@ -1,12 +1,13 @@
 """Settings of the outer optimizer and its schedule."""
 
 import math
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, TypeAlias, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from meristem.config import Part
-from meristem.errors import DeadKey, WrongValue
+from meristem.config.mistakes import nearest_words
+from meristem.errors import ConflictingKeys, DeadKey, WrongValue
 
 EVERY_KIND: Final = frozenset({"kind", "rate", "weight_decay", "clip", "level_rates"})
 ADAMW: Final = frozenset({"beta1", "beta2", "eps", "level_betas"})
@@ -19,6 +20,9 @@ READS: Final = {
     "m3": EVERY_KIND | ADAMW | {"m3_beta1", "m3_beta2", "m3_beta3", "m3_alpha", "m3_every", "m3_ema"},
 }
 """The keys that each kind reads. Those for matrices read AdamW's too: embeddings, gates and norms are left to it."""
+
+Shape: TypeAlias = Literal["constant", "cosine", "linear", "step"]
+"""How a rate falls once it has risen."""
 
 LONG: Final = 64
 """From this period on moments look back over few updates: a run makes few of them."""
@@ -91,23 +95,83 @@ class OptimPart(Part):
 
     @model_validator(mode="after")
     def _has_no_dead_key(self) -> Self:
-        fields = type(self).model_fields
-        dead = [key for key in fields if key not in self.reads and getattr(self, key) != fields[key].default]
-        if dead:
-            found = ", ".join(f"optim.{key} is {getattr(self, key)!r}" for key in dead)
-            also = " with m3_ema" if self.m3_ema and self.kind == "m3" else ""
-            raise DeadKey(
-                f"{found}, but optim.kind '{self.kind}'{also} does not read it; it reads "
-                f"{', '.join(sorted(self.reads - {'kind'}))}. Remove the key, or choose another optim.kind.",
-                path=f"optim.{dead[0]}",
-                value=getattr(self, dead[0]),
-            )
+        also = " with m3_ema" if self.m3_ema and self.kind == "m3" else ""
+        _refuse_dead(self, "optim", self.reads, f"optim.kind '{self.kind}'{also} does not read it", "optim.kind")
         return self
 
 
 class SchedulePart(Part):
-    """How the rate moves over the run."""
+    """How the rate moves. A key that nothing reads with the chosen unit and shape may stand at its default only."""
 
-    shape: Literal["cosine", "constant"] = Field(default="cosine", description="what follows the warm-up")
-    warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the run in which the rate rises")
+    shape: Shape = Field(default="cosine", description="what follows the warm-up: how the rate falls to the floor")
+    unit: Literal["share", "steps", "tokens"] = Field(
+        default="share", description="what the schedule goes by: the share of the whole run that is done, or a count"
+    )
+    period: int | None = Field(
+        default=None, gt=0, description="steps or tokens, as the unit says, in which the shape runs its course"
+    )
+    after: Literal["hold", "restart", "error"] = Field(
+        default="hold",
+        description="steps, tokens: what follows a period: its last rate, the next period without a warm-up, or an end "
+        "of the run",
+    )
+    warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the run, or period, in which the rate rises")
+    warmup_start: float = Field(default=0.01, ge=0, le=1, description="share of the rate that it rises from")
     floor: float = Field(default=0.1, ge=0, le=1, description="share of the rate that is left at the end")
+    stairs: int = Field(default=3, ge=2, description="step: levels of the rate, each as long as the others")
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The keys that mean something to this schedule."""
+        keys = {"shape", "unit", "warmup"}
+        keys |= {"warmup_start"} if self.warmup else set()
+        keys |= {"floor"} if self.shape != "constant" else set()
+        keys |= {"stairs"} if self.shape == "step" else set()
+        keys |= {"period", "after"} if self.unit != "share" else set()
+        return frozenset(keys)
+
+    @field_validator("shape", mode="before")
+    @classmethod
+    def _is_known(cls, shape: object) -> object:
+        known = get_args(Shape)
+        if shape not in known:
+            nearest = f"; nearest is {nearest_words(shape, known)[0]}" if isinstance(shape, str) else ""
+            raise ValueError(f"one of {', '.join(known)}{nearest}")
+        return shape
+
+    @model_validator(mode="after")
+    def _has_no_dead_key(self) -> Self:
+        why = f"a schedule of shape '{self.shape}' with unit '{self.unit}' and warmup {self.warmup} does not read it"
+        _refuse_dead(self, "schedule", self.reads, why, "schedule.shape or schedule.unit")
+        return self
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.unit != "share" and self.period is None:
+            raise ConflictingKeys(
+                f"schedule.unit is '{self.unit}', but schedule.period is not set. Set schedule.period to the number "
+                f"of {self.unit} in which the rate shall fall, or schedule.unit to share.",
+                path="schedule.period",
+                value=None,
+            )
+        if self.shape == "step" and self.floor == 0:
+            raise ConflictingKeys(
+                "schedule.floor is 0, and every stair of schedule.shape 'step' has the same ratio to the one before: "
+                "no ratio above 0 leads there. Set schedule.floor above 0, or schedule.shape to linear or cosine.",
+                path="schedule.floor",
+                value=self.floor,
+            )
+        return self
+
+
+def _refuse_dead(part: Part, section: str, reads: frozenset[str], why: str, choice: str) -> None:
+    """Raise DeadKey where a key that is not in ``reads`` was given another value than its default."""
+    fields = type(part).model_fields
+    dead = [key for key in fields if key not in reads and getattr(part, key) != fields[key].default]
+    if dead:
+        found = ", ".join(f"{section}.{key} is {getattr(part, key)!r}" for key in dead)
+        raise DeadKey(
+            f"{found}, but {why}; it reads {', '.join(sorted(reads))}. Remove the key, or choose another {choice}.",
+            path=f"{section}.{dead[0]}",
+            value=getattr(part, dead[0]),
+        )

@@ -1,29 +1,92 @@
-"""The learning rate as a function of how much of the run is done."""
+"""The learning rate as a function of where a run stands."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
 
-from meristem.optim.part import SchedulePart
+from meristem.errors import ConflictingKeys
+from meristem.optim.outer import Outer
+from meristem.optim.part import SchedulePart, Shape
+from meristem.optim.view import rate_of
 
-FIRST_SHARE = 0.01
-"""Warm-up begins here and not at 0: the first step of a run shall move something."""
 
+@dataclass(frozen=True)
+class Done:
+    """Where a run stands before a step.
 
-def rate_factor(part: SchedulePart, progress: float) -> float:
-    """What the rate is multiplied by when ``progress`` of the run, in [0, 1], is done.
-
-    Progress may be counted in steps, tokens or seconds: the schedule does not know.
+    share: of the whole run, from 0, by the limit that it was given. step, tokens: made and predicted so far.
     """
+
+    share: float
+    step: int
+    tokens: int
+
+
+def rate_factor(part: SchedulePart, done: Done) -> float:
+    """What the rate is multiplied by in the step that a run standing at ``done`` makes next.
+
+    With t what is done in the unit of the schedule, P its period, of which W is the warm-up::
+
+        t < W        f0 + (1 - f0) t / W
+        t < P        shape((t - W) / (P - W))
+        t >= P       hold: shape(1)      restart: shape((t mod P) / P)      error
+
+    The period of a schedule that goes by the share of the run is the run. Only ``done`` is looked at, so that a run
+    that goes on from a checkpoint has the rates that it would have had. Raises ConflictingKeys for ``error``.
+    """
+    count = {"share": done.share, "steps": done.step, "tokens": done.tokens}[part.unit]
+    period = part.period or 1
+    progress = count / period
     if progress < part.warmup:
-        return FIRST_SHARE + (1 - FIRST_SHARE) * progress / part.warmup
-    return _SHAPES[part.shape](min(1.0, (progress - part.warmup) / (1 - part.warmup)), part.floor)
+        return part.warmup_start + (1 - part.warmup_start) * progress / part.warmup
+    if progress >= 1 and part.after == "error":
+        raise ConflictingKeys(
+            f"schedule.period is {period} {part.unit}, and the run goes on after {count}; schedule.after is 'error'. "
+            f"Raise schedule.period, end the run there, or set schedule.after to hold or restart.",
+            path="schedule.period",
+            value=period,
+        )
+    if progress >= 1 and part.after == "restart":
+        return SHAPES[part.shape](count % period / period, part)
+    return SHAPES[part.shape](min(1.0, (progress - part.warmup) / (1 - part.warmup)), part)
 
 
-def _cosine(done: float, floor: float) -> float:
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+def set_rates(optimizer: Outer, factor: float) -> None:
+    """Give every group ``factor`` times its highest rate, before the step that it is for.
+
+    The highest rate stands in the group as ``rate``, and what the step reads as ``lr``: ratios between groups stay as
+    they are, and setting a factor twice is setting it once. Raises WrongValue, with nothing changed, where a group has
+    no rate.
+    """
+    rates = [rate_of(group) for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
 
 
-def _constant(done: float, floor: float) -> float:
+def _constant(done: float, part: SchedulePart) -> float:
     return 1.0
 
 
-_SHAPES = {"cosine": _cosine, "constant": _constant}
+def _cosine(done: float, part: SchedulePart) -> float:
+    return part.floor + (1 - part.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _linear(done: float, part: SchedulePart) -> float:
+    return part.floor + (1 - part.floor) * (1 - done)
+
+
+def _step(done: float, part: SchedulePart) -> float:
+    """γ^k on stair k of n, with γ such that the last stair is the floor."""
+    # A division of whole numbers may end a hair below the stair that it stands for.
+    stair = min(part.stairs - 1, math.floor(done * part.stairs + 1e-9))
+    return float(part.floor ** (stair / (part.stairs - 1)))
+
+
+SHAPES: Final[dict[Shape, Callable[[float, SchedulePart], float]]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "linear": _linear,
+    "step": _step,
+}
+"""``schedule.shape`` to the factor where ``done`` of its course, in [0, 1], is run."""

@@ -15,6 +15,15 @@ NOTHING: Final = "nothing"
 COUNT: Final = "clock/count"
 PERIODS: Final = "clock/periods"
 
+MOMENTS: Final[dict[type, int]] = {torch.optim.AdamW: 2, torch.optim.SGD: 1, torch.optim.Muon: 1}
+"""How many tensors of its own size an optimizer gathers for a parameter."""
+
+LARGEST_MOMENTS: Final = 5
+"""That of any other that there is."""
+
+ALIGNED_BYTES: Final = 64
+"""What a tensor may take up beyond its own bytes."""
+
 
 def tensors(model: nn.Module, optimizer: Outer) -> dict[str, Tensor]:
     """Moments, step counters and pending gradients under ``<parameter>/<tensor>``, and the clock.
@@ -38,12 +47,12 @@ def tensors(model: nn.Module, optimizer: Outer) -> dict[str, Tensor]:
 def restore(model: nn.Module, optimizer: Outer, saved: Mapping[str, Tensor]) -> None:
     """Put saved moments, counters, pending gradients and the clock back.
 
-    They must fit the model and the optimizer's levels exactly, or nothing is changed.
+    They must fit the model and the optimizer's levels exactly, or nothing is changed. Tensors that are there already
+    are written into and keep their place in memory: going back must not need room for a second set of moments.
     """
     clock = _clock(optimizer, saved)
     parameters = dict(model.named_parameters())
-    restored: dict[Tensor, dict[str, Any]] = {}
-    pending: dict[Tensor, Tensor] = {}
+    found: dict[Tensor, dict[str, Tensor]] = {}
     known: set[str] = set()
     for path, value in saved.items():
         if path in (COUNT, PERIODS):
@@ -57,24 +66,39 @@ def restore(model: nn.Module, optimizer: Outer, saved: Mapping[str, Tensor]) -> 
                 "Resume with the configuration that the run was started with.",
                 tensor=path,
             )
-        copied = value.detach().to(parameter.device, copy=True)
         known.add(name)
-        if key == PENDING:
-            pending[parameter] = copied
-        elif key != NOTHING:
-            restored.setdefault(parameter, {})[key] = copied if value.is_floating_point() else int(value)
+        if key != NOTHING:
+            found.setdefault(parameter, {})[key] = value.detach()
     missing = {name for name, parameter in parameters.items() if parameter.requires_grad and name not in known}
-    if restored and missing:
+    if missing and any(found[parameter].keys() - {PENDING} for parameter in found):
         raise CheckpointMismatch(
             f"the saved optimizer holds nothing for {sorted(missing)[:3]} ({len(missing)} parameters in all). "
             "Resume with the configuration that the run was started with.",
             tensors=sorted(missing),
         )
+    state: dict[Tensor, dict[str, Any]] = {}
+    pending: dict[Tensor, Tensor] = {}
+    for owner, values in found.items():
+        gathered = optimizer.state.get(owner, {})
+        for key, value in values.items():
+            if key == PENDING:
+                pending[owner] = _written(value, optimizer.pending.get(owner), owner)
+            elif value.is_floating_point():
+                state.setdefault(owner, {})[key] = _written(value, gathered.get(key), owner)
+            else:
+                state.setdefault(owner, {})[key] = int(value)
     optimizer.state.clear()
-    optimizer.state.update(restored)
+    optimizer.state.update(state)
     optimizer.pending.clear()
     optimizer.pending.update(pending)
     optimizer.clock = clock
+
+
+def _written(value: Tensor, there: object, owner: Tensor) -> Tensor:
+    """``there`` with the saved value in it where it can hold that, else a copy beside its parameter."""
+    if isinstance(there, Tensor) and there.shape == value.shape and there.dtype == value.dtype:
+        return there.copy_(value)
+    return value.to(owner.device, copy=True)
 
 
 def _clock(optimizer: Outer, saved: Mapping[str, Tensor]) -> Clock:
@@ -88,3 +112,14 @@ def _clock(optimizer: Outer, saved: Mapping[str, Tensor]) -> Clock:
             found=optimizer.clock.periods,
         )
     return Clock(int(saved[COUNT]) if COUNT in saved else 0, periods, "steps")
+
+
+def expected_bytes(optimizer: Outer) -> int:
+    """At most how much an optimizer will have gathered once every parameter has moved: moments, counters, sums."""
+    n_bytes = 0
+    for part in optimizer.parts:
+        n_moments = MOMENTS.get(type(part), LARGEST_MOMENTS)
+        for group in part.param_groups:
+            n_bytes += sum(n_moments * (each.nbytes + ALIGNED_BYTES) + ALIGNED_BYTES for each in group["params"])
+    slow = [each for period, level in optimizer.levels.items() if period > 1 for each in level]
+    return n_bytes + sum(4 * each.numel() + ALIGNED_BYTES for each in slow)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -27,27 +27,50 @@ def carried(before: Outer, *, old: nn.Module, model: nn.Module, names: Mapping[s
     """
     sources = _sources(dict(model.named_parameters()), dict(old.named_parameters()), names)
     after = build(model, part)
-    makers, old_makers = _makers(after), _makers(before)
-    always = {id(parameter) for parameter in after.levels.get(1, [])}
-    stranded = []
-    for name, (parameter, source) in sources.items():
-        maker = makers.get(id(parameter))
-        if maker is None or maker is not old_makers.get(id(source)) or parameter.shape != source.shape:
-            continue
-        if source in before.state:
-            after.state[parameter] = {key: _copied(value, parameter) for key, value in before.state[source].items()}
-        if source in before.pending and id(parameter) not in always:
-            after.pending[parameter] = _copied(before.pending[source], parameter)
-        elif source in before.pending and before.pending[source].any():
-            stranded.append(name)
+    stranded = transferred(before, after, sources).stranded
     if stranded:
         raise WrongValue(
             f"gradients wait for {', '.join(stranded[:3])} ({len(stranded)} parameters in all), which now move at "
             f"every step and would never use them. Call flush() of the old optimizer first.",
             value=stranded,
         )
-    after.clock = replace(after.clock, count=before.clock.count)
     return after
+
+
+class Left(NamedTuple):
+    """What could not be given: by name why, and the names of those whose gradients would wait for ever."""
+
+    unfit: dict[str, str]
+    stranded: list[str]
+
+
+def transferred(before: Outer, after: Outer, sources: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> Left:
+    """Give ``after`` copies of what ``before`` has gathered; what could not be given.
+
+    How many steps there were, and how several processes sum, is handed on too.
+
+    sources: by name, a parameter of ``after`` and the one of ``before`` that it goes on from.
+    """
+    makers, old_makers = _makers(after), _makers(before)
+    always = {id(parameter) for parameter in after.levels.get(1, [])}
+    left = Left({}, [])
+    for name, (parameter, source) in sources.items():
+        maker, old_maker = makers.get(id(parameter)), old_makers.get(id(source))
+        if maker is None or maker is not old_maker:
+            left.unfit[name] = f"was moved by {_called(old_maker)} and is now moved by {_called(maker)}"
+            continue
+        if parameter.shape != source.shape:
+            left.unfit[name] = f"was {tuple(source.shape)} and is now {tuple(parameter.shape)}"
+            continue
+        if source in before.state:
+            after.state[parameter] = {key: _copied(value, parameter) for key, value in before.state[source].items()}
+        if source in before.pending and id(parameter) not in always:
+            after.pending[parameter] = _copied(before.pending[source], parameter)
+        elif source in before.pending and before.pending[source].any():
+            left.stranded.append(name)
+    after.clock = replace(after.clock, count=before.clock.count)
+    after.reduce = before.reduce
+    return left
 
 
 def _sources(
@@ -72,6 +95,10 @@ def _makers(optimizer: Outer) -> dict[int, type]:
         for group in each.param_groups
         for parameter in group["params"]
     }
+
+
+def _called(maker: type | None) -> str:
+    return maker.__name__ if maker else "nothing"
 
 
 def _copied(value: Any, like: Tensor) -> Any:

@@ -18,7 +18,7 @@ from meristem.models.part import ModelPart
 from meristem.nn.part import MemoryPart
 from meristem.optim.part import OptimPart, SchedulePart
 from meristem.sinks.part import SinksPart
-from meristem.train.part import TrainPart
+from meristem.train.part import AggregatePart, GuardPart, ProfilePart, RollbackPart, TrainPart
 
 MEASURED: Final = ("val/bits_per_byte", "val/nats")
 """What an evaluation during training gives, by the names that checkpoints are ranked by."""
@@ -45,6 +45,10 @@ class Config(Part):
     optim: OptimPart = OptimPart()
     schedule: SchedulePart = SchedulePart()
     train: TrainPart = TrainPart()
+    aggregate: AggregatePart = AggregatePart()
+    profile: ProfilePart = ProfilePart()
+    guard: GuardPart = GuardPart()
+    rollback: RollbackPart = RollbackPart()
     evaluate: EvaluatePart = EvaluatePart()
     checkpoint: CheckpointPart = CheckpointPart()
     sinks: SinksPart = SinksPart()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that the loop asks between two steps."""
+"""Ctrl-C, SIGTERM and SIGHUP as a question that the loop asks between two steps."""
 
 import signal
 import threading
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a polite kill, and a terminal that is closed."""
 
 
 @contextmanager
@@ -21,13 +22,15 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    usual: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    every = {number: signal.getsignal(number) for number in SIGNALS}
+    # What is ignored stays so: a run under nohup is to outlive its terminal.
+    usual: dict[signal.Signals, Any] = {number: each for number, each in every.items() if each != signal.SIG_IGN}
 
     def ask(number: int, frame: FrameType | None) -> None:
         asked.set()
         _restore(usual)
 
-    for number in SIGNALS:
+    for number in usual:
         signal.signal(number, ask)
     try:
         yield asked.is_set

@@ -1,5 +1,6 @@
 """The main job: from a text to a model that was trained on it, evaluated, saved and described."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from meristem.data.stream import Stream
 from meristem.device.allocator import peak_bytes
 from meristem.device.compile import compile_blocks
 from meristem.device.determinism import be_deterministic
+from meristem.device.lost import answering
 from meristem.device.resolve import resolve
-from meristem.errors import CapabilityError
+from meristem.errors import CapabilityError, OutOfDeviceBytes
 from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.evaluate.report import Sample
 from meristem.events import Event
@@ -25,7 +27,9 @@ from meristem.recipes.config import Config
 from meristem.recipes.interrupt import interruptible
 from meristem.recipes.plan.report import PlanReport
 from meristem.recipes.resume import (
+    Contents,
     Job,
+    Safety,
     as_it_was,
     best_so_far,
     changed,
@@ -33,14 +37,16 @@ from meristem.recipes.resume import (
     put_saved_weights,
     require_same,
     restore,
-    save,
 )
 from meristem.recipes.run import Run, directory_for, opened
+from meristem.recipes.shelter import Shelter, sheltered
 from meristem.recipes.summary import go_on, write_report, write_samples
 from meristem.recipes.watch import Alarm, Log
 from meristem.sinks.console import Console
+from meristem.train.aggregate import keep_graphs
 from meristem.train.loop import steps
 from meristem.train.loss import cross_entropy
+from meristem.train.profile import profiled
 from meristem.train.progress import Progress
 
 
@@ -72,24 +78,27 @@ def pretrain(
     resume: str = "auto",
     view: Console | None = None,
     planned: PlanReport | None = None,
+    make_job: Callable[[Run, Config, Checkpoint | None], Job] | None = None,
 ) -> Result:
     """Train a language model as ``config`` says.
 
     run_dir: where everything is written; by default a directory under ``run.root`` (``directory_for``).
     resume: ``auto``, ``must``, ``never``, or a checkpoint to go on from (``checkpoint_to_resume``).
     planned: what the plan said; run.json keeps it beside what the run then took.
+    make_job: in place of ``prepare_job``; a drill has one that breaks something of what that gives.
     The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint from which it can go on.
     """
     directory = run_dir or directory_for(config, resume)
     with opened(config, directory, view or Console(), is_new=resume == "never") as run:
         checkpoint = checkpoint_to_resume(run, resume)
-        job = prepare_job(run, config, checkpoint)
-        start = begin(run, job, resume, checkpoint)
+        job = (make_job or prepare_job)(run, config, checkpoint)
+        start, safety = begin(run, job, resume, checkpoint)
         if planned and planned.training:
             predicted = {"peak_bytes": planned.needed_bytes, "flops_per_token": planned.training.flops_per_token}
             run.manifest.update(plan={"predicted": predicted, "measured": None})
-        progress, is_interrupted = train(run, job, start)
-        return stop(run, job, progress) if is_interrupted else finish(run, job, progress)
+        with answering(job.device.device), sheltered(run, job, start, safety) as shelter:
+            progress, is_interrupted = train(run, job, shelter, start)
+            return stop(run, shelter, progress) if is_interrupted else finish(run, job, shelter, progress)
 
 
 def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
@@ -120,6 +129,8 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
         require_same(config, corpus.tokenizer, checkpoint)
         put_saved_weights(model, checkpoint)
     model = model.to(device=device.device, dtype=device.parameters)
+    if config.aggregate.how != "mean":
+        keep_graphs()
     compile_blocks(model, config.device, run.emit)
     return Job(config, device, corpus, stream, model, build_optimizer(model, config.optim))
 
@@ -129,10 +140,12 @@ def _show_preparing(run: Run, done_bytes: int, total_bytes: int | None) -> None:
     run.view.update({"": f"{done_bytes / 1e6:.1f} MB"}, progress=share)
 
 
-def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Progress:
+def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> tuple[Progress, Safety]:
     """The position to train from; an event says which, and readers then know which records were abandoned."""
     corpus, config = job.corpus, job.config
-    start = restore(run, job, checkpoint) if checkpoint else Progress(cursor=job.stream.start())
+    start, safety = Progress(cursor=job.stream.start()), Safety()
+    if checkpoint:
+        start, safety = restore(job, Contents.of(checkpoint), run.emit)
     run.adopt(config)
     run.manifest.update(dataset_fingerprint=corpus.fingerprint, tokenizer_fingerprint=corpus.tokenizer.fingerprint)
     n_parameters = sum(parameter.numel() for parameter in job.model.parameters())
@@ -144,41 +157,87 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Pro
         run.emit(Event("run.started", {"resume": resume, "from": start.step, "n_parameters": n_parameters}))
     where = f"from step {start.step}" if start.step else "from the beginning"
     run.view.note(f"{config.run.name}: {n_parameters:,} parameters, {where}, in {run.directory}")
-    return start
+    return start, safety
 
 
-def train(run: Run, job: Job, start: Progress) -> tuple[Progress, bool]:
-    """Step until a limit is reached. Gives where the run stands then, and whether it was asked to stop before."""
+def train(run: Run, job: Job, shelter: Shelter, start: Progress) -> tuple[Progress, bool]:
+    """Step until a limit is reached, going back where the run is not sound.
+
+    Gives where the run stands then, and whether it was asked to stop before.
+    """
     config, progress = job.config, start
     log = Log(run, job, start)
     evaluation = Alarm(config.evaluate.every, config.evaluate.every_s, start.seconds_used)
     saving = Alarm(config.checkpoint.every, config.checkpoint.every_s, start.seconds_used)
     run.view.start(config.run.name)
-    with interruptible() as is_asked_to_stop:
-        for step in steps(
-            job.model,
-            job.stream,
-            job.optimizer,
-            partial(rate_factor, config.schedule),
-            part=config.train,
-            device=job.device,
-            start=start,
-        ):
-            progress = step.progress
-            log.take(step)
-            metrics: dict[str, float] = {}
-            if evaluation.rings(progress):
-                found = measure(run, job, progress, config.evaluate.n_windows)
-                metrics, log.held_out = ranked(found), found.bits_per_byte
-            if is_best(run, config, metrics):
-                save(run, job, progress, reason="best", metrics=metrics)
-            elif saving.rings(progress):
-                save(run, job, progress, reason="interval", metrics=metrics)
-            if is_asked_to_stop():
-                break
+    traces = profiled(config.profile, run.directory / "profile", job.device.device, run.emit)
+    with interruptible() as is_asked_to_stop, traces as trace:
+        while not progress.is_over(config.train) and not is_asked_to_stop():
+            trouble: Trouble | None = None
+            for now, trouble in stretch(job, shelter, log, progress):
+                progress = now
+                for path in trace(progress.step):
+                    run.view.note(f"profile: {path}")
+                if trouble is None:
+                    tend(run, job, shelter, log, progress, evaluation=evaluation, saving=saving)
+                if is_asked_to_stop():
+                    break
+            if trouble:
+                progress = shelter.go_back(progress, reason=trouble.reason, n_parts=trouble.n_parts)
+                log.went_back(progress)
         is_interrupted = is_asked_to_stop()
     run.view.stop()
     return progress, is_interrupted
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a run has to go back. n_parts: into how many parts a batch is to be cut then, if that is the remedy."""
+
+    reason: str
+    n_parts: int | None = None
+
+
+def stretch(job: Job, shelter: Shelter, log: Log, start: Progress) -> Iterator[tuple[Progress, Trouble | None]]:
+    """Steps from ``start`` on, each watched; the last one with what is wrong, or sound where a limit is reached."""
+    config, now = job.config, start
+    made = steps(
+        job.model,
+        job.stream,
+        job.optimizer,
+        partial(rate_factor, config.schedule),
+        part=config.train,
+        device=job.device,
+        start=start,
+        aggregate=config.aggregate,
+    )
+    try:
+        for step in made:
+            now = step.progress
+            log.take(step)
+            reason = shelter.watch(step)
+            yield now, Trouble(reason) if reason else None
+            if reason:
+                return
+    except OutOfDeviceBytes as error:
+        if error.fields.get("where") != "step":
+            raise
+        yield now, Trouble(str(error), n_parts=2 * now.n_parts)
+
+
+def tend(
+    run: Run, job: Job, shelter: Shelter, log: Log, progress: Progress, *, evaluation: Alarm, saving: Alarm
+) -> None:
+    """Evaluate and save after a sound step, where either is due."""
+    metrics: dict[str, float] = {}
+    if evaluation.rings(progress) and not shelter.spares():
+        found = measure(run, job, progress, job.config.evaluate.n_windows)
+        shelter.evaluated(progress.step, found.nats)
+        metrics, log.held_out = ranked(found), found.bits_per_byte
+    if is_best(run, job.config, shelter, metrics):
+        shelter.save(progress, reason="best", metrics=metrics)
+    elif saving.rings(progress):
+        shelter.save(progress, reason="interval", metrics=metrics)
 
 
 def measure(run: Run, job: Job, progress: Progress, n_windows: int, task: str | None = None) -> Likelihood:
@@ -205,31 +264,34 @@ def ranked(found: Likelihood) -> dict[str, float]:
     return {"val/nats": found.nats, "val/bits_per_byte": found.bits_per_byte}
 
 
-def is_best(run: Run, config: Config, metrics: dict[str, float]) -> bool:
+def is_best(run: Run, config: Config, shelter: Shelter, metrics: dict[str, float]) -> bool:
     """Whether something was measured, and nothing that is saved is better."""
     value = metrics.get(config.checkpoint.metric)
     if value is None:
         return False
+    shelter.wait()
     best = best_so_far(run, config)
     return best is None or (value < best.value if config.checkpoint.direction == "min" else value > best.value)
 
 
-def stop(run: Run, job: Job, progress: Progress) -> Result:
+def stop(run: Run, shelter: Shelter, progress: Progress) -> Result:
     """Leave an interrupted run so that it can go on."""
-    path = save(run, job, progress, reason="signal", metrics={})
+    path = shelter.save(progress, reason="signal", metrics={})
+    shelter.wait()
     run.end("interrupted", 130)
     run.view.note(f"Interrupted at step {progress.step}. The same command goes on from there.")
     return Result("interrupted", run.directory, path, progress.step, progress.tokens, progress.seconds_used)
 
 
-def finish(run: Run, job: Job, progress: Progress) -> Result:
+def finish(run: Run, job: Job, shelter: Shelter, progress: Progress) -> Result:
     """Use up what waits, save, read more of the held-out text than before, let the model write, and report."""
     job.optimizer.flush()
     part = job.config.evaluate
     metrics = ranked(measure(run, job, progress, part.n_windows))
-    path = save(run, job, progress, reason="final", metrics=metrics)
+    path = shelter.save(progress, reason="final", metrics=metrics)
     found = measure(run, job, progress, part.n_windows_end, task="end")
     samples = write_samples(run, job, progress)
+    shelter.wait()
     report = write_report(run, job, progress, found, samples)
     measured = {
         "peak_bytes": peak_bytes(job.device.device),

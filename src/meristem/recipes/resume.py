@@ -1,8 +1,10 @@
 """What of a run is saved, and how a run goes on from it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -17,14 +19,17 @@ from meristem.device.part import DevicePart
 from meristem.device.random import random_state, restore_random_state
 from meristem.device.resolve import NAMES, Device
 from meristem.errors import CheckpointMismatch, NoCheckpoint, TokenizerMismatch
-from meristem.events import Event
+from meristem.events import Emit, Event
 from meristem.memory.value import State, flatten, map_tensors, unflatten
 from meristem.models.load import put_weights
 from meristem.optim import state as optim_state
 from meristem.optim.outer import Outer
 from meristem.recipes.config import Config
 from meristem.recipes.run import Run
+from meristem.train.emergency import Emergency
+from meristem.train.guard import Guard
 from meristem.train.progress import Progress
+from meristem.train.rollback import Rollbacks
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,43 @@ class Job:
     stream: Stream
     model: nn.Module
     optimizer: Outer
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What of a run is saved, in memory and on disk alike: trees of tensors, and plain values."""
+
+    trees: Mapping[str, Mapping[str, torch.Tensor]]
+    values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """What a checkpoint holds; its tensors are mapped from the file."""
+        trees = {name: checkpoint.tree(name) for name in ("model", "optim", "random", "memory") if checkpoint.has(name)}
+        names = ("progress", "cursor", "memory_integers", "random", "safety", "probe")
+        return cls(trees, {name: checkpoint.value(name) for name in names if checkpoint.has(name)})
+
+
+@dataclass(frozen=True)
+class Safety:
+    """What a run knows of its own soundness."""
+
+    guard: Guard = Guard()
+    rollbacks: Rollbacks = Rollbacks()
+    emergency: Emergency = Emergency()
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for a checkpoint."""
+        return {name: value.to_json() for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """What ``to_json`` wrote."""
+        return cls(
+            Guard.from_json(values["guard"]),
+            Rollbacks.from_json(values["rollbacks"]),
+            Emergency.from_json(values["emergency"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -54,12 +96,15 @@ def checkpoint_to_resume(run: Run, resume: str) -> Checkpoint | None:
     resume: ``auto`` takes the newest whole checkpoint if there is one, ``must`` insists on one, ``never`` takes none;
     anything else is the path of a checkpoint or of a run. A checkpoint that was found and cannot be used is an error,
     never a fresh start.
+
+    One that was saved while the guard counted something is passed over for the newest sound one: the run may have gone
+    back behind it since, and goes on from there as it would have, to the bit.
     """
     if resume == "never":
         return None
     if resume not in ("auto", "must"):
         return store.find(Path(resume).expanduser(), run.emit)
-    found = store.newest(run.checkpoints, run.emit)
+    found = newest_sound(run.checkpoints, run.emit) or store.newest(run.checkpoints, run.emit)
     if found is None and resume == "must":
         raise NoCheckpoint(
             f"{run.directory} holds no whole checkpoint to go on from. "
@@ -69,10 +114,21 @@ def checkpoint_to_resume(run: Run, resume: str) -> Checkpoint | None:
     return found
 
 
-def save(run: Run, job: Job, progress: Progress, *, reason: str, metrics: dict[str, float]) -> Path:
-    """Write everything that the future of the run depends on, then let go of what retention does not keep."""
-    config, tokenizer = job.config, job.corpus.tokenizer
-    memory = flatten(progress.memory or {}) if config.data.order == "sequential" else {}
+def newest_sound(checkpoints: Path, emit: Emit) -> Checkpoint | None:
+    """The newest whole checkpoint that was saved while no detector of the guard was counting."""
+    return store.newest(checkpoints, emit, _unsound)
+
+
+def _unsound(checkpoint: Checkpoint) -> str | None:
+    is_told = checkpoint.has("safety")
+    if not is_told or Safety.from_json(checkpoint.value("safety")).guard.is_quiet:
+        return None
+    return "it was saved while the guard was counting"
+
+
+def contents(job: Job, progress: Progress, safety: Safety, probe_nats: float) -> Contents:
+    """Everything that the future of the run depends on; tensors are those in use, and not copies."""
+    memory = flatten(progress.memory or {}) if job.config.data.order == "sequential" else {}
     random_values, random_tensors = random_state()
     trees: dict[str, Mapping[str, torch.Tensor]] = {
         "model": job.model.state_dict(),
@@ -81,23 +137,34 @@ def save(run: Run, job: Job, progress: Progress, *, reason: str, metrics: dict[s
     }
     if memory:
         trees["memory"] = {name: leaf for name, leaf in memory.items() if isinstance(leaf, torch.Tensor)}
+    values = {
+        "progress": progress.to_json(),
+        "cursor": progress.cursor.to_json(),
+        "memory_integers": {name: leaf for name, leaf in memory.items() if isinstance(leaf, int)},
+        "random": random_values,
+        "device": {"compute": NAMES[job.device.compute]},
+        "safety": safety.to_json(),
+        "probe": {"nats": probe_nats if math.isfinite(probe_nats) else None},
+    }
+    return Contents(trees, values)
+
+
+def write(
+    run: Run, job: Job, progress: Progress, saved: Contents, *, reason: str, metrics: dict[str, float], seq: int
+) -> Path:
+    """Write one checkpoint, then let go of what retention does not keep. May run beside the training it is of."""
+    config, tokenizer = job.config, job.corpus.tokenizer
     path = store.save(
         run.checkpoints,
         step=progress.step,
-        trees=trees,
-        values={
-            "progress": progress.to_json(),
-            "cursor": progress.cursor.to_json(),
-            "memory_integers": {name: leaf for name, leaf in memory.items() if isinstance(leaf, int)},
-            "random": random_values,
-            "device": {"compute": NAMES[job.device.compute]},
-        },
+        trees=saved.trees,
+        values=saved.values,
         files={"config.yaml": dump_yaml(config).encode(), "tokenizer.json": tokenizer.to_bytes()},
         header={
             "run": run.manifest.content["id"],
             "tokens": progress.tokens,
             "epoch": job.stream.epoch(progress.cursor),
-            "seq": run.records.seq,
+            "seq": seq,
             "reason": reason,
             "config_sha256": fingerprint(config),
             "code": run.manifest.content["code"],
@@ -144,17 +211,21 @@ def put_saved_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     put_weights(model, {name: tensor.clone() for name, tensor in checkpoint.tree("model").items()}, checkpoint)
 
 
-def restore(run: Run, job: Job, checkpoint: Checkpoint) -> Progress:
-    """Put moments, random streams and memory back, and say where the run stands."""
-    optim_state.restore(job.model, job.optimizer, checkpoint.tree("optim"))
-    restore_random_state(checkpoint.value("random"), checkpoint.tree("random"), run.emit)
-    memory: State | None = None
-    if checkpoint.has("memory"):
-        saved = unflatten({**checkpoint.tree("memory"), **checkpoint.value("memory_integers")})
-        memory = map_tensors(lambda tensor: tensor.to(job.device.device, copy=True), saved)
-    cursor = Cursor.from_json(checkpoint.value("cursor"))
+def restore(job: Job, saved: Contents, emit: Emit) -> tuple[Progress, Safety]:
+    """Put moments, random streams and memory back, and say where the run stood and how sound it was.
+
+    The weights come apart: a run that begins has them before its optimizer is made, one that goes back has both.
+    """
+    cursor = Cursor.from_json(saved.values["cursor"])
     job.stream.next(cursor)  # refuses another text or another order now, also where no step is left to make
-    return Progress.from_json(checkpoint.value("progress"), cursor, memory)
+    optim_state.restore(job.model, job.optimizer, saved.trees["optim"])
+    restore_random_state(saved.values["random"], saved.trees["random"], emit)
+    memory: State | None = None
+    if "memory" in saved.trees:
+        found = unflatten({**saved.trees["memory"], **saved.values["memory_integers"]})
+        memory = map_tensors(lambda tensor: tensor.to(job.device.device, copy=True), found)
+    safety = Safety.from_json(saved.values["safety"]) if "safety" in saved.values else Safety()
+    return Progress.from_json(saved.values["progress"], cursor, memory), safety
 
 
 def require_same(config: Config, now: Tokenizer, checkpoint: Checkpoint) -> None:

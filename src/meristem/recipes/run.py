@@ -2,10 +2,14 @@
 
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from meristem.checkpoint import run as runs
 from meristem.checkpoint.files import write_atomic
@@ -16,6 +20,7 @@ from meristem.errors import MeristemError, RunError
 from meristem.events import Event
 from meristem.recipes.config import Config
 from meristem.sinks.console import Console
+from meristem.sinks.emitter import SCREEN, Emitter, Sink
 from meristem.sinks.records import STREAMS, Records
 from meristem.sinks.system import SystemSampler
 
@@ -30,8 +35,13 @@ class Run:
     directory: Path
     is_first: bool
     manifest: RunManifest
-    records: Records
+    emitter: Emitter
     view: Console
+
+    @property
+    def records(self) -> Records:
+        """What is written down of the run."""
+        return self.emitter.records
 
     @property
     def checkpoints(self) -> Path:
@@ -40,10 +50,7 @@ class Run:
 
     def emit(self, event: Event) -> None:
         """Record an event at the step that was last recorded; the user sees those that are no mere information."""
-        self.records.event(event, self.records.step)
-        if event.severity in ("warning", "error", "critical"):
-            details = ", ".join(f"{name} {value}" for name, value in event.payload.items())
-            self.view.note(f"{event.severity}: {event.name}: {details}")
+        self.emitter.emit(event)
 
     def adopt(self, config: Config) -> None:
         """From now on this is the configuration of the run."""
@@ -77,24 +84,28 @@ def _is_unfinished(directory: Path, config: Config) -> bool:
 
 
 @contextlib.contextmanager
-def opened(config: Config, directory: Path, view: Console, *, is_new: bool) -> Iterator[Run]:
+def opened(
+    config: Config, directory: Path, view: Console, *, is_new: bool, sinks: Mapping[str, Sink] | None = None
+) -> Iterator[Run]:
     """Hold a run directory while the block runs; however the block ends, the directory says how.
 
     is_new: refuse a directory that holds a run already.
+    sinks: by name, what is shown every record besides the files and ``view``. They are closed at the end.
     """
-    with RunLock(directory):
+    with RunLock(directory), _unwound_by_sigterm():
         described = describe()
         is_first = is_new or not (directory / runs.FILE).exists()
         manifest = RunManifest.create(directory, name=config.run.name) if is_first else RunManifest.reopen(directory)
         manifest.update(command=" ".join(sys.argv), record_streams=[f"{name}.ndjson" for name in STREAMS], **described)
         rotate_size_bytes = config.sinks.rotate_mib << 20
         records = Records(directory, manifest.content["id"], rotate_size_bytes=rotate_size_bytes)
-        run = Run(directory, is_first, manifest, records, view)
-        if is_first:
-            run.adopt(config)
-        _link_latest(config, directory)
-        sampler = SystemSampler(records, config.sinks.system_every_s, emit=run.emit)
+        run = Run(directory, is_first, manifest, Emitter(records, sinks, screen=view.show), view)
+        view.through(partial(run.emitter.later, SCREEN), run.emit)
         try:
+            if is_first:
+                run.adopt(config)
+            _link_latest(config, directory)
+            sampler = SystemSampler(records, config.sinks.system_every_s, emit=run.emit)
             with manifest.beating(run.emit), sampler:
                 yield run
         except BaseException as error:
@@ -103,8 +114,43 @@ def opened(config: Config, directory: Path, view: Console, *, is_new: bool) -> I
                 _say_why(run, error)
             raise
         finally:
-            view.stop()
-            records.close()
+            _close(run)
+
+
+def _close(run: Run) -> None:
+    """End what listens to the run, within its time, then the records; the manifest keeps what became of the sinks."""
+    run.view.stop()
+    # As with the last words: what a full disk does not take may not hide why the run ended.
+    with contextlib.suppress(RunError):
+        told = {each.name: each for each in run.emitter.close()}
+        if told[SCREEN].status == "hung":
+            run.view.lose("it takes no more text")
+        sinks = [{"name": name, "id": None, "status": end.status, "dropped": end.dropped} for name, end in told.items()]
+        run.manifest.update(sinks=sinks)
+    run.view.through()
+    run.records.close()
+
+
+@contextlib.contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, where it would end the process with everything open; a second one does.
+
+    Only in the main thread, and where nobody else takes the signal.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _say_why(run: Run, error: BaseException) -> None:

@@ -10,6 +10,7 @@ from meristem.evaluate.memory import memory_figures
 from meristem.events import Event, Severity
 from meristem.recipes.resume import Job
 from meristem.recipes.run import Run
+from meristem.train.aggregate import Report, changes
 from meristem.train.loop import Step
 from meristem.train.progress import Progress
 
@@ -54,6 +55,7 @@ class Log:
         self._memory: dict[str, float] = {}
         self._tokens_per_s = 0.0
         self._told: set[tuple[str, float]] = set()
+        self._conflict: Report | None = None
         self._still: dict[str, Dormancy] = {}
         self.held_out: float | None = None
         window = job.corpus.tokens("val")[: min(PROBE_TOKENS, job.config.data.window)]
@@ -65,6 +67,9 @@ class Log:
         if now.n_nonfinite > self._before.n_nonfinite:
             payload = {"step": now.step, "in_row": now.n_nonfinite_in_row, "count": now.n_nonfinite}
             self._run.emit(Event("loss.nonfinite", payload, "warning"))
+        if now.n_parts > self._before.n_parts:
+            payload = {"step": now.step, "n_parts": now.n_parts, "was": self._before.n_parts}
+            self._run.emit(Event("batch.split", payload, "warning"))
         if step.bits_per_byte is not None:
             before = step.bits_per_byte if self._shown is None else self._shown
             self._shown = SMOOTHING * before + (1 - SMOOTHING) * step.bits_per_byte
@@ -72,6 +77,12 @@ class Log:
             self._record(step)
         self._show(step)
         self._before = now
+
+    def went_back(self, now: Progress) -> None:
+        """The run stands at an earlier step again."""
+        # The pace too counts from here: what the process began with may lie ahead again.
+        self._start = self._before = self._recorded = now
+        self._shown = None
 
     def _record(self, step: Step) -> None:
         now = step.progress
@@ -88,6 +99,14 @@ class Log:
             "tokens_per_s": self._tokens_per_s,
             "seconds_used": now.seconds_used,
         }
+        if step.conflict:
+            report = step.conflict.report()
+            for event in changes(self._conflict, report):
+                self._run.emit(event)
+            self._conflict = report
+            metrics |= {"aggregate/conflict_rate": report.rate}
+            metrics |= {f"aggregate/share/{name}": share for name, share in report.shares.items()}
+            metrics |= {f"aggregate/cosine/{pair}": cosine for pair, cosine in report.cosines.items()}
         self._warn(now.step)
         metrics |= {f"memory/{name}": value for name, value in self._memory.items()}
         for level, figures in levels.items():

@@ -1,5 +1,6 @@
 """One file of JSON lines: each record arrives whole or not at all, and a reader gets over a torn end."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ class Lines:
         self.path = path
         self.last, self.n_cut_bytes = _cut_torn_end(path)
         self._rotate_size_bytes = rotate_size_bytes
+        self._descriptor = -1
         self._open()
 
     def append(self, record: dict[str, Any]) -> None:
@@ -32,26 +34,37 @@ class Lines:
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
         if self._size_bytes and self._size_bytes + len(line) > self._rotate_size_bytes:
             self._rotate()
-        try:
+        with self._disk_full():
             n_written = os.write(self._descriptor, line)
             if n_written < len(line):
                 os.ftruncate(self._descriptor, self._size_bytes)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._size_bytes += len(line)
+        self.last = record
+
+    def sync(self) -> None:
+        """Wait until the disk holds every line."""
+        with self._disk_full():
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Wait until the disk holds every line, and let the file go; an append after that is an error."""
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+        self._descriptor = -1  # the system may give the number to another file
+
+    @contextlib.contextmanager
+    def _disk_full(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as cause:
-            if cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise DiskFull(
                 f"no space is left to add a record to {self.path}. Everything before it is safe. "
                 f"Free space there and resume the run.",
                 path=str(self.path),
             ) from cause
-        self._size_bytes += len(line)
-        self.last = record
-
-    def close(self) -> None:
-        """Wait until the disk holds every line, and let the file go."""
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
 
     def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,14 +1,15 @@
 """The records of a run: metrics, events, samples and readings of the machine, as JSON lines (spec 17).
 
-``seq`` rises over all four files and goes on after a resume. A resume is the event ``run.resumed`` whose payload holds
-``resumed_from``, the step of the checkpoint; records of later steps with a smaller ``seq`` were abandoned.
+``seq`` rises over all four files and goes on after a resume. An event of ``RETURNS`` says that the run stands at an
+earlier step again: its payload holds ``resumed_from``, and records of later steps with a smaller ``seq`` were
+abandoned. So one process may write the same step twice.
 """
 
 import datetime
 import importlib.resources
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,20 +21,35 @@ from meristem.sinks.lines import Lines, read_records
 
 STREAMS = ("metrics", "events", "samples", "system")
 ROTATE_SIZE_BYTES = 256 * 1024 * 1024
+RETURNS = ("run.resumed", "rollback.done")
 LARGEST_PAYLOAD_ITEMS = 1_000
 LARGEST_PAYLOAD_BYTES = 65_536
 
 Split = Literal["train", "val", "test", "gen"]
+Listener = Callable[[Mapping[str, Any]], None]
 
 
 class Records:
-    """Writes the records of one run. Threads may share it."""
+    """Writes the records of one run. Threads may share it.
 
-    def __init__(self, run_dir: Path, run_id: str, seq: int = 0, *, rotate_size_bytes: int = ROTATE_SIZE_BYTES) -> None:
+    rank: stands in every record where it is given, as in a run of several processes.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        run_id: str,
+        seq: int = 0,
+        *,
+        rotate_size_bytes: int = ROTATE_SIZE_BYTES,
+        rank: int | None = None,
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir
         self.run_id = run_id
         self.step = 0
+        self._rank = {} if rank is None else {"rank": rank}
+        self._listener: Listener | None = None
         self._lock = threading.RLock()
         self._lines = {name: Lines(run_dir / f"{name}.ndjson", rotate_size_bytes) for name in STREAMS}
         self.seq = max([seq, *(lines.last["seq"] for lines in self._lines.values() if lines.last)])
@@ -41,6 +57,10 @@ class Records:
             if lines.n_cut_bytes:
                 payload = {"what": "torn end cut off", "path": f"{name}.ndjson", "n_bytes": lines.n_cut_bytes}
                 self.event(Event("degraded", payload, "warning"), step=0)
+
+    def listen(self, listener: Listener) -> None:
+        """Show every record to ``listener`` from now on, in order. The run waits for it, so it has to be quick."""
+        self._listener = listener
 
     def metrics(
         self,
@@ -63,8 +83,14 @@ class Records:
         }
         self._write("metrics", "metrics", step, fields, odd_below="metrics")
 
-    def event(self, event: Event, step: int) -> None:
-        """One thing that happened. A payload beyond the limits is cut and says so."""
+    def event(self, event: Event, step: int | None = None) -> None:
+        """One thing that happened. A payload beyond the limits is cut and says so.
+
+        A critical event is on the disk when this returns.
+        step: by default the step that any record told of last, and for a return the one gone back to.
+        """
+        if step is None:
+            step = _returned_to(event.name, event.payload)
         fields = {"name": event.name, "severity": event.severity, "payload": _limited(event.payload)}
         self._write("events", "event", step, fields, odd_below="payload")
 
@@ -74,30 +100,50 @@ class Records:
 
     def system(self, fields: Mapping[str, object]) -> None:
         """One reading of the machine, at the last step that any record told of."""
-        self._write("system", "system", self.step, fields)
+        self._write("system", "system", None, fields)
 
     def close(self) -> None:
         """Wait until the disk holds every record."""
         for lines in self._lines.values():
             lines.close()
 
-    def _write(self, stream: str, kind: str, step: int, fields: Mapping[str, object], odd_below: str = "") -> None:
+    def _write(
+        self, stream: str, kind: str, step: int | None, fields: Mapping[str, object], odd_below: str = ""
+    ) -> None:
         odd: dict[str, str] = {}
         plain = _plain(fields, "", odd)
         if odd:
             plain["nonfinite"] = {path.removeprefix(f"{odd_below}."): value for path, value in odd.items()}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        is_critical = fields.get("severity") == "critical"
         with self._lock:
+            self.seq += 1
+            self.step = self.step if step is None else step
             envelope = {
                 "schema": f"meristem.{kind}/1",
                 "run": self.run_id,
-                "seq": self.seq + 1,
+                "seq": self.seq,
                 "ts": now,
-                "step": step,
+                "step": self.step,
             }
-            self._lines[stream].append(envelope | plain)
-            self.seq += 1
-            self.step = step
+            record = envelope | self._rank | plain
+            if is_critical:  # told before the disk is waited for, and also where it has no room
+                self._show(record)
+            self._lines[stream].append(record)
+            if is_critical:
+                self._lines[stream].sync()
+            else:
+                self._show(record)
+
+    def _show(self, record: dict[str, Any]) -> None:
+        if self._listener is not None:
+            self._listener(record)
+
+
+def _returned_to(name: str, payload: Mapping[str, object]) -> int | None:
+    """The step at which an event says that the run stands again; None for an event that is no return."""
+    step = payload.get("resumed_from") if name in RETURNS else None
+    return step if isinstance(step, int) else None
 
 
 def _plain(value: object, path: str, odd: dict[str, str]) -> Any:
@@ -149,14 +195,14 @@ def history(run_dir: Path, stream: str = "metrics", emit: Emit = silent) -> list
 
     Two metrics records are equal when step, split and task are.
     """
-    resumes = [
-        (event["seq"], event["payload"]["resumed_from"])
+    returns = [
+        (event["seq"], step)
         for event in read_records(run_dir / "events.ndjson", emit)
-        if event["name"] == "run.resumed" and "resumed_from" in event["payload"]
+        if (step := _returned_to(event["name"], event["payload"])) is not None
     ]
     found: dict[object, dict[str, Any]] = {}
     for record in read_records(run_dir / f"{stream}.ndjson", emit):
-        if any(record["seq"] < seq and record["step"] > step for seq, step in resumes):
+        if any(record["seq"] < seq and record["step"] > step for seq, step in returns):
             continue
         same = (record["step"], record["split"], record["task"]) if stream == "metrics" else record["seq"]
         found[same] = record

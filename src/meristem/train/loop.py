@@ -2,21 +2,25 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from meristem.data.stream import Batch, Cursor, Stream
 from meristem.device.resolve import Device
-from meristem.errors import NonFinite
-from meristem.memory.value import State, detach
-from meristem.nn.auxiliary import auxiliary
-from meristem.optim.outer import Outer
-from meristem.train.loss import cross_entropy
-from meristem.train.part import TrainPart
+from meristem.errors import NonFinite, OutOfDeviceBytes
+from meristem.optim.outer import Outer, Update
+from meristem.optim.schedule import Done, set_rates
+from meristem.train.aggregate import Conflict
+from meristem.train.backward import backward, is_out_of_room, make_room
+from meristem.train.guard import Reading
+from meristem.train.part import AggregatePart, TrainPart
 from meristem.train.progress import Progress
+
+_PLAIN = AggregatePart()
 
 
 @dataclass(frozen=True)
@@ -24,18 +28,29 @@ class Step:
     """What one optimizer step was.
 
     progress: where the run stands after it; all that is needed to go on from here besides weights and moments.
-    loss_nats, grad_norm: per target, and before clipping. None where they were left on the device: an accelerator is
-        read only on steps that log, so that it never waits for the host.
+    readings: what was measured, of every step since the last one that was read, this one last. Empty where it was left
+        on the device: an accelerator is read only on steps that log, so that it never waits for the host.
+    conflict: how far the objectives of the step disagree, where they were told apart; still on the device.
     """
 
     progress: Progress
-    loss_nats: float | None
-    grad_norm: float | None
+    readings: tuple[Reading, ...]
     rate: float
     seconds: float
     n_targets: int
     n_bytes: int
     is_logged: bool
+    conflict: Conflict | None = None
+
+    @property
+    def loss_nats(self) -> float | None:
+        """Per target; None where it was not read."""
+        return self.readings[-1].loss_nats if self.readings else None
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Before clipping; None where it was not read."""
+        return self.readings[-1].grad_norm if self.readings else None
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -47,52 +62,62 @@ def steps(
     model: nn.Module,
     stream: Stream,
     optimizer: Outer,
-    schedule: Callable[[float], float],
+    schedule: Callable[[Done], float],
     *,
     part: TrainPart,
     device: Device,
     start: Progress,
+    aggregate: AggregatePart = _PLAIN,
 ) -> Iterator[Step]:
     """Train from ``start`` until a limit of ``part`` is reached, yielding after every step.
 
-    schedule: the share of the run that is done to the factor on the optimizer's rates.
+    schedule: where the run stands to the factor on the highest rate of each group in the step that follows.
     Which parameters move in a step, and how they are clipped, is the optimizer's affair, as is what waits at the end.
     A step whose loss or gradient is not finite changes neither weights nor moments, and the memory begins afresh after
     it; ``part.max_nonfinite`` such steps in a row raise NonFinite (on an accelerator at the next step that is read).
+    Where the device runs out of room, batches are cut into smaller parts from then on (``backward``); OutOfDeviceBytes
+    with ``where="step"`` says that it happened while weights were moved, which must then be brought back.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
     unread: list[torch.Tensor] = []
     now = start
     while not now.is_over(part):
         began = time.perf_counter()
-        factor = schedule(now.share(part))
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        batches, cursor = _take(stream, now.cursor, part.accumulate)
+        set_rates(optimizer, schedule(Done(share=now.share(part), step=now.step, tokens=now.tokens)) * now.easing())
+        with record_function("data"):
+            batches, cursor = _take(stream, now.cursor, part.accumulate)
         n_targets = sum(batch.n_targets for batch in batches)
-        loss, memory = _backward(model, batches, now.memory, device)
-        update = optimizer.step(loss)
+        taught = backward(model, batches, now.memory, device, n_parts=now.n_parts, by=aggregate, step=now.step)
+        is_measured = (now.step + 1) % part.measure_updates_every == 0
+        with record_function("optimizer"):
+            update, ratio = _move(model, optimizer, taught.loss, device, is_measured=is_measured)
         optimizer.zero_grad()
-        unread.append(update.is_skipped)
-        now = replace(now, cursor=cursor, step=now.step + 1, tokens=now.tokens + n_targets, memory=memory)
+        unread.append(torch.stack([taught.loss, update.norm, update.is_skipped, ratio]))
+        now = replace(
+            now,
+            cursor=cursor,
+            step=now.step + 1,
+            tokens=now.tokens + n_targets,
+            memory=taught.memory,
+            n_parts=taught.n_parts,
+        )
         is_logged = now.step % part.log_every == 0
-        numbers: list[float] = []
+        readings: tuple[Reading, ...] = ()
         # On the CPU reading costs nothing. A memory that is carried on must not stay spoilt until the next record.
-        if is_logged or loss.is_cpu or not batches[-1].starts:
-            numbers = torch.stack([loss, update.norm, *unread]).tolist()
+        if is_logged or taught.loss.is_cpu or not batches[-1].starts:
+            readings = _read(now.step, unread)
             unread = []
-            now = _count(now, numbers[2:], part.max_nonfinite)
+            now = _count(now, readings, part.max_nonfinite)
         seconds = time.perf_counter() - began
         now = replace(now, seconds_used=now.seconds_used + seconds)
         yield Step(
             progress=now,
-            loss_nats=numbers[0] if numbers else None,
-            grad_norm=numbers[1] if numbers else None,
+            readings=readings,
             rate=optimizer.param_groups[0]["lr"],
             seconds=seconds,
             n_targets=n_targets,
             n_bytes=sum(batch.n_bytes for batch in batches),
             is_logged=is_logged,
+            conflict=taught.conflict,
         )
 
 
@@ -105,33 +130,60 @@ def _take(stream: Stream, cursor: Cursor, n_batches: int) -> tuple[list[Batch], 
     return batches, cursor
 
 
-def _backward(
-    model: nn.Module, batches: list[Batch], memory: State | None, device: Device
-) -> tuple[torch.Tensor, State | None]:
-    """Gradients of the mean loss over all targets of the step, that mean, and the memory after the last batch.
+def _move(
+    model: nn.Module, optimizer: Outer, loss: torch.Tensor, device: Device, *, is_measured: bool
+) -> tuple[Update, torch.Tensor]:
+    """Step; and how far the weight that moved most was moved, as a share of itself, or NaN where that is not measured.
 
-    loss = (sum of nats over all batches and targets) / N with N the targets of the whole step: however the targets are
-    spread over batches, each counts the same. Losses that layers have of their own are taught, and not told.
+    A weight of less than a thousandth on average counts as one of that: what began at 0 moves by more than itself.
     """
-    n_targets = max(1, sum(batch.n_targets for batch in batches))
-    losses = []
-    for batch in batches:
-        tokens_bt, targets_bt = device.move(batch.tokens_bt, batch.targets_bt)
-        with device.autocast():
-            logits_bto, memory = model(tokens_bt, None if batch.starts else memory)
-        loss = cross_entropy(logits_bto, targets_bt) / n_targets
-        own = auxiliary(memory)
-        (loss if own is None else loss + own / len(batches)).backward()
-        losses.append(loss.detach())
-        memory = detach(memory)
-    return torch.stack(losses).sum(), memory
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad] if is_measured else []
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        update = optimizer.step(loss)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_room(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+    else:
+        return update, _largest_ratio(before, weights) if weights else torch.full_like(loss, math.nan)
+    make_room(model, device)
+    raise OutOfDeviceBytes(
+        f"no room is left on {device.device} to move the weights: {reason}. Lower data.batch or the size of the model.",
+        where="step",
+        device=str(device.device),
+        reason=reason,
+    )
 
 
-def _count(now: Progress, skipped: list[float], most: int) -> Progress:
-    """Progress after the given steps, each 1 where it was skipped; too many in a row end the run."""
-    for is_skipped in skipped:
-        in_row = now.n_nonfinite_in_row + 1 if is_skipped else 0
-        now = replace(now, n_nonfinite=now.n_nonfinite + int(is_skipped), n_nonfinite_in_row=in_row)
+def _largest_ratio(before: list[torch.Tensor], after: Sequence[torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        sizes = torch.stack(torch._foreach_norm(before))
+        least = torch.tensor([1e-3 * weight.numel() ** 0.5 for weight in before], device=sizes.device)
+        torch._foreach_sub_(before, list(after))
+        return (torch.stack(torch._foreach_norm(before)) / sizes.maximum(least)).max().float()
+
+
+def _read(last_step: int, unread: list[torch.Tensor]) -> tuple[Reading, ...]:
+    """The measurements of the steps up to ``last_step``, in one transfer."""
+    first = last_step - len(unread) + 1
+    return tuple(
+        Reading(
+            step=first + index,
+            loss_nats=loss,
+            grad_norm=norm,
+            is_skipped=bool(is_skipped),
+            update_ratio=None if math.isnan(ratio) else ratio,
+        )
+        for index, (loss, norm, is_skipped, ratio) in enumerate(torch.stack(unread).tolist())
+    )
+
+
+def _count(now: Progress, readings: tuple[Reading, ...], most: int) -> Progress:
+    """Progress after the steps that were read; too many skipped in a row end the run."""
+    for reading in readings:
+        in_row = now.n_nonfinite_in_row + 1 if reading.is_skipped else 0
+        now = replace(now, n_nonfinite=now.n_nonfinite + int(reading.is_skipped), n_nonfinite_in_row=in_row)
         if in_row >= most:
             raise NonFinite(
                 f"loss or gradient was not finite in {in_row} steps in a row, up to step {now.step}; "

@@ -15,6 +15,8 @@ class Progress:
 
     seconds_used: time spent in training steps; preparing, evaluating and saving do not count.
     n_nonfinite, n_nonfinite_in_row: skipped steps, in all and without a good one since.
+    ease, eased_until: a factor on the rate of the steps before that one, after the run went back to an earlier state.
+    n_parts: into how many parts a batch is cut to fit on the device.
     memory: what the model carries from window to window when each batch goes on where the last one ended, else None.
     """
 
@@ -24,6 +26,9 @@ class Progress:
     seconds_used: float = 0.0
     n_nonfinite: int = 0
     n_nonfinite_in_row: int = 0
+    ease: float = 1.0
+    eased_until: int = 0
+    n_parts: int = 1
     memory: State | None = None
 
     def share(self, part: TrainPart) -> float:
@@ -39,6 +44,10 @@ class Progress:
         reached = ((self.step, part.steps), (self.tokens, part.tokens), (self.seconds_used, part.budget))
         return any(limit is not None and used >= limit for used, limit in reached)
 
+    def easing(self) -> float:
+        """The factor on the rate of the next step."""
+        return self.ease if self.step < self.eased_until else 1.0
+
     def to_json(self) -> dict[str, object]:
         """The plain values; the memory is tensors and is saved beside them."""
         return {
@@ -47,6 +56,9 @@ class Progress:
             "seconds_used": self.seconds_used,
             "n_nonfinite": self.n_nonfinite,
             "n_nonfinite_in_row": self.n_nonfinite_in_row,
+            "ease": self.ease,
+            "eased_until": self.eased_until,
+            "n_parts": self.n_parts,
         }
 
     @classmethod

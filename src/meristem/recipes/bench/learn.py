@@ -10,7 +10,7 @@ from meristem.errors import NonFinite
 from meristem.evaluate.recall import HELD_OUT, Recall, Task, recall
 from meristem.optim.groups import build
 from meristem.optim.part import OptimPart, SchedulePart
-from meristem.optim.schedule import rate_factor
+from meristem.optim.schedule import Done, rate_factor, set_rates
 from meristem.train.loss import cross_entropy
 
 N_HELD_OUT: Final = 256
@@ -29,10 +29,8 @@ def learn(
     model.to(device=device.device, dtype=device.parameters)
     optim, schedule = OptimPart(rate=rate), SchedulePart()
     optimizer = build(model, optim)
-    rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
-        for group, highest in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = highest * rate_factor(schedule, step / steps)
+        set_rates(optimizer, rate_factor(schedule, Done(share=step / steps, step=step, tokens=0)))
         questions = task.questions(batch, key(random_seed, "recall.learn", step))
         tokens_bt, targets_bt = device.move(questions.tokens_bt, questions.targets_bt)
         with device.autocast():

@@ -1,0 +1,159 @@
+"""Torch's own engines that sum gradients while they are made, and what they leave to the optimizer.
+
+Parameters that move every step are in the engine's hands: replicated (DDP) or in parts (FSDP2). Those of slower levels
+are replicated and out of its sight; their gradients gather in each process, and the optimizer sums what has gathered
+when the level fires (memory.md 6.4, 9.6). Gradients are summed, not averaged: the loss of each process is a share of
+that of the whole batch, divided by the targets of all.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from meristem.distributed.sync import CONTROL, Sync, lost_process, size_bytes
+
+EVERY_STEP: Final = "period 1"
+"""Kind of the bytes of gradients that are summed while they are made."""
+
+PARAMETERS: Final = "parameters"
+"""Kind of the bytes by which parts of parameters become whole."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a model is called so that its gradients are those of all processes.
+
+    model: what to call; it takes and gives what the model itself does.
+    micro_batch: around forward and backward of one; given whether it is the last of its step, after which alone
+        gradients are summed.
+    whole: while it lasts, the model itself can be read in any way, its parameters whole. All processes must enter.
+    """
+
+    model: nn.Module
+    micro_batch: Callable[[bool], AbstractContextManager[None]]
+    whole: Callable[[], AbstractContextManager[None]]
+
+
+def alone(model: nn.Module) -> Engine:
+    """A single process: the model as it is."""
+    return Engine(model, lambda is_last: nullcontext(), nullcontext)
+
+
+def replicated(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter], leaves_out: bool) -> Engine:
+    """Every process holds all parameters. They become those of the first process, but for ``slow``.
+
+    slow: parameters that do not move every step.
+    leaves_out: whether a step may give some parameter no gradient, as a memory that is carried on gives none to what it
+        began from. Finding them costs a walk over the graph in every step.
+    """
+    left = {id(parameter) for parameter in slow}
+    names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in left]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    wrapped = DistributedDataParallel(
+        model, forward_sync_buffers=False, find_unused_parameters=leaves_out, gradient_as_bucket_view=True
+    )
+    n_fast = sum(parameter.requires_grad and id(parameter) not in left for parameter in model.parameters())
+
+    def add_up(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+        sync.traffic.add(EVERY_STEP, size_bytes(bucket.buffer()))
+        if bucket.is_last() and leaves_out:
+            sync.traffic.add(CONTROL, n_fast * torch.int32.itemsize)  # which parameters had a gradient
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        summed: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+        return summed
+
+    wrapped.register_comm_hook(None, add_up)
+
+    @contextlib.contextmanager
+    def micro_batch(is_last: bool) -> Iterator[None]:
+        with lost_process("the sum of gradients", sync.ranks), nullcontext() if is_last else wrapped.no_sync():
+            yield
+
+    return Engine(wrapped, micro_batch, nullcontext)
+
+
+def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> Engine:
+    """Every process holds a part of each parameter, but for ``slow``; a block is whole only while it works.
+
+    The parameters of the model are others afterwards, so that this comes before the optimizer.
+    """
+    ignored = set(slow)
+    mesh = init_device_mesh(next(model.parameters()).device.type, (sync.ranks.size,))
+    blocks = getattr(model, "blocks", None)
+    for module in [*(blocks if isinstance(blocks, nn.ModuleList) else []), model]:
+        fully_shard(module, mesh=mesh, ignored_params=ignored)
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+        part.set_custom_all_gather(_CountedGather(sync))  # type: ignore[arg-type]
+        part.set_custom_reduce_scatter(_CountedScatter(sync))  # type: ignore[arg-type]
+    # It warns of an operation in place on what a block gives; the models add out of place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    (root,) = (part for part in parts if part is model)
+
+    @contextlib.contextmanager
+    def micro_batch(is_last: bool) -> Iterator[None]:
+        root.set_requires_gradient_sync(is_last)
+        with lost_process("the sum of gradients", sync.ranks):
+            yield
+
+    @contextlib.contextmanager
+    def whole() -> Iterator[None]:
+        with lost_process("the gathering of parameters", sync.ranks):
+            root.set_reshard_after_forward(False)
+            for part in parts:
+                part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.reshard()
+            root.set_reshard_after_forward(True)
+            root.set_reshard_after_forward(False, recurse=False)
+
+    return Engine(model, micro_batch, whole)
+
+
+class _Counted:
+    """How FSDP2 gets room for what it sends."""
+
+    def __init__(self, sync: Sync) -> None:
+        self._traffic = sync.traffic
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _CountedGather(_Counted):
+    """Parts of parameters to whole ones."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        self._traffic.add(PARAMETERS, size_bytes(output_tensor))
+        work: dist.Work | None = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+        return work
+
+
+class _CountedScatter(_Counted):
+    """Whole gradients to the sum of the part that is one's own."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        self._traffic.add(EVERY_STEP, size_bytes(input_tensor))
+        work: dist.Work | None = dist.reduce_scatter_single(
+            output_tensor, input_tensor, op=op, group=group, async_op=async_op
+        )
+        return work

@@ -1,0 +1,115 @@
+"""Which process this is, and how it meets the others."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from meristem.device.part import DevicePart
+from meristem.distributed.part import DistributedPart
+from meristem.errors import AgreementFailed, CapabilityError, ConflictingKeys, WrongValue
+
+_GIVEN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of a run. The default is a process alone, for which every exchange does nothing.
+
+    rank: its number, from 0. local_rank: its number on its machine, and so which GPU is its own.
+    backend: what carries tensors. store: a small table of keys and values that all processes see.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    backend: str = "none"
+    store: Store | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it decides, records and saves for all."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def joined(part: DistributedPart, device: DevicePart, environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+    """Be one of the processes that ``torchrun`` started while the block runs; alone where it started one or none.
+
+    The environment says who this is and where the first one can be met: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT. Raises AgreementFailed where the others do not come within the timeout.
+    """
+    if int(environment.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    missing = [name for name in _GIVEN if name not in environment]
+    if missing:
+        raise WrongValue(
+            f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(missing)} not set. Start with torchrun or "
+            f"`meristem train --nproc N`, which set all of {', '.join(_GIVEN)}; or unset WORLD_SIZE.",
+            missing=missing,
+        )
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    backend = _backend(part, device, local_rank)
+    timeout = timedelta(seconds=part.timeout_s)
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+        store.set_timeout(timeout)
+        # Numbers of the host always go by gloo: reading them from an accelerator would make it wait.
+        carriers = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
+        own = PrefixStore("torch", store)
+        dist.init_process_group(carriers, store=own, rank=rank, world_size=size, timeout=timeout)
+    except (dist.DistError, RuntimeError) as cause:
+        raise AgreementFailed(
+            f"process {environment['RANK']} of {environment['WORLD_SIZE']} did not meet all others at "
+            f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']} within {part.timeout_s:g} s: {cause}. See "
+            f"whether each was started with the same address, or raise distributed.timeout_s.",
+            rank=int(environment["RANK"]),
+        ) from cause
+    try:
+        yield Ranks(rank, size, local_rank, backend, store)
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(ranks: Ranks, part: DevicePart) -> DevicePart:
+    """The device of this process: of several on a machine with GPUs, each takes its own."""
+    if ranks.size == 1 or not _wants_gpu(part):
+        return part
+    if part.name.startswith("cuda:"):
+        raise ConflictingKeys(
+            f"device.name is {part.name}, one GPU, and there are {ranks.size} processes, each of which needs its own. "
+            f"Set device.name=cuda.",
+            path="device.name",
+            value=part.name,
+        )
+    return part.model_copy(update={"name": f"cuda:{ranks.local_rank}"})
+
+
+def _backend(part: DistributedPart, device: DevicePart, local_rank: int) -> str:
+    """The backend, tried as far as can be without the others."""
+    backend = part.backend
+    if backend == "auto":
+        backend = "nccl" if _wants_gpu(device) else "gloo"
+    if backend == "gloo":
+        return backend
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= n_gpus:
+        raise CapabilityError(
+            f"process {local_rank} of this machine needs a GPU of its own for nccl, and there are {n_gpus}. Start "
+            f"{max(n_gpus, 1)} processes, or set device.name=cpu and distributed.backend=gloo.",
+            device="cuda",
+            reason="too few",
+        )
+    torch.cuda.set_device(local_rank)
+    return backend
+
+
+def _wants_gpu(part: DevicePart) -> bool:
+    return torch.cuda.is_available() and (part.name == "auto" or part.name.startswith("cuda"))

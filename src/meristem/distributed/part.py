@@ -1,0 +1,41 @@
+"""Settings of a run in more than one process."""
+
+from typing import Final, Literal
+
+from pydantic import Field
+
+from meristem.config import Part
+from meristem.errors import ConflictingKeys
+
+SHARDABLE: Final = frozenset({"adamw"})
+"""The kinds of optimizer that can move a parameter of which they hold a part."""
+
+
+class DistributedPart(Part):
+    """How the processes that ``torchrun`` or ``--nproc`` started work together. In a single process nothing of it acts.
+
+    The batch is that of all processes: each takes its share of the rows of ``data.batch``.
+    """
+
+    shard: bool = Field(
+        default=False,
+        description="each process keeps a part of parameters and moments (FSDP2); else all of them (DDP)",
+    )
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        default="auto", description="what carries tensors; auto: nccl between GPUs, gloo between CPUs"
+    )
+    timeout_s: float = Field(
+        default=300.0, gt=0, description="seconds that a process waits for the others before it gives up"
+    )
+
+
+def require_shardable(part: DistributedPart, kind: str) -> None:
+    """Raises ConflictingKeys where the optimizer ``kind`` cannot work on parts of parameters."""
+    if part.shard and kind not in SHARDABLE:
+        raise ConflictingKeys(
+            f"optim.kind is '{kind}' and distributed.shard is true. A matrix optimizer orthogonalises whole matrices, "
+            f"and torch's fused SGD does not take parts of parameters; on these works {', '.join(sorted(SHARDABLE))}. "
+            f"Set distributed.shard=false, or optim.kind=adamw.",
+            path="distributed.shard",
+            value=True,
+        )

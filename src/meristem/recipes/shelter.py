@@ -1,0 +1,335 @@
+"""What keeps a run from being lost: a guard that watches it, snapshots and checkpoints, and the way back to them."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import psutil
+import torch
+
+from meristem.checkpoint.journal import Journal
+from meristem.checkpoint.ring import Ring, Snapshot, copy_into
+from meristem.checkpoint.saver import Saver
+from meristem.errors import Halted, RollbackFailed
+from meristem.events import Event
+from meristem.optim.state import expected_bytes
+from meristem.recipes.resume import Contents, Job, Safety, contents, newest_sound, restore, write
+from meristem.recipes.run import Run
+from meristem.train import rollback
+from meristem.train.emergency import FILE, Level, SharedLevel, Signals, downgraded, quiet, raised
+from meristem.train.guard import Verdict, observe, observe_held_out
+from meristem.train.loop import Step
+from meristem.train.loss import cross_entropy
+from meristem.train.part import RollbackPart
+from meristem.train.progress import Progress
+from meristem.train.rollback import FAST, FULL, Attempt, Tier
+
+PROBE_TOKENS: Final = 128
+"""Held-out tokens whose loss is kept with every state: after going back to it they must cost the same again."""
+
+QUIET_STEPS: Final = 200
+"""Steps without a verdict after which the emergency level falls by one."""
+
+
+class Shelter:
+    """The guard, the snapshots and the checkpoints of one run while it trains.
+
+    safety: how sound the run is; saved with it.
+    """
+
+    def __init__(self, run: Run, job: Job, start: Progress, safety: Safety) -> None:
+        self._run, self._job, self.safety = run, job, safety
+        self._part, self._guard_part = job.config.rollback, job.config.guard
+        window = job.corpus.tokens("val")[: min(PROBE_TOKENS, job.config.data.window + 1)]
+        self._probe_bt = torch.from_numpy(window.astype("int64"))[None]
+        self._uniform_nats = math.log(job.corpus.tokenizer.vocab_size)
+        self._ring = _ring(self._part, job, run)
+        self._saver, self._journal = Saver(), Journal(run.directory / "journal")
+        self._signals = Signals({"records": lambda signal: run.emit(signal.event)}, emit=run.emit)
+        self._level = SharedLevel(run.directory / FILE)
+        self._level.write(safety.emergency)
+        if self._journal.n_cut_bytes:
+            payload = {"what": "torn end cut off", "path": "journal", "n_bytes": self._journal.n_cut_bytes}
+            run.emit(Event("degraded", payload, "warning"))
+        for left in self._journal.uncommitted():
+            run.emit(Event("journal.undone", {"kind": left.kind, **left.fields}, "warning"))
+            self._journal.undo(left.number, "the process ended before it was done")
+        self._is_due = self._is_spared = False
+        if self._ring:
+            self._take(self._ring, start, "start")
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
+        try:
+            self._saver.close()
+        finally:
+            self._signals.drain()
+            self._journal.close()
+            self._level.close()
+
+    def watch(self, step: Step) -> str | None:
+        """Why the run must go back, or None; and a snapshot where one is due."""
+        self._saver.poll()
+        self._signals.flush()
+        for reading in step.readings:
+            guard, verdict = observe(self.safety.guard, self._guard_part, reading, uniform_nats=self._uniform_nats)
+            self.safety = replace(self.safety, guard=guard)
+            self._heed(verdict)
+            if verdict.level == "panic":
+                return ", ".join(verdict.detectors)
+        self._is_due |= step.progress.step % self._part.snapshot_every == 0
+        if self._ring and self._is_due and step.readings:
+            self._take(self._ring, step.progress, "interval")
+        return None
+
+    def evaluated(self, step: int, nats: float) -> None:
+        """Hear what the held-out text cost."""
+        guard, verdict = observe_held_out(self.safety.guard, self._guard_part, step, nats)
+        self.safety = replace(self.safety, guard=guard)
+        if verdict.level != "ok":
+            self._heed(verdict)
+
+    def spares(self) -> bool:
+        """Whether an evaluation is to be left out: every other one is while the run has too little time."""
+        if self.safety.emergency.level < Level.ELEVATED:
+            return False
+        self._is_spared = not self._is_spared
+        return self._is_spared
+
+    def save(self, progress: Progress, *, reason: str, metrics: dict[str, float]) -> Path:
+        """Have a checkpoint written beside the training, which waits for no more than one copy in memory."""
+        number = self._journal.begin("save", {"step": progress.step, "reason": reason})
+        if self._ring:
+            taken = self._take(self._ring, progress, "save")
+            saved, held = Contents(taken.trees, taken.values), self._ring.held(taken)
+        else:
+            saved, held = contents(self._job, progress, self.safety, self._probe()), None
+        seq = self._run.records.seq
+        self._saver.submit(
+            partial(write, self._run, self._job, progress, saved, reason=reason, metrics=metrics, seq=seq),
+            done=lambda path: self._journal.commit(number, {"checkpoint": path.name}),
+            reading=held,
+        )
+        if not self._ring:
+            # Without a copy in memory the tensors in use are written, and must not change meanwhile.
+            self._saver.wait()
+        return self._run.checkpoints / f"step-{progress.step:08d}"
+
+    def wait(self) -> None:
+        """Until every checkpoint is on the disk; raises what kept one from getting there."""
+        self._saver.wait()
+
+    def go_back(self, now: Progress, *, reason: str, n_parts: int | None = None) -> Progress:
+        """An earlier state of the run, put in place, with something changed so that it does not end here again.
+
+        n_parts: what is changed is only into how many parts a batch is cut; the text is read again as it was.
+        Raises RollbackFailed where there is no way back, and Halted where going back has not helped.
+        """
+        self._saver.wait()
+        rollbacks = self.safety.rollbacks.panicked(now.step, sound_after=self._part.sound_after)
+        number = self._journal.begin("rollback", {"step": now.step, "reason": reason})
+        try:
+            found, attempts = self._restored()
+        except RollbackFailed as error:
+            self._journal.undo(number, str(error))
+            self._raise_level(Level.HALT, "rollback_failed", "rollback")
+            raise
+        safety = found.safety
+        self.safety = replace(safety, rollbacks=rollbacks.observed(attempts), emergency=self.safety.emergency)
+        then, changed = self._changed(now, found.progress, rollbacks.n_in_row, n_parts)
+        payload = {
+            "resumed_from": then.step,
+            "panicked_at": now.step,
+            "reason": reason,
+            "tier": attempts[-1].tier,
+            "changed": changed,
+            "in_row": rollbacks.n_in_row,
+            "attempts": [vars(attempt) | {"phases": dict(attempt.phases)} for attempt in attempts],
+            "latencies": self.safety.rollbacks.to_json()["latencies"],
+        }
+        self._run.emit(Event("rollback.done", payload))
+        told = ", ".join(f"{name} {value}" for name, value in changed.items())
+        self._run.view.note(
+            f"went back from step {now.step} to {then.step} in {1000 * attempts[-1].seconds:.0f} ms ({reason}); {told}"
+        )
+        self._journal.commit(number, {"resumed_from": then.step, "changed": changed})
+        if any(attempt.is_violation for attempt in attempts):
+            self._raise_level(Level.ELEVATED, "rollback_late", "rollback")
+        if self._ring:
+            self._ring.drop_after(then.step)
+            self._take(self._ring, then, "rollback")
+        if rollbacks.n_in_row >= self._part.most_in_row:
+            self._halt(then, now, rollbacks.n_in_row)
+        return then
+
+    def _halt(self, then: Progress, now: Progress, n_in_row: int) -> None:
+        self._raise_level(Level.HALT, "panics_in_row", "rollback")
+        self.save(then, reason="rollback", metrics={})
+        self._saver.wait()
+        raise Halted(
+            f"the run went back {n_in_row} times in a row, the last time from step {now.step} to {then.step}, and "
+            f"what it did about it ({self._part.change}) did not help. The state of step {then.step} is saved. Look at "
+            "guard.verdict in events.ndjson, lower optim.rate or mend the text, then resume.",
+            step=then.step,
+            n_in_row=n_in_row,
+        )
+
+    def _changed(
+        self, now: Progress, then: Progress, n_in_row: int, n_parts: int | None
+    ) -> tuple[Progress, dict[str, object]]:
+        """Where the run goes on, and what is different from the first time. The time that was used stays used."""
+        then = replace(then, seconds_used=now.seconds_used)
+        if n_parts is not None:
+            return replace(then, n_parts=n_parts), {"n_parts": n_parts}
+        changed: dict[str, object] = {}
+        change = "both" if n_in_row > 1 else self._part.change
+        if change in ("skip", "both"):
+            more = self._part.skip_more if n_in_row > 1 else 0
+            cursor = replace(now.cursor, position=now.cursor.position + more)
+            changed["skipped_batches"] = [then.cursor.position, cursor.position]
+            # The memory knows the text before the gap, and not that which follows it.
+            then = replace(then, cursor=cursor, memory=None)
+        if change in ("ease", "both"):
+            changed |= {"rate_factor": self._part.ease, "until_step": then.step + self._part.ease_steps}
+            then = replace(then, ease=self._part.ease, eased_until=then.step + self._part.ease_steps)
+        return then, changed
+
+    def _restored(self) -> tuple["_Found", tuple[Attempt, ...]]:
+        """What was put in place, and how long that took by which tier."""
+        found = _Found(self._job, self._run, self._probe)
+        snapshot = self._ring.latest(is_valid=True) if self._ring else None
+        tiers = []
+        if snapshot:
+            scale = self._part.fast_deadline_s / sum(FAST.values())
+            tiers.append(
+                Tier(
+                    "fast",
+                    {
+                        "prepare": lambda deadline: found.choose(Contents(snapshot.trees, snapshot.values)),
+                        "commit": lambda deadline: found.put(),
+                        "confirm": lambda deadline: found.confirm(),
+                    },
+                    {name: seconds * scale for name, seconds in FAST.items()},
+                    self._part.fast_deadline_s,
+                )
+            )
+        scale = self._part.full_deadline_s / sum(FULL.values())
+        tiers.append(
+            Tier(
+                "full",
+                {
+                    "load": lambda deadline: found.load(),
+                    "model": lambda deadline: found.put_weights(),
+                    "optimizer": lambda deadline: found.put_rest(),
+                    "verify": lambda deadline: found.confirm(),
+                },
+                {name: seconds * scale for name, seconds in FULL.items()},
+                self._part.full_deadline_s,
+            )
+        )
+        return found, rollback.restore(tiers)
+
+    def _take(self, ring: Ring, progress: Progress, tag: str) -> Snapshot:
+        self._is_due = False
+        probe_nats = self._probe()
+        saved = contents(self._job, progress, self.safety, probe_nats)
+        is_valid = self.safety.guard.is_quiet and math.isfinite(probe_nats)
+        return ring.take(saved.trees, saved.values, step=progress.step, tag=tag, is_valid=is_valid)
+
+    def _probe(self) -> float:
+        """Nats per target on a little held-out text, read with a fresh memory."""
+        tokens_bt, targets_bt = self._job.device.move(self._probe_bt[:, :-1], self._probe_bt[:, 1:])
+        with torch.no_grad(), self._job.device.autocast():
+            logits_bto, _ = self._job.model(tokens_bt, None)
+            return float(cross_entropy(logits_bto, targets_bt)) / targets_bt.numel()
+
+    def _heed(self, verdict: Verdict) -> None:
+        """Record what the guard says, and let the emergency level follow it."""
+        now = self.safety.emergency
+        if verdict.level == "ok":
+            now = quiet(now)
+            if now.level and now.n_quiet >= QUIET_STEPS:
+                now = downgraded(now, Level(now.level - 1), after=QUIET_STEPS)
+                self._run.emit(Event("emergency.cleared", {"level": int(now.level)}))
+                self._level.write(now)
+            self.safety = replace(self.safety, emergency=now)
+            return
+        self._run.emit(verdict.event)
+        self._raise_level(Level.CONSERVATIVE if verdict.level == "panic" else Level.NOTICE, verdict.detectors[0])
+
+    def _raise_level(self, level: Level, reason: str, origin: str = "guard") -> None:
+        level = self._signals.send(level, origin=origin, reason=reason)
+        self.safety = replace(self.safety, emergency=raised(self.safety.emergency, level, reason=reason, origin=origin))
+        self._level.write(self.safety.emergency)
+
+
+class _Found:
+    """The state that a run goes back to, put in place piece by piece."""
+
+    def __init__(self, job: Job, run: Run, probe: Callable[[], float]) -> None:
+        self._job, self._run, self._probe = job, run, probe
+
+    def choose(self, saved: Contents) -> None:
+        self._saved = saved
+
+    def load(self) -> None:
+        """Choose what is on disk."""
+        checkpoint = newest_sound(self._run.checkpoints, self._run.emit)
+        if checkpoint is None:
+            raise RollbackFailed(
+                f"{self._run.checkpoints} holds no whole checkpoint that was saved while the run was sound."
+            )
+        self.choose(Contents.of(checkpoint))
+
+    def put(self) -> None:
+        self.put_weights()
+        self.put_rest()
+
+    def put_weights(self) -> None:
+        copy_into(self._job.model.state_dict(), self._saved.trees["model"])
+
+    def put_rest(self) -> None:
+        self.progress, self.safety = restore(self._job, self._saved, self._run.emit)
+
+    def confirm(self) -> None:
+        """Raises RollbackFailed unless the probe costs what it cost when the state was taken."""
+        expected, found = self._saved.values["probe"]["nats"], self._probe()
+        is_exact = self._job.device.device.type == "cpu"
+        if found != expected and (is_exact or not math.isclose(found, expected, rel_tol=1e-4)):
+            raise RollbackFailed(
+                f"after going back the probe costs {found} nats, and it cost {expected} when this state was taken.",
+                found=found,
+                expected=expected,
+            )
+
+
+def _ring(part: RollbackPart, job: Job, run: Run) -> Ring | None:
+    """Room for snapshots, as many as were asked for, or as fit."""
+    weights = job.model.state_dict()
+    capacity_bytes = sum(tensor.nbytes + 64 for tensor in weights.values()) + expected_bytes(job.optimizer) + 2**16
+    max_bytes = part.max_bytes or psutil.virtual_memory().available // 4
+    n_snapshots = part.snapshots
+    if n_snapshots is None:
+        n_snapshots = min(3, max_bytes // capacity_bytes)
+        n_snapshots = n_snapshots if n_snapshots > 1 else 0
+        if n_snapshots < 3:
+            payload = {"snapshots": n_snapshots, "capacity_bytes": capacity_bytes, "max_bytes": max_bytes}
+            run.emit(Event("rollback.fewer_snapshots", payload, "warning"))
+    if n_snapshots == 0:
+        return None
+    is_pinned = job.device.device.type == "cuda"
+    return Ring(n_snapshots=n_snapshots, capacity_bytes=capacity_bytes, max_bytes=max_bytes, is_pinned=is_pinned)
+
+
+@contextlib.contextmanager
+def sheltered(run: Run, job: Job, start: Progress, safety: Safety) -> Iterator[Shelter]:
+    """A shelter for the run while the block lasts."""
+    shelter = Shelter(run, job, start, safety)
+    try:
+        yield shelter
+    finally:
+        shelter.close()

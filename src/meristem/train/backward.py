@@ -1,0 +1,133 @@
+"""From the batches of a step to gradients, in as few pieces as the device has room for."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.profiler import record_function
+
+from meristem.data.stream import Batch
+from meristem.device.resolve import Device
+from meristem.errors import OutOfDeviceBytes
+from meristem.memory.value import State, detach, join_rows, take_rows
+from meristem.nn.auxiliary import auxiliary
+from meristem.train.aggregate import Conflict, gather, settle, total
+from meristem.train.loss import cross_entropy
+from meristem.train.part import AggregatePart
+
+CPU_IS_FULL = "can't allocate memory"
+"""What torch says in a plain RuntimeError where a CPU has no room; on accelerators it has a type for it."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the backward of a step left besides gradients.
+
+    loss: the mean of all targets in nats, on the device. memory: after the last batch.
+    n_parts: into how many pieces each batch was cut, by rows, to fit.
+    conflict: how far the objectives disagree, where they were told apart.
+    """
+
+    loss: torch.Tensor
+    memory: State | None
+    n_parts: int
+    conflict: Conflict | None = None
+
+
+def backward(
+    model: nn.Module,
+    batches: list[Batch],
+    memory: State | None,
+    device: Device,
+    *,
+    n_parts: int,
+    by: AggregatePart,
+    step: int,
+) -> Taught:
+    """Gradients of the mean loss over all targets of the step, added to those that there are.
+
+    loss = (sum of nats over all batches and targets) / N with N the targets of the whole step: however the targets are
+    spread over batches and parts, each counts the same. Losses that layers have of their own are taught, and not told.
+
+    by: how the gradients of the text and of the layers' own losses become one. step: its number, from which the order
+        of objectives is drawn where that matters.
+
+    Where the device runs out of room, what was gathered is thrown away and each batch cut into twice as many parts;
+    rows do not know of each other, so that the gradients stay what they were. Raises OutOfDeviceBytes when a single
+    row does not fit.
+    """
+    n_rows = max(batch.tokens_bt.shape[0] for batch in batches)
+    while True:
+        try:
+            loss, after, gathered = _attempt(model, batches, memory, device, min(n_parts, n_rows), by)
+            drawn = torch.Generator().manual_seed(step)
+            return Taught(loss, after, n_parts, settle(model, gathered, by, drawn) if gathered else None)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_room(error):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        # Outside the block that caught it: the error holds on to every tensor of the pass that failed.
+        make_room(model, device)
+        if n_parts >= n_rows:
+            raise OutOfDeviceBytes(
+                f"forward and backward of one row do not fit on {device.device}: {reason}. "
+                "Lower data.window, model.width or model.n_layers, or choose another device.name.",
+                device=str(device.device),
+                reason=reason,
+            )
+        n_parts *= 2
+
+
+def is_out_of_room(error: BaseException) -> bool:
+    """Whether this says that the device has no room left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or CPU_IS_FULL in str(error)
+
+
+def make_room(model: nn.Module, device: Device) -> None:
+    """Let go of gradients, and of what the device keeps for later."""
+    model.zero_grad()
+    if device.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _attempt(
+    model: nn.Module, batches: list[Batch], memory: State | None, device: Device, n_parts: int, by: AggregatePart
+) -> tuple[torch.Tensor, State | None, dict[str, list[torch.Tensor | None]]]:
+    """The loss, the memory, and by objective the gradients that are still to be settled."""
+    n_targets = max(1, sum(batch.n_targets for batch in batches))
+    told = []
+    gathered: dict[str, list[torch.Tensor | None]] = {}
+    for batch in batches:
+        states = []
+        before = None if batch.starts else memory
+        for start, stop in _cuts(batch.tokens_bt.shape[0], n_parts):
+            share = (stop - start) / batch.tokens_bt.shape[0] / len(batches)
+            part = replace(batch, tokens_bt=batch.tokens_bt[start:stop], targets_bt=batch.targets_bt[start:stop])
+            losses, state = _read(model, part, before and take_rows(before, start, stop), device, n_targets, share)
+            with record_function("backward"):
+                if by.how == "mean":
+                    total(losses, by).backward()
+                else:
+                    gathered = gather(model, gathered, losses)
+            told.append(losses["text"].detach())
+            states.append(detach(state))
+        memory = join_rows(states)
+    return torch.stack(told).sum(), memory, gathered
+
+
+def _read(
+    model: nn.Module, batch: Batch, memory: State | None, device: Device, n_targets: int, share: float
+) -> tuple[dict[str, torch.Tensor], State]:
+    """What some rows cost by objective, and their memory. share: of the step's rows."""
+    tokens_bt, targets_bt = device.move(batch.tokens_bt, batch.targets_bt)
+    with record_function("forward"), device.autocast():
+        logits_bto, memory = model(tokens_bt, memory)
+    losses = {"text": cross_entropy(logits_bto, targets_bt) / n_targets}
+    own = auxiliary(memory)
+    return losses if own is None else losses | {"layers": own * share}, memory
+
+
+def _cuts(n_rows: int, n_parts: int) -> list[tuple[int, int]]:
+    """Where the rows of a batch are cut, as evenly as it goes."""
+    edges = [n_rows * part // n_parts for part in range(n_parts + 1)]
+    return [(start, stop) for start, stop in zip(edges, edges[1:], strict=False) if stop > start]

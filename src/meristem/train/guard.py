@@ -1,0 +1,333 @@
+"""Whether a run is still sound: each step is held against those just before it, and what is odd is named.
+
+guard, verdict = observe(guard, part, reading, uniform_nats=math.log(vocab_size))
+
+A guard is a value, the history that steps are compared with. Readings that are odd never enter it: they would raise
+what counts as usual until nothing were odd any more. What a panic leads to is not decided here (growth.md 19, 20).
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Self, TypeAlias
+
+from meristem.events import Event, Severity
+from meristem.train.part import GuardPart
+
+Figures: TypeAlias = Mapping[str, float]
+"""What a detector saw and the limit that this went over, by name."""
+
+_NORMAL_MAD: Final = 0.6745
+"""The median distance from the median of a normal distribution, in standard deviations."""
+
+_SEVERITY: Final[Mapping[str, Severity]] = {"ok": "debug", "warn": "warning", "panic": "error"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was measured of one step.
+
+    loss_nats, grad_norm: may be no number.
+    is_skipped: loss or gradient was not finite, and the optimizer changed nothing.
+    update_ratio: how far the tensor that moved most moved, as a share of its size; None where that was not measured.
+    """
+
+    step: int
+    loss_nats: float
+    grad_norm: float
+    is_skipped: bool
+    update_ratio: float | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """It can be compared with others."""
+        return not self.is_skipped and math.isfinite(self.loss_nats) and math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to think of one reading.
+
+    level: ``warn`` for whatever is odd, so that no reading is kept out of the history in silence; ``panic`` where going
+        on would harm the run.
+    detectors: those that speak. figures: what they saw; ``name.in_row`` and ``name.panics_at`` where they count.
+    """
+
+    level: Literal["ok", "warn", "panic"]
+    step: int
+    detectors: tuple[str, ...] = ()
+    figures: Figures = field(default_factory=dict)
+
+    @property
+    def event(self) -> Event:
+        """The verdict as a record."""
+        payload = {"step": self.step, "level": self.level, "detectors": list(self.detectors), **self.figures}
+        return Event("guard.verdict", payload, _SEVERITY[self.level])
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What later readings are compared with.
+
+    losses, norms: of the last sound readings, newest last.
+    in_row: for how many readings without a break a detector has spoken; those that are silent are left out.
+    held_out: (step, nats) of the last sound evaluations; n_held_out_above: those since that lay too high.
+    """
+
+    losses: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
+    in_row: Mapping[str, int] = field(default_factory=dict)
+    held_out: tuple[tuple[int, float], ...] = ()
+    n_held_out_above: int = 0
+
+    @property
+    def is_quiet(self) -> bool:
+        """No detector that can panic is counting: what the run is now is worth going back to.
+
+        Those that only warn do not matter here. What they say may be true for the rest of the run, and would keep it
+        from ever having a state to go back to.
+        """
+        return not any(detector.is_anomaly and detector.name in self.in_row for detector in DETECTORS)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, all finite; ``from_json`` makes the very same guard of them."""
+        return {
+            "losses": list(self.losses),
+            "norms": list(self.norms),
+            "in_row": dict(self.in_row),
+            "held_out": [list(point) for point in self.held_out],
+            "n_held_out_above": self.n_held_out_above,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        return cls(
+            losses=tuple(values["losses"]),
+            norms=tuple(values["norms"]),
+            in_row=dict(values["in_row"]),
+            held_out=tuple((step, nats) for step, nats in values["held_out"]),
+            n_held_out_above=values["n_held_out_above"],
+        )
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What the last sound readings had in common.
+
+    spread_nats: the median distance from the median, but never below ``guard.floor_nats``. A run that has learned its
+    text by heart has losses of thousandths of a nat that differ by less, and any stumble would be hundreds of spreads
+    away. What counts there is not how unusual a rise is but whether it matters; with the defaults it takes 0.44 nats.
+    """
+
+    median_nats: float
+    spread_nats: float
+    mean_nats: float
+    norm: float
+
+    @classmethod
+    def of(cls, guard: Guard, part: GuardPart) -> Self | None:
+        """None while there are too few readings to speak of what is usual."""
+        losses = guard.losses[-part.span :]
+        if len(losses) < part.n_least:
+            return None
+        median = statistics.median(losses)
+        return cls(
+            median_nats=median,
+            spread_nats=max(statistics.median([abs(loss - median) for loss in losses]), part.floor_nats),
+            mean_nats=sum(losses) / len(losses),
+            norm=statistics.median(guard.norms[-part.span :]),
+        )
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A reading and what it is held against.
+
+    usual: None where nothing can be compared: too little was seen, or the reading itself is not finite.
+    uniform_nats: the loss of a guess that gives every token the same chance; None where there is no such thing.
+    """
+
+    reading: Reading
+    part: GuardPart
+    usual: Usual | None
+    uniform_nats: float | None
+
+
+@dataclass(frozen=True)
+class Detector:
+    """One way in which a reading can be odd.
+
+    finds: what was seen, or None where nothing is odd.
+    panics_at: the readings in a row that make a panic; None for a detector that only warns.
+    is_anomaly: the reading stays out of the history. True for all that can panic.
+    """
+
+    name: str
+    finds: Callable[[Sight], Figures | None]
+    panics_at: Callable[[Sight], int | None]
+    is_anomaly: bool = True
+
+
+def _nonfinite(sight: Sight) -> Figures | None:
+    """Loss or gradient is infinite or no number."""
+    reading = sight.reading
+    return None if reading.is_finite else {"loss_nats": reading.loss_nats, "grad_norm": reading.grad_norm}
+
+
+def _divergence(sight: Sight) -> Figures | None:
+    """The loss is far above the usual, measured in what is usual around it, and by its size.
+
+    z = 0.6745 (loss - median) / MAD, with the median of the distances from the median (MAD), which a few wild values
+    do not move. The second condition leaves alone a quiet run that becomes a little less quiet.
+    """
+    usual, loss = sight.usual, sight.reading.loss_nats
+    if usual is None:
+        return None
+    robust_z = _NORMAL_MAD * (loss - usual.median_nats) / usual.spread_nats
+    limit_nats = sight.part.times_median * usual.median_nats
+    if not (robust_z > sight.part.z and loss > limit_nats):
+        return None
+    return {
+        "loss_nats": loss,
+        "loss_limit_nats": limit_nats,
+        "robust_z": robust_z,
+        "robust_z_limit": sight.part.z,
+        "median_nats": usual.median_nats,
+        "spread_nats": usual.spread_nats,
+    }
+
+
+def _collapse(sight: Sight) -> Figures | None:
+    """The loss is that of a model that has forgotten everything, and it had been much lower.
+
+    Growth.md 19 has it panic at once. Where a batch is a single row, one that holds a table of numbers costs just as
+    much: of 3,000 such steps on the default text of this package seven did, and nothing was wrong. A model that has
+    really forgotten everything costs it three times in a row.
+    """
+    usual, uniform, loss = sight.usual, sight.uniform_nats, sight.reading.loss_nats
+    if usual is None or uniform is None or usual.mean_nats >= sight.part.collapse_from * uniform:
+        return None
+    margin_nats = sight.part.collapse * uniform
+    if abs(loss - uniform) >= margin_nats:
+        return None
+    return {"loss_nats": loss, "uniform_nats": uniform, "margin_nats": margin_nats, "mean_nats": usual.mean_nats}
+
+
+def _gradient(sight: Sight) -> Figures | None:
+    """The gradient is many times the usual.
+
+    The usual norm has a floor as the loss has: where most batches have nothing left to teach, the one that has is many
+    times the median and yet small beside the norms at which steps are clipped.
+    """
+    usual, norm = sight.usual, sight.reading.grad_norm
+    if usual is None:
+        return None
+    limit = sight.part.gradient_times * max(usual.norm, sight.part.gradient_floor)
+    return {"grad_norm": norm, "grad_norm_limit": limit} if norm > limit else None
+
+
+def _severe(sight: Sight) -> Figures | None:
+    """The loss is so many times the usual that waiting for a second such step would only do harm.
+
+    And more than a uniform guess costs. Below that a text of another kind may be all there is to it: after a memory of
+    hundreds of equal lines an ordinary one costs many times as much. Divergence waits for three of these.
+    """
+    usual, loss = sight.usual, sight.reading.loss_nats
+    if usual is None:
+        return None
+    floor_nats = max(usual.median_nats, sight.part.floor_nats)
+    limit_nats = max(sight.part.severe * floor_nats, sight.uniform_nats or 0.0)
+    return {"loss_nats": loss, "severe_limit_nats": limit_nats} if loss > limit_nats else None
+
+
+def _update(sight: Sight) -> Figures | None:
+    """A step moved some tensor by a large share of what it was."""
+    ratio, limit = sight.reading.update_ratio, sight.part.update_ratio
+    return {"update_ratio": ratio, "update_ratio_limit": limit} if ratio is not None and not ratio <= limit else None
+
+
+DETECTORS: Final = (
+    Detector("nonfinite", _nonfinite, lambda sight: sight.part.nonfinite_steps if sight.reading.is_skipped else 1),
+    Detector("divergence", _divergence, lambda sight: sight.part.in_row),
+    Detector("collapse", _collapse, lambda sight: sight.part.in_row),
+    Detector("gradient", _gradient, lambda sight: sight.part.gradient_in_row),
+    Detector("severe", _severe, lambda sight: 1),
+    Detector("update", _update, lambda sight: None, is_anomaly=False),
+)
+"""Growth.md 19, but for the wide form of divergence, which is too lax for language models near their floor."""
+
+
+def observe(guard: Guard, part: GuardPart, reading: Reading, *, uniform_nats: float | None) -> tuple[Guard, Verdict]:
+    """Take one step into account.
+
+    uniform_nats: the logarithm of the number of tokens; None where a uniform guess means nothing.
+
+    A step that is not finite warns, and is a panic only when ``part.nonfinite_steps`` follow each other. Growth.md 19
+    has it panic at once, for it thinks of weights that are spoilt. Here the optimizer skips such a step, so that
+    weights and moments are to the bit what they were; going back would restore what is there already, and one bad batch
+    in an hour is no reason to lose a hundred steps (platform.md 7). Steps that go on being skipped learn nothing, and
+    then the run must change. Where the step was not skipped its weights are lost, and it is a panic at once.
+
+    It ends no row of another detector either: what it would have been is not known.
+    """
+    if not part.is_on:
+        return guard, Verdict("ok", reading.step)
+    sight = Sight(reading, part, Usual.of(guard, part) if reading.is_finite else None, uniform_nats)
+    found = {detector: figures for detector in DETECTORS if (figures := detector.finds(sight)) is not None}
+    in_row = {} if reading.is_finite else dict(guard.in_row)
+    in_row |= {detector.name: guard.in_row.get(detector.name, 0) + 1 for detector in found}
+    after = replace(guard, in_row=in_row)
+    if not any(detector.is_anomaly for detector in found):
+        after = replace(
+            after,
+            losses=(*guard.losses, reading.loss_nats)[-part.span :],
+            norms=(*guard.norms, reading.grad_norm)[-part.span :],
+        )
+    return after, _verdict(sight, found, in_row)
+
+
+def _verdict(sight: Sight, found: Mapping[Detector, Figures], in_row: Mapping[str, int]) -> Verdict:
+    figures: dict[str, float] = {}
+    is_panic = False
+    for detector, seen in found.items():
+        figures |= seen
+        panics_at = detector.panics_at(sight)
+        if panics_at is not None:
+            figures |= {f"{detector.name}.in_row": in_row[detector.name], f"{detector.name}.panics_at": panics_at}
+            is_panic = is_panic or in_row[detector.name] >= panics_at
+    level: Literal["ok", "warn", "panic"] = "panic" if is_panic else "warn" if found else "ok"
+    return Verdict(level, sight.reading.step, tuple(detector.name for detector in found), figures)
+
+
+def observe_held_out(guard: Guard, part: GuardPart, step: int, nats: float) -> tuple[Guard, Verdict]:
+    """Take one evaluation into account; it can warn and never panics.
+
+    Too high is what lies by ``part.held_out_margin`` above the line of least squares through the evaluations before,
+    and above the lowest of them: a curve that flattens always lies above its line, and that alone is no step back.
+    A loss that rises slowly takes the line with it; that is told by which checkpoint is the best. What lay too high
+    draws no line. Of evaluations that are not finite the first is told.
+    """
+    if not part.is_on:
+        return guard, Verdict("ok", step)
+    before = tuple(point for point in guard.held_out if point[0] < step)[-part.held_out_span :]
+    limit_nats = _held_out_limit(before, part, step)
+    if math.isfinite(nats) and (limit_nats is None or nats <= limit_nats):
+        held_out = (*before, (step, nats))[-part.held_out_span :]
+        return replace(guard, held_out=held_out, n_held_out_above=0), Verdict("ok", step)
+    n_above = guard.n_held_out_above + 1
+    after = replace(guard, n_held_out_above=n_above)
+    if math.isfinite(nats) and n_above < part.held_out_in_row:
+        return after, Verdict("ok", step)
+    figures = {"held_out_nats": nats, "held_out.in_row": n_above}
+    figures |= {} if limit_nats is None else {"held_out_limit_nats": limit_nats}
+    return after, Verdict("warn", step, ("held_out",), figures)
+
+
+def _held_out_limit(before: tuple[tuple[int, float], ...], part: GuardPart, step: int) -> float | None:
+    """The most that an evaluation at ``step`` may be; None while there are fewer than three to draw a line through."""
+    if len(before) < 3:
+        return None
+    slope, offset = statistics.linear_regression([point[0] for point in before], [point[1] for point in before])
+    lowest = min(nats for _, nats in before)
+    return max(offset + slope * step, lowest) + part.held_out_margin

@@ -1,0 +1,290 @@
+"""What each of the processes of a test does."""
+
+import itertools
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from meristem.data.part import DataPart, TokenizerPart
+from meristem.data.prepare import prepare
+from meristem.data.stream import Stream
+from meristem.device.part import DevicePart
+from meristem.distributed.agreement import Agreement, Change, fingerprint
+from meristem.distributed.engine import Engine, alone, replicated, sharded
+from meristem.distributed.mesh import Ranks, joined
+from meristem.distributed.part import DistributedPart
+from meristem.distributed.sync import Sync, size_bytes
+from meristem.errors import AgreementFailed
+from meristem.memory.value import State, detach, flatten
+from meristem.models.build import build as build_model
+from meristem.models.part import ModelPart
+from meristem.nn.part import MemoryPart
+from meristem.optim.groups import build as build_optimizer
+from meristem.optim.groups import levels
+from meristem.optim.part import OptimPart
+from meristem.train.loss import cross_entropy
+
+PERIODS = (1, 2, 4)
+N_STEPS = 2 * PERIODS[-1]
+WAITS_S = 2.0
+"""How long processes wait for each other's answers: much longer than a machine in use takes for one."""
+
+SPOILT = 5
+"""A step in which one process finds a gradient of a slow level that is not finite, and nobody else does."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to train, whatever the number of processes."""
+
+    name: str
+    engine: str
+    order: str = "shuffled"
+    accumulate: int = 1
+    dtype: str = "float64"
+    is_spoilt: bool = False
+
+
+KINDS = (
+    Kind("plain", "replicated", accumulate=2),
+    Kind("reading on", "replicated", order="sequential"),
+    Kind("parts", "sharded", accumulate=2),
+    Kind("parts reading on", "sharded", order="sequential"),
+    Kind("spoilt", "replicated", is_spoilt=True),
+    Kind("single", "replicated", dtype="float32"),
+    Kind("single parts", "sharded", dtype="float32"),
+)
+
+
+def train(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Every kind, one after the other: what was exchanged and measured in each step."""
+    return {kind.name: _train(kind, ranks, folder) for kind in KINDS}
+
+
+def _train(kind: Kind, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    model, sync = _model(getattr(torch, kind.dtype)), Sync(ranks)
+    slow = [parameter for period, level in levels(model).items() if period > 1 for parameter in level]
+    engine = _engine(kind, model, sync, slow)
+    optimizer = build_optimizer(model, OptimPart(rate=0.01, clip=0.5))
+    optimizer.reduce = None if ranks.size == 1 else sync.sum
+    stream = _stream(folder, kind.order).share(ranks.rank, ranks.size)
+    cursor, memory, told = stream.start(), None, []
+    for step in range(N_STEPS):
+        batches = []
+        for _ in range(kind.accumulate):
+            batch, cursor = stream.next(cursor)
+            batches.append(batch)
+        sync.traffic.take()
+        written = _written_bytes()
+        loss, memory = _backward(engine, batches, memory, ranks.size)
+        if kind.is_spoilt and step == SPOILT and ranks.rank == ranks.size - 1:
+            next(parameter.grad for parameter in slow if parameter.grad is not None).fill_(float("nan"))
+        pulse = optimizer.clock.pulse()
+        update = optimizer.step(loss)
+        optimizer.zero_grad()
+        numbers = [update.loss, update.norm, update.is_skipped]
+        told.append(
+            {
+                "traffic": sync.traffic.take(),
+                "written_bytes": _written_bytes() - written,
+                "pulse": pulse,
+                "numbers": [float(number) for number in numbers if number is not None],
+            }
+        )
+    trees = {"trained": _whole(model), "memory": {k: v for k, v in flatten(memory or {}).items() if _is_tensor(v)}}
+    optimizer.pool(is_first=ranks.is_first)
+    trees["waiting"] = {n: optimizer.pending[p] for n, p in model.named_parameters() if p in optimizer.pending}
+    with engine.whole():
+        trees["read"] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        trees["answer"] = {"logits": model(torch.arange(2 * ranks.rank + 5)[None])[0].detach()}
+    optimizer.flush()
+    trees["flushed"] = _whole(model)
+    for name, tree in trees.items():
+        save_file({key: leaf.contiguous() for key, leaf in tree.items()}, _path(folder, kind, name, ranks.rank))
+    sizes = {str(period): sum(map(size_bytes, level)) for period, level in optimizer.levels.items()}
+    return {"steps": told, "sizes": sizes, "fingerprint": fingerprint(trees["flushed"])}
+
+
+def _model(dtype: torch.dtype) -> nn.Module:
+    """A Titans memory that gates attention, above a chain of three levels."""
+    levelled = {"count": len(PERIODS), "periods": PERIODS}
+    model = ModelPart(width=12, n_layers=2, heads=2, span=5, mixer="mag", mlp="levels", levels=levelled)  # type: ignore[arg-type]
+    return build_model(model, MemoryPart(head_width=4), 256, random_seed=3).to(dtype)
+
+
+def _engine(kind: Kind, model: nn.Module, sync: Sync, slow: list[nn.Parameter]) -> Engine:
+    if sync.ranks.size == 1:
+        return alone(model)
+    if kind.engine == "sharded":
+        return sharded(model, sync, slow=slow)
+    return replicated(model, sync, slow=slow, leaves_out=kind.order == "sequential")
+
+
+def _stream(folder: Path, order: str) -> Stream:
+    corpus = prepare(DataPart(source=str(folder.parent / "text.txt"), root=folder.parent / "cache"), TokenizerPart())
+    return Stream(corpus, "train", window=13, batch=4, order=order, random_seed=5)  # type: ignore[arg-type]
+
+
+def _backward(engine: Engine, batches: list[Any], memory: State | None, n_ranks: int) -> tuple[Tensor, State]:
+    """As the loop does it: the mean over the targets of all processes, gradients summed after the last batch."""
+    n_targets = n_ranks * sum(batch.n_targets for batch in batches)
+    losses = []
+    for number, batch in enumerate(batches):
+        with engine.micro_batch(number == len(batches) - 1):
+            logits_bto, memory = engine.model(batch.tokens_bt, None if batch.starts else memory)
+            loss = cross_entropy(logits_bto, batch.targets_bt) / n_targets
+            loss.backward()
+        losses.append(loss.detach())
+        memory = detach(memory)
+    return torch.stack(losses).sum(), memory
+
+
+def _whole(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter in full."""
+    held = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf.clone() for name, leaf in held.items()}
+
+
+def _is_tensor(leaf: object) -> bool:
+    return isinstance(leaf, Tensor)
+
+
+def _path(folder: Path, kind: Kind, name: str, rank: int) -> Path:
+    return folder / f"{kind.name}.{name}.{rank}.safetensors"
+
+
+def _written_bytes() -> int:
+    """What this process has written so far, to files and sockets, as the kernel counts it; 0 where it does not tell."""
+    if not Path("/proc/self/io").exists():
+        return 0
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["wchar"])
+
+
+def agree(ranks: Ranks, folder: Path, *, misses: str = "") -> dict[str, Any]:
+    """Orders one after the other; in the second, what ``misses`` says happens in the last process."""
+    agreement = Agreement(ranks, timeout_s=WAITS_S)
+    held = [0]
+    is_odd = ranks.rank == ranks.size - 1
+
+    def plan(order: bytes) -> str:
+        if is_odd and misses == "answer" and order == b"second":
+            time.sleep(1.5 * WAITS_S)
+        if is_odd and misses == "will" and order == b"second":
+            raise ValueError("no room for this")
+        if is_odd and misses == "life before" and order == b"second":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "other plan" if is_odd and misses == "plan" and order == b"second" else f"plan of {order.decode()}"
+
+    def apply(order: bytes) -> str:
+        held.append(len(held))
+        if is_odd and misses == "life within" and order == b"second":
+            os.kill(os.getpid(), signal.SIGKILL)
+        is_other = is_odd and misses == "result" and order == b"second"
+        return "other" if is_other else fingerprint({"": torch.tensor(held)})
+
+    def undo() -> None:
+        held.pop()
+
+    told = []
+    for word in (b"first", b"second", b"third"):
+        try:
+            outcome = agreement.together(word if ranks.is_first else b"", Change(plan, apply, undo))
+        except AgreementFailed as error:
+            told.append({"error": str(error), "held": list(held)})
+            break
+        told.append({"order": outcome.order.decode(), "against": outcome.against, "held": list(held)})
+    return {"told": told}
+
+
+def decider(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """The first process dies after it has given an order; the others can neither plan nor wait for ever."""
+
+    def plan(order: bytes) -> str:
+        if ranks.is_first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "plan"
+
+    applied: list[bytes] = []
+
+    def apply(order: bytes) -> str:
+        applied.append(order)
+        return ""
+
+    try:
+        Agreement(ranks, timeout_s=WAITS_S).together(b"order", Change(plan, apply, applied.clear))
+    except AgreementFailed as error:
+        return {"error": str(error), "applied": len(applied)}
+    return {}
+
+
+def meet(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Barriers, values that must be the same, numbers of all, a process that does not come, and store keys."""
+    agreement, sync = Agreement(ranks, timeout_s=WAITS_S), Sync(ranks)
+    agreement.require_same("settings", "alike")
+    for number in range(50):
+        agreement.barrier(f"step {number}")
+    n_keys = ranks.store.num_keys() if ranks.store else 0
+    gathered = sync.gather([ranks.rank, 0.5])
+    tensors = [torch.full((3,), 1.0 + ranks.rank), torch.ones(2, dtype=torch.float64), torch.tensor(2.0)]
+    sync.sum(tensors, "period 8")
+    errors = []
+    for what, found in (("settings", str(ranks.rank)), ("late", "")):
+        if what == "late" and not ranks.is_first:
+            time.sleep(1.5 * WAITS_S)
+        try:
+            agreement.require_same(what, found)
+        except AgreementFailed as error:
+            errors.append(str(error))
+    return {
+        "n_keys": n_keys,
+        "gathered": gathered,
+        "sums": [tensor.tolist() for tensor in tensors],
+        "traffic": sync.traffic.take(),
+        "errors": errors,
+    }
+
+
+def killed(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """The last process dies in the middle of a step; the others raise instead of waiting."""
+    model, sync = _model(torch.float32), Sync(ranks)
+    slow = [parameter for period, level in levels(model).items() if period > 1 for parameter in level]
+    engine = replicated(model, sync, slow=slow, leaves_out=False)
+    stream = _stream(folder, "shuffled").share(ranks.rank, ranks.size)
+    cursor, began = stream.start(), time.monotonic()
+    try:
+        for step in itertools.count():
+            batch, cursor = stream.next(cursor)
+            if step == 2 and ranks.rank == ranks.size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            began = time.monotonic()
+            _backward(engine, [batch], None, ranks.size)
+            model.zero_grad()
+    except AgreementFailed as error:
+        return {"error": str(error), "step": step, "seconds": time.monotonic() - began}
+
+
+SCENES: dict[str, Callable[..., dict[str, Any]]] = {
+    "train": train,
+    "agree": agree,
+    "decider": decider,
+    "meet": meet,
+    "killed": killed,
+}
+
+
+def play(scene: str, folder: Path, **more: Any) -> None:
+    """Be one of the processes of a scene, and write down what was found."""
+    torch.set_num_threads(1)
+    with joined(DistributedPart(timeout_s=20), DevicePart(name="cpu")) as ranks:
+        found = SCENES[scene](ranks, folder, **more)
+        (folder / f"{ranks.rank}.json").write_text(json.dumps(found))

@@ -1,0 +1,152 @@
+"""From batches to gradients: a device that is too small changes how, and not what."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from meristem.data.stream import Batch
+from meristem.device.part import DevicePart
+from meristem.device.resolve import resolve
+from meristem.errors import OutOfDeviceBytes
+from meristem.events import silent
+from meristem.memory.value import flatten
+from meristem.train.backward import backward
+from meristem.train.part import AggregatePart
+from zoo import ZOO, grown, ids
+
+DEVICE = resolve(DevicePart(name="cpu", compute="fp32", threads=1), silent)
+ROWS = 5
+ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
+"""Of the loss, which is in float32 whatever the model is in; what a part changes otherwise is far above it."""
+
+
+def batch(random_seed: int, *, starts: bool) -> Batch:
+    rows = ids(ROWS, 9, random_seed)
+    return Batch(rows[:, :-1], rows[:, 1:], n_targets=ROWS * 8, n_bytes=ROWS * 8, starts=starts)
+
+
+def taught(model: nn.Module, n_parts: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor | int], int]:
+    """The loss, the gradients and the memory after a step of two batches, the second of which goes on."""
+    model.zero_grad()
+    done = backward(
+        model,
+        [batch(1, starts=True), batch(2, starts=False)],
+        None,
+        DEVICE,
+        n_parts=n_parts,
+        by=AggregatePart(),
+        step=0,
+    )
+    gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return done.loss, gradients, flatten(done.memory or {}), done.n_parts
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_parts_of_a_batch_teach_what_the_whole_does(name):
+    """Cut into three uneven parts, a step has the same loss, gradients and memory."""
+    model = grown(name)
+    loss, gradients, memory, _ = taught(model, 1)
+    cut_loss, cut_gradients, cut_memory, _ = taught(model, 3)
+    torch.testing.assert_close(cut_loss, loss, **ROUNDING)
+    torch.testing.assert_close(cut_gradients, gradients, **ROUNDING)
+    torch.testing.assert_close(cut_memory, memory, rtol=0, atol=1e-10)
+
+
+class Narrow(nn.Module):
+    """A model on a device that has no room for more than so many rows, in forward or in backward."""
+
+    def __init__(self, model: nn.Module, n_rows: int, where: str) -> None:
+        super().__init__()
+        self.model, self.n_rows, self.where = model, n_rows, where
+
+    def forward(self, tokens_bt: Tensor, state: object) -> object:
+        logits_bto, after = self.model(tokens_bt, state)
+        if tokens_bt.shape[0] > self.n_rows:
+            if self.where == "forward":
+                self.refuse(logits_bto)
+            logits_bto.register_hook(self.refuse)
+        return logits_bto, after
+
+    def refuse(self, tensor: Tensor) -> None:
+        raise torch.OutOfMemoryError("no room for another 2 GiB")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_out_of_room_is_tried_again_in_smaller_parts(where):
+    """Nothing of the attempts that failed is left, and the number of parts is told for the next step."""
+    model = grown("preset-titans-mag")
+    loss, gradients, memory, n_parts = taught(model, 1)
+    assert n_parts == 1
+    narrow = Narrow(model, 2, where)
+    cut_loss, cut_gradients, cut_memory, n_parts = taught(narrow, 1)
+    assert n_parts == 4
+    torch.testing.assert_close(cut_loss, loss, **ROUNDING)
+    named = {f"model.{name}": gradient for name, gradient in gradients.items()}
+    torch.testing.assert_close(cut_gradients, named, **ROUNDING)
+    torch.testing.assert_close(cut_memory, memory, rtol=0, atol=1e-10)
+
+
+def test_a_row_that_does_not_fit_is_told():
+    narrow = Narrow(grown("preset-chargru"), 0, "forward")
+    with pytest.raises(OutOfDeviceBytes, match="one row do not fit on cpu: no room for another 2 GiB. Lower data.w"):
+        taught(narrow, 1)
+    assert all(parameter.grad is None for parameter in narrow.parameters())
+
+
+def test_other_errors_pass():
+    class Broken(nn.Linear):
+        def forward(self, *arguments: object) -> Tensor:
+            raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        taught(Broken(2, 2), 1)
+
+
+REAL = """
+import resource, torch
+from meristem.data.stream import Batch
+from meristem.device.part import DevicePart
+from meristem.device.resolve import resolve
+from meristem.events import silent
+from meristem.models.build import build
+from meristem.models.part import ModelPart
+from meristem.nn.part import MemoryPart
+from meristem.train.backward import backward
+from meristem.train.part import AggregatePart
+
+device = resolve(DevicePart(name="cpu", compute="fp32", threads=1), silent)
+model = build(ModelPart(name="chargru", width=64, n_layers=1), MemoryPart(), 30_000, random_seed=0)
+rows = torch.randint(30_000, (8, 65), generator=torch.Generator().manual_seed(1))
+batch = Batch(rows[:, :-1], rows[:, 1:], n_targets=8 * 64, n_bytes=8 * 64, starts=True)
+
+def step():
+    model.zero_grad()
+    done = backward(model, [batch], None, device, n_parts=1, by=AggregatePart(), step=0)
+    return done, [parameter.grad.clone() for parameter in model.parameters()]
+
+one = Batch(batch.tokens_bt[:1], batch.targets_bt[:1], 64, 64, True)
+backward(model, [one], None, device, n_parts=1, by=AggregatePart(), step=0)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+# Room for the logits and gradients of three rows of 7.7 MB each, and not of eight.
+resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20, resource.RLIM_INFINITY))
+tight, gradients = step()
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+free, expected = step()
+for gradient, true in zip(gradients, expected, strict=True):
+    torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-7)
+print(tight.n_parts, free.n_parts)
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="how much is used cannot be asked on this system")
+def test_process_that_really_has_no_room():
+    """The system refuses the process more memory; the step is made all the same, and its gradients are those."""
+    done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    n_tight, n_free = map(int, done.stdout.split())
+    assert n_tight > n_free == 1

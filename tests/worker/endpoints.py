@@ -1,0 +1,108 @@
+"""What the processes of the tests are asked to do: work well, hang, raise, crash and answer nonsense."""
+
+import ctypes
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from meristem.worker.message import Result
+
+
+def echo(payload):
+    return payload
+
+
+def pid(payload):
+    return os.getpid()
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+def tell_and_sleep(place):
+    """Leave the number of this process and of one that it starts in a file, then do nothing for long."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    Path(place).write_text(f"{os.getpid()} {child.pid}\n")
+    time.sleep(60)
+
+
+def tell_and_keep_lock(place):
+    """The same in code that never lets the interpreter do anything else."""
+    Path(place).write_text(f"{os.getpid()}\n")
+    ctypes.PyDLL(None).sleep(60)
+
+
+def leave_one_behind(payload):
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid
+
+
+def leave(code):
+    os._exit(code)
+
+
+def crash(payload):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def close_everything(payload):
+    """Cut the line and go on."""
+    os.closerange(3, 64)
+    time.sleep(60)
+
+
+def raise_odd(payload):
+    raise ValueError("odd \udcff payload")
+
+
+def leave_politely(payload):
+    sys.exit("no more")
+
+
+def give_object(payload):
+    return threading.Lock()
+
+
+def give_infinite(payload):
+    return {"deep": [1.0, float("nan")]}
+
+
+def shout(text):
+    print(text, flush=True)
+    return len(text)
+
+
+def doubled(payload, tensors):
+    return Result(sorted(tensors), {name: 2 * tensor for name, tensor in tensors.items()})
+
+
+def locked_metadata(place):
+    """Read a database that somebody else keeps locked, as a library does that waits for its turn."""
+    with sqlite3.connect(place, timeout=60) as library:
+        return library.execute("select count(*) from blueprints").fetchone()[0]
+
+
+def fails_first(payload):
+    """Fail in the way asked for, as often as asked for; every try leaves a mark in the folder."""
+    folder = Path(payload["folder"])
+    n_before = len(list(folder.iterdir()))
+    (folder / str(n_before)).touch()
+    if n_before >= payload["n_failures"]:
+        return 7.5
+    if payload["fault"] == "slow":
+        time.sleep(0.6)
+    elif payload["fault"] == "hang":
+        time.sleep(60)
+    elif payload["fault"] == "raise":
+        raise RuntimeError("not yet")
+    return "a text"
+
+
+def loaded(modules):
+    return [name for name in modules if name in sys.modules]
