@@ -49,7 +49,7 @@ SETTINGS = (
     "checkpoint.every_s=null",
 )
 
-BEGIN_SHARE, N_SPOILT = 0.9, 80
+BEGIN_SHARE, N_SPOILT = 0.95, 80
 """Where the noise begins, as a share of the run, and how many batches are noise."""
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self, TypeAlias
 
-from meristem.errors import MeristemError, RollbackFailed
+from meristem.errors import MeristemError, RollbackFailed, SnapshotTooLarge
+from meristem.train.part import RollbackPart
 from meristem.worker.deadline import Deadline
 
 TierName = Literal["fast", "full"]
@@ -28,6 +29,9 @@ FULL: Final[Mapping[str, float]] = {
 
 BOUNDS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 12.0, 30.0)
 """Upper ends of the classes in which latencies are counted; one class more holds what lies above."""
+
+USUAL: Final = 3
+"""Snapshots that are kept where nothing else was asked for: one to go back to, one before it, one being written."""
 
 Act: TypeAlias = Callable[[Deadline], None]
 """One phase. It may look at the deadline between two pieces of work, and raises what makes its tier fail."""
@@ -131,6 +135,33 @@ class Rollbacks:
             tier: Latency(tuple(each["counts"]), each["n_violations"]) for tier, each in values["latencies"].items()
         }
         return cls(values["n"], values["n_in_row"], values["last_step"], latencies)
+
+
+def n_snapshots(part: RollbackPart, each_bytes: int, free_bytes: int) -> int:
+    """How many snapshots of ``each_bytes`` a run keeps: as many as were asked for, or as fit, at most ``USUAL``.
+
+    free_bytes: of the machine; a quarter of it may be used where ``part`` gives no limit. Raises SnapshotTooLarge where
+    the number that was asked for does not fit.
+    """
+    max_bytes = most_bytes(part, free_bytes)
+    if part.snapshots is None:
+        fitting = min(USUAL, max_bytes // each_bytes)
+        return fitting if fitting > 1 else 0
+    if part.snapshots * each_bytes > max_bytes:
+        raise SnapshotTooLarge(
+            f"rollback.snapshots={part.snapshots} of {each_bytes:,} bytes each take {part.snapshots * each_bytes:,} "
+            f"bytes; {max_bytes:,} are allowed. Raise rollback.max_bytes, or set rollback.snapshots=0 to go back by "
+            "checkpoints only.",
+            path="rollback.snapshots",
+            found=part.snapshots * each_bytes,
+            expected=max_bytes,
+        )
+    return part.snapshots
+
+
+def most_bytes(part: RollbackPart, free_bytes: int) -> int:
+    """What all snapshots may take together."""
+    return part.max_bytes if part.max_bytes is not None else free_bytes // 4
 
 
 def restore(tiers: Sequence[Tier], clock: Callable[[], float] = time.monotonic) -> tuple[Attempt, ...]:

@@ -27,12 +27,14 @@ from meristem.recipes.plan.report import (
     PartOutcome,
     PlanReport,
     SessionFigures,
+    SnapshotFigures,
     Training,
     WhatIf,
     needed_bytes,
     size,
 )
 from meristem.recipes.plan.text import look
+from meristem.train.rollback import n_snapshots
 
 PER_FORWARD: Final = 4
 """A step takes at most so many operations for each one of a forward pass without gradients."""
@@ -111,6 +113,7 @@ def rehearse_steps(draft: Draft) -> PartOutcome:
     draft.step = _measure(draft, draft.device)
     draft.sections["training"] = _training(draft)
     draft.sections["session"] = _session(draft)
+    draft.sections["snapshots"] = _snapshots(draft)
     needed, there = needed_bytes(draft.step.peak_bytes), machine_bytes(draft.device.device)
     draft.sections["machine_bytes"] = there
     if needed > there:
@@ -248,6 +251,14 @@ def _training(draft: Draft) -> Training:
         largest=step.largest,
         fitted_from=tuple(step.samples) if step.is_fitted else (),
     )
+
+
+def _snapshots(draft: Draft) -> SnapshotFigures:
+    """What going back will need; refused here where the number that was asked for does not fit."""
+    held = draft.step.by_category
+    each_bytes = held.get("parameters", 0) + held.get("optimizer", 0)
+    count = n_snapshots(draft.config.rollback, each_bytes, psutil.virtual_memory().available)
+    return SnapshotFigures(count=count, each_bytes=each_bytes)
 
 
 def _session(draft: Draft) -> SessionFigures:

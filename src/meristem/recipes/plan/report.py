@@ -146,6 +146,13 @@ class MemoryFigures(Part):
     fits: tuple[Fit, ...]
 
 
+class SnapshotFigures(Part):
+    """The states that a run keeps in memory to go back to: how many, and the bytes of each."""
+
+    count: int
+    each_bytes: int
+
+
 class PlanReport(Part):
     """What a configuration costs and whether it can work. Sections that were not reached are None or empty."""
 
@@ -158,6 +165,7 @@ class PlanReport(Part):
     memory: MemoryFigures | None = None
     modules: tuple[ModuleRow, ...] = ()
     training: Training | None = None
+    snapshots: SnapshotFigures | None = None
     session: SessionFigures | None = None
     what_if: tuple[WhatIf, ...] = ()
     machine_bytes: int | None = None
@@ -265,6 +273,8 @@ def _totals(report: PlanReport) -> Section:
         where = f"in {step.peak_module}, " if step.peak_module else ""
         rows.append(("peak of a step", f"{size(step.peak_bytes)} ({where}{step.peak_stage})"))
         rows.append(("room", _verdict(report)))
+        if (kept := report.snapshots) is not None:
+            rows.append(("snapshots", f"{kept.count} x {size(kept.each_bytes)} of RAM" if kept.count else "none"))
         if step.fitted_from:
             rows.append(("method", f"fitted from windows of {', '.join(map(str, step.fitted_from))} tokens"))
     if (session := report.session) is not None:
