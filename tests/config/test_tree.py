@@ -3,12 +3,14 @@
 import subprocess
 import sys
 
+import jsonschema
 import pytest
+from pydantic import ValidationError
 
 from meristem.config import leaves, load, preset_names, schema
 from meristem.config.mistakes import OTHER_WORDS, known_paths
 from meristem.errors import UnknownKey
-from meristem.recipes.config import Config
+from meristem.recipes.config import Config, load_config
 
 KEYS = {path for path, inside in known_paths(Config).items() if not inside}
 
@@ -64,3 +66,21 @@ except UnknownKey as error:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["optim.rate", "False"]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_la4_training_config_keeps_its_schema_and_comes_back(name: str) -> None:
+    """Every preset is what the exported schema says, and reads back as the same tree."""
+    tree = load_config(name, (), {}).tree
+    dumped = tree.model_dump(mode="json")
+    jsonschema.validate(dumped, schema(Config))
+    assert Config.model_validate(dumped) == tree
+
+
+@pytest.mark.parametrize("section", list(Config.model_fields))
+def test_la4_unknown_key_is_refused_and_nothing_can_be_set(section: str) -> None:
+    with pytest.raises(UnknownKey, match=f"{section}.nonsense"):
+        load_config("titans-mag", [f"{section}.nonsense=1"], {})
+    part = getattr(Config(), section)
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(part, next(iter(type(part).model_fields)), None)
