@@ -19,7 +19,7 @@ FLOORS = (
     ("models", "adapters"),
     ("train", "growth", "evaluate"),
     ("recipes", "serve", "export"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 """A room imports only from floors above it in this list, or from itself."""
 

@@ -282,9 +282,81 @@ SCENES: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
+def run(folder: Path, overrides: list[str], resume: str = "auto", breaks: str = "") -> dict[str, Any]:
+    """A whole run in ``folder``/run, as a command makes it.
+
+    breaks: ``fault:rank:step``: what goes wrong, in which process, in which step counted from its start.
+    """
+    from meristem.recipes.config import load_config
+    from meristem.recipes.pretrain import prepare_job, pretrain
+    from meristem.sinks.console import Console
+
+    fault, rank, step = (*breaks.split(":"), "", "", "")[:3]
+    is_here = fault and rank in ("", os.environ.get("RANK", "0"))
+    result = pretrain(
+        load_config("titans-mag", overrides, {}).tree,
+        run_dir=folder / "run",
+        resume=resume,
+        view=Console(json=True),
+        make_job=lambda *given: FAULTS[fault](prepare_job(*given), int(step)) if is_here else prepare_job(*given),
+    )
+    return {"status": result.status, "step": result.step, "nats": result.nats}
+
+
+def _spoilt(job: Any, step: int) -> Any:
+    """Three steps whose logits are no numbers."""
+
+    def spoil(module: nn.Module, inputs: Any, found: Any) -> Any:
+        return (found[0] * float("nan"), found[1]) if torch.is_grad_enabled() else found
+
+    handles: list[Any] = []
+    _at(job, step, lambda: handles.append(job.model.register_forward_hook(spoil)))
+    return _at(job, step + 3, lambda: handles[0].remove())
+
+
+def _interrupted(job: Any, step: int) -> Any:
+    """Ctrl-C for one process alone."""
+    return _at(job, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+def _struck(job: Any, step: int) -> Any:
+    """It is killed while it makes gradients, once: a file says that it was."""
+
+    def strike() -> None:
+        told = Path(os.environ.get("STRUCK", "/nonexistent/struck"))
+        if not told.exists():
+            told.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return _at(job, step, strike)
+
+
+def _at(job: Any, step: int, act: Callable[[], None]) -> Any:
+    """``act`` in the forward of a training step."""
+    count = itertools.count()
+
+    def before(*_: Any) -> None:
+        if job.model.training and torch.is_grad_enabled() and next(count) == step:
+            act()
+
+    job.model.register_forward_pre_hook(before)
+    return job
+
+
+FAULTS: dict[str, Callable[[Any, int], Any]] = {
+    "spoilt": _spoilt,
+    "interrupted": _interrupted,
+    "struck": _struck,
+}
+
+
 def play(scene: str, folder: Path, **more: Any) -> None:
     """Be one of the processes of a scene, and write down what was found."""
     torch.set_num_threads(1)
+    if scene == "run":
+        found = run(folder, **more)
+        (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+        return
     with joined(DistributedPart(timeout_s=20), DevicePart(name="cpu")) as ranks:
         found = SCENES[scene](ranks, folder, **more)
         (folder / f"{ranks.rank}.json").write_text(json.dumps(found))

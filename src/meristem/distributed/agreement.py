@@ -95,6 +95,14 @@ class Agreement:
             )
         return Outcome(True, order)
 
+    def told(self, what: str, text: str) -> str:
+        """The text of the first process; what the others give is not looked at."""
+        self._meet(what)
+        if self._ranks.is_first:
+            self._say("text", {"text": text})
+            return text
+        return str(self._told("text", self._timeout_s)["text"])
+
     def require_same(self, what: str, found: str) -> None:
         """Raises AgreementFailed, in every process, unless ``found`` is the same in all of them."""
         self._meet(what)

@@ -16,10 +16,10 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from meristem.distributed.mesh import Ranks
+from meristem.distributed.part import DistributedPart
 from meristem.distributed.sync import CONTROL, Sync, lost_process, size_bytes
 
 EVERY_STEP: Final = "period 1"
@@ -33,7 +33,7 @@ PARAMETERS: Final = "parameters"
 class Engine:
     """How a model is called so that its gradients are those of all processes.
 
-    model: what to call; it takes and gives what the model itself does.
+    model: what to call; it takes and gives what the model itself does. sync: exchanges of what is no gradient.
     micro_batch: around forward and backward of one; given whether it is the last of its step, after which alone
         gradients are summed.
     whole: while it lasts, the model itself can be read in any way, its parameters whole. All processes must enter.
@@ -42,11 +42,21 @@ class Engine:
     model: nn.Module
     micro_batch: Callable[[bool], AbstractContextManager[None]]
     whole: Callable[[], AbstractContextManager[None]]
+    sync: Sync
 
 
 def alone(model: nn.Module) -> Engine:
     """A single process: the model as it is."""
-    return Engine(model, lambda is_last: nullcontext(), nullcontext)
+    return Engine(model, lambda is_last: nullcontext(), nullcontext, Sync(Ranks()))
+
+
+def engine_for(
+    model: nn.Module, part: DistributedPart, sync: Sync, *, slow: Collection[nn.Parameter], leaves_out: bool
+) -> Engine:
+    """The engine that ``part`` asks for; see ``replicated`` and ``sharded``."""
+    if sync.ranks.size == 1:
+        return alone(model)
+    return sharded(model, sync, slow=slow) if part.shard else replicated(model, sync, slow=slow, leaves_out=leaves_out)
 
 
 def replicated(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter], leaves_out: bool) -> Engine:
@@ -79,7 +89,7 @@ def replicated(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter], 
         with lost_process("the sum of gradients", sync.ranks), nullcontext() if is_last else wrapped.no_sync():
             yield
 
-    return Engine(wrapped, micro_batch, nullcontext)
+    return Engine(wrapped, micro_batch, nullcontext, sync)
 
 
 def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> Engine:
@@ -87,6 +97,10 @@ def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> 
 
     The parameters of the model are others afterwards, so that this comes before the optimizer.
     """
+    # A second that a process alone does not have to wait.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     ignored = set(slow)
     mesh = init_device_mesh(next(model.parameters()).device.type, (sync.ranks.size,))
     blocks = getattr(model, "blocks", None)
@@ -122,7 +136,7 @@ def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> 
             root.set_reshard_after_forward(True)
             root.set_reshard_after_forward(False, recurse=False)
 
-    return Engine(model, micro_batch, whole)
+    return Engine(model, micro_batch, whole, sync)
 
 
 class _Counted:

@@ -22,13 +22,17 @@ _GIVEN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 class Ranks:
     """This process among all of a run. The default is a process alone, for which every exchange does nothing.
 
-    rank: its number, from 0. local_rank: its number on its machine, and so which GPU is its own.
+    rank: its number, from 0. local_rank: its number on its machine, and so which GPU is its own. n_local: how many are
+        on its machine.
+    n_restarts: how often all were started again, because one was lost.
     backend: what carries tensors. store: a small table of keys and values that all processes see.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    n_local: int = 1
+    n_restarts: int = 0
     backend: str = "none"
     store: Store | None = field(default=None, repr=False, compare=False)
 
@@ -45,8 +49,9 @@ def joined(part: DistributedPart, device: DevicePart, environment: Mapping[str, 
     The environment says who this is and where the first one can be met: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT. Raises AgreementFailed where the others do not come within the timeout.
     """
+    n_restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if int(environment.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks()
+        yield Ranks(n_restarts=n_restarts)
         return
     missing = [name for name in _GIVEN if name not in environment]
     if missing:
@@ -73,7 +78,8 @@ def joined(part: DistributedPart, device: DevicePart, environment: Mapping[str, 
             rank=int(environment["RANK"]),
         ) from cause
     try:
-        yield Ranks(rank, size, local_rank, backend, store)
+        n_local = int(environment.get("LOCAL_WORLD_SIZE", size))
+        yield Ranks(rank, size, local_rank, n_local, n_restarts, backend, store)
     finally:
         dist.destroy_process_group()
 

@@ -27,6 +27,9 @@ class DistributedPart(Part):
     timeout_s: float = Field(
         default=300.0, gt=0, description="seconds that a process waits for the others before it gives up"
     )
+    max_restarts: int = Field(
+        default=3, ge=0, description="how often --nproc starts all processes again after one was lost"
+    )
 
 
 def require_shardable(part: DistributedPart, kind: str) -> None:
@@ -38,4 +41,15 @@ def require_shardable(part: DistributedPart, kind: str) -> None:
             f"Set distributed.shard=false, or optim.kind=adamw.",
             path="distributed.shard",
             value=True,
+        )
+
+
+def require_alone(n_processes: int, how: str) -> None:
+    """Raises ConflictingKeys where several processes are to find out which objectives disagree."""
+    if n_processes > 1 and how != "mean":
+        raise ConflictingKeys(
+            f"aggregate.how is '{how}' and there are {n_processes} processes. It takes the gradient of each objective "
+            f"for itself, past the engine that sums them over processes. Set aggregate.how=mean, or start one process.",
+            path="aggregate.how",
+            value=how,
         )

@@ -66,11 +66,22 @@ class Sync:
                 for tensor, summed in zip(portion, parts, strict=True):
                     tensor.copy_(summed.view_as(tensor))
 
+    @torch.no_grad()
+    def collect(self, tensor: Tensor, kind: str) -> list[Tensor]:
+        """The tensors of every process, by rank; of one shape and dtype."""
+        if self.ranks.size == 1:
+            return [tensor]
+        every = tensor.new_empty(self.ranks.size * tensor.numel())
+        self.traffic.add(kind, size_bytes(every))
+        with lost_process(f"the gathering of {kind}", self.ranks):
+            dist.all_gather_single(every, tensor.reshape(-1).contiguous())
+        return [each.view(tensor.shape) for each in every.split(tensor.numel())]
+
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """The numbers of every process, by rank: a few of the host's, as seconds and wishes. A tensor is not read."""
-        own = torch.tensor(values, dtype=torch.float64)
         if self.ranks.size == 1:
-            return [own.tolist()]
+            return [[float(value) for value in values]]
+        own = torch.tensor(values, dtype=torch.float64)
         every = own.new_empty(self.ranks.size * len(own))
         self.traffic.add(CONTROL, size_bytes(every))
         with lost_process("the gathering of numbers", self.ranks):

@@ -120,6 +120,13 @@ def expected_bytes(optimizer: Outer) -> int:
     for part in optimizer.parts:
         n_moments = MOMENTS.get(type(part), LARGEST_MOMENTS)
         for group in part.param_groups:
-            n_bytes += sum(n_moments * (each.nbytes + ALIGNED_BYTES) + ALIGNED_BYTES for each in group["params"])
+            n_bytes += sum(n_moments * (_held_bytes(each) + ALIGNED_BYTES) + ALIGNED_BYTES for each in group["params"])
     slow = [each for period, level in optimizer.levels.items() if period > 1 for each in level]
     return n_bytes + sum(4 * each.numel() + ALIGNED_BYTES for each in slow)
+
+
+def _held_bytes(parameter: Tensor) -> int:
+    """Bytes of it in this process, which may hold a part."""
+    to_local = getattr(parameter, "to_local", None)
+    held: Tensor = parameter if to_local is None else to_local()
+    return held.nbytes

@@ -11,6 +11,7 @@ from meristem.checkpoint.part import CheckpointPart
 from meristem.config import Loaded, Part, load
 from meristem.data.part import DataPart, TokenizerPart
 from meristem.device.part import DevicePart
+from meristem.distributed.part import DistributedPart, require_shardable
 from meristem.errors import ConflictingKeys, DeadKey
 from meristem.evaluate.part import EvaluatePart
 from meristem.models.layers import memory_keys, require_pattern
@@ -45,6 +46,7 @@ class Config(Part):
     optim: OptimPart = OptimPart()
     schedule: SchedulePart = SchedulePart()
     train: TrainPart = TrainPart()
+    distributed: DistributedPart = DistributedPart()
     aggregate: AggregatePart = AggregatePart()
     profile: ProfilePart = ProfilePart()
     guard: GuardPart = GuardPart()
@@ -103,6 +105,11 @@ class Config(Part):
                 path="model.layers",
                 value=self.optim.kind,
             )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_works_on_parts(self) -> Self:
+        require_shardable(self.distributed, self.optim.kind)
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """The main job: from a text to a model that was trained on it, evaluated, saved and described."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -9,19 +9,26 @@ from typing import Literal
 import torch
 
 from meristem.checkpoint.store import Checkpoint
+from meristem.config import fingerprint as config_fingerprint
 from meristem.data.prepare import prepare
 from meristem.data.stream import Stream
 from meristem.device.allocator import peak_bytes
 from meristem.device.compile import compile_blocks
 from meristem.device.determinism import be_deterministic
 from meristem.device.lost import answering
-from meristem.device.resolve import resolve
+from meristem.device.resolve import NAMES, Device, resolve
+from meristem.distributed.agreement import fingerprint
+from meristem.distributed.engine import engine_for
+from meristem.distributed.mesh import joined, own_device
+from meristem.distributed.part import require_alone
+from meristem.distributed.team import Team
 from meristem.errors import CapabilityError, OutOfDeviceBytes
 from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.evaluate.report import Sample
 from meristem.events import Event
 from meristem.models.build import build
 from meristem.optim.groups import build as build_optimizer
+from meristem.optim.groups import levels
 from meristem.optim.schedule import rate_factor
 from meristem.recipes.config import Config
 from meristem.recipes.interrupt import interruptible
@@ -30,6 +37,7 @@ from meristem.recipes.resume import (
     Contents,
     Job,
     Safety,
+    after_restart,
     as_it_was,
     best_so_far,
     changed,
@@ -44,7 +52,7 @@ from meristem.recipes.summary import go_on, write_report, write_samples
 from meristem.recipes.watch import Alarm, Log
 from meristem.sinks.console import Console
 from meristem.train.aggregate import keep_graphs
-from meristem.train.loop import steps
+from meristem.train.loop import Teaching, steps
 from meristem.train.loss import cross_entropy
 from meristem.train.profile import profiled
 from meristem.train.progress import Progress
@@ -88,24 +96,29 @@ def pretrain(
     make_job: in place of ``prepare_job``; a drill has one that breaks something of what that gives.
     The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint from which it can go on.
     """
-    directory = run_dir or directory_for(config, resume)
-    with opened(config, directory, view or Console(), is_new=resume == "never") as run:
-        checkpoint = checkpoint_to_resume(run, resume)
-        job = (make_job or prepare_job)(run, config, checkpoint)
-        start, safety = begin(run, job, resume, checkpoint)
-        if planned and planned.training:
-            predicted = {"peak_bytes": planned.needed_bytes, "flops_per_token": planned.training.flops_per_token}
-            run.manifest.update(plan={"predicted": predicted, "measured": None})
-        with answering(job.device.device), sheltered(run, job, start, safety) as shelter:
-            progress, is_interrupted = train(run, job, shelter, start)
-            return stop(run, shelter, progress) if is_interrupted else finish(run, job, shelter, progress)
+    with joined(config.distributed, config.device) as ranks:
+        team = Team.of(ranks, timeout_s=config.distributed.timeout_s)
+        directory = Path(team.told("run directory", str(run_dir or directory_for(config, resume, ranks.n_restarts))))
+        resume = team.told("resume", after_restart(resume, directory, ranks.n_restarts))
+        with opened(config, directory, view or Console(), is_new=resume == "never", team=team) as run:
+            checkpoint = checkpoint_to_resume(run, resume)
+            job = (make_job or prepare_job)(run, config, checkpoint)
+            start, safety = begin(run, job, resume, checkpoint)
+            if planned and planned.training:
+                predicted = {"peak_bytes": planned.needed_bytes, "flops_per_token": planned.training.flops_per_token}
+                run.manifest.update(plan={"predicted": predicted, "measured": None})
+            with answering(job.device.device), sheltered(run, job, start, safety) as shelter:
+                progress, is_interrupted = train(run, job, shelter, start)
+                return stop(run, shelter, progress) if is_interrupted else finish(run, job, shelter, progress)
 
 
 def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     """Text -> tokenizer -> corpus -> windows -> stream; and the model with its optimizer, on the device."""
+    team = run.team
+    require_alone(team.ranks.size, config.aggregate.how)
     if config.run.deterministic:
         be_deterministic()
-    device = resolve(as_it_was(config.device, checkpoint), run.emit)
+    device = _device(run, config, checkpoint)
     if device.compute == torch.float16:
         raise CapabilityError(
             "device.compute=fp16 needs a loss scale, which training does not have. Set device.compute to bf16 or auto.",
@@ -123,16 +136,43 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
         order=config.data.order,
         documents=config.data.documents,
         random_seed=config.run.random_seed,
-    )
+    ).share(team.ranks.rank, team.ranks.size)
     model = build(config.model, config.memory, corpus.tokenizer.vocab_size, config.run.random_seed)
     if checkpoint:
         require_same(config, corpus.tokenizer, checkpoint)
         put_saved_weights(model, checkpoint)
     model = model.to(device=device.device, dtype=device.parameters)
+    team.require_same(
+        {
+            "settings": lambda: config_fingerprint(config),
+            "text": lambda: corpus.fingerprint,
+            "weights": lambda: fingerprint(model.state_dict()),
+        }
+    )
     if config.aggregate.how != "mean":
         keep_graphs()
     compile_blocks(model, config.device, run.emit)
-    return Job(config, device, corpus, stream, model, build_optimizer(model, config.optim))
+    engine = engine_for(
+        model,
+        config.distributed,
+        team.sync,
+        slow=[parameter for period, level in levels(model).items() if period > 1 for parameter in level],
+        # A memory that is carried on gives no gradient to what it began from.
+        leaves_out=config.data.order == "sequential",
+    )
+    optimizer = build_optimizer(model, config.optim)
+    optimizer.reduce = None if team.ranks.size == 1 else team.sync.sum
+    return Job(config, device, corpus, stream, model, optimizer, engine)
+
+
+def _device(run: Run, config: Config, checkpoint: Checkpoint | None) -> Device:
+    """The device of this process; what ``auto`` measures, the first has measured for all."""
+    team, part = run.team, as_it_was(own_device(run.team.ranks, config.device), checkpoint)
+    if team.ranks.is_first:
+        device = resolve(part, run.emit)
+        team.told("compute", NAMES[device.compute])
+        return device
+    return resolve(part.model_copy(update={"compute": team.told("compute", "")}), run.emit)
 
 
 def _show_preparing(run: Run, done_bytes: int, total_bytes: int | None) -> None:
@@ -145,7 +185,8 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> tup
     corpus, config = job.corpus, job.config
     start, safety = Progress(cursor=job.stream.start()), Safety()
     if checkpoint:
-        start, safety = restore(job, Contents.of(checkpoint), run.emit)
+        saved = Contents.of(checkpoint).of_process(run.team.ranks, config.data.batch)
+        start, safety = restore(job, saved, run.emit)
     run.adopt(config)
     run.manifest.update(dataset_fingerprint=corpus.fingerprint, tokenizer_fingerprint=corpus.tokenizer.fingerprint)
     n_parameters = sum(parameter.numel() for parameter in job.model.parameters())
@@ -171,8 +212,13 @@ def train(run: Run, job: Job, shelter: Shelter, start: Progress) -> tuple[Progre
     saving = Alarm(config.checkpoint.every, config.checkpoint.every_s, start.seconds_used)
     run.view.start(config.run.name)
     traces = profiled(config.profile, run.directory / "profile", job.device.device, run.emit)
-    with interruptible() as is_asked_to_stop, traces as trace:
-        while not progress.is_over(config.train) and not is_asked_to_stop():
+    with interruptible() as is_asked, traces as trace:
+
+        def is_asked_to_stop() -> bool:
+            return run.team.any(is_asked())
+
+        is_interrupted = is_asked_to_stop()
+        while not progress.is_over(config.train) and not is_interrupted:
             trouble: Trouble | None = None
             for now, trouble in stretch(job, shelter, log, progress):
                 progress = now
@@ -180,7 +226,8 @@ def train(run: Run, job: Job, shelter: Shelter, start: Progress) -> tuple[Progre
                     run.view.note(f"profile: {path}")
                 if trouble is None:
                     tend(run, job, shelter, log, progress, evaluation=evaluation, saving=saving)
-                if is_asked_to_stop():
+                is_interrupted = is_asked_to_stop()
+                if is_interrupted:
                     break
             if trouble:
                 progress = shelter.go_back(progress, reason=trouble.reason, n_parts=trouble.n_parts)
@@ -209,7 +256,7 @@ def stretch(job: Job, shelter: Shelter, log: Log, start: Progress) -> Iterator[t
         part=config.train,
         device=job.device,
         start=start,
-        aggregate=config.aggregate,
+        teaching=Teaching(config.aggregate, job.engine),
     )
     try:
         for step in made:
@@ -230,7 +277,7 @@ def tend(
 ) -> None:
     """Evaluate and save after a sound step, where either is due."""
     metrics: dict[str, float] = {}
-    if evaluation.rings(progress) and not shelter.spares():
+    if evaluation.rings(progress) and not run.team.first(shelter.spares()):
         found = measure(run, job, progress, job.config.evaluate.n_windows)
         shelter.evaluated(progress.step, found.nats)
         metrics, log.held_out = ranked(found), found.bits_per_byte
@@ -242,16 +289,19 @@ def tend(
 
 def measure(run: Run, job: Job, progress: Progress, n_windows: int, task: str | None = None) -> Likelihood:
     """Read held-out text and record how well it was predicted."""
-    found = likelihood(
-        job.model,
-        job.corpus,
-        "val",
-        window=job.config.data.window,
-        batch=job.config.evaluate.batch,
-        max_windows=n_windows,
-        device=job.device,
-        loss=cross_entropy,
-    )
+    with job.engine.whole():
+        found = likelihood(
+            job.model,
+            job.corpus,
+            "val",
+            window=job.config.data.window,
+            batch=job.config.evaluate.batch,
+            max_windows=n_windows,
+            device=job.device,
+            loss=cross_entropy,
+        )
+    # All read the same, and may sum it in another order; what is made of it has to be the same.
+    found = replace(found, total_nats=run.team.first(found.total_nats))
     figures = {"nats": found.nats, "bits_per_byte": found.bits_per_byte}
     run.records.metrics(progress.step, progress.tokens, job.stream.epoch(progress.cursor), "val", figures, task)
     payload = figures | {"task": task, "n_tokens": found.n_tokens, "n_bytes": found.n_bytes}
@@ -271,7 +321,9 @@ def is_best(run: Run, config: Config, shelter: Shelter, metrics: dict[str, float
         return False
     shelter.wait()
     best = best_so_far(run, config)
-    return best is None or (value < best.value if config.checkpoint.direction == "min" else value > best.value)
+    is_better = best is None or (value < best.value if config.checkpoint.direction == "min" else value > best.value)
+    # Only the first knows what is on the disk by now.
+    return bool(run.team.first(is_better))
 
 
 def stop(run: Run, shelter: Shelter, progress: Progress) -> Result:
@@ -290,8 +342,12 @@ def finish(run: Run, job: Job, shelter: Shelter, progress: Progress) -> Result:
     metrics = ranked(measure(run, job, progress, part.n_windows))
     path = shelter.save(progress, reason="final", metrics=metrics)
     found = measure(run, job, progress, part.n_windows_end, task="end")
-    samples = write_samples(run, job, progress)
+    with job.engine.whole():
+        samples = write_samples(run, job, progress) if run.team.ranks.is_first else ()
     shelter.wait()
+    if not run.team.ranks.is_first:
+        run.end("finished", 0)
+        return Result("finished", run.directory, path, progress.step, progress.tokens, progress.seconds_used)
     report = write_report(run, job, progress, found, samples)
     measured = {
         "peak_bytes": peak_bytes(job.device.device),

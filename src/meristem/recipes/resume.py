@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from meristem.checkpoint import retention, store
+from meristem.checkpoint import run as runs
+from meristem.checkpoint.ring import copy_into
 from meristem.checkpoint.store import Checkpoint
 from meristem.config import dump_yaml, fingerprint, leaves, read_yaml
 from meristem.data.corpus import Corpus
@@ -18,9 +20,12 @@ from meristem.data.tokenizer import Tokenizer, tokenizer_from_bytes
 from meristem.device.part import DevicePart
 from meristem.device.random import random_state, restore_random_state
 from meristem.device.resolve import NAMES, Device
+from meristem.distributed.engine import Engine
+from meristem.distributed.mesh import Ranks
+from meristem.distributed.parts import as_part_of, is_part, local_by_name, whole
 from meristem.errors import CheckpointMismatch, NoCheckpoint, TokenizerMismatch
 from meristem.events import Emit, Event
-from meristem.memory.value import State, flatten, map_tensors, unflatten
+from meristem.memory.value import State, flatten, join_rows, map_tensors, take_rows, unflatten
 from meristem.models.load import put_weights
 from meristem.optim import state as optim_state
 from meristem.optim.outer import Outer
@@ -34,7 +39,10 @@ from meristem.train.rollback import Rollbacks
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on what, with what."""
+    """What is trained, on what, with what.
+
+    engine: how ``model`` is called so that its gradients are those of all processes.
+    """
 
     config: Config
     device: Device
@@ -42,11 +50,16 @@ class Job:
     stream: Stream
     model: nn.Module
     optimizer: Outer
+    engine: Engine
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What of a run is saved, in memory and on disk alike: trees of tensors, and plain values."""
+    """What of a run is saved, in memory and on disk alike: trees of tensors, and plain values.
+
+    In memory each process saves what it holds: its rows of the memory, its own sums of gradients that wait, and of
+    tensors that are in parts its part. On disk is that of the run: ``gathered`` and ``of_process`` lead there and back.
+    """
 
     trees: Mapping[str, Mapping[str, torch.Tensor]]
     values: Mapping[str, Any]
@@ -57,6 +70,21 @@ class Contents:
         trees = {name: checkpoint.tree(name) for name in ("model", "optim", "random", "memory") if checkpoint.has(name)}
         names = ("progress", "cursor", "memory_integers", "random", "safety", "probe")
         return cls(trees, {name: checkpoint.value(name) for name in names if checkpoint.has(name)})
+
+    def of_process(self, ranks: Ranks, n_rows: int) -> Self:
+        """What of it one of some processes goes on from: its share of ``n_rows``; and what waits the first offers."""
+        if ranks.size == 1:
+            return self
+        trees = dict(self.trees)
+        if "memory" in trees:
+            start, stop = (rank * n_rows // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+            trees["memory"] = _tensors(take_rows(dict(trees["memory"]), start, stop))
+        if not ranks.is_first:
+            trees["optim"] = {
+                name: torch.zeros_like(tensor) if name.endswith(f"/{optim_state.PENDING}") else tensor
+                for name, tensor in trees["optim"].items()
+            }
+        return replace(self, trees=trees)
 
 
 @dataclass(frozen=True)
@@ -90,6 +118,13 @@ class Best:
     path: Path
 
 
+def after_restart(resume: str, directory: Path, n_restarts: int) -> str:
+    """How a run resumes whose processes were all started again: from what it has saved since, if anything."""
+    if n_restarts == 0 or not (directory / runs.FILE).exists():
+        return resume
+    return "auto" if resume in ("auto", "must", "never") or store.entries(directory / "checkpoints") else resume
+
+
 def checkpoint_to_resume(run: Run, resume: str) -> Checkpoint | None:
     """Where the run goes on, or None for its beginning.
 
@@ -99,7 +134,18 @@ def checkpoint_to_resume(run: Run, resume: str) -> Checkpoint | None:
 
     One that was saved while the guard counted something is passed over for the newest sound one: the run may have gone
     back behind it since, and goes on from there as it would have, to the bit.
+
+    Of several processes the first chooses for all.
     """
+    if not run.team.ranks.is_first:
+        told = run.team.told("checkpoint", "")
+        return store.open_checkpoint(Path(told)) if told else None
+    found = _found(run, resume)
+    run.team.told("checkpoint", str(found.path) if found else "")
+    return found
+
+
+def _found(run: Run, resume: str) -> Checkpoint | None:
     if resume == "never":
         return None
     if resume not in ("auto", "must"):
@@ -115,11 +161,14 @@ def checkpoint_to_resume(run: Run, resume: str) -> Checkpoint | None:
 
 
 def newest_sound(checkpoints: Path, emit: Emit) -> Checkpoint | None:
-    """The newest whole checkpoint that was saved while no detector of the guard was counting."""
+    """The newest whole checkpoint saved while no detector of the guard was counting and the probe cost a number."""
     return store.newest(checkpoints, emit, _unsound)
 
 
 def _unsound(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.has("probe") and checkpoint.value("probe")["nats"] is None:
+        # Spoilt in the last step before it was saved, so that no detector had met it yet.
+        return "the probe cost no number when it was saved"
     is_told = checkpoint.has("safety")
     if not is_told or Safety.from_json(checkpoint.value("safety")).guard.is_quiet:
         return None
@@ -127,16 +176,16 @@ def _unsound(checkpoint: Checkpoint) -> str | None:
 
 
 def contents(job: Job, progress: Progress, safety: Safety, probe_nats: float) -> Contents:
-    """Everything that the future of the run depends on; tensors are those in use, and not copies."""
+    """Everything that the future of this process depends on; tensors are those in use, and not copies."""
     memory = flatten(progress.memory or {}) if job.config.data.order == "sequential" else {}
     random_values, random_tensors = random_state()
     trees: dict[str, Mapping[str, torch.Tensor]] = {
-        "model": job.model.state_dict(),
-        "optim": optim_state.tensors(job.model, job.optimizer),
+        "model": local_by_name(job.model.state_dict()),
+        "optim": local_by_name(optim_state.tensors(job.model, job.optimizer)),
         "random": random_tensors,
     }
     if memory:
-        trees["memory"] = {name: leaf for name, leaf in memory.items() if isinstance(leaf, torch.Tensor)}
+        trees["memory"] = _tensors(memory)
     values = {
         "progress": progress.to_json(),
         "cursor": progress.cursor.to_json(),
@@ -149,11 +198,38 @@ def contents(job: Job, progress: Progress, safety: Safety, probe_nats: float) ->
     return Contents(trees, values)
 
 
+def gathered(job: Job, progress: Progress, saved: Contents) -> Contents:
+    """What was just saved of this process, as that of the run. All processes must call; alone it is the same.
+
+    What waits in the optimizer must have been pooled before (``Outer.pool``).
+    """
+    sync = job.engine.sync
+    if sync.ranks.size == 1:
+        return saved
+    trees = dict(saved.trees)
+    if any(is_part(parameter) for parameter in job.model.parameters()):
+        held = {"model": job.model.state_dict(), "optim": optim_state.tensors(job.model, job.optimizer)}
+        for tree, tensors in held.items():
+            # One after the other, and on the host: a device has no room for all of them.
+            full = ((name, whole(tensor)) for name, tensor in tensors.items())
+            trees[tree] = {name: tensor.to("cpu", copy=True) for name, tensor in full if sync.ranks.is_first}
+    if "memory" in trees:
+        told = {name: sync.collect(leaf, "memory") for name, leaf in _tensors(progress.memory or {}).items()}
+        each: list[State] = [{name: rows[rank] for name, rows in told.items()} for rank in range(sync.ranks.size)]
+        trees["memory"] = _tensors(join_rows(each))
+    return replace(saved, trees=trees)
+
+
+def _tensors(state: State) -> dict[str, torch.Tensor]:
+    """Those of a memory, by name; its integers are saved apart."""
+    return {name: leaf for name, leaf in flatten(state).items() if isinstance(leaf, torch.Tensor)}
+
+
 def write(
     run: Run, job: Job, progress: Progress, saved: Contents, *, reason: str, metrics: dict[str, float], seq: int
 ) -> Path:
     """Write one checkpoint, then let go of what retention does not keep. May run beside the training it is of."""
-    config, tokenizer = job.config, job.corpus.tokenizer
+    config, tokenizer, n_ranks = job.config, job.corpus.tokenizer, run.team.ranks.size
     path = store.save(
         run.checkpoints,
         step=progress.step,
@@ -171,6 +247,7 @@ def write(
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "dataset_fingerprint": job.corpus.fingerprint,
             "metrics": metrics,
+            "world": {"size": n_ranks, "mesh": [n_ranks] if config.distributed.shard and n_ranks > 1 else None},
         },
     )
     run.emit(Event("checkpoint.saved", {"checkpoint": path.name, "reason": reason, "metrics": metrics}))
@@ -218,7 +295,7 @@ def restore(job: Job, saved: Contents, emit: Emit) -> tuple[Progress, Safety]:
     """
     cursor = Cursor.from_json(saved.values["cursor"])
     job.stream.next(cursor)  # refuses another text or another order now, also where no step is left to make
-    optim_state.restore(job.model, job.optimizer, saved.trees["optim"])
+    optim_state.restore(job.model, job.optimizer, _in_parts(job.model, saved.trees["optim"]))
     restore_random_state(saved.values["random"], saved.trees["random"], emit)
     memory: State | None = None
     if "memory" in saved.trees:
@@ -226,6 +303,22 @@ def restore(job: Job, saved: Contents, emit: Emit) -> tuple[Progress, Safety]:
         memory = map_tensors(lambda tensor: tensor.to(job.device.device, copy=True), found)
     safety = Safety.from_json(saved.values["safety"]) if "safety" in saved.values else Safety()
     return Progress.from_json(saved.values["progress"], cursor, memory), safety
+
+
+def put_back_weights(job: Job, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give the model saved weights in place, each process its part where they are in parts."""
+    live = job.model.state_dict()
+    own = {name: as_part_of(live[name], tensor) if name in live else tensor for name, tensor in weights.items()}
+    copy_into(local_by_name(live), local_by_name(own))
+
+
+def _in_parts(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an optimizer gathered, each tensor in the form in which its parameter is held."""
+    parameters = dict(model.named_parameters())
+    owners = {path: parameters.get(path.rsplit("/", 1)[0]) for path in saved}
+    return {
+        path: tensor if (owner := owners[path]) is None else as_part_of(owner, tensor) for path, tensor in saved.items()
+    }
 
 
 def require_same(config: Config, now: Tokenizer, checkpoint: Checkpoint) -> None:

@@ -11,11 +11,15 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+import rich.console
+
 from meristem.checkpoint import run as runs
 from meristem.checkpoint.files import write_atomic
 from meristem.checkpoint.run import End, RunLock, RunManifest
 from meristem.config import dump_yaml, fingerprint
 from meristem.device.describe import describe
+from meristem.distributed.mesh import Ranks
+from meristem.distributed.team import Team
 from meristem.errors import MeristemError, RunError
 from meristem.events import Event
 from meristem.recipes.config import Config
@@ -24,29 +28,33 @@ from meristem.sinks.emitter import SCREEN, Emitter, Sink
 from meristem.sinks.records import STREAMS, Records
 from meristem.sinks.system import SystemSampler
 
+RANKS = "ranks"
+"""Where in a run directory the processes but the first have theirs, each under its number."""
+
 LATEST = "latest"
 """A link beside the runs of ``run.root`` to the one begun or continued last."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The directory and everything that writes into it. ``is_first``: nothing was run in it before."""
+    """The directory and everything that writes into it.
+
+    is_first: nothing was run in it before. team: the processes that make the run; each has a directory of its own, that
+        of the first is the run's, and it alone writes ``checkpoints``.
+    """
 
     directory: Path
     is_first: bool
     manifest: RunManifest
     emitter: Emitter
     view: Console
+    team: Team
+    checkpoints: Path
 
     @property
     def records(self) -> Records:
         """What is written down of the run."""
         return self.emitter.records
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints stand."""
-        return self.directory / "checkpoints"
 
     def emit(self, event: Event) -> None:
         """Record an event at the step that was last recorded; the user sees those that are no mere information."""
@@ -63,15 +71,17 @@ class Run:
         self.manifest.end(status, exit_code)
 
 
-def directory_for(config: Config, resume: str) -> Path:
+def directory_for(config: Config, resume: str, n_restarts: int = 0) -> Path:
     """The directory of a run that was given none: the unfinished one of this very configuration, else a new one.
 
+    n_restarts: how often its processes were started again; then it is that which they had.
     They are called ``name``, ``name-2``, ``name-3`` under ``run.root``.
     """
     number = 1
     while True:
         directory = config.run.root / (config.run.name if number == 1 else f"{config.run.name}-{number}")
-        if not directory.exists() or (resume in ("auto", "must") and _is_unfinished(directory, config)):
+        goes_on = resume in ("auto", "must") or n_restarts > 0
+        if not directory.exists() or (goes_on and _is_unfinished(directory, config)):
             return directory
         number += 1
 
@@ -85,21 +95,34 @@ def _is_unfinished(directory: Path, config: Config) -> bool:
 
 @contextlib.contextmanager
 def opened(
-    config: Config, directory: Path, view: Console, *, is_new: bool, sinks: Mapping[str, Sink] | None = None
+    config: Config,
+    directory: Path,
+    view: Console,
+    *,
+    is_new: bool,
+    sinks: Mapping[str, Sink] | None = None,
+    team: Team | None = None,
 ) -> Iterator[Run]:
     """Hold a run directory while the block runs; however the block ends, the directory says how.
 
     is_new: refuse a directory that holds a run already.
     sinks: by name, what is shown every record besides the files and ``view``. They are closed at the end.
+    team: the processes of the run; any but the first hold a directory within that of the run, and show nothing.
     """
+    team, checkpoints = team or Team.of(Ranks()), directory / "checkpoints"
+    rank = None if team.ranks.size == 1 else team.ranks.rank
+    if rank:
+        directory, view = directory / RANKS / str(rank), Console(screen=rich.console.Console(quiet=True))
+        is_new = False
     with RunLock(directory), _unwound_by_sigterm():
         described = describe()
         is_first = is_new or not (directory / runs.FILE).exists()
         manifest = RunManifest.create(directory, name=config.run.name) if is_first else RunManifest.reopen(directory)
         manifest.update(command=" ".join(sys.argv), record_streams=[f"{name}.ndjson" for name in STREAMS], **described)
         rotate_size_bytes = config.sinks.rotate_mib << 20
-        records = Records(directory, manifest.content["id"], rotate_size_bytes=rotate_size_bytes)
-        run = Run(directory, is_first, manifest, Emitter(records, sinks, screen=view.show), view)
+        records = Records(directory, manifest.content["id"], rotate_size_bytes=rotate_size_bytes, rank=rank)
+        emitter = Emitter(records, sinks, screen=view.show)
+        run = Run(directory, is_first, manifest, emitter, view, team, checkpoints)
         view.through(partial(run.emitter.later, SCREEN), run.emit)
         try:
             if is_first:

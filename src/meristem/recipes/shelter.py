@@ -12,12 +12,23 @@ import psutil
 import torch
 
 from meristem.checkpoint.journal import Journal
-from meristem.checkpoint.ring import Ring, Snapshot, copy_into
+from meristem.checkpoint.ring import Ring, Snapshot
 from meristem.checkpoint.saver import Saver
+from meristem.distributed.parts import local_by_name
 from meristem.errors import Halted, RollbackFailed
 from meristem.events import Event
 from meristem.optim.state import expected_bytes
-from meristem.recipes.resume import Contents, Job, Safety, contents, newest_sound, restore, write
+from meristem.recipes.resume import (
+    Contents,
+    Job,
+    Safety,
+    contents,
+    gathered,
+    newest_sound,
+    put_back_weights,
+    restore,
+    write,
+)
 from meristem.recipes.run import Run
 from meristem.train import rollback
 from meristem.train.emergency import FILE, Level, SharedLevel, Signals, downgraded, quiet, raised
@@ -102,12 +113,17 @@ class Shelter:
 
     def save(self, progress: Progress, *, reason: str, metrics: dict[str, float]) -> Path:
         """Have a checkpoint written beside the training, which waits for no more than one copy in memory."""
-        number = self._journal.begin("save", {"step": progress.step, "reason": reason})
+        self._job.optimizer.pool(is_first=self._run.team.ranks.is_first)
         if self._ring:
             taken = self._take(self._ring, progress, "save")
             saved, held = Contents(taken.trees, taken.values), self._ring.held(taken)
         else:
             saved, held = contents(self._job, progress, self.safety, self._probe()), None
+        saved = gathered(self._job, progress, saved)
+        path = self._run.checkpoints / f"step-{progress.step:08d}"
+        if not self._run.team.ranks.is_first:
+            return path
+        number = self._journal.begin("save", {"step": progress.step, "reason": reason})
         seq = self._run.records.seq
         self._saver.submit(
             partial(write, self._run, self._job, progress, saved, reason=reason, metrics=metrics, seq=seq),
@@ -117,7 +133,7 @@ class Shelter:
         if not self._ring:
             # Without a copy in memory the tensors in use are written, and must not change meanwhile.
             self._saver.wait()
-        return self._run.checkpoints / f"step-{progress.step:08d}"
+        return path
 
     def wait(self) -> None:
         """Until every checkpoint is on the disk; raises what kept one from getting there."""
@@ -199,19 +215,23 @@ class Shelter:
         return then, changed
 
     def _restored(self) -> tuple["_Found", tuple[Attempt, ...]]:
-        """What was put in place, and how long that took by which tier."""
+        """What was put in place, and how long that took by which tier.
+
+        Each phase is one of all processes, by the clock of the first: all come to the same state, or to none.
+        """
+        team = self._run.team
         found = _Found(self._job, self._run, self._probe)
         snapshot = self._ring.latest(is_valid=True) if self._ring else None
         tiers = []
-        if snapshot:
+        if team.any(snapshot is not None):
             scale = self._part.fast_deadline_s / sum(FAST.values())
             tiers.append(
                 Tier(
                     "fast",
                     {
-                        "prepare": lambda deadline: found.choose(Contents(snapshot.trees, snapshot.values)),
-                        "commit": lambda deadline: found.put(),
-                        "confirm": lambda deadline: found.confirm(),
+                        "prepare": lambda deadline: team.act("prepare", partial(found.choose, snapshot)),
+                        "commit": lambda deadline: team.act("commit", found.put),
+                        "confirm": lambda deadline: team.act("confirm", found.confirm),
                     },
                     {name: seconds * scale for name, seconds in FAST.items()},
                     self._part.fast_deadline_s,
@@ -222,16 +242,16 @@ class Shelter:
             Tier(
                 "full",
                 {
-                    "load": lambda deadline: found.load(),
-                    "model": lambda deadline: found.put_weights(),
-                    "optimizer": lambda deadline: found.put_rest(),
-                    "verify": lambda deadline: found.confirm(),
+                    "load": lambda deadline: team.act("load", found.load),
+                    "model": lambda deadline: team.act("model", found.put_weights),
+                    "optimizer": lambda deadline: team.act("optimizer", found.put_rest),
+                    "verify": lambda deadline: team.act("verify", found.confirm),
                 },
                 {name: seconds * scale for name, seconds in FULL.items()},
                 self._part.full_deadline_s,
             )
         )
-        return found, rollback.restore(tiers)
+        return found, rollback.restore(tiers, team.clock)
 
     def _take(self, ring: Ring, progress: Progress, tag: str) -> Snapshot:
         self._is_due = False
@@ -243,7 +263,7 @@ class Shelter:
     def _probe(self) -> float:
         """Nats per target on a little held-out text, read with a fresh memory."""
         tokens_bt, targets_bt = self._job.device.move(self._probe_bt[:, :-1], self._probe_bt[:, 1:])
-        with torch.no_grad(), self._job.device.autocast():
+        with torch.no_grad(), self._job.engine.whole(), self._job.device.autocast():
             logits_bto, _ = self._job.model(tokens_bt, None)
             return float(cross_entropy(logits_bto, targets_bt)) / targets_bt.numel()
 
@@ -273,30 +293,36 @@ class _Found:
     def __init__(self, job: Job, run: Run, probe: Callable[[], float]) -> None:
         self._job, self._run, self._probe = job, run, probe
 
-    def choose(self, saved: Contents) -> None:
-        self._saved = saved
+    def choose(self, snapshot: Snapshot | None) -> str:
+        """Choose what is in memory."""
+        if snapshot is None:
+            raise RollbackFailed("no sound snapshot is in memory here")
+        self._saved = Contents(snapshot.trees, snapshot.values)
+        return f"step {snapshot.step}"
 
-    def load(self) -> None:
+    def load(self) -> str:
         """Choose what is on disk."""
         checkpoint = newest_sound(self._run.checkpoints, self._run.emit)
         if checkpoint is None:
             raise RollbackFailed(
                 f"{self._run.checkpoints} holds no whole checkpoint that was saved while the run was sound."
             )
-        self.choose(Contents.of(checkpoint))
+        self._saved = Contents.of(checkpoint).of_process(self._run.team.ranks, self._job.config.data.batch)
+        return f"step {checkpoint.step}"
 
-    def put(self) -> None:
-        self.put_weights()
-        self.put_rest()
+    def put(self) -> str:
+        return f"{self.put_weights()}, {self.put_rest()}"
 
-    def put_weights(self) -> None:
-        copy_into(self._job.model.state_dict(), self._saved.trees["model"])
+    def put_weights(self) -> str:
+        put_back_weights(self._job, self._saved.trees["model"])
+        return "weights"
 
-    def put_rest(self) -> None:
+    def put_rest(self) -> str:
         self.progress, self.safety = restore(self._job, self._saved, self._run.emit)
+        return f"step {self.progress.step}, batch {self.progress.cursor.position}"
 
-    def confirm(self) -> None:
-        """Raises RollbackFailed unless the probe costs what it cost when the state was taken."""
+    def confirm(self) -> str:
+        """What the probe costs. Raises RollbackFailed unless that is what it cost when the state was taken."""
         expected, found = self._saved.values["probe"]["nats"], self._probe()
         is_exact = self._job.device.device.type == "cpu"
         if found != expected and (is_exact or not math.isclose(found, expected, rel_tol=1e-4)):
@@ -305,17 +331,18 @@ class _Found:
                 found=found,
                 expected=expected,
             )
+        return f"probe {found!r}"
 
 
 def _ring(part: RollbackPart, job: Job, run: Run) -> Ring | None:
     """Room for snapshots, as many as were asked for, or as fit."""
-    weights = job.model.state_dict()
+    weights, team = local_by_name(job.model.state_dict()), run.team
     capacity_bytes = sum(tensor.nbytes + 64 for tensor in weights.values()) + expected_bytes(job.optimizer) + 2**16
-    max_bytes = part.max_bytes or psutil.virtual_memory().available // 4
+    max_bytes = part.max_bytes or psutil.virtual_memory().available // (4 * team.ranks.n_local)
     n_snapshots = part.snapshots
     if n_snapshots is None:
         n_snapshots = min(3, max_bytes // capacity_bytes)
-        n_snapshots = n_snapshots if n_snapshots > 1 else 0
+        n_snapshots = int(min(least for (least,) in team.sync.gather([n_snapshots if n_snapshots > 1 else 0])))
         if n_snapshots < 3:
             payload = {"snapshots": n_snapshots, "capacity_bytes": capacity_bytes, "max_bytes": max_bytes}
             run.emit(Event("rollback.fewer_snapshots", payload, "warning"))

@@ -45,6 +45,24 @@ class Alarm:
         return by_steps or by_time
 
 
+def rank_figures(each_s: list[tuple[float, ...]], n_targets: int) -> dict[str, float]:
+    """How fast each of several processes was over some steps, on average and at worst; alone, nothing.
+
+    each_s: for each step the seconds of each process. n_targets: of all processes in a step.
+    """
+    n_ranks = len(each_s[0])
+    if n_ranks < 2:
+        return {}
+    totals_s = [sum(seconds) for seconds in zip(*each_s, strict=True)]
+    speeds = [n_targets / n_ranks * len(each_s) / max(total_s, 1e-9) for total_s in totals_s]
+    return {
+        "ranks/tokens_per_s/mean": sum(speeds) / n_ranks,
+        "ranks/tokens_per_s/min": min(speeds),
+        "ranks/step_s/mean": sum(totals_s) / n_ranks / len(each_s),
+        "ranks/step_s/max": max(max(seconds) for seconds in each_s),
+    }
+
+
 class Log:
     """Takes every step: records those that log, tells of bad ones, keeps the screen alive."""
 
@@ -55,6 +73,7 @@ class Log:
         self._memory: dict[str, float] = {}
         self._tokens_per_s = 0.0
         self._told: set[tuple[str, float]] = set()
+        self._each_s: list[tuple[float, ...]] = []
         self._conflict: Report | None = None
         self._still: dict[str, Dormancy] = {}
         self.held_out: float | None = None
@@ -64,6 +83,7 @@ class Log:
     def take(self, step: Step) -> None:
         """One step that was made."""
         now = step.progress
+        self._each_s.append(step.each_s)
         if now.n_nonfinite > self._before.n_nonfinite:
             payload = {"step": now.step, "in_row": now.n_nonfinite_in_row, "count": now.n_nonfinite}
             self._run.emit(Event("loss.nonfinite", payload, "warning"))
@@ -82,13 +102,13 @@ class Log:
         """The run stands at an earlier step again."""
         # The pace too counts from here: what the process began with may lie ahead again.
         self._start = self._before = self._recorded = now
-        self._shown = None
+        self._shown, self._each_s = None, []
 
     def _record(self, step: Step) -> None:
         now = step.progress
         seconds = now.seconds_used - self._recorded.seconds_used
         self._tokens_per_s = (now.tokens - self._recorded.tokens) / seconds
-        with self._job.device.autocast():
+        with self._job.engine.whole(), self._job.device.autocast():
             self._memory = memory_figures(self._job.model, self._probe_bt)
             levels = level_figures(self._job.model, self._probe_bt)
         metrics = {
@@ -99,6 +119,8 @@ class Log:
             "tokens_per_s": self._tokens_per_s,
             "seconds_used": now.seconds_used,
         }
+        metrics |= rank_figures(self._each_s, step.n_targets)
+        self._each_s = []
         if step.conflict:
             report = step.conflict.report()
             for event in changes(self._conflict, report):

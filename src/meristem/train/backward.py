@@ -8,6 +8,7 @@ from torch.profiler import record_function
 
 from meristem.data.stream import Batch
 from meristem.device.resolve import Device
+from meristem.distributed.engine import Engine, alone
 from meristem.errors import OutOfDeviceBytes
 from meristem.memory.value import State, detach, join_rows, take_rows
 from meristem.nn.auxiliary import auxiliary
@@ -43,23 +44,28 @@ def backward(
     n_parts: int,
     by: AggregatePart,
     step: int,
+    engine: Engine | None = None,
 ) -> Taught:
     """Gradients of the mean loss over all targets of the step, added to those that there are.
 
     loss = (sum of nats over all batches and targets) / N with N the targets of the whole step: however the targets are
-    spread over batches and parts, each counts the same. Losses that layers have of their own are taught, and not told.
+    spread over batches, parts and processes, each counts the same. Losses that layers have of their own are taught, and
+    not told.
 
     by: how the gradients of the text and of the layers' own losses become one. step: its number, from which the order
         of objectives is drawn where that matters.
+    engine: what makes the gradients of ``model``; of several processes each gives its share of the loss, and those that
+        move every step come summed. All processes have as many rows.
 
     Where the device runs out of room, what was gathered is thrown away and each batch cut into twice as many parts;
     rows do not know of each other, so that the gradients stay what they were. Raises OutOfDeviceBytes when a single
-    row does not fit.
+    row does not fit; and in one of several processes at once, since the others already wait for its gradients.
     """
+    engine = engine or alone(model)
     n_rows = max(batch.tokens_bt.shape[0] for batch in batches)
     while True:
         try:
-            loss, after, gathered = _attempt(model, batches, memory, device, min(n_parts, n_rows), by)
+            loss, after, gathered = _attempt(engine, batches, memory, device, min(n_parts, n_rows), by)
             drawn = torch.Generator().manual_seed(step)
             return Taught(loss, after, n_parts, settle(model, gathered, by, drawn) if gathered else None)
         except (RuntimeError, MemoryError) as error:
@@ -68,9 +74,12 @@ def backward(
             reason = str(error).splitlines()[0] if str(error) else "no reason given"
         # Outside the block that caught it: the error holds on to every tensor of the pass that failed.
         make_room(model, device)
-        if n_parts >= n_rows:
+        n_ranks = engine.sync.ranks.size
+        if n_parts >= n_rows or n_ranks > 1:
+            what = "one row" if n_ranks == 1 else f"the {n_rows} rows of process {engine.sync.ranks.rank}"
             raise OutOfDeviceBytes(
-                f"forward and backward of one row do not fit on {device.device}: {reason}. "
+                f"forward and backward of {what} do not fit on {device.device}: {reason}. "
+                f"{'' if n_ranks == 1 else 'Start more processes, lower data.batch, or: '}"
                 "Lower data.window, model.width or model.n_layers, or choose another device.name.",
                 device=str(device.device),
                 reason=reason,
@@ -91,28 +100,40 @@ def make_room(model: nn.Module, device: Device) -> None:
 
 
 def _attempt(
-    model: nn.Module, batches: list[Batch], memory: State | None, device: Device, n_parts: int, by: AggregatePart
+    engine: Engine, batches: list[Batch], memory: State | None, device: Device, n_parts: int, by: AggregatePart
 ) -> tuple[torch.Tensor, State | None, dict[str, list[torch.Tensor | None]]]:
     """The loss, the memory, and by objective the gradients that are still to be settled."""
-    n_targets = max(1, sum(batch.n_targets for batch in batches))
+    n_ranks = engine.sync.ranks.size
+    n_targets = max(1, n_ranks * sum(batch.n_targets for batch in batches))
     told = []
     gathered: dict[str, list[torch.Tensor | None]] = {}
     for batch in batches:
         states = []
         before = None if batch.starts else memory
-        for start, stop in _cuts(batch.tokens_bt.shape[0], n_parts):
-            share = (stop - start) / batch.tokens_bt.shape[0] / len(batches)
+        cuts = _cuts(batch.tokens_bt.shape[0], n_parts)
+        for start, stop in cuts:
+            share = (stop - start) / batch.tokens_bt.shape[0] / len(batches) / n_ranks
             part = replace(batch, tokens_bt=batch.tokens_bt[start:stop], targets_bt=batch.targets_bt[start:stop])
-            losses, state = _read(model, part, before and take_rows(before, start, stop), device, n_targets, share)
-            with record_function("backward"):
-                if by.how == "mean":
-                    total(losses, by).backward()
-                else:
-                    gathered = gather(model, gathered, losses)
+            own = before and take_rows(before, start, stop)
+            is_last = batch is batches[-1] and (start, stop) == cuts[-1]
+            with engine.micro_batch(is_last):
+                losses, state = _read(engine.model, part, own, device, n_targets, share)
+                gathered = _teach(engine.model, losses, by, gathered)
             told.append(losses["text"].detach())
             states.append(detach(state))
         memory = join_rows(states)
     return torch.stack(told).sum(), memory, gathered
+
+
+def _teach(
+    model: nn.Module, losses: dict[str, torch.Tensor], by: AggregatePart, gathered: dict[str, list[torch.Tensor | None]]
+) -> dict[str, list[torch.Tensor | None]]:
+    """Gradients in their place, or by objective, added to those gathered."""
+    with record_function("backward"):
+        if by.how != "mean":
+            return gather(model, gathered, losses)
+        total(losses, by).backward()
+    return gathered
 
 
 def _read(

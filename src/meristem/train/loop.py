@@ -11,6 +11,8 @@ from torch.profiler import record_function
 
 from meristem.data.stream import Batch, Cursor, Stream
 from meristem.device.resolve import Device
+from meristem.distributed.engine import Engine, alone
+from meristem.distributed.parts import local
 from meristem.errors import NonFinite, OutOfDeviceBytes
 from meristem.optim.outer import Outer, Update
 from meristem.optim.schedule import Done, set_rates
@@ -20,7 +22,19 @@ from meristem.train.guard import Reading
 from meristem.train.part import AggregatePart, TrainPart
 from meristem.train.progress import Progress
 
-_PLAIN = AggregatePart()
+
+@dataclass(frozen=True)
+class Teaching:
+    """How the gradients of a step are made.
+
+    aggregate: how those of several objectives become one. engine: what makes those of several processes one.
+    """
+
+    aggregate: AggregatePart = AggregatePart()
+    engine: Engine | None = None
+
+
+_PLAIN = Teaching()
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,9 @@ class Step:
     progress: where the run stands after it; all that is needed to go on from here besides weights and moments.
     readings: what was measured, of every step since the last one that was read, this one last. Empty where it was left
         on the device: an accelerator is read only on steps that log, so that it never waits for the host.
+    seconds: of the slowest process. n_targets, n_bytes: those of all processes.
     conflict: how far the objectives of the step disagree, where they were told apart; still on the device.
+    each_s: seconds of every process, by rank.
     """
 
     progress: Progress
@@ -41,6 +57,7 @@ class Step:
     n_bytes: int
     is_logged: bool
     conflict: Conflict | None = None
+    each_s: tuple[float, ...] = ()
 
     @property
     def loss_nats(self) -> float | None:
@@ -67,7 +84,7 @@ def steps(
     part: TrainPart,
     device: Device,
     start: Progress,
-    aggregate: AggregatePart = _PLAIN,
+    teaching: Teaching = _PLAIN,
 ) -> Iterator[Step]:
     """Train from ``start`` until a limit of ``part`` is reached, yielding after every step.
 
@@ -77,7 +94,9 @@ def steps(
     it; ``part.max_nonfinite`` such steps in a row raise NonFinite (on an accelerator at the next step that is read).
     Where the device runs out of room, batches are cut into smaller parts from then on (``backward``); OutOfDeviceBytes
     with ``where="step"`` says that it happened while weights were moved, which must then be brought back.
+    Of several processes each makes the same step of its own rows, and yields the same but for its own memory.
     """
+    engine = teaching.engine or alone(model)
     unread: list[torch.Tensor] = []
     now = start
     while not now.is_over(part):
@@ -85,13 +104,23 @@ def steps(
         set_rates(optimizer, schedule(Done(share=now.share(part), step=now.step, tokens=now.tokens)) * now.easing())
         with record_function("data"):
             batches, cursor = _take(stream, now.cursor, part.accumulate)
-        n_targets = sum(batch.n_targets for batch in batches)
-        taught = backward(model, batches, now.memory, device, n_parts=now.n_parts, by=aggregate, step=now.step)
+        n_targets = engine.sync.ranks.size * sum(batch.n_targets for batch in batches)
+        taught = backward(
+            model,
+            batches,
+            now.memory,
+            device,
+            n_parts=now.n_parts,
+            by=teaching.aggregate,
+            step=now.step,
+            engine=engine,
+        )
         is_measured = (now.step + 1) % part.measure_updates_every == 0
         with record_function("optimizer"):
-            update, ratio = _move(model, optimizer, taught.loss, device, is_measured=is_measured)
+            update, ratio = _move(engine, optimizer, taught.loss, device, is_measured=is_measured)
         optimizer.zero_grad()
-        unread.append(torch.stack([taught.loss, update.norm, update.is_skipped, ratio]))
+        loss = taught.loss if update.loss is None else update.loss
+        unread.append(torch.stack([loss, update.norm, update.is_skipped, ratio]))
         now = replace(
             now,
             cursor=cursor,
@@ -108,16 +137,19 @@ def steps(
             unread = []
             now = _count(now, readings, part.max_nonfinite)
         seconds = time.perf_counter() - began
-        now = replace(now, seconds_used=now.seconds_used + seconds)
+        told = engine.sync.gather([seconds, sum(batch.n_bytes for batch in batches)])
+        each_s, each_bytes = zip(*told, strict=True)
+        now = replace(now, seconds_used=now.seconds_used + max(each_s))
         yield Step(
             progress=now,
             readings=readings,
             rate=optimizer.param_groups[0]["lr"],
-            seconds=seconds,
+            seconds=max(each_s),
             n_targets=n_targets,
-            n_bytes=sum(batch.n_bytes for batch in batches),
+            n_bytes=int(sum(each_bytes)),
             is_logged=is_logged,
             conflict=taught.conflict,
+            each_s=each_s,
         )
 
 
@@ -131,25 +163,34 @@ def _take(stream: Stream, cursor: Cursor, n_batches: int) -> tuple[list[Batch], 
 
 
 def _move(
-    model: nn.Module, optimizer: Outer, loss: torch.Tensor, device: Device, *, is_measured: bool
+    engine: Engine, optimizer: Outer, loss: torch.Tensor, device: Device, *, is_measured: bool
 ) -> tuple[Update, torch.Tensor]:
     """Step; and how far the weight that moved most was moved, as a share of itself, or NaN where that is not measured.
 
     A weight of less than a thousandth on average counts as one of that: what began at 0 moves by more than itself.
+    Where processes hold parts of weights, each part counts as a weight.
     """
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad] if is_measured else []
+    trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad] if is_measured else []
+    weights = [weight for parameter in trained if (weight := local(parameter)).numel()]
     before = [weight.detach().clone() for weight in weights]
+    reason, update = "", None
     try:
         update = optimizer.step(loss)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_room(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
-    else:
-        return update, _largest_ratio(before, weights) if weights else torch.full_like(loss, math.nan)
-    make_room(model, device)
+    # Where one process could not, the others have moved weights for nothing and go back with it.
+    is_moved = not any(failed for (failed,) in engine.sync.gather([update is None]))
+    if update is not None and is_moved:
+        ratio = _largest_ratio(before, weights) if weights else torch.full_like(loss, math.nan)
+        if weights and engine.sync.ranks.size > 1:
+            ratio = torch.full_like(loss, max(most for (most,) in engine.sync.gather([float(ratio)])))
+        return update, ratio
+    make_room(engine.model, device)
     raise OutOfDeviceBytes(
-        f"no room is left on {device.device} to move the weights: {reason}. Lower data.batch or the size of the model.",
+        f"no room is left on {device.device} to move the weights: {reason or 'in another process'}. Lower data.batch "
+        f"or the size of the model.",
         where="step",
         device=str(device.device),
         reason=reason,

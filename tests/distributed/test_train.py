@@ -1,0 +1,131 @@
+"""A run in several processes: what it comes to, what it leaves, and what it survives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed.processes import Played, Stage
+from meristem.checkpoint.store import Checkpoint, find
+from meristem.events import silent
+from meristem.sinks.lines import read_records
+from meristem.sinks.records import history
+from recipes.small import overrides, write_text
+
+TOLERANCE = 1e-5
+"""Largest difference of a weight to one process: sums over rows are rounded in another order."""
+
+SETTINGS = (
+    "model.heads=2",
+    "model.span=5",
+    "memory.head_width=4",
+    "model.mlp=levels",
+    "model.levels={count: 3, periods: [1, 2, 4]}",
+    "data.batch=6",
+    "optim.rate=0.01",
+    "train.steps=8",
+    "evaluate.every=4",
+    "checkpoint.every=3",
+    "distributed.timeout_s=20",
+)
+
+KINDS = {
+    "replicated": (),
+    "reading_on": ("data.order=sequential",),
+    "sharded": ("distributed.shard=true",),
+    "sharded_reading_on": ("distributed.shard=true", "data.order=sequential"),
+}
+
+
+def run(stage: Stage, n_processes: int, folder: Path, *more: str, **given: Any) -> Played:
+    """A small run in so many processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return stage.play(n_processes, "run", folder, overrides=overrides(write_text(folder), *SETTINGS, *more), **given)
+
+
+def saved(folder: Path) -> Checkpoint:
+    """The newest checkpoint of the run."""
+    return find(folder / "run", silent)
+
+
+def losses(folder: Path) -> list[float]:
+    """Of every step, as it was made last."""
+    return [record["metrics"]["nats"] for record in history(folder / "run") if record["split"] == "train"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(stage, tmp_path, kind):
+    """Twice the longest period: losses, weights, moments, what waits and the memory of the joined batch."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(stage, 1, one, *KINDS[kind]).found()
+    played = run(stage, 2, two, *KINDS[kind])
+    first, second = played.found(0), played.found(1)
+    assert first["status"] == second["status"] == "finished" and first["step"] == second["step"] == 8
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5) and len(losses(two)) == 8
+    for tree in ("model", "optim"):
+        single, both = saved(one).tree(tree), saved(two).tree(tree)
+        assert single.keys() == both.keys()
+        for name, tensor in single.items():
+            torch.testing.assert_close(both[name], tensor, rtol=1e-3, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["reading_on", "sharded_reading_on"])
+@pytest.mark.parametrize("numbers", [(2, 1), (1, 2), (2, 3)], ids=str)
+def test_a_run_goes_on_in_another_number_of_processes(stage, tmp_path, kind, numbers):
+    """Saved after five steps, when slow levels have something waiting and memories have read: it ends as it would."""
+    straight, halved = tmp_path / "straight", tmp_path / "halved"
+    run(stage, 1, straight, *KINDS[kind]).found()
+    before, after = numbers
+    run(stage, before, halved, *KINDS[kind], breaks="interrupted:0:4").found()
+    assert saved(halved).step == 5 and saved(halved).tree("memory")
+    assert saved(halved).manifest["world"] == {
+        "size": before,
+        "mesh": [before] if "sharded" in kind and before > 1 else None,
+    }
+    found = run(stage, after, halved, *KINDS[kind], resume="must").found()
+    assert found["step"] == 8
+    assert losses(halved) == pytest.approx(losses(straight), rel=1e-5) and len(losses(halved)) == 8
+    for tree in ("model", "optim", "memory"):
+        single, both = saved(straight).tree(tree), saved(halved).tree(tree)
+        assert single.keys() == both.keys()
+        for name, tensor in single.items():
+            torch.testing.assert_close(both[name], tensor, rtol=1e-3, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+@pytest.mark.parametrize("tier", ["fast", "full"])
+def test_s2_l21_all_go_back_together(stage, tmp_path, kind, tier):
+    """One process finds no number in three steps: both skip them, go back to the same step, and go on."""
+    more = ["train.steps=20", "rollback.snapshot_every=4", "evaluate.every=100", "rollback.full_deadline_s=60"]
+    more += ["rollback.fast_deadline_s=60", f"rollback.snapshots={3 if tier == 'fast' else 0}"]
+    played = run(stage, 2, tmp_path, *KINDS[kind], *more, breaks="spoilt:1:10")
+    assert played.found(0)["step"] == played.found(1)["step"] == 20
+    own = (tmp_path / "run", tmp_path / "run/ranks/1")
+    back = [
+        [r["payload"] for r in read_records(place / "events.ndjson") if r["name"] == "rollback.done"] for place in own
+    ]
+    assert back[0] == back[1] and len(back[0]) == 1 and back[0][0]["tier"] == tier
+    assert back[0][0]["panicked_at"] == 13 and back[0][0]["resumed_from"] in (8, 9)
+
+
+def test_ctrl_c_in_one_process_stops_all(stage, tmp_path):
+    """All end after the same step, and the run goes on from it."""
+    played = run(stage, 2, tmp_path, "train.steps=30", breaks="interrupted:1:11")
+    assert [played.found(rank)["status"] for rank in (0, 1)] == ["interrupted"] * 2
+    assert played.found(0)["step"] == played.found(1)["step"] == saved(tmp_path).step
+    assert run(stage, 2, tmp_path, "train.steps=30", resume="must").found()["step"] == 30
+
+
+def test_what_each_process_did_is_recorded(stage, tmp_path):
+    """The mean and the worst of speed and step; each has records of its own, and the first alone has checkpoints."""
+    run(stage, 2, tmp_path).found()
+    (figures, *_) = [r["metrics"] for r in history(tmp_path / "run") if r["split"] == "train"]
+    assert 0 < figures["ranks/tokens_per_s/min"] <= figures["ranks/tokens_per_s/mean"]
+    assert 0 < figures["ranks/step_s/mean"] <= figures["ranks/step_s/max"]
+    ranks = [
+        next(iter(read_records(place / "metrics.ndjson")))["rank"]
+        for place in (tmp_path / "run", tmp_path / "run/ranks/1")
+    ]
+    assert ranks == [0, 1]
+    assert not (tmp_path / "run/ranks/1/checkpoints").exists() and not (tmp_path / "run/ranks/1/report.md").exists()
