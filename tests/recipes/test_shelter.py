@@ -223,7 +223,7 @@ def test_no_room_to_move_the_weights(text, tmp_path):
 
 def test_snapshots_that_do_not_fit(text, tmp_path):
     """An asked number is refused with the numbers; by default there are fewer, and an event says so."""
-    with pytest.raises(SnapshotTooLarge, match="Set rollback.max_bytes to"):
+    with pytest.raises(SnapshotTooLarge, match="rollback.snapshots=3 of .* Raise rollback.max_bytes"):
         run(text, tmp_path / "asked", "rollback.snapshots=3", "rollback.max_bytes=1000")
     run(text, tmp_path / "open", "rollback.max_bytes=1000")
     (told,) = events(tmp_path / "open", "rollback.fewer_snapshots")

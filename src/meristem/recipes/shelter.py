@@ -37,7 +37,7 @@ from meristem.train.loop import Step
 from meristem.train.loss import cross_entropy
 from meristem.train.part import RollbackPart
 from meristem.train.progress import Progress
-from meristem.train.rollback import FAST, FULL, Attempt, Tier
+from meristem.train.rollback import FAST, FULL, USUAL, Attempt, Tier, most_bytes, n_snapshots
 
 PROBE_TOKENS: Final = 128
 """Held-out tokens whose loss is kept with every state: after going back to it they must cost the same again."""
@@ -70,8 +70,7 @@ class Shelter:
             run.emit(Event("journal.undone", {"kind": left.kind, **left.fields}, "warning"))
             self._journal.undo(left.number, "the process ended before it was done")
         self._is_due = self._is_spared = False
-        if self._ring:
-            self._take(self._ring, start, "start")
+        self.take(start, "start")
 
     def close(self) -> None:
         """Wait for what is still being written."""
@@ -93,8 +92,8 @@ class Shelter:
             if verdict.level == "panic":
                 return ", ".join(verdict.detectors)
         self._is_due |= step.progress.step % self._part.snapshot_every == 0
-        if self._ring and self._is_due and step.readings:
-            self._take(self._ring, step.progress, "interval")
+        if self._is_due and step.readings:
+            self.take(step.progress, "interval")
         return None
 
     def evaluated(self, step: int, nats: float) -> None:
@@ -114,8 +113,8 @@ class Shelter:
     def save(self, progress: Progress, *, reason: str, metrics: dict[str, float]) -> Path:
         """Have a checkpoint written beside the training, which waits for no more than one copy in memory."""
         self._job.optimizer.pool(is_first=self._run.team.ranks.is_first)
-        if self._ring:
-            taken = self._take(self._ring, progress, "save")
+        taken = self.take(progress, "save")
+        if self._ring and taken:
             saved, held = Contents(taken.trees, taken.values), self._ring.held(taken)
         else:
             saved, held = contents(self._job, progress, self.safety, self._probe()), None
@@ -123,10 +122,16 @@ class Shelter:
         path = self._run.checkpoints / f"step-{progress.step:08d}"
         if not self._run.team.ranks.is_first:
             return path
-        number = self._journal.begin("save", {"step": progress.step, "reason": reason})
-        seq = self._run.records.seq
+        seq, number = self._run.records.seq, 0
+
+        def begin_and_write() -> Path:
+            # In the thread of the saver: a journal waits for the disk, as a checkpoint does.
+            nonlocal number
+            number = self._journal.begin("save", {"step": progress.step, "reason": reason})
+            return write(self._run, self._job, progress, saved, reason=reason, metrics=metrics, seq=seq)
+
         self._saver.submit(
-            partial(write, self._run, self._job, progress, saved, reason=reason, metrics=metrics, seq=seq),
+            begin_and_write,
             done=lambda path: self._journal.commit(number, {"checkpoint": path.name}),
             reading=held,
         )
@@ -134,6 +139,16 @@ class Shelter:
             # Without a copy in memory the tensors in use are written, and must not change meanwhile.
             self._saver.wait()
         return path
+
+    def take(self, progress: Progress, tag: str) -> Snapshot | None:
+        """A snapshot of the run as it is; None where none are kept."""
+        self._is_due = False
+        if self._ring is None:
+            return None
+        probe_nats = self._probe()
+        saved = contents(self._job, progress, self.safety, probe_nats)
+        is_valid = self.safety.guard.is_quiet and math.isfinite(probe_nats)
+        return self._ring.take(saved.trees, saved.values, step=progress.step, tag=tag, is_valid=is_valid)
 
     def wait(self) -> None:
         """Until every checkpoint is on the disk; raises what kept one from getting there."""
@@ -177,7 +192,7 @@ class Shelter:
             self._raise_level(Level.ELEVATED, "rollback_late", "rollback")
         if self._ring:
             self._ring.drop_after(then.step)
-            self._take(self._ring, then, "rollback")
+        self.take(then, "rollback")
         if rollbacks.n_in_row >= self._part.most_in_row:
             self._halt(then, now, rollbacks.n_in_row)
         return then
@@ -252,13 +267,6 @@ class Shelter:
             )
         )
         return found, rollback.restore(tiers, team.clock)
-
-    def _take(self, ring: Ring, progress: Progress, tag: str) -> Snapshot:
-        self._is_due = False
-        probe_nats = self._probe()
-        saved = contents(self._job, progress, self.safety, probe_nats)
-        is_valid = self.safety.guard.is_quiet and math.isfinite(probe_nats)
-        return ring.take(saved.trees, saved.values, step=progress.step, tag=tag, is_valid=is_valid)
 
     def _probe(self) -> float:
         """Nats per target on a little held-out text, read with a fresh memory."""
@@ -338,18 +346,18 @@ def _ring(part: RollbackPart, job: Job, run: Run) -> Ring | None:
     """Room for snapshots, as many as were asked for, or as fit."""
     weights, team = local_by_name(job.model.state_dict()), run.team
     capacity_bytes = sum(tensor.nbytes + 64 for tensor in weights.values()) + expected_bytes(job.optimizer) + 2**16
-    max_bytes = part.max_bytes or psutil.virtual_memory().available // (4 * team.ranks.n_local)
-    n_snapshots = part.snapshots
-    if n_snapshots is None:
-        n_snapshots = min(3, max_bytes // capacity_bytes)
-        n_snapshots = int(min(least for (least,) in team.sync.gather([n_snapshots if n_snapshots > 1 else 0])))
-        if n_snapshots < 3:
-            payload = {"snapshots": n_snapshots, "capacity_bytes": capacity_bytes, "max_bytes": max_bytes}
-            run.emit(Event("rollback.fewer_snapshots", payload, "warning"))
-    if n_snapshots == 0:
+    free_bytes = psutil.virtual_memory().available // team.ranks.n_local
+    count = n_snapshots(part, capacity_bytes, free_bytes)
+    # The machines of a run need not have the same room, and all go back the same way.
+    count = int(min(least for (least,) in team.sync.gather([count])))
+    max_bytes = most_bytes(part, free_bytes)
+    if part.snapshots is None and count < USUAL:
+        payload = {"snapshots": count, "capacity_bytes": capacity_bytes, "max_bytes": max_bytes}
+        run.emit(Event("rollback.fewer_snapshots", payload, "warning"))
+    if count == 0:
         return None
     is_pinned = job.device.device.type == "cuda"
-    return Ring(n_snapshots=n_snapshots, capacity_bytes=capacity_bytes, max_bytes=max_bytes, is_pinned=is_pinned)
+    return Ring(n_snapshots=count, capacity_bytes=capacity_bytes, max_bytes=max_bytes, is_pinned=is_pinned)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from meristem.device.describe import describe
 from meristem.device.part import DevicePart
 from meristem.device.resolve import resolve
 from meristem.events import silent
-from meristem.recipes.bench import compositions, memory, model, rules, snapshot
+from meristem.recipes.bench import compositions, memory, model, rules, safety, snapshot
 from meristem.recipes.bench.measure import Row
 
 SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
@@ -18,7 +18,7 @@ SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
     "hope": (compositions.hope, compositions.hope_speaks),
     "levels": (compositions.levels,),
     "decode": (model.decoding, memory.token),
-    "snapshot": (snapshot.snapshots,),
+    "snapshot": (snapshot.snapshots, safety.safety),
     "start": (model.start,),
 }
 
