@@ -31,6 +31,7 @@ from meristem.nn.part import MemoryPart
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.groups import levels
 from meristem.optim.part import OptimPart
+from meristem.recipes import shelter
 from meristem.train.loss import cross_entropy
 
 PERIODS = (1, 2, 4)
@@ -320,15 +321,8 @@ def _interrupted(job: Any, step: int) -> Any:
 
 
 def _struck(job: Any, step: int) -> Any:
-    """It is killed while it makes gradients, once: a file says that it was."""
-
-    def strike() -> None:
-        told = Path(os.environ.get("STRUCK", "/nonexistent/struck"))
-        if not told.exists():
-            told.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return _at(job, step, strike)
+    """It is killed while it makes gradients."""
+    return _at(job, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def _at(job: Any, step: int, act: Callable[[], None]) -> Any:
@@ -343,10 +337,21 @@ def _at(job: Any, step: int, act: Callable[[], None]) -> Any:
     return job
 
 
+def _lost(job: Any, step: int) -> Any:
+    """It finds no number in three steps, and is killed while all go back."""
+
+    def strike(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    shelter.put_back_weights = strike
+    return _spoilt(job, step)
+
+
 FAULTS: dict[str, Callable[[Any, int], Any]] = {
     "spoilt": _spoilt,
     "interrupted": _interrupted,
     "struck": _struck,
+    "lost": _lost,
 }
 
 

@@ -129,3 +129,22 @@ def test_what_each_process_did_is_recorded(stage, tmp_path):
     ]
     assert ranks == [0, 1]
     assert not (tmp_path / "run/ranks/1/checkpoints").exists() and not (tmp_path / "run/ranks/1/report.md").exists()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("fault", ["struck", "lost"])
+def test_a_killed_process_ends_the_others_and_all_go_on(stage, tmp_path, fault):
+    """Killed in the middle of a step, or of going back together: the other one ends too, and says that it was left.
+
+    Started again, they end with the losses of a run that nobody disturbed.
+    """
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ("train.steps=14", "distributed.timeout_s=3", "rollback.full_deadline_s=60", "rollback.fast_deadline_s=60")
+    run(stage, 2, whole, *more).found()
+    played = run(stage, 2, broken, *more, breaks=f"{fault}:1:9")
+    assert played.codes == [1, -9]
+    assert "AgreementFailed" in (broken / "0.err").read_text()
+    assert saved(broken).step == 9
+    found = run(stage, 2, broken, *more, resume="must").found()
+    assert found["step"] == 14
+    assert losses(broken) == losses(whole) and len(losses(whole)) == 14

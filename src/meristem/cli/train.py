@@ -1,5 +1,6 @@
 """`meristem train` and `meristem plan`: a run, and what it would be."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,9 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and stop, as `meristem plan` does.")] = False,
     no_plan: Annotated[bool, typer.Option("--no-plan", help="Start without asking first whether it can work.")] = False,
+    n_processes: Annotated[
+        int, typer.Option("--nproc", min=1, help="Processes on this machine that share each batch.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Prepare the text, train, evaluate, keep checkpoints, write samples. Ctrl-C leaves a checkpoint to go on from.
@@ -33,24 +37,58 @@ def train(
       meristem train titans-mag
       meristem train titans-mag data.source=book.txt train.budget=10m
       meristem train charformer --run-dir runs/small --resume must
+      meristem train titans-mag --nproc 2
     """
-    from dataclasses import asdict
-
     from meristem.recipes.config import load_config
 
     config = load_config(preset, overrides or ()).tree
     if dry_run:
         _plan(config, as_json)
         return
+    if n_processes > 1:
+        words = [preset, *(overrides or ()), *(["--no-plan"] if no_plan else []), *(["--json"] if as_json else [])]
+        raise typer.Exit(_launched(config, words, n_processes, run_dir, resume))
+    raise typer.Exit(_trained(config, run_dir, resume, no_plan=no_plan, as_json=as_json))
+
+
+def _trained(config: "Config", run_dir: Path | None, resume: str, *, no_plan: bool, as_json: bool) -> int:
+    """Train in this process, which may be one of several; of these the first speaks for all."""
+    from dataclasses import asdict
+
+    from meristem.distributed.mesh import told_rank, written_down
     from meristem.recipes.pretrain import pretrain
     from meristem.sinks.console import Console
 
-    view = Console(json=as_json)
-    planned = None if no_plan else _looked_ahead(config, view)
-    result = pretrain(config, run_dir=run_dir, resume=resume, view=view, planned=planned)
-    if as_json:
+    view, is_first = Console(json=as_json), told_rank() == 0
+    planned = None if no_plan or not is_first else _looked_ahead(config, view)
+    with written_down():
+        result = pretrain(config, run_dir=run_dir, resume=resume, view=view, planned=planned)
+    if as_json and is_first:
         json_line(asdict(result))
-    raise typer.Exit(result.exit_code)
+    return result.exit_code
+
+
+def _launched(config: "Config", words: list[str], n_processes: int, run_dir: Path | None, resume: str) -> int:
+    """Train in several processes, each of which is this command without ``--nproc``."""
+    from meristem.distributed.launch import launch
+    from meristem.distributed.mesh import require_not_launched
+    from meristem.recipes.resume import after_restart
+    from meristem.recipes.run import directory_for
+
+    require_not_launched()
+    place = run_dir or directory_for(config, resume)
+
+    def command(n_restarts: int) -> list[str]:
+        way = after_restart(resume, place, n_restarts)
+        return ["-m", "meristem", "train", *words, "--resume", way, "--run-dir", str(place)]
+
+    return launch(
+        command,
+        n_processes,
+        config.distributed,
+        tell=lambda text: typer.secho(f"warning: {text}", fg="yellow", err=True),
+        answer=partial(typer.echo, nl=False) if "--json" in words else None,
+    )
 
 
 def plan(preset: Preset, overrides: Overrides = None, as_json: Json = False) -> None:

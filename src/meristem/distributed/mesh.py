@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import secrets
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from meristem.device.part import DevicePart
 from meristem.distributed.part import DistributedPart
-from meristem.errors import AgreementFailed, CapabilityError, ConflictingKeys, WrongValue
+from meristem.errors import AgreementFailed, CapabilityError, ConflictingKeys, MeristemError, WrongValue
 
 _GIVEN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -42,6 +44,34 @@ class Ranks:
         return self.rank == 0
 
 
+def told_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """The number of this process, as whoever started it says; 0 alone."""
+    return int(environment.get("RANK", "0"))
+
+
+def require_not_launched(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises WrongValue in a process that was itself started as one of several."""
+    if "WORLD_SIZE" in environment:
+        raise WrongValue(
+            f"--nproc starts processes, and this one was started as {told_rank(environment) + 1} of "
+            f"{environment['WORLD_SIZE']} (RANK, WORLD_SIZE). Leave --nproc out under torchrun, or unset WORLD_SIZE.",
+            path="--nproc",
+        )
+
+
+@contextlib.contextmanager
+def written_down(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Leave an error that ends the block where the agent which started this process looks for it, if one did."""
+    try:
+        yield
+    except MeristemError as error:
+        if "TORCHELASTIC_ERROR_FILE" in environment:
+            from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
+
+            ErrorHandler().record_exception(error)
+        raise
+
+
 @contextlib.contextmanager
 def joined(part: DistributedPart, device: DevicePart, environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """Be one of the processes that ``torchrun`` started while the block runs; alone where it started one or none.
@@ -66,6 +96,8 @@ def joined(part: DistributedPart, device: DevicePart, environment: Mapping[str, 
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
         store.set_timeout(timeout)
+        # The table outlives processes that are started again: what those before them said must not be heard.
+        store = PrefixStore(_met(store, rank, size, part.timeout_s), store)
         # Numbers of the host always go by gloo: reading them from an accelerator would make it wait.
         carriers = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
         own = PrefixStore("torch", store)
@@ -82,6 +114,29 @@ def joined(part: DistributedPart, device: DevicePart, environment: Mapping[str, 
         yield Ranks(rank, size, local_rank, n_local, n_restarts, backend, store)
     finally:
         dist.destroy_process_group()
+
+
+def _met(store: Store, rank: int, size: int, timeout_s: float) -> str:
+    """A name for this meeting, the same in all of them, that no earlier one had.
+
+    Each makes up a word that nobody used before, and the first answers to it, so that no old answer is taken for one.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello/{rank}", own)
+        store.wait([f"answer/{own}"])
+        name = str(store.get(f"answer/{own}").decode())
+        store.add(f"met/{name}", 1)
+        return name
+    deadline = time.monotonic() + timeout_s
+    while store.add(f"met/{own}", 0) < size - 1:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError("some of them did not say hello")
+        for key in (f"hello/{other}" for other in range(1, size)):
+            if store.check([key]):
+                store.set(f"answer/{store.get(key).decode()}", own)
+        time.sleep(0.01)
+    return own
 
 
 def own_device(ranks: Ranks, part: DevicePart) -> DevicePart:
