@@ -121,3 +121,9 @@ def test_the_configuration_reference_is_current() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_the_table_of_faults_is_current() -> None:
+    faults = script("faults")
+    written = faults.PAGE.read_text(encoding="utf-8")
+    assert written == faults.page(), "docs/faults.md is stale: run .venv/bin/python scripts/faults.py"

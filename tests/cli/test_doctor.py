@@ -1,6 +1,11 @@
 """``meristem doctor`` says of each thing whether it is fit, and fails when one is in the way."""
 
+import shutil
+from dataclasses import replace
+
 from meristem.cli import doctor, run
+from meristem.recipes.drill.catalogue import drills
+from meristem.recipes.drill.drill import Seen
 
 
 def test_this_machine_is_fit(answered, tmp_path):
@@ -34,3 +39,28 @@ def test_an_unknown_kind_is_named(capsys):
     """With the kinds that there are."""
     assert run(["plugins", "ls", "--kind", "memry"]) == 2
     assert "memory" in capsys.readouterr().err
+
+
+def test_a_drill_shows_its_outcome(answered):
+    """Once, however often it is named."""
+    code, report = answered("doctor", "--drill", "hanging-worker", "--drill", "hanging-worker")
+    assert (code, report["status"]) == (0, "ok")
+    (found,) = report["drills"]
+    assert found["name"] == "hanging-worker" and found["is_as_expected"] and all(found["checks"].values())
+
+
+def test_a_drill_that_ends_otherwise_fails(monkeypatch, capsys):
+    """Exit code 1, the sentence that was not so, and where to look."""
+    broken = replace(drills.get("nan-loss"), act=lambda drill, place: Seen({"the run goes on": False}))
+    monkeypatch.setitem(drills._entries, "nan-loss", broken)
+    assert run(["doctor", "--drill", "nan-loss"]) == 1
+    out = capsys.readouterr().out
+    assert "NOT SO    the run goes on" in out
+    shutil.rmtree(out.split("stands in ")[1].split()[0])
+
+
+def test_an_unknown_drill_is_refused_before_anything_is_broken(capsys):
+    """With the nearest."""
+    assert run(["doctor", "--drill", "hanging-worker", "--drill", "torn-chekpoint"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "Nearest: torn-checkpoint" in shown.err

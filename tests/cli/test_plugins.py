@@ -28,7 +28,7 @@ def test_rules_their_parts_and_forms_are_listed(answered, registry):
 def test_every_kind_is_listed(answered):
     kinds = [row["kind"] for row in answered("plugins", "ls")[1]]
     assert sorted(set(kinds)) == sorted(
-        ["memory", "structure", "bias", "retention", "update", "features", "form", "model", "mixer"]
+        ["memory", "structure", "bias", "retention", "update", "features", "form", "model", "mixer", "drill"]
     )
 
 

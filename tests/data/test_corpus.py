@@ -4,7 +4,10 @@ import contextlib
 import gc
 import os
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import orjson
 import pytest
 
@@ -170,3 +173,59 @@ def test_opening_many_times_leaves_no_descriptor(prepared):
     assert n_descriptors(prepared) == 0
     held = open_corpus(prepared)
     assert n_descriptors(prepared) == len(held.numbers)
+
+
+CUT_AND_MEND = """
+import os, sys, threading
+import numpy as np
+from meristem.data.files import open_numbers
+from meristem.errors import FileChanged
+
+path, n_reads = sys.argv[1], 3000
+content = open(path, "rb").read()
+numbers, is_over = open_numbers(path, "uint16"), threading.Event()
+
+def cut():
+    while not is_over.is_set():
+        os.truncate(path, 10)
+        with open(path, "r+b") as file:
+            file.write(content)
+
+threading.Thread(target=cut).start()
+starts, n_seen = np.arange(0, len(numbers) - 9, 9), 0
+try:
+    for _ in range(n_reads):
+        try:
+            numbers.rows(starts, 9)
+        except FileChanged:
+            n_seen += 1
+finally:
+    is_over.set()
+print(n_seen)
+"""
+
+
+def test_tr9_a_file_cut_in_the_middle_of_a_read_kills_nobody(path):
+    """However the cut falls between a look at the file and the read of it: FileChanged, never a SIGBUS."""
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_AND_MEND, str(path / "tokens.train.u16")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+def test_numbers_are_those_of_the_file(prepared):
+    """Slices and rows, up to the end and beyond it, as an array of the whole file gives them."""
+    file = prepared / "tokens.train.u16"
+    numbers, whole = files.open_numbers(file, "uint16"), np.fromfile(file, "uint16")
+    assert len(numbers) == len(whole) and numbers.dtype == whole.dtype
+    for part in (slice(None), slice(3, 17), slice(-7, None), slice(len(whole) - 2, len(whole) + 5), slice(5, 2)):
+        assert np.array_equal(numbers[part], whole[part])
+    starts = np.array([0, 11, len(whole) - 3])
+    padded = np.concatenate([whole, np.zeros(5, "uint16")])
+    assert np.array_equal(numbers.rows(starts, 5), padded[starts[:, None] + np.arange(5)])
+    with pytest.raises(ValueError, match="not every 2-th"):
+        numbers[::2]

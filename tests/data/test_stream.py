@@ -1,7 +1,9 @@
 """A batch is a function of seed, position and layout; every window is seen; rows that read on read all."""
 
+import dataclasses
 import itertools
 import os
+import types
 
 import numpy as np
 import pytest
@@ -154,6 +156,14 @@ def test_what_the_rows_do_not_share_evenly_is_read_in_other_epochs(make):
     }
     tokens = corpus.tokens("train")
     assert firsts == {tuple(tokens[:5].tolist()), tuple(tokens[5:10].tolist())}
+
+
+def test_ids_that_no_tokenizer_gave_are_refused(corpus):
+    """As from a disk that gives other bytes than those whose hash was compared when the files were opened."""
+    known = types.SimpleNamespace(byte_lengths=corpus.tokenizer.byte_lengths[:100])
+    made = stream(dataclasses.replace(corpus, tokenizer=known))
+    with pytest.raises(ManifestMismatch, match=r"gave the id \d+, and its tokenizer has 100 entries.*Look at the disk"):
+        take(made, made.batches_per_epoch)
 
 
 @EACH

@@ -245,3 +245,15 @@ def test_every_change_has_its_end(text, tmp_path):
     assert uncommitted(journal) == []
     assert {record.kind for record in journal} == {"save", "rollback"}
     assert read_shared(tmp_path / "run" / FILE).level == Level.CONSERVATIVE
+
+
+def test_weight_that_no_step_reads_is_missed_all_the_same(text, tmp_path):
+    """NaN in the vector of a token that the text does not have: no loss shows it, how far weights move does."""
+
+    def spoil(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.embedding.weight[200] = math.nan
+
+    run(text, tmp_path / "run", "train.measure_updates_every=10", change=at_call(33, spoil))
+    warned = events(tmp_path / "run", "guard.verdict")
+    assert [(each["step"], each["detectors"]) for each in warned] == [(40, ["update"]), (50, ["update"])]

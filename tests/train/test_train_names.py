@@ -23,7 +23,7 @@ PUBLIC = {
         *("Reading", "Guard", "Verdict", "observe", "observe_held_out"),
         *("DETECTORS", "Detector", "Figures", "Sight", "Usual"),
     },
-    "loop": {"Step", "steps"},
+    "loop": {"Step", "Teaching", "steps"},
     "loss": {"cross_entropy"},
     "part": {
         *("Duration", "TrainPart", "GuardPart", "RollbackPart", "ProfilePart", "AggregatePart", "SourceWeights"),
@@ -32,7 +32,7 @@ PUBLIC = {
     "progress": {"Progress"},
     "rollback": {
         *("Tier", "TierName", "Act", "Attempt", "restore", "Rollbacks", "Latency"),
-        *("FAST", "FULL", "BOUNDS_S"),
+        *("FAST", "FULL", "BOUNDS_S", "USUAL", "n_snapshots", "most_bytes"),
     },
 }
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 import typer
 
 from meristem.cli.answer import Json, answer, columns, size
+from meristem.cli.drill import drill
 from meristem.errors import CapabilityError
 
 
@@ -30,15 +31,31 @@ LOW_RAM_BYTES, NO_RAM_BYTES = 2e9, 3e8
 
 def doctor(
     run_root: Annotated[Path, typer.Option("--run-root", help="Where runs are to be written.")] = Path("runs"),
+    drills: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--drill",
+            metavar="NAME",
+            help="Break this in a tiny run instead, and see what becomes of it; may be given again. 'all' for each.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Look at this machine: Python, torch, devices, room, extras, plugins. Exit code 1 when something is in the way.
+
+    With --drill, cause a fault on purpose in a temporary directory; exit code 1 when the outcome is not the expected.
 
     \b
     Examples:
       meristem doctor
       meristem doctor --json
+      meristem doctor --drill killed --drill disk-full
     """
+    if drills:
+        if not drill(drills, as_json):
+            raise typer.Exit(1)
+        return
     items = [item for look in _LOOKS for item in look(run_root)]
     worst = max(items, key=lambda item: ("ok", "warn", "fail").index(item.status)).status
     report = {"status": worst, "items": [item._asdict() for item in items]}
@@ -131,14 +148,14 @@ def _extras(run_root: Path) -> Iterator[Item]:
 
 
 def _plugins(run_root: Path) -> Iterator[Item]:
-    from meristem.cli.plugins import registries
+    from meristem.cli.plugins import findings
 
-    findings = [finding for registry in registries() for finding in registry.check()]
-    broken = [f"{finding.origin.kind} {finding.origin.name}" for finding in findings if finding.error]
+    found = findings()
+    broken = [f"{finding.origin.kind} {finding.origin.name}" for finding in found if finding.error]
     if broken:
         yield Item("plugins", "warn", f"{', '.join(broken)} cannot be loaded: `meristem plugins check` says why")
     else:
-        yield Item("plugins", "ok", f"{len(findings)} entries load")
+        yield Item("plugins", "ok", f"{len(found)} entries load")
 
 
 def _tokenizers(run_root: Path) -> Iterator[Item]:

@@ -96,7 +96,7 @@ class Numbers:
 
     def _read(self, target: np.ndarray, start: int) -> None:
         """Fill ``target``, which lies in one piece, with the numbers from ``start`` on."""
-        left, at = memoryview(target).cast("B"), start * self.dtype.itemsize
+        left, at = target.data.cast("B"), start * self.dtype.itemsize
         while left:
             try:
                 n_read = os.preadv(self._descriptor, [left], at)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import nn
@@ -21,6 +22,9 @@ from meristem.train.backward import backward, is_out_of_room, make_room
 from meristem.train.guard import Reading
 from meristem.train.part import AggregatePart, TrainPart
 from meristem.train.progress import Progress
+
+_UNMEASURED: Final = -1.0
+"""In place of how far a weight was moved. NaN would not do: that says that a weight is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def _take(stream: Stream, cursor: Cursor, n_batches: int) -> tuple[list[Batch], 
 def _move(
     engine: Engine, optimizer: Outer, loss: torch.Tensor, device: Device, *, is_measured: bool
 ) -> tuple[Update, torch.Tensor]:
-    """Step; and how far the weight that moved most was moved, as a share of itself, or NaN where that is not measured.
+    """Step; and how far the weight that moved most was moved, as a share of itself, or ``_UNMEASURED``.
 
     A weight of less than a thousandth on average counts as one of that: what began at 0 moves by more than itself.
     Where processes hold parts of weights, each part counts as a weight.
@@ -183,7 +187,7 @@ def _move(
     # Where one process could not, the others have moved weights for nothing and go back with it.
     is_moved = not any(failed for (failed,) in engine.sync.gather([update is None]))
     if update is not None and is_moved:
-        ratio = _largest_ratio(before, weights) if weights else torch.full_like(loss, math.nan)
+        ratio = _largest_ratio(before, weights) if weights else torch.full_like(loss, _UNMEASURED)
         if weights and engine.sync.ranks.size > 1:
             ratio = torch.full_like(loss, max(most for (most,) in engine.sync.gather([float(ratio)])))
         return update, ratio
@@ -214,7 +218,7 @@ def _read(last_step: int, unread: list[torch.Tensor]) -> tuple[Reading, ...]:
             loss_nats=loss,
             grad_norm=norm,
             is_skipped=bool(is_skipped),
-            update_ratio=None if math.isnan(ratio) else ratio,
+            update_ratio=None if ratio == _UNMEASURED else math.inf if math.isnan(ratio) else ratio,
         )
         for index, (loss, norm, is_skipped, ratio) in enumerate(torch.stack(unread).tolist())
     )

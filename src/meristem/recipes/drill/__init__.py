@@ -1,0 +1,1 @@
+"""Fault drills: something is really broken in a tiny run, and what becomes of the run is looked at."""
