@@ -6,6 +6,7 @@ import json
 
 from meristem.checkpoint import run as runs
 from meristem.cli import run
+from meristem.train.emergency import FILE, Emergency, Level, SharedLevel, raised
 
 
 def test_ls_shows_each_run_once(tmp_path, make_run, answered):
@@ -27,6 +28,16 @@ def test_show_has_manifest_and_last_metrics(finished, answered):
     code, report = answered("runs", "show", finished)
     assert (code, report["name"], report["status"]) == (0, "ada", "finished")
     assert report["metrics"]["val"] == {"step": 20, "bits_per_byte": 1.5}
+
+
+def test_show_tells_how_sound_a_run_is(finished, answered):
+    """While it is written, from another process: that is what the file is for."""
+    shared = SharedLevel(finished / FILE)
+    shared.write(raised(Emergency(), Level.CONSERVATIVE, reason="divergence", origin="guard"))
+    _, report = answered("runs", "show", finished)
+    shared.close()
+    assert report["emergency"] == {"level": 3, "reason": "divergence", "origin": "guard"}
+    assert report["rollbacks"] == 0
 
 
 def test_diff_prints_the_one_changed_key(finished, make_run, answered):

@@ -48,19 +48,27 @@ def _last_step(run: Path) -> int | None:
 
 @app.command()
 def show(run: Run, as_json: Json = False) -> None:
-    """Print the manifest of a run and its last metrics.
+    """Print the manifest of a run, its last metrics, its emergency level and how often it went back.
 
     \b
     Example:
       meristem runs show runs/latest
     """
     from meristem.checkpoint import run as runs
+    from meristem.sinks.lines import read_records
     from meristem.sinks.records import history
+    from meristem.train import emergency
 
     report = dict(runs.read(run))
     if (run / "metrics.ndjson").exists():
         records = history(run, emit=tell)
         report["metrics"] = {record["split"]: {"step": record["step"], **record["metrics"]} for record in records}
+    if (run / emergency.FILE).exists():
+        now = emergency.read_shared(run / emergency.FILE)
+        report["emergency"] = {"level": int(now.level), "reason": now.reason, "origin": now.origin}
+    if (run / "events.ndjson").exists():
+        events = read_records(run / "events.ndjson", tell)
+        report["rollbacks"] = sum(event["name"] == "rollback.done" for event in events)
     answer(report, as_json, pairs)
 
 
