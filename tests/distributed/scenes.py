@@ -22,6 +22,7 @@ from meristem.distributed.agreement import Agreement, Change, fingerprint
 from meristem.distributed.engine import Engine, alone, replicated, sharded
 from meristem.distributed.mesh import Ranks, joined
 from meristem.distributed.part import DistributedPart
+from meristem.distributed.parts import local
 from meristem.distributed.sync import Sync, size_bytes
 from meristem.errors import AgreementFailed
 from meristem.memory.value import State, detach, flatten
@@ -283,7 +284,9 @@ SCENES: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def run(folder: Path, overrides: list[str], resume: str = "auto", breaks: str = "") -> dict[str, Any]:
+def run(
+    folder: Path, overrides: list[str], resume: str = "auto", breaks: str = "", preset: str = "titans-mag"
+) -> dict[str, Any]:
     """A whole run in ``folder``/run, as a command makes it.
 
     breaks: ``fault:rank:step``: what goes wrong, in which process, in which step counted from its start.
@@ -293,15 +296,23 @@ def run(folder: Path, overrides: list[str], resume: str = "auto", breaks: str = 
     from meristem.sinks.console import Console
 
     fault, rank, step = (*breaks.split(":"), "", "", "")[:3]
-    is_here = fault and rank in ("", os.environ.get("RANK", "0"))
+    is_here = fault and rank == os.environ.get("RANK", "0")
+    jobs: list[Any] = []
+
+    def make_job(*given: Any) -> Any:
+        job = prepare_job(*given)
+        jobs.append(FAULTS[fault](job, int(step)) if is_here else job)
+        return jobs[-1]
+
     result = pretrain(
-        load_config("titans-mag", overrides, {}).tree,
+        load_config(preset, overrides, {}).tree,
         run_dir=folder / "run",
         resume=resume,
         view=Console(json=True),
-        make_job=lambda *given: FAULTS[fault](prepare_job(*given), int(step)) if is_here else prepare_job(*given),
+        make_job=make_job,
     )
-    return {"status": result.status, "step": result.step, "nats": result.nats}
+    weights = fingerprint({name: local(tensor) for name, tensor in jobs[0].model.state_dict().items()})
+    return {"status": result.status, "step": result.step, "nats": result.nats, "weights": weights}
 
 
 def _spoilt(job: Any, step: int) -> Any:
@@ -347,11 +358,37 @@ def _lost(job: Any, step: int) -> Any:
     return _spoilt(job, step)
 
 
+def _apart(job: Any, step: int) -> Any:
+    """One weight becomes another, as by a bit that has flipped."""
+
+    def flip() -> None:
+        with torch.no_grad():
+            next(job.model.parameters()).view(-1)[0] += 1e-3
+
+    return _at(job, step, flip)
+
+
+def _full(job: Any, step: int) -> Any:
+    """No room is left when the weights are moved, once."""
+    part, count = job.optimizer.parts[0], itertools.count()
+    move = part.step
+
+    def full(*given: Any) -> Any:
+        if next(count) == step:
+            raise torch.OutOfMemoryError("pretended")
+        return move(*given)
+
+    part.step = full
+    return job
+
+
 FAULTS: dict[str, Callable[[Any, int], Any]] = {
     "spoilt": _spoilt,
     "interrupted": _interrupted,
     "struck": _struck,
     "lost": _lost,
+    "apart": _apart,
+    "full": _full,
 }
 
 

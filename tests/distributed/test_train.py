@@ -35,6 +35,8 @@ KINDS = {
     "reading_on": ("data.order=sequential",),
     "sharded": ("distributed.shard=true",),
     "sharded_reading_on": ("distributed.shard=true", "data.order=sequential"),
+    # A memory that carries views of the weights which it began from.
+    "sharded_tnt": ("distributed.shard=true", "data.order=sequential", "memory.form=tnt"),
 }
 
 
@@ -56,12 +58,13 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_equal_one(stage, tmp_path, kind):
-    """Twice the longest period: losses, weights, moments, what waits and the memory of the joined batch."""
+    """Twice the longest period: losses, weights and moments of the joined batch; between the two, to the bit."""
     one, two = tmp_path / "one", tmp_path / "two"
     run(stage, 1, one, *KINDS[kind]).found()
     played = run(stage, 2, two, *KINDS[kind])
     first, second = played.found(0), played.found(1)
     assert first["status"] == second["status"] == "finished" and first["step"] == second["step"] == 8
+    assert first["weights"] == second["weights"] or "sharded" in kind
     assert losses(two) == pytest.approx(losses(one), rel=1e-5) and len(losses(two)) == 8
     for tree in ("model", "optim"):
         single, both = saved(one).tree(tree), saved(two).tree(tree)
@@ -148,3 +151,24 @@ def test_a_killed_process_ends_the_others_and_all_go_on(stage, tmp_path, fault):
     found = run(stage, 2, broken, *more, resume="must").found()
     assert found["step"] == 14
     assert losses(broken) == losses(whole) and len(losses(whole)) == 14
+
+
+def test_s2_processes_that_went_apart_are_found(stage, tmp_path):
+    """A weight of one differs: at the next snapshot all learn it and end, with what was saved before intact."""
+    more = ("train.steps=20", "rollback.snapshot_every=4")
+    played = run(stage, 2, tmp_path, *more, breaks="apart:1:9")
+    assert played.codes == [1, 1]
+    for rank in (0, 1):
+        assert "the 2 processes have gone apart: checksums by rank" in (tmp_path / f"{rank}.err").read_text()
+    assert saved(tmp_path).step == 9
+    assert run(stage, 2, tmp_path, *more, resume="must").found()["step"] == 20
+
+
+def test_s2_no_room_in_one_process_sends_all_back(stage, tmp_path):
+    """The others have moved weights that it has not: all go back, and cut batches smaller from then on."""
+    more = ("train.steps=12", "rollback.snapshot_every=4", "rollback.fast_deadline_s=60", "evaluate.every=100")
+    played = run(stage, 2, tmp_path, *more, breaks="full:1:6")
+    assert played.found(0)["weights"] == played.found(1)["weights"]
+    for place in (tmp_path / "run", tmp_path / "run/ranks/1"):
+        (back,) = [r["payload"] for r in read_records(place / "events.ndjson") if r["name"] == "rollback.done"]
+        assert back["changed"] == {"n_parts": 2} and back["resumed_from"] in (4, 6)

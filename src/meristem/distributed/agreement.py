@@ -7,7 +7,7 @@ different ends.
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -96,12 +96,26 @@ class Agreement:
         return Outcome(True, order)
 
     def told(self, what: str, text: str) -> str:
-        """The text of the first process; what the others give is not looked at."""
+        """The text of the first process; what the others give is not looked at.
+
+        Raises AgreementFailed, in the first one, with those that have not heard it within the timeout: it may not run
+        ahead of them, since what it said is forgotten after some meetings.
+        """
         self._meet(what)
         if self._ranks.is_first:
             self._say("text", {"text": text})
-            return text
-        return str(self._told("text", self._timeout_s)["text"])
+        else:
+            text = str(self._told("text", self._timeout_s)["text"])
+        self._answer("heard", {"found": ""})
+        against = self._differences("heard") if self._ranks.is_first else ()
+        if against:
+            raise AgreementFailed(
+                f"not all of {self._ranks.size} processes heard '{what}': {'; '.join(against)}. Start all of them "
+                f"again; they go on from the last checkpoint.",
+                rank=self._ranks.rank,
+                against=against,
+            )
+        return text
 
     def require_same(self, what: str, found: str) -> None:
         """Raises AgreementFailed, in every process, unless ``found`` is the same in all of them."""
@@ -195,6 +209,18 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def checksum(tensors: Iterable[Tensor]) -> float:
+    """A whole number below 2^52 that is another one where any single bit of them is: cheap enough to ask for often."""
+    total = 0
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().reshape(-1).view(_OF_SIZE[tensor.element_size()])
+        total += int(bits.sum(dtype=torch.int64))
+    return float(total % 2**52)
+
+
+_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _tried(call: Callable[[bytes], str], order: bytes) -> dict[str, str]:

@@ -105,6 +105,8 @@ def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> 
     mesh = init_device_mesh(next(model.parameters()).device.type, (sync.ranks.size,))
     blocks = getattr(model, "blocks", None)
     for module in [*(blocks if isinstance(blocks, nn.ModuleList) else []), model]:
+        # Before those of FSDP, which let go of what is whole.
+        module.register_forward_hook(lambda module, given, found: _with_own_bytes(found))
         fully_shard(module, mesh=mesh, ignored_params=ignored)
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
@@ -137,6 +139,18 @@ def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> 
             root.set_reshard_after_forward(False, recurse=False)
 
     return Engine(model, micro_batch, whole, sync)
+
+
+def _with_own_bytes(found: Any) -> Any:
+    """What a module gives, with copies in place of views of its parameters, which are whole only while it works."""
+    if isinstance(found, tuple):
+        return tuple(_with_own_bytes(each) for each in found)
+    if isinstance(found, dict):
+        return {name: _with_own_bytes(each) for name, each in found.items()}
+    is_own = not isinstance(found, Tensor) or not isinstance(
+        found if found._base is None else found._base, nn.Parameter
+    )
+    return found if is_own else found.clone()
 
 
 class _Counted:

@@ -4,11 +4,13 @@ Alone, every question is answered by the one who asks, and nothing is sent.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from meristem.distributed.agreement import Agreement, Change
+from torch import Tensor
+
+from meristem.distributed.agreement import Agreement, Change, checksum
 from meristem.distributed.mesh import Ranks
 from meristem.distributed.sync import Sync
 from meristem.errors import AgreementFailed
@@ -47,6 +49,23 @@ class Team:
         if self.ranks.size > 1:
             for name, find in what.items():
                 self.agreement.require_same(name, find())
+
+    def require_alike(self, tensors: Iterable[Tensor]) -> None:
+        """Raises AgreementFailed, in every process, unless these have the same bits in all; alone it is not asked.
+
+        It costs one reading of them and one small exchange, and so is done again and again.
+        """
+        if self.ranks.size == 1:
+            return
+        every = [told for (told,) in self.sync.gather([checksum(tensors)])]
+        if len(set(every)) > 1:
+            raise AgreementFailed(
+                f"the {self.ranks.size} processes have gone apart: checksums by rank {', '.join(map(repr, every))}. A "
+                f"machine of theirs computes wrongly, or one was disturbed. Start all of them again: they go on from "
+                f"the last checkpoint, with the same weights.",
+                rank=self.ranks.rank,
+                found=every,
+            )
 
     def clock(self) -> float:
         """Seconds, which only go on: those of the first process, so that a deadline passes in all or in none."""

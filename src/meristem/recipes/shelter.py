@@ -14,7 +14,7 @@ import torch
 from meristem.checkpoint.journal import Journal
 from meristem.checkpoint.ring import Ring, Snapshot
 from meristem.checkpoint.saver import Saver
-from meristem.distributed.parts import local_by_name
+from meristem.distributed.parts import is_part, local_by_name
 from meristem.errors import Halted, RollbackFailed
 from meristem.events import Event
 from meristem.optim.state import expected_bytes
@@ -143,6 +143,7 @@ class Shelter:
     def take(self, progress: Progress, tag: str) -> Snapshot | None:
         """A snapshot of the run as it is; None where none are kept."""
         self._is_due = False
+        self._run.team.require_alike(weight for weight in self._job.model.parameters() if not is_part(weight))
         if self._ring is None:
             return None
         probe_nats = self._probe()

@@ -10,7 +10,7 @@ from meristem.data.stream import Batch
 from meristem.device.resolve import Device
 from meristem.distributed.engine import Engine, alone
 from meristem.errors import OutOfDeviceBytes
-from meristem.memory.value import State, detach, join_rows, take_rows
+from meristem.memory.value import State, join_rows, map_tensors, take_rows
 from meristem.nn.auxiliary import auxiliary
 from meristem.train.aggregate import Conflict, gather, settle, total
 from meristem.train.loss import cross_entropy
@@ -120,9 +120,15 @@ def _attempt(
                 losses, state = _read(engine.model, part, own, device, n_targets, share)
                 gathered = _teach(engine.model, losses, by, gathered)
             told.append(losses["text"].detach())
-            states.append(detach(state))
+            states.append(map_tensors(_carried, state))
         memory = join_rows(states)
     return torch.stack(told).sum(), memory, gathered
+
+
+def _carried(leaf: torch.Tensor) -> torch.Tensor:
+    """A leaf of a memory, cut from the graph. A view of a weight gets bytes of its own, for the weight moves on."""
+    is_weight = isinstance(leaf if leaf._base is None else leaf._base, nn.Parameter)
+    return leaf.detach().clone() if is_weight else leaf.detach()
 
 
 def _teach(

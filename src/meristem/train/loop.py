@@ -188,8 +188,9 @@ def _move(
     is_moved = not any(failed for (failed,) in engine.sync.gather([update is None]))
     if update is not None and is_moved:
         ratio = _largest_ratio(before, weights) if weights else torch.full_like(loss, _UNMEASURED)
-        if weights and engine.sync.ranks.size > 1:
-            ratio = torch.full_like(loss, max(most for (most,) in engine.sync.gather([float(ratio)])))
+        if is_measured and engine.sync.ranks.size > 1:
+            most = [math.inf if math.isnan(each) else each for (each,) in engine.sync.gather([float(ratio)])]
+            ratio = torch.full_like(loss, max(most))
         return update, ratio
     make_room(engine.model, device)
     raise OutOfDeviceBytes(
