@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from distributed.test_train import SETTINGS, losses, run, saved
+from meristem.distributed.launch import _ended
 from meristem.distributed.mesh import require_not_launched, told_rank
 from meristem.errors import WrongValue
 from meristem.models.load import load
@@ -109,3 +111,26 @@ def test_nproc_within_torchrun_is_refused():
     with pytest.raises(WrongValue, match="this one was started as 2 of 3 .* Leave --nproc out under torchrun"):
         require_not_launched({"WORLD_SIZE": "3", "RANK": "1"})
     assert told_rank({}) == 0 and told_rank({"RANK": "2"}) == 2
+
+
+@pytest.mark.parametrize(
+    ("ends", "found"),
+    [
+        ({1: (-9, "")}, (0, "process 1 was ended by SIGKILL")),
+        ({0: (130, ""), 1: (-9, "")}, (0, "process 1 was ended by SIGKILL")),
+        ({0: (-15, ""), 1: (2, "ConflictingKeys")}, (2, None)),
+        ({0: (5, "AgreementFailed"), 1: (4, "DataError")}, (4, None)),
+        ({0: (5, "AgreementFailed"), 1: (-15, "")}, (0, "process 0 was left without an answer")),
+        ({0: (130, ""), 1: (130, "")}, (130, None)),
+        ({0: (5, "Halted"), 1: (5, "Halted")}, (5, None)),
+    ],
+)
+def test_what_ended_first_is_what_counts(tmp_path, ends, found):
+    """Lost is who was killed, or all that were left without an answer; an error of its own keeps its exit code."""
+    failures = {}
+    for rank, (code, error) in ends.items():
+        file = tmp_path / f"{rank}.json"
+        if error:
+            file.write_text(json.dumps({"message": {"message": f"{error}: why", "extraInfo": {"timestamp": "1"}}}))
+        failures[rank] = ProcessFailure(rank, 1, code, str(file))
+    assert _ended(failures) == found

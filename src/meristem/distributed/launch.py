@@ -86,15 +86,20 @@ def _once(words: Sequence[str], n_processes: int, answer: Callable[[str], None] 
 
 
 def _ended(failures: dict[int, ProcessFailure]) -> tuple[int, str | None]:
-    """What came of processes of which at least one failed. Who only missed the others did not fail by itself."""
-    killed = {rank: -each.exitcode for rank, each in failures.items() if each.exitcode < 0}
+    """What came of processes of which at least one failed: the exit code, or who was lost.
+
+    The agent ends the others by SIGTERM, and lists them too; who only missed the others did not fail by itself either.
+    """
+    codes = {rank: each.exitcode for rank, each in failures.items() if each.exitcode != -signal.SIGTERM}
+    killed = [(rank, -code) for rank, code in codes.items() if code < 0]
     if killed:
-        rank, number = next(iter(killed.items()))
+        rank, number = killed[0]
         return 0, f"process {rank} was ended by {signal.Signals(number).name}"
-    own = [each.exitcode for each in failures.values() if AgreementFailed.__name__ not in _message(each)]
+    left = [rank for rank, each in failures.items() if _message(each) == AgreementFailed.__name__]
+    own = [code for rank, code in codes.items() if rank not in left and code != INTERRUPTED]
     if own:
         return own[0], None
-    return 0, f"process {next(iter(failures))} was left without an answer"
+    return (0, f"process {left[0]} was left without an answer") if left else (INTERRUPTED, None)
 
 
 def _message(failure: ProcessFailure) -> str:
