@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", type=int, default=2000, help="how many steps test_soak.py makes; 50,000 are a soak")
-    parser.addoption("--kills", type=int, default=20, help="at how many moments test_kill.py kills a run; 200 are all")
+    parser.addoption("--soak", type=int, default=1200, help="how many steps test_soak.py makes; 50,000 are a soak")
+    parser.addoption("--kills", type=int, default=12, help="at how many moments test_kill.py kills a run; 200 are all")
 
 
 @pytest.fixture(autouse=True)

@@ -66,21 +66,21 @@ def worker(process: subprocess.Popen[str], rank: int) -> int:
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("command", [PROGRAM, TORCHRUN], ids=["nproc", "torchrun"])
-def test_s2_a_killed_process_is_started_again(stage, tmp_path, command):
-    """One of two is killed in the middle of the run: it ends by itself, with the losses of one nobody disturbed."""
-    more = ("train.steps=150", "checkpoint.every=10", "evaluate.every=1000")
-    words = [*command, "-m", "meristem"] if command is TORCHRUN else command
-    process = started(words, tmp_path / "broken", *more, *(["--nproc", "2"] if command is PROGRAM else []))
+def test_s2_a_killed_process_is_started_again(stage, tmp_path):
+    """One of two under torchrun is killed in the middle: the run ends by itself, with the losses of an undisturbed one.
+
+    Under ``--nproc`` the drill ``rank-killed`` shows the same.
+    """
+    more = ("train.steps=100", "checkpoint.every=10", "evaluate.every=1000")
+    process = started([*TORCHRUN, "-m", "meristem"], tmp_path / "broken", *more)
     wait_for(process, tmp_path / "broken/run/checkpoints/step-00000020")
     os.kill(worker(process, 1), signal.SIGKILL)
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 0, (tmp_path / "broken/err").read_text()
     told = [json.loads(line) for line in out.splitlines()]
-    assert told[-1]["status"] == "finished" and told[-1]["step"] == 150
-    assert command is TORCHRUN or len(told) == 1
+    assert told[-1]["status"] == "finished" and told[-1]["step"] == 100
     run(stage, 2, tmp_path / "whole", *more).found()
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 150
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 100
     load(tmp_path / "broken/run")
 
 

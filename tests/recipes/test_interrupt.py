@@ -9,12 +9,24 @@ import pytest
 from meristem.recipes.interrupt import interruptible
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_only_asks(number):
     with interruptible() as is_asked_to_stop:
         assert not is_asked_to_stop()
         os.kill(os.getpid(), number)
         assert is_asked_to_stop()
+
+
+def test_run_that_shall_outlive_its_terminal_does():
+    """As nohup asks for it; whatever else comes is heard."""
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible() as is_asked_to_stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not is_asked_to_stop()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, usual)
 
 
 def test_second_signal_does_what_it_always_did():

@@ -40,7 +40,7 @@ def test_l6_levels_of_the_page_are_those_there_are():
 
 
 def test_l6_settings_events_and_links_of_the_page_exist():
-    sections = {"guard", "rollback", "profile", "aggregate", "checkpoint"}
+    sections = {"guard", "rollback", "profile", "aggregate", "checkpoint", "data", "distributed"}
     for name in re.findall(r"`([a-z]+\.[a-z_]+)(?:=[a-z0-9]+)?`", PAGE):
         section, key = name.split(".")
         is_setting = section in sections and key in type(getattr(Config(), section)).model_fields

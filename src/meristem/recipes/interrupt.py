@@ -23,8 +23,11 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
         return
     every = {number: signal.getsignal(number) for number in SIGNALS}
-    # What is ignored stays so: a run under nohup is to outlive its terminal.
-    usual: dict[signal.Signals, Any] = {number: each for number, each in every.items() if each != signal.SIG_IGN}
+    # A run under nohup is to outlive its terminal.
+    outlives = every[signal.SIGHUP] == signal.SIG_IGN
+    usual: dict[signal.Signals, Any] = {
+        number: each for number, each in every.items() if not (outlives and number == signal.SIGHUP)
+    }
 
     def ask(number: int, frame: FrameType | None) -> None:
         asked.set()

@@ -8,11 +8,12 @@ from meristem.plugins import Registry
 from meristem.recipes.drill.disk import DRILLS as OF_DISKS
 from meristem.recipes.drill.drill import Drill, Outcome, Seen
 from meristem.recipes.drill.process import DRILLS as OF_PROCESSES
+from meristem.recipes.drill.ranks import DRILLS as OF_RANKS
 from meristem.recipes.drill.training import DRILLS as OF_TRAINING
 
 drills: Final[Registry[Drill]] = Registry(
     "drill",
-    {drill.name: drill for drill in (*OF_TRAINING, *OF_DISKS, *OF_PROCESSES)},
+    {drill.name: drill for drill in (*OF_TRAINING, *OF_DISKS, *OF_PROCESSES, *OF_RANKS)},
     accepts=lambda thing: isinstance(thing, Drill),
 )
 

@@ -61,6 +61,11 @@ class Victim:
         options = ["--run-dir", str(scene.place / name), "--no-plan"]
         return cls(scene, name, [PROGRAM, "train", "titans-mag", *scene.settings(*more), *options])
 
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
     def is_alive(self) -> bool:
         """It has not ended."""
         return self._process.poll() is None
