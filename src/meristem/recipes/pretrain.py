@@ -52,7 +52,7 @@ from meristem.recipes.summary import go_on, write_report, write_samples
 from meristem.recipes.watch import Alarm, Log
 from meristem.sinks.console import Console
 from meristem.train.aggregate import keep_graphs
-from meristem.train.loop import Teaching, steps
+from meristem.train.loop import Step, Teaching, steps
 from meristem.train.loss import cross_entropy
 from meristem.train.profile import profiled
 from meristem.train.progress import Progress
@@ -247,19 +247,9 @@ class Trouble:
 
 def stretch(job: Job, shelter: Shelter, log: Log, start: Progress) -> Iterator[tuple[Progress, Trouble | None]]:
     """Steps from ``start`` on, each watched; the last one with what is wrong, or sound where a limit is reached."""
-    config, now = job.config, start
-    made = steps(
-        job.model,
-        job.stream,
-        job.optimizer,
-        partial(rate_factor, config.schedule),
-        part=config.train,
-        device=job.device,
-        start=start,
-        teaching=Teaching(config.aggregate, job.engine),
-    )
+    now = start
     try:
-        for step in made:
+        for step in made(job, start):
             now = step.progress
             log.take(step)
             reason = shelter.watch(step)
@@ -270,6 +260,20 @@ def stretch(job: Job, shelter: Shelter, log: Log, start: Progress) -> Iterator[t
         if error.fields.get("where") != "step":
             raise
         yield now, Trouble(str(error), n_parts=2 * now.n_parts)
+
+
+def made(job: Job, start: Progress) -> Iterator[Step]:
+    """The steps of a job from ``start`` on."""
+    return steps(
+        job.model,
+        job.stream,
+        job.optimizer,
+        partial(rate_factor, job.config.schedule),
+        part=job.config.train,
+        device=job.device,
+        start=start,
+        teaching=Teaching(job.config.aggregate, job.engine),
+    )
 
 
 def tend(

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from meristem.checkpoint.journal import Journal
 from meristem.checkpoint.ring import Ring, Snapshot
 from meristem.checkpoint.saver import Saver
 from meristem.distributed.parts import is_part, local_by_name
+from meristem.distributed.team import Team
 from meristem.errors import Halted, RollbackFailed
 from meristem.events import Event
 from meristem.optim.state import expected_bytes
@@ -37,7 +38,8 @@ from meristem.train.loop import Step
 from meristem.train.loss import cross_entropy
 from meristem.train.part import RollbackPart
 from meristem.train.progress import Progress
-from meristem.train.rollback import FAST, FULL, USUAL, Attempt, Tier, most_bytes, n_snapshots
+from meristem.train.rollback import FAST, FULL, USUAL, Attempt, Tier, TierName, most_bytes, n_snapshots
+from meristem.worker.deadline import Deadline
 
 PROBE_TOKENS: Final = 128
 """Held-out tokens whose loss is kept with every state: after going back to it they must cost the same again."""
@@ -238,35 +240,20 @@ class Shelter:
         team = self._run.team
         found = _Found(self._job, self._run, self._probe)
         snapshot = self._ring.latest(is_valid=True) if self._ring else None
-        tiers = []
+        fast: dict[str, Callable[[], str]] = {
+            "prepare": partial(found.choose, snapshot),
+            "commit": found.put,
+            "confirm": found.confirm,
+        }
+        full = {
+            "load": found.load,
+            "model": found.put_weights,
+            "optimizer": found.put_rest,
+            "verify": found.confirm,
+        }
+        tiers = [_tier("full", full, FULL, self._part.full_deadline_s, team)]
         if team.any(snapshot is not None):
-            scale = self._part.fast_deadline_s / sum(FAST.values())
-            tiers.append(
-                Tier(
-                    "fast",
-                    {
-                        "prepare": lambda deadline: team.act("prepare", partial(found.choose, snapshot)),
-                        "commit": lambda deadline: team.act("commit", found.put),
-                        "confirm": lambda deadline: team.act("confirm", found.confirm),
-                    },
-                    {name: seconds * scale for name, seconds in FAST.items()},
-                    self._part.fast_deadline_s,
-                )
-            )
-        scale = self._part.full_deadline_s / sum(FULL.values())
-        tiers.append(
-            Tier(
-                "full",
-                {
-                    "load": lambda deadline: team.act("load", found.load),
-                    "model": lambda deadline: team.act("model", found.put_weights),
-                    "optimizer": lambda deadline: team.act("optimizer", found.put_rest),
-                    "verify": lambda deadline: team.act("verify", found.confirm),
-                },
-                {name: seconds * scale for name, seconds in FULL.items()},
-                self._part.full_deadline_s,
-            )
-        )
+            tiers.insert(0, _tier("fast", fast, FAST, self._part.fast_deadline_s, team))
         return found, rollback.restore(tiers, team.clock)
 
     def _probe(self) -> float:
@@ -294,6 +281,19 @@ class Shelter:
         level = self._signals.send(level, origin=origin, reason=reason)
         self.safety = replace(self.safety, emergency=raised(self.safety.emergency, level, reason=reason, origin=origin))
         self._level.write(self.safety.emergency)
+
+
+def _tier(
+    name: TierName, acts: Mapping[str, Callable[[], str]], usual_s: Mapping[str, float], deadline_s: float, team: Team
+) -> Tier:
+    """A tier whose phases are those of all processes; they share ``deadline_s`` in the proportion of ``usual_s``."""
+    scale = deadline_s / sum(usual_s.values())
+    phases = {phase: partial(_together, team, phase, act) for phase, act in acts.items()}
+    return Tier(name, phases, {phase: seconds * scale for phase, seconds in usual_s.items()}, deadline_s)
+
+
+def _together(team: Team, phase: str, act: Callable[[], str], deadline: Deadline) -> None:
+    team.act(phase, act)
 
 
 class _Found:

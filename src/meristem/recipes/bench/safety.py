@@ -8,14 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from meristem.optim.schedule import rate_factor
 from meristem.recipes.bench.measure import Row
 from meristem.recipes.config import load_config
-from meristem.recipes.pretrain import begin, prepare_job
+from meristem.recipes.pretrain import begin, made, prepare_job
 from meristem.recipes.run import opened
 from meristem.recipes.shelter import sheltered
 from meristem.sinks.console import Console
-from meristem.train.loop import Teaching, steps
 
 N_STEPS: Final = 100
 """One interval of ``rollback.snapshot_every``: each repetition has one snapshot and as many readings as steps."""
@@ -33,16 +31,7 @@ def safety(n_repeats: int) -> Iterator[Row]:
         start, sound = begin(run, job, "never", None)
         with sheltered(run, job, start, sound) as shelter:
             watched_s = step_s = 0.0
-            for step in steps(
-                job.model,
-                job.stream,
-                job.optimizer,
-                partial(rate_factor, config.schedule),
-                part=config.train,
-                device=job.device,
-                start=start,
-                teaching=Teaching(config.aggregate, job.engine),
-            ):
+            for step in made(job, start):
                 began = time.perf_counter()
                 shelter.watch(step)
                 watched_s += time.perf_counter() - began
