@@ -25,7 +25,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "comparison.md"
 def start(preset: str, seed: int, budget: str, directory: Path) -> subprocess.Popen[bytes]:
     run_dir = directory / f"{preset}-{seed}"
     program = str(Path(sys.executable).with_name("meristem"))
-    settings = [f"run.random_seed={seed}", f"train.budget={budget}", "device.threads=1", "data.source=stdlib"]
+    settings = [f"run.seed={seed}", f"train.max_time={budget}", "device.threads=1", "data.source=stdlib"]
     command = [program, "train", preset, *settings, "--run-dir", str(run_dir)]
     with (directory / f"{preset}-{seed}.log").open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})

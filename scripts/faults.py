@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from meristem.recipes.drill.catalogue import drills
-from meristem.recipes.drill.drill import Drill
+from meristem.drills.catalogue import drills
+from meristem.drills.drill import Drill
 
 PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
 

@@ -7,15 +7,15 @@ from typing import get_args
 
 from pydantic.fields import FieldInfo
 
-from meristem.config import Part
-from meristem.recipes.config import Config
+from meristem.config import ConfigSection
+from meristem.runs.config import Config
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
 HEAD = """# Configuration
 
 Written by `scripts/reference.py` from the code. Layers, lowest first: defaults, preset, file, environment
-(`MERISTEM__TRAIN__ACCUMULATE=4`), command line (`train.accumulate=4`). `meristem config show PRESET --why` says which
+(`MERISTEM__TRAIN__GRAD_ACCUM_STEPS=4`), command line (`train.grad_accum_steps=4`). `meristem config show PRESET --why` says which
 layer set each value; an unknown key is an error that names the nearest.
 """
 
@@ -25,7 +25,7 @@ def page() -> str:
     sections = [HEAD]
     for name, field in Config.model_fields.items():
         part = field.annotation
-        if not (isinstance(part, type) and issubclass(part, Part)):
+        if not (isinstance(part, type) and issubclass(part, ConfigSection)):
             raise TypeError(f"{name} is {part}; every field of the tree is a part")
         rows = "\n".join(rows_of(name, part))
         sections.append(
@@ -34,9 +34,9 @@ def page() -> str:
     return "\n".join(sections)
 
 
-def rows_of(name: str, part: type[Part]) -> Iterator[str]:
+def rows_of(name: str, config: type[ConfigSection]) -> Iterator[str]:
     """The settings of a part, those of parts inside it among them."""
-    for key, field in part.model_fields.items():
+    for key, field in config.model_fields.items():
         if is_part(field.annotation):
             yield from rows_of(f"{name}.{key}", field.annotation)
             continue
@@ -46,7 +46,7 @@ def rows_of(name: str, part: type[Part]) -> Iterator[str]:
 
 
 def is_part(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Part)
+    return isinstance(kind, type) and issubclass(kind, ConfigSection)
 
 
 def row(part: str, key: str, field: FieldInfo) -> str:
@@ -62,8 +62,8 @@ def row(part: str, key: str, field: FieldInfo) -> str:
     return f"| `{part}.{key}` | {default} | {accepts} | {field.description.replace('|', chr(92) + '|')} |"
 
 
-def first_line(part: type[Part]) -> str:
-    return (part.__doc__ or "").strip().splitlines()[0]
+def first_line(config: type[ConfigSection]) -> str:
+    return (config.__doc__ or "").strip().splitlines()[0]
 
 
 if __name__ == "__main__":

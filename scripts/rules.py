@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 
+from meristem.bench import rules as bench
+from meristem.bench.learn import N_HELD_OUT, learn
+from meristem.bench.picture import plot_speeds
+from meristem.device.config import DeviceConfig
 from meristem.device.describe import describe
-from meristem.device.part import DevicePart
 from meristem.device.resolve import resolve
 from meristem.errors import NonFinite
 from meristem.evaluate.recall import Associative
@@ -32,10 +35,7 @@ from meristem.memory.named import rules
 from meristem.memory.retention import retentions
 from meristem.memory.update import updates
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.recipes.bench import rules as bench
-from meristem.recipes.bench.learn import N_HELD_OUT, learn
-from meristem.recipes.bench.picture import draw_speeds
+from meristem.models.config import ModelConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURES, PICTURE = DOCS / "rules.md", DOCS / "rules.json", DOCS / "rules.png"
@@ -44,7 +44,7 @@ FIRST = ("hebbian", "delta", "titans", "moneta", "yaad", "memora", "lattice", "t
 WIDTH, N_TIME, REPEATS = 128, 512, 5
 
 TASK = Associative(vocabulary=64, window=24, n_pairs=8)
-MODEL = ModelPart(width=32, n_layers=1, mixer="memory")
+MODEL = ModelConfig(dim=32, n_layers=1, mixer="memory")
 TRAINING = {"steps": 200, "batch": 16, "rate": 0.01, "random_seed": 0}
 
 ARXIV = re.compile(r"\b(?:([A-Z]\w+) )?(\d{4}\.\d{5})\b")
@@ -90,7 +90,7 @@ def head(found: dict[str, Any]) -> Iterator[str]:
         f"{bench.COMPARED:,} tokens. **State** is what a session keeps for such a layer. **Recall** is the share of "
         f"right answers after {TRAINING['steps']} steps on `{TASK.name}` (batch {TRAINING['batch']}, AdamW at "
         f"{TRAINING['rate']}, random seed {TRAINING['random_seed']}): {TASK.n_pairs} pairs among {TASK.vocabulary} ids "
-        f"in windows of {TASK.window} tokens, one layer of width {MODEL.width}, {N_HELD_OUT} windows held out. Who "
+        f"in windows of {TASK.window} tokens, one layer of width {MODEL.dim}, {N_HELD_OUT} windows held out. Who "
         f"knows the values of a window but not whose they are is right in {1 / TASK.n_pairs:.1%} (1 / pairs). Rates, "
         "widths and steps that suit one rule do not suit all: this is one point of a curve, and no ranking. What a "
         "trained model recalls, `meristem eval --suite recall` says; `meristem bench memory` measures the speeds again."
@@ -209,7 +209,7 @@ def measure_over_scan(name: str, limit: float) -> list[dict[str, Any]]:
 
 def measure_recall(name: str, limit: float) -> dict[str, Any]:
     model = build(MODEL, bench.part_of(name), TASK.vocabulary, 0)
-    device = resolve(DevicePart(compute="fp32", threads=1), silent)
+    device = resolve(DeviceConfig(dtype="fp32", threads=1), silent)
     try:
         found = learn(model, TASK, device=device, **TRAINING)
     except NonFinite:
@@ -233,7 +233,7 @@ def begun() -> dict[str, Any]:
     """What was measured before; else where this run measures, and the limit there."""
     if FIGURES.exists():
         return dict(json.loads(FIGURES.read_text(encoding="utf-8")))
-    resolve(DevicePart(), silent)
+    resolve(DeviceConfig(), silent)
     return {
         "cpu": describe()["hardware"]["cpu"],
         "threads": torch.get_num_threads(),
@@ -247,7 +247,7 @@ def begun() -> dict[str, Any]:
 def keep(found: dict[str, Any], name: str, kind: str) -> None:
     """Measure, and write down at once: a run that is broken off goes on from here."""
     began = time.perf_counter()
-    resolve(DevicePart(threads=found["threads"]), silent)
+    resolve(DeviceConfig(threads=found["threads"]), silent)
     measured = MEASURED[kind](name, found["limit_gflops"] * 1e9)
     found["rules"].setdefault(name, {})[kind] = measured
     found["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
@@ -265,7 +265,7 @@ def main() -> None:
         for name in ordered():
             if not is_there(name, kind, found["rules"].get(name, {})):
                 keep(found, name, kind)
-    draw_speeds(PICTURE, [speed for name in ordered() for speed in found["rules"][name]["speeds"]])
+    plot_speeds(PICTURE, [speed for name in ordered() for speed in found["rules"][name]["speeds"]])
     PAGE.write_text(page(found), encoding="utf-8")
 
 

@@ -17,35 +17,35 @@ from matplotlib.figure import Figure
 
 from meristem.checkpoint.store import Checkpoint
 from meristem.data.stream import Batch, Cursor, Stream
-from meristem.recipes.config import Config, load_config
 from meristem.recipes.pretrain import prepare_job, pretrain
-from meristem.recipes.resume import Job
-from meristem.recipes.run import Run
+from meristem.runs.config import Config, load_config
+from meristem.runs.directory import Run
+from meristem.runs.resume import Job
 from meristem.sinks.console import Console
-from meristem.sinks.lines import read_records
+from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import history
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 SETTINGS = (
     "data.source=stdlib-docs",
-    "data.window=64",
-    "data.batch=8",
+    "data.seq_len=64",
+    "data.batch_size=8",
     "tokenizer.kind=byte",
-    "model.width=48",
+    "model.dim=48",
     "model.n_layers=2",
-    "model.heads=2",
-    "memory.head_width=24",
-    "device.name=cpu",
-    "device.compute=fp32",
+    "model.n_heads=2",
+    "memory.head_dim=24",
+    "device.device=cpu",
+    "device.dtype=fp32",
     "device.threads=1",
-    "optim.rate=0.003",
-    "train.budget=null",
-    "evaluate.every=100",
-    "evaluate.every_s=null",
-    "evaluate.n_windows=64",
-    "evaluate.n_windows_end=512",
-    "evaluate.n_samples=0",
+    "optim.lr=0.003",
+    "train.max_time=null",
+    "eval.every=100",
+    "eval.every_s=null",
+    "eval.n_windows=64",
+    "eval.n_windows_end=512",
+    "eval.n_samples=0",
     "checkpoint.every_s=null",
 )
 
@@ -93,7 +93,7 @@ def main() -> None:
 def run(place: Path, n_steps: int, *more: str, first: int | None = None, seed: int = 0) -> dict[str, Any]:
     """What one run came to: its curve, its last figure, and the times that it went back."""
     directory = place / f"{'clean' if first is None else 'spoilt'}-{seed}-{len(more)}"
-    settings = [*SETTINGS, f"data.root={place}", f"train.steps={n_steps}", f"run.random_seed={seed}", *more]
+    settings = [*SETTINGS, f"data.root={place}", f"train.steps={n_steps}", f"run.seed={seed}", *more]
     config = load_config("titans-mag", settings, {}).tree
 
     def make_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:

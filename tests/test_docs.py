@@ -21,11 +21,11 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 # What a reader types for minutes runs for seconds here: the same commands, a smaller job. ./check only collects.
 SMALL = {
-    "MERISTEM__TRAIN__BUDGET": "2s",
+    "MERISTEM__TRAIN__MAX_TIME": "2s",
     "MERISTEM__DATA__SOURCE": "stdlib-docs",
-    "MERISTEM__MODEL__WIDTH": "32",
+    "MERISTEM__MODEL__DIM": "32",
     "MERISTEM__MODEL__N_LAYERS": "1",
-    "MERISTEM__EVALUATE__N_WINDOWS_END": "4",
+    "MERISTEM__EVAL__N_WINDOWS_END": "4",
     "PYTEST_ADDOPTS": "--collect-only -q -n 0 tests/test_plugins.py",
     "OMP_NUM_THREADS": "1",
     # Should the set-up want to install after all, it must not touch the environment that this test borrows.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import house
-from meristem.config import Part
+from meristem.config import ConfigSection
 
 FLOORS = (
     ("errors", "events", "config", "plugins"),
@@ -18,7 +18,8 @@ FLOORS = (
     ("nn",),
     ("models", "adapters"),
     ("train", "growth", "evaluate"),
-    ("recipes", "serve", "export"),
+    ("runs",),
+    ("recipes", "serve", "export", "bench", "drills"),
     ("cli", "__main__"),
 )
 """A room imports only from floors above it in this list, or from itself."""
@@ -26,6 +27,8 @@ FLOORS = (
 SIDEWAYS = {
     ("config", "errors"): "the ground stands on one error tree",
     ("plugins", "errors"): "the ground stands on one error tree",
+    ("bench", "recipes"): "what is measured is a recipe's work",
+    ("drills", "recipes"): "a drill breaks something of a recipe",
 }
 
 EXCEPTIONS: dict[str, str] = {}
@@ -42,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = house.modules(ROOT / "src" / "meristem", "meristem")
 TESTS = house.modules(ROOT / "tests", "tests")
 NUMERIC = [source for source in PACKAGE if source.room in ("shapes", "memory", "nn", "models")]
-PARTS = [source.name for source in PACKAGE if source.name.endswith(".part") or source.room in FLOORS[0]]
+PARTS = [source.name for source in PACKAGE if source.name.endswith(".config") or source.room in FLOORS[0]]
 
 
 Check = Callable[[house.Module], list[str]]
@@ -111,36 +114,36 @@ def test_no_private_places() -> None:
 
 def test_every_model_is_a_part() -> None:
     """Unknown keys are refused and values frozen, in every pydantic model we have."""
-    models = [source for source in PACKAGE if source.name != "meristem.config.part"]
+    models = [source for source in PACKAGE if source.name != "meristem.config.section"]
     hold(house.foreign_models, models)
     for name in PARTS:
         import_module(name)
-    assert [part for part in descendants(Part) if is_open(part)] == []
+    assert [part for part in descendants(ConfigSection) if is_open(part)] == []
 
 
 def test_an_open_part_is_noticed() -> None:
-    class Loose(Part, extra="ignore"):
+    class Loose(ConfigSection, extra="ignore"):
         pass
 
-    class Soft(Part, frozen=False):
+    class Soft(ConfigSection, frozen=False):
         pass
 
     assert is_open(Loose) and is_open(Soft)
-    assert {Loose, Soft} <= set(descendants(Part))
+    assert {Loose, Soft} <= set(descendants(ConfigSection))
 
 
-def is_open(part: type[Part]) -> bool:
-    return not (part.model_config["frozen"] and part.model_config["extra"] == "forbid")
+def is_open(config: type[ConfigSection]) -> bool:
+    return not (config.model_config["frozen"] and config.model_config["extra"] == "forbid")
 
 
-def descendants(part: type[Part]) -> list[type[Part]]:
-    below = [found for child in part.__subclasses__() for found in descendants(child)]
-    return [part, *below]
+def descendants(config: type[ConfigSection]) -> list[type[ConfigSection]]:
+    below = [found for child in config.__subclasses__() for found in descendants(child)]
+    return [config, *below]
 
 
 def test_ground_and_parts_do_without_torch() -> None:
     """The configuration tree is checked before torch is loaded; so are the parts, the package itself and its verbs."""
-    names = [*PARTS, *(name for name in ("meristem", "meristem.recipes.config", "meristem.cli") if is_there(name))]
+    names = [*PARTS, *(name for name in ("meristem", "meristem.runs.config", "meristem.cli") if is_there(name))]
     assert first_to_load_torch(names) == ""
 
 

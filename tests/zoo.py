@@ -10,15 +10,15 @@ from torch import nn
 from meristem.config import preset_names, read_yaml
 from meristem.memory.named import rules
 from meristem.models.build import build, models
+from meristem.models.config import ModelConfig
 from meristem.models.lm import mixers
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.nn.config import MemoryConfig
 
 VOCABULARY = 29
 N_TIME = 13
 
-SMALL = {"width": 12, "n_layers": 2, "heads": 2, "hidden": 17, "span": 5, "window": 23, "segment": 5}
-SMALL_MEMORY = {"head_width": 4, "chunk": 3}
+SMALL = {"dim": 12, "n_layers": 2, "n_heads": 2, "mlp_dim": 17, "sliding_window": 5, "max_seq_len": 23, "segment": 5}
+SMALL_MEMORY = {"head_dim": 4, "chunk": 3}
 SLOWER = [("mag", [1, 3]), ("mag", [1, 2, 3, 5]), ("mac", [1, 2, 3, 5]), ("mal", [1, 3]), ("memory", [1, 2, 5])]
 """Mixers and the periods of their memories."""
 SMALL_CHUNKS = {"chunk_memory": 2, "chunk_other": 4}
@@ -32,16 +32,16 @@ SELF_REFERENCES = [
 ]
 
 
-def small(settings: dict[str, object]) -> ModelPart:
+def small(settings: dict[str, object]) -> ModelConfig:
     """The chosen model with the small sizes that it reads."""
-    reads = ModelPart.model_validate(settings).reads
-    return ModelPart.model_validate(settings | {key: size for key, size in SMALL.items() if key in reads})
+    reads = ModelConfig.model_validate(settings).reads
+    return ModelConfig.model_validate(settings | {key: size for key, size in SMALL.items() if key in reads})
 
 
-def small_memory(settings: dict[str, object]) -> MemoryPart:
+def small_memory(settings: dict[str, object]) -> MemoryConfig:
     chosen = settings.get("self_reference", {})
     chunks = {"self_reference": dict(chosen) | SMALL_CHUNKS}
-    return MemoryPart.model_validate(settings | SMALL_MEMORY | chunks)
+    return MemoryConfig.model_validate(settings | SMALL_MEMORY | chunks)
 
 
 def preset(name: str) -> dict[str, dict[str, object]]:
@@ -52,7 +52,7 @@ def preset(name: str) -> dict[str, dict[str, object]]:
     return {key: below[key] | tree.get(key, {}) for key in ("model", "memory")}
 
 
-def _entries() -> Iterator[tuple[str, ModelPart, MemoryPart]]:
+def _entries() -> Iterator[tuple[str, ModelConfig, MemoryConfig]]:
     for name in preset_names():
         yield f"preset-{name}", small(preset(name)["model"]), small_memory(preset(name)["memory"])
     for name in models.names():
@@ -64,23 +64,23 @@ def _entries() -> Iterator[tuple[str, ModelPart, MemoryPart]]:
         yield f"lm-memory-{rule}", small({"mixer": "memory"}), small_memory({"rule": rule})
     yield (
         "lm-persistent",
-        small({"mixer": "attention", "n_persistent": 3, "mlp": "gelu", "tied": True}),
+        small({"mixer": "attention", "n_persistent_tokens": 3, "mlp": "gelu", "tied": True}),
         small_memory({}),
     )
     for mixer in ("mag", "mac", "mal"):
-        yield f"lm-{mixer}-persistent", small({"mixer": mixer, "n_persistent": 3}), small_memory({})
+        yield f"lm-{mixer}-persistent", small({"mixer": mixer, "n_persistent_tokens": 3}), small_memory({})
     for combine in ("normalised", "projected", "sigmoid", "additive"):
         yield f"lm-mag-{combine}", small({"combine": combine}), small_memory({})
     yield "lm-mal-plain", small({"mixer": "mal", "is_residual": False}), small_memory({})
     hybrid = [{"mixer": "memory", "rule": "yaad"}, {"mixer": "attention"}]
     for join in ("stack", "sum", "concat", "attention"):
-        yield f"lm-hybrid-{join}", small({"layers": hybrid, "join": join}), small_memory({})
+        yield f"lm-hybrid-{join}", small({"layers": hybrid, "aggregate": join}), small_memory({})
     for read in ("gated", "soup"):
         kept = {"read": read, "length": 4}
         yield (
             f"lm-mag-kept-{read}",
             small({}),
-            small_memory({"rule": "titans_mlp", "form": "frozen_chunk", "kept": kept}),
+            small_memory({"rule": "titans_mlp", "form": "frozen_chunk", "cache": kept}),
         )
     for tokens in ("each", "pooled"):
         levels = {"count": 3, "periods": [1, 2, 5], "tokens": tokens}
@@ -96,13 +96,13 @@ def _entries() -> Iterator[tuple[str, ModelPart, MemoryPart]]:
     for tokens, frequency in (("pooled", "output"), ("each", "write")):
         levels = {"rule": "gated_delta", "levels": learned | {"tokens": tokens, "frequency": frequency}}
         yield f"lm-mag-frequency-{frequency}", small({"mixer": "mag"}), small_memory(levels)
-    yield "lm-full", small({"mixer": "attention"}).model_copy(update={"span": None}), small_memory({})
+    yield "lm-full", small({"mixer": "attention"}).model_copy(update={"sliding_window": None}), small_memory({})
     yield "charformer-pre", small({"name": "charformer", "order": "pre", "positions": "learned"}), small_memory({})
 
 
-def _distinct() -> dict[str, tuple[ModelPart, MemoryPart]]:
+def _distinct() -> dict[str, tuple[ModelConfig, MemoryConfig]]:
     """The entries without those that say the same as an earlier one."""
-    zoo: dict[str, tuple[ModelPart, MemoryPart]] = {}
+    zoo: dict[str, tuple[ModelConfig, MemoryConfig]] = {}
     for name, *settings in _entries():
         if tuple(settings) not in zoo.values():
             zoo[name] = (settings[0], settings[1])

@@ -8,7 +8,7 @@ import subprocess
 import orjson
 import pytest
 
-from meristem.checkpoint.retention import prune
+from meristem.checkpoint.prune import prune
 from meristem.checkpoint.store import entries, newest, open_checkpoint, pin, verify
 from meristem.errors import DiskFull
 from meristem.events import silent

@@ -102,7 +102,7 @@ def test_l25_nothing_in_the_package_unpickles():
 TELLS = {
     "meristem.device.describe": "writes down what a run ran on",
     "meristem.checkpoint.manifest": "writes down what a checkpoint was saved by",
-    "meristem.recipes.bench.suite": "writes down what was measured on",
+    "meristem.bench.suite": "writes down what was measured on",
     "meristem.cli.doctor": "tells the user that a newer torch was not tried",
     "meristem.shapes": "refuses an older one: the one check",
 }

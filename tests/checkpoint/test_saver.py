@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from meristem.checkpoint.ring import Ring, needed_bytes
 from meristem.checkpoint.saver import Saver
+from meristem.checkpoint.snapshots import SnapshotBuffer, needed_bytes
 from meristem.checkpoint.store import entries, newest, open_checkpoint, save
 from meristem.errors import DiskFull
 from meristem.events import silent
@@ -104,7 +104,7 @@ def test_a_failure_at_the_end_hides_no_other():
 def test_what_is_read_is_held_from_the_submission_on():
     """Were it held only when the thread begins to write, the next snapshot might already lie in its place."""
     trees = {"model": {"a": torch.ones(64, dtype=torch.uint8)}}
-    ring = Ring(n_snapshots=2, capacity_bytes=needed_bytes(trees), max_bytes=1 << 10)
+    ring = SnapshotBuffer(n_snapshots=2, capacity_bytes=needed_bytes(trees), max_bytes=1 << 10)
 
     def take(step):
         trees["model"]["a"].fill_(step)
@@ -112,7 +112,7 @@ def test_what_is_read_is_held_from_the_submission_on():
 
     gate, saver = Gate(), Saver()
     snapshot = take(1)
-    saver.submit(gate, done=ignore, reading=ring.held(snapshot))
+    saver.submit(gate, done=ignore, reading=ring.pinned(snapshot))
     for step in range(2, 6):
         take(step)
     assert snapshot.trees["model"]["a"].eq(1).all()
@@ -127,12 +127,12 @@ def test_what_is_read_is_held_from_the_submission_on():
 def test_what_is_read_is_let_go_whatever_fails(monkeypatch, broken):
     """A failed write, or no thread to write in, leaves nothing held."""
     trees = {"model": {"a": torch.ones(3)}}
-    ring, saver = Ring(n_snapshots=1, capacity_bytes=64, max_bytes=64), Saver()
+    ring, saver = SnapshotBuffer(n_snapshots=1, capacity_bytes=64, max_bytes=64), Saver()
     snapshot = ring.take(trees, {}, step=1, tag="save", is_valid=True)
     if broken == "thread":
         monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises((OSError, RuntimeError), match="broken"):
-        saver.submit(fail, done=ignore, reading=ring.held(snapshot))
+        saver.submit(fail, done=ignore, reading=ring.pinned(snapshot))
         saver.wait()
     monkeypatch.undo()
     saver.wait()
@@ -143,7 +143,7 @@ def test_a_checkpoint_from_the_ring_is_that_of_its_step(tmp_path):
     """The weights move on while it is written; on the disk is what they were, to the bit."""
     weight = torch.zeros(1 << 20)
     trees = {"model": {"w": weight}}
-    ring = Ring(n_snapshots=2, capacity_bytes=needed_bytes(trees), max_bytes=1 << 24)
+    ring = SnapshotBuffer(n_snapshots=2, capacity_bytes=needed_bytes(trees), max_bytes=1 << 24)
     with Saver() as saver:
         for step in range(1, 6):
             weight.fill_(step)
@@ -153,7 +153,7 @@ def test_a_checkpoint_from_the_ring_is_that_of_its_step(tmp_path):
                 named = {"trees": taken.trees, "values": taken.values}
                 return save(tmp_path, step=taken.step, files={}, header={}, **named)
 
-            saver.submit(write, done=ignore, reading=ring.held(taken))
+            saver.submit(write, done=ignore, reading=ring.pinned(taken))
             weight.fill_(-1)
     assert [entry.step for entry in entries(tmp_path)] == [1, 2, 3, 4, 5]
     for entry in entries(tmp_path):

@@ -11,12 +11,12 @@ from meristem.cli import run
 from meristem.config import dump_yaml
 from meristem.data.tokenizer import byte_tokenizer
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 from meristem.sinks.records import Records
 
-MODEL = ModelPart(width=12, n_layers=2, heads=2, span=5)
-MEMORY = MemoryPart(head_width=6, chunk=7)
+MODEL = ModelConfig(dim=12, n_layers=2, n_heads=2, sliding_window=5)
+MEMORY = MemoryConfig(head_dim=6, chunk=7)
 
 
 def _make_run(place: Path, name: str, chunk: int = 7) -> Path:

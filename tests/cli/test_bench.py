@@ -2,10 +2,10 @@
 
 import json
 
+from meristem.bench import stability, suite
+from meristem.bench.measure import Row
+from meristem.bench.stability import Cell
 from meristem.cli import run
-from meristem.recipes.bench import stability, suite
-from meristem.recipes.bench.measure import Row
-from meristem.recipes.bench.stability import Cell
 from recipes.ablations import listed
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from meristem.cli import run
 from meristem.config import fingerprint, preset_names, read_yaml
-from meristem.recipes.config import Config, load_config
+from meristem.runs.config import Config, load_config
 
 
 def test_shown_settings_are_the_settings(capsys):
@@ -20,8 +20,8 @@ def test_why_names_the_layer(answered):
     assert (code, leaves["train.steps"]) == (0, {"value": 7, "layer": "command line train.steps=7", "source": ""})
     assert leaves["model.name"] == {"value": "charformer", "layer": "preset charformer", "source": ""}
     _, leaves = answered("config", "show", "hope-340m", "--why")
-    assert leaves["model.width"]["source"].startswith("MIRAS 2504.13173")
-    assert leaves["model.width"]["layer"] == "size 340m"
+    assert leaves["model.dim"]["source"].startswith("MIRAS 2504.13173")
+    assert leaves["model.dim"]["layer"] == "size 340m"
     assert leaves["train.max_nonfinite"]["layer"] == "defaults"
 
 

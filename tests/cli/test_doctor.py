@@ -4,8 +4,8 @@ import shutil
 from dataclasses import replace
 
 from meristem.cli import doctor, run
-from meristem.recipes.drill.catalogue import drills
-from meristem.recipes.drill.drill import Seen
+from meristem.drills.catalogue import drills
+from meristem.drills.drill import Seen
 
 
 def test_this_machine_is_fit(answered, tmp_path):

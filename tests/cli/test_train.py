@@ -12,20 +12,20 @@ from meristem.cli import run
 
 PROGRAM = [sys.executable, "-c", "from meristem.cli import main; main()"]
 SMALL = (
-    "model.width=16",
+    "model.dim=16",
     "model.n_layers=1",
-    "model.heads=2",
-    "memory.head_width=8",
+    "model.n_heads=2",
+    "memory.head_dim=8",
     "memory.chunk=8",
-    "data.window=24",
-    "data.batch=3",
-    "device.compute=fp32",
+    "data.seq_len=24",
+    "data.batch_size=3",
+    "device.dtype=fp32",
     "device.threads=1",
-    "evaluate.n_windows=4",
+    "eval.n_windows=4",
     "tokenizer.kind=byte",
-    "evaluate.n_windows_end=4",
-    "evaluate.n_samples=1",
-    "evaluate.sample_tokens=9",
+    "eval.n_windows_end=4",
+    "eval.n_samples=1",
+    "eval.sample_tokens=9",
 )
 
 
@@ -40,7 +40,7 @@ def place(tmp_path, monkeypatch):
 
 def words(run_dir: str, n_steps: int, *more: str) -> list[str]:
     """The command line of a small run."""
-    limits = (f"train.steps={n_steps}", "train.budget=null")
+    limits = (f"train.steps={n_steps}", "train.max_time=null")
     return ["train", "titans-mag", "data.source=book.txt", *SMALL, *limits, "--run-dir", run_dir, *more]
 
 
@@ -75,10 +75,10 @@ def test_recall_asks_for_ids_of_the_checkpoint(place, answered, capsys):
         assert (accuracy["direction"], nats["direction"]) == ("max", "min")
         assert 0 <= accuracy["value"] < 0.3 and nats["value"] > 3
     assert answered("eval", "runs/eve", "--suite", "recall", "--max-windows", 5)[1] == summary
-    assert run(["eval", "runs/eve", "--suite", "recall", "--max-windows", "3", "data.window=33"]) == 0
+    assert run(["eval", "runs/eve", "--suite", "recall", "--max-windows", "3", "data.seq_len=33"]) == 0
     assert "needle/32" in capsys.readouterr().out
-    assert run(["eval", "runs/eve", "--suite", "recall", "data.window=9"]) == 2
-    assert "Set data.window to 16 or more" in capsys.readouterr().err
+    assert run(["eval", "runs/eve", "--suite", "recall", "data.seq_len=9"]) == 2
+    assert "Set data.seq_len to 16 or more" in capsys.readouterr().err
 
 
 def test_adaptation_reads_long_documents_with_and_without_a_memory(place, answered, capsys):
@@ -95,7 +95,7 @@ def test_adaptation_reads_long_documents_with_and_without_a_memory(place, answer
     assert answered("eval", "runs/fay", "--suite", "adaptation", "--max-windows", 2)[1] == summary
     assert run(["eval", "runs/fay", "--suite", "adaptation", "--learn", "levels"]) != 0
     assert "no feed-forward levels" in capsys.readouterr().err
-    assert run(["eval", "runs/fay", "--suite", "adaptation", "data.window=100000"]) != 0
+    assert run(["eval", "runs/fay", "--suite", "adaptation", "data.seq_len=100000"]) != 0
     assert "Add longer documents" in capsys.readouterr().err
 
 
@@ -105,15 +105,15 @@ def test_what_learns_while_it_reads_is_chosen(place, answered):
     for suite in ("likelihood", "recall"):
         asked = ("eval", "runs/gus", "--suite", suite, "--max-windows", 3)
         usual, memory, off = (
-            answered(*asked, *more)[1]["tasks"] for more in ((), ("--learn", "memory"), ("--learn", "off"))
+            answered(*asked, *more)[1]["tasks"] for more in ((), ("--learn", "memory"), ("--learn", "none"))
         )
         assert usual == memory != off
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_made(place, capsys):
     """The plan says so in a moment; nothing is written, and the text is not even read."""
-    assert run(words("runs/huge", 3, "data.batch=100000000")) == 5
-    assert "data.batch" in capsys.readouterr().err
+    assert run(words("runs/huge", 3, "data.batch_size=100000000")) == 5
+    assert "data.batch_size" in capsys.readouterr().err
     assert not (place / "runs").exists()
 
 

@@ -10,26 +10,26 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from meristem import config
-from meristem.config import Part, dump_yaml, fingerprint, leaves, load, preset_names, read_yaml
+from meristem.config import ConfigSection, dump_yaml, fingerprint, leaves, load, preset_names, read_yaml
 from meristem.errors import ConfigError, WrongValue
 
 
-class OptimPart(Part):
-    kind: Literal["adamw", "sgd"] = "adamw"
-    rate: float = Field(1e-3, gt=0)
+class OptimConfig(ConfigSection):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
 
 
-class TrainPart(Part):
-    accumulate: int = Field(1, ge=1)
+class TrainConfig(ConfigSection):
+    grad_accum_steps: int = Field(1, ge=1)
     steps: int | None = None
     tags: dict[str, str] = {}
     include: tuple[str, ...] = ()
 
 
-class Tree(Part):
+class Tree(ConfigSection):
     name: str = ""
-    optim: OptimPart = OptimPart()
-    train: TrainPart = TrainPart()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
 
 
 LAYERS = ("preset", "file", "environment", "command line")
@@ -49,35 +49,35 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("layers", [(), *((layer,) for layer in LAYERS), *combinations(LAYERS, 2), LAYERS])
 def test_precedence_matrix(layers: tuple[str, ...], presets: Path, tmp_path: Path) -> None:
     """Of any layers that set a key, the highest wins, and `why` names it."""
-    text = {layer: dump_yaml({"train": {"accumulate": value}}) for layer, value in SAID.items()}
+    text = {layer: dump_yaml({"train": {"grad_accum_steps": value}}) for layer, value in SAID.items()}
     (presets / "small.yaml").write_text(text["preset"])
     (tmp_path / "my.yaml").write_text(text["file"])
     loaded = load(
         Tree,
         preset="small" if "preset" in layers else None,
         file=tmp_path / "my.yaml" if "file" in layers else None,
-        environment={"MERISTEM__TRAIN__ACCUMULATE": "5"} if "environment" in layers else {},
-        overrides=["train.accumulate=7"] if "command line" in layers else [],
+        environment={"MERISTEM__TRAIN__GRAD_ACCUM_STEPS": "5"} if "environment" in layers else {},
+        overrides=["train.grad_accum_steps=7"] if "command line" in layers else [],
     )
     highest = layers[-1] if layers else "defaults"
-    assert loaded.tree.train.accumulate == SAID.get(highest, 1)
-    assert loaded.why["train.accumulate"].startswith(highest)
-    assert loaded.why["optim.rate"] == "defaults"
+    assert loaded.tree.train.grad_accum_steps == SAID.get(highest, 1)
+    assert loaded.why["train.grad_accum_steps"].startswith(highest)
+    assert loaded.why["optim.lr"] == "defaults"
 
 
 def test_explicit_default_wins(tmp_path: Path) -> None:
     """A command-line value beats the file even when it says what the default says."""
     (tmp_path / "my.yaml").write_text("train: {accumulate: 3}")
-    loaded = load(Tree, file=tmp_path / "my.yaml", overrides=["train.accumulate=1"])
-    assert loaded.tree.train.accumulate == 1
-    assert loaded.why["train.accumulate"] == "command line train.accumulate=1"
+    loaded = load(Tree, file=tmp_path / "my.yaml", overrides=["train.grad_accum_steps=1"])
+    assert loaded.tree.train.grad_accum_steps == 1
+    assert loaded.why["train.grad_accum_steps"] == "command line train.grad_accum_steps=1"
 
 
 def test_layers_merge_key_by_key(tmp_path: Path) -> None:
     """A layer that names one key of a section, or none, leaves the section's other keys as they were."""
     (tmp_path / "my.yaml").write_text("train: {accumulate: 3, tags: {a: x}}\noptim: {}")
     loaded = load(Tree, file=tmp_path / "my.yaml", overrides=["train={steps: 5, tags: {b: y}}", "train={}"])
-    assert loaded.tree.train == TrainPart(accumulate=3, steps=5, tags={"a": "x", "b": "y"})
+    assert loaded.tree.train == TrainConfig(grad_accum_steps=3, steps=5, tags={"a": "x", "b": "y"})
     assert loaded.why["train.tags.a"] == f"file {tmp_path / 'my.yaml'}"
     assert loaded.why["train.tags.b"].startswith("command line")
 
@@ -95,9 +95,9 @@ texts = st.text(max_size=12)
 trees = st.builds(
     Tree,
     name=texts,
-    optim=st.builds(OptimPart, kind=st.sampled_from(["adamw", "sgd"]), rate=st.floats(1e-300, 1e300)),
+    optim=st.builds(OptimConfig, kind=st.sampled_from(["adamw", "sgd"]), rate=st.floats(1e-300, 1e300)),
     train=st.builds(
-        TrainPart,
+        TrainConfig,
         accumulate=st.integers(1, 2**70),
         steps=st.none() | st.integers(),
         tags=st.dictionaries(texts, texts, max_size=3),
@@ -182,12 +182,12 @@ def test_canonical_refuses_what_json_cannot_hold(value: float) -> None:
 def test_equal_trees_have_one_fingerprint() -> None:
     """The fingerprint depends on the tree, not on the layers that made it."""
     by_default = load(Tree).tree
-    by_hand = load(Tree, overrides=["optim.rate=0.001"]).tree
+    by_hand = load(Tree, overrides=["optim.lr=0.001"]).tree
     assert fingerprint(by_default) == fingerprint(by_hand) == fingerprint(by_default.model_dump(mode="json"))
-    assert fingerprint(by_default) != fingerprint(load(Tree, overrides=["optim.rate=0.002"]).tree)
+    assert fingerprint(by_default) != fingerprint(load(Tree, overrides=["optim.lr=0.002"]).tree)
 
 
 def test_schema_describes_every_key() -> None:
     described = config.schema(Tree)
     assert described["properties"].keys() == Tree.model_fields.keys()
-    assert described["$defs"]["OptimPart"]["additionalProperties"] is False
+    assert described["$defs"]["OptimConfig"]["additionalProperties"] is False

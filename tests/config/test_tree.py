@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from meristem.config import leaves, load, preset_names, schema
 from meristem.config.mistakes import OTHER_WORDS, known_paths
 from meristem.errors import UnknownKey
-from meristem.recipes.config import Config, load_config
+from meristem.runs.config import Config, load_config
 
 KEYS = {path for path, inside in known_paths(Config).items() if not inside}
 
@@ -41,12 +41,12 @@ def test_words_used_elsewhere_lead_to_a_key_of_ours(word: str) -> None:
 @pytest.mark.parametrize(
     "unknown, nearest",
     [
-        ("lr", "optim.rate"),
-        ("train.lr", "optim.rate"),
-        ("batch_size", "data.batch"),
-        ("train.acumulate", "train.accumulate"),
-        ("seed", "run.random_seed"),
-        ("window", "data.window"),
+        ("lr", "optim.lr"),
+        ("train.lr", "optim.lr"),
+        ("batch_size", "data.batch_size"),
+        ("train.acumulate", "train.grad_accum_steps"),
+        ("seed", "run.seed"),
+        ("window", "data.seq_len"),
     ],
 )
 def test_suggestions_on_the_real_tree(unknown: str, nearest: str) -> None:
@@ -58,14 +58,14 @@ def test_the_real_tree_is_refused_without_torch() -> None:
     program = """
 import sys
 from meristem.errors import UnknownKey
-from meristem.recipes.config import load_config
+from meristem.runs.config import load_config
 try:
     load_config("titans-mag", ["lr=2"])
 except UnknownKey as error:
     print(error.fields["nearest"], "torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["optim.rate", "False"]
+    assert done.stdout.split() == ["optim.lr", "False"]
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -12,8 +12,8 @@ import orjson
 import pytest
 
 from meristem.data import files
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.corpus import open_corpus
-from meristem.data.part import DataPart, TokenizerPart
 from meristem.data.prepare import prepare
 from meristem.errors import DataError, FileChanged, ManifestMismatch
 
@@ -24,8 +24,8 @@ NAMES = ["tokens.train.u16", "documents.train.u64", "tokens.val.u16", "documents
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
     (root / "text.txt").write_text("The corpus is what it says it is. 🌱\n" * 50, "utf-8")
-    data = DataPart(source=str(root / "text.txt"), root=root / "cache", validation=0.2)
-    return prepare(data, TokenizerPart(kind="bpe", vocab_size=280)).path
+    data = DataConfig(source=str(root / "text.txt"), root=root / "cache", validation=0.2)
+    return prepare(data, TokenizerConfig(kind="bpe", vocab_size=280)).path
 
 
 @pytest.fixture

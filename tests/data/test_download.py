@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from meristem.data import download, sources
+from meristem.data.config import DataConfig
 from meristem.data.download import Registered, available, registered
-from meristem.data.part import DataPart
 from meristem.errors import DataError, FileChanged
 
 TEXT = b"<|endoftext|>\nOne story.\n<|endoftext|>\nAnother,\xe2\x80\xa8longer.\n" * 3000
@@ -68,7 +68,7 @@ def entry(url, content=TEXT, **settings):
 
 
 def told(tmp_path, **settings):
-    return DataPart(root=tmp_path, download=True, **settings)
+    return DataConfig(root=tmp_path, download=True, **settings)
 
 
 def kept(tmp_path):
@@ -93,13 +93,13 @@ def test_a_good_file_arrives_whole_with_its_progress(server, tmp_path):
 def test_a_file_that_is_here_is_not_fetched_again(server, tmp_path):
     there = available(told(tmp_path), "good", entry(f"{server}/good.txt"))
     before = there.stat()
-    again = available(DataPart(root=tmp_path), "good", entry(f"{server}/good.txt"))
+    again = available(DataConfig(root=tmp_path), "good", entry(f"{server}/good.txt"))
     assert (again, again.stat().st_mtime_ns) == (there, before.st_mtime_ns)
 
 
 def test_nothing_is_fetched_unless_told(server, tmp_path):
     with pytest.raises(DataError, match=r"'good' \(.* CC0\) is not at .*data.source=good data.download=true"):
-        available(DataPart(root=tmp_path), "good", entry(f"{server}/good.txt"))
+        available(DataConfig(root=tmp_path), "good", entry(f"{server}/good.txt"))
     assert kept(tmp_path) == []
 
 
@@ -147,7 +147,7 @@ def test_a_kept_file_that_changed_is_refused(server, tmp_path):
     content[7] ^= 1
     path.write_bytes(content)
     with pytest.raises(FileChanged, match=r"good.txt has SHA-256 .* Remove the file"):
-        available(DataPart(root=tmp_path), "good", entry(f"{server}/good.txt"))
+        available(DataConfig(root=tmp_path), "good", entry(f"{server}/good.txt"))
 
 
 def read(monkeypatch, tmp_path, made):

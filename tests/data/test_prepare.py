@@ -12,13 +12,13 @@ import pytest
 
 from meristem.data import prepare as preparing
 from meristem.data import sources
-from meristem.data.part import DataPart, TokenizerPart
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
 from meristem.data.tokenizer import byte_tokenizer
 from meristem.errors import DataError, FileChanged, SplitError
 
-BPE = TokenizerPart(kind="bpe", vocab_size=300)
-EACH = pytest.mark.parametrize("tokenizer", [TokenizerPart(), BPE], ids=["byte", "bpe"])
+BPE = TokenizerConfig(kind="bpe", vocab_size=300)
+EACH = pytest.mark.parametrize("tokenizer", [TokenizerConfig(), BPE], ids=["byte", "bpe"])
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def text(tmp_path):
 
 
 def settings(tmp_path, source, **more):
-    return DataPart(**{"source": str(source), "root": tmp_path / "cache", "validation": 0.25, **more})
+    return DataConfig(**{"source": str(source), "root": tmp_path / "cache", "validation": 0.25, **more})
 
 
 def stored(tmp_path):
@@ -76,7 +76,7 @@ def test_the_manifest_says_what_it_is(tmp_path, text):
 
 @pytest.mark.parametrize("vocab_size, dtype", [(256, "uint8"), (300, "uint16")])
 def test_ids_take_the_smallest_type(tmp_path, text, vocab_size, dtype):
-    corpus = prepare(settings(tmp_path, text), TokenizerPart(kind="bpe", vocab_size=vocab_size))
+    corpus = prepare(settings(tmp_path, text), TokenizerConfig(kind="bpe", vocab_size=vocab_size))
     assert corpus.tokens("train").dtype == dtype
 
 
@@ -93,22 +93,22 @@ def test_the_same_text_is_found_again_and_is_the_same_elsewhere(tmp_path, text, 
 
 def test_each_setting_that_shapes_it_makes_another_corpus(tmp_path, text):
     settings_and_tokenizers = [
-        ({}, TokenizerPart()),
+        ({}, TokenizerConfig()),
         ({}, BPE),
-        ({}, TokenizerPart(kind="bpe", vocab_size=299)),
-        ({"validation": 0.2}, TokenizerPart()),
-        ({"include": ("1*.txt",)}, TokenizerPart()),
-        ({"exclude": ("1*.txt",)}, TokenizerPart()),
+        ({}, TokenizerConfig(kind="bpe", vocab_size=299)),
+        ({"validation": 0.2}, TokenizerConfig()),
+        ({"include": ("1*.txt",)}, TokenizerConfig()),
+        ({"exclude": ("1*.txt",)}, TokenizerConfig()),
     ]
     made = {prepare(settings(tmp_path, text, **more), kind).fingerprint for more, kind in settings_and_tokenizers}
     (text / "05.txt").write_bytes(b"\n" + (text / "05.txt").read_bytes()[1:])
-    made.add(prepare(settings(tmp_path, text), TokenizerPart()).fingerprint)
+    made.add(prepare(settings(tmp_path, text), TokenizerConfig()).fingerprint)
     assert len(made) == len(stored(tmp_path)) == len(settings_and_tokenizers) + 1
 
 
 def test_what_only_orders_batches_does_not(tmp_path, text):
-    prepare(settings(tmp_path, text), TokenizerPart())
-    prepare(settings(tmp_path, text, window=7, batch=3, order="random"), TokenizerPart(vocab_size=999))
+    prepare(settings(tmp_path, text), TokenizerConfig())
+    prepare(settings(tmp_path, text, window=7, batch=3, order="random"), TokenizerConfig(vocab_size=999))
     assert len(stored(tmp_path)) == 1
 
 
@@ -146,7 +146,7 @@ def test_few_documents_are_cut(tmp_path, n_files):
 
 
 def test_nothing_held_out_is_a_choice(tmp_path, text):
-    corpus = prepare(settings(tmp_path, text, validation=0.0), TokenizerPart())
+    corpus = prepare(settings(tmp_path, text, validation=0.0), TokenizerConfig())
     assert corpus.splits == ("train",)
     with pytest.raises(SplitError, match=r"has no split 'val'; it has train. .*data.validation above 0"):
         corpus.tokens("val")
@@ -155,14 +155,14 @@ def test_nothing_held_out_is_a_choice(tmp_path, text):
 def test_an_empty_split_is_refused_and_nothing_stored(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abcd")
     with pytest.raises(SplitError, match="the split 'val' of 'a.txt' would be empty: 4 bytes are too few"):
-        prepare(settings(tmp_path, tmp_path / "a.txt", validation=0.1), TokenizerPart())
+        prepare(settings(tmp_path, tmp_path / "a.txt", validation=0.1), TokenizerConfig())
     assert stored(tmp_path) == []
 
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "a.txt").touch()
     with pytest.raises(DataError, match="a.txt' holds no text: every file is empty"):
-        prepare(settings(tmp_path, tmp_path / "a.txt"), TokenizerPart())
+        prepare(settings(tmp_path, tmp_path / "a.txt"), TokenizerConfig())
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path, text):
@@ -170,7 +170,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path, text):
     with pytest.raises(DataError, match=r"odd.bin is not UTF-8: invalid start byte at byte 3.*data.exclude"):
         prepare(settings(tmp_path, text), BPE)
     prepare(settings(tmp_path, text, exclude=("*.bin",)), BPE)
-    prepare(settings(tmp_path, text), TokenizerPart())
+    prepare(settings(tmp_path, text), TokenizerConfig())
 
 
 def test_progress_ends_at_the_whole(tmp_path, text, monkeypatch):
@@ -199,7 +199,7 @@ def test_a_text_that_changes_while_it_is_prepared_is_refused(tmp_path, text, mon
 
     monkeypatch.setattr(sources, "_read_tree", read_tree)
     with pytest.raises(FileChanged, match="the text of 'text' changed while it was prepared: (13|99).txt"):
-        prepare(settings(tmp_path, text), TokenizerPart())
+        prepare(settings(tmp_path, text), TokenizerConfig())
     assert stored(tmp_path) == []
 
 
@@ -208,21 +208,21 @@ def test_a_builder_that_fails_leaves_nothing(tmp_path, text):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(settings(tmp_path, text), TokenizerPart(), progress=stop)
+        prepare(settings(tmp_path, text), TokenizerConfig(), progress=stop)
     assert [path for path in (tmp_path / "cache" / "corpora").iterdir() if path.suffix != ".lock"] == []
-    prepare(settings(tmp_path, text), TokenizerPart())
+    prepare(settings(tmp_path, text), TokenizerConfig())
 
 
 BUILDER = """
 import sys, time
 from pathlib import Path
-from meristem.data.part import DataPart, TokenizerPart
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
 def slowly(done, total):
     print("building", flush=True)
     time.sleep(float(sys.argv[3]))
 names = []
-corpus = prepare(DataPart(source=sys.argv[1], root=Path(sys.argv[2])), TokenizerPart(),
+corpus = prepare(DataConfig(source=sys.argv[1], root=Path(sys.argv[2])), TokenizerConfig(),
                  lambda event: names.append(event.name), slowly)
 print(",".join(names), corpus.fingerprint, flush=True)
 """
@@ -250,7 +250,7 @@ def test_a_killed_builder_leaves_nothing_visible_and_the_next_builds(tmp_path, t
     child.communicate()
     assert stored(tmp_path) == []
     started = time.monotonic()
-    prepare(settings(tmp_path, text, validation=0.1), TokenizerPart())
+    prepare(settings(tmp_path, text, validation=0.1), TokenizerConfig())
     assert time.monotonic() - started < 10
     left = [path.name for path in (tmp_path / "cache" / "corpora").iterdir() if path.name.endswith(".partial")]
     assert left == []
@@ -259,12 +259,12 @@ def test_a_killed_builder_leaves_nothing_visible_and_the_next_builds(tmp_path, t
 def test_a_store_that_cannot_be_made_is_named(tmp_path, text):
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(DataError, match=r"cannot make .*corpora: .*data.root or \$MERISTEM_CACHE"):
-        prepare(settings(tmp_path, text), TokenizerPart())
+        prepare(settings(tmp_path, text), TokenizerConfig())
 
 
 def test_the_environment_names_the_store(tmp_path, text, monkeypatch):
     monkeypatch.setenv("MERISTEM_CACHE", str(tmp_path / "cache"))
-    prepare(settings(tmp_path, text, root=None), TokenizerPart())
+    prepare(settings(tmp_path, text, root=None), TokenizerConfig())
     assert len(stored(tmp_path)) == 1
 
 
@@ -274,7 +274,7 @@ def test_preparing_needs_no_torch(tmp_path, text):
 
 
 def test_a_prepared_corpus_cannot_be_written_to(tmp_path, text):
-    tokens = prepare(settings(tmp_path, text), TokenizerPart()).tokens("train")
+    tokens = prepare(settings(tmp_path, text), TokenizerConfig()).tokens("train")
     before = tokens[:].copy()
     tokens[:][0] += 1
     assert np.array_equal(tokens[:], before)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from meristem.data.part import DataPart
+from meristem.data.config import DataConfig
 from meristem.data.sources import documents, find, resolve
 from meristem.errors import DataError
 
@@ -19,7 +19,7 @@ def plant(root, names):
 
 
 def read(source, **settings):
-    return {document.id: document.text for document in documents(DataPart(source=str(source), **settings))}
+    return {document.id: document.text for document in documents(DataConfig(source=str(source), **settings))}
 
 
 def test_a_tree_is_walked_whole_and_sorted(tmp_path):
@@ -121,8 +121,8 @@ def test_the_manual_is_there():
 
 def test_the_sources_of_a_package_are_found_without_importing_it():
     script = (
-        "import sys; from meristem.data.sources import documents; from meristem.data.part import DataPart; "
-        "ids = [d.id for d in documents(DataPart(source='installed:typer'))]; "
+        "import sys; from meristem.data.sources import documents; from meristem.data.config import DataConfig; "
+        "ids = [d.id for d in documents(DataConfig(source='installed:typer'))]; "
         "assert 'main.py' in ids and 'typer' not in sys.modules and 'torch' not in sys.modules, ids"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -131,7 +131,7 @@ def test_the_sources_of_a_package_are_found_without_importing_it():
 @pytest.mark.parametrize("name", ["no_such_package", "sys", "a.b", "../x", "__main__"])
 def test_a_package_without_sources_is_refused(name):
     with pytest.raises(DataError, match="no package|not the name of a package"):
-        resolve(DataPart(source=f"installed:{name}"))
+        resolve(DataConfig(source=f"installed:{name}"))
 
 
 def test_a_hundred_documents_come_in_the_same_order_twice(tmp_path):

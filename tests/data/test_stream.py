@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from meristem.data.part import DataPart, TokenizerPart
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
 from meristem.data.stream import IGNORED, Cursor, Stream, held_out
 from meristem.errors import ConflictingKeys, CorpusTooShort, DataError, FileChanged, ManifestMismatch
@@ -32,8 +32,8 @@ def make(tmp_path_factory):
             places = itertools.count()
             for number, size in enumerate(sizes):
                 (text / f"{number:02}").write_bytes(bytes(next(places) * 7 % 251 for _ in range(size)))
-        data = DataPart(source=str(text), root=root / "cache", **{"validation": 0.0, **more})
-        return prepare(data, TokenizerPart())
+        data = DataConfig(source=str(text), root=root / "cache", **{"validation": 0.0, **more})
+        return prepare(data, TokenizerConfig())
 
     return corpus
 
@@ -174,8 +174,8 @@ def test_other_orders_start_afresh_at_every_batch(corpus, layout):
 
 def test_bytes_are_counted_by_token(tmp_path):
     (tmp_path / "text").write_text("wächst 🌱 und wächst 🌿\n" * 60, "utf-8")
-    data = DataPart(source=str(tmp_path / "text"), root=tmp_path / "cache", validation=0.2)
-    corpus = prepare(data, TokenizerPart(kind="bpe", vocab_size=290))
+    data = DataConfig(source=str(tmp_path / "text"), root=tmp_path / "cache", validation=0.2)
+    corpus = prepare(data, TokenizerConfig(kind="bpe", vocab_size=290))
     for batch in take(stream(corpus), 9)[0]:
         assert (
             batch.n_bytes == len(corpus.tokenizer.decode_bytes(batch.targets_bt.flatten().tolist())) > batch.n_targets
@@ -186,7 +186,7 @@ def test_a_text_shorter_than_a_window_says_what_to_do(make):
     corpus = make("tiny", [5])
     with pytest.raises(
         CorpusTooShort,
-        match="'tiny' holds 5 tokens .* a window of 5 needs at least 6. Add text, or set data.window to 4",
+        match="'tiny' holds 5 tokens .* a window of 5 needs at least 6. Add text, or set data.seq_len to 4",
     ):
         stream(corpus)
     assert stream(corpus, window=4).n_windows == 1
@@ -194,14 +194,16 @@ def test_a_text_shorter_than_a_window_says_what_to_do(make):
 
 def test_a_window_longer_than_every_document_says_so(corpus):
     assert stream(corpus, window=300).n_windows == 1
-    with pytest.raises(CorpusTooShort, match="holds 211 tokens in the longest run .*data.window to 210 or less"):
+    with pytest.raises(CorpusTooShort, match="holds 211 tokens in the longest run .*data.seq_len to 210 or less"):
         stream(corpus, window=211, documents="within")
     assert stream(corpus, window=210, documents="within").n_windows == 1
 
 
 def test_more_rows_than_windows_cannot_read_on(make):
     corpus = make("short", [9])
-    with pytest.raises(CorpusTooShort, match="has 1 windows of 5 .* one for each of 3 rows.*data.batch to 1 or less"):
+    with pytest.raises(
+        CorpusTooShort, match="has 1 windows of 5 .* one for each of 3 rows.*data.batch_size to 1 or less"
+    ):
         stream(corpus, order="sequential")
 
 
@@ -266,13 +268,13 @@ def test_held_out_text_of_single_tokens_is_too_short(make):
 @pytest.mark.parametrize("more", [{"documents": "within"}, {"stride": 3}])
 def test_reading_on_excludes_what_would_break_it(more):
     with pytest.raises(ConflictingKeys, match="data.order=sequential"):
-        DataPart(order="sequential", **more)
+        DataConfig(order="sequential", **more)
 
 
 @pytest.mark.parametrize("wrong", [{"validation": 1.0}, {"window": 0}, {"mirror": "ftp://x"}, {"sorce": "x"}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
-        DataPart(**wrong)
+        DataConfig(**wrong)
 
 
 @EACH
@@ -300,5 +302,7 @@ def test_a_cursor_goes_on_with_another_number_of_processes(corpus):
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(corpus):
-    with pytest.raises(ConflictingKeys, match="data.batch is 12 rows.* 5 processes .*Set data.batch to 15, or"):
+    with pytest.raises(
+        ConflictingKeys, match="data.batch_size is 12 rows.* 5 processes .*Set data.batch_size to 15, or"
+    ):
         stream(corpus, batch=12).share(0, 5)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meristem.data import tokenizer as tokenizers
-from meristem.data.part import TokenizerPart
+from meristem.data.config import TokenizerConfig
 from meristem.data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_from_bytes, train_tokenizer
 from meristem.errors import DataError
 
@@ -14,9 +14,9 @@ TEXTS = [
     b"def write(memory, key, value):\n    return memory + key * value\n" * 30,
     "Ein Baum wächst. 🌱🌿\r\nEin zweiter Baum wächst.\x00\n".encode() * 30,
 ]
-BPE = train_tokenizer(TokenizerPart(kind="bpe", vocab_size=300), TEXTS)
+BPE = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
 SPACED = train_tokenizer(
-    TokenizerPart(kind="bpe", vocab_size=300), [b"a\n\n\n  b\n\n\tx1\n \n a's\r\n\r\n  b\n\n\n\na x1\n  b a\n" * 30]
+    TokenizerConfig(kind="bpe", vocab_size=300), [b"a\n\n\n  b\n\n\tx1\n \n a's\r\n\r\n  b\n\n\n\na x1\n  b a\n" * 30]
 )
 EACH = pytest.mark.parametrize("tokenizer", [byte_tokenizer(), BPE], ids=["byte", "bpe"])
 
@@ -76,13 +76,13 @@ def test_a_long_text_has_the_ids_of_the_whole(parts):
 
 
 def test_training_twice_gives_the_same_bytes():
-    again = train_tokenizer(TokenizerPart(kind="bpe", vocab_size=300), TEXTS)
+    again = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
     assert again.to_bytes() == BPE.to_bytes()
     assert again.fingerprint == BPE.fingerprint
 
 
 def test_other_texts_give_another_fingerprint():
-    other = train_tokenizer(TokenizerPart(kind="bpe", vocab_size=300), TEXTS[:1])
+    other = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS[:1])
     assert len({other.fingerprint, BPE.fingerprint, byte_tokenizer().fingerprint}) == 3
 
 
@@ -92,7 +92,7 @@ def test_byte_pairs_are_learned():
 
 
 def test_a_short_text_gives_fewer_entries():
-    assert train_tokenizer(TokenizerPart(kind="bpe", vocab_size=2048), [b"abab"]).vocab_size < 300
+    assert train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=2048), [b"abab"]).vocab_size < 300
 
 
 @EACH

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from meristem.device import resolve as resolving
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
 from meristem.device.resolve import Device, available, probe, resolve
 from meristem.errors import CapabilityError
 from meristem.events import silent
@@ -49,8 +49,8 @@ def test_best_device_first(monkeypatch, cuda, mps, expected):
 @pytest.mark.parametrize("name", ["cuda", "cuda:3", "mps"])
 def test_absent_device_is_an_error(cpu_only, name):
     """A device that is named must be there; the message says what is."""
-    with pytest.raises(CapabilityError, match=f"no device '{name}' here; found cpu. Set device.name") as caught:
-        resolve(DevicePart(name=name), silent)
+    with pytest.raises(CapabilityError, match=f"no device '{name}' here; found cpu. Set device.device") as caught:
+        resolve(DeviceConfig(device=name), silent)
     assert caught.value.fields["alternatives"] == ["cpu"]
 
 
@@ -66,12 +66,12 @@ def test_auto_takes_bf16_where_it_pays(cpu_only, monkeypatch, units, gain, compu
     """On a CPU ``auto`` means bf16 only with units for it that are really faster; the event says why."""
     with_units(monkeypatch, *units, gain=gain)
     events = []
-    device = resolve(DevicePart(), events.append)
+    device = resolve(DeviceConfig(), events.append)
     assert device == Device(CPU, torch.float32, resolving.DTYPES[compute])
     (event,) = events
     assert event.name == "capability.chosen"
-    assert (event.payload["device"], event.payload["compute"]) == ("cpu", compute)
-    assert event.payload["asked"] == {"device": "auto", "parameters": "fp32", "compute": "auto"}
+    assert (event.payload["device"], event.payload["dtype"]) == ("cpu", compute)
+    assert event.payload["asked"] == {"device": "auto", "param_dtype": "fp32", "dtype": "auto"}
     assert re.search(why, event.payload["why"])
 
 
@@ -83,7 +83,7 @@ def test_auto_falls_back_when_bf16_fails(cpu_only, monkeypatch):
         torch, "matmul", lambda a, b: matmul(a, b) * (torch.nan if torch.is_autocast_enabled("cpu") else 1)
     )
     events = []
-    assert resolve(DevicePart(), events.append).compute == torch.float32
+    assert resolve(DeviceConfig(), events.append).dtype == torch.float32
     assert events[0].payload["why"] == "bf16 failed its probe: the product is not finite"
 
 
@@ -93,11 +93,11 @@ def test_asked_for_is_what_runs(cpu_only, parameters, compute):
     """Inside ``autocast`` a product has the compute dtype whatever the parameters are kept in; outside, theirs."""
     if (parameters, compute) == ("bf16", "fp32"):
         with pytest.raises(ValueError, match="kept in bf16 cannot be computed with in fp32"):
-            DevicePart(parameters=parameters, compute=compute)
+            DeviceConfig(param_dtype=parameters, dtype=compute)
         return
-    device = resolve(DevicePart(name="cpu", parameters=parameters, compute=compute), silent)
-    linear = torch.nn.Linear(3, 5, dtype=device.parameters)
-    hidden = torch.ones(2, 3, dtype=device.parameters)
+    device = resolve(DeviceConfig(device="cpu", param_dtype=parameters, dtype=compute), silent)
+    linear = torch.nn.Linear(3, 5, dtype=device.param_dtype)
+    hidden = torch.ones(2, 3, dtype=device.param_dtype)
     with device.autocast():
         assert linear(hidden).dtype == resolving.DTYPES[compute]
     assert linear(hidden).dtype == resolving.DTYPES[parameters]
@@ -105,8 +105,8 @@ def test_asked_for_is_what_runs(cpu_only, parameters, compute):
 
 def test_fp16_on_cpu_is_refused(cpu_only):
     """fp16 training on a CPU is an error with alternatives, not a slow surprise."""
-    with pytest.raises(CapabilityError, match="fp16 does not work on cpu.*device.compute=fp32 or device.compute=bf16"):
-        resolve(DevicePart(compute="fp16"), silent)
+    with pytest.raises(CapabilityError, match="fp16 does not work on cpu.*device.dtype=fp32 or device.dtype=bf16"):
+        resolve(DeviceConfig(dtype="fp16"), silent)
 
 
 def broken(*_args, **_kwargs):
@@ -153,7 +153,7 @@ def test_autocast_without_effect_is_found(monkeypatch):
 def test_resolving_draws_no_random_number(cpu_only):
     """Whatever is probed, the global generator stands where it stood."""
     before = torch.get_rng_state()
-    resolve(DevicePart(), silent)
+    resolve(DeviceConfig(), silent)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -169,7 +169,7 @@ def test_threads_are_set(cpu_only):
     """The number of threads asked for is the number used."""
     before = torch.get_num_threads()
     try:
-        resolve(DevicePart(threads=1, compute="fp32"), silent)
+        resolve(DeviceConfig(threads=1, dtype="fp32"), silent)
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -182,17 +182,17 @@ def test_gain_leaves_the_threads_alone():
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("wrong", [{"name": "gpu"}, {"name": "cuda:x"}, {"compute": "fp8"}, {"threads": 0}, {"nam": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"device": "gpu"}, {"device": "cuda:x"}, {"dtype": "fp8"}, {"threads": 0}, {"nam": 1}]
+)
 def test_part_refuses_what_cannot_be(wrong):
     """Unknown devices, dtypes and keys are refused before torch is asked."""
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        DevicePart.model_validate(wrong)
+        DeviceConfig.model_validate(wrong)
 
 
 def test_parts_need_no_torch():
     """The parts of these rooms are read without importing torch."""
-    code = (
-        "import sys, meristem.device.part, meristem.checkpoint.part, meristem.sinks.part; print('torch' in sys.modules)"
-    )
+    code = "import sys, meristem.device.config, meristem.checkpoint.config, meristem.sinks.config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

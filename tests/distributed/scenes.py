@@ -14,25 +14,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from meristem.data.part import DataPart, TokenizerPart
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
 from meristem.data.stream import Stream
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
 from meristem.distributed.agreement import Agreement, Change, fingerprint
+from meristem.distributed.config import DistributedConfig
 from meristem.distributed.engine import Engine, alone, replicated, sharded
 from meristem.distributed.mesh import Ranks, joined
-from meristem.distributed.part import DistributedPart
-from meristem.distributed.parts import local
+from meristem.distributed.shards import local
 from meristem.distributed.sync import Sync, size_bytes
 from meristem.errors import AgreementFailed
-from meristem.memory.value import State, detach, flatten
+from meristem.memory.state import State, detach, flatten
 from meristem.models.build import build as build_model
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
+from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.groups import levels
-from meristem.optim.part import OptimPart
-from meristem.recipes import shelter
+from meristem.runs import recovery
 from meristem.train.loss import cross_entropy
 
 PERIODS = (1, 2, 4)
@@ -76,7 +76,7 @@ def _train(kind: Kind, ranks: Ranks, folder: Path) -> dict[str, Any]:
     model, sync = _model(getattr(torch, kind.dtype)), Sync(ranks)
     slow = [parameter for period, level in levels(model).items() if period > 1 for parameter in level]
     engine = _engine(kind, model, sync, slow)
-    optimizer = build_optimizer(model, OptimPart(rate=0.01, clip=0.5))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01, grad_clip=0.5))
     optimizer.reduce = None if ranks.size == 1 else sync.sum
     stream = _stream(folder, kind.order).share(ranks.rank, ranks.size)
     cursor, memory, told = stream.start(), None, []
@@ -103,7 +103,7 @@ def _train(kind: Kind, ranks: Ranks, folder: Path) -> dict[str, Any]:
             }
         )
     trees = {"trained": _whole(model), "memory": {k: v for k, v in flatten(memory or {}).items() if _is_tensor(v)}}
-    optimizer.pool(is_first=ranks.is_first)
+    optimizer.gather_pending(is_first=ranks.is_first)
     trees["waiting"] = {n: optimizer.pending[p] for n, p in model.named_parameters() if p in optimizer.pending}
     with engine.whole():
         trees["read"] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -119,8 +119,8 @@ def _train(kind: Kind, ranks: Ranks, folder: Path) -> dict[str, Any]:
 def _model(dtype: torch.dtype) -> nn.Module:
     """A Titans memory that gates attention, above a chain of three levels."""
     levelled = {"count": len(PERIODS), "periods": PERIODS}
-    model = ModelPart(width=12, n_layers=2, heads=2, span=5, mixer="mag", mlp="levels", levels=levelled)  # type: ignore[arg-type]
-    return build_model(model, MemoryPart(head_width=4), 256, random_seed=3).to(dtype)
+    model = ModelConfig(dim=12, n_layers=2, n_heads=2, sliding_window=5, mixer="mag", mlp="levels", levels=levelled)  # type: ignore[arg-type]
+    return build_model(model, MemoryConfig(head_dim=4), 256, random_seed=3).to(dtype)
 
 
 def _engine(kind: Kind, model: nn.Module, sync: Sync, slow: list[nn.Parameter]) -> Engine:
@@ -132,7 +132,9 @@ def _engine(kind: Kind, model: nn.Module, sync: Sync, slow: list[nn.Parameter]) 
 
 
 def _stream(folder: Path, order: str) -> Stream:
-    corpus = prepare(DataPart(source=str(folder.parent / "text.txt"), root=folder.parent / "cache"), TokenizerPart())
+    corpus = prepare(
+        DataConfig(source=str(folder.parent / "text.txt"), root=folder.parent / "cache"), TokenizerConfig()
+    )
     return Stream(corpus, "train", window=13, batch=4, order=order, random_seed=5)  # type: ignore[arg-type]
 
 
@@ -291,8 +293,8 @@ def run(
 
     breaks: ``fault:rank:step``: what goes wrong, in which process, in which step counted from its start.
     """
-    from meristem.recipes.config import load_config
     from meristem.recipes.pretrain import prepare_job, pretrain
+    from meristem.runs.config import load_config
     from meristem.sinks.console import Console
 
     fault, rank, step = (*breaks.split(":"), "", "", "")[:3]
@@ -354,7 +356,7 @@ def _lost(job: Any, step: int) -> Any:
     def strike(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    shelter.put_back_weights = strike
+    recovery.put_back_weights = strike
     return _spoilt(job, step)
 
 
@@ -399,6 +401,6 @@ def play(scene: str, folder: Path, **more: Any) -> None:
         found = run(folder, **more)
         (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
         return
-    with joined(DistributedPart(timeout_s=20), DevicePart(name="cpu")) as ranks:
+    with joined(DistributedConfig(timeout_s=20), DeviceConfig(device="cpu")) as ranks:
         found = SCENES[scene](ranks, folder, **more)
         (folder / f"{ranks.rank}.json").write_text(json.dumps(found))

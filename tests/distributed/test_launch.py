@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from distributed.test_train import SETTINGS, losses, run, saved
 from meristem.distributed.launch import _ended
-from meristem.distributed.mesh import require_not_launched, told_rank
+from meristem.distributed.mesh import launched_rank, require_not_launched
 from meristem.errors import WrongValue
 from meristem.models.load import load
 from recipes.small import overrides, write_text
@@ -71,7 +71,7 @@ def test_s2_a_killed_process_is_started_again(stage, tmp_path):
 
     Under ``--nproc`` the drill ``rank-killed`` shows the same.
     """
-    more = ("train.steps=100", "checkpoint.every=10", "evaluate.every=1000")
+    more = ("train.steps=100", "checkpoint.every=10", "eval.every=1000")
     process = started([*TORCHRUN, "-m", "meristem"], tmp_path / "broken", *more)
     wait_for(process, tmp_path / "broken/run/checkpoints/step-00000020")
     os.kill(worker(process, 1), signal.SIGKILL)
@@ -99,7 +99,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(stage, tmp_path):
 
 def test_what_was_asked_wrongly_is_not_started_again(tmp_path):
     """Seven rows for two processes: one answer with the code of settings, and no second start."""
-    process = started(PROGRAM, tmp_path, "--nproc", "2", "data.batch=7")
+    process = started(PROGRAM, tmp_path, "--nproc", "2", "data.batch_size=7")
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 2, (tmp_path / "err").read_text()
     assert "2 processes cannot share them evenly" in json.loads(out)["error"]["message"]
@@ -110,7 +110,7 @@ def test_nproc_within_torchrun_is_refused():
     require_not_launched({})
     with pytest.raises(WrongValue, match="this one was started as 2 of 3 .* Leave --nproc out under torchrun"):
         require_not_launched({"WORLD_SIZE": "3", "RANK": "1"})
-    assert told_rank({}) == 0 and told_rank({"RANK": "2"}) == 2
+    assert launched_rank({}) == 0 and launched_rank({"RANK": "2"}) == 2
 
 
 @pytest.mark.parametrize(

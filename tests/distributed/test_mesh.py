@@ -3,22 +3,22 @@
 import pytest
 import torch
 
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
+from meristem.distributed.config import DistributedConfig, require_shardable
 from meristem.distributed.mesh import Ranks, joined, own_device
-from meristem.distributed.part import DistributedPart, require_shardable
 from meristem.errors import AgreementFailed, CapabilityError, ConflictingKeys, WrongValue
 
 
 @pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "RANK": "0"}])
 def test_alone_there_is_nothing_to_join(environment):
-    with joined(DistributedPart(), DevicePart(), environment) as ranks:
+    with joined(DistributedConfig(), DeviceConfig(), environment) as ranks:
         assert ranks == Ranks(0, 1) and ranks.is_first
         assert not torch.distributed.is_initialized()
 
 
 def test_half_an_environment_is_refused():
     with pytest.raises(WrongValue, match="WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT not set. Start with torchrun"):
-        with joined(DistributedPart(), DevicePart(), {"WORLD_SIZE": "2", "RANK": "0"}):
+        with joined(DistributedConfig(), DeviceConfig(), {"WORLD_SIZE": "2", "RANK": "0"}):
             pass
 
 
@@ -27,30 +27,30 @@ def test_others_that_do_not_come_are_named_with_the_address(monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(AgreementFailed, match="process 0 of 2 did not meet all others at 127.0.0.1:0 within 1 s"):
-        with joined(DistributedPart(timeout_s=1), DevicePart(name="cpu"), given):
+        with joined(DistributedConfig(timeout_s=1), DeviceConfig(device="cpu"), given):
             pass
 
 
 def test_more_processes_than_gpus_are_refused():
     given = {"WORLD_SIZE": "99", "RANK": "98", "LOCAL_RANK": "98", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     with pytest.raises(CapabilityError, match="process 98 of this machine needs a GPU of its own for nccl"):
-        with joined(DistributedPart(backend="nccl"), DevicePart(), given):
+        with joined(DistributedConfig(backend="nccl"), DeviceConfig(), given):
             pass
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     third = Ranks(2, 4, local_rank=2)
-    assert {own_device(third, DevicePart(name=name)).name for name in ("auto", "cuda")} == {"cuda:2"}
-    assert own_device(third, DevicePart(name="cpu")).name == "cpu"
-    assert own_device(Ranks(), DevicePart(name="cuda:1")).name == "cuda:1"
-    with pytest.raises(ConflictingKeys, match="device.name is cuda:1, one GPU, and there are 4 processes"):
-        own_device(third, DevicePart(name="cuda:1"))
+    assert {own_device(third, DeviceConfig(device=name)).device for name in ("auto", "cuda")} == {"cuda:2"}
+    assert own_device(third, DeviceConfig(device="cpu")).device == "cpu"
+    assert own_device(Ranks(), DeviceConfig(device="cuda:1")).device == "cuda:1"
+    with pytest.raises(ConflictingKeys, match="device.device is cuda:1, one GPU, and there are 4 processes"):
+        own_device(third, DeviceConfig(device="cuda:1"))
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamuon", "adamuon_raw", "m3", "sgd"])
 def test_optimizers_that_need_whole_parameters_are_refused(kind):
-    require_shardable(DistributedPart(), kind)
-    require_shardable(DistributedPart(shard=True), "adamw")
-    with pytest.raises(ConflictingKeys, match=f"optim.kind is '{kind}' and distributed.shard is true"):
-        require_shardable(DistributedPart(shard=True), kind)
+    require_shardable(DistributedConfig(), kind)
+    require_shardable(DistributedConfig(shard=True), "adamw")
+    with pytest.raises(ConflictingKeys, match=f"optim.name is '{kind}' and distributed.shard is true"):
+        require_shardable(DistributedConfig(shard=True), kind)

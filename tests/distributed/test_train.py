@@ -9,7 +9,7 @@ import torch
 from distributed.processes import Played, Stage
 from meristem.checkpoint.store import Checkpoint, find
 from meristem.events import silent
-from meristem.sinks.lines import read_records
+from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import history
 from recipes.small import overrides, write_text
 
@@ -17,15 +17,15 @@ TOLERANCE = 1e-5
 """Largest difference of a weight to one process: sums over rows are rounded in another order."""
 
 SETTINGS = (
-    "model.heads=2",
-    "model.span=5",
-    "memory.head_width=4",
+    "model.n_heads=2",
+    "model.sliding_window=5",
+    "memory.head_dim=4",
     "model.mlp=levels",
     "model.levels={count: 3, periods: [1, 2, 4]}",
-    "data.batch=6",
-    "optim.rate=0.01",
+    "data.batch_size=6",
+    "optim.lr=0.01",
     "train.steps=8",
-    "evaluate.every=4",
+    "eval.every=4",
     "checkpoint.every=3",
     "distributed.timeout_s=20",
 )
@@ -100,7 +100,7 @@ def test_a_run_goes_on_in_another_number_of_processes(stage, tmp_path, kind, num
 @pytest.mark.parametrize("tier", ["fast", "full"])
 def test_s2_l21_all_go_back_together(stage, tmp_path, kind, tier):
     """One process finds no number in three steps: both skip them, go back to the same step, and go on."""
-    more = ["train.steps=20", "rollback.snapshot_every=4", "evaluate.every=100", "rollback.full_deadline_s=60"]
+    more = ["train.steps=20", "rollback.snapshot_every=4", "eval.every=100", "rollback.full_deadline_s=60"]
     more += ["rollback.fast_deadline_s=60", f"rollback.snapshots={3 if tier == 'fast' else 0}"]
     played = run(stage, 2, tmp_path, *KINDS[kind], *more, breaks="spoilt:1:10")
     assert played.found(0)["step"] == played.found(1)["step"] == 20
@@ -166,9 +166,9 @@ def test_s2_processes_that_went_apart_are_found(stage, tmp_path):
 
 def test_s2_no_room_in_one_process_sends_all_back(stage, tmp_path):
     """The others have moved weights that it has not: all go back, and cut batches smaller from then on."""
-    more = ("train.steps=12", "rollback.snapshot_every=4", "rollback.fast_deadline_s=60", "evaluate.every=100")
+    more = ("train.steps=12", "rollback.snapshot_every=4", "rollback.fast_deadline_s=60", "eval.every=100")
     played = run(stage, 2, tmp_path, *more, breaks="full:1:6")
     assert played.found(0)["weights"] == played.found(1)["weights"]
     for place in (tmp_path / "run", tmp_path / "run/ranks/1"):
         (back,) = [r["payload"] for r in read_records(place / "events.ndjson") if r["name"] == "rollback.done"]
-        assert back["changed"] == {"n_parts": 2} and back["resumed_from"] in (4, 6)
+        assert back["changed"] == {"n_micro_batches": 2} and back["resumed_from"] in (4, 6)

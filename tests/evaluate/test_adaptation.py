@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn import functional
 
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.corpus import Corpus
-from meristem.data.part import DataPart, TokenizerPart
 from meristem.data.prepare import prepare
 from meristem.device.resolve import Device
 from meristem.errors import CorpusTooShort
 from meristem.evaluate.adaptation import Adaptation, Documents, adaptation, documents
 from meristem.evaluate.likelihood import Likelihood
-from meristem.models.reader import reader_of
+from meristem.models.online import online_reader
 from zoo import VOCABULARY, ZOO, grown
 
 CPU = Device(torch.device("cpu"), torch.float64, torch.float32)
@@ -59,7 +59,7 @@ def measured(reader, chosen, piece=4, batch=2):
 
 def test_a_memory_learns_to_copy_and_one_that_stands_still_does_not():
     """The first half says nothing of itself, the second half is in the memory; off, both cost what a guess costs."""
-    on, off = (measured(reader_of(Successors(), learn, nats_of), copied()) for learn in ("memory", "off"))
+    on, off = (measured(online_reader(Successors(), learn, nats_of), copied()) for learn in ("memory", "none"))
     guess, known = math.log(IDS), math.log(1 + (IDS - 1) * math.exp(-4))
     assert off.first.nats == off.second.nats == pytest.approx(guess) and off.gain_nats == 0
     assert on.first.nats == pytest.approx(guess) and on.second.nats == pytest.approx(known)
@@ -69,10 +69,10 @@ def test_a_memory_learns_to_copy_and_one_that_stands_still_does_not():
 
 def test_a_second_reading_is_cheaper_where_the_memory_was_kept():
     """Reset between, it is the first one again; kept, all but nothing is left to learn."""
-    on, off = (measured(reader_of(Successors(), learn, nats_of), copied(more=1)) for learn in ("memory", "off"))
+    on, off = (measured(online_reader(Successors(), learn, nats_of), copied(more=1)) for learn in ("memory", "none"))
     assert on.again.nats < 0.5 * on.whole.nats and on.kept_bits_per_byte > 0
     assert off.again.total_nats == pytest.approx(off.whole.total_nats) and off.kept_bits_per_byte == pytest.approx(0)
-    again = measured(reader_of(Successors(), "memory", nats_of), copied(more=1))
+    again = measured(online_reader(Successors(), "memory", nats_of), copied(more=1))
     assert again == on
 
 
@@ -103,25 +103,25 @@ HALVES = (slice(0, 9), slice(9, 19))
 def test_attention_alone_reads_the_same_with_and_without_a_memory():
     """Nothing of it is written: bitwise."""
     model, chosen = grown("preset-attention"), random_documents()
-    assert measured(reader_of(model, "off", nats_of), chosen) == measured(model, chosen)
+    assert measured(online_reader(model, "none", nats_of), chosen) == measured(model, chosen)
 
 
 def test_a_memory_that_writes_reads_otherwise_than_one_that_does_not():
     model, chosen = grown("preset-titans-mag"), random_documents()
-    assert measured(reader_of(model, "off", nats_of), chosen) != measured(model, chosen)
+    assert measured(online_reader(model, "none", nats_of), chosen) != measured(model, chosen)
 
 
 @pytest.mark.parametrize("name", [name for name, (m, _) in ZOO.items() if m.name == "lm" and m.mlp == "levels"][:2])
 def test_levels_learn_one_document_at_a_time(name):
     """Each from the weights of the model, whatever was read before: the sum of documents measured alone."""
-    reader, chosen = reader_of(grown(name), "levels", nats_of), random_documents(n_rows=2, length=150)
+    reader, chosen = online_reader(grown(name), "levels", nats_of), random_documents(n_rows=2, length=150)
     alone = [
         measured(reader, Documents(chosen.tokens_bt[row : row + 1], chosen.bytes_bt[row : row + 1]), 40, 1)
         for row in range(2)
     ]
     both = measured(reader, chosen, piece=40, batch=1)
     assert both == alone[0] + alone[1]
-    assert both.again != measured(reader_of(reader.model, "memory", nats_of), chosen, 40, 1).again
+    assert both.again != measured(online_reader(reader.model, "memory", nats_of), chosen, 40, 1).again
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,8 @@ def corpus(tmp_path_factory) -> Corpus:
     for number in range(40):
         text = "".join(f"line {line} of {number:02d}.\n" for line in range(number % 7 + 1))
         (place / "documents" / f"{number}.txt").write_text(text)
-    part = DataPart(source=str(place / "documents"), root=place, validation=0.4)
-    return prepare(part, TokenizerPart())
+    part = DataConfig(source=str(place / "documents"), root=place, validation=0.4)
+    return prepare(part, TokenizerConfig())
 
 
 def test_documents_are_the_beginnings_of_those_that_are_long_enough(corpus):
@@ -150,7 +150,7 @@ def test_documents_are_the_beginnings_of_those_that_are_long_enough(corpus):
 
 
 def test_documents_that_are_too_short_are_refused(corpus):
-    with pytest.raises(CorpusTooShort, match=r"no document.*holds 1001 tokens; the longest.*data.window to 2\d"):
+    with pytest.raises(CorpusTooShort, match=r"no document.*holds 1001 tokens; the longest.*data.seq_len to 2\d"):
         documents(corpus, "val", length=1000)
 
 

@@ -7,15 +7,15 @@ import torch
 
 from meristem.evaluate.levels import Dormancy, level_figures
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 
 TOKENS_BT = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
-MODEL = ModelPart(width=12, n_layers=2, heads=2, span=5)
+MODEL = ModelConfig(dim=12, n_layers=2, n_heads=2, sliding_window=5)
 
 
 def model_of(mixer: str = "mag", **levels: object) -> torch.nn.Module:
-    part = MemoryPart.model_validate({"head_width": 4, "levels": {"count": 2, "periods": (1, 4)} | levels})
+    part = MemoryConfig.model_validate({"head_dim": 4, "levels": {"count": 2, "periods": (1, 4)} | levels})
     return build(MODEL.model_copy(update={"mixer": mixer}), part, 256, 0)
 
 
@@ -59,7 +59,7 @@ def test_copies_in_the_state_are_not_levels_of_their_own():
 
 
 def test_a_model_without_levels_has_no_figures():
-    assert level_figures(build(MODEL, MemoryPart(head_width=4), 256, 0), TOKENS_BT) == {}
+    assert level_figures(build(MODEL, MemoryConfig(head_dim=4), 256, 0), TOKENS_BT) == {}
 
 
 def test_looking_changes_nothing():

@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.corpus import Corpus
-from meristem.data.part import DataPart, TokenizerPart
 from meristem.data.prepare import prepare
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
 from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.events import silent
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 from meristem.train.loss import cross_entropy
 
-DEVICE = resolve(DevicePart(name="cpu", compute="fp32", threads=1), silent)
+DEVICE = resolve(DeviceConfig(device="cpu", dtype="fp32", threads=1), silent)
 
 
 @pytest.fixture(scope="module", params=["byte", "bpe"])
@@ -28,12 +28,12 @@ def corpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     for number in range(40):
         words = "".join(f"document {number} has the line {line}\n" for line in range(number % 7 + 1))
         (place / "documents" / f"{number}.txt").write_text(words)
-    part = DataPart(source=str(place / "documents"), root=place, validation=0.3)
-    return prepare(part, TokenizerPart(kind=request.param, vocab_size=300))
+    part = DataConfig(source=str(place / "documents"), root=place, validation=0.3)
+    return prepare(part, TokenizerConfig(kind=request.param, vocab_size=300))
 
 
 def model_of(corpus: Corpus) -> torch.nn.Module:
-    return build(ModelPart(name="chargru", width=7, n_layers=2), MemoryPart(), corpus.tokenizer.vocab_size, 0)
+    return build(ModelConfig(name="chargru", dim=7, n_layers=2), MemoryConfig(), corpus.tokenizer.vocab_size, 0)
 
 
 def measured(corpus: Corpus, *, window: int, batch: int, max_windows: int | None = None) -> Likelihood:

@@ -7,17 +7,17 @@ import torch
 
 from meristem.evaluate.memory import memory_figures
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 
 TOKENS_BT = torch.randint(0, 256, (2, 19), generator=torch.Generator().manual_seed(0))
-MODEL = ModelPart(width=12, n_layers=2, heads=2, span=5)
+MODEL = ModelConfig(dim=12, n_layers=2, n_heads=2, sliding_window=5)
 
 
 @pytest.mark.parametrize("half_life", [16.0, 512.0])
 def test_fresh_gates_are_those_of_the_settings(half_life):
     """Half-life, momentum, and the write rate with its factor 1 - momentum."""
-    model = build(MODEL, MemoryPart(head_width=4, half_life=half_life, write=0.2, momentum=0.7), 256, 0)
+    model = build(MODEL, MemoryConfig(head_dim=4, half_life=half_life, write_rate=0.2, momentum=0.7), 256, 0)
     found = memory_figures(model, TOKENS_BT)
     assert found["half_life"] == pytest.approx(half_life, rel=1e-3)
     assert found["momentum"] == pytest.approx(0.7, rel=1e-5)
@@ -26,7 +26,7 @@ def test_fresh_gates_are_those_of_the_settings(half_life):
 
 def test_norm_is_that_of_the_memories_left_behind():
     """The mean over layers, rows and heads of the norm of the weights; momentum is not among them."""
-    model = build(MODEL, MemoryPart(head_width=4), 256, 0)
+    model = build(MODEL, MemoryConfig(head_dim=4), 256, 0)
     _, state = model(TOKENS_BT)
     norms = torch.stack([norms_bh(layer) for layer in state["layer"].values()])
     assert memory_figures(model, TOKENS_BT)["norm"] == pytest.approx(norms.mean().item(), rel=1e-5)
@@ -40,15 +40,15 @@ def norms_bh(state):
     return next((norms for norms in found if norms is not None), None)
 
 
-@pytest.mark.parametrize("part", [ModelPart(name="charrnn", width=7), MODEL.model_copy(update={"mixer": "attention"})])
+@pytest.mark.parametrize("part", [ModelConfig(name="charrnn", dim=7), MODEL.model_copy(update={"mixer": "attention"})])
 def test_no_memory_no_figures(part):
-    assert memory_figures(build(part, MemoryPart(head_width=4), 256, 0), TOKENS_BT) == {}
+    assert memory_figures(build(part, MemoryConfig(head_dim=4), 256, 0), TOKENS_BT) == {}
 
 
 @pytest.mark.compiled
 def test_compiled_blocks_are_heard_too():
     """Compiled code passes over hooks: the figures are read off the model as it is written."""
-    model = build(MODEL, MemoryPart(head_width=4), 256, 0)
+    model = build(MODEL, MemoryConfig(head_dim=4), 256, 0)
     before = memory_figures(model, TOKENS_BT)
     for block in model.blocks:
         block.compile(backend="eager")
@@ -59,7 +59,7 @@ def test_compiled_blocks_are_heard_too():
 
 def test_looking_changes_nothing():
     """Neither parameters nor hooks stay behind."""
-    model = build(MODEL, MemoryPart(head_width=4), 256, 0)
+    model = build(MODEL, MemoryConfig(head_dim=4), 256, 0)
     before = copy.deepcopy(model.state_dict())
     memory_figures(model, TOKENS_BT)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -68,10 +68,10 @@ def test_looking_changes_nothing():
 
 def test_frozen_chunks_say_how_far_they_overshoot():
     """Only a form with frozen chunks has the figure; higher write rates raise it, and a limit of 2 / chunk holds it."""
-    settings = {"head_width": 4, "rule": "delta", "chunk": 8, "half_life": 1e6}
+    settings = {"head_dim": 4, "rule": "delta", "chunk": 8, "half_life": 1e6}
 
     def figure(**more):
-        model = build(MODEL, MemoryPart.model_validate(settings | more), 256, 0)
+        model = build(MODEL, MemoryConfig.model_validate(settings | more), 256, 0)
         return memory_figures(model, torch.zeros(1, 19, dtype=torch.int64)).get("overshoot")
 
     assert figure() is None

@@ -186,7 +186,7 @@ def test_questions_count_what_is_asked():
         (lambda: Needle(2, 9, 5), r"vocabulary is 2, expected 3 or more"),
         (lambda: Needle(9, 9, 1), r"distance is 1, expected 2 or more"),
         (lambda: Needle(9, 9, 9), r"window of 10 tokens, found 9. Set the distance to 8 or less"),
-        (lambda: suite(256, 15), r"need a window of 16 tokens, found 15. Set data.window to 16 or more."),
+        (lambda: suite(256, 15), r"need a window of 16 tokens, found 15. Set data.seq_len to 16 or more."),
     ],
 )
 def test_what_cannot_be_asked_is_refused(make, message):

@@ -17,7 +17,7 @@ REPORT = Report(
     facts=[("steps", "7")],
     memory=[],
     samples=[Sample("def ", "f():\n```\nx")],
-    settings=[("model.width", "128")],
+    settings=[("model.dim", "128")],
     go_on=[("meristem chat r", "talks")],
     has_picture=False,
 )

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from meristem.memory import Gates, Rule
 from meristem.memory.check import conflicts
-from meristem.memory.value import Memory
+from meristem.memory.state import Memory
 
 BATCH, HEADS, KEY_WIDTH, VALUE_WIDTH = 2, 3, 5, 7
 

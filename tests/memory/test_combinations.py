@@ -26,9 +26,9 @@ from meristem.memory.check import check, conflicts
 from meristem.memory.forms import accepting, forms
 from meristem.memory.forms.by_chunk import finished
 from meristem.memory.retention import decay, f_divergence, retentions, simplex, sphere
+from meristem.memory.state import State, clone, flatten, unflatten
 from meristem.memory.structure import Structure, matrix, mlp, slots, structures, two_slots
 from meristem.memory.update import implicit, leader, orthogonal_momentum, plain, updates
-from meristem.memory.value import State, clone, flatten, unflatten
 
 SMALL: dict[str, list[Structure]] = {
     "mlp": [mlp(2, 2), mlp(3, 2, is_normed=True), mlp(2, 2, is_gated=True, is_normed=True)],

@@ -20,9 +20,9 @@ from meristem.memory.forms.frozen_chunk import overshoot, refined
 from meristem.memory.named import rules
 from meristem.memory.retention import decay
 from meristem.memory.rule import read, write
+from meristem.memory.state import beside, flatten
 from meristem.memory.structure import Live, Pairs, matrix, outer
 from meristem.memory.update import momentum
-from meristem.memory.value import beside, flatten
 
 PAIRS = [(name, form) for name in rules.names() for form in accepting(named(name))]
 EXACT = [(name, form) for name, form in PAIRS if forms.get(form).is_exact]
@@ -157,7 +157,7 @@ def test_what_is_stored_is_mapped_where_a_chunk_ends(name: str) -> None:
             reads.append(read(rule, entered, inputs.queries_bthk[:, t]))
             gates = rule.in_effect(inputs.gates.at(t))
             pairs = Pairs(inputs.keys_bthk[:, t, :, None], inputs.values_bthv[:, t, :, None])
-            recalled, target, pull = rule.structure.linearise(Live(rule.weights(entered)), pairs)
+            recalled, target, pull = rule.structure.vjp(Live(rule.weights(entered)), pairs)
             for weight, factor in pull(rule.bias.gradient(recalled, target, None)).items():
                 written = gates.write_bhc[..., None] * outer(factor)
                 stored[weight] = gates.retain_bhc[..., None] * stored[weight] - written

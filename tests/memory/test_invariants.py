@@ -15,9 +15,9 @@ from meristem.memory.bias import absolute, power
 from meristem.memory.named import rules
 from meristem.memory.retention import power_norm
 from meristem.memory.rule import read, write
+from meristem.memory.state import Memory
 from meristem.memory.structure import Live, two_slots
 from meristem.memory.update import plain
-from meristem.memory.value import Memory
 
 NAME, MOMENTUM = "matrix_bhkv", "matrix_momentum_bhkv"
 LINEAR = [name for name in rules.names() if named(name).is_linear and named(name).has_retain]

@@ -27,7 +27,7 @@ from meristem.memory.kernels.chunk_solve import Weights, solve, solve_back
 from meristem.memory.kernels.fla_delta import fla_delta, recurrence
 from meristem.memory.kernels.select import force_reference
 from meristem.memory.named import rules
-from meristem.memory.value import Memory
+from meristem.memory.state import Memory
 
 CASES = {
     "hebbian": {"n_levels": 1, "looks": False, "solves": False},
@@ -67,10 +67,10 @@ def chunks(case: str, dtype: torch.dtype, device: str = "cpu") -> Chunks:
 
     vectors = functional.normalize(draw(n, h, c, k), dim=-1), draw(n, h, c, v), draw(n, h, c, k)
     weights = Weights(
-        reach_nhcs=placed(draw(n, h, c, c).sigmoid().tril()),
-        sight_nhcl=placed(draw(n, h, c, n_levels)),
-        arriving_nhcl=placed(0.5 * draw(n, h, c, n_levels)),
-        carried_nhll=placed(0.5 * draw(n, h, n_levels, n_levels)),
+        intra_nhcs=placed(draw(n, h, c, c).sigmoid().tril()),
+        read_nhcl=placed(draw(n, h, c, n_levels)),
+        write_nhcl=placed(0.5 * draw(n, h, c, n_levels)),
+        carry_nhll=placed(0.5 * draw(n, h, n_levels, n_levels)),
         probe_nhcl=placed(draw(n, h, c, n_levels).sigmoid()) if looks else None,
         is_solved=bool(solves),
     )

@@ -19,11 +19,11 @@ from torch.nn import functional
 from meristem.memory import Gates, Rule, named, run, scan
 from meristem.memory.bias import Bias, squared
 from meristem.memory.forms import accepting, forms
-from meristem.memory.forms.flow import flow
+from meristem.memory.forms.decay import compute_decay
 from meristem.memory.retention import decay
+from meristem.memory.state import Memory
 from meristem.memory.structure import matrix, mlp
 from meristem.memory.update import momentum, plain
-from meristem.memory.value import Memory
 
 FOLDER = Path(__file__).with_name("oracles")
 VERSIONS = {"fla_core": "0.6.0", "transformers": "5.23.0", "titans_pytorch": "0.5.5"}
@@ -94,16 +94,16 @@ def test_a_chunk_flows_as_in_fla() -> None:
     inputs, expected = case("fla_core", "given"), case("fla_core", "titans_chunk")
     gates = (inputs[name].movedim(1, 2) for name in ("retain_bth", "momentum_bth", "write_bth"))
     retain_bhc, momentum_bhc, write_bhc = gates
-    flowing = flow(retain_bhc.log(), momentum_bhc.log(), write_bhc)
+    flowing = compute_decay(retain_bhc.log(), momentum_bhc.log(), write_bhc)
     found = {
         "kept_bhc": flowing.entering_nhcl[..., 0],
-        "kept_bh": flowing.carried_nhll[..., 0, 0],
+        "kept_bh": flowing.carry_nhll[..., 0, 0],
         "joined_bhc": flowing.entering_nhcl[..., 1],
-        "joined_bh": flowing.carried_nhll[..., 0, 1],
-        "arriving_bhs": flowing.arriving_nhcl[..., 0],
-        "reach_bhcs": flowing.reach_nhcs,
-        "moving_bh": flowing.carried_nhll[..., 1, 1],
-        "moved_bhs": flowing.arriving_nhcl[..., 1],
+        "joined_bh": flowing.carry_nhll[..., 0, 1],
+        "arriving_bhs": flowing.write_nhcl[..., 0],
+        "reach_bhcs": flowing.intra_nhcs,
+        "moving_bh": flowing.carry_nhll[..., 1, 1],
+        "moved_bhs": flowing.write_nhcl[..., 1],
     }
     torch.testing.assert_close(found, expected, **DOUBLE)
 

@@ -49,6 +49,7 @@ from meristem.memory.retention import (
     sphere,
 )
 from meristem.memory.rule import write
+from meristem.memory.state import Memory, flatten, unflatten
 from meristem.memory.structure import (
     Live,
     Pairs,
@@ -73,7 +74,6 @@ from meristem.memory.update import (
     plain,
     updates,
 )
-from meristem.memory.value import Memory, flatten, unflatten
 
 ROWS, WIDTH = 11, 6
 NAME, MOMENTUM = "matrix_bhkv", "matrix_momentum_bhkv"
@@ -356,7 +356,7 @@ def test_a_surprise_is_autograd_of_the_loss(name: str) -> None:
     structure, key_width, value_width, answer = STRUCTURES[name]
     memory = {key: x.requires_grad_() for key, x in held(structure, key_width, value_width).items()}
     pairs = pairs_of(structure, key_width, value_width)
-    recalled, _, pull = structure.linearise(Live(memory), pairs)
+    recalled, _, pull = structure.vjp(Live(memory), pairs)
     expected = answer(memory, pairs)
     # The guard of the unit length in l2_silu is 1e-12.
     torch.testing.assert_close(recalled, expected, rtol=0, atol=1e-10)
@@ -375,7 +375,7 @@ def test_every_structure_is_compared_with_autograd() -> None:
 def test_what_is_recalled_for_a_pair_is_what_a_query_gets(name: str) -> None:
     structure, key_width, value_width, answer = STRUCTURES[name]
     memory, pairs = held(structure, key_width, value_width), pairs_of(structure, key_width, value_width)
-    recalled, target, _ = structure.linearise(Live(memory), pairs)
+    recalled, target, _ = structure.vjp(Live(memory), pairs)
     torch.testing.assert_close(structure.recall(Live(memory), pairs.key_bhck), recalled, rtol=0, atol=0)
     assert target is pairs.value_bhcv
 

@@ -18,7 +18,7 @@ from meristem.checkpoint.store import open_checkpoint, save
 from meristem.memory import named, run
 from meristem.memory.forms import UNFINISHED, accepting
 from meristem.memory.named import rules
-from meristem.memory.value import State, flatten, unflatten
+from meristem.memory.state import State, flatten, unflatten
 
 FIXTURE = Path(__file__).with_name("fixtures") / "values.json"
 OURS = rules.names()

@@ -8,36 +8,36 @@ from pydantic import ValidationError
 
 from meristem.errors import ConflictingKeys, DeadKey, ShapeError, WrongValue
 from meristem.models.build import build
+from meristem.models.config import READS, ModelConfig
 from meristem.models.lm import mixers
-from meristem.models.part import READS, ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.nn.config import MemoryConfig
 from zoo import SMALL_MEMORY, ZOO, grown, ids
 
 
 def test_an_unknown_model_is_answered_with_the_nearest():
     with pytest.raises(WrongValue, match="no model is called 'charfomer'. Nearest: charformer"):
-        build(ModelPart(name="charfomer"), MemoryPart(), 29, random_seed=0)
+        build(ModelConfig(name="charfomer"), MemoryConfig(), 29, random_seed=0)
 
 
 def test_an_unknown_mixer_is_answered_with_the_nearest():
     with pytest.raises(WrongValue, match="no mixer is called 'atention'. Nearest: attention"):
-        build(ModelPart(mixer="atention"), MemoryPart(), 29, random_seed=0)
+        build(ModelConfig(mixer="atention"), MemoryConfig(), 29, random_seed=0)
 
 
 @pytest.mark.parametrize(
     "settings, key",
     [
-        ({"name": "charrnn", "heads": 2}, "heads"),
-        ({"name": "charformer", "span": 7}, "span"),
-        ({"name": "lm", "window": 7}, "window"),
-        ({"mixer": "memory", "n_persistent": 3}, "n_persistent"),
-        ({"mixer": "mac", "span": 7}, "span"),
+        ({"name": "charrnn", "n_heads": 2}, "n_heads"),
+        ({"name": "charformer", "sliding_window": 7}, "sliding_window"),
+        ({"name": "lm", "max_seq_len": 7}, "max_seq_len"),
+        ({"mixer": "memory", "n_persistent_tokens": 3}, "n_persistent_tokens"),
+        ({"mixer": "mac", "sliding_window": 7}, "sliding_window"),
         ({"layers": [{"mixer": "memory"}, {"mixer": "attention"}], "combine": "additive"}, "combine"),
     ],
 )
 def test_a_key_that_the_model_does_not_read_is_refused(settings, key):
     with pytest.raises(DeadKey, match=f"model.{key} is .* does not read it; .* reads .*Remove the key") as caught:
-        ModelPart(**settings)
+        ModelConfig(**settings)
     assert caught.value.fields["path"] == f"model.{key}"
 
 
@@ -45,27 +45,27 @@ def test_a_key_that_the_model_does_not_read_is_refused(settings, key):
 def test_settings_survive_being_written_out(name):
     """All keys are written, those at their default too; reading them back is no dead key."""
     model, memory = ZOO[name]
-    assert ModelPart.model_validate(model.model_dump(mode="json")) == model
-    assert MemoryPart.model_validate(memory.model_dump(mode="json")) == memory
+    assert ModelConfig.model_validate(model.model_dump(mode="json")) == model
+    assert MemoryConfig.model_validate(memory.model_dump(mode="json")) == memory
 
 
 def test_every_key_is_read_by_some_model_and_every_entry_names_keys():
-    keys = set(ModelPart.model_fields) - {"name"}
+    keys = set(ModelConfig.model_fields) - {"name"}
     assert set().union(*READS.values()) == keys
 
 
 CHANGES = {
-    "width": 24,
+    "dim": 24,
     "n_layers": 3,
-    "heads": 3,
-    "hidden": 19,
+    "n_heads": 3,
+    "mlp_dim": 19,
     "mlp": "gelu",
     "mixer": "attention",
-    "span": 4,
+    "sliding_window": 4,
     "rope": False,
-    "n_persistent": 2,
+    "n_persistent_tokens": 2,
     "tied": True,
-    "window": 29,
+    "max_seq_len": 29,
     "order": "pre",
     "positions": "learned",
     "init": "unscaled",
@@ -73,7 +73,7 @@ CHANGES = {
     "segment": 5,
     "is_residual": False,
     "layers": [{"mixer": "attention"}],
-    "join": "sum",
+    "aggregate": "sum",
     "levels": {"count": 3},
 }
 READ_BY = {"segment": {"mixer": "mac"}, "is_residual": {"mixer": "mal"}, "levels": {"mlp": "levels"}}
@@ -91,12 +91,10 @@ def test_every_key_changes_the_model_that_reads_it(name, key):
     """Its output, its weights, or the longest text it takes."""
 
     def described(settings):
-        small = (
-            {"width": 12, "heads": 2, "n_layers": 2} if name in ("lm", "charformer") else {"width": 12, "n_layers": 2}
-        )
+        small = {"dim": 12, "n_heads": 2, "n_layers": 2} if name in ("lm", "charformer") else {"dim": 12, "n_layers": 2}
         if key in READ_BY:
             small |= READ_BY[key]
-        model = build(ModelPart(**{"name": name} | small | settings), MemoryPart(**SMALL_MEMORY), 29, random_seed=3)
+        model = build(ModelConfig(**{"name": name} | small | settings), MemoryConfig(**SMALL_MEMORY), 29, random_seed=3)
         with torch.no_grad():
             logits_bto, _ = model(ids(2, 100 if name == "lm" else 13))
         return model.window, round(float(logits_bto.double().sum()), 3)
@@ -104,22 +102,24 @@ def test_every_key_changes_the_model_that_reads_it(name, key):
     assert described({}) != described({key: CHANGES[key]})
 
 
-@pytest.mark.parametrize("settings", [{"width": 12, "heads": 5}, {"name": "charformer", "width": 12, "heads": 5}])
+@pytest.mark.parametrize("settings", [{"dim": 12, "n_heads": 5}, {"name": "charformer", "dim": 12, "n_heads": 5}])
 def test_heads_that_do_not_divide_the_width_are_refused(settings):
-    with pytest.raises(ConflictingKeys, match="model.width 12 does not divide into 5 heads. Set model.heads"):
-        ModelPart(**settings)
+    with pytest.raises(ConflictingKeys, match="model.dim 12 does not divide into 5 heads. Set model.n_heads"):
+        ModelConfig(**settings)
 
 
 def test_rotary_positions_need_an_even_key_width():
     with pytest.raises(ConflictingKeys, match="key width of 3, and rotary positions turn channels in pairs"):
-        ModelPart(width=12, heads=4)
-    assert not ModelPart(width=12, heads=4, rope=False).rope
+        ModelConfig(dim=12, n_heads=4)
+    assert not ModelConfig(dim=12, n_heads=4, rope=False).rope
 
 
-@pytest.mark.parametrize("settings", [{"width": 0}, {"n_layers": 0}, {"span": 0}, {"order": "middle"}, {"depth": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"dim": 0}, {"n_layers": 0}, {"sliding_window": 0}, {"order": "middle"}, {"depth": 3}]
+)
 def test_values_out_of_range_are_refused(settings):
     with pytest.raises(ValidationError):
-        ModelPart(**settings)
+        ModelConfig(**settings)
 
 
 @pytest.mark.parametrize("name", ["preset-titans-mag", "preset-charformer", "preset-chargru"])
@@ -150,9 +150,9 @@ def test_a_mixer_can_be_registered():
         def forward(self, hidden_btd, state):
             return self.out(hidden_btd.cumsum(1)), {"nothing_b": hidden_btd[:, 0, 0]}
 
-    mixers.register("past", lambda model, memory: Past(model.width))
+    mixers.register("past", lambda model, memory: Past(model.dim))
     try:
-        model = build(ModelPart(mixer="past", width=12, heads=2), MemoryPart(), 29, random_seed=0)
+        model = build(ModelConfig(mixer="past", dim=12, n_heads=2), MemoryConfig(), 29, random_seed=0)
         assert model(ids(2, 7))[0].shape == (2, 7, 29)
     finally:
         del mixers._entries["past"]

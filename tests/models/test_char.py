@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from meristem.errors import ShapeError
 from meristem.models.build import build
 from meristem.models.char import sinusoids
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 from zoo import SMALL, grown, ids
 
 
@@ -22,14 +22,14 @@ from zoo import SMALL, grown, ids
         ({"name": "charrnn"}, 197_888),
         ({"name": "chargru"}, 462_080),
         (
-            {"name": "charformer", "order": "pre", "positions": "learned", "width": 768, "heads": 12, "n_layers": 12},
+            {"name": "charformer", "order": "pre", "positions": "learned", "dim": 768, "n_heads": 12, "n_layers": 12},
             85_646_080,
         ),
     ],
 )
 def test_reference_sizes_have_their_number_of_parameters(settings, n_parameters):
     with torch.device("meta"):
-        model = build(ModelPart(**settings), MemoryPart(), 256, random_seed=0)
+        model = build(ModelConfig(**settings), MemoryConfig(), 256, random_seed=0)
     assert sum(parameter.numel() for parameter in model.parameters()) == n_parameters
 
 
@@ -46,11 +46,11 @@ def test_charformer_is_the_transformer_of_its_equations():
     """The whole model once more, with torch's own encoder layer, which normalises after each branch as well."""
     model = grown("preset-charformer")
     tokens_bt = ids(3, 11)
-    width, hidden = SMALL["width"], SMALL["hidden"]
+    width, hidden = SMALL["dim"], SMALL["mlp_dim"]
     hidden_btd = model.embedding(tokens_bt) + sinusoids(11, width)
     mask_ts = torch.nn.Transformer.generate_square_subsequent_mask(11, dtype=torch.float64)
     for block in model.blocks:
-        layer = torch.nn.TransformerEncoderLayer(width, SMALL["heads"], hidden, dropout=0, batch_first=True).double()
+        layer = torch.nn.TransformerEncoderLayer(width, SMALL["n_heads"], hidden, dropout=0, batch_first=True).double()
         names = {
             "self_attn.in_proj_": "mixer.qkv.",
             "self_attn.out_proj.": "mixer.out.",
@@ -70,7 +70,9 @@ def test_charformer_is_the_transformer_of_its_equations():
 def test_a_whole_window_is_read_and_one_more_token_refused():
     model = grown("preset-charformer")
     assert model(ids(2, 23))[0].shape == (2, 23, 29)
-    with pytest.raises(ShapeError, match="24 tokens were given at once.*at most 23.*larger model.window") as caught:
+    with pytest.raises(
+        ShapeError, match="24 tokens were given at once.*at most 23.*larger model.max_seq_len"
+    ) as caught:
         model(ids(2, 24))
     assert caught.value.fields == {"found": 24, "expected": 23}
 
@@ -98,7 +100,7 @@ def test_unscaled_weights_start_far_from_a_uniform_guess():
     """The baseline of a lesson: about 26 nats, where the default starts at 5.7."""
     first_losses = {}
     for init in ("default", "unscaled"):
-        model = build(ModelPart(name="charformer", init=init), MemoryPart(), 256, random_seed=3)
+        model = build(ModelConfig(name="charformer", init=init), MemoryConfig(), 256, random_seed=3)
         tokens_bt = torch.randint(256, (4, 129), generator=torch.Generator().manual_seed(7))
         with torch.no_grad():
             logits_bto, _ = model(tokens_bt[:, :-1])

@@ -3,27 +3,27 @@
 import pytest
 from torch._dynamo.utils import counters
 
-from meristem.memory.value import detach
+from meristem.memory.state import detach
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 from zoo import VOCABULARY, ids
 
 N_TIME, N_WINDOWS = 16, 5
-SIZES = {"width": 16, "n_layers": 1, "heads": 2, "hidden": 16}
+SIZES = {"dim": 16, "n_layers": 1, "n_heads": 2, "mlp_dim": 16}
 
 
 def memory_levels(mixer, count, **more):
-    memory = MemoryPart.model_validate({"head_width": 8, "chunk": 8, "levels": {"count": count}})
-    sizes = {key: size for key, size in SIZES.items() if mixer != "memory" or key != "heads"}
-    return ModelPart.model_validate({"mixer": mixer, **sizes, **more}), memory
+    memory = MemoryConfig.model_validate({"head_dim": 8, "chunk": 8, "levels": {"count": count}})
+    sizes = {key: size for key, size in SIZES.items() if mixer != "memory" or key != "n_heads"}
+    return ModelConfig.model_validate({"mixer": mixer, **sizes, **more}), memory
 
 
 def hope(count):
-    memory = MemoryPart.model_validate({"head_width": 8, "self_reference": {"chunk_memory": 4, "chunk_other": 8}})
-    sizes = {key: size for key, size in SIZES.items() if key != "heads"}
+    memory = MemoryConfig.model_validate({"head_dim": 8, "self_reference": {"chunk_memory": 4, "chunk_other": 8}})
+    sizes = {key: size for key, size in SIZES.items() if key != "n_heads"}
     chain = {"mlp": "levels", "levels": {"count": count}}
-    return ModelPart.model_validate({"mixer": "self_reference", **sizes, **chain}), memory
+    return ModelConfig.model_validate({"mixer": "self_reference", **sizes, **chain}), memory
 
 
 @pytest.mark.compiled

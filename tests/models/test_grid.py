@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from meristem.memory.named import rules
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 from zoo import preset
 
 N_TIME, VOCABULARY = 11, 29
@@ -19,12 +19,12 @@ GRID = [*product(COMPOSITIONS, rules.names(), PERIODS)]
 
 
 def settings(composition, rule, n_levels):
-    model = {"width": 8, "n_layers": 1, "hidden": 9, "mixer": composition}
-    model |= {} if composition == "memory" else {"heads": 2}
-    model |= {"segment": 4} if composition == "mac" else {"span": 4} if composition in ("mag", "mal") else {}
+    model = {"dim": 8, "n_layers": 1, "mlp_dim": 9, "mixer": composition}
+    model |= {} if composition == "memory" else {"n_heads": 2}
+    model |= {"segment": 4} if composition == "mac" else {"sliding_window": 4} if composition in ("mag", "mal") else {}
     chosen = {"form": preset(f"lmm-{rule}")["memory"].get("form", "auto")}
     levels = {"count": n_levels, "periods": PERIODS[n_levels]}
-    return ModelPart(**model), MemoryPart(rule=rule, head_width=4, chunk=3, levels=levels, **chosen)
+    return ModelConfig(**model), MemoryConfig(rule=rule, head_dim=4, chunk=3, levels=levels, **chosen)
 
 
 def fresh(composition, rule, n_levels):

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from meristem.config import preset_names
-from meristem.memory.value import flatten, map_tensors, unflatten
+from meristem.memory.state import flatten, map_tensors, unflatten
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 from zoo import N_TIME, VOCABULARY, ZOO, grown, ids, preset
 
 every_model = pytest.mark.parametrize("name", ZOO)
@@ -218,7 +218,7 @@ def test_low_precision_stays_near_full_precision(name):
 def test_the_first_loss_is_that_of_a_uniform_guess(name):
     """At the sizes of the preset, within 5 %."""
     settings = preset(name)
-    model = build(ModelPart(**settings["model"]), MemoryPart(**settings["memory"]), 256, random_seed=3)
+    model = build(ModelConfig(**settings["model"]), MemoryConfig(**settings["memory"]), 256, random_seed=3)
     tokens_bt = torch.randint(256, (4, 101), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         logits_bto, _ = model(tokens_bt[:, :-1])

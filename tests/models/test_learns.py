@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,7 +38,7 @@ def loss_of(model, text_t, starts):
 def learned(part, rate):
     """Validation loss in nats per byte after 272 steps of 4096 bytes, as the reference numbers were made."""
     learn_t, judge_t = text()
-    model = build(part, MemoryPart(), 256, random_seed=0)
+    model = build(part, MemoryConfig(), 256, random_seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.999), weight_decay=0.01)
     generator = torch.Generator().manual_seed(42)
     for _ in range(N_STEPS):
@@ -54,9 +54,9 @@ def learned(part, rate):
     "name, rate, threshold", [("charformer", 1e-3, 2.15), ("charrnn", 3e-3, 1.75), ("chargru", 3e-3, 2.4)]
 )
 def test_reference_models_learn(name, rate, threshold):
-    assert learned(ModelPart(name=name), rate) <= threshold
+    assert learned(ModelConfig(name=name), rate) <= threshold
 
 
 def test_scaled_first_weights_beat_unscaled_ones():
-    default, unscaled = (learned(ModelPart(name="charformer", init=init), 3e-4) for init in ("default", "unscaled"))
+    default, unscaled = (learned(ModelConfig(name="charformer", init=init), 3e-4) for init in ("default", "unscaled"))
     assert default < unscaled - 0.3

@@ -9,9 +9,9 @@ from meristem.config import dump_yaml
 from meristem.data.tokenizer import byte_tokenizer
 from meristem.errors import CheckpointMismatch, NoCheckpoint
 from meristem.models.build import build
+from meristem.models.config import ModelConfig
 from meristem.models.load import load
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.nn.config import MemoryConfig
 from zoo import ZOO, ids
 
 
@@ -40,7 +40,7 @@ def test_a_loaded_model_keeps_its_precision_and_needs_no_file(tmp_path):
 
 
 def test_every_weight_that_does_not_fit_is_listed(tmp_path):
-    model_part, memory_part = ModelPart(name="charrnn", width=12, n_layers=2), MemoryPart()
+    model_part, memory_part = ModelConfig(name="charrnn", dim=12, n_layers=2), MemoryConfig()
     weights = build(model_part, memory_part, 256, random_seed=3).state_dict()
     weights["extra.weight"] = weights.pop("head.bias")
     weights["embedding.weight"] = weights["embedding.weight"][:, :5].clone()
@@ -54,7 +54,7 @@ def test_every_weight_that_does_not_fit_is_listed(tmp_path):
 
 
 def test_settings_that_this_version_does_not_know_are_a_mismatch(tmp_path):
-    model_part, memory_part = ModelPart(name="charrnn", width=12, n_layers=2), MemoryPart()
+    model_part, memory_part = ModelConfig(name="charrnn", dim=12, n_layers=2), MemoryConfig()
     weights = build(model_part, memory_part, 256, random_seed=3).state_dict()
     settings = {"model": {"name": "charrnn", "wings": 2}}
     with pytest.raises(CheckpointMismatch, match="a model that this version does not know .wings: Extra inputs"):

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from meristem.errors import WrongValue
 from meristem.nn.attention import Attention
 from meristem.nn.combine import COMBINATIONS
+from meristem.nn.config import MemoryConfig
 from meristem.nn.mac import MemoryAsContext
 from meristem.nn.mag import MemoryAsGate
 from meristem.nn.mal import MemoryAsLayer
-from meristem.nn.part import MemoryPart
 
 WIDTH, N_TIME, SEGMENT, N_PERSISTENT = 12, 17, 5, 3
-PART = MemoryPart(head_width=4, chunk=3)
+PART = MemoryConfig(head_dim=4, chunk=3)
 
 
 def made(module, *, n_persistent=0, rope=True, span=5, **choice):
@@ -156,8 +156,8 @@ def test_a_segment_reads_the_memory_as_it_was_when_it_began():
     """What is written in a segment reaches attention with the next one."""
     mac = met(made(MemoryAsContext, span=None, segment=SEGMENT))
     asked = []
-    look = mac.recall.look
-    mac.recall.look = lambda asked_btd, state: asked.append(state["memory"]) or look(asked_btd, state)
+    look = mac.recall.read
+    mac.recall.read = lambda asked_btd, state: asked.append(state["memory"]) or look(asked_btd, state)
     _, state = mac(hidden())
     assert len(asked) == 4
     ends = [mac(hidden()[:, : SEGMENT * n])[1]["recall"]["memory"] for n in (1, 2, 3)]

@@ -11,12 +11,12 @@ from meristem.memory.bias import biases
 from meristem.memory.forms import accepting
 from meristem.memory.named import rules
 from meristem.memory.retention import retentions
+from meristem.memory.state import clone, flatten
 from meristem.memory.update import updates
-from meristem.memory.value import clone, flatten
 from meristem.models.build import build
+from meristem.nn.config import MemoryConfig
 from meristem.nn.decode import can_decode
 from meristem.nn.memory import MemoryLayer
-from meristem.nn.part import MemoryPart
 from meristem.nn.rule import rule_of
 from meristem.plugins import spelled
 from zoo import VOCABULARY, ZOO, grown, ids, preset
@@ -27,9 +27,9 @@ PAIRS = [(name, form) for name in rules.names() for form in accepting(named(name
 
 def layer(name: str, form: str, **settings: object) -> MemoryLayer:
     """The layer of a preset, small."""
-    part = preset(f"lmm-{name}")["memory"] | {"rule": name, "form": form, "head_width": 8, "chunk": 8} | settings
+    part = preset(f"lmm-{name}")["memory"] | {"rule": name, "form": form, "head_dim": 8, "chunk": 8} | settings
     torch.manual_seed(0)
-    return MemoryLayer(WIDTH, MemoryPart.model_validate(part))
+    return MemoryLayer(WIDTH, MemoryConfig.model_validate(part))
 
 
 @pytest.mark.parametrize("name, form", PAIRS)
@@ -77,7 +77,7 @@ CHOICES = [
 def test_every_part_may_be_chosen_by_name(settings: dict[str, object]) -> None:
     """S3b-M1, S3b-M2: a layer of any valid choice learns; no part of it is dead."""
     torch.manual_seed(0)
-    module = MemoryLayer(WIDTH, MemoryPart.model_validate({"head_width": 8, "chunk": 8} | settings))
+    module = MemoryLayer(WIDTH, MemoryConfig.model_validate({"head_dim": 8, "chunk": 8} | settings))
     mixed_btd, _ = module(torch.randn(2, 9, WIDTH))
     mixed_btd.square().sum().backward()
     assert mixed_btd.isfinite().all()
@@ -85,7 +85,7 @@ def test_every_part_may_be_chosen_by_name(settings: dict[str, object]) -> None:
 
 
 def test_parts_that_do_not_go_together_are_refused_with_every_reason() -> None:
-    part = MemoryPart(rule="hebbian", structure="mlp", retention="sphere", update="implicit")
+    part = MemoryConfig(rule="hebbian", structure="mlp", retention="sphere", update="implicit")
     with pytest.raises(ConflictingKeys) as caught:
         rule_of(part)
     text = str(caught.value)
@@ -209,7 +209,7 @@ NAMES = [
 @pytest.mark.parametrize("place, text", NAMES)
 def test_every_part_of_the_registries_may_be_chosen_in_a_config(place: str, text: str) -> None:
     """S3b-M1, S3b-M2: each goes with a matrix and learns there; an unknown one is refused."""
-    part = MemoryPart.model_validate({"rule": "delta", "head_width": 8, "chunk": 8, place: text})
+    part = MemoryConfig.model_validate({"rule": "delta", "head_dim": 8, "chunk": 8, place: text})
     rule = rule_of(part)
     registry = {"bias": biases, "retention": retentions, "update": updates}[place]
     assert getattr(rule, place).name == spelled(registry, text).name
@@ -226,7 +226,7 @@ def test_what_omega_mixes_is_its_equation_and_never_sees_the_memory() -> None:
     """S3-M4: ``- W silu([k; v])`` per head; another memory leaves it, and W learns."""
     recall = layer("omega", "auto").recall
     hidden_btd = torch.randn(2, 7, WIDTH)
-    query_bthk, key_bthk, written_bthv, _ = recall.vectors(hidden_btd, None)
+    query_bthk, key_bthk, written_bthv, _ = recall.project(hidden_btd, None)
     tail = recall.conv(recall.qkv(hidden_btd), None)[0]
     value_bthv = torch.nn.functional.silu(tail).unflatten(-1, (3, 4, 8)).unbind(2)[2]
     joined_bthf = torch.nn.functional.silu(torch.cat([key_bthk, value_bthv], dim=-1))
@@ -235,7 +235,7 @@ def test_what_omega_mixes_is_its_equation_and_never_sees_the_memory() -> None:
     with torch.no_grad():
         for learned in recall.initial.parameters():
             learned.add_(1.0)
-    assert torch.equal(recall.vectors(hidden_btd, None)[2], written_bthv)
+    assert torch.equal(recall.project(hidden_btd, None)[2], written_bthv)
     recall(hidden_btd)[0].square().sum().backward()
     assert recall.mix.weight_hfv.grad.any()
 

@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from meristem.memory.value import flatten
-from meristem.nn.chain import Chain, chain_of
-from meristem.nn.levels import MemoryLevels
-from meristem.nn.memory import Recall
-from meristem.nn.part import ChainPart, MemoryPart
+from meristem.memory.state import flatten
+from meristem.nn.cms_memory import CMSMemory
+from meristem.nn.cms_mlp import CMSMLP, build_cms_mlp
+from meristem.nn.config import CMSConfig, MemoryConfig
+from meristem.nn.memory import NeuralMemory
 from meristem.nn.plateau import Plateau, Quiet
 from meristem.nn.promotion import carry_state, push_up, push_up_chain, stack_up, stack_up_chain
-from meristem.nn.recall import recall_of
+from meristem.nn.recall import build_memory
 
 WIDTH = 12
 LEVELS = [
@@ -24,12 +24,12 @@ LEVELS = [
 ]
 
 
-def trained(levels: dict[str, object]) -> tuple[Recall | MemoryLevels, MemoryPart]:
-    part = MemoryPart.model_validate(
-        {"head_width": 4, "chunk": 3, "levels": levels | ({"mix": "inv_sqrt"} if levels == {"count": 2} else {})}
+def trained(levels: dict[str, object]) -> tuple[NeuralMemory | CMSMemory, MemoryConfig]:
+    part = MemoryConfig.model_validate(
+        {"head_dim": 4, "chunk": 3, "levels": levels | ({"mix": "inv_sqrt"} if levels == {"count": 2} else {})}
     )
     torch.manual_seed(0)
-    module = recall_of(WIDTH, part).double()
+    module = build_memory(WIDTH, part).double()
     shaken(module)
     return module, part
 
@@ -73,7 +73,9 @@ def test_a_promoted_level_answers_at_its_new_pace(levels):
     module, part = trained(levels)
     grown, hidden_btd = stack_up(module, part).module, text(17)
     for old, new in zip(module.level, grown.level, strict=False):
-        assert torch.equal(old(hidden_btd, old.begin(hidden_btd), 0)[0], new(hidden_btd, new.begin(hidden_btd), 0)[0])
+        assert torch.equal(
+            old(hidden_btd, old.init_state(hidden_btd), 0)[0], new(hidden_btd, new.init_state(hidden_btd), 0)[0]
+        )
     pushed = push_up(module, part).module
     assert [level.n_apart for level in pushed.level] == [1, 3, 24]
     assert torch.equal(pushed.level[2].recall(hidden_btd)[0], module.level[1].recall(hidden_btd)[0])
@@ -125,7 +127,7 @@ def test_memories_move_with_their_levels(levels, grow):
     for a, b in grown.moved.items():
         moved = flatten(carried["level"][str(b)]["memory"])
         assert all(torch.equal(moved[name], leaf) for name, leaf in flatten(old[str(a)]["memory"]).items())
-    fresh = flatten(grown.module.begin(text(1))["level"][str(grown.fresh)])
+    fresh = flatten(grown.module.init_state(text(1))["level"][str(grown.fresh)])
     assert all(torch.equal(leaf, fresh[name]) for name, leaf in flatten(carried["level"][str(grown.fresh)]).items())
     assert carried["count"] == state.get("count", 0)
     read_btd, after = grown.module(text(9, 2), carried)
@@ -141,9 +143,9 @@ def test_memories_move_with_their_levels(levels, grow):
 @pytest.mark.parametrize("grow, new_of", [(push_up_chain, 1), (stack_up_chain, 0)])
 def test_a_grown_chain_adds_what_it_added(values, grow, new_of):
     """The fresh level adds nothing until it has learned, and it learns; names and periods are those of the places."""
-    part = ChainPart.model_validate({"count": 2, "periods": (1, 3)} | values)
+    part = CMSConfig.model_validate({"count": 2, "periods": (1, 3)} | values)
     torch.manual_seed(0)
-    chain = chain_of(WIDTH, 17, part).double()
+    chain = build_cms_mlp(WIDTH, 17, part).double()
     shaken(chain)
     hidden_btd, grown = text(19), grow(chain)
     now = dict(grown.module.named_parameters())
@@ -161,7 +163,7 @@ def test_a_grown_chain_adds_what_it_added(values, grow, new_of):
 
 def test_a_grown_chain_goes_on_reading():
     torch.manual_seed(0)
-    chain: Chain = chain_of(WIDTH, 17, ChainPart(count=2, periods=(1, 3), tokens="pooled")).double()
+    chain: CMSMLP = build_cms_mlp(WIDTH, 17, CMSConfig(count=2, periods=(1, 3), tokens="pooled")).double()
     _, state = chain(text(11))
     grown = push_up_chain(chain)
     carried = carry_state(grown, state, text(1))

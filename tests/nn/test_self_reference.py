@@ -12,15 +12,15 @@ from torch.nn import functional
 from meristem.errors import ConflictingKeys
 from meristem.memory import Gates, named
 from meristem.memory import scan as scan_rule
+from meristem.memory.state import clone, flatten
 from meristem.memory.structure import Live, Matrix, Mlp, Pairs, outer
-from meristem.memory.value import clone, flatten
 from meristem.models.build import build
-from meristem.nn.part import MemoryPart, SelfReferencePart
+from meristem.nn.config import MemoryConfig, SelfReferenceConfig
 from meristem.nn.self_chunk import GATES, unit
 from meristem.nn.self_decode import can_decode
 from meristem.nn.self_reference import SelfReference
 from meristem.nn.self_scan import Meaning, descended, scan
-from meristem.recipes.config import load_config
+from meristem.runs.config import load_config
 
 WIDTH, HEAD = 12, 4
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -45,7 +45,7 @@ def layer(width=WIDTH, head_width=HEAD, is_grown=True, **settings):
     """
     torch.manual_seed(0)
     chosen = {"eta_scale": 0.05, "half_life": 8, "chunk_memory": 2, "chunk_other": 4} | settings
-    part = MemoryPart.model_validate({"head_width": head_width, "self_reference": chosen})
+    part = MemoryConfig.model_validate({"head_dim": head_width, "self_reference": chosen})
     module = SelfReference(width, part).double()
     if is_grown:
         with torch.no_grad():
@@ -142,7 +142,7 @@ def inner_loop(module, hidden_btd):
         reads.append(meaning.recall(live, "memory", unit(query)))
         for name in ("memory",) if meaning.is_static else tuple(live):
             structure, goal = meaning.structures[name], meaning.goal(start, name, value)
-            recalled, goal, pull = structure.linearise(Live(start[name]), Pairs(key, goal))
+            recalled, goal, pull = structure.vjp(Live(start[name]), Pairs(key, goal))
             surprise = pull(recalled - goal if meaning.is_squared else -goal)
             weights = dict(live[name])
             for part, weight in live[name].items():
@@ -474,7 +474,7 @@ def test_a_model_chosen_by_settings_is_that_of_the_equations(chosen, monkeypatch
     """
     settings = {"chunk_memory": 1, "chunk_other": 1, "eta_scale": 0.05, "half_life": 8} | chosen
     overrides = [f"memory.self_reference.{key}={value}" for key, value in settings.items()]
-    config = load_config("hope-micro", ["model.width=8", "model.hidden=9", "memory.head_width=4", *overrides], {}).tree
+    config = load_config("hope-micro", ["model.dim=8", "model.mlp_dim=9", "memory.head_dim=4", *overrides], {}).tree
     model, tokens_bt = build(config.model, config.memory, 29, 3).double(), torch.arange(2 * 19).reshape(2, 19) * 5 % 29
     parameters = dict(model.named_parameters())
     found = []
@@ -521,9 +521,9 @@ def test_what_is_learned_from_a_window_recalls_more(structure):
 )
 def test_what_does_not_go_together_is_refused_with_every_reason(settings, message):
     with pytest.raises((ConflictingKeys, ValidationError), match=message):
-        SelfReferencePart.model_validate(settings)
+        SelfReferenceConfig.model_validate(settings)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ConflictingKeys, match="model.width 12 is not a multiple of memory.head_width 5"):
+    with pytest.raises(ConflictingKeys, match="model.dim 12 is not a multiple of memory.head_dim 5"):
         layer(12, 5)

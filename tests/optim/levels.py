@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from meristem.optim.outer import Outer, Update
+from meristem.optim.multi_period import MultiPeriodOptimizer, Update
 
 
 class Levelled(nn.Module):
@@ -34,12 +34,14 @@ def loss_at(model: nn.Module, index: int) -> Tensor:
     return (model(inputs_bd) - targets_bd).square().mean()
 
 
-def train(model: nn.Module, optimizer: Outer, indices: range, spoil: Callable[[int], float] = lambda _: 1.0) -> None:
+def train(
+    model: nn.Module, optimizer: MultiPeriodOptimizer, indices: range, spoil: Callable[[int], float] = lambda _: 1.0
+) -> None:
     for index in indices:
         step(model, optimizer, index, spoil(index))
 
 
-def step(model: nn.Module, optimizer: Outer, index: int, factor: float = 1.0) -> Update:
+def step(model: nn.Module, optimizer: MultiPeriodOptimizer, index: int, factor: float = 1.0) -> Update:
     """One step on the loss of an index, multiplied by a factor that may spoil it."""
     loss = loss_at(model, index) * factor
     loss.backward()

@@ -7,10 +7,10 @@ from torch import nn
 from meristem.config import preset_names
 from meristem.errors import ConflictingKeys, WrongValue
 from meristem.models.build import build as build_model
+from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build, levels, split
 from meristem.optim.kinds import KINDS
-from meristem.optim.part import OptimPart
-from meristem.recipes.config import load_config
+from meristem.runs.config import load_config
 from optim.levels import Levelled
 from zoo import VOCABULARY, ZOO
 
@@ -61,7 +61,7 @@ def test_tied_embedding_does_not_decay():
 def test_decay_shrinks_only_the_first_group():
     """With zero gradients one step multiplies the decayed matrices by 1 - rate * decay and leaves the rest alone."""
     model = Gated()
-    optimizer = build(model, OptimPart(rate=0.1, weight_decay=0.5))
+    optimizer = build(model, OptimConfig(lr=0.1, weight_decay=0.5))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -102,13 +102,13 @@ def test_groups_of_every_model(name):
     period_of = {id(p): period for period, parameters in levels(model).items() for p in parameters}
     trainable = sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
     for kind in KINDS:
-        part = OptimPart(kind=kind)
+        part = OptimConfig(name=kind)
         optimizer = build(model, part)
         assert sorted(id(p) for group in optimizer.param_groups for p in group["params"]) == trainable
         for group in optimizer.param_groups:
             assert {period_of[id(p)] for p in group["params"]} == {group["period"]}
             assert {id(p) in decayed for p in group["params"]} == {group["weight_decay"] > 0}
-            assert group["lr"] == part.rate * part.level_rate(group["period"])
+            assert group["lr"] == part.lr * part.level_rate(group["period"])
         for matrices in optimizer.parts[1:]:
             turned = names(model, [p for group in matrices.param_groups for p in group["params"]])
             assert turned and not [it for it in turned if any(word in it for word in (*SPARED, "head"))]
@@ -142,6 +142,6 @@ def test_a_period_that_is_none_is_refused(period):
 
 
 def test_a_setting_for_a_level_that_is_not_there_is_refused():
-    part = OptimPart(level_rates={7: 2.0, 8: 1.0}, level_betas={64: (0.1, 0.2)})
+    part = OptimConfig(level_rates={7: 2.0, 8: 1.0}, level_betas={64: (0.1, 0.2)})
     with pytest.raises(ConflictingKeys, match=r"level_rates.7, optim.level_betas.64: no level .* there are 1, 8"):
         build(Levelled(8), part)

@@ -9,11 +9,11 @@ from torch import nn
 from meristem.errors import WrongValue
 from meristem.memory.kernels.newton_schulz import newton_schulz
 from meristem.optim.adamuon import AdaMuon
+from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build
 from meristem.optim.kinds import KINDS
 from meristem.optim.m3 import M3, EmaM3
 from meristem.optim.orthogonal import orthogonal
-from meristem.optim.part import OptimPart
 from optim.levels import Levelled, loss_at, step, train, weights
 
 matrix_kinds = pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.matrices])
@@ -76,7 +76,7 @@ def test_adamuon_takes_matrices_only():
     with pytest.raises(WrongValue, match=r"found the shapes \[\(7,\)\]. Give the others to AdamW"):
         AdaMuon([nn.Parameter(torch.zeros(7))], rate=0.1)
     model = Levelled(1)
-    optimizer = build(model, OptimPart(kind="adamuon"))
+    optimizer = build(model, OptimConfig(name="adamuon"))
     assert optimizer.state.keys() == set()
     step(model, optimizer, 0)
     assert {"exp_avg", "exp_avg_sq", "step"} == optimizer.state[model.scale].keys()
@@ -86,7 +86,7 @@ def test_adamuon_takes_matrices_only():
 def test_muon_is_torchs():
     """Bit for bit: its matrices by ``torch.optim.Muon`` at the size of AdamW's steps, the rest by fused AdamW."""
     mine, its = Levelled(1, 1), Levelled(1, 1)
-    part = OptimPart(kind="muon", rate=0.01, momentum=0.9, weight_decay=0.2, clip=None)
+    part = OptimConfig(name="muon", lr=0.01, momentum=0.9, weight_decay=0.2, grad_clip=None)
     optimizer = build(mine, part)
     matrices = [layer.weight for layer in its.layers]
     rest = [parameter for parameter in its.parameters() if parameter.dim() != 2]
@@ -104,7 +104,7 @@ def test_muon_is_torchs():
 def test_sgd_is_torchs():
     """With momentum and with the decay added to the gradient, of matrices only."""
     mine, its = Levelled(1), Levelled(1)
-    optimizer = build(mine, OptimPart(kind="sgd", rate=0.01, momentum=0.9, weight_decay=0.2, clip=None))
+    optimizer = build(mine, OptimConfig(name="sgd", lr=0.01, momentum=0.9, weight_decay=0.2, grad_clip=None))
     matrices = [layer.weight for layer in its.layers]
     rest = [parameter for parameter in its.parameters() if parameter.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.2}, {"params": rest}]
@@ -184,7 +184,7 @@ def test_decaying_momenta_are_the_written_update():
 @matrix_kinds
 def test_matrix_optimizers_leave_embeddings_and_head_to_adamw(kind):
     model = nn.ModuleDict({"embedding": nn.Embedding(7, 5), "mix": nn.Linear(5, 3), "head": nn.Linear(3, 7)})
-    optimizer = build(model, OptimPart(kind=kind))
+    optimizer = build(model, OptimConfig(name=kind))
     rest, matrices = optimizer.parts
     assert [parameter.shape for group in matrices.param_groups for parameter in group["params"]] == [(3, 5)]
     decays = {id(p): group["weight_decay"] for group in rest.param_groups for p in group["params"]}
@@ -206,7 +206,7 @@ def test_every_kind_descends(kind, is_ema):
         periods = (2, 4)
     model = Levelled(*periods)
     settings = {"m3_ema": True} if is_ema else {}
-    optimizer = build(model, OptimPart(kind=kind, rate=0.02, **settings))
+    optimizer = build(model, OptimConfig(name=kind, lr=0.02, **settings))
     before = sum(loss_at(model, index).item() for index in range(8))
     for _ in range(12):
         train(model, optimizer, range(8))

@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional
 
 from meristem.models.build import build as build_model
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
+from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build
 from meristem.optim.m3 import EmaM3
-from meristem.optim.part import OptimPart
 
 TEXT = "".join(f"{number} squared is {number * number}, and so on.\n" for number in range(100, 400))
 DATA = torch.tensor(list(TEXT.encode()))
@@ -20,9 +20,9 @@ RATES = (0.03, 0.1, 0.3)
 
 def losses(rate: float, n_steps: int = 50, **settings: object) -> list[float]:
     """Of a small attention model that learns the text, step by step."""
-    settings_of_model = ModelPart(mixer="attention", width=12, n_layers=2, heads=2, hidden=17, span=None)
-    model = build_model(settings_of_model, MemoryPart(), 256, random_seed=0)
-    optimizer = build(model, OptimPart(rate=rate, weight_decay=0.0, **settings))
+    settings_of_model = ModelConfig(mixer="attention", dim=12, n_layers=2, n_heads=2, mlp_dim=17, sliding_window=None)
+    model = build_model(settings_of_model, MemoryConfig(), 256, random_seed=0)
+    optimizer = build(model, OptimConfig(lr=rate, weight_decay=0.0, **settings))
     generator, found = torch.Generator().manual_seed(1), []
     for _ in range(n_steps):
         starts = torch.randint(len(DATA) - 33, (8,), generator=generator)

@@ -13,17 +13,17 @@ from torch import nn
 from meristem.errors import BreakerOpen, StateTransferFailed, WrongValue
 from meristem.events import silent
 from meristem.optim import state
+from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build
 from meristem.optim.kinds import KINDS
-from meristem.optim.outer import Outer
-from meristem.optim.part import OptimPart
+from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.rebuild import Trial, rebuild
 from meristem.optim.schedule import set_rates
 from meristem.optim.view import edit, view
 from meristem.worker.breaker import Breaker
 from optim.levels import Levelled, copied, equal, step, train, weights
 
-SETTINGS = {kind: {"kind": kind} for kind in KINDS} | {"m3_ema": {"kind": "m3", "m3_ema": True}}
+SETTINGS = {kind: {"name": kind} for kind in KINDS} | {"m3_ema": {"name": "m3", "m3_ema": True}}
 every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 N_BEFORE = 5
 """Steps before a rebuild, between two updates of the levels of period 2 and 3, which have something waiting."""
@@ -31,14 +31,14 @@ N_BEFORE = 5
 
 def trained(settings):
     """A model whose groups were all set to something of their own after a few steps."""
-    model, part = Levelled(2, 3), OptimPart.model_validate({"rate": 0.01} | settings)
+    model, part = Levelled(2, 3), OptimConfig.model_validate({"lr": 0.01} | settings)
     optimizer = build(model, part)
     assert len(view(optimizer)) >= 3
     train(model, optimizer, range(N_BEFORE))
     for index, name in enumerate(view(optimizer)):
         edit(optimizer, name, silent, rate=0.002 * (index + 1), weight_decay=0.01 * (index + 1))
     set_rates(optimizer, 0.5)
-    return model, optimizer, partial(build, part=part)
+    return model, optimizer, partial(build, config=part)
 
 
 def rebuilt(optimizer, factory, model):
@@ -75,10 +75,10 @@ def test_l13_names_count_and_not_parameters(settings):
 
 def test_l13_settings_are_the_old_ones_whatever_the_factory_says():
     """Its rates, decays, betas, clipping, the sum over processes: all are those that the run has."""
-    model, optimizer, _ = trained({"clip": 0.7})
+    model, optimizer, _ = trained({"grad_clip": 0.7})
     optimizer.reduce = lambda tensors, what: None
-    other = OptimPart(rate=3.0, weight_decay=0.9, beta1=0.1, eps=0.1, clip=None)
-    after = rebuilt(optimizer, partial(build, part=other), model)
+    other = OptimConfig(lr=3.0, weight_decay=0.9, beta1=0.1, eps=0.1, grad_clip=None)
+    after = rebuilt(optimizer, partial(build, config=other), model)
     assert view(after) == view(optimizer) and after.clip == 0.7 and after.reduce is optimizer.reduce
     assert [group["eps"] for group in after.param_groups] == [1e-8] * len(after.param_groups)
 
@@ -125,8 +125,8 @@ def frozen(model):
         (frozen, {}, r"parameter norm.bias is gone"),
         (slower, {}, r"layers.1.weight was in group level:3:decay and is in level:4:decay; .* \(3 reasons in all\)"),
         (no_longer_decayed, {}, r"layers.1.weight was in group level:3:decay and is in level:3:no_decay"),
-        (lambda model: None, {"kind": "sgd"}, r"parameter scale was moved by AdamW and is now moved by SGD"),
-        (lambda model: None, {"kind": "muon"}, r"layers.0.weight was in group level:2:decay and is in level:2:matrix"),
+        (lambda model: None, {"name": "sgd"}, r"parameter scale was moved by AdamW and is now moved by SGD"),
+        (lambda model: None, {"name": "muon"}, r"layers.0.weight was in group level:2:decay and is in level:2:matrix"),
         (
             lambda model: None,
             {"level_rates": {7: 1.0}},
@@ -140,7 +140,7 @@ def test_l14_what_does_not_fit_is_told_and_the_old_optimizer_goes_on(change, set
     twin, its, _ = trained({})
     was, changed, told = copied(state.tensors(model, optimizer)), copy.deepcopy(model), []
     change(changed)
-    factory = partial(build, part=OptimPart.model_validate({"rate": 0.01} | settings))
+    factory = partial(build, config=OptimConfig.model_validate({"lr": 0.01} | settings))
     with pytest.raises(StateTransferFailed, match=f"was not rebuilt at step 5: .*{reason}.* stays in use") as caught:
         rebuild(optimizer, factory, changed, trial=Trial(), step=N_BEFORE, emit=told.append)
     (event,) = told
@@ -169,7 +169,7 @@ def test_l14_a_factory_may_fail_as_it_likes():
 def test_l14_an_optimizer_without_names_is_refused():
     model, optimizer, _ = trained({})
     bare = torch.optim.AdamW([{"params": list(model.parameters()), "lr": 0.01}])
-    factory = lambda model: Outer([bare], {1: list(model.parameters())}, clip=None)  # noqa: E731
+    factory = lambda model: MultiPeriodOptimizer([bare], {1: list(model.parameters())}, clip=None)  # noqa: E731
     with pytest.raises(
         StateTransferFailed, match=r"groups of the new one lack a name, .* optim.groups.build gives both"
     ):

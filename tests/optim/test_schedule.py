@@ -10,27 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from meristem.data.part import DataPart, TokenizerPart
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
 from meristem.data.stream import Stream
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
 from meristem.errors import ConflictingKeys, DeadKey, WrongValue
 from meristem.events import silent
 from meristem.models.build import build as build_model
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
+from meristem.optim.config import OptimConfig, ScheduleConfig, Shape
 from meristem.optim.groups import build
-from meristem.optim.part import OptimPart, SchedulePart, Shape
-from meristem.optim.schedule import SHAPES, Done, rate_factor, set_rates
+from meristem.optim.schedule import SHAPES, ScheduleProgress, rate_factor, set_rates
 from meristem.optim.view import view
-from meristem.recipes.config import load_config
+from meristem.runs.config import load_config
+from meristem.train.config import TrainConfig
 from meristem.train.loop import steps
-from meristem.train.part import TrainPart
 from meristem.train.progress import Progress
 from optim.levels import Levelled, equal, weights
 
-PART = SchedulePart(shape="cosine", warmup=0.1, floor=0.2)
+PART = ScheduleConfig(shape="cosine", warmup=0.1, floor=0.2)
 P = 40
 """The period of schedules that count; of them a quarter is warm-up where there is one."""
 
@@ -38,25 +38,25 @@ every_shape = pytest.mark.parametrize("shape", get_args(Shape))
 every_unit = pytest.mark.parametrize("unit", ["steps", "tokens"])
 
 
-def at(share: float) -> Done:
+def at(share: float) -> ScheduleProgress:
     """A run of 1000 steps of 50 tokens of which ``share`` is done."""
-    return Done(share=share, step=round(1000 * share), tokens=round(50_000 * share))
+    return ScheduleProgress(share=share, step=round(1000 * share), tokens=round(50_000 * share))
 
 
-def counted(shape: str, unit: str = "steps", **settings: object) -> SchedulePart:
+def counted(shape: str, unit: str = "steps", **settings: object) -> ScheduleConfig:
     """A schedule of period P, without warm-up and down to 0.2 unless said."""
     settings = {"warmup": 0.0} | settings
     floor = {} if shape == "constant" else {"floor": 0.2}
-    return SchedulePart.model_validate({"shape": shape, "unit": unit, "period": P} | floor | settings)
+    return ScheduleConfig.model_validate({"shape": shape, "unit": unit, "period": P} | floor | settings)
 
 
-def after(part: SchedulePart, count: int) -> float:
+def after(config: ScheduleConfig, count: int) -> float:
     """The factor when so much is done, in the unit of the schedule; the other unit is far ahead."""
-    return rate_factor(part, Done(share=0.9, **({"step": 7777, "tokens": 8888} | {name(part): count})))
+    return rate_factor(config, ScheduleProgress(share=0.9, **({"step": 7777, "tokens": 8888} | {name(config): count})))
 
 
-def name(part: SchedulePart) -> str:
-    return {"steps": "step", "tokens": "tokens"}[part.unit]
+def name(config: ScheduleConfig) -> str:
+    return {"steps": "step", "tokens": "tokens"}[config.unit]
 
 
 @pytest.mark.parametrize(("progress", "factor"), [(0.05, 0.505), (0.1, 1.0), (0.55, 0.6), (1.0, 0.2), (1.7, 0.2)])
@@ -82,7 +82,7 @@ def test_every_shape_at_the_quarters_of_its_period(shape, factors):
 @pytest.mark.parametrize("stairs", [2, 3, 7, 49])
 def test_every_stair_begins_where_it_should(stairs):
     """Whatever the rounding of a share of the period, stair k begins at k periods over the number of stairs."""
-    part = SchedulePart(shape="step", unit="steps", period=3 * stairs, warmup=0, stairs=stairs)
+    part = ScheduleConfig(shape="step", unit="steps", period=3 * stairs, warmup=0, stairs=stairs)
     ratio = 0.1 ** (1 / (stairs - 1))
     assert [after(part, count) for count in range(3 * stairs)] == pytest.approx(
         [ratio ** (k // 3) for k in range(3 * stairs)]
@@ -90,13 +90,13 @@ def test_every_stair_begins_where_it_should(stairs):
 
 
 def test_constant_holds_after_warmup():
-    part = SchedulePart(shape="constant", warmup=0.1)
+    part = ScheduleConfig(shape="constant", warmup=0.1)
     assert [rate_factor(part, at(progress)) for progress in (0.1, 0.5, 1.0)] == [1.0, 1.0, 1.0]
 
 
 @given(st.floats(0, 1), st.floats(0, 0.9), st.floats(0, 1))
 def test_factor_is_positive_until_the_floor_and_never_above_one(progress, warmup, floor):
-    factor = rate_factor(SchedulePart(warmup=warmup, floor=floor), at(progress))
+    factor = rate_factor(ScheduleConfig(warmup=warmup, floor=floor), at(progress))
     assert min(floor, 0.01) <= factor <= 1
 
 
@@ -114,7 +114,7 @@ def test_a_share_of_the_run_gives_the_bits_it_always_gave(share, warmup, floor):
     else:
         course = min(1.0, (share - warmup) / (1 - warmup))
         expected = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * course))
-    assert rate_factor(SchedulePart(warmup=warmup, floor=floor), at(share)) == expected
+    assert rate_factor(ScheduleConfig(warmup=warmup, floor=floor), at(share)) == expected
 
 
 # After the period
@@ -172,7 +172,7 @@ def test_l9_error_refuses_to_go_beyond(shape, unit, count):
 def test_l10_the_warm_up_rises_linearly_from_where_it_is_told(shape, unit, start):
     """From the given share of the rate, which may be none of it, to all of it; the shape follows."""
     period = {} if unit == "share" else {"period": 1000 if unit == "steps" else 50_000}
-    part = SchedulePart.model_validate({"shape": shape, "unit": unit, "warmup": 0.1, "warmup_start": start} | period)
+    part = ScheduleConfig.model_validate({"shape": shape, "unit": unit, "warmup": 0.1, "warmup_start": start} | period)
     found = [rate_factor(part, at(share)) for share in (0.0, 0.02, 0.05, 0.08, 0.1)]
     assert found == pytest.approx([start + (1 - start) * done for done in (0, 0.2, 0.5, 0.8, 1)])
     assert found[0] == start and found[-1] == 1.0
@@ -185,7 +185,7 @@ def test_l11_an_unknown_shape_is_refused_with_those_that_there_are():
     with pytest.raises(WrongValue, match=r"schedule.shape: found 'cosnie' \(command line .*expected one of constant, "):
         load_config("lmm", ["schedule.shape=cosnie"], {})
     with pytest.raises(ValidationError, match=r"one of constant, cosine, linear, step; nearest is cosine"):
-        SchedulePart(shape="cosnie")  # type: ignore[arg-type]
+        ScheduleConfig(shape="cosnie")  # type: ignore[arg-type]
 
 
 def test_l12_an_unknown_unit_is_refused():
@@ -196,7 +196,7 @@ def test_l12_an_unknown_unit_is_refused():
 @every_unit
 def test_l12_a_count_needs_a_period(unit):
     with pytest.raises(ConflictingKeys, match=rf"schedule.unit is '{unit}', but schedule.period is not set. Set"):
-        SchedulePart(unit=unit)
+        ScheduleConfig(unit=unit)
 
 
 @pytest.mark.parametrize(
@@ -214,45 +214,45 @@ def test_l12_a_count_needs_a_period(unit):
 )
 def test_l12_a_key_that_the_schedule_does_not_read_is_refused(settings, message):
     with pytest.raises(DeadKey, match=message):
-        SchedulePart(**settings)
+        ScheduleConfig(**settings)
 
 
 def test_a_step_to_zero_is_refused():
     with pytest.raises(ConflictingKeys, match="schedule.floor is 0, and every stair"):
-        SchedulePart(shape="step", floor=0)
+        ScheduleConfig(shape="step", floor=0)
 
 
 def test_every_key_is_read_by_some_schedule():
-    every = [SchedulePart(), SchedulePart(shape="step", unit="steps", period=3)]
-    assert frozenset.union(*(part.reads for part in every)) == SchedulePart.model_fields.keys()
+    every = [ScheduleConfig(), ScheduleConfig(shape="step", unit="steps", period=3)]
+    assert frozenset.union(*(part.reads for part in every)) == ScheduleConfig.model_fields.keys()
 
 
 @given(st.sampled_from(get_args(Shape)), st.sampled_from(["hold", "restart"]), st.integers(0, 5 * P), st.floats(0, 1))
 def test_l12_a_schedule_looks_at_its_own_unit_alone(shape, then, count, share):
     """However fast the others count, tokens give what as many steps give."""
     by_steps, by_tokens = (counted(shape, unit, after=then, warmup=0.25) for unit in ("steps", "tokens"))
-    found = rate_factor(by_steps, Done(share=share, step=count, tokens=13 * count))
-    assert found == rate_factor(by_tokens, Done(share=1 - share, step=count // 3, tokens=count))
+    found = rate_factor(by_steps, ScheduleProgress(share=share, step=count, tokens=13 * count))
+    assert found == rate_factor(by_tokens, ScheduleProgress(share=1 - share, step=count // 3, tokens=count))
 
 
-DEVICE = resolve(DevicePart(name="cpu", compute="fp32", threads=1), silent)
+DEVICE = resolve(DeviceConfig(device="cpu", dtype="fp32", threads=1), silent)
 
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
     place: Path = tmp_path_factory.mktemp("text")
     (place / "text.txt").write_text("".join(f"{number} squared is {number * number}.\n" for number in range(200)))
-    corpus = prepare(DataPart(source=str(place / "text.txt"), root=place), TokenizerPart())
+    corpus = prepare(DataConfig(source=str(place / "text.txt"), root=place), TokenizerConfig())
     return Stream(corpus, "train", window=13, batch=3, order="shuffled", random_seed=5)
 
 
 def trained(stream, part, *cuts, n_steps=11):
     """Rates and weights of a run that was stopped and taken up again at each of the cuts."""
-    model = build_model(ModelPart(name="chargru", width=7, n_layers=1), MemoryPart(), 256, random_seed=1)
-    optimizer, now, rates = build(model, OptimPart(rate=0.01)), Progress(cursor=stream.start()), []
+    model = build_model(ModelConfig(name="chargru", dim=7, n_layers=1), MemoryConfig(), 256, random_seed=1)
+    optimizer, now, rates = build(model, OptimConfig(lr=0.01)), Progress(cursor=stream.start()), []
     for until in (*cuts, n_steps):
-        schedule, limit = partial(rate_factor, part), TrainPart(steps=n_steps, budget=None)
-        made = steps(model, stream, optimizer, schedule, part=limit, device=DEVICE, start=now)
+        schedule, limit = partial(rate_factor, part), TrainConfig(steps=n_steps, max_time=None)
+        made = steps(model, stream, optimizer, schedule, config=limit, device=DEVICE, start=now)
         for step in made:
             now = step.progress
             rates.append(step.rate)
@@ -267,7 +267,7 @@ def trained(stream, part, *cuts, n_steps=11):
 def test_l12_a_run_taken_up_inside_a_period_has_the_same_rates(stream, unit, then):
     """In the warm-up, in the first period and in the second: rates and weights are those of the run in one piece."""
     period = {} if unit == "share" else {"period": 6 if unit == "steps" else 6 * 3 * 13, "after": then}
-    part = SchedulePart.model_validate({"unit": unit, "warmup": 0.4, "shape": "linear"} | period)
+    part = ScheduleConfig.model_validate({"unit": unit, "warmup": 0.4, "shape": "linear"} | period)
     whole_rates, whole = trained(stream, part)
     rates, cut = trained(stream, part, 1, 5, 8)
     assert rates == whole_rates and len(set(rates)) > 4
@@ -280,12 +280,12 @@ def test_l12_a_run_taken_up_inside_a_period_has_the_same_rates(stream, unit, the
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_ratios_between_groups_are_those_they_were_built_with(one, other):
     """rate_g = rate * scale_g, whatever was set before."""
-    part = OptimPart(rate=0.01, level_rates={2: 0.3, 5: 2.5})
+    part = OptimConfig(lr=0.01, level_rates={2: 0.3, 5: 2.5})
     optimizer = build(Levelled(2, 5), part)
     set_rates(optimizer, one)
     set_rates(optimizer, other)
     for group in optimizer.param_groups:
-        assert group["lr"] == part.rate * part.level_rate(group["period"]) * other
+        assert group["lr"] == part.lr * part.level_rate(group["period"]) * other
 
 
 class Watched(dict[str, Any]):
@@ -303,13 +303,13 @@ class Watched(dict[str, Any]):
 
 def test_every_rate_is_written_once_before_its_step(stream):
     """One owner of rates: no group is left out, none is written twice, and nothing is written after a step."""
-    model = build_model(ModelPart(name="chargru", width=7, n_layers=1), MemoryPart(), 256, random_seed=1)
-    optimizer, seen = build(model, OptimPart(rate=0.01)), []
+    model = build_model(ModelConfig(name="chargru", dim=7, n_layers=1), MemoryConfig(), 256, random_seed=1)
+    optimizer, seen = build(model, OptimConfig(lr=0.01)), []
     (inner,) = optimizer.parts
     optimizer.param_groups[:] = inner.param_groups[:] = [Watched(group, seen) for group in optimizer.param_groups]
     inner.register_step_pre_hook(lambda *_: seen.append("step"))
-    limit, start = TrainPart(steps=3, budget=None), Progress(cursor=stream.start())
-    made = list(steps(model, stream, optimizer, lambda done: 1 - done.share, part=limit, device=DEVICE, start=start))
+    limit, start = TrainConfig(steps=3, max_time=None), Progress(cursor=stream.start())
+    made = list(steps(model, stream, optimizer, lambda done: 1 - done.share, config=limit, device=DEVICE, start=start))
     assert [step.rate for step in made] == pytest.approx([0.01, 0.02 / 3, 0.01 / 3])
     assert seen == [*(group["name"] for group in optimizer.param_groups), "step"] * 3
 
@@ -317,7 +317,7 @@ def test_every_rate_is_written_once_before_its_step(stream):
 @pytest.mark.parametrize("read", [lambda optimizer: set_rates(optimizer, 0.5), view])
 def test_l8_a_group_without_a_rate_is_named(read):
     """And no other group was given another rate."""
-    optimizer = build(Levelled(2), OptimPart())
+    optimizer = build(Levelled(2), OptimConfig())
     rates = [group["lr"] for group in optimizer.param_groups]
     del optimizer.param_groups[1]["rate"]
     with pytest.raises(WrongValue, match=r"group level:2:decay of the optimizer has no rate; found .*Give it"):

@@ -9,16 +9,16 @@ from torch import nn
 
 from meristem.errors import CheckpointMismatch
 from meristem.optim import state
+from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build
 from meristem.optim.kinds import KINDS
-from meristem.optim.part import OptimPart
 from optim.levels import Levelled, copied, equal, train, weights
 
 
 def trained(n_steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
-    optimizer = build(model, OptimPart())
+    optimizer = build(model, OptimConfig())
     for index in range(n_steps):
         step(model, optimizer, index)
     return model, optimizer
@@ -34,7 +34,7 @@ def test_restored_optimizer_goes_on_to_the_bit():
     """Two steps after a restore equal the same two steps without it."""
     model, optimizer = trained(3)
     other = copy.deepcopy(model)
-    other_optimizer = build(other, OptimPart())
+    other_optimizer = build(other, OptimConfig())
     state.restore(other, other_optimizer, {k: v.clone() for k, v in state.tensors(model, optimizer).items()})
     for index in (3, 4):
         step(model, optimizer, index)
@@ -58,7 +58,7 @@ def test_other_shape_is_refused():
     saved = state.tensors(model, optimizer)
     wide = nn.Sequential(nn.Linear(3, 7), nn.LayerNorm(7))
     with pytest.raises(CheckpointMismatch, match=r"'0.weight/exp_avg' of shape \(5, 3\).*a parameter of \(7, 3\)"):
-        state.restore(wide, build(wide, OptimPart()), saved)
+        state.restore(wide, build(wide, OptimConfig()), saved)
 
 
 def test_missing_parameter_is_refused():
@@ -79,16 +79,16 @@ def test_resuming_across_fires_changes_nothing(kind, cut):
     What was saved goes into a new model and a new optimizer; the old ones go on meanwhile and must not reach it.
     """
     whole, spoil = Levelled(*FOUR), lambda index: math.nan if index in (6, 10) else 1.0
-    optimizer = build(whole, OptimPart(kind=kind, rate=0.01))
+    optimizer = build(whole, OptimConfig(name=kind, lr=0.01))
     train(whole, optimizer, range(20), spoil)
     first = Levelled(*FOUR)
-    optimizer_before = build(first, OptimPart(kind=kind, rate=0.01))
+    optimizer_before = build(first, OptimConfig(name=kind, lr=0.01))
     train(first, optimizer_before, range(cut), spoil)
     saved, saved_weights = copied(state.tensors(first, optimizer_before)), weights(first)
     train(first, optimizer_before, range(cut, cut + 2))
     second = Levelled(*FOUR)
     second.load_state_dict(saved_weights)
-    optimizer_after = build(second, OptimPart(kind=kind, rate=0.01))
+    optimizer_after = build(second, OptimConfig(name=kind, lr=0.01))
     state.restore(second, optimizer_after, saved)
     assert optimizer_after.clock.count == cut
     train(second, optimizer_after, range(cut, 20), spoil)
@@ -100,7 +100,7 @@ def test_resuming_across_fires_changes_nothing(kind, cut):
 
 def test_decaying_momenta_are_saved():
     """The other form of m3 gathers under other names."""
-    whole, part = Levelled(2), OptimPart(kind="m3", m3_ema=True, rate=0.1)
+    whole, part = Levelled(2), OptimConfig(name="m3", m3_ema=True, lr=0.1)
     optimizer = build(whole, part)
     train(whole, optimizer, range(9))
     second = Levelled(2)
@@ -115,12 +115,12 @@ def test_decaying_momenta_are_saved():
 def test_a_run_that_was_flushed_has_nothing_waiting_when_restored():
     """A finished run that is opened again does not move: what waited was used up."""
     model = Levelled(8)
-    optimizer = build(model, OptimPart())
+    optimizer = build(model, OptimConfig())
     train(model, optimizer, range(5))
     optimizer.flush()
     second = Levelled(8)
     second.load_state_dict(weights(model))
-    restored = build(second, OptimPart())
+    restored = build(second, OptimConfig())
     state.restore(second, restored, copied(state.tensors(model, optimizer)))
     restored.flush()
     assert equal(weights(model), weights(second))
@@ -130,7 +130,7 @@ def test_a_run_that_was_flushed_has_nothing_waiting_when_restored():
 def test_nothing_gathered_is_restored_as_nothing(kind):
     """Saved before the first step: the restored one begins as a fresh one does."""
     model = Levelled(2)
-    part = OptimPart(kind=kind)
+    part = OptimConfig(name=kind)
     saved = copied(state.tensors(model, build(model, part)))
     optimizer = build(model, part)
     state.restore(model, optimizer, saved)
@@ -143,7 +143,7 @@ def test_nothing_gathered_is_restored_as_nothing(kind):
 def test_other_levels_are_refused():
     """Counts of other periods mean nothing here, and nothing is changed."""
     model, other = Levelled(2), Levelled(3)
-    optimizer, saved = build(other, OptimPart()), state.tensors(model, build(model, OptimPart()))
+    optimizer, saved = build(other, OptimConfig()), state.tensors(model, build(model, OptimConfig()))
     with pytest.raises(CheckpointMismatch, match=r"has levels of the periods \(1, 2\); this model has \(1, 3\)"):
         state.restore(other, optimizer, saved)
     assert optimizer.clock.count == 0

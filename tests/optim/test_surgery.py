@@ -9,33 +9,33 @@ from torch.nn import functional
 
 from meristem.errors import WrongValue
 from meristem.models.build import build as build_model
-from meristem.models.part import ModelPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 from meristem.nn.memory import MemoryLayer
-from meristem.nn.part import MemoryPart
 from meristem.nn.promotion import push_up, push_up_chain, stack_up, stack_up_chain
 from meristem.optim import state
+from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build
 from meristem.optim.kinds import KINDS
-from meristem.optim.part import OptimPart
 from meristem.optim.surgery import carried
 from optim.levels import Levelled, copied, equal, train, weights
 
-SMALL = {"width": 12, "n_layers": 1, "hidden": 17}
+SMALL = {"dim": 12, "n_layers": 1, "mlp_dim": 17}
 MODELS = {
-    "memory": ModelPart.model_validate(SMALL | {"mixer": "memory", "mlp": "gelu"}),
-    "chain": ModelPart.model_validate(
-        SMALL | {"mixer": "attention", "heads": 2, "mlp": "levels", "levels": {"count": 2, "periods": [1, 3]}}
+    "memory": ModelConfig.model_validate(SMALL | {"mixer": "memory", "mlp": "gelu"}),
+    "chain": ModelConfig.model_validate(
+        SMALL | {"mixer": "attention", "n_heads": 2, "mlp": "levels", "levels": {"count": 2, "periods": [1, 3]}}
     ),
 }
-MEMORY = MemoryPart.model_validate(
-    {"head_width": 4, "chunk": 3, "levels": {"count": 2, "periods": [1, 2], "mix": "softmax"}}
+MEMORY = MemoryConfig.model_validate(
+    {"head_dim": 4, "chunk": 3, "levels": {"count": 2, "periods": [1, 2], "mix": "softmax"}}
 )
 N_BEFORE = 5
 """Between two updates of the level of period 3, which has something waiting then."""
 
 
 def part_of(kind):
-    return OptimPart(kind=kind, rate=0.01)
+    return OptimConfig(name=kind, lr=0.01)
 
 
 def learn(model, optimizer, steps):
@@ -95,7 +95,7 @@ def test_moments_move_with_their_levels(kind, where, grow):
     """Issue 4, 6: moments, counters and what waits are bitwise those of the level as it was; a fresh level has none."""
     old, before = trained(kind, where)
     model, names, fresh = grown(old, where, grow)
-    after = carried(before, old=old, model=model, names=names, part=part_of(kind))
+    after = carried(before, old=old, model=model, names=names, config=part_of(kind))
     had, has = gathered(old, before), gathered(model, after)
     assert all(had[name] for name in had), "every parameter had something"
     for new, name in names.items():
@@ -118,7 +118,7 @@ def test_training_goes_on_and_the_old_run_knows_nothing_of_it(kind, where, grow)
     old, before = trained(kind, where)
     was, held = weights(old), copied(state.tensors(old, before))
     model, names, fresh = grown(old, where, grow)
-    after = carried(before, old=old, model=model, names=names, part=part_of(kind))
+    after = carried(before, old=old, model=model, names=names, config=part_of(kind))
     start = weights(model)
     learn(model, after, range(N_BEFORE, 25))
     now = weights(model)
@@ -135,7 +135,7 @@ def test_a_grown_run_is_resumed_to_the_bit(kind, cut):
     """Issue 4, 6: checkpoint, promotion and resume; the level on top is not due before step 24, and has nothing yet."""
     old, before = trained(kind, "chain")
     model, names, fresh = grown(old, "chain", "stack_up")
-    after = carried(before, old=old, model=model, names=names, part=part_of(kind))
+    after = carried(before, old=old, model=model, names=names, config=part_of(kind))
     learn(model, after, range(N_BEFORE, N_BEFORE + cut))
     saved, saved_weights = copied(state.tensors(model, after)), weights(model)
     assert f"{fresh}norm.gain_d/{state.NOTHING}" in saved
@@ -158,7 +158,7 @@ def test_nothing_grown_is_nothing_changed(kind):
     train(first, before, range(4))
     second.load_state_dict(weights(first))
     names = {name: name for name, _ in first.named_parameters()}
-    after = carried(before, old=first, model=second, names=names, part=part_of(kind))
+    after = carried(before, old=first, model=second, names=names, config=part_of(kind))
     train(first, before, range(4, 11))
     train(second, after, range(4, 11))
     assert after.reduce is before.reduce
@@ -171,21 +171,21 @@ def test_what_is_named_no_more_begins_afresh():
     old, before = trained("adamw", "chain")
     model, names, _ = grown(old, "chain", "push_up")
     left = {name: source for name, source in names.items() if not name.startswith("blocks.0.mlp.")}
-    found = gathered(model, carried(before, old=old, model=model, names=left, part=part_of("adamw")))
+    found = gathered(model, carried(before, old=old, model=model, names=left, config=part_of("adamw")))
     assert all(bool(found[name]) == (name in left) for name in found)
 
 
 def test_another_shape_or_another_kind_of_optimizer_begins_afresh():
     """Moments of half a matrix mean nothing, and Muon can make nothing of AdamW's."""
     old = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5))
-    before = build(old, OptimPart())
+    before = build(old, OptimConfig())
     old(torch.ones(1, 3)).sum().backward()
     before.step()
     names = {name: name for name, _ in old.named_parameters()}
     wide = nn.Sequential(nn.Linear(3, 7), nn.Linear(7, 5))
-    found = gathered(wide, carried(before, old=old, model=wide, names=names, part=OptimPart()))
+    found = gathered(wide, carried(before, old=old, model=wide, names=names, config=OptimConfig()))
     assert [name for name in found if found[name]] == ["1.bias"]
-    found = gathered(old, carried(before, old=old, model=old, names=names, part=OptimPart(kind="muon")))
+    found = gathered(old, carried(before, old=old, model=old, names=names, config=OptimConfig(name="muon")))
     assert [name for name in found if found[name]] == ["0.bias", "1.bias"]
 
 
@@ -193,16 +193,16 @@ def test_names_that_are_nowhere_are_refused():
     old = Levelled(2)
     with pytest.raises(WrongValue, match=r"no parameter is called layers.1.bias, layers.7.bias \(2 names in all\)"):
         names = {"layers.1.bias": "layers.0.bias", "scale": "layers.7.bias"}
-        carried(build(old, OptimPart()), old=old, model=Levelled(2), names=names, part=OptimPart())
+        carried(build(old, OptimConfig()), old=old, model=Levelled(2), names=names, config=OptimConfig())
 
 
 def test_a_sum_that_would_wait_for_ever_is_refused():
     """A level that now moves at every step has no turn at which to use it; after a flush there is none."""
     old, model = Levelled(3), Levelled(1)
-    before = build(old, OptimPart())
+    before = build(old, OptimConfig())
     train(old, before, range(2))
     names = {name: name for name, _ in old.named_parameters()}
     with pytest.raises(WrongValue, match=r"gradients wait for layers.0.weight, layers.0.bias .* Call flush\(\)"):
-        carried(before, old=old, model=model, names=names, part=OptimPart())
+        carried(before, old=old, model=model, names=names, config=OptimConfig())
     before.flush()
-    assert not carried(before, old=old, model=model, names=names, part=OptimPart()).pending
+    assert not carried(before, old=old, model=model, names=names, config=OptimConfig()).pending

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from meristem.errors import WrongValue
 from meristem.events import silent
+from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build
 from meristem.optim.kinds import KINDS
-from meristem.optim.part import OptimPart
 from meristem.optim.schedule import set_rates
 from meristem.optim.view import GroupRecord, edit, view
 from optim.levels import Levelled, equal, train, weights
@@ -21,7 +21,7 @@ NAMES = ["level:1:no_decay", "level:2:decay", "level:2:no_decay"]
 
 def made(kind="adamw", **settings):
     model = Levelled(2)
-    return model, build(model, OptimPart(kind=kind, rate=0.01, **settings))
+    return model, build(model, OptimConfig(name=kind, lr=0.01, **settings))
 
 
 def test_l15_a_view_says_how_every_group_is_set():

@@ -12,11 +12,11 @@ def listed(place: Path, *more: str, variants: dict[str, Any] | None = None, **ch
     text = place / "text.txt"
     text.write_text(TEXT * 3)
     common = [
-        *(f"data.source={text}", f"data.root={place}", f"run.root={place / 'runs'}"),
-        *("data.window=16", "data.batch=2", "tokenizer.kind=byte", "device.compute=fp32", "data.validation=0.2"),
-        *("model.width=16", "model.n_layers=1", "train.steps=4", "train.budget=null", "train.log_every=2"),
-        *("evaluate.every=2", "evaluate.every_s=null", "evaluate.n_windows=4", "evaluate.n_windows_end=4"),
-        *("evaluate.n_samples=0", "checkpoint.every=2", "checkpoint.every_s=null"),
+        *(f"data.source={text}", f"data.root={place}", f"run.dir={place / 'runs'}"),
+        *("data.seq_len=16", "data.batch_size=2", "tokenizer.kind=byte", "device.dtype=fp32", "data.validation=0.2"),
+        *("model.dim=16", "model.n_layers=1", "train.steps=4", "train.max_time=null", "train.log_every=2"),
+        *("eval.every=2", "eval.every_s=null", "eval.n_windows=4", "eval.n_windows_end=4"),
+        *("eval.n_samples=0", "checkpoint.every=2", "checkpoint.every_s=null"),
     ]
     tree = {
         "seeds": [0, 1],
@@ -26,11 +26,11 @@ def listed(place: Path, *more: str, variants: dict[str, Any] | None = None, **ch
         "n_documents": 2,
         "variants": variants
         or {
-            "attention": {"preset": "attention", "settings": ["model.heads=2"]},
+            "attention": {"preset": "attention", "settings": ["model.n_heads=2"]},
             "titans": {
                 "preset": "titans-mag",
                 "against": ["attention"],
-                "settings": ["model.heads=2", "memory.head_width=8", "memory.chunk=4"],
+                "settings": ["model.n_heads=2", "memory.head_dim=8", "memory.chunk=4"],
                 "published": "elsewhere, 12 against 13",
             },
         },

@@ -84,14 +84,14 @@ def _serve() -> None:
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401 - imported so that no child has to
 
+    import meristem.drills.training
     import meristem.models.lm
-    import meristem.recipes.drill.training
     import meristem.recipes.pretrain
-    import meristem.recipes.run
+    import meristem.runs.directory
 
     # Asking every installed package for its version takes a quarter of a tiny run.
-    described = meristem.recipes.run.describe()
-    meristem.recipes.run.describe = lambda: described
+    described = meristem.runs.directory.describe()
+    meristem.runs.directory.describe = lambda: described
     _say({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)
@@ -111,10 +111,10 @@ def _say(answer: dict[str, Any]) -> None:
 
 
 def _run(order: dict[str, Any]) -> int:
+    from meristem.drills.training import garble
     from meristem.errors import MeristemError
-    from meristem.recipes.config import load_config
-    from meristem.recipes.drill.training import garble
     from meristem.recipes.pretrain import prepare_job, pretrain
+    from meristem.runs.config import load_config
     from meristem.sinks.console import Console
 
     breaks = garble(order["garbled"])
@@ -149,7 +149,7 @@ def _dying(piece: str, at: int) -> list[int]:
     from meristem.checkpoint import store
     from meristem.checkpoint.saver import Saver
     from meristem.recipes import pretrain
-    from meristem.recipes.shelter import Shelter
+    from meristem.runs.recovery import Recovery
 
     count = [0]
 
@@ -185,7 +185,7 @@ def _dying(piece: str, at: int) -> list[int]:
     if piece == "save":
         store.save, Saver._run = begins(store.save), ends_after(Saver._run)
     elif piece == "rollback":
-        Shelter.go_back = begins(ends_after(Shelter.go_back))
+        Recovery.roll_back = begins(ends_after(Recovery.roll_back))
     else:
         pretrain.begin, pretrain.train = begins(pretrain.begin), ends(pretrain.train)
     return count

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from meristem.recipes.config import Config, load_config
+from meristem.runs.config import Config, load_config
 
 TEXT = "".join(f"{number} times {number} is {number * number}, they say.\n" for number in range(500))
 
@@ -19,23 +19,23 @@ def overrides(text: Path, *more: str) -> list[str]:
     return [
         f"data.source={text}",
         f"data.root={text.parent}",
-        "data.window=17",
-        "data.batch=3",
+        "data.seq_len=17",
+        "data.batch_size=3",
         "data.order=shuffled",
-        "device.name=cpu",
-        "device.compute=fp32",
+        "device.device=cpu",
+        "device.dtype=fp32",
         "device.threads=1",
-        "model.width=12",
+        "model.dim=12",
         "model.n_layers=2",
         "train.steps=30",
-        "train.budget=null",
+        "train.max_time=null",
         "train.log_every=1",
-        "evaluate.every=8",
-        "evaluate.every_s=null",
-        "evaluate.n_windows=5",
-        "evaluate.n_windows_end=7",
-        "evaluate.n_samples=1",
-        "evaluate.sample_tokens=5",
+        "eval.every=8",
+        "eval.every_s=null",
+        "eval.n_windows=5",
+        "eval.n_windows_end=7",
+        "eval.n_samples=1",
+        "eval.sample_tokens=5",
         "checkpoint.every=4",
         "checkpoint.every_s=null",
         *more,

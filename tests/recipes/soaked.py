@@ -15,7 +15,7 @@ import torch
 
 from meristem.data.stream import Batch, Cursor
 from meristem.recipes.pretrain import prepare_job, pretrain
-from meristem.recipes.resume import Job
+from meristem.runs.resume import Job
 from meristem.sinks.console import Console
 from recipes.small import config, write_text
 
@@ -63,12 +63,12 @@ def main(folder: Path, n_steps: int) -> None:
         write_text(folder),
         f"train.steps={n_steps}",
         "train.log_every=20",
-        "optim.rate=0.01",
+        "optim.lr=0.01",
         "model.n_layers=1",
-        "model.heads=2",
-        "model.span=5",
-        "memory.head_width=4",
-        "evaluate.every=500",
+        "model.n_heads=2",
+        "model.sliding_window=5",
+        "memory.head_dim=4",
+        "eval.every=500",
         "checkpoint.every=250",
         "sinks.system_every_s=1",
         preset="titans-mag",

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from meristem.bench import trial as trials_module
+from meristem.bench.ablation import finished, n_parameters, read_ablation, run_trials, trials
+from meristem.bench.study import study
+from meristem.bench.trial import Figures, Outcome
+from meristem.bench.verdict import paired, sentences, table, unpaired
 from meristem.errors import BadRecords, ConfigError, ConflictingKeys, NonFinite, UnknownKey
-from meristem.recipes.bench import trial as trials_module
-from meristem.recipes.bench.ablation import finished, n_parameters, read_ablation, run_trials, trials
-from meristem.recipes.bench.study import study
-from meristem.recipes.bench.trial import Figures, Outcome
-from meristem.recipes.bench.verdict import paired, sentences, table, unpaired
 from recipes.ablations import listed
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +25,9 @@ def test_all_variants_have_the_same_size(tmp_path):
     assert [trial.name for trial in planned] == ["attention-0", "titans-0", "attention-1", "titans-1"]
     assert abs(counts["attention"] / counts["titans"] - 1) <= 0.02
     attention, titans = (next(t.config for t in planned if t.variant == name) for name in ("attention", "titans"))
-    assert attention.model.hidden > 64 and titans.model.hidden == 0
+    assert attention.model.mlp_dim > 64 and titans.model.mlp_dim == 0
     assert all(n_parameters(trial.config, 256) == trial.n_parameters for trial in planned)
-    assert {trial.config.run.random_seed for trial in planned} == {0, 1}
+    assert {trial.config.run.seed for trial in planned} == {0, 1}
 
 
 def test_what_is_listed_in_the_documents_can_be_compared():
@@ -53,7 +53,7 @@ def test_a_study_runs_writes_and_is_not_run_again(tmp_path):
         assert 0 < figures["bits_per_byte"] < 12 and figures["state_bytes"] > 0 and figures["tokens_per_s"] > 0
         assert [tokens for tokens, _ in figures["curve"]] == [64, 128]
     attention, titans = report["outcomes"][0]["figures"], report["outcomes"][1]["figures"]
-    assert attention["on"] == attention["off"] and titans["on"] != titans["off"]
+    assert attention["on"] == attention["none"] and titans["on"] != titans["none"]
     runs = sorted(path.name for path in (tmp_path / "runs" / "ablation").iterdir())
     began = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "ablation").rglob("*.ndjson")}
     again, heard = study(config, out, jobs=1, say=said.append), said[-1]
@@ -74,11 +74,11 @@ def test_other_settings_are_other_runs(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
-    planned = trials(read_ablation(listed(tmp_path, f"run.root={tmp_path / 'one'}")))[:2]
+    planned = trials(read_ablation(listed(tmp_path, f"run.dir={tmp_path / 'one'}")))[:2]
     alone = {o.name: o.figures for o in run_trials(planned, jobs=1)}
     elsewhere = [
         replace(
-            t, config=t.config.model_copy(update={"run": t.config.run.model_copy(update={"root": tmp_path / "two"})})
+            t, config=t.config.model_copy(update={"run": t.config.run.model_copy(update={"dir": tmp_path / "two"})})
         )
         for t in planned
     ]
@@ -123,18 +123,18 @@ def test_an_unknown_key_is_answered_with_the_nearest(tmp_path):
 
 def test_variants_that_read_other_tokens_are_refused_with_all_reasons(tmp_path):
     variants = {
-        "titans": {"preset": "titans-mag", "settings": ["model.heads=2", "memory.head_width=8"]},
-        "long": {"preset": "titans-mag", "settings": ["model.heads=2", "memory.head_width=8", "train.steps=9"]},
+        "titans": {"preset": "titans-mag", "settings": ["model.n_heads=2", "memory.head_dim=8"]},
+        "long": {"preset": "titans-mag", "settings": ["model.n_heads=2", "memory.head_dim=8", "train.steps=9"]},
     }
-    path = listed(tmp_path, "train.budget=3s", variants=variants)
-    with pytest.raises(ConflictingKeys, match="long differs from titans in train; train.budget is 3 s"):
+    path = listed(tmp_path, "train.max_time=3s", variants=variants)
+    with pytest.raises(ConflictingKeys, match="long differs from titans in train; train.max_time is 3 s"):
         trials(read_ablation(path))
 
 
 def test_a_variant_that_cannot_have_the_size_is_refused(tmp_path):
-    small = {"preset": "attention", "settings": ["model.heads=2", "model.n_layers=8"]}
-    titans = {"preset": "titans-mag", "settings": ["model.heads=2", "memory.head_width=8"]}
-    with pytest.raises(ConflictingKeys, match="'titans' has [0-9,]+ parameters.*deep has [0-9,]+ with model.hidden=1"):
+    small = {"preset": "attention", "settings": ["model.n_heads=2", "model.n_layers=8"]}
+    titans = {"preset": "titans-mag", "settings": ["model.n_heads=2", "memory.head_dim=8"]}
+    with pytest.raises(ConflictingKeys, match="'titans' has [0-9,]+ parameters.*deep has [0-9,]+ with model.mlp_dim=1"):
         trials(read_ablation(listed(tmp_path, variants={"deep": small, "titans": titans})))
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from meristem.memory.value import flatten
-from meristem.recipes.bench import compositions as bench
-from meristem.recipes.bench import trained
-from meristem.recipes.bench.measure import Row
+from meristem.bench import compositions as bench
+from meristem.bench import trained
+from meristem.bench.measure import Row
+from meristem.memory.state import flatten
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def made(monkeypatch):
 
 def test_a_training_step_moves_every_parameter(made):
     """The whole of it: with a loss, a gradient for everything, and the optimizer."""
-    step = trained.training_step(trained.sized("hope", 32, "model.hidden=64"), batch=2)
+    step = trained.training_step(trained.sized("hope", 32, "model.mlp_dim=64"), batch=2)
     before = [parameter.detach().clone() for parameter in made[0].parameters()]
     for _ in range(3):
         step()
@@ -36,7 +36,7 @@ def test_a_training_step_moves_every_parameter(made):
 def test_speaking_writes_the_memory(made):
     """Every call goes on where the one before ended, and its tokens are in the memories."""
     seen = []
-    step = trained.speaking(trained.sized("hope", 32, "model.hidden=64"), n_tokens=5)
+    step = trained.decoding(trained.sized("hope", 32, "model.mlp_dim=64"), n_tokens=5)
     made[0].register_forward_hook(lambda module, given, answer: seen.append(flatten(answer[1])))
     step()
     step()
@@ -84,14 +84,14 @@ def test_decoding_is_on_one_thread(monkeypatch):
     threads = []
     monkeypatch.setattr(bench, "speaking", lambda *given, **how: lambda: threads.append(torch.get_num_threads()))
     before = torch.get_num_threads()
-    rows = list(bench.hope_speaks(1))
+    rows = list(bench.hope_decoding(1))
     assert set(threads) == {1} and torch.get_num_threads() == before
     assert [row.target for row in rows if row.target] == [3000, 2500, 1500]
 
 
 def test_the_transformer_sees_everything():
     """No memory, no span, no vectors in front: what can be fused is fused."""
-    whole = trained.sized("attention", 64, "model.span=null", "model.heads=4").model
+    whole = trained.sized("attention", 64, "model.sliding_window=null", "model.n_heads=4").model
     mac = trained.sized("titans-mac", 64).model
-    assert (whole.span, whole.n_persistent) == (None, 0)
-    assert (whole.width, whole.n_layers, whole.heads, whole.mlp) == (mac.width, mac.n_layers, mac.heads, mac.mlp)
+    assert (whole.sliding_window, whole.n_persistent_tokens) == (None, 0)
+    assert (whole.dim, whole.n_layers, whole.n_heads, whole.mlp) == (mac.dim, mac.n_layers, mac.n_heads, mac.mlp)

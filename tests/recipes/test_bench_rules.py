@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from meristem.bench import rules as bench
+from meristem.bench.picture import plot_speeds
 from meristem.memory import named
 from meristem.memory.forms import accepting
 from meristem.memory.named import rules
-from meristem.memory.value import size_bytes
+from meristem.memory.state import size_bytes
 from meristem.nn.memory import MemoryLayer
-from meristem.recipes.bench import rules as bench
-from meristem.recipes.bench.picture import draw_speeds
 
 WIDTH, N_TIME = 32, 48
 
@@ -85,5 +85,5 @@ def test_every_rule_of_the_catalogue_can_be_built():
 
 
 def test_the_picture_shows_the_speeds(rows, tmp_path):
-    draw_speeds(tmp_path / "rules.png", [{}, *(row.figures for row in rows)])
+    plot_speeds(tmp_path / "rules.png", [{}, *(row.figures for row in rows)])
     assert (tmp_path / "rules.png").read_bytes().startswith(b"\x89PNG")

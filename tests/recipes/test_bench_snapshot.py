@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from meristem.recipes.bench import snapshot
+from meristem.bench import snapshot
 
 
 @pytest.fixture

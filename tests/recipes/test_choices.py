@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from meristem.bench.learn import learn
 from meristem.device.random import stream
 from meristem.device.resolve import Device
 from meristem.evaluate.levels import level_figures
 from meristem.evaluate.recall import HELD_OUT, Questions
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import LevelsPart, MemoryPart
-from meristem.recipes.bench.learn import learn
+from meristem.models.config import ModelConfig
+from meristem.nn.config import LevelsConfig, MemoryConfig
 
 CPU = Device(torch.device("cpu"), torch.float32, torch.float32)
 RATES, STARTS, STEPS = (1e-2, 3e-2), range(5), 40
@@ -43,9 +43,9 @@ class Regimes:
 GUESS = math.log(16)
 
 
-def model_of(levels: LevelsPart, random_seed: int, hidden: int, rule: str = "gated_delta") -> torch.nn.Module:
-    part = ModelPart.model_validate({"mixer": "memory", "width": 16, "n_layers": 1, "hidden": hidden})
-    memory = MemoryPart(rule=rule, head_width=8, chunk=8, levels=levels)
+def model_of(levels: LevelsConfig, random_seed: int, hidden: int, rule: str = "gated_delta") -> torch.nn.Module:
+    part = ModelConfig.model_validate({"mixer": "memory", "dim": 16, "n_layers": 1, "mlp_dim": hidden})
+    memory = MemoryConfig(rule=rule, head_dim=8, chunk=8, levels=levels)
     return build(part, memory, Regimes().vocabulary, random_seed)
 
 
@@ -65,7 +65,7 @@ def first_biases(model: torch.nn.Module) -> list[torch.Tensor]:
 
 def test_two_levels_are_no_worse_than_one():
     """S1-M2: both converge, the second level costs nothing (L2 <= 1.05 L1), and each level tells of its gates."""
-    one, two = LevelsPart(), LevelsPart(count=2, periods=PERIODS)
+    one, two = LevelsConfig(), LevelsConfig(count=2, periods=PERIODS)
     # The single level is padded by a wider feed-forward layer, three rows of weights for each unit.
     hidden = 32 + round((size(model_of(two, 0, 32)) - size(model_of(one, 0, 32))) / 48)
     assert abs(size(model_of(one, 0, hidden)) / size(model_of(two, 0, 32)) - 1) < 0.02
@@ -98,7 +98,7 @@ def test_delta_descent_and_plain_descent_both_converge():
     """S4-M10: one word of the settings apart, from three starts each; the losses are told."""
     found = {}
     for rule in ("delta_descent", "delta"):
-        models = [model_of(LevelsPart(), start, 32, rule) for start in range(3)]
+        models = [model_of(LevelsConfig(), start, 32, rule) for start in range(3)]
         learned = [
             learn(model, Regimes(), steps=STEPS, batch=4, rate=RATES[1], random_seed=start, device=CPU)
             for start, model in enumerate(models)

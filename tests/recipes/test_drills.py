@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from meristem.device.lost import answering
+from meristem.drills import disk
+from meristem.drills.catalogue import drills, run_drill
+from meristem.drills.drill import Drill, Outcome, Seen
+from meristem.drills.scene import Scene, cut_off
+from meristem.drills.training import not_a_number, spoil_output
 from meristem.errors import DeviceLost, WrongValue
-from meristem.recipes.drill import disk
-from meristem.recipes.drill.catalogue import drills, run_drill
-from meristem.recipes.drill.drill import Drill, Outcome, Seen
-from meristem.recipes.drill.scene import Scene, cut_off
-from meristem.recipes.drill.training import not_a_number, spoil_output
 
 pytestmark = pytest.mark.fault
 
@@ -81,7 +81,7 @@ def test_a_drill_can_fail():
 
 def test_a_run_that_is_not_protected_fails_its_drill(tmp_path, monkeypatch):
     """The drills see a difference: without the guard, weights that are spoilt stay so."""
-    from meristem.recipes.drill import scene
+    from meristem.drills import scene
 
     monkeypatch.setattr(scene, "SETTINGS", (*scene.SETTINGS, "guard.is_on=false"))
     outcome = run_drill(drills.get("nan-weight"), tmp_path)

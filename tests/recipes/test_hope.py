@@ -10,19 +10,19 @@ import torch
 
 from meristem.models.build import build
 from meristem.models.load import load
-from meristem.models.reader import reader_of
-from meristem.nn.chain import ChainLevel
+from meristem.models.online import online_reader
+from meristem.nn.cms_mlp import CMSMLPLevel
 from meristem.optim.groups import build as build_optimizer
-from meristem.recipes.config import load_config
 from meristem.recipes.pretrain import pretrain
+from meristem.runs.config import load_config
 from meristem.sinks.records import history
 from meristem.train.loss import cross_entropy
 from recipes.small import TEXT, config, write_text
 
 STEPS = 60
 HOPE = (
-    *("model.hidden=16", "model.levels.count=4", "model.levels.periods=[1, 2, 4, 8]", "tokenizer.kind=byte"),
-    *("memory.head_width=6", "memory.self_reference.chunk_memory=2", "memory.self_reference.chunk_other=4"),
+    *("model.mlp_dim=16", "model.levels.count=4", "model.levels.periods=[1, 2, 4, 8]", "tokenizer.kind=byte"),
+    *("memory.head_dim=6", "memory.self_reference.chunk_memory=2", "memory.self_reference.chunk_other=4"),
     *("memory.self_reference.adaptive_query=true", f"train.steps={STEPS}", "checkpoint.every=27", "checkpoint.last=20"),
 )
 
@@ -45,9 +45,9 @@ def test_it_converges(trained):
 def test_all_four_levels_contribute(trained):
     """S4-M14: each was moved, in every layer."""
     settings, result, _ = trained
-    model, first = load(result.checkpoint).model, build(settings.model, settings.memory, 256, settings.run.random_seed)
+    model, first = load(result.checkpoint).model, build(settings.model, settings.memory, 256, settings.run.seed)
     before = dict(first.named_parameters())
-    levels = [(name, module) for name, module in model.named_modules() if isinstance(module, ChainLevel)]
+    levels = [(name, module) for name, module in model.named_modules() if isinstance(module, CMSMLPLevel)]
     assert [module.period for _, module in levels] == 2 * [1, 2, 4, 8]
     for path, level in levels:
         assert all((w - before[name]).norm() > 0 for name, w in level.named_parameters(prefix=path))
@@ -79,7 +79,7 @@ def test_reading_changes_the_memory_and_no_weight(trained):
     model, tokenizer = load(trained[1].checkpoint)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tokens_bt = torch.tensor([tokenizer.encode("7 times 7 is 49, they say. " * 6)])
-    answers = [reader_of(model, learn, cross_entropy)(tokens_bt, None)[0] for learn in ("off", "memory", "levels")]
+    answers = [online_reader(model, learn, cross_entropy)(tokens_bt, None)[0] for learn in ("none", "memory", "levels")]
     assert not torch.equal(answers[0], answers[1]) and not torch.equal(answers[1], answers[2])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -88,7 +88,7 @@ def test_reading_changes_the_memory_and_no_weight(trained):
 def test_every_gradient_is_alive_throughout(structure):
     """S3b-M3: the micro model learns for 200 steps, in each of which every gradient is finite and not 0."""
     settings = load_config("hope-micro", [f"memory.self_reference.structure={structure}"], {}).tree
-    model = build(settings.model, settings.memory, 256, settings.run.random_seed)
+    model = build(settings.model, settings.memory, 256, settings.run.seed)
     optimizer, generator = build_optimizer(model, settings.optim), torch.Generator().manual_seed(0)
     data, losses = torch.tensor(list(TEXT.encode())), []
     for step in range(200):
@@ -112,7 +112,7 @@ CHOICES = {
     "loss": (OWN, "memory.self_reference.loss", ("dot", "squared")),
     "setting": (OWN, "memory.self_reference.setting", ("self_generated", "adaptive", "static")),
 }
-BRIEF = ("train.steps=50", "optim.rate=0.01", "model.width=16", "checkpoint.every=50", "evaluate.every=null")
+BRIEF = ("train.steps=50", "optim.lr=0.01", "model.dim=16", "checkpoint.every=50", "eval.every=null")
 STRONG = tuple(f"memory.self_reference.{each}" for each in ("chunk_memory=2", "chunk_other=4", "eta_scale=0.05"))
 
 
@@ -126,7 +126,7 @@ def test_a_choice_is_a_word_of_the_settings(choice, tmp_path):
     preset, key, words = CHOICES[choice]
     text, found = write_text(tmp_path), {}
     for word in words:
-        settings = (*BRIEF, *(STRONG if preset == OWN else ()), f"{key}={word}", "evaluate.n_samples=0")
+        settings = (*BRIEF, *(STRONG if preset == OWN else ()), f"{key}={word}", "eval.n_samples=0")
         found[word] = pretrain(config(text, *settings, preset=preset), run_dir=tmp_path / word).nats
     counts = Counter(TEXT.encode())
     bytes_alone = sum(-n / len(TEXT) * math.log(n / len(TEXT)) for n in counts.values())

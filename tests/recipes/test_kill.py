@@ -15,14 +15,20 @@ import torch
 from meristem.checkpoint.run import read
 from meristem.checkpoint.store import newest
 from meristem.events import silent
-from meristem.sinks.lines import read_records
+from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import history
 from recipes.forks import Runs
 from recipes.small import overrides, write_text
 
 pytestmark = pytest.mark.fault
 
-STATEFUL = ("data.order=sequential", "model.n_layers=1", "model.heads=2", "model.span=5", "memory.head_width=4")
+STATEFUL = (
+    "data.order=sequential",
+    "model.n_layers=1",
+    "model.n_heads=2",
+    "model.sliding_window=5",
+    "memory.head_dim=4",
+)
 """A model with a memory that is carried from window to window: everything that a checkpoint can hold."""
 
 N_STEPS, SAVED_EVERY = 30, 4
@@ -35,13 +41,13 @@ N_GUARDED = 40
 GUARDED = (
     *STATEFUL,
     f"train.steps={N_GUARDED}",
-    "optim.rate=0.03",
+    "optim.lr=0.03",
     "guard.n_least=6",
     "guard.span=12",
     "rollback.snapshots=2",
     "rollback.snapshot_every=4",
     "rollback.ease_steps=5",
-    "evaluate.n_samples=0",
+    "eval.n_samples=0",
 )
 """A run that goes back. Snapshots are of the steps at which checkpoints are, so that a process which has only these
 goes back to where the one before it would have gone."""
@@ -226,7 +232,7 @@ def test_asked_to_stop_it_saves_and_goes_on(plain, tmp_path, number):
 def test_time_boxed_run_gets_the_time_it_had_left(plain, tmp_path):
     """Killed after some of its three seconds, the second process trains for the rest of them and no longer."""
     run_dir = tmp_path / "run"
-    settings = [*plain.settings, "train.steps=null", "train.budget=3s", "evaluate.every=10000", "checkpoint.every=60"]
+    settings = [*plain.settings, "train.steps=null", "train.max_time=3s", "eval.every=10000", "checkpoint.every=60"]
     pid = plain.runs.start("titans-mag", settings, run_dir)
     wait_for(lambda: newest(run_dir / "checkpoints", silent) is not None and seconds_used(run_dir)[-1] > 1.5)
     os.kill(pid, signal.SIGKILL)

@@ -3,20 +3,20 @@
 import pytest
 import torch
 
+from meristem.bench.learn import N_HELD_OUT, learn
 from meristem.device.resolve import Device
 from meristem.errors import NonFinite
 from meristem.evaluate.recall import Associative, Copying
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
-from meristem.recipes.bench.learn import N_HELD_OUT, learn
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 
 CPU = Device(torch.device("cpu"), torch.float32, torch.float32)
-ATTENTION = ModelPart(mixer="attention", span=None, width=32, n_layers=2, heads=2)
+ATTENTION = ModelConfig(mixer="attention", sliding_window=None, dim=32, n_layers=2, n_heads=2)
 
 
 def learned(task, **settings):
-    model = build(ATTENTION, MemoryPart(), task.vocabulary, random_seed=0)
+    model = build(ATTENTION, MemoryConfig(), task.vocabulary, random_seed=0)
     return learn(model, task, **({"steps": 3, "batch": 5, "rate": 0.01, "random_seed": 0, "device": CPU} | settings))
 
 

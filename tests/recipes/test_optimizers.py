@@ -6,7 +6,7 @@ import torch
 from meristem.memory.named import rules
 from meristem.models.build import build
 from meristem.models.load import load
-from meristem.nn.chain import Chain
+from meristem.nn.cms_mlp import CMSMLP
 from meristem.nn.mag import MemoryAsGate
 from meristem.nn.self_reference import SelfReference
 from meristem.optim.adamuon import AdaMuon
@@ -18,8 +18,8 @@ from recipes.small import config, write_text
 
 STEPS, CUT = 20, 7
 BRIEF = (
-    *(f"train.steps={STEPS}", f"checkpoint.every={CUT}", "checkpoint.last=9", "optim.rate=0.01", "model.width=16"),
-    *("evaluate.every=null", "evaluate.n_windows=2", "evaluate.n_windows_end=2", "evaluate.n_samples=0"),
+    *(f"train.steps={STEPS}", f"checkpoint.every={CUT}", "checkpoint.last=9", "optim.lr=0.01", "model.dim=16"),
+    *("eval.every=null", "eval.n_windows=2", "eval.n_windows_end=2", "eval.n_samples=0"),
 )
 LEVELS = ("model.levels.count=3", "model.levels.periods=[1, 2, 5]")
 
@@ -39,7 +39,7 @@ def resumed(run, settings, place):
 
 
 @pytest.mark.parametrize(
-    "chosen", [*((f"optim.kind={kind}",) for kind in KINDS), ("optim.kind=m3", "optim.m3_ema=true")]
+    "chosen", [*((f"optim.name={kind}",) for kind in KINDS), ("optim.name=m3", "optim.m3_ema=true")]
 )
 def test_every_kind_trains_the_micro_preset_and_resumes_to_the_bit(chosen, tmp_path):
     """S4-M12: one word of the configuration; the checkpoint lies between two updates of the slow levels."""
@@ -59,8 +59,8 @@ def test_all_outer_choices_meet_in_one_config(tmp_path):
         write_text(tmp_path),
         *BRIEF,
         *LEVELS,
-        *("optim.kind=adamuon", "optim.level_betas={5: [0.7, 0.8]}", "optim.level_rates={5: 3.0}"),
-        *("model.layers=[{mixer: self_reference}, {mixer: mag, rule: atlas}]", "model.heads=2", "memory.conv=3"),
+        *("optim.name=adamuon", "optim.level_betas={5: [0.7, 0.8]}", "optim.level_rates={5: 3.0}"),
+        *("model.layers=[{mixer: self_reference}, {mixer: mag, rule: atlas}]", "model.n_heads=2", "memory.conv=3"),
         preset="hope-micro",
     )
     model = build(settings.model, settings.memory, 256, 0)
@@ -70,13 +70,13 @@ def test_all_outer_choices_meet_in_one_config(tmp_path):
     assert (rule.span, rule.update.name, rule.features.name) == (meant.span, meant.update.name, meant.features.name)
     assert rule.span > 1, "and of no other rule"
     assert {hope.conv.weight_dc.shape[1], atlas.recall.conv.weight_dc.shape[1]} == {3}
-    assert all(isinstance(block.mlp, Chain) for block in model.blocks)
+    assert all(isinstance(block.mlp, CMSMLP) for block in model.blocks)
     optimizer = build_optimizer(model, settings.optim)
     assert [type(part) for part in optimizer.parts] == [torch.optim.AdamW, AdaMuon]
     assert optimizer.clock.periods == (1, 2, 5)
     of_period = {group["period"]: group for group in optimizer.parts[0].param_groups}
     assert [of_period[period]["betas"] for period in (1, 2, 5)] == [(0.9, 0.95), (0.9, 0.95), (0.7, 0.8)]
-    rates = {group["period"]: group["lr"] / settings.optim.rate for group in optimizer.param_groups}
+    rates = {group["period"]: group["lr"] / settings.optim.lr for group in optimizer.param_groups}
     assert rates == pytest.approx({1: 1.0, 2: 2**0.5, 5: 3.0})
     run = pretrain(settings, run_dir=tmp_path / "whole")
     told, after, first = nats(run), weights(run), build(settings.model, settings.memory, 256, 0).state_dict()

@@ -7,23 +7,23 @@ import pytest
 from meristem.checkpoint.run import read
 from meristem.checkpoint.store import entries, find
 from meristem.data.prepare import prepare
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
 from meristem.errors import CapabilityError, Halted, NonFinite
 from meristem.evaluate.likelihood import likelihood
 from meristem.events import silent
 from meristem.models.load import load
-from meristem.recipes import watch
-from meristem.recipes.config import Config
 from meristem.recipes.plan.dry_run import plan
 from meristem.recipes.pretrain import Result, pretrain
-from meristem.sinks.lines import read_records
+from meristem.runs import logging
+from meristem.runs.config import Config
+from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import history
 from meristem.train.loss import cross_entropy
 from meristem.train.progress import Progress
 from recipes.small import config, write_text
 
-SETTINGS = ("model.heads=2", "model.span=5", "memory.head_width=4", "optim.rate=0.02", "train.log_every=3")
+SETTINGS = ("model.n_heads=2", "model.sliding_window=5", "memory.head_dim=4", "optim.lr=0.02", "train.log_every=3")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_saved_model_is_the_one_that_was_measured(settings, result):
     """Loaded from its directory, the model predicts the held-out text exactly as the result says."""
     model, _ = load(result.run_dir)
     corpus = prepare(settings.data, settings.tokenizer)
-    device = resolve(DevicePart(name="cpu", compute="fp32"), silent)
+    device = resolve(DeviceConfig(device="cpu", dtype="fp32"), silent)
     found = likelihood(model, corpus, "val", window=17, batch=16, max_windows=7, device=device, loss=cross_entropy)
     assert found.bits_per_byte == result.bits_per_byte
 
@@ -110,7 +110,7 @@ def test_best_and_last_checkpoints_stay(settings, result):
 )
 def test_bad_steps_end_the_run_with_its_checkpoints_intact(settings, tmp_path, is_guarded, error, match, in_rows):
     """A rate that cannot work: each bad step is an event, the run fails with the exit code of training."""
-    wild = settings.optim.model_copy(update={"rate": 1e30, "clip": None})
+    wild = settings.optim.model_copy(update={"lr": 1e30, "grad_clip": None})
     train = settings.train.model_copy(update={"max_nonfinite": 4})
     guard = settings.guard.model_copy(update={"is_on": is_guarded})
     changes = {"optim": wild, "train": train, "guard": guard}
@@ -126,7 +126,7 @@ def test_bad_steps_end_the_run_with_its_checkpoints_intact(settings, tmp_path, i
 
 def test_fp16_is_refused(settings, monkeypatch, tmp_path):
     """Where the probe would let it pass, as on an accelerator: gradients would vanish without a loss scale."""
-    part = settings.device.model_copy(update={"compute": "fp16"})
+    part = settings.device.model_copy(update={"dtype": "fp16"})
     monkeypatch.setattr("meristem.device.resolve.probe", lambda *_: None)
     with pytest.raises(CapabilityError, match="fp16 needs a loss scale"):
         pretrain(settings.model_copy(update={"device": part}), run_dir=tmp_path / "run")
@@ -137,7 +137,7 @@ def test_fp16_is_refused(settings, monkeypatch, tmp_path):
 )
 def test_alarm(every, every_s, rung):
     """By steps, by seconds after it was last done, by whichever comes first, or never; a step takes one second here."""
-    alarm = watch.Alarm(every, every_s, last_s=0.0)
+    alarm = logging.Alarm(every, every_s, last_s=0.0)
     cursor = None
     found = [
         step
@@ -148,7 +148,7 @@ def test_alarm(every, every_s, rung):
 
 
 def test_prompts_begin_held_out_documents(settings):
-    from meristem.recipes.summary import prompts
+    from meristem.runs.report import prompts
 
     corpus = prepare(settings.data, settings.tokenizer)
     held_out = corpus.text("val").decode()
@@ -167,7 +167,7 @@ def test_a_memory_that_diverges_is_told_once(tmp_path, settings):
     part = {"rule": "delta", "form": "frozen_chunk", "write": 0.9, "chunk": 16, "half_life": 1e6}
     memory = settings.memory.model_copy(update=part)
     train = settings.train.model_copy(update={"steps": 9})
-    data = settings.data.model_copy(update={"window": 33})
+    data = settings.data.model_copy(update={"seq_len": 33})
     wild = settings.model_copy(update={"memory": memory, "train": train, "data": data})
     result = pretrain(wild, run_dir=tmp_path / "wild")
     told = [r for r in read_records(result.run_dir / "events.ndjson") if r["name"].startswith("memory.")]

@@ -8,7 +8,7 @@ import torch
 from meristem.config import size_names, sized, sources
 from meristem.errors import WrongValue
 from meristem.models.build import build
-from meristem.recipes.config import load_config
+from meristem.runs.config import load_config
 
 PAPERS = (
     *("titans-mac", "titans-mag", "titans-mal", "lmm", "moneta", "yaad", "memora", "lattice", "trellis"),

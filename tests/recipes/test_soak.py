@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from meristem.sinks.lines import read_records
+from meristem.sinks.jsonl import read_records
 
 TESTS = Path(__file__).parents[1]
 

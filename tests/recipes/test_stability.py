@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from meristem.nn.levels import MemoryLevels
-from meristem.recipes.bench import stability
-from meristem.recipes.bench.stability import Cell, counting, is_stable, sweep, table, to_json
+from meristem.bench import stability
+from meristem.bench.stability import Cell, counting, is_stable, sweep, table, to_json
+from meristem.nn.cms_memory import CMSMemory
 
 
 def test_every_cell_is_finite_and_most_learn():
@@ -24,7 +24,7 @@ def test_every_cell_is_finite_and_most_learn():
 def test_a_cell_has_the_levels_that_it_is_called_by(composition, count):
     """And each of them writes within a window: the periods are shorter."""
     model = stability._model("delta", composition, count)
-    found = [len(list(module.named_levels())) for module in model.modules() if isinstance(module, MemoryLevels)]
+    found = [len(list(module.named_levels())) for module in model.modules() if isinstance(module, CMSMemory)]
     assert found == ([] if count == 1 else [count])
     assert max(stability.PERIODS) < stability.LENGTH
 

@@ -10,42 +10,47 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from meristem.data.part import TokenizerPart
+from meristem.data.config import TokenizerConfig
 from meristem.data.tokenizer import byte_tokenizer, train_tokenizer
 from meristem.device.random import stream
 from meristem.errors import CheckpointMismatch, WrongValue
-from meristem.memory.value import flatten
+from meristem.memory.state import flatten
 from meristem.models.build import build
+from meristem.models.config import ModelConfig
 from meristem.models.generate import Sampling, choose
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.nn.config import MemoryConfig
 from meristem.serve.session import KEPT_TURNS, READ_AT_ONCE, Session
 
 TOKENIZER = byte_tokenizer()
 MODELS = {
     "titans": build(
-        ModelPart(width=12, n_layers=2, heads=2, span=5), MemoryPart(rule="titans", head_width=6, chunk=7), 256, 1
+        ModelConfig(dim=12, n_layers=2, n_heads=2, sliding_window=5),
+        MemoryConfig(rule="titans", head_dim=6, chunk=7),
+        256,
+        1,
     ),
     "delta": build(
-        ModelPart(width=12, n_layers=2, mixer="memory"),
-        MemoryPart(rule="delta", head_width=4, chunk=7, conv=3),
+        ModelConfig(dim=12, n_layers=2, mixer="memory"),
+        MemoryConfig(rule="delta", head_dim=4, chunk=7, conv=3),
         256,
         2,
     ),
     "hope": build(
-        ModelPart(width=12, n_layers=2, mixer="self_reference", mlp="levels", levels={"count": 2, "periods": [1, 128]}),
-        MemoryPart(head_width=4, self_reference={"chunk_memory": 2, "chunk_other": 4}),
+        ModelConfig(dim=12, n_layers=2, mixer="self_reference", mlp="levels", levels={"count": 2, "periods": [1, 128]}),
+        MemoryConfig(head_dim=4, self_reference={"chunk_memory": 2, "chunk_other": 4}),
         256,
         6,
     ),
     "mac-levels": build(
-        ModelPart(width=12, n_layers=2, heads=2, mixer="mac", segment=5),
-        MemoryPart(head_width=4, chunk=7, levels={"count": 2, "tokens": "each"}),
+        ModelConfig(dim=12, n_layers=2, n_heads=2, mixer="mac", segment=5),
+        MemoryConfig(head_dim=4, chunk=7, levels={"count": 2, "tokens": "each"}),
         256,
         7,
     ),
-    "chargru": build(ModelPart(name="chargru", width=11, n_layers=2), MemoryPart(), 256, 4),
-    "charformer": build(ModelPart(name="charformer", width=12, n_layers=2, heads=3, window=37), MemoryPart(), 256, 5),
+    "chargru": build(ModelConfig(name="chargru", dim=11, n_layers=2), MemoryConfig(), 256, 4),
+    "charformer": build(
+        ModelConfig(name="charformer", dim=12, n_layers=2, n_heads=3, max_seq_len=37), MemoryConfig(), 256, 5
+    ),
 }
 TEXTS = ("My name is Ada.\n", "", "na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve \N{SNOWMAN}", "x", "The name is ")
 
@@ -229,7 +234,7 @@ def test_looking_at_the_memory_changes_nothing():
     assert list(memory["layers"]) == ["layer.0.recall", "layer.1.recall"]
     matrix_bhkv = session._now.state["layer"]["1"]["recall"]["memory"]["matrix_bhkv"]
     assert memory["layers"]["layer.1.recall"]["norm"] == pytest.approx(float(matrix_bhkv.norm()), rel=1e-6)
-    assert memory["layers"]["layer.0.recall"]["half_life"] == pytest.approx(MemoryPart().half_life, rel=1e-3)
+    assert memory["layers"]["layer.0.recall"]["half_life"] == pytest.approx(MemoryConfig().half_life, rel=1e-3)
     assert memory["size_bytes"] == session.size_bytes > memory["layers"]["layer.0.recall"]["size_bytes"] * 2
 
 
@@ -281,7 +286,7 @@ def test_what_levels_learn_stays_in_the_session():
 
 @pytest.mark.parametrize("name", ["titans", "hope", "mac-levels"])
 def test_with_learning_off_a_memory_stays_as_it_was(name):
-    session = fed(MODELS[name], "x" * 40, learn="off")
+    session = fed(MODELS[name], "x" * 40, learn="none")
     before = {path: memory["norm"] for path, memory in session.memory()["layers"].items()}
     session.feed("y" * 97)
     assert {path: memory["norm"] for path, memory in session.memory()["layers"].items()} == pytest.approx(before)
@@ -302,17 +307,17 @@ def test_a_long_text_is_read_in_portions():
 
 def test_another_model_is_refused(tmp_path):
     """A session belongs to weights, not to a shape: a model of other weights is named as such."""
-    part = ModelPart(name="chargru", width=11, n_layers=2)
+    part = ModelConfig(name="chargru", dim=11, n_layers=2)
     fed(MODELS["chargru"], "abc").save(tmp_path / "a.session")
     with pytest.raises(CheckpointMismatch, match="another model"):
-        Session.load(tmp_path / "a.session", build(part, MemoryPart(), 256, 5), TOKENIZER)
-    found = Session.load(tmp_path / "a.session", build(part, MemoryPart(), 256, 4), TOKENIZER)
+        Session.load(tmp_path / "a.session", build(part, MemoryConfig(), 256, 5), TOKENIZER)
+    found = Session.load(tmp_path / "a.session", build(part, MemoryConfig(), 256, 4), TOKENIZER)
     assert_same(found, fed(MODELS["chargru"], "abc"))
 
 
 def test_another_tokenizer_is_refused(tmp_path):
     """The same ids would mean other text."""
-    other = train_tokenizer(TokenizerPart(kind="bpe", vocab_size=256), [b"to be or not to be"])
+    other = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=256), [b"to be or not to be"])
     fed(MODELS["chargru"], "abc").save(tmp_path / "a.session")
     with pytest.raises(CheckpointMismatch, match="another tokenizer"):
         Session.load(tmp_path / "a.session", MODELS["chargru"], other)

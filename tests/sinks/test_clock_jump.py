@@ -21,13 +21,13 @@ from meristem.recipes.pretrain import Result, pretrain
 from meristem.sinks import records as records_of_a_run
 from meristem.sinks.console import Console
 from meristem.sinks.emitter import Emitter
-from meristem.sinks.lines import read_records
+from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import Records, history
 from recipes.small import config, write_text
 
 DAY = datetime.timedelta(days=1)
-SETTINGS = ("train.steps=24", "checkpoint.every=3", "checkpoint.best=0", "evaluate.every=1000", "evaluate.n_samples=0")
-IN_A_HURRY = ("train.log_every=3", "checkpoint.every=1000000", "checkpoint.every_s=0.2", "evaluate.every_s=0.3")
+SETTINGS = ("train.steps=24", "checkpoint.every=3", "checkpoint.best=0", "eval.every=1000", "eval.n_samples=0")
+IN_A_HURRY = ("train.log_every=3", "checkpoint.every=1000000", "checkpoint.every_s=0.2", "eval.every_s=0.3")
 
 
 class Wall:
@@ -129,7 +129,7 @@ def test_clock_jump_leaves_alarms_their_time(truth, wall):
     """What is due every so many seconds of training comes neither at once nor never."""
     text = truth.run_dir.parent / "text.txt"
     wall.jumps = {4: -DAY, 8: DAY}
-    result = run(text, "timed", *IN_A_HURRY, "train.steps=null", "train.budget=1.5s")
+    result = run(text, "timed", *IN_A_HURRY, "train.steps=null", "train.max_time=1.5s")
     assert result.step > 8 and result.seconds_used >= 1.5
     n_evaluations = sum(record["split"] == "val" for record in history(result.run_dir)) - 2  # two at the end
     saved = [e for e in read_records(result.run_dir / "events.ndjson") if e["name"] == "checkpoint.saved"]

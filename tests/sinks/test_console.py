@@ -173,7 +173,7 @@ from functools import partial
 from pathlib import Path
 from meristem.sinks.console import Console
 from meristem.sinks.emitter import SCREEN, Emitter
-from meristem.sinks.outbox import Pace
+from meristem.sinks.queue import Pace
 from meristem.sinks.records import Records
 
 view = Console()

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from meristem.errors import DiskFull, SinkError
 from meristem.events import Event
 from meristem.sinks.emitter import TELL_EVERY_S, Emitter, Limit
-from meristem.sinks.lines import read_records
-from meristem.sinks.outbox import Pace
+from meristem.sinks.jsonl import read_records
+from meristem.sinks.queue import RateLimit
 from meristem.sinks.records import Records
 
-QUICK = Pace(batch_s=0.01, rest_s=0.01, longest_rest_s=0.02, close_s=0.3)
+QUICK = RateLimit(batch_s=0.01, rest_s=0.01, longest_rest_s=0.02, close_s=0.3)
 
 
 class Tracker:
@@ -92,7 +92,7 @@ def test_la5_every_record_reaches_every_sink_in_order_with_what_all_share(tmp_pa
 def test_la5_records_for_sinks_are_batched(tmp_path):
     """Normal records wait for each other, so that the thread is woken once for many of them."""
     tracker = Tracker()
-    emitter = Emitter(Records(tmp_path, "r"), {"t": tracker}, pace=Pace(batch_s=0.15))
+    emitter = Emitter(Records(tmp_path, "r"), {"t": tracker}, pace=RateLimit(batch_s=0.15))
     begun_s = time.monotonic()
     for number in range(20):
         emitter.emit(Event(f"e{number}"))
@@ -107,7 +107,7 @@ def test_la5_slow_sink_does_not_slow_the_run(tmp_path):
 
     def median_s(place, tracker):
         records = Records(tmp_path / place, "r")
-        emitter = Emitter(records, {"t": tracker}, pace=Pace(n_waiting=100, close_s=0.2))
+        emitter = Emitter(records, {"t": tracker}, pace=RateLimit(n_waiting=100, close_s=0.2))
         spent = []
         for step in range(500):
             begun_s = time.perf_counter()
@@ -127,7 +127,7 @@ def test_la5_dropped_count_is_reported_and_critical_passes(tmp_path):
     """With a sink that hangs and a queue that is full, what was dropped is told to the last one; critical stays."""
     tracker = Tracker(is_open=False)
     records = Records(tmp_path, "r")
-    emitter = Emitter(records, {"t": tracker}, pace=Pace(n_waiting=10, batch_s=0.0))
+    emitter = Emitter(records, {"t": tracker}, pace=RateLimit(n_waiting=10, batch_s=0.0))
     emitter.emit(Event("first", {}, "warning"))
     tracker.is_called.wait()
     for step in range(50):
@@ -149,7 +149,9 @@ def test_la5_losses_are_told_while_the_run_goes_on(tmp_path):
     """Not only at the end: with the first event after a minute by a clock that is given."""
     now = [100.0]
     tracker = Tracker(is_open=False)
-    emitter = Emitter(Records(tmp_path, "r"), {"t": tracker}, pace=Pace(n_waiting=1, batch_s=0.0), clock=lambda: now[0])
+    emitter = Emitter(
+        Records(tmp_path, "r"), {"t": tracker}, pace=RateLimit(n_waiting=1, batch_s=0.0), clock=lambda: now[0]
+    )
     emitter.emit(Event("first", {}, "warning"))
     tracker.is_called.wait()
     for _ in range(4):
@@ -211,7 +213,7 @@ def test_ka2_critical_within_50_ms_in_order_though_the_queue_is_full(tmp_path):
     """Ten thousand records wait at a sink that takes 2 ms for each; the critical ones come next, in their order."""
     tracker = Tracker(each_s=0.002)
     records = Records(tmp_path, "r")
-    emitter = Emitter(records, {"t": tracker}, pace=Pace(close_s=0.05))
+    emitter = Emitter(records, {"t": tracker}, pace=RateLimit(close_s=0.05))
     for step in range(10_500):
         records.metrics(step, 0, 0.0, "train", {})
     wait_for(lambda: len(tracker.got) > 3)
@@ -233,7 +235,7 @@ def test_ka2_critical_within_50_ms_in_order_though_the_queue_is_full(tmp_path):
 def test_ka2_critical_wakes_a_sink_that_waits_for_a_batch(tmp_path):
     """A batch that would go in a minute does not hold it up; what waited goes after it."""
     tracker = Tracker()
-    emitter = Emitter(Records(tmp_path, "r"), {"t": tracker}, pace=Pace(batch_s=60))
+    emitter = Emitter(Records(tmp_path, "r"), {"t": tracker}, pace=RateLimit(batch_s=60))
     emitter.emit(Event("checkpoint.saved"))
     begun_s = time.monotonic()
     emitter.emit(Event("emergency.raised", {}, "critical"))
@@ -415,7 +417,7 @@ def test_la5_written_is_delivered_limited_or_dropped(tmp_path_factory, script, n
     place = tmp_path_factory.mktemp("run")
     tracker = Tracker()
     records = Records(place, "r")
-    emitter = Emitter(records, {"t": tracker}, pace=Pace(n_waiting=n_waiting, batch_s=0.001), minor_per_minute=3)
+    emitter = Emitter(records, {"t": tracker}, pace=RateLimit(n_waiting=n_waiting, batch_s=0.001), minor_per_minute=3)
     for step, kind in enumerate(script):
         if kind == "metrics":
             records.metrics(step, 0, 0.0, "train", {})

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from meristem.errors import BadRecords, DiskFull
 from meristem.events import Event
-from meristem.sinks.lines import read_records
-from meristem.sinks.part import SinksPart
+from meristem.sinks.config import SinksConfig
+from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import RETURNS, Records, history
 
 
@@ -255,7 +255,7 @@ def test_what_happens_after_a_return_stands_at_its_step(tmp_path):
 def test_part_has_the_limits_of_the_sampler():
     """Half a second is the shortest interval of readings."""
     with pytest.raises(ValueError, match="system_every_s"):
-        SinksPart(system_every_s=0.4)
+        SinksConfig(system_every_s=0.4)
 
 
 def test_one_line_is_one_json_object(tmp_path):

@@ -10,11 +10,11 @@ import pytest
 
 from meristem.checkpoint.run import RunManifest, read
 from meristem.checkpoint.store import open_checkpoint
-from meristem.data.part import DataPart, TokenizerPart
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
 from meristem.device.describe import describe
 from meristem.events import Event, silent
-from meristem.sinks.lines import read_records
+from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import Records, schema
 from meristem.sinks.system import SystemSampler
 
@@ -74,7 +74,7 @@ def test_corpus_follows_its_schema(tmp_path):
     texts.mkdir()
     for number in range(11):
         (texts / f"{number}.txt").write_text(f"text {number}\n" * 97)
-    corpus = prepare(DataPart(source=str(texts), root=tmp_path / "corpora"), TokenizerPart(), silent)
+    corpus = prepare(DataConfig(source=str(texts), root=tmp_path / "corpora"), TokenizerConfig(), silent)
     validator("dataset").validate(corpus.manifest)
 
 

@@ -20,13 +20,13 @@ from meristem.errors import NoCheckpoint
 from meristem.events import silent
 from meristem.recipes import pretrain as recipe
 from meristem.recipes.pretrain import Result, pretrain
-from meristem.recipes.run import opened
+from meristem.runs.directory import opened
 from meristem.sinks.console import Console
-from meristem.sinks.lines import read_records
+from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import history
 from recipes.small import config, overrides, write_text
 
-BRIEF = ("train.steps=12", "checkpoint.every=4", "evaluate.n_samples=0")
+BRIEF = ("train.steps=12", "checkpoint.every=4", "eval.n_samples=0")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from meristem.sinks.lines import read_records
+from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import Records
 from meristem.sinks.system import SystemSampler
 

@@ -15,18 +15,18 @@ from torch._functorch import config as functorch_config
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meristem.config import Part, load
+from meristem.config import ConfigSection, load
 from meristem.errors import DeadKey, ShapeError, UnknownKey, WrongValue
 from meristem.models.build import build
-from meristem.models.part import ModelPart
+from meristem.models.config import ModelConfig
 from meristem.nn.auxiliary import auxiliary
-from meristem.nn.part import MemoryPart
+from meristem.nn.config import MemoryConfig
 from meristem.train.aggregate import Report, changes, combine, gather, keep_graphs, settle, total
+from meristem.train.config import AggregateConfig
 from meristem.train.loss import cross_entropy
-from meristem.train.part import AggregatePart
 
 NAMES = ("first", "second", "third", "fourth")
-PCGRAD = AggregatePart(how="pcgrad")
+PCGRAD = AggregateConfig(how="pcgrad")
 
 
 def rng(random_seed: int = 0) -> torch.Generator:
@@ -291,8 +291,8 @@ def test_another_number_of_gradients_is_refused():
 def with_own_losses(n_layers: int = 2, compute: torch.dtype = torch.float64) -> nn.Module:
     """A model whose layers have a loss of their own, off its first values."""
     levels = {"count": 2, "frequency": "output", "budget": 100.0}
-    part = MemoryPart.model_validate({"head_width": 8, "levels": levels})
-    model = build(ModelPart(width=16, n_layers=n_layers, mixer="memory"), part, 256, random_seed=3).to(compute)
+    part = MemoryConfig.model_validate({"head_dim": 8, "levels": levels})
+    model = build(ModelConfig(dim=16, n_layers=n_layers, mixer="memory"), part, 256, random_seed=3).to(compute)
     for name, parameter in model.named_parameters():
         if name.endswith("frequency.bias_l"):
             nn.init.zeros_(parameter)
@@ -318,7 +318,7 @@ TOKENS = torch.randint(0, 256, (6, 14), generator=rng(3))
 def test_pieces_of_a_step_are_settled_as_one(per):
     """A batch of six rows, or pieces of one, two and three: the same gradient and the same report, since conflicts are
     looked for once and in the sums."""
-    part = AggregatePart(how="pcgrad", per=per)
+    part = AggregateConfig(how="pcgrad", per=per)
     model = with_own_losses()
     whole = settle(model, gather(model, {}, losses_of(model, TOKENS, of_rows=6)), part, rng())
     wanted = gradients_of(model)
@@ -364,10 +364,10 @@ def test_mean_is_the_one_backward_of_the_sum():
     (losses["text"] + losses["layers"]).backward()
     wanted = gradients_of(model)
     model.zero_grad()
-    total(losses_of(model, TOKENS, of_rows=6), AggregatePart()).backward()
+    total(losses_of(model, TOKENS, of_rows=6), AggregateConfig()).backward()
     found = gradients_of(model)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted if wanted[name] is not None)
-    weighted = AggregatePart.model_validate({"weights": {"text": 2.0, "layers": 0.5}})
+    weighted = AggregateConfig.model_validate({"weights": {"text": 2.0, "layers": 0.5}})
     assert total(losses, weighted).item() == pytest.approx((2 * losses["text"] + losses["layers"] / 2).item())
 
 
@@ -394,7 +394,7 @@ def test_training_two_losses_that_conflict(how):
     """A steep valley, and a slope that leads along it and up its wall: summed, the valley's gradient pushes the slope's
     loss up; with pcgrad both fall at every step, and the report says that they were in conflict."""
     weight = nn.ParameterDict({"w": nn.Parameter(torch.tensor([-1.0, 0.6], dtype=torch.float64))})
-    part, before, rose, rates = AggregatePart(how=how), None, [], []
+    part, before, rose, rates = AggregateConfig(how=how), None, [], []
     for step in range(40):
         x, y = weight["w"]
         losses = {"text": 20 * (y - 0.2 * x) ** 2, "layers": (x - 1) ** 2 + (y - 2) ** 2}
@@ -443,7 +443,7 @@ def test_the_host_waits_for_the_report_alone(per):
     gathered = {
         name: [torch.zeros_like(parameter) for parameter in model.parameters()] for name in ("text", "layers", "others")
     }
-    conflict = settle(model, gathered, AggregatePart(how="pcgrad", per=per), rng())
+    conflict = settle(model, gathered, AggregateConfig(how="pcgrad", per=per), rng())
     assert not conflict.is_idle and all(parameter.grad.is_meta for parameter in model.parameters())
     with pytest.raises(NotImplementedError, match="meta"):
         conflict.report()
@@ -487,8 +487,8 @@ def test_compiled_blocks_are_read_twice(monkeypatch):
         torch.testing.assert_close(found[name], wanted[name])
 
 
-class Tree(Part):
-    aggregate: AggregatePart = AggregatePart()
+class Tree(ConfigSection):
+    aggregate: AggregateConfig = AggregateConfig()
 
 
 @pytest.mark.parametrize(
@@ -548,4 +548,4 @@ import meristem.train.{name}
 print(*sorted(name for name in sys.modules if name.startswith("meristem.train.")))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) <= {f"meristem.train.{name}", "meristem.train.part"}
+    assert set(done.stdout.split()) <= {f"meristem.train.{name}", "meristem.train.config"}

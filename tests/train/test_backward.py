@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from meristem.data.stream import Batch
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
 from meristem.errors import OutOfDeviceBytes
 from meristem.events import silent
-from meristem.memory.value import flatten
+from meristem.memory.state import flatten
 from meristem.train.backward import backward
-from meristem.train.part import AggregatePart
+from meristem.train.config import AggregateConfig
 from zoo import ZOO, grown, ids
 
-DEVICE = resolve(DevicePart(name="cpu", compute="fp32", threads=1), silent)
+DEVICE = resolve(DeviceConfig(device="cpu", dtype="fp32", threads=1), silent)
 ROWS = 5
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 """Of the loss, which is in float32 whatever the model is in; what a part changes otherwise is far above it."""
@@ -38,11 +38,11 @@ def taught(model: nn.Module, n_parts: int) -> tuple[Tensor, dict[str, Tensor], d
         None,
         DEVICE,
         n_parts=n_parts,
-        by=AggregatePart(),
+        by=AggregateConfig(),
         step=0,
     )
     gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
-    return done.loss, gradients, flatten(done.memory or {}), done.n_parts
+    return done.loss, gradients, flatten(done.memory or {}), done.n_micro_batches
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -109,27 +109,27 @@ def test_other_errors_pass():
 REAL = """
 import resource, torch
 from meristem.data.stream import Batch
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
 from meristem.events import silent
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 from meristem.train.backward import backward
-from meristem.train.part import AggregatePart
+from meristem.train.config import AggregateConfig
 
-device = resolve(DevicePart(name="cpu", compute="fp32", threads=1), silent)
-model = build(ModelPart(name="chargru", width=64, n_layers=1), MemoryPart(), 30_000, random_seed=0)
+device = resolve(DeviceConfig(name="cpu", compute="fp32", threads=1), silent)
+model = build(ModelConfig(name="chargru", width=64, n_layers=1), MemoryConfig(), 30_000, random_seed=0)
 rows = torch.randint(30_000, (8, 65), generator=torch.Generator().manual_seed(1))
 batch = Batch(rows[:, :-1], rows[:, 1:], n_targets=8 * 64, n_bytes=8 * 64, starts=True)
 
 def step():
     model.zero_grad()
-    done = backward(model, [batch], None, device, n_parts=1, by=AggregatePart(), step=0)
+    done = backward(model, [batch], None, device, n_parts=1, by=AggregateConfig(), step=0)
     return done, [parameter.grad.clone() for parameter in model.parameters()]
 
 one = Batch(batch.tokens_bt[:1], batch.targets_bt[:1], 64, 64, True)
-backward(model, [one], None, device, n_parts=1, by=AggregatePart(), step=0)
+backward(model, [one], None, device, n_parts=1, by=AggregateConfig(), step=0)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 # Room for the logits and gradients of three rows of 7.7 MB each, and not of eight.
 resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20, resource.RLIM_INFINITY))

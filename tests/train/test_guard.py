@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from meristem.train.guard import DETECTORS, Guard, Reading, Usual, Verdict, observe, observe_held_out
-from meristem.train.part import GuardPart
+from meristem.train.config import GuardConfig
+from meristem.train.guard import DETECTORS, Baseline, Guard, StepStats, Verdict, observe, observe_held_out
 
-PART = GuardPart()
+PART = GuardConfig()
 UNIFORM_NATS = math.log(256)
 BAD = (math.nan, math.inf, -math.inf)
 
@@ -22,7 +22,7 @@ def watch(
     losses: list[float],
     *,
     norms: list[float] | None = None,
-    part: GuardPart = PART,
+    config: GuardConfig = PART,
     guard: Guard | None = None,
     uniform_nats: float | None = UNIFORM_NATS,
 ) -> tuple[Guard, list[Verdict]]:
@@ -31,7 +31,7 @@ def watch(
     verdicts = []
     for step, (loss, norm) in enumerate(zip(losses, norms or [1.0] * len(losses), strict=True)):
         is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        guard, verdict = observe(guard, part, Reading(step, loss, norm, is_skipped), uniform_nats=uniform_nats)
+        guard, verdict = observe(guard, config, StepStats(step, loss, norm, is_skipped), uniform_nats=uniform_nats)
         verdicts.append(verdict)
     return guard, verdicts
 
@@ -60,13 +60,13 @@ ratios = st.one_of(st.none(), st.floats(0, 1), nonfinite)
 
 
 @st.composite
-def readings(draw: st.DrawFn) -> Reading:
+def readings(draw: st.DrawFn) -> StepStats:
     loss, norm = draw(losses_or_not), draw(norms_or_not)
     is_spoilt = not (math.isfinite(loss) and math.isfinite(norm))
-    return Reading(draw(st.integers(0, 10**6)), loss, norm, is_spoilt and draw(st.booleans()), draw(ratios))
+    return StepStats(draw(st.integers(0, 10**6)), loss, norm, is_spoilt and draw(st.booleans()), draw(ratios))
 
 
-SMALL = GuardPart(span=8, n_least=4)
+SMALL = GuardConfig(span=8, n_least=4)
 ANOMALIES = {detector.name for detector in DETECTORS if detector.is_anomaly}
 
 
@@ -150,20 +150,20 @@ def test_converged_run_gives_no_panic(level_nats):
     _, verdicts = watch(losses, norms=norms)
     assert "p" not in levels(verdicts)
     assert levels(verdicts).count("w") <= 10
-    _, verdicts = watch(losses, norms=norms, part=GuardPart(floor_nats=1e-9, gradient_floor=0.0))
+    _, verdicts = watch(losses, norms=norms, config=GuardConfig(floor_nats=1e-9, gradient_floor=0.0))
     assert "p" in levels(verdicts)
 
 
 def test_what_is_usual_is_median_and_mad():
     """By their definition; and a handful of wild values moves neither."""
     losses = [2.0, 1.0, 4.0, 1.5, 3.0]
-    usual = Usual.of(Guard(tuple(losses), (1.0, 2.0, 9.0, 1.0, 2.0)), GuardPart(n_least=5))
+    usual = Baseline.of(Guard(tuple(losses), (1.0, 2.0, 9.0, 1.0, 2.0)), GuardConfig(n_least=5))
     assert usual is not None
     assert (usual.median_nats, usual.spread_nats, usual.norm) == (2.0, 1.0, 2.0)
     assert usual.mean_nats == statistics.fmean(losses)
-    quiet = Usual.of(Guard((2.0,) * 20, (1.0,) * 20), PART)
+    quiet = Baseline.of(Guard((2.0,) * 20, (1.0,) * 20), PART)
     assert quiet is not None and quiet.spread_nats == PART.floor_nats
-    assert Usual.of(Guard((2.0,) * 19, (1.0,) * 19), PART) is None
+    assert Baseline.of(Guard((2.0,) * 19, (1.0,) * 19), PART) is None
 
 
 def test_divergence_panics_at_the_third_step_in_a_row():
@@ -255,7 +255,7 @@ def test_gradient_spikes_warn_and_panic_when_repeated():
 )
 def test_large_update_only_warns(ratio, level):
     """And it is no reason to keep the step out of the history, or the run from having a state to go back to."""
-    guard, verdict = observe(BEFORE, PART, Reading(7, 2.0, 1.0, False, ratio), uniform_nats=UNIFORM_NATS)
+    guard, verdict = observe(BEFORE, PART, StepStats(7, 2.0, 1.0, False, ratio), uniform_nats=UNIFORM_NATS)
     assert verdict.level == level
     assert guard.is_quiet and guard.losses[-1] == 2.0
 
@@ -277,7 +277,7 @@ def test_skipped_steps_panic_at_the_third_in_a_row(bad, where):
 def test_step_that_is_not_finite_and_was_taken_panics_at_once():
     """Its weights are lost; there is nothing to wait for."""
     for loss, norm in ((math.nan, 1.0), (2.0, math.inf)):
-        _, verdict = observe(Guard(), PART, Reading(1, loss, norm, is_skipped=False), uniform_nats=None)
+        _, verdict = observe(Guard(), PART, StepStats(1, loss, norm, is_skipped=False), uniform_nats=None)
         assert (verdict.level, verdict.detectors) == ("panic", ("nonfinite",))
 
 
@@ -311,16 +311,16 @@ def test_event_tells_what_was_found_and_the_limit():
 
 
 def test_guard_that_is_off_looks_at_nothing():
-    part = GuardPart(is_on=False)
-    guard, verdicts = watch([2.0, math.nan] * 40, part=part)
+    part = GuardConfig(is_on=False)
+    guard, verdicts = watch([2.0, math.nan] * 40, config=part)
     assert (guard, set(levels(verdicts))) == (Guard(), {"o"})
     assert observe_held_out(guard, part, 1, math.nan) == (Guard(), Verdict("ok", 1))
 
 
-def evaluate(curve: list[float], part: GuardPart = PART) -> tuple[Guard, list[Verdict]]:
+def evaluate(curve: list[float], config: GuardConfig = PART) -> tuple[Guard, list[Verdict]]:
     guard, verdicts = Guard(), []
     for number, nats in enumerate(curve):
-        guard, verdict = observe_held_out(guard, part, 250 * (number + 1), nats)
+        guard, verdict = observe_held_out(guard, config, 250 * (number + 1), nats)
         verdicts.append(verdict)
     return guard, verdicts
 
@@ -345,7 +345,7 @@ def test_held_out_regression_warns_at_the_second_evaluation(curve, said):
 
 def test_held_out_limit_is_the_line_and_a_margin():
     """Through a rising line of evaluations, which it continues."""
-    part = GuardPart(held_out_margin=0.1, held_out_in_row=1)
+    part = GuardConfig(held_out_margin=0.1, held_out_in_row=1)
     rising = [2.0, 2.04, 2.08, 2.12]
     _, verdicts = evaluate([*rising, 2.261], part)
     assert verdicts[-1].figures == {
@@ -365,4 +365,4 @@ def test_an_evaluation_made_again_replaces_the_first():
 
 def test_guard_that_could_never_speak_is_refused():
     with pytest.raises(ValidationError, match=r"guard.n_least is 51, but only guard.span = 50 steps are kept"):
-        GuardPart(n_least=51)
+        GuardConfig(n_least=51)

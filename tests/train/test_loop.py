@@ -13,30 +13,30 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import meristem
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.corpus import Corpus
-from meristem.data.part import DataPart, TokenizerPart
 from meristem.data.prepare import prepare
 from meristem.data.stream import IGNORED, Batch, Cursor, Stream
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
 from meristem.errors import NonFinite
 from meristem.events import silent
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 from meristem.optim import state
+from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.kinds import KINDS
-from meristem.optim.outer import Outer
-from meristem.optim.part import OptimPart
-from meristem.optim.schedule import Done
+from meristem.optim.multi_period import MultiPeriodOptimizer
+from meristem.optim.schedule import ScheduleProgress
 from meristem.train import loop
+from meristem.train.config import TrainConfig
 from meristem.train.loop import Step, steps
-from meristem.train.part import TrainPart
 from meristem.train.progress import Progress
 from zoo import ZOO
 
-DEVICE = resolve(DevicePart(name="cpu", compute="fp32", threads=1), silent)
+DEVICE = resolve(DeviceConfig(device="cpu", dtype="fp32", threads=1), silent)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     place: Path = tmp_path_factory.mktemp("text")
     text = place / "text.txt"
     text.write_text("".join(f"{number} squared is {number * number}, and so on.\n" for number in range(400)))
-    return prepare(DataPart(source=str(text), root=place), TokenizerPart())
+    return prepare(DataConfig(source=str(text), root=place), TokenizerConfig())
 
 
 def stream_of(corpus: Corpus, *, batch: int, order: str = "shuffled") -> Stream:
@@ -52,21 +52,21 @@ def stream_of(corpus: Corpus, *, batch: int, order: str = "shuffled") -> Stream:
 
 
 def tiny() -> nn.Module:
-    return build(ModelPart(name="chargru", width=11, n_layers=2), MemoryPart(), 256, random_seed=1)
+    return build(ModelConfig(name="chargru", dim=11, n_layers=2), MemoryConfig(), 256, random_seed=1)
 
 
 def run(
-    model: nn.Module, stream: Stream, part: TrainPart, *, clip: float | None = 1.0, start: Progress | None = None
+    model: nn.Module, stream: Stream, config: TrainConfig, *, clip: float | None = 1.0, start: Progress | None = None
 ) -> list[Step]:
-    optimizer = build_optimizer(model, OptimPart(rate=0.01, clip=clip))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01, grad_clip=clip))
     start = start or Progress(cursor=stream.start())
-    schedule: Callable[[Done], float] = lambda done: 1 - done.share / 2  # noqa: E731
-    made = steps(model, stream, optimizer, schedule, part=part, device=DEVICE, start=start)
+    schedule: Callable[[ScheduleProgress], float] = lambda done: 1 - done.share / 2  # noqa: E731
+    made = steps(model, stream, optimizer, schedule, config=config, device=DEVICE, start=start)
     return list(made)
 
 
-def limit(**settings: object) -> TrainPart:
-    return TrainPart.model_validate({"budget": None, **settings})
+def limit(**settings: object) -> TrainConfig:
+    return TrainConfig.model_validate({"max_time": None, **settings})
 
 
 class Ragged:
@@ -107,13 +107,13 @@ def test_accumulation_is_exact(corpus):
         rows.append(batch)
     tokens_bt = torch.cat([batch.tokens_bt for batch in rows])
     wanted = gradient(model, tokens_bt, torch.cat([batch.targets_bt for batch in rows]))
-    optimizer = build_optimizer(model, OptimPart(clip=None))
+    optimizer = build_optimizer(model, OptimConfig(grad_clip=None))
     optimizer.register_step_pre_hook(
         lambda *_: seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
     )
     progress = Progress(cursor=stream.stream.start())
     part = limit(steps=1, accumulate=3)
-    (step,) = steps(model, stream, optimizer, lambda _: 1.0, part=part, device=DEVICE, start=progress)
+    (step,) = steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=progress)
     assert step.n_targets == 2 * (13 + 4 + 1)
     for name, gradient_found in seen.items():
         torch.testing.assert_close(gradient_found.double(), wanted[name], rtol=0, atol=1e-6)
@@ -127,13 +127,13 @@ def test_norm_is_measured_before_clipping(corpus):
 
 def test_clipping_bounds_the_gradient(corpus):
     model, norms = tiny(), []
-    optimizer = build_optimizer(model, OptimPart(clip=0.01))
+    optimizer = build_optimizer(model, OptimConfig(grad_clip=0.01))
     optimizer.parts[0].register_step_pre_hook(
         lambda *_: norms.append(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
     )
     stream = stream_of(corpus, batch=3)
     start = Progress(cursor=stream.start())
-    list(steps(model, stream, optimizer, lambda _: 1.0, part=limit(steps=3), device=DEVICE, start=start))
+    list(steps(model, stream, optimizer, lambda _: 1.0, config=limit(steps=3), device=DEVICE, start=start))
     assert max(norms) <= 0.01 * (1 + 1e-5)
 
 
@@ -162,7 +162,7 @@ class Slow(nn.Module):
 
 def test_budget_ends_the_run(corpus, monkeypatch):
     """The step in which the time runs out is the last; the schedule follows the share of time used before a step."""
-    made = run(Slow(monkeypatch), stream_of(corpus, batch=3), TrainPart(budget=6.5, accumulate=2))
+    made = run(Slow(monkeypatch), stream_of(corpus, batch=3), TrainConfig(max_time=6.5, grad_accum_steps=2))
     assert [step.progress.seconds_used for step in made] == [2, 4, 6, 8]
     assert [step.rate for step in made] == pytest.approx([0.01 * (1 - used / 6.5 / 2) for used in (0, 2, 4, 6)])
 
@@ -170,9 +170,9 @@ def test_budget_ends_the_run(corpus, monkeypatch):
 def test_time_between_steps_is_not_charged(corpus, monkeypatch):
     """Whoever consumes the steps may take his time: evaluating and saving do not use up the budget."""
     model, stream = Slow(monkeypatch), stream_of(corpus, batch=3)
-    optimizer, start = build_optimizer(model, OptimPart()), Progress(cursor=stream.start())
-    part, n_steps = TrainPart(budget=3.5), 0
-    for _ in steps(model, stream, optimizer, lambda _: 1.0, part=part, device=DEVICE, start=start):
+    optimizer, start = build_optimizer(model, OptimConfig()), Progress(cursor=stream.start())
+    part, n_steps = TrainConfig(max_time=3.5), 0
+    for _ in steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=start):
         model.now_s += 1000
         n_steps += 1
     assert n_steps == 4
@@ -185,7 +185,7 @@ def test_going_on_from_progress_changes_nothing(corpus, order, n_first):
     stream = stream_of(corpus, batch=3, order=order)
     whole = [step.loss_nats for step in run(tiny(), stream, limit(steps=7))]
     model = tiny()
-    optimizer = build_optimizer(model, OptimPart(rate=0.01))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01))
     progress, losses = Progress(cursor=stream.start()), []
     for n_until in (n_first, 7):
         made = steps(
@@ -193,7 +193,7 @@ def test_going_on_from_progress_changes_nothing(corpus, order, n_first):
             stream,
             optimizer,
             lambda done: 1 - done.share / 2,
-            part=limit(steps=7),
+            config=limit(steps=7),
             device=DEVICE,
             start=progress,
         )
@@ -211,7 +211,7 @@ def test_memory_is_carried_only_where_batches_go_on(corpus):
     carried = run(tiny(), stream, limit(steps=3))
     fresh, progress = [], Progress(cursor=stream.start())
     model = tiny()
-    optimizer = build_optimizer(model, OptimPart(rate=0.01))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01))
     for _ in range(3):
         part = limit(steps=3)
         made = steps(
@@ -219,7 +219,7 @@ def test_memory_is_carried_only_where_batches_go_on(corpus):
             stream,
             optimizer,
             lambda done: 1 - done.share / 2,
-            part=part,
+            config=part,
             device=DEVICE,
             start=replace(progress, memory=None),
         )
@@ -248,9 +248,9 @@ def test_bad_step_changes_nothing(corpus, value):
     """Weights, moments and step counters are to the bit those before it; it is counted and the run goes on."""
     model = Poisoned({3}, value)
     stream = stream_of(corpus, batch=3)
-    optimizer = build_optimizer(model, OptimPart(rate=0.01))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01))
     start, snapshots, counts = Progress(cursor=stream.start()), [], []
-    for step in steps(model, stream, optimizer, lambda _: 1.0, part=limit(steps=4), device=DEVICE, start=start):
+    for step in steps(model, stream, optimizer, lambda _: 1.0, config=limit(steps=4), device=DEVICE, start=start):
         moments = [tensor for held in optimizer.state.values() for tensor in held.values()]
         snapshots.append([tensor.detach().clone() for tensor in (*model.parameters(), *moments)])
         counts.append((step.progress.n_nonfinite, step.progress.n_nonfinite_in_row))
@@ -300,10 +300,10 @@ def test_accelerator_is_read_only_where_a_step_logs(corpus, reads, kind, period)
     """
     stream, model = stream_of(corpus, batch=3), tiny()
     model.stack.period = period
-    optimizer, start = build_optimizer(model, OptimPart(kind=kind)), Progress(cursor=stream.start())
+    optimizer, start = build_optimizer(model, OptimConfig(name=kind)), Progress(cursor=stream.start())
     part = limit(steps=9, log_every=4, accumulate=2)
     told = []
-    for step in steps(model, stream, optimizer, lambda _: 1.0, part=part, device=DEVICE, start=start):
+    for step in steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=start):
         told.append((step.loss_nats is not None, len(reads)))
         reads.clear()
     assert told == [(number % 4 == 0, int(number % 4 == 0)) for number in range(1, 10)]
@@ -350,10 +350,10 @@ UNASKED = (
 def test_no_model_makes_the_host_wait(corpus, reads, name):
     """Forward, backward and update go out without a question, whatever the memory. One read where the step logs."""
     model, stream = build(*ZOO[name], 256, random_seed=1), stream_of(corpus, batch=2)
-    optimizer, start = build_optimizer(model, OptimPart()), Progress(cursor=stream.start())
+    optimizer, start = build_optimizer(model, OptimConfig()), Progress(cursor=stream.start())
     part, told = limit(steps=2, log_every=2), []
     with Waits() as waits:
-        for _ in steps(model, stream, optimizer, lambda _: 1.0, part=part, device=DEVICE, start=start):
+        for _ in steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=start):
             told.append((list(reads), list(waits.made)))
             reads.clear()
             waits.made.clear()
@@ -391,8 +391,8 @@ def test_accelerator_drops_a_spoilt_memory_at_once(corpus, reads):
 
 def with_levels() -> nn.Module:
     """A model with a memory that carries momentum, its layers and a part of one at periods of their own."""
-    part = MemoryPart(head_width=4, chunk=3, rule="titans")
-    model = build(ModelPart(mixer="memory", width=12, n_layers=2, hidden=17), part, 256, random_seed=1)
+    part = MemoryConfig(head_dim=4, chunk=3, rule="titans")
+    model = build(ModelConfig(mixer="memory", dim=12, n_layers=2, mlp_dim=17), part, 256, random_seed=1)
     for period, module in ((2, model.blocks[0].mlp), (3, model.blocks[1]), (5, model.blocks[1].mlp)):
         module.period = period
     return model
@@ -405,12 +405,12 @@ def test_resuming_levels_changes_nothing(corpus, cut):
     """
     stream = stream_of(corpus, batch=3, order="sequential")
 
-    def some(model: nn.Module, optimizer: Outer, start: Progress, n_until: int) -> list[Step]:
+    def some(model: nn.Module, optimizer: MultiPeriodOptimizer, start: Progress, n_until: int) -> list[Step]:
         part = limit(steps=n_until, accumulate=2)
-        return list(steps(model, stream, optimizer, lambda _: 1.0, part=part, device=DEVICE, start=start))
+        return list(steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=start))
 
     whole, first, second = (with_levels() for _ in range(3))
-    optimizers = [build_optimizer(model, OptimPart(rate=0.01)) for model in (whole, first, second)]
+    optimizers = [build_optimizer(model, OptimConfig(lr=0.01)) for model in (whole, first, second)]
     assert optimizers[0].clock.periods == (1, 2, 3, 5)
     wanted = some(whole, optimizers[0], Progress(cursor=stream.start()), 20)
     before = some(first, optimizers[1], Progress(cursor=stream.start()), cut)
@@ -428,8 +428,8 @@ def test_losses_of_layers_are_taught_and_not_told(corpus):
 
     def taught(budget: float) -> tuple[Tensor, float | None]:
         levels = {"count": 2, "frequency": "output", "budget": budget}
-        part = MemoryPart.model_validate({"head_width": 8, "levels": levels})
-        model = build(ModelPart(width=16, n_layers=1, mixer="memory"), part, 256, random_seed=3)
+        part = MemoryConfig.model_validate({"head_dim": 8, "levels": levels})
+        model = build(ModelConfig(dim=16, n_layers=1, mixer="memory"), part, 256, random_seed=3)
         frequency, heard = model.get_submodule("blocks.0.mixer.recall.frequency"), []
         # On budget, as it begins, the budget's loss has no gradient.
         nn.init.zeros_(frequency.get_parameter("bias_l"))

@@ -14,22 +14,22 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.profiler import record_function
 
-from meristem.config import Part, load
+from meristem.config import ConfigSection, load
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.corpus import Corpus
-from meristem.data.part import DataPart, TokenizerPart
 from meristem.data.prepare import prepare
 from meristem.data.stream import Stream
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
 from meristem.errors import ConfigError, DeadKey
 from meristem.events import Event, silent
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
+from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build as build_optimizer
-from meristem.optim.part import OptimPart
+from meristem.train.config import ProfileConfig, TrainConfig
 from meristem.train.loop import steps
-from meristem.train.part import ProfilePart, TrainPart
 from meristem.train.profile import activities, profiled
 from meristem.train.progress import Progress
 
@@ -49,10 +49,12 @@ class Told:
         return [dict(event.payload) for event in self.events if event.name == name]
 
 
-def work(n_steps: int, part: ProfilePart, directory: Path | None, emit: Told, device: torch.device = CPU) -> list[int]:
+def work(
+    n_steps: int, config: ProfileConfig, directory: Path | None, emit: Told, device: torch.device = CPU
+) -> list[int]:
     """Steps that leave a mark with their number; gives those that wrote something."""
     wrote = []
-    with profiled(part, directory, device, emit) as tick:
+    with profiled(config, directory, device, emit) as tick:
         for step in range(1, n_steps + 1):
             with record_function("forward"), record_function(f"mark {step}"):
                 torch.ones(8).sum()
@@ -82,7 +84,7 @@ def marks(trace: Path) -> list[int]:
 )
 def test_l17_exactly_the_steps_that_were_asked_for(tmp_path, wait, warmup, n_active, repeat, windows):
     """Wait, warm up, trace, and that so often; then never again, however long the run goes on."""
-    part, emit = ProfilePart(steps=n_active, wait=wait, warmup=warmup, repeat=repeat), Told()
+    part, emit = ProfileConfig(steps=n_active, wait=wait, warmup=warmup, repeat=repeat), Told()
     wrote = work(20, part, tmp_path, emit)
     assert wrote == [window[-1] for window in windows]
     traces = sorted(tmp_path.glob("*.json"))
@@ -102,7 +104,7 @@ def test_l17_exactly_the_steps_that_were_asked_for(tmp_path, wait, warmup, n_act
 def test_l17_a_window_that_is_cut_short_says_so(tmp_path, n_steps, n_recorded):
     """What was traced by then is written all the same."""
     emit = Told()
-    work(n_steps, ProfilePart(steps=3), tmp_path, emit)
+    work(n_steps, ProfileConfig(steps=3), tmp_path, emit)
     assert emit.named("profile.cut_short") == [{"recorded_steps": n_recorded, "wanted_steps": 3, "at_step": n_steps}]
     traces = list(tmp_path.glob("*.json"))
     assert [trace.name for trace in traces] == ([f"step-{n_steps:06d}.json"] if n_recorded else [])
@@ -112,7 +114,7 @@ def test_l17_a_window_that_is_cut_short_says_so(tmp_path, n_steps, n_recorded):
 def test_off_does_nothing(tmp_path):
     """No directory, no events, no tracer."""
     emit = Told()
-    assert work(3, ProfilePart(), None, emit) == work(3, ProfilePart(), tmp_path / "profile", emit) == []
+    assert work(3, ProfileConfig(), None, emit) == work(3, ProfileConfig(), tmp_path / "profile", emit) == []
     assert emit.events == [] and not (tmp_path / "profile").exists()
 
 
@@ -128,7 +130,7 @@ def test_the_table_says_where_the_time_went(tmp_path):
         with record_function("optimizer"):
             left.add_(1)
 
-    with profiled(ProfilePart(steps=2, wait=0), tmp_path, CPU, silent) as tick:
+    with profiled(ProfileConfig(steps=2, wait=0), tmp_path, CPU, silent) as tick:
         for number in range(1, 4):
             step()
             written = tick(number)
@@ -152,19 +154,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     place: Path = tmp_path_factory.mktemp("text")
     text = place / "text.txt"
     text.write_text("".join(f"{number} squared is {number * number}, and so on.\n" for number in range(400)))
-    return prepare(DataPart(source=str(text), root=place), TokenizerPart())
+    return prepare(DataConfig(source=str(text), root=place), TokenizerConfig())
 
 
-def trained(corpus: Corpus, part: ProfilePart, directory: Path | None, emit: Told) -> tuple[list[object], list[Tensor]]:
+def trained(
+    corpus: Corpus, config: ProfileConfig, directory: Path | None, emit: Told
+) -> tuple[list[object], list[Tensor]]:
     """Losses and norms of a real run of eight steps, and the weights it ended at."""
-    device = resolve(DevicePart(name="cpu", compute="fp32", threads=1), silent)
-    model = build(ModelPart(name="chargru", width=11, n_layers=2), MemoryPart(), 256, random_seed=1)
+    device = resolve(DeviceConfig(device="cpu", dtype="fp32", threads=1), silent)
+    model = build(ModelConfig(name="chargru", dim=11, n_layers=2), MemoryConfig(), 256, random_seed=1)
     stream = Stream(corpus, "train", window=13, batch=3, order="shuffled", random_seed=5)
-    optimizer = build_optimizer(model, OptimPart(rate=0.01))
-    limits = TrainPart(budget=None, steps=8)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01))
+    limits = TrainConfig(max_time=None, steps=8)
     start, numbers = Progress(cursor=stream.start()), []
-    with profiled(part, directory, CPU, emit) as tick:
-        for step in steps(model, stream, optimizer, lambda _: 1.0, part=limits, device=device, start=start):
+    with profiled(config, directory, CPU, emit) as tick:
+        for step in steps(model, stream, optimizer, lambda _: 1.0, config=limits, device=device, start=start):
             numbers.append((step.loss_nats, step.grad_norm, step.rate, step.n_targets))
             tick(step.progress.step)
     return numbers, list(model.parameters())
@@ -183,9 +187,9 @@ def hinder(how: str, directory: Path) -> None:
 def test_l18_a_failing_exporter_changes_nothing_but_is_told(corpus, tmp_path, how):
     """The same losses and weights to the bit without tracing, with it, and with tracing that fails."""
     plain, fine, failing = Told(), Told(), Told()
-    part, place = ProfilePart(steps=3, repeat=2, warmup=1), tmp_path / "profile"
+    part, place = ProfileConfig(steps=3, repeat=2, warmup=1), tmp_path / "profile"
     hinder(how, place)
-    without, weights = trained(corpus, ProfilePart(), None, plain)
+    without, weights = trained(corpus, ProfileConfig(), None, plain)
     traced, weights_traced = trained(corpus, part, tmp_path / "other", fine)
     failed, weights_failed = trained(corpus, part, place, failing)
     assert without == traced == failed
@@ -204,7 +208,7 @@ def test_l18_a_disk_that_is_full_is_told(tmp_path):
     emit = Told()
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
     try:
-        with profiled(ProfilePart(steps=1, wait=0), tmp_path, CPU, emit) as tick:
+        with profiled(ProfileConfig(steps=1, wait=0), tmp_path, CPU, emit) as tick:
             for step in range(1, 3):
                 for _ in range(200):
                     torch.ones(8).sum()
@@ -218,7 +222,7 @@ def test_l18_a_disk_that_is_full_is_told(tmp_path):
 
 def test_l18_an_old_trace_does_not_pass_for_a_new_one(tmp_path):
     (tmp_path / "step-000002.json").write_text("of an earlier run")
-    work(2, ProfilePart(steps=1, wait=0), tmp_path, Told())
+    work(2, ProfileConfig(steps=1, wait=0), tmp_path, Told())
     assert marks(tmp_path / "step-000002.json") == [2]
 
 
@@ -232,7 +236,7 @@ def test_l18_a_tracer_that_cannot_start_is_told(tmp_path, monkeypatch):
         emit = Told()
         with monkeypatch.context() as patched:
             patched.setattr(torch.profiler.profile, method, refuse)
-            assert work(6, ProfilePart(steps=1, wait=0), tmp_path, emit) == ([2] if method == "stop" else [])
+            assert work(6, ProfileConfig(steps=1, wait=0), tmp_path, emit) == ([2] if method == "stop" else [])
         (told,) = emit.named("profile.failed")
         assert (told["while"], told["message"]) == (what, "another tool traces this process")
 
@@ -240,7 +244,7 @@ def test_l18_a_tracer_that_cannot_start_is_told(tmp_path, monkeypatch):
 def test_an_error_of_training_passes_through(tmp_path):
     """What was traced until then is written."""
     emit = Told()
-    with pytest.raises(ZeroDivisionError), profiled(ProfilePart(steps=3, wait=0), tmp_path, CPU, emit) as tick:
+    with pytest.raises(ZeroDivisionError), profiled(ProfileConfig(steps=3, wait=0), tmp_path, CPU, emit) as tick:
         for step in range(1, 5):
             tick(step)
             if step == 3:
@@ -254,7 +258,7 @@ def test_l19_what_cannot_be_traced_is_left_out_and_told(tmp_path, monkeypatch, n
     """A torch that can trace the CPU alone traces a run on another device there, and says so."""
     monkeypatch.setattr(torch.profiler, "supported_activities", lambda: {torch.profiler.ProfilerActivity.CPU})
     emit = Told()
-    work(2, ProfilePart(steps=1, wait=0), tmp_path, emit, torch.device(name))
+    work(2, ProfileConfig(steps=1, wait=0), tmp_path, emit, torch.device(name))
     kind = name.partition(":")[0]
     assert emit.named("profile.limited") == [{"device": name, "missing": kind, "traced": ["cpu"]}]
     assert [event.severity for event in emit.events] == ["warning", "info"]
@@ -275,16 +279,16 @@ def test_l21_a_directory_is_needed(tmp_path):
     with pytest.raises(
         ConfigError, match=r"profile.steps is 1, but there is no directory.*Set profile.directory"
     ) as no:
-        work(1, ProfilePart(steps=1), None, Told())
+        work(1, ProfileConfig(steps=1), None, Told())
     assert no.value.fields == {"path": "profile.directory", "value": None}
-    part = ProfilePart(steps=1, wait=0, directory=tmp_path / "mine")
+    part = ProfileConfig(steps=1, wait=0, directory=tmp_path / "mine")
     for given in (None, tmp_path / "yours"):
         work(2, part, given, Told())
     assert (tmp_path / "mine" / "step-000002.json").is_file() and not (tmp_path / "yours").exists()
 
 
-class Tree(Part):
-    profile: ProfilePart = ProfilePart()
+class Tree(ConfigSection):
+    profile: ProfileConfig = ProfileConfig()
 
 
 def test_settings_that_nothing_would_read_are_refused():
@@ -294,7 +298,7 @@ def test_settings_that_nothing_would_read_are_refused():
         load(Tree, overrides=["profile.wait=7", "profile.repeat=2"])
     assert load(Tree, overrides=["profile.wait=7", "profile.steps=1"]).tree.profile.wait == 7
     with pytest.raises(ValidationError):
-        ProfilePart(steps=1, warmup=0)
+        ProfileConfig(steps=1, warmup=0)
 
 
 def test_the_terminal_is_left_alone(tmp_path):
@@ -303,9 +307,9 @@ def test_the_terminal_is_left_alone(tmp_path):
 import torch
 from pathlib import Path
 from meristem.events import silent
-from meristem.train.part import ProfilePart
+from meristem.train.config import ProfileConfig
 from meristem.train.profile import profiled
-with profiled(ProfilePart(steps=1, wait=0, repeat=2), Path({str(tmp_path)!r}), torch.device("cpu"), silent) as tick:
+with profiled(ProfileConfig(steps=1, wait=0, repeat=2), Path({str(tmp_path)!r}), torch.device("cpu"), silent) as tick:
     for step in range(1, 6):
         torch.ones(3).sum()
         tick(step)

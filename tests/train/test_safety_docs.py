@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import meristem
-from meristem.recipes.config import Config
+from meristem.runs.config import Config
+from meristem.train.config import RollbackConfig
 from meristem.train.emergency import Level
 from meristem.train.guard import DETECTORS
-from meristem.train.part import RollbackPart
 from meristem.train.rollback import FAST, FULL
 
 SOURCE = Path(meristem.__file__).parent
@@ -29,7 +29,7 @@ def test_l6_tiers_have_the_deadlines_and_budgets_of_the_page():
     found = {row[0]: row[2:] for row in rows("Going back")}
     fast = ", ".join(f"{name} {1000 * seconds:g}" for name, seconds in FAST.items())
     full = ", ".join(f"{name} {seconds:g}" for name, seconds in FULL.items())
-    part = RollbackPart()
+    part = RollbackConfig()
     assert found["fast"] == [f"{1000 * part.fast_deadline_s:g} ms", f"{fast} ms"]
     assert found["full"] == [f"{part.full_deadline_s:g} s", f"{full} s"]
 

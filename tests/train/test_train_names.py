@@ -26,7 +26,15 @@ PUBLIC = {
     "loop": {"Step", "Teaching", "steps"},
     "loss": {"cross_entropy"},
     "part": {
-        *("Duration", "TrainPart", "GuardPart", "RollbackPart", "ProfilePart", "AggregatePart", "SourceWeights"),
+        *(
+            "Duration",
+            "TrainConfig",
+            "GuardConfig",
+            "RollbackConfig",
+            "ProfileConfig",
+            "AggregateConfig",
+            "SourceWeights",
+        ),
     },
     "profile": {"N_ROWS", "PHASES", "Tick", "activities", "profiled", "table"},
     "progress": {"Progress"},

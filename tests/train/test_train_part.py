@@ -3,27 +3,27 @@
 import pytest
 from pydantic import ValidationError
 
-from meristem.train.part import TrainPart
+from meristem.train.config import TrainConfig
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"), [("180s", 180), ("3m", 180), ("1.5h", 5400), ("2d", 172800), (" 45 ", 45), (7, 7), (0.5, 0.5)]
 )
 def test_durations(text, seconds):
-    assert TrainPart(budget=text).budget == seconds
+    assert TrainConfig(max_time=text).max_time == seconds
 
 
 @pytest.mark.parametrize("text", ["3 weeks", "s", "-3s", "1h30m", ""])
 def test_no_duration_is_refused(text):
     with pytest.raises(ValidationError, match="no duration; write 180s, 3m"):
-        TrainPart(budget=text)
+        TrainConfig(max_time=text)
 
 
 def test_dump_reads_back():
-    part = TrainPart(budget="3m", steps=7)
-    assert TrainPart.model_validate(part.model_dump(mode="json")) == part
+    part = TrainConfig(max_time="3m", steps=7)
+    assert TrainConfig.model_validate(part.model_dump(mode="json")) == part
 
 
 def test_a_run_without_end_is_refused():
-    with pytest.raises(ValidationError, match="set train.steps, train.tokens or train.budget"):
-        TrainPart(budget=None)
+    with pytest.raises(ValidationError, match="set train.steps, train.tokens or train.max_time"):
+        TrainConfig(max_time=None)

@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, Self
 
 import orjson
 
-from meristem.checkpoint.files import disk_full, sync_directory, write_all
+from meristem.checkpoint.atomic import disk_full, sync_directory, write_all
 from meristem.checkpoint.values import to_json
 from meristem.errors import CheckpointCorrupt, CheckpointTooNew
 from meristem.events import Emit, Event, silent

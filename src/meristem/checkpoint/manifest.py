@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from meristem.checkpoint.files import sha256
+from meristem.checkpoint.atomic import sha256
 from meristem.config import canonical
 from meristem.errors import CheckpointCorrupt, CheckpointTooNew
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import filelock
 import orjson
 
-from meristem.checkpoint.files import write_atomic
+from meristem.checkpoint.atomic import write_atomic
 from meristem.errors import RunError, RunInUse
 from meristem.events import Emit, Event
 

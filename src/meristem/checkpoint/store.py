@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from meristem.checkpoint import manifest as manifests
-from meristem.checkpoint.files import (
+from meristem.checkpoint.atomic import (
     PARTIAL,
     disk_full,
     sha256,

@@ -13,7 +13,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from meristem.checkpoint.files import write_all
+from meristem.checkpoint.atomic import write_all
 
 _DTYPES = {
     torch.float64: "F64",

@@ -10,7 +10,7 @@ import typer
 from meristem.cli.answer import Json, json_line
 
 if TYPE_CHECKING:
-    from meristem.recipes.bench.measure import Row
+    from meristem.bench.measure import Row
 
 _VERDICTS: Final = {True: "met", False: "missed", None: ""}
 
@@ -181,7 +181,7 @@ def ablation(
       meristem bench ablation --config docs/ablation.yaml
       meristem bench ablation --config mine.yaml --out mine.md --jobs 2 --json
     """
-    from meristem.recipes.bench.study import study
+    from meristem.bench.study import study
 
     say = (lambda line: None) if as_json else typer.echo
     known = study(config, out, jobs=jobs, say=say)
@@ -205,7 +205,7 @@ def stability(
       meristem bench stability
       meristem bench stability --steps 100000 --out nightly.md
     """
-    from meristem.recipes.bench import stability as grid
+    from meristem.bench import stability as grid
 
     cells = []
     for cell in grid.sweep(steps):
@@ -230,7 +230,7 @@ def _speeds(
     """The rows of these sections as they are measured, then all in one line."""
     # torch's profiler, which sees the peaks, writes a line to stderr whenever it starts and stops, unless told before.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    from meristem.recipes.bench.suite import measure, to_json
+    from meristem.bench.suite import measure, to_json
 
     width, window = layers
     rows: list[Row] = []
@@ -240,9 +240,9 @@ def _speeds(
             typer.echo(_line(row))
     json_line(to_json(rows, n_repeats=repeats))
     if picture is not None:
-        from meristem.recipes.bench.picture import draw_speeds
+        from meristem.bench.picture import plot_speeds
 
-        draw_speeds(picture, [row.figures for row in rows])
+        plot_speeds(picture, [row.figures for row in rows])
     if any(row.is_met is False for row in rows):
         raise typer.Exit(1)
 

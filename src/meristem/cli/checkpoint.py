@@ -122,10 +122,10 @@ def prune(
     Example:
       meristem checkpoint prune runs/latest --last 1 --best 1
     """
-    from meristem.checkpoint import retention
+    from meristem.checkpoint import prune
     from meristem.checkpoint.run import RunLock
 
     with RunLock(run):
-        deleted = retention.prune(_root(run), last=last, best=best, metric=metric, direction=direction, every=every)
+        deleted = prune.prune(_root(run), last=last, best=best, metric=metric, direction=direction, every=every)
     report = {"deleted": [str(path) for path in deleted]}
     answer(report, as_json, lambda report: report["deleted"] or ["nothing to delete"])

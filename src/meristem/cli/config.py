@@ -24,10 +24,10 @@ def show(
     \b
     Examples:
       meristem config show titans-mag
-      meristem config show titans-mag train.budget=60s --why
+      meristem config show titans-mag train.max_time=60s --why
     """
     from meristem.config import dump_yaml, sources
-    from meristem.recipes.config import is_preset, load_config
+    from meristem.runs.config import is_preset, load_config
 
     loaded = load_config(preset, overrides or ())
     tree = loaded.tree.model_dump(mode="json")
@@ -67,7 +67,7 @@ def schema(as_json: Json = False) -> None:
     import orjson
 
     from meristem.config import schema as schema_of
-    from meristem.recipes.config import Config
+    from meristem.runs.config import Config
 
     described = schema_of(Config)
     answer(described, as_json, lambda described: [orjson.dumps(described, option=orjson.OPT_INDENT_2).decode()])

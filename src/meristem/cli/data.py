@@ -41,7 +41,7 @@ def prepare(
     """
     from meristem.config import load
     from meristem.data.prepare import prepare as prepared
-    from meristem.recipes.config import Config, load_config
+    from meristem.runs.config import Config, load_config
 
     if "=" in settings[0]:
         tree = load(Config, environment=os.environ, overrides=settings).tree
@@ -78,11 +78,11 @@ def ls(
       meristem data ls
     """
     from meristem.data import manifest as manifests
+    from meristem.data.config import DataConfig
     from meristem.data.download import registered
     from meristem.data.files import store
-    from meristem.data.part import DataPart
 
-    folder = store(DataPart(root=root), "corpora")
+    folder = store(DataConfig(root=root), "corpora")
     places = sorted(path.parent for path in folder.glob(f"[!.]*/{manifests.FILE}"))
     sources = {name: {"size_bytes": entry.size_bytes, "licence": entry.licence} for name, entry in registered().items()}
     found = {"corpora": [_described(place, manifests.load(place)) for place in places], "downloads": sources}

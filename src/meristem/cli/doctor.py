@@ -159,12 +159,12 @@ def _plugins(run_root: Path) -> Iterator[Item]:
 
 
 def _tokenizers(run_root: Path) -> Iterator[Item]:
-    from meristem.data.part import TokenizerPart
+    from meristem.data.config import TokenizerConfig
     from meristem.data.tokenizer import train_tokenizer
 
     text = "Ada: na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve \N{SNOWMAN}\n" * 9
     for kind in ("byte", "bpe"):
-        tokenizer = train_tokenizer(TokenizerPart(kind=kind, vocab_size=300), [text.encode()])
+        tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=300), [text.encode()])
         is_lossless = tokenizer.decode(tokenizer.encode(text)) == text
         detail = "gives a text back as it was" if is_lossless else "does not give a text back as it was"
         yield Item(f"tokenizer {kind}", "ok" if is_lossless else "fail", detail)

@@ -11,7 +11,7 @@ import typer
 from meristem.cli.answer import json_line
 
 if TYPE_CHECKING:
-    from meristem.recipes.drill.drill import Outcome
+    from meristem.drills.drill import Outcome
 
 ALL = "all"
 
@@ -21,7 +21,7 @@ def drill(names: list[str], as_json: bool) -> bool:
 
     Raises WrongValue, before anything is broken, for a name that no drill has.
     """
-    from meristem.recipes.drill.catalogue import drills, run_drill
+    from meristem.drills.catalogue import drills, run_drill
 
     chosen = list(dict.fromkeys(drills.names() if ALL in names else names))
     found = []

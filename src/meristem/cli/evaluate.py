@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from meristem.data.corpus import Corpus
     from meristem.data.tokenizer import Tokenizer
     from meristem.device.resolve import Device
-    from meristem.recipes.config import Config
+    from meristem.runs.config import Config
 
 VERSION: Final = "1"
 """Of the metrics: another number means that older figures do not compare."""
@@ -25,7 +25,7 @@ N_WINDOWS: Final = 128
 SMALLER_IS_BETTER: Final = ("nats", "perplexity", "bits_per_byte")
 """How the names of metrics end of which less is better; of a gain, as of an accuracy, more is."""
 
-Learn = Literal["off", "memory", "levels"]
+Learn = Literal["none", "memory", "levels"]
 
 
 def evaluate(
@@ -58,7 +58,7 @@ def evaluate(
     """Measure a checkpoint: how well it predicts held-out text, what it recalls, or what it gains by reading.
 
     likelihood gives nats per token, perplexity and bits per byte. recall asks for random ids that stood earlier in the
-    window (values of keys, a copied sequence, a needle at a distance), as far as data.window and the vocabulary reach,
+    window (values of keys, a copied sequence, a needle at a distance), as far as data.seq_len and the vocabulary reach,
     and gives the share of right answers and nats per answer. adaptation reads the beginnings of long documents, four
     windows each: the second half against the first, and all of it a second time with the memory kept or reset.
 
@@ -66,19 +66,19 @@ def evaluate(
     Examples:
       meristem eval runs/latest --suite likelihood
       meristem eval runs/latest data.source=other.txt data.validation=0.9 --json
-      meristem eval runs/latest --suite recall data.window=1024
+      meristem eval runs/latest --suite recall data.seq_len=1024
       meristem eval runs/latest --suite adaptation --learn levels
     """
     from meristem.checkpoint.store import find
     from meristem.device.resolve import resolve
     from meristem.models.load import load
-    from meristem.recipes.config import load_config
-    from meristem.recipes.resume import as_it_was
+    from meristem.runs.config import load_config
+    from meristem.runs.resume import from_checkpoint
 
     found = find(checkpoint, tell)
     config = load_config(str(found.path / "config.yaml"), overrides or ()).tree
     model, tokenizer = load(found.path)
-    device = resolve(as_it_was(config.device, found), tell)
+    device = resolve(from_checkpoint(config.device, found), tell)
     loaded = _Loaded(model.to(device.device), tokenizer, config, device, is_its_own=not overrides)
     suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": _adaptation}
     tasks = suites[suite](loaded, learn, max_windows)
@@ -109,14 +109,14 @@ class _Loaded:
 
     def reading(self, learn: Learn, batch: int) -> dict[str, Any]:
         """How it is read: who reads, how many texts at once, on which device, and what counts."""
-        from meristem.models.reader import reader_of
+        from meristem.models.online import online_reader
         from meristem.train.loss import cross_entropy
 
-        reader = reader_of(self.model, learn, cross_entropy)
+        reader = online_reader(self.model, learn, cross_entropy)
         # Levels learn from one text, in a copy of their own.
         return {
             "reader": reader,
-            "batch": 1 if learn == "levels" else batch,
+            "batch_size": 1 if learn == "levels" else batch,
             "device": self.device,
             "loss": cross_entropy,
         }
@@ -126,9 +126,9 @@ def _likelihood(loaded: _Loaded, learn: Learn | None, max_windows: int | None) -
     """One task: every window from a fresh memory."""
     from meristem.evaluate.likelihood import likelihood
 
-    config, how = loaded.config, loaded.reading(learn or "memory", loaded.config.evaluate.batch)
+    config, how = loaded.config, loaded.reading(learn or "memory", loaded.config.eval.batch_size)
     corpus = loaded.corpus()
-    measured = likelihood(how.pop("reader"), corpus, "val", window=config.data.window, max_windows=max_windows, **how)
+    measured = likelihood(how.pop("reader"), corpus, "val", window=config.data.seq_len, max_windows=max_windows, **how)
     figures = {name: getattr(measured, name) for name in ("nats", "perplexity", "bits_per_byte")}
     return [_task("likelihood", corpus.fingerprint, measured.n_tokens, figures)]
 
@@ -137,9 +137,9 @@ def _recall(loaded: _Loaded, learn: Learn | None, n_windows: int | None) -> list
     """Every task of recall that fits, its ids drawn from the vocabulary of the checkpoint."""
     from meristem.evaluate.recall import HELD_OUT, recall, suite
 
-    how = loaded.reading(learn or "memory", loaded.config.evaluate.batch)
+    how = loaded.reading(learn or "memory", loaded.config.eval.batch_size)
     reader, tasks = how.pop("reader"), []
-    for task in suite(loaded.tokenizer.vocab_size, loaded.config.data.window):
+    for task in suite(loaded.tokenizer.vocab_size, loaded.config.data.seq_len):
         questions = task.questions(n_windows or N_WINDOWS, HELD_OUT)
         measured = recall(reader, questions, **how)
         figures = {"accuracy": measured.accuracy, "nats": measured.nats}
@@ -153,13 +153,13 @@ def _adaptation(loaded: _Loaded, learn: Learn | None, n_documents: int | None) -
     from meristem.evaluate.adaptation import N_WINDOWS as WINDOWS
 
     config = loaded.config
-    length = WINDOWS * config.data.window
-    ways: tuple[Learn, ...] = ("off", "memory") if learn is None else (learn,)
-    readings = {way: loaded.reading(way, config.evaluate.batch) for way in ways}
+    length = WINDOWS * config.data.seq_len
+    ways: tuple[Learn, ...] = ("none", "memory") if learn is None else (learn,)
+    readings = {way: loaded.reading(way, config.eval.batch_size) for way in ways}
     chosen = documents(loaded.corpus(), "val", length=length, most=n_documents or N_DOCUMENTS)
     tasks = []
     for way, how in readings.items():
-        measured = adaptation(how.pop("reader"), chosen, piece=config.data.window, **how)
+        measured = adaptation(how.pop("reader"), chosen, piece=config.data.seq_len, **how)
         tasks.append(_task(f"adaptation/{way}", chosen.fingerprint, measured.whole.n_tokens, measured.figures()))
     return tasks
 

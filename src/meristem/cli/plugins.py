@@ -25,7 +25,7 @@ REGISTRIES: Final = (
     "meristem.memory.forms:forms",
     "meristem.models.build:models",
     "meristem.models.lm:mixers",
-    "meristem.recipes.drill.catalogue:drills",
+    "meristem.drills.catalogue:drills",
 )
 """Every registry of the package, as ``module:attribute``."""
 CHECKED: Final = "meristem.plugins:checked"

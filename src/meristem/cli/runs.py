@@ -55,7 +55,7 @@ def show(run: Run, as_json: Json = False) -> None:
       meristem runs show runs/latest
     """
     from meristem.checkpoint import run as runs
-    from meristem.sinks.lines import read_records
+    from meristem.sinks.jsonl import read_records
     from meristem.sinks.records import history
     from meristem.train import emergency
 
@@ -118,7 +118,7 @@ def export(
     Example:
       meristem runs export runs/latest --out book.csv
     """
-    from meristem.checkpoint.files import write_atomic
+    from meristem.checkpoint.atomic import write_atomic
     from meristem.sinks.records import history
 
     records = history(run, emit=tell)

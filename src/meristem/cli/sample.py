@@ -26,7 +26,7 @@ TopP = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed of the sampler.")]
 Learn = Annotated[
-    Literal["off", "memory", "levels"],
+    Literal["none", "memory", "levels"],
     typer.Option("--learn", help="What changes while it reads: nothing, its memory, or feed-forward levels as well."),
 ]
 

@@ -9,8 +9,8 @@ import typer
 from meristem.cli.answer import Json, Overrides, Preset, columns, json_line
 
 if TYPE_CHECKING:
-    from meristem.recipes.config import Config
     from meristem.recipes.plan.report import PlanReport
+    from meristem.runs.config import Config
     from meristem.sinks.console import Console
 
 
@@ -21,7 +21,7 @@ def train(
         str, typer.Option("--resume", metavar="auto|must|never|PATH", help="Whether to go on from a checkpoint.")
     ] = "auto",
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Where the run is written; by default one under run.root.")
+        Path | None, typer.Option("--run-dir", help="Where the run is written; by default one under run.dir.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and stop, as `meristem plan` does.")] = False,
     no_plan: Annotated[bool, typer.Option("--no-plan", help="Start without asking first whether it can work.")] = False,
@@ -35,11 +35,11 @@ def train(
     \b
     Examples:
       meristem train titans-mag
-      meristem train titans-mag data.source=book.txt train.budget=10m
+      meristem train titans-mag data.source=book.txt train.max_time=10m
       meristem train charformer --run-dir runs/small --resume must
       meristem train titans-mag --nproc 2
     """
-    from meristem.recipes.config import load_config
+    from meristem.runs.config import load_config
 
     config = load_config(preset, overrides or ()).tree
     if dry_run:
@@ -55,11 +55,11 @@ def _trained(config: "Config", run_dir: Path | None, resume: str, *, no_plan: bo
     """Train in this process, which may be one of several; of these the first speaks for all."""
     from dataclasses import asdict
 
-    from meristem.distributed.mesh import told_rank, written_down
+    from meristem.distributed.mesh import launched_rank, written_down
     from meristem.recipes.pretrain import pretrain
     from meristem.sinks.console import Console
 
-    view, is_first = Console(json=as_json), told_rank() == 0
+    view, is_first = Console(json=as_json), launched_rank() == 0
     planned = None if no_plan or not is_first else _looked_ahead(config, view)
     with written_down():
         result = pretrain(config, run_dir=run_dir, resume=resume, view=view, planned=planned)
@@ -72,8 +72,8 @@ def _launched(config: "Config", words: list[str], n_processes: int, run_dir: Pat
     """Train in several processes, each of which is this command without ``--nproc``."""
     from meristem.distributed.launch import launch
     from meristem.distributed.mesh import require_not_launched
-    from meristem.recipes.resume import after_restart
-    from meristem.recipes.run import directory_for
+    from meristem.runs.directory import directory_for
+    from meristem.runs.resume import after_restart
 
     require_not_launched()
     place = run_dir or directory_for(config, resume)
@@ -96,9 +96,9 @@ def plan(preset: Preset, overrides: Overrides = None, as_json: Json = False) -> 
 
     \b
     Example:
-      meristem plan titans-mag model.width=512
+      meristem plan titans-mag model.dim=512
     """
-    from meristem.recipes.config import load_config
+    from meristem.runs.config import load_config
 
     _plan(load_config(preset, overrides or ()).tree, as_json)
 

@@ -1,12 +1,12 @@
 """Configuration: the base of every part, the layers of a tree, and its text."""
 
 from meristem.config.layers import Loaded, load, preset_names, schema, size_names, sized, sources
-from meristem.config.part import Part
+from meristem.config.section import ConfigSection
 from meristem.config.text import canonical, dump_yaml, fingerprint, leaves, read_yaml
 
 __all__ = [
     "Loaded",
-    "Part",
+    "ConfigSection",
     "canonical",
     "dump_yaml",
     "fingerprint",

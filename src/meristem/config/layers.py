@@ -8,11 +8,11 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from meristem.config.mistakes import explain, nearest_words
-from meristem.config.part import Part
+from meristem.config.section import ConfigSection
 from meristem.config.text import leaves, read_value, read_yaml
 from meristem.errors import ConfigError, WrongValue
 
-P = TypeVar("P", bound=Part)
+P = TypeVar("P", bound=ConfigSection)
 
 PREFIX: Final = "MERISTEM__"
 DEFAULTS: Final = "defaults"
@@ -41,7 +41,7 @@ def load(
 ) -> Loaded[P]:
     """Merge the layers, lowest first: defaults, preset, file, environment, overrides; then validate once.
 
-    environment: variables such as MERISTEM__TRAIN__ACCUMULATE=4 (pass ``os.environ``); None reads none.
+    environment: variables such as MERISTEM__TRAIN__GRAD_ACCUM_STEPS=4 (pass ``os.environ``); None reads none.
     overrides: texts ``a.b=c``, the value typed as in YAML. One wins even when it says what the default says.
     """
     layers = []
@@ -96,12 +96,12 @@ def _read(folder: str, name: str) -> dict[str, Any]:
     return read_yaml(text, f"{folder.removesuffix('s')} {name}")
 
 
-def schema(root: type[Part]) -> dict[str, Any]:
+def schema(root: type[ConfigSection]) -> dict[str, Any]:
     """The tree as JSON Schema, for editors and other programs."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | root.model_json_schema()
 
 
-class Told(NamedTuple):
+class PresetSettings(NamedTuple):
     """What one file of a preset says."""
 
     place: str
@@ -109,7 +109,7 @@ class Told(NamedTuple):
     sources: dict[str, str]
 
 
-def _lineage(preset: str) -> list[Told]:
+def _lineage(preset: str) -> list[PresetSettings]:
     """A preset after the one that its first line ``base: name`` builds on, and so on down.
 
     ``<preset>-<size>`` adds the file of the size, and on top what the preset's ``sizes:`` says of it.
@@ -118,11 +118,11 @@ def _lineage(preset: str) -> list[Told]:
     tree = _read("presets", name)
     below = _lineage(tree.pop("base")) if "base" in tree else []
     of_size = tree.pop("sizes", {}).get(size, {})
-    told = [*below, Told(f"preset {name}", tree, tree.pop("sources", {}))]
+    told = [*below, PresetSettings(f"preset {name}", tree, tree.pop("sources", {}))]
     if size:
         general = _read("sizes", size)
-        told.append(Told(f"size {size}", general, general.pop("sources", {})))
-        told.append(Told(f"size {size} of preset {name}", of_size, of_size.pop("sources", {})))
+        told.append(PresetSettings(f"size {size}", general, general.pop("sources", {})))
+        told.append(PresetSettings(f"size {size} of preset {name}", of_size, of_size.pop("sources", {})))
     return told
 
 
@@ -176,7 +176,7 @@ def _overrides(texts: Iterable[str]) -> Layer:
         path, equals, value = text.partition("=")
         if not equals or not all(path.split(".")):
             raise ConfigError(
-                f"found '{text}' on the command line; expected a.b=c, such as train.accumulate=4.", value=text
+                f"found '{text}' on the command line; expected a.b=c, such as train.grad_accum_steps=4.", value=text
             )
         for leaf, said in leaves(read_value(value, f"command line {text}"), path).items():
             layer.settings[leaf] = said

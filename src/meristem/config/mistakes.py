@@ -8,30 +8,30 @@ from typing import Any, Final, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from meristem.config.part import Part
+from meristem.config.section import ConfigSection
 from meristem.errors import ConfigError, UnknownKey, WrongValue
 
 OTHER_WORDS: Final = {
-    "lr": "optim.rate",
-    "learning_rate": "optim.rate",
-    "grad_clip": "optim.clip",
-    "batch_size": "data.batch",
-    "block_size": "data.window",
-    "context_length": "data.window",
-    "seq_len": "data.window",
+    "lr": "optim.lr",
+    "learning_rate": "optim.lr",
+    "grad_clip": "optim.grad_clip",
+    "batch_size": "data.batch_size",
+    "block_size": "data.seq_len",
+    "context_length": "data.seq_len",
+    "seq_len": "data.seq_len",
     "dataset": "data.source",
     "max_steps": "train.steps",
-    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_accumulation_steps": "train.grad_accum_steps",
     "warmup_steps": "schedule.warmup",
     "n_layer": "model.n_layers",
     "num_layers": "model.n_layers",
-    "n_head": "model.heads",
-    "n_heads": "model.heads",
-    "hidden_size": "model.width",
-    "n_embd": "model.width",
-    "d_model": "model.width",
-    "seed": "run.random_seed",
-    "dtype": "device.compute",
+    "n_head": "model.n_heads",
+    "n_heads": "model.n_heads",
+    "hidden_size": "model.dim",
+    "n_embd": "model.dim",
+    "d_model": "model.dim",
+    "seed": "run.seed",
+    "dtype": "device.dtype",
 }
 """What a key is called elsewhere, and here. Suggested, never accepted: each number has one name."""
 
@@ -61,7 +61,7 @@ class Mistake:
     is_missing: bool
 
 
-def explain(error: ValidationError, root: type[Part], layer_of: Callable[[str], str]) -> ConfigError:
+def explain(error: ValidationError, root: type[ConfigSection], layer_of: Callable[[str], str]) -> ConfigError:
     """One error that names everything wrong with the tree; its fields describe the first thing."""
     sections = known_paths(root)
     mistakes = sorted(_mistakes(error, sections), key=lambda mistake: not mistake.is_unknown)
@@ -83,7 +83,7 @@ def explain(error: ValidationError, root: type[Part], layer_of: Callable[[str], 
     )
 
 
-def known_paths(root: type[Part], path: str = "") -> dict[str, list[str]]:
+def known_paths(root: type[ConfigSection], path: str = "") -> dict[str, list[str]]:
     """Every dotted path of the tree; a section maps to its keys, a leaf to an empty list."""
     found: dict[str, list[str]] = {path: list(root.model_fields)} if path else {}
     for name, field in root.model_fields.items():
@@ -117,9 +117,9 @@ def nearest_words(word: str, known: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(word, known, n=3, cutoff=0.3) or known[:3]
 
 
-def _part_of(annotation: object) -> type[Part] | None:
+def _part_of(annotation: object) -> type[ConfigSection] | None:
     for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Part):
+        if isinstance(candidate, type) and issubclass(candidate, ConfigSection):
             return candidate
     return None
 

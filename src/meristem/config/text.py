@@ -9,7 +9,7 @@ from typing import Any, Final
 import rfc8785
 import yaml
 
-from meristem.config.part import Part
+from meristem.config.section import ConfigSection
 from meristem.errors import ConfigError, WrongValue
 
 LARGEST_EXACT: Final = 2**53 - 1
@@ -54,9 +54,9 @@ def read_value(text: str, source: str) -> Any:
     return _parsed(text, source)
 
 
-def dump_yaml(mapping: Mapping[str, object] | Part) -> str:
+def dump_yaml(mapping: Mapping[str, object] | ConfigSection) -> str:
     """YAML that ``read_yaml`` gives back unchanged, keys in the order given."""
-    plain = mapping.model_dump(mode="json") if isinstance(mapping, Part) else dict(mapping)
+    plain = mapping.model_dump(mode="json") if isinstance(mapping, ConfigSection) else dict(mapping)
     return yaml.dump(plain, Dumper=_Writer, sort_keys=False, allow_unicode=True, default_flow_style=False, width=100)
 
 
@@ -125,7 +125,7 @@ def _parsed(text: str, source: str) -> Any:
 
 
 def _plain(value: object) -> Any:
-    if isinstance(value, Part):
+    if isinstance(value, ConfigSection):
         return _plain(value.model_dump(mode="json"))
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

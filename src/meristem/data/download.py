@@ -14,10 +14,10 @@ from typing import BinaryIO, Final
 
 from pydantic import Field
 
-from meristem.checkpoint.files import PARTIAL, disk_full, sha256_file, sync_directory
-from meristem.config import Part, read_yaml
+from meristem.checkpoint.atomic import PARTIAL, disk_full, sha256_file, sync_directory
+from meristem.config import ConfigSection, read_yaml
+from meristem.data.config import DataConfig
 from meristem.data.files import opened, store
-from meristem.data.part import DataPart
 from meristem.errors import DataError, FileChanged
 from meristem.events import Emit, Event, silent
 
@@ -28,7 +28,7 @@ _PORTION: Final = 1 << 18
 _TIMEOUT_S: Final = 30.0
 
 
-class Registered(Part):
+class Registered(ConfigSection):
     """A text that can be fetched by name."""
 
     url: str = Field(pattern=r"^https?://", description="where it is served")
@@ -48,7 +48,7 @@ def registered() -> Mapping[str, Registered]:
 
 
 def available(
-    data: DataPart, name: str, entry: Registered, emit: Emit = silent, progress: Progress | None = None
+    data: DataConfig, name: str, entry: Registered, emit: Emit = silent, progress: Progress | None = None
 ) -> Path:
     """The local file of a registered text, its hash checked; fetched first when it is missing and may be."""
     path = store(data, "downloads") / entry.file

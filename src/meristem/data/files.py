@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meristem.data.part import DataPart
+from meristem.data.config import DataConfig
 from meristem.errors import DataError, FileChanged
 
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
@@ -134,7 +134,7 @@ def open_numbers(path: Path, dtype: str) -> Numbers:
         return Numbers(path, os.dup(descriptor), status, dtype)
 
 
-def store(data: DataPart, kind: str) -> Path:
+def store(data: DataConfig, kind: str) -> Path:
     """The directory for ``kind`` (corpora, downloads) below ``data.root``, made when it is not there."""
     root = os.path.expanduser(data.root or os.environ.get("MERISTEM_CACHE") or "~/.cache/meristem")
     if root.startswith("~"):

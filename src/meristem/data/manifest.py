@@ -8,7 +8,7 @@ from typing import Any, Final
 import orjson
 
 from meristem import config
-from meristem.checkpoint.files import sha256_file, write_atomic
+from meristem.checkpoint.atomic import sha256_file, write_atomic
 from meristem.data.files import read, refused
 from meristem.errors import ManifestMismatch
 

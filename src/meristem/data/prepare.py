@@ -22,13 +22,13 @@ import filelock
 import numpy as np
 
 from meristem import config
-from meristem.checkpoint.files import PARTIAL, disk_full, sync_directory, write_synced
+from meristem.checkpoint.atomic import PARTIAL, disk_full, sync_directory, write_synced
 from meristem.data import manifest as manifests
 from meristem.data import sources, split
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.corpus import DOCUMENTS, TOKENS, Corpus, open_corpus
 from meristem.data.download import Progress, available, registered
 from meristem.data.files import store
-from meristem.data.part import DataPart, TokenizerPart
 from meristem.data.tokenizer import FILE as TOKENIZER
 from meristem.data.tokenizer import Tokenizer, train_tokenizer
 from meristem.errors import DataError, FileChanged, SplitError
@@ -42,7 +42,7 @@ _DTYPES: Final = ((1 << 8, "uint8"), (1 << 16, "uint16"), (1 << 32, "uint32"))
 
 
 def prepare(
-    data: DataPart, tokenizer: TokenizerPart | Tokenizer, emit: Emit = silent, progress: Progress | None = None
+    data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, emit: Emit = silent, progress: Progress | None = None
 ) -> Corpus:
     """The prepared corpus of ``data``: the one in the store when there is one, otherwise built.
 
@@ -88,7 +88,7 @@ class _Listing:
     digest: str = ""
 
 
-def _list(source: sources.Source, data: DataPart, *, text_only: bool) -> _Listing:
+def _list(source: sources.Source, data: DataConfig, *, text_only: bool) -> _Listing:
     listing = _Listing(ratios=split.ratios_for(data.validation))
     split.require_ratios(listing.ratios)
     sizes = [0] * len(split.SPLITS)
@@ -137,7 +137,7 @@ def _require_utf8(document: sources.Document) -> None:
         ) from cause
 
 
-def _key(source: sources.Source, listing: _Listing, tokenizer: TokenizerPart | Tokenizer) -> str:
+def _key(source: sources.Source, listing: _Listing, tokenizer: TokenizerConfig | Tokenizer) -> str:
     if isinstance(tokenizer, Tokenizer):
         vocabulary: dict[str, object] = {"fingerprint": tokenizer.fingerprint}
     else:
@@ -173,7 +173,7 @@ def _locked(place: Path, emit: Emit) -> Iterator[None]:
 
 
 def _build(
-    place: Path, source: sources.Source, listing: _Listing, tokenizer: TokenizerPart | Tokenizer, progress: Progress
+    place: Path, source: sources.Source, listing: _Listing, tokenizer: TokenizerConfig | Tokenizer, progress: Progress
 ) -> None:
     partial = place.with_name(f".{place.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)  # of a builder that was killed: we hold its lock

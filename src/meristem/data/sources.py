@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Final
 
 from meristem.data import files
+from meristem.data.config import DataConfig
 from meristem.data.download import Registered, available, registered
-from meristem.data.part import DataPart
 from meristem.errors import DataError
 
 _PYTHON: Final = ("*.py",)
@@ -46,12 +46,12 @@ class Source:
     licence: str | None = None
 
 
-def documents(data: DataPart) -> Iterator[Document]:
+def documents(data: DataConfig) -> Iterator[Document]:
     """The documents of ``data.source``."""
     return resolve(data).read()
 
 
-def resolve(data: DataPart) -> Source:
+def resolve(data: DataConfig) -> Source:
     """The source that ``data.source`` names. Names come before paths: write ./stdlib for a file of that name."""
     name = data.source
     if name == "stdlib":
@@ -83,18 +83,18 @@ def _unknown(name: str) -> DataError:
     )
 
 
-def _directory(data: DataPart, name: str, root: Path, include: Sequence[str], exclude: Sequence[str]) -> Source:
+def _directory(data: DataConfig, name: str, root: Path, include: Sequence[str], exclude: Sequence[str]) -> Source:
     args = {"include": list(include), "exclude": list(exclude)}
     return Source(name, "directory", lambda: _read_tree(root, include, exclude), args)
 
 
-def _python(data: DataPart, name: str, root: Path, licence: str | None) -> Source:
+def _python(data: DataConfig, name: str, root: Path, licence: str | None) -> Source:
     include, exclude = data.include or _PYTHON, (*_TESTS, *data.exclude)
     args = {"include": list(include), "exclude": list(exclude)}
     return Source(name, "python", lambda: _read_tree(root, include, exclude), args, licence)
 
 
-def _installed(data: DataPart, package: str) -> Source:
+def _installed(data: DataConfig, package: str) -> Source:
     """The sources of an installed package, found without importing it."""
     if not package.isidentifier():
         raise DataError(f"'{package}' is not the name of a package as one imports it: installed:numpy.", found=package)
@@ -117,7 +117,7 @@ def _topics() -> Iterator[Document]:
         yield Document(name, text.encode(), name)
 
 
-def _registered(data: DataPart, entry: Registered) -> Iterator[Document]:
+def _registered(data: DataConfig, entry: Registered) -> Iterator[Document]:
     path = available(data, data.source, entry)
     if not entry.members:
         with open(path, "rb") as file:

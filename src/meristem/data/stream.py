@@ -11,8 +11,8 @@ from typing import Final, Self
 import numpy as np
 import torch
 
+from meristem.data.config import Documents, Order
 from meristem.data.corpus import Corpus
-from meristem.data.part import Documents, Order
 from meristem.data.windows import Windows, draw, key, permute
 from meristem.errors import ConflictingKeys, CorpusTooShort, DataError, ManifestMismatch
 from meristem.shapes import Targets, Tokens
@@ -97,7 +97,7 @@ class Stream:
             raise CorpusTooShort(
                 f"corpus '{corpus.name}' has {self.n_windows} windows of {window} tokens in split '{split}'; "
                 f"data.order=sequential needs one for each of {batch} rows. "
-                f"Add text, or set data.batch to {self.n_windows} or less.",
+                f"Add text, or set data.batch_size to {self.n_windows} or less.",
                 found=self.n_windows,
                 expected=batch,
             )
@@ -116,10 +116,10 @@ class Stream:
         """
         if self._batch % n_ranks:
             raise ConflictingKeys(
-                f"data.batch is {self._batch} rows, those of all processes together, and {n_ranks} processes cannot "
-                f"share them evenly. Set data.batch to {-(-self._batch // n_ranks) * n_ranks}, or start a number of "
+                f"data.batch_size is {self._batch} rows, those of all processes together, and {n_ranks} processes cannot "
+                f"share them evenly. Set data.batch_size to {-(-self._batch // n_ranks) * n_ranks}, or start a number of "
                 f"processes that divides {self._batch}.",
-                path="data.batch",
+                path="data.batch_size",
                 value=self._batch,
             )
         made = copy.copy(self)
@@ -193,7 +193,7 @@ class Stream:
         if cursor.layout != self._layout:
             raise DataError(
                 f"the cursor counts batches of '{cursor.layout}', this stream gives '{self._layout}'. "
-                f"Set the keys of data and run.random_seed as they were, or start a new run.",
+                f"Set the keys of data and run.seed as they were, or start a new run.",
                 found=self._layout,
                 expected=cursor.layout,
             )
@@ -232,7 +232,7 @@ def held_out(corpus: Corpus, split: str, *, window: int, batch: int, max_windows
 
 
 def _too_short(corpus: Corpus, split: str, window: int, longest: int) -> CorpusTooShort:
-    hint = f", or set data.window to {longest - 1} or less" if longest > 1 else ""
+    hint = f", or set data.seq_len to {longest - 1} or less" if longest > 1 else ""
     return CorpusTooShort(
         f"corpus '{corpus.name}' holds {longest} tokens in the longest run of split '{split}'; a window of {window} "
         f"needs at least {window + 1}. Add text{hint}.",

@@ -17,9 +17,9 @@ import orjson
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from meristem.checkpoint.files import sha256, write_atomic
+from meristem.checkpoint.atomic import sha256, write_atomic
+from meristem.data.config import TokenizerConfig
 from meristem.data.files import read
-from meristem.data.part import TokenizerPart
 from meristem.errors import DataError
 
 FILE: Final = "tokenizer.json"
@@ -125,19 +125,19 @@ def byte_tokenizer() -> Tokenizer:
     )
 
 
-def train_tokenizer(part: TokenizerPart, texts: Iterable[bytes]) -> Tokenizer:
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[bytes]) -> Tokenizer:
     """The tokenizer that ``part`` asks for, learned from ``texts`` where it learns: same texts, same file.
 
     Byte pairs (Sennrich et al. 2016) start from all 256 bytes, so no text is unknown. A short text gives fewer
     entries than ``part.vocab_size``.
     """
-    if part.kind == "byte":
+    if config.kind == "byte":
         return byte_tokenizer()
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=part.vocab_size,
+        vocab_size=config.vocab_size,
         special_tokens=[],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

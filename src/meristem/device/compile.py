@@ -6,17 +6,17 @@ import shutil
 import torch
 from torch import nn
 
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
 from meristem.errors import CapabilityError
 from meristem.events import Emit, Event
 
 
-def compile_blocks(model: nn.Module, part: DevicePart, emit: Emit) -> None:
+def compile_blocks(model: nn.Module, config: DeviceConfig, emit: Emit) -> None:
     """Compile each block that ``model.blocks`` lists, if ``part`` asks for it. Parameters and their names stay.
 
     Equal blocks share one compilation; a whole model would be compiled anew for every change.
     """
-    if not part.compile:
+    if not config.compile:
         return
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:

@@ -21,7 +21,7 @@ def answering(device: torch.device) -> Iterator[None]:
         reason = str(cause).splitlines()[0] if str(cause) else "no reason given"
         raise DeviceLost(
             f"{device} stopped answering: {reason}. What was saved before is whole: see that the device works "
-            "(`meristem doctor`), then give the same command again, or choose another device.name; the run goes on "
+            "(`meristem doctor`), then give the same command again, or choose another device.device; the run goes on "
             "from its last checkpoint.",
             device=str(device),
             reason=reason,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meristem.device.allocator import keep_freed_memory
-from meristem.device.part import DevicePart
+from meristem.device.config import DeviceConfig
 from meristem.errors import CapabilityError
 from meristem.events import Emit, Event
 
@@ -29,35 +29,35 @@ class Device:
     """A device that works, with the dtypes of parameters and of matrix products on it."""
 
     device: torch.device
-    parameters: torch.dtype
-    compute: torch.dtype
+    param_dtype: torch.dtype
+    dtype: torch.dtype
 
     def autocast(self) -> AbstractContextManager[object]:
         """Matrix products inside the block run in the compute dtype."""
-        if self.compute == torch.float32:
+        if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute)
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def move(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The same tensors on this device."""
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
 
-def resolve(part: DevicePart, emit: Emit) -> Device:
+def resolve(config: DeviceConfig, emit: Emit) -> Device:
     """The device and dtypes that ``part`` asks for, probed. The choice is the event ``capability.chosen``."""
-    if part.threads is not None:
-        torch.set_num_threads(part.threads)
-    name = available()[0] if part.name == "auto" else _present(part.name)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    name = available()[0] if config.device == "auto" else _present(config.device)
     device = torch.device(name)
-    parameters = DTYPES[part.parameters]
-    if part.compute == "auto":
+    parameters = DTYPES[config.param_dtype]
+    if config.dtype == "auto":
         compute, why = _best_compute(device, parameters)
     else:
-        compute, why = DTYPES[part.compute], "asked for"
+        compute, why = DTYPES[config.dtype], "asked for"
     probe(device, parameters, compute)
     keeps_memory = device.type == "cpu" and keep_freed_memory()
-    chosen = {"device": name, "parameters": NAMES[parameters], "compute": NAMES[compute], "why": why}
-    asked = {"device": part.name, "parameters": part.parameters, "compute": part.compute}
+    chosen = {"device": name, "param_dtype": NAMES[parameters], "dtype": NAMES[compute], "why": why}
+    asked = {"device": config.device, "param_dtype": config.param_dtype, "dtype": config.dtype}
     emit(
         Event(
             "capability.chosen",
@@ -78,7 +78,7 @@ def _present(name: str) -> str:
     wanted = "cuda:0" if name == "cuda" else name
     if wanted not in found:
         raise CapabilityError(
-            f"there is no device '{name}' here; found {', '.join(found)}. Set device.name to one of these or to auto.",
+            f"there is no device '{name}' here; found {', '.join(found)}. Set device.device to one of these or to auto.",
             device=name,
             reason="absent",
             alternatives=found,
@@ -151,16 +151,16 @@ def probe(device: torch.device, parameters: torch.dtype, compute: torch.dtype) -
 
 def _try_product(candidate: Device) -> dict[str, Tensor]:
     operand = torch.linspace(-1, 1, _WIDTH * _WIDTH, device=candidate.device).reshape(_WIDTH, _WIDTH)
-    weight = operand.to(candidate.parameters).requires_grad_()
+    weight = operand.to(candidate.param_dtype).requires_grad_()
     with candidate.autocast():
-        product = torch.matmul(operand.to(candidate.parameters), weight)
+        product = torch.matmul(operand.to(candidate.param_dtype), weight)
     (gradient,) = torch.autograd.grad(product.float().square().mean(), weight)
     return {"the product": product.detach(), "the gradient of the product": gradient}
 
 
 def _try_attention(candidate: Device) -> dict[str, Tensor]:
     tokens = torch.linspace(-1, 1, 2 * _WIDTH * 16, device=candidate.device).reshape(1, 2, _WIDTH, 16)
-    query = tokens.to(candidate.compute).requires_grad_()
+    query = tokens.to(candidate.dtype).requires_grad_()
     read = F.scaled_dot_product_attention(query, query, query, is_causal=True)
     (gradient,) = torch.autograd.grad(read.float().square().mean(), query)
     return {"the attention": read.detach(), "the gradient of the attention": gradient}
@@ -178,8 +178,8 @@ def _try_scaler(device: torch.device) -> dict[str, Tensor]:
 
 
 def _incapable(device: torch.device, compute: torch.dtype, reason: str) -> CapabilityError:
-    alternatives = [f"device.compute={name}" for name in ("fp32", "bf16") if DTYPES[name] != compute]
-    alternatives += [f"device.name={name}" for name in available() if torch.device(name) != device]
+    alternatives = [f"device.dtype={name}" for name in ("fp32", "bf16") if DTYPES[name] != compute]
+    alternatives += [f"device.device={name}" for name in available() if torch.device(name) != device]
     return CapabilityError(
         f"{NAMES[compute]} does not work on {device}: {reason}. Try {' or '.join(alternatives)}.",
         device=str(device),

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from meristem.distributed.config import DistributedConfig
 from meristem.distributed.mesh import Ranks
-from meristem.distributed.part import DistributedPart
 from meristem.distributed.sync import CONTROL, Sync, lost_process, size_bytes
 
 EVERY_STEP: Final = "period 1"
@@ -51,12 +51,14 @@ def alone(model: nn.Module) -> Engine:
 
 
 def engine_for(
-    model: nn.Module, part: DistributedPart, sync: Sync, *, slow: Collection[nn.Parameter], leaves_out: bool
+    model: nn.Module, config: DistributedConfig, sync: Sync, *, slow: Collection[nn.Parameter], leaves_out: bool
 ) -> Engine:
     """The engine that ``part`` asks for; see ``replicated`` and ``sharded``."""
     if sync.ranks.size == 1:
         return alone(model)
-    return sharded(model, sync, slow=slow) if part.shard else replicated(model, sync, slow=slow, leaves_out=leaves_out)
+    return (
+        sharded(model, sync, slow=slow) if config.shard else replicated(model, sync, slow=slow, leaves_out=leaves_out)
+    )
 
 
 def replicated(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter], leaves_out: bool) -> Engine:

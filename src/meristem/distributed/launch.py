@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from meristem.distributed.part import DistributedPart
+from meristem.distributed.config import DistributedConfig
 from meristem.errors import AgreementFailed
 
 INTERRUPTED: Final = 130
@@ -30,7 +30,7 @@ GRACE_S: Final = 60
 def launch(
     command: Callable[[int], Sequence[str]],
     n_processes: int,
-    part: DistributedPart,
+    config: DistributedConfig,
     *,
     tell: Callable[[str], None],
     answer: Callable[[str], None] | None = None,
@@ -44,16 +44,16 @@ def launch(
         failed for a reason of its own, as wrong settings, would fail again. torchrun by itself starts all of it again.
     Raises AgreementFailed where ``distributed.max_restarts`` are used up.
     """
-    for n_restarts in range(part.max_restarts + 1):
+    for n_restarts in range(config.max_restarts + 1):
         code, lost = _once(command(n_restarts), n_processes, answer)
         if lost is None:
             return code
-        if n_restarts < part.max_restarts:
-            tell(f"{lost}. All start again from the last checkpoint ({n_restarts + 1} of {part.max_restarts})")
+        if n_restarts < config.max_restarts:
+            tell(f"{lost}. All start again from the last checkpoint ({n_restarts + 1} of {config.max_restarts})")
     raise AgreementFailed(
-        f"{lost}, and all {n_processes} were started again {part.max_restarts} times (distributed.max_restarts). Its "
+        f"{lost}, and all {n_processes} were started again {config.max_restarts} times (distributed.max_restarts). Its "
         f"own output, or the system's log, says why it ends. The same command goes on from the last checkpoint.",
-        n_restarts=part.max_restarts,
+        n_restarts=config.max_restarts,
     )
 
 

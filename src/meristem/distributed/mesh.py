@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from meristem.device.part import DevicePart
-from meristem.distributed.part import DistributedPart
+from meristem.device.config import DeviceConfig
+from meristem.distributed.config import DistributedConfig
 from meristem.errors import AgreementFailed, CapabilityError, ConflictingKeys, MeristemError, WrongValue
 
 _GIVEN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -44,7 +44,7 @@ class Ranks:
         return self.rank == 0
 
 
-def told_rank(environment: Mapping[str, str] = os.environ) -> int:
+def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
     """The number of this process, as whoever started it says; 0 alone."""
     return int(environment.get("RANK", "0"))
 
@@ -53,7 +53,7 @@ def require_not_launched(environment: Mapping[str, str] = os.environ) -> None:
     """Raises WrongValue in a process that was itself started as one of several."""
     if "WORLD_SIZE" in environment:
         raise WrongValue(
-            f"--nproc starts processes, and this one was started as {told_rank(environment) + 1} of "
+            f"--nproc starts processes, and this one was started as {launched_rank(environment) + 1} of "
             f"{environment['WORLD_SIZE']} (RANK, WORLD_SIZE). Leave --nproc out under torchrun, or unset WORLD_SIZE.",
             path="--nproc",
         )
@@ -73,7 +73,9 @@ def written_down(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def joined(part: DistributedPart, device: DevicePart, environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+def joined(
+    config: DistributedConfig, device: DeviceConfig, environment: Mapping[str, str] = os.environ
+) -> Iterator[Ranks]:
     """Be one of the processes that ``torchrun`` started while the block runs; alone where it started one or none.
 
     The environment says who this is and where the first one can be met: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
@@ -91,13 +93,13 @@ def joined(part: DistributedPart, device: DevicePart, environment: Mapping[str, 
             missing=missing,
         )
     local_rank = int(environment.get("LOCAL_RANK", "0"))
-    backend = _backend(part, device, local_rank)
-    timeout = timedelta(seconds=part.timeout_s)
+    backend = _backend(config, device, local_rank)
+    timeout = timedelta(seconds=config.timeout_s)
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
         store.set_timeout(timeout)
         # The table outlives processes that are started again: what those before them said must not be heard.
-        store = PrefixStore(_met(store, rank, size, part.timeout_s), store)
+        store = PrefixStore(_met(store, rank, size, config.timeout_s), store)
         # Numbers of the host always go by gloo: reading them from an accelerator would make it wait.
         carriers = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
         own = PrefixStore("torch", store)
@@ -105,7 +107,7 @@ def joined(part: DistributedPart, device: DevicePart, environment: Mapping[str, 
     except (dist.DistError, RuntimeError) as cause:
         raise AgreementFailed(
             f"process {environment['RANK']} of {environment['WORLD_SIZE']} did not meet all others at "
-            f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']} within {part.timeout_s:g} s: {cause}. See "
+            f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']} within {config.timeout_s:g} s: {cause}. See "
             f"whether each was started with the same address, or raise distributed.timeout_s.",
             rank=int(environment["RANK"]),
         ) from cause
@@ -139,23 +141,23 @@ def _met(store: Store, rank: int, size: int, timeout_s: float) -> str:
     return own
 
 
-def own_device(ranks: Ranks, part: DevicePart) -> DevicePart:
+def own_device(ranks: Ranks, config: DeviceConfig) -> DeviceConfig:
     """The device of this process: of several on a machine with GPUs, each takes its own."""
-    if ranks.size == 1 or not _wants_gpu(part):
-        return part
-    if part.name.startswith("cuda:"):
+    if ranks.size == 1 or not _wants_gpu(config):
+        return config
+    if config.device.startswith("cuda:"):
         raise ConflictingKeys(
-            f"device.name is {part.name}, one GPU, and there are {ranks.size} processes, each of which needs its own. "
-            f"Set device.name=cuda.",
-            path="device.name",
-            value=part.name,
+            f"device.device is {config.device}, one GPU, and there are {ranks.size} processes, each of which needs its own. "
+            f"Set device.device=cuda.",
+            path="device.device",
+            value=config.device,
         )
-    return part.model_copy(update={"name": f"cuda:{ranks.local_rank}"})
+    return config.model_copy(update={"device": f"cuda:{ranks.local_rank}"})
 
 
-def _backend(part: DistributedPart, device: DevicePart, local_rank: int) -> str:
+def _backend(config: DistributedConfig, device: DeviceConfig, local_rank: int) -> str:
     """The backend, tried as far as can be without the others."""
-    backend = part.backend
+    backend = config.backend
     if backend == "auto":
         backend = "nccl" if _wants_gpu(device) else "gloo"
     if backend == "gloo":
@@ -164,7 +166,7 @@ def _backend(part: DistributedPart, device: DevicePart, local_rank: int) -> str:
     if local_rank >= n_gpus:
         raise CapabilityError(
             f"process {local_rank} of this machine needs a GPU of its own for nccl, and there are {n_gpus}. Start "
-            f"{max(n_gpus, 1)} processes, or set device.name=cpu and distributed.backend=gloo.",
+            f"{max(n_gpus, 1)} processes, or set device.device=cpu and distributed.backend=gloo.",
             device="cuda",
             reason="too few",
         )
@@ -172,5 +174,5 @@ def _backend(part: DistributedPart, device: DevicePart, local_rank: int) -> str:
     return backend
 
 
-def _wants_gpu(part: DevicePart) -> bool:
-    return torch.cuda.is_available() and (part.name == "auto" or part.name.startswith("cuda"))
+def _wants_gpu(config: DeviceConfig) -> bool:
+    return torch.cuda.is_available() and (config.device == "auto" or config.device.startswith("cuda"))

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meristem.checkpoint.files import sha256
+from meristem.checkpoint.atomic import sha256
 from meristem.data.corpus import Corpus
 from meristem.device.resolve import Device
 from meristem.errors import CorpusTooShort
 from meristem.evaluate.likelihood import Likelihood, Loss, Reader
-from meristem.memory.value import State
+from meristem.memory.state import State
 from meristem.shapes import Tokens
 
 N_WINDOWS: Final = 4
@@ -53,7 +53,7 @@ def documents(corpus: Corpus, split: str, *, length: int, most: int | None = Non
         longest = int(lengths.max())
         raise CorpusTooShort(
             f"no document of split '{split}' of corpus '{corpus.name}' holds {length + 1} tokens; the longest has "
-            f"{longest}. Add longer documents, or set data.window to {max(1, (longest - 1) // N_WINDOWS)} or less: "
+            f"{longest}. Add longer documents, or set data.seq_len to {max(1, (longest - 1) // N_WINDOWS)} or less: "
             f"{N_WINDOWS} windows of a document are read.",
             found=longest,
             expected=length + 1,

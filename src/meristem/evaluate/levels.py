@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from meristem.evaluate.memory import COPIES, mean, uncompiled
 from meristem.events import Event
 from meristem.memory import Gates
-from meristem.memory.value import State, flatten
-from meristem.nn.levels import Level, MemoryLevels, Pooled
+from meristem.memory.state import State, flatten
+from meristem.nn.cms_memory import CMSMemory, Level, PooledTokens
 from meristem.shapes import Tokens
 
 
@@ -27,7 +27,7 @@ def level_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, dict[str, fl
     it on. memory_change: how far its memory moves in one fire of the second half of the text, relative to its size;
     left out where it does not fire there. n_fires: in that half.
     """
-    modules = [module for module in model.modules() if isinstance(module, MemoryLevels)]
+    modules = [module for module in model.modules() if isinstance(module, CMSMemory)]
     half = tokens_bt.shape[1] // 2
     if not modules or half < 1:
         return {}
@@ -71,7 +71,7 @@ class Dormancy:
 
     def event(self, path: str, step: int) -> Event:
         """What a run says of it."""
-        advice = "raise memory.write, give its level a shorter period, or train with fewer levels"
+        advice = "raise memory.write_rate, give its level a shorter period, or train with fewer levels"
         return Event("level.dormant", {"step": step, "level": path, "fires": self.n_still, "advice": advice}, "warning")
 
 
@@ -98,7 +98,7 @@ def _of_gates(level: Level, heard: list[Gates]) -> dict[str, float]:
     """Of gates that may have been heard of no token: a slow level writes seldom."""
     if not heard:
         return {}
-    n_apart = level.n_apart if isinstance(level, Pooled) else 1
+    n_apart = level.n_apart if isinstance(level, PooledTokens) else 1
     retain = mean([gates.retain_bth for gates in heard])
     return {
         "write_budget": mean([gates.write_bth for gates in heard]) / n_apart,

@@ -11,7 +11,7 @@ import torch
 from meristem.data.corpus import Corpus
 from meristem.data.stream import held_out
 from meristem.device.resolve import Device
-from meristem.memory.value import State
+from meristem.memory.state import State
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits and targets to the nats of all targets together: ``train.loss.cross_entropy``, handed in by the recipe."""

@@ -11,11 +11,11 @@ from torch import nn
 
 from meristem.memory import Gates
 from meristem.memory.forms.frozen_chunk import overshoot
-from meristem.memory.value import State, flatten
-from meristem.models.reader import LEARNED
+from meristem.memory.state import State, flatten
+from meristem.models.online import LEARNED
 from meristem.nn.gates import GateMap
-from meristem.nn.kept import KeptRecall
-from meristem.nn.memory import Recall
+from meristem.nn.memory import NeuralMemory
+from meristem.nn.memory_cache import MemoryCache
 from meristem.shapes import Hidden, Tokens
 
 CARRIED = ("momentum", "anchor", "deep", "span", "reset")
@@ -55,11 +55,11 @@ def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
     return figures | ({"overshoot": max(worst)} if any(worst) else {})
 
 
-def _overshoot(recall: Recall | KeptRecall, hidden_btd: Hidden, state: State | None = None) -> float:
+def _overshoot(recall: NeuralMemory | MemoryCache, hidden_btd: Hidden, state: State | None = None) -> float:
     """The worst of one layer; 0 where it has no whole chunk, or its recall is no one matrix."""
     if not recall.rule.is_linear or hidden_btd.shape[1] < recall.chunk:
         return 0.0
-    _, keys_bthk, _, _ = recall.vectors(hidden_btd, None)
+    _, keys_bthk, _, _ = recall.project(hidden_btd, None)
     return float(overshoot(recall.rule, keys_bthk, recall.gates(hidden_btd), recall.chunk).max())
 
 
@@ -68,27 +68,27 @@ def uncompiled() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-Heard = tuple[list[Gates], list[tuple[Recall | KeptRecall, tuple[Any, ...]]]]
+Heard = tuple[list[Gates], list[tuple[NeuralMemory | MemoryCache, tuple[Any, ...]]]]
 
 
 @contextmanager
 def _listening(model: nn.Module) -> Iterator[Heard]:
     """The gates that every gate map gives while this lasts, and what every memory is given."""
     heard: list[Gates] = []
-    asked: list[tuple[Recall | KeptRecall, tuple[Any, ...]]] = []
+    asked: list[tuple[NeuralMemory | MemoryCache, tuple[Any, ...]]] = []
 
     def hear(module: nn.Module, inputs: object, gates: Gates) -> None:
         heard.append(gates)
 
     def ask(module: nn.Module, given: tuple[Any, ...]) -> None:
-        if isinstance(module, Recall | KeptRecall):
+        if isinstance(module, NeuralMemory | MemoryCache):
             asked.append((module, given))
 
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, GateMap):
                 hooks.enter_context(module.register_forward_hook(hear))
-            if isinstance(module, Recall | KeptRecall):
+            if isinstance(module, NeuralMemory | MemoryCache):
                 hooks.enter_context(module.register_forward_pre_hook(ask))
         yield heard, asked
 

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 import torch
 
-from meristem.checkpoint.files import sha256
+from meristem.checkpoint.atomic import sha256
 from meristem.data.stream import IGNORED
 from meristem.device.random import stream
 from meristem.device.resolve import Device
@@ -212,7 +212,7 @@ def suite(vocabulary: int, window: int) -> tuple[Task, ...]:
     if window < SHORTEST:
         raise WrongValue(
             f"the smallest tasks of recall need a window of {SHORTEST} tokens, found {window}. "
-            f"Set data.window to {SHORTEST} or more.",
+            f"Set data.seq_len to {SHORTEST} or more.",
             found=window,
             expected=SHORTEST,
         )
@@ -225,7 +225,7 @@ def suite(vocabulary: int, window: int) -> tuple[Task, ...]:
 
 
 @dataclass(frozen=True)
-class Recall:
+class RecallScore:
     """Of ``n`` answers asked for, how many had the highest logit, and the nats of all of them."""
 
     n: int
@@ -244,7 +244,7 @@ class Recall:
 
 
 @torch.no_grad()
-def recall(reader: Reader, questions: Questions, *, batch: int, device: Device, loss: Loss) -> Recall:
+def recall(reader: Reader, questions: Questions, *, batch: int, device: Device, loss: Loss) -> RecallScore:
     """How many of the questions ``reader`` answers, each window read from a fresh memory, ``batch`` of them at once."""
     n_right, total_nats = 0, 0.0
     for rows in zip(questions.tokens_bt.split(batch), questions.targets_bt.split(batch), strict=True):
@@ -253,7 +253,7 @@ def recall(reader: Reader, questions: Questions, *, batch: int, device: Device, 
             logits_bto, _ = reader(tokens_bt, None)
         n_right += int((logits_bto.argmax(-1) == targets_bt).sum())
         total_nats += float(loss(logits_bto, targets_bt))
-    return Recall(questions.n, n_right, total_nats)
+    return RecallScore(questions.n, n_right, total_nats)
 
 
 def _distinct(n_rows: int, n_drawn: int, n: int, generator: torch.Generator) -> torch.Tensor:

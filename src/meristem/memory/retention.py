@@ -15,7 +15,7 @@ from torch import Tensor
 
 from meristem.errors import WrongValue
 from meristem.memory.gates import RowGates
-from meristem.memory.value import Memory, beside
+from meristem.memory.state import Memory, beside
 from meristem.plugins import Registry
 
 TINY = 1e-12

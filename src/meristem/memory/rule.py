@@ -10,9 +10,9 @@ from meristem.memory.bias import Bias
 from meristem.memory.features import Features, identity
 from meristem.memory.gates import Gates, RowGates
 from meristem.memory.retention import Retention
+from meristem.memory.state import Memory
 from meristem.memory.structure import Live, Pairs, Structure
 from meristem.memory.update import Update
-from meristem.memory.value import Memory
 from meristem.shapes import Key, Keys, Queries, Query, Value, Values
 
 
@@ -97,7 +97,7 @@ def write(rule: Rule, memory: Memory, key_bhk: Key, value_bhv: Value, gates: Row
     probed = weights
     if rule.probe == "warm":
         probed = {name: gates.retain_bhc[..., None] * weight for name, weight in weights.items()}
-    recalled, target, pull = rule.structure.linearise(Live(probed), pairs)
+    recalled, target, pull = rule.structure.vjp(Live(probed), pairs)
     gradient = rule.bias.gradient(recalled, target, gates.threshold_bhc)
     surprise = pull(gradient if counts_bhc is None else counts_bhc[..., None] * gradient)
     change, carried = rule.update.change(memory, weights, surprise, gates)

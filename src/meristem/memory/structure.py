@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from meristem.errors import WrongValue
-from meristem.memory.value import Memory
+from meristem.memory.state import Memory
 from meristem.plugins import Registry
 
 Factor: TypeAlias = tuple[Tensor, Tensor]
@@ -38,11 +38,11 @@ class Pairs:
 class Weights(Protocol):
     """Products of rows with the weights of a memory."""
 
-    def times(self, name: str, rows: Tensor) -> Tensor:
+    def matmul(self, name: str, rows: Tensor) -> Tensor:
         """Rows times the stored tensor: its first axis is contracted."""
         ...
 
-    def against(self, name: str, rows: Tensor) -> Tensor:
+    def matmul_t(self, name: str, rows: Tensor) -> Tensor:
         """Rows times its transpose: its second axis is contracted."""
         ...
 
@@ -53,10 +53,10 @@ class Live:
 
     memory: Memory
 
-    def times(self, name: str, rows: Tensor) -> Tensor:
+    def matmul(self, name: str, rows: Tensor) -> Tensor:
         return rows @ self.memory[name]
 
-    def against(self, name: str, rows: Tensor) -> Tensor:
+    def matmul_t(self, name: str, rows: Tensor) -> Tensor:
         return rows @ self.memory[name].mT
 
 
@@ -92,7 +92,7 @@ class Structure(Protocol):
         """What the memory answers to each query."""
         ...
 
-    def linearise(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
+    def vjp(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
         """What is recalled for each pair, what should have been, and the map from a gradient to the surprise."""
         ...
 
@@ -113,11 +113,11 @@ class Matrix:
         return key
 
     def recall(self, weights: Weights, query: Tensor) -> Tensor:
-        return weights.times(self.weights[0], self.address(query))
+        return weights.matmul(self.weights[0], self.address(query))
 
-    def linearise(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
+    def vjp(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
         address_bhck = self.address(pairs.key_bhck)
-        recalled_bhcv = weights.times(self.weights[0], address_bhck)
+        recalled_bhcv = weights.matmul(self.weights[0], address_bhck)
         return recalled_bhcv, pairs.value_bhcv, lambda gradient: {self.weights[0]: (address_bhck, gradient)}
 
 
@@ -139,8 +139,8 @@ class Vector:
     def recall(self, weights: Weights, query: Tensor) -> Tensor:
         return Matrix(self.weights).recall(weights, self.address(query))
 
-    def linearise(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
-        return Matrix(self.weights).linearise(weights, Pairs(self.address(pairs.key_bhck), pairs.value_bhcv))
+    def vjp(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
+        return Matrix(self.weights).vjp(weights, Pairs(self.address(pairs.key_bhck), pairs.value_bhcv))
 
 
 @dataclass(frozen=True)
@@ -192,16 +192,16 @@ class Mlp:
         raise TypeError("an MLP memory has no one matrix")
 
     def recall(self, weights: Weights, query: Tensor) -> Tensor:
-        return self._answer(query, self._forward(weights, query)[-1])
+        return self._output(query, self._forward(weights, query)[-1])
 
-    def linearise(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
+    def vjp(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
         slopes, curved, gate_bhcf, last_bhcf, added_bhcv = self._forward(weights, pairs.key_bhck)
 
         def pull(gradient_bhcv: Tensor) -> Surprise:
             if self.is_normed:
                 gradient_bhcv = _pull_norm(added_bhcv, gradient_bhcv)
             surprise: Surprise = {"out_bhfv": (last_bhcf, gradient_bhcv)}
-            gradient_bhcf = weights.against("out_bhfv", gradient_bhcv)
+            gradient_bhcf = weights.matmul_t("out_bhfv", gradient_bhcv)
             if gate_bhcf is not None:
                 surprise["gate_bhkf"] = (pairs.key_bhck, gradient_bhcf * curved[-1])
                 gradient_bhcf = gradient_bhcf * gate_bhcf
@@ -210,10 +210,10 @@ class Mlp:
                 gradient_bhcf = gradient_bhcf * slope_bhcf
                 surprise[name] = (rows, gradient_bhcf)
                 if name != self.inner[0]:
-                    gradient_bhcf = weights.against(name, gradient_bhcf)
+                    gradient_bhcf = weights.matmul_t(name, gradient_bhcf)
             return {name: surprise[name] for name in self.weights}
 
-        return self._answer(pairs.key_bhck, added_bhcv), pairs.value_bhcv, pull
+        return self._output(pairs.key_bhck, added_bhcv), pairs.value_bhcv, pull
 
     def _forward(
         self, weights: Weights, key_bhck: Tensor
@@ -221,14 +221,14 @@ class Mlp:
         """The slope and the value of every GELU, the gate, what the last layer is given, and what it adds."""
         slopes, curved, rows = [], [], key_bhck
         for name in self.inner:
-            rows, slope_bhcf = Gelu.apply(weights.times(name, rows))
+            rows, slope_bhcf = Gelu.apply(weights.matmul(name, rows))
             slopes.append(slope_bhcf)
             curved.append(rows)
-        gate_bhcf = weights.times("gate_bhkf", key_bhck) if self.is_gated else None
+        gate_bhcf = weights.matmul("gate_bhkf", key_bhck) if self.is_gated else None
         last_bhcf = rows if gate_bhcf is None else rows * gate_bhcf
-        return slopes, curved, gate_bhcf, last_bhcf, weights.times("out_bhfv", last_bhcf)
+        return slopes, curved, gate_bhcf, last_bhcf, weights.matmul("out_bhfv", last_bhcf)
 
-    def _answer(self, key_bhck: Tensor, added_bhcv: Tensor) -> Tensor:
+    def _output(self, key_bhck: Tensor, added_bhcv: Tensor) -> Tensor:
         if self.is_normed:
             added_bhcv = functional.layer_norm(added_bhcv, added_bhcv.shape[-1:])
         return added_bhcv + key_bhck if added_bhcv.shape == key_bhck.shape else added_bhcv
@@ -266,14 +266,14 @@ class Slots:
         raise TypeError("slots have no one matrix")
 
     def recall(self, weights: Weights, query: Tensor) -> Tensor:
-        return weights.times("slots_bhgk", weights.against("slots_bhgk", query).softmax(dim=-1))
+        return weights.matmul("slots_bhgk", weights.matmul_t("slots_bhgk", query).softmax(dim=-1))
 
-    def linearise(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
+    def vjp(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
         code_bhcg = _code(pairs)
         if self.written == "decode":
-            recalled_bhck = weights.times("slots_bhgk", code_bhcg)
+            recalled_bhck = weights.matmul("slots_bhgk", code_bhcg)
             return recalled_bhck, pairs.value_bhcv, lambda gradient: {"slots_bhgk": (code_bhcg, gradient)}
-        recalled_bhcg = weights.against("slots_bhgk", pairs.key_bhck)
+        recalled_bhcg = weights.matmul_t("slots_bhgk", pairs.key_bhck)
         return recalled_bhcg, code_bhcg, lambda gradient: {"slots_bhgk": (gradient, pairs.key_bhck)}
 
 
@@ -303,14 +303,14 @@ class TwoSlots:
         raise TypeError("two slots have no one matrix")
 
     def recall(self, weights: Weights, query: Tensor) -> Tensor:
-        reached_bhcg = functional.silu(weights.against("key_slots_bhgk", query))
+        reached_bhcg = functional.silu(weights.matmul_t("key_slots_bhgk", query))
         read_bhcg = functional.layer_norm(reached_bhcg, reached_bhcg.shape[-1:])
-        return self._squash(weights.times("value_slots_bhgv", read_bhcg))
+        return self._squash(weights.matmul("value_slots_bhgv", read_bhcg))
 
-    def linearise(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
+    def vjp(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
         code_bhcg = _code(pairs)
         written = {"key_slots_bhgk": pairs.key_bhck, "value_slots_bhgv": pairs.value_bhcv}
-        reached = {name: weights.against(name, rows) for name, rows in written.items()}
+        reached = {name: weights.matmul_t(name, rows) for name, rows in written.items()}
         recalled = torch.cat([self._squash(reached_bhcg) for reached_bhcg in reached.values()], dim=-1)
 
         def pull(gradient: Tensor) -> Surprise:

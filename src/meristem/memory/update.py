@@ -10,8 +10,8 @@ from torch.nn import functional
 from meristem.memory.gates import RowGates
 from meristem.memory.kernels.newton_schulz import newton_schulz
 from meristem.memory.retention import per_head
+from meristem.memory.state import Memory, beside
 from meristem.memory.structure import Surprise, outer
-from meristem.memory.value import Memory, beside
 from meristem.plugins import Registry
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 from meristem.plugins import Registry
 
-models: Registry[Callable[[ModelPart, MemoryPart, int, int], nn.Module]] = Registry(
+models: Registry[Callable[[ModelConfig, MemoryConfig, int, int], nn.Module]] = Registry(
     "model",
     {
         "lm": "meristem.models.lm:LM",
@@ -17,10 +17,10 @@ models: Registry[Callable[[ModelPart, MemoryPart, int, int], nn.Module]] = Regis
         "chargru": "meristem.models.char:char_gru",
     },
 )
-"""Makers of models: ``model(tokens_bt, state) -> (logits_bto, state)``, at most ``model.window`` tokens at once."""
+"""Makers of models: ``model(tokens_bt, state) -> (logits_bto, state)``, at most ``model.max_seq_len`` tokens at once."""
 
 
-def build(model: ModelPart, memory: MemoryPart, vocabulary: int, random_seed: int) -> nn.Module:
+def build(model: ModelConfig, memory: MemoryConfig, vocabulary: int, random_seed: int) -> nn.Module:
     """A fresh model; its weights depend on these four and on nothing else.
 
     Under ``torch.device("meta")`` it has shapes only. vocabulary: how many ids there are.

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meristem.memory.value import State
-from meristem.models.doors import check_tokens
-from meristem.models.draws import drawn_from
-from meristem.models.part import ModelPart
+from meristem.memory.state import State
+from meristem.models.config import ModelConfig
+from meristem.models.init import seeded
+from meristem.models.validate import check_tokens
 from meristem.nn.attention import Attention
+from meristem.nn.config import MemoryConfig
 from meristem.nn.mlp import Feedforward
-from meristem.nn.part import MemoryPart
 from meristem.nn.recurrent import RecurrentStack, elman_stack, gru_stack
 from meristem.shapes import Hidden, Logits, Tokens
 
@@ -32,26 +32,26 @@ class CharFormer(nn.Module):
 
     no_decay: ClassVar = frozenset({"position_td"})
 
-    def __init__(self, model: ModelPart, memory: MemoryPart, vocabulary: int, random_seed: int) -> None:
+    def __init__(self, model: ModelConfig, memory: MemoryConfig, vocabulary: int, random_seed: int) -> None:
         super().__init__()
-        self.window = model.window
-        with drawn_from(random_seed, "model.ends"):
-            self.embedding = nn.Embedding(vocabulary, model.width)
-            self.head = nn.Linear(model.width, vocabulary)
+        self.window = model.max_seq_len
+        with seeded(random_seed, "model.ends"):
+            self.embedding = nn.Embedding(vocabulary, model.dim)
+            self.head = nn.Linear(model.dim, vocabulary)
             if model.init == "unscaled":
                 _unscale(self.head)
             if model.positions == "learned":
-                self.position_td = nn.Parameter(torch.randn(model.window, model.width) * 0.02)
+                self.position_td = nn.Parameter(torch.randn(model.max_seq_len, model.dim) * 0.02)
             else:
-                self.register_buffer("position_td", sinusoids(model.window, model.width), persistent=False)
+                self.register_buffer("position_td", sinusoids(model.max_seq_len, model.dim), persistent=False)
         self.blocks = nn.ModuleList()
         for layer in range(model.n_layers):
-            with drawn_from(random_seed, "model.layer", layer):
+            with seeded(random_seed, "model.layer", layer):
                 block = CharBlock(model)
                 if model.init == "unscaled":
                     _unscale(block.mlp.up, block.mlp.out)
             self.blocks.append(block)
-        self.norm = nn.LayerNorm(model.width) if model.order == "pre" else nn.Identity()
+        self.norm = nn.LayerNorm(model.dim) if model.order == "pre" else nn.Identity()
 
     def forward(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
         check_tokens(tokens_bt, self.window)
@@ -75,13 +75,13 @@ class CharFormer(nn.Module):
 class CharBlock(nn.Module):
     """One layer. ``post``: ``y = norm(x + attention x)``, ``norm(y + mlp y)``; ``pre`` normalises inside."""
 
-    def __init__(self, model: ModelPart) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.is_pre = model.order == "pre"
-        self.mixer_norm = nn.LayerNorm(model.width)
-        self.mixer = Attention(model.width, model.heads, span=None, rope=False, bias=True)
-        self.mlp_norm = nn.LayerNorm(model.width)
-        self.mlp = Feedforward(model.width, model.hidden or 4 * model.width, F.relu)
+        self.mixer_norm = nn.LayerNorm(model.dim)
+        self.mixer = Attention(model.dim, model.n_heads, span=None, rope=False, bias=True)
+        self.mlp_norm = nn.LayerNorm(model.dim)
+        self.mlp = Feedforward(model.dim, model.mlp_dim or 4 * model.dim, F.relu)
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         if self.is_pre:
@@ -124,13 +124,13 @@ class CharRecurrent(nn.Module):
         return self.head(hidden_btd), state
 
 
-def char_rnn(model: ModelPart, memory: MemoryPart, vocabulary: int, random_seed: int) -> CharRecurrent:
+def char_rnn(model: ModelConfig, memory: MemoryConfig, vocabulary: int, random_seed: int) -> CharRecurrent:
     """Plain recurrent cells."""
-    with drawn_from(random_seed, "model"):
-        return CharRecurrent(vocabulary, model.width, elman_stack(model.width, model.n_layers))
+    with seeded(random_seed, "model"):
+        return CharRecurrent(vocabulary, model.dim, elman_stack(model.dim, model.n_layers))
 
 
-def char_gru(model: ModelPart, memory: MemoryPart, vocabulary: int, random_seed: int) -> CharRecurrent:
+def char_gru(model: ModelConfig, memory: MemoryConfig, vocabulary: int, random_seed: int) -> CharRecurrent:
     """Gated recurrent cells."""
-    with drawn_from(random_seed, "model"):
-        return CharRecurrent(vocabulary, model.width, gru_stack(model.width, model.n_layers))
+    with seeded(random_seed, "model"):
+        return CharRecurrent(vocabulary, model.dim, gru_stack(model.dim, model.n_layers))

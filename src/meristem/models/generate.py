@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from meristem.errors import ShapeError, WrongValue
-from meristem.memory.value import State
+from meristem.memory.state import State
 from meristem.shapes import Tokens
 
 

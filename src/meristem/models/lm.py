@@ -9,22 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from meristem.memory.value import State
-from meristem.models.doors import check_tokens
-from meristem.models.draws import drawn_from
-from meristem.models.join import JOINS
+from meristem.memory.state import State
+from meristem.models.aggregate import JOINS
+from meristem.models.config import ModelConfig
+from meristem.models.init import seeded
 from meristem.models.layers import of_layer
-from meristem.models.part import ModelPart
+from meristem.models.validate import check_tokens
 from meristem.nn.attention import Attention
-from meristem.nn.chain import Chain, chain_of
+from meristem.nn.cms_mlp import CMSMLP, build_cms_mlp
+from meristem.nn.config import MemoryConfig
 from meristem.nn.mac import MemoryAsContext
 from meristem.nn.mag import MemoryAsGate
 from meristem.nn.mal import MemoryAsLayer
 from meristem.nn.memory import MemoryLayer
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.nn.norm import RMSNorm
-from meristem.nn.part import MemoryPart
-from meristem.nn.recall import recall_of
+from meristem.nn.recall import build_memory
 from meristem.nn.self_reference import SelfReference
 from meristem.plugins import Registry
 from meristem.shapes import Hidden, Logits, Tokens
@@ -37,38 +37,40 @@ HEAD: Final = 0.6
 At a tenth of it a model learns little but the frequencies of tokens for hundreds of steps."""
 
 
-def attention(model: ModelPart, memory: MemoryPart) -> Attention:
+def attention(model: ModelConfig, memory: MemoryConfig) -> Attention:
     """Sliding-window attention alone: the baseline without memory."""
-    return Attention(model.width, model.heads, span=model.span, rope=model.rope, n_persistent=model.n_persistent)
+    return Attention(
+        model.dim, model.n_heads, span=model.sliding_window, rope=model.rope, n_persistent=model.n_persistent_tokens
+    )
 
 
-def memory_as_gate(model: ModelPart, memory: MemoryPart) -> MemoryAsGate:
+def memory_as_gate(model: ModelConfig, memory: MemoryConfig) -> MemoryAsGate:
     """Sliding-window attention, scaled by what the memory recalls."""
-    return MemoryAsGate(model.width, memory, attention=attention(model, memory), combine=model.combine)
+    return MemoryAsGate(model.dim, memory, attention=attention(model, memory), combine=model.combine)
 
 
-def memory_as_context(model: ModelPart, memory: MemoryPart) -> MemoryAsContext:
+def memory_as_context(model: ModelConfig, memory: MemoryConfig) -> MemoryAsContext:
     """Attention inside a segment, to the segment and to what the memory of earlier ones recalls for it."""
-    whole = Attention(model.width, model.heads, span=None, rope=model.rope, n_persistent=model.n_persistent)
-    return MemoryAsContext(model.width, memory, attention=whole, segment=model.segment, combine=model.combine)
+    whole = Attention(model.dim, model.n_heads, span=None, rope=model.rope, n_persistent=model.n_persistent_tokens)
+    return MemoryAsContext(model.dim, memory, attention=whole, segment=model.segment, combine=model.combine)
 
 
-def memory_as_layer(model: ModelPart, memory: MemoryPart) -> MemoryAsLayer:
+def memory_as_layer(model: ModelConfig, memory: MemoryConfig) -> MemoryAsLayer:
     """A memory, and sliding-window attention to what it gives."""
-    return MemoryAsLayer(model.width, memory, attention=attention(model, memory), is_residual=model.is_residual)
+    return MemoryAsLayer(model.dim, memory, attention=attention(model, memory), is_residual=model.is_residual)
 
 
-def memory_alone(model: ModelPart, memory: MemoryPart) -> MemoryLayer:
+def memory_alone(model: ModelConfig, memory: MemoryConfig) -> MemoryLayer:
     """A memory without attention."""
-    return MemoryLayer(model.width, memory, recall_of(model.width, memory))
+    return MemoryLayer(model.dim, memory, build_memory(model.dim, memory))
 
 
-def self_reference(model: ModelPart, memory: MemoryPart) -> SelfReference:
+def self_reference(model: ModelConfig, memory: MemoryConfig) -> SelfReference:
     """Memories that make the keys, values and gates by which they are written."""
-    return SelfReference(model.width, memory)
+    return SelfReference(model.dim, memory)
 
 
-mixers: Registry[Callable[[ModelPart, MemoryPart], nn.Module]] = Registry(
+mixers: Registry[Callable[[ModelConfig, MemoryConfig], nn.Module]] = Registry(
     "mixer",
     {
         "attention": attention,
@@ -95,14 +97,14 @@ class Block(nn.Module):
 
     m3_every: int | None = None
 
-    def __init__(self, model: ModelPart, memory: MemoryPart) -> None:
+    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(model.width)
+        self.mixer_norm = RMSNorm(model.dim)
         self.mixer = mixers.get(model.mixer)(model, memory)
-        hidden = model.hidden or _derived_hidden(model)
+        hidden = model.mlp_dim or _derived_hidden(model)
         is_chain = model.mlp == "levels"
-        self.mlp_norm = None if is_chain else RMSNorm(model.width)
-        self.mlp = chain_of(model.width, hidden, model.levels) if is_chain else MLPS[model.mlp](model.width, hidden)
+        self.mlp_norm = None if is_chain else RMSNorm(model.dim)
+        self.mlp = build_cms_mlp(model.dim, hidden, model.levels) if is_chain else MLPS[model.mlp](model.dim, hidden)
         self._draw_weights()
         self._shrink_outputs(1 / math.sqrt(2 * model.n_layers))
 
@@ -128,14 +130,14 @@ class Block(nn.Module):
             for out in outs:
                 if isinstance(out, nn.Linear):
                     out.weight.mul_(factor)
-            levels = self.mlp.outs if isinstance(self.mlp, Chain) else []
+            levels = self.mlp.outs if isinstance(self.mlp, CMSMLP) else []
             for out in levels:
                 out.weight.mul_(factor / math.sqrt(len(levels)))
 
 
-def _derived_hidden(model: ModelPart) -> int:
+def _derived_hidden(model: ModelConfig) -> int:
     """4 widths, or, where a gate takes a third of the weights, 8/3 of them, in whole multiples of 32."""
-    return 4 * model.width if model.mlp in ("gelu", "levels") else 32 * math.ceil(model.width / 12)
+    return 4 * model.dim if model.mlp in ("gelu", "levels") else 32 * math.ceil(model.dim / 12)
 
 
 class LM(nn.Module):
@@ -146,24 +148,24 @@ class LM(nn.Module):
 
     window: int | None = None
 
-    def __init__(self, model: ModelPart, memory: MemoryPart, vocabulary: int, random_seed: int) -> None:
+    def __init__(self, model: ModelConfig, memory: MemoryConfig, vocabulary: int, random_seed: int) -> None:
         super().__init__()
-        with drawn_from(random_seed, "model.ends"):
-            self.embedding = nn.Embedding(vocabulary, model.width)
-            self.head = None if model.tied else nn.Linear(model.width, vocabulary, bias=False)
+        with seeded(random_seed, "model.ends"):
+            self.embedding = nn.Embedding(vocabulary, model.dim)
+            self.head = None if model.tied else nn.Linear(model.dim, vocabulary, bias=False)
             nn.init.normal_(self.embedding.weight, std=EMBEDDING)
             head_od = self.embedding.weight if self.head is None else self.head.weight
-            nn.init.normal_(head_od, std=HEAD / math.sqrt(model.width))
+            nn.init.normal_(head_od, std=HEAD / math.sqrt(model.dim))
         self.blocks = nn.ModuleList()
         for layer in range(model.n_layers):
-            with drawn_from(random_seed, "model.layer", layer):
+            with seeded(random_seed, "model.layer", layer):
                 block = Block(*of_layer(model, memory, layer))
             # Where each layer has an m3 of its own, ``optim.groups`` reads its speed here.
             block.m3_every = model.of_layer(layer).m3_every
             self.blocks.append(block)
-        with drawn_from(random_seed, "model.join"):
-            self.join = None if model.join == "stack" else JOINS[model.join](model.width, model.n_layers)
-        self.norm = RMSNorm(model.width)
+        with seeded(random_seed, "model.aggregate"):
+            self.join = None if model.aggregate == "stack" else JOINS[model.aggregate](model.dim, model.n_layers)
+        self.norm = RMSNorm(model.dim)
 
     def forward(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
         check_tokens(tokens_bt)

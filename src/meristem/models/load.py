@@ -13,8 +13,8 @@ from meristem.data.tokenizer import Tokenizer, tokenizer_from_bytes
 from meristem.errors import CheckpointMismatch
 from meristem.events import Emit, silent
 from meristem.models.build import build
-from meristem.models.part import ModelPart
-from meristem.nn.part import MemoryPart
+from meristem.models.config import ModelConfig
+from meristem.nn.config import MemoryConfig
 
 
 class Loaded(NamedTuple):
@@ -33,8 +33,8 @@ def load(path: Path | str, emit: Emit = silent) -> Loaded:
     config = read_yaml(checkpoint.file("config.yaml").decode(), f"{checkpoint.path}/config.yaml")
     tokenizer = tokenizer_from_bytes(checkpoint.file("tokenizer.json"))
     try:
-        model_part = ModelPart.model_validate(config.get("model", {}))
-        memory_part = MemoryPart.model_validate(config.get("memory", {}))
+        model_part = ModelConfig.model_validate(config.get("model", {}))
+        memory_part = MemoryConfig.model_validate(config.get("memory", {}))
     except ValidationError as cause:
         wrong = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in cause.errors())
         raise CheckpointMismatch(

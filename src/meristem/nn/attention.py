@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meristem.errors import WrongValue
-from meristem.memory.value import Memory
+from meristem.memory.state import Memory
 from meristem.shapes import Hidden, Keys, Queries, Values
 
 BLOCK: Final = 64
@@ -82,8 +82,8 @@ class Attention(nn.Module):
     def _mix(self, query_bthk: Queries, keys_bshk: PastKeys, values_bshv: PastValues) -> Values:
         still_bthk, n_read = query_bthk, keys_bshk.shape[1]
         if self.rope:
-            query_bthk = turned(query_bthk, n_read - query_bthk.shape[1])
-            keys_bshk = turned(keys_bshk)
+            query_bthk = rotate(query_bthk, n_read - query_bthk.shape[1])
+            keys_bshk = rotate(keys_bshk)
         if self.persistent_gd is None:
             return windowed(query_bthk, keys_bshk, values_bshv, self.span)
         _, pinned_bghk, pinned_bghv = self.project(self.persistent_gd[None])
@@ -188,15 +188,15 @@ class _Blocks:
         return F.pad(keys_bshk, (0, 0, 0, 0, front, back)) if front or back else keys_bshk
 
 
-def turned(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) -> PastKeys:
+def rotate(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) -> PastKeys:
     """Keys at the positions ``first``, ``first + 1``, ..., from 0 again at every multiple of ``period``.
 
     The pair made of channel k and channel k + half the key width is turned by the angle position * base^(-2k / width).
     """
-    return turned_by(keys_bshk, turns(keys_bshk, first, period=period))
+    return apply_rope(keys_bshk, rope_angles(keys_bshk, first, period=period))
 
 
-def turns(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) -> Turns:
+def rope_angles(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) -> Turns:
     """By how much ``turned`` turns such keys: what many keys at the same positions share."""
     dtype = torch.promote_types(keys_bshk.dtype, torch.float32)
     position_s = torch.arange(first, first + keys_bshk.shape[1], dtype=dtype, device=keys_bshk.device)
@@ -208,7 +208,7 @@ def turns(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) -> 
     return torch.cat([cos_shk, cos_shk], dim=-1), torch.cat([-sin_shk, sin_shk], dim=-1)
 
 
-def turned_by(keys_bshk: PastKeys, by: Turns) -> PastKeys:
+def apply_rope(keys_bshk: PastKeys, by: Turns) -> PastKeys:
     """Keys turned."""
     cos_shk, sin_shk = by
     left_bshk, right_bshk = keys_bshk.chunk(2, dim=-1)

@@ -5,7 +5,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from meristem.memory.value import State, flatten
+from meristem.memory.state import State, flatten
 
 AUXILIARY: Final = "auxiliary_b"
 """The name under which a layer leaves a loss for each row, already weighted. It is a function of the rest of the state

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from meristem.memory.value import Memory
+from meristem.memory.state import Memory
 from meristem.shapes import Hidden
 
 NOISE = 0.02
@@ -30,7 +30,7 @@ class CausalConv(nn.Module):
         weight_dc[:, -1] = 1.0
         self.weight_dc = nn.Parameter(weight_dc)
 
-    def begin(self, hidden_btd: Hidden) -> Memory:
+    def init_state(self, hidden_btd: Hidden) -> Memory:
         """Zeros in the place of what came before the first token."""
         width, kernel = self.weight_dc.shape
         return {"tail_bsd": hidden_btd.new_zeros(hidden_btd.shape[0], kernel - 1, width)}
@@ -39,7 +39,7 @@ class CausalConv(nn.Module):
         padded_bsd, state = self._padded(hidden_btd, state)
         return ShortFilter.apply(padded_bsd, self.weight_dc.to(padded_bsd.dtype)), state
 
-    def vectors(
+    def project(
         self, hidden_btd: Hidden, state: Memory | None, *, n_vectors: int, heads: int, n_units: int
     ) -> tuple[tuple[Tensor, ...], Memory]:
         """``silu(y)`` as so many vectors for every head, ``b t h k``; the first ``n_units`` of them of length one.
@@ -52,7 +52,7 @@ class CausalConv(nn.Module):
 
     def _padded(self, hidden_btd: Hidden, state: Memory | None) -> tuple[Tensor, Memory]:
         """The inputs after those before them, and the state that they leave."""
-        tail_bsd = (self.begin(hidden_btd) if state is None else state)["tail_bsd"]
+        tail_bsd = (self.init_state(hidden_btd) if state is None else state)["tail_bsd"]
         padded_bsd = torch.cat([tail_bsd.to(hidden_btd.dtype), hidden_btd], dim=1)
         # A copy, so that the state does not keep the whole window alive.
         return padded_bsd, {"tail_bsd": padded_bsd[:, hidden_btd.shape[1] :].clone()}

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from meristem.memory.forms.exact_chunk import one_token
-from meristem.memory.value import State
+from meristem.memory.state import State
 from meristem.shapes import Hidden
 
 if TYPE_CHECKING:
-    from meristem.nn.memory import Recall
+    from meristem.nn.memory import NeuralMemory
 
 
-def can_decode(recall: "Recall", hidden_btd: Hidden, state: State | None) -> bool:
+def can_decode(recall: "NeuralMemory", hidden_btd: Hidden, state: State | None) -> bool:
     """One token, in full precision, outside training, and a rule with a memory of one matrix."""
     if hidden_btd.shape[1] != 1 or state is None or torch.is_grad_enabled() or not recall.is_plain:
         return False
@@ -27,13 +27,13 @@ def can_decode(recall: "Recall", hidden_btd: Hidden, state: State | None) -> boo
     return is_full and not is_cast and "unfinished" not in state["memory"]
 
 
-def decode(recall: "Recall", hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
+def decode(recall: "NeuralMemory", hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
     """What the memory answers to one token, and the state after it; the state that came in stays as it was."""
     read_bh1v, _, after = decode_heads(recall, hidden_btd, state)
     return read_bh1v.view(hidden_btd.shape[0], 1, -1), after
 
 
-def decode_heads(recall: "Recall", hidden_btd: Hidden, state: State) -> tuple[Tensor, Tensor, State]:
+def decode_heads(recall: "NeuralMemory", hidden_btd: Hidden, state: State) -> tuple[Tensor, Tensor, State]:
     """The same head by head, ``b h 1 v``, and the query that each head asked with, ``b h 1 k``."""
     rule, memory = recall.rule, state["memory"]
     padded_bsd = torch.cat([state["conv"]["tail_bsd"], functional.linear(hidden_btd, recall.qkv.weight)], dim=1)

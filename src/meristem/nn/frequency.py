@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meristem.memory.value import State, full_precision
+from meristem.memory.state import State, full_precision
 from meristem.nn.auxiliary import AUXILIARY
-from meristem.nn.part import LevelsPart
-from meristem.nn.pool import wide
+from meristem.nn.config import LevelsConfig
+from meristem.nn.token_pooling import wide
 from meristem.shapes import Hidden
 
 BLOCK = 64
@@ -38,14 +38,14 @@ class Frequency(nn.Module):
 
     no_decay: ClassVar = frozenset({"weight_ld", "bias_l"})
 
-    def __init__(self, width: int, part: LevelsPart) -> None:
+    def __init__(self, width: int, config: LevelsConfig) -> None:
         super().__init__()
-        self.periods = part.all_periods[1:]
-        self.anneal, self.budget = part.anneal, part.budget
+        self.periods = config.all_periods[1:]
+        self.anneal, self.budget = config.anneal, config.budget
         self.weight_ld = nn.Parameter(torch.zeros(len(self.periods), width))
         self.bias_l = nn.Parameter(torch.tensor([-math.log(period - 1) for period in self.periods]))
 
-    def begin(self, hidden_btd: Hidden) -> State:
+    def init_state(self, hidden_btd: Hidden) -> State:
         """The state of a reader that has read nothing: on budget."""
         rate_l = self._rate_l(hidden_btd)
         rate_bl = rate_l.expand(hidden_btd.shape[0], -1)

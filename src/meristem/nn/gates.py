@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from meristem.errors import ConflictingKeys
 from meristem.memory import Gates, Rule
-from meristem.memory.value import full_precision
-from meristem.nn.part import MemoryPart
+from meristem.memory.state import full_precision
+from meristem.nn.config import MemoryConfig
 from meristem.shapes import Gate, Hidden
 
 
@@ -27,30 +27,30 @@ class GateMap(nn.Module):
 
     no_decay: ClassVar = frozenset({"weight_hd", "down_rd", "bias_h", "code.weight"})
 
-    def __init__(self, width: int, heads: int, rule: Rule, part: MemoryPart) -> None:
+    def __init__(self, width: int, heads: int, rule: Rule, config: MemoryConfig) -> None:
         """heads: places that have gates of their own."""
         super().__init__()
         self.heads, self.is_scaled = heads, rule.update.has_momentum and rule.update.name != "orthogonal_momentum"
-        if part.write >= part.write_limit:
+        if config.write_rate >= config.write_limit:
             raise ConflictingKeys(
-                f"memory.write {part.write} is not below memory.write_limit {part.write_limit}. Lower the first, or "
+                f"memory.write_rate {config.write_rate} is not below memory.write_limit {config.write_limit}. Lower the first, or "
                 f"raise the second."
             )
-        self.write_limit = part.write_limit
-        first = {"write": _logit(part.write / part.write_limit)}
+        self.write_limit = config.write_limit
+        first = {"write": _logit(config.write_rate / config.write_limit)}
         if rule.has_retain:
-            first["retain"] = _logit(2 ** (-1 / part.half_life))
+            first["retain"] = _logit(2 ** (-1 / config.half_life))
         if rule.update.has_momentum:
-            first["momentum"] = _logit(part.momentum)
+            first["momentum"] = _logit(config.momentum)
         if rule.bias.has_threshold:
             first["threshold"] = math.log(math.e - 1)
         if rule.span > 1:
             first["weight"] = 2.0
         self.names = tuple(first)
         self.down_rd = None
-        if part.gate_rank is not None:
-            self.down_rd = nn.Parameter(torch.randn(part.gate_rank, width) / math.sqrt(width))
-        first_weight = torch.zeros(len(first) * heads, part.gate_rank or width)
+        if config.gate_rank is not None:
+            self.down_rd = nn.Parameter(torch.randn(config.gate_rank, width) / math.sqrt(width))
+        first_weight = torch.zeros(len(first) * heads, config.gate_rank or width)
         # Of two factors one has to be off zero, or neither would ever get a gradient.
         self.weight_hd = nn.Parameter(first_weight if self.down_rd is None else first_weight.normal_(std=0.01))
         self.bias_h = nn.Parameter(torch.tensor(list(first.values())).repeat_interleave(heads))

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meristem.errors import WrongValue
-from meristem.memory.value import State
-from meristem.nn.attention import Attention, Turns, turned_by, turns
+from meristem.memory.state import State
+from meristem.nn.attention import Attention, Turns, apply_rope, rope_angles
 from meristem.nn.combine import COMBINATIONS
-from meristem.nn.part import MemoryPart
-from meristem.nn.pool import spans
-from meristem.nn.recall import recall_of
+from meristem.nn.config import MemoryConfig
+from meristem.nn.recall import build_memory
+from meristem.nn.token_pooling import spans
 from meristem.shapes import Hidden, Keys, Queries, Values
 
 SEEN: Final = ("keys_bshk", "values_bshv", "context_keys_bshk", "context_values_bshv")
@@ -34,16 +34,16 @@ class MemoryAsContext(nn.Module):
     """
 
     def __init__(
-        self, width: int, part: MemoryPart, *, attention: Attention, segment: int, combine: str = "gated"
+        self, width: int, config: MemoryConfig, *, attention: Attention, segment: int, combine: str = "gated"
     ) -> None:
         super().__init__()
         if segment < 1:
             raise WrongValue(f"found a segment of {segment} tokens; expected 1 or more. Raise it.", value=segment)
         self.segment = segment
         self.attention = attention
-        self.recall = recall_of(width, part, is_asked=True)
+        self.recall = build_memory(width, config, is_asked=True)
         self.ask = nn.Linear(width, width, bias=False)
-        self.combine = COMBINATIONS[combine](width, part.head_width)
+        self.combine = COMBINATIONS[combine](width, config.head_dim)
 
     @property
     def out(self) -> nn.Linear:
@@ -62,7 +62,7 @@ class MemoryAsContext(nn.Module):
         return self.out(combined_btd), state
 
     def _fresh(self, hidden_btd: Hidden) -> State:
-        begun = self.recall.begin(hidden_btd)
+        begun = self.recall.init_state(hidden_btd)
         return {"recall": begun, "start": begun, **self._empty(hidden_btd)}
 
     def _empty(self, hidden_btd: Hidden) -> State:
@@ -78,8 +78,8 @@ class MemoryAsContext(nn.Module):
         sizes = [stop - begin for begin, stop in spans(n_read, hidden_btd.shape[1], self.segment)]
         turned: list[Turns | None] = [None] * len(sizes)
         if self.attention.rope:
-            by = turns(still_bthk, n_read, period=self.segment)
-            query_bthk, key_bthk = turned_by(still_bthk, by), turned_by(key_bthk, by)
+            by = rope_angles(still_bthk, n_read, period=self.segment)
+            query_bthk, key_bthk = apply_rope(still_bthk, by), apply_rope(key_bthk, by)
             turned = list(zip(*(x.split(sizes) for x in by), strict=True))
         pinned: list[Tensor | None] = [None] * len(sizes)
         pinned_ghv = None
@@ -97,10 +97,10 @@ class MemoryAsContext(nn.Module):
     def _read(self, part: "Part", whole: "Whole", state: State) -> tuple[Hidden, Hidden, State]:
         """What tokens of one segment gather, what the memory recalls when that is written, and the state after them."""
         n_read, heads = state["keys_bshk"].shape[1], self.attention.heads
-        both_btd = functional.linear(self.recall.look(part.asked_btd, state["start"]), whole.weight_fd)
+        both_btd = functional.linear(self.recall.read(part.asked_btd, state["start"]), whole.weight_fd)
         context_key_bthk, context_value_bthv = both_btd.unflatten(-1, (2, heads, -1)).unbind(2)
         if part.by is not None:
-            context_key_bthk = turned_by(context_key_bthk, part.by)
+            context_key_bthk = apply_rope(context_key_bthk, part.by)
         new = (part.key_bthk, part.value_bthv, context_key_bthk, context_value_bthv)
         seen = {name: torch.cat([state[name], x], dim=1) if n_read else x for name, x in zip(SEEN, new, strict=True)}
         attended_btd = self._attend(part, whole, seen)

@@ -2,11 +2,11 @@
 
 from torch import nn
 
-from meristem.memory.value import State
+from meristem.memory.state import State
 from meristem.nn.attention import Attention
 from meristem.nn.combine import COMBINATIONS
-from meristem.nn.part import MemoryPart
-from meristem.nn.recall import begun, recall_of
+from meristem.nn.config import MemoryConfig
+from meristem.nn.recall import build_memory, initial_state
 from meristem.shapes import Hidden
 
 
@@ -17,11 +17,11 @@ class MemoryAsGate(nn.Module):
     query sees, are written into a fresh memory first.
     """
 
-    def __init__(self, width: int, part: MemoryPart, *, attention: Attention, combine: str = "gated") -> None:
+    def __init__(self, width: int, config: MemoryConfig, *, attention: Attention, combine: str = "gated") -> None:
         super().__init__()
         self.attention = attention
-        self.recall = recall_of(width, part)
-        self.combine = COMBINATIONS[combine](width, part.head_width)
+        self.recall = build_memory(width, config)
+        self.combine = COMBINATIONS[combine](width, config.head_dim)
 
     @property
     def out(self) -> nn.Linear:
@@ -30,7 +30,7 @@ class MemoryAsGate(nn.Module):
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         if state is None:
-            state = {"attention": None, "recall": begun(self.recall, self.attention.persistent_gd, hidden_btd)}
+            state = {"attention": None, "recall": initial_state(self.recall, self.attention.persistent_gd, hidden_btd)}
         attended_btd, attention = self.attention.mix(hidden_btd, state["attention"])
         recalled_btd, recall = self.recall(hidden_btd, state["recall"])
         combined_btd = self.combine(attended_btd, recalled_btd, hidden_btd)

@@ -2,11 +2,11 @@
 
 from torch import nn
 
-from meristem.memory.value import State
+from meristem.memory.state import State
 from meristem.nn.attention import Attention
+from meristem.nn.config import MemoryConfig
 from meristem.nn.memory import MemoryLayer
-from meristem.nn.part import MemoryPart
-from meristem.nn.recall import begun, recall_of
+from meristem.nn.recall import build_memory, initial_state
 from meristem.shapes import Hidden
 
 
@@ -17,9 +17,9 @@ class MemoryAsLayer(nn.Module):
     vectors, which every query sees, are written into a fresh memory first.
     """
 
-    def __init__(self, width: int, part: MemoryPart, *, attention: Attention, is_residual: bool = True) -> None:
+    def __init__(self, width: int, config: MemoryConfig, *, attention: Attention, is_residual: bool = True) -> None:
         super().__init__()
-        self.memory = MemoryLayer(width, part, recall_of(width, part))
+        self.memory = MemoryLayer(width, config, build_memory(width, config))
         self.attention = attention
         self.is_residual = is_residual
 
@@ -30,7 +30,7 @@ class MemoryAsLayer(nn.Module):
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         if state is None:
-            met = begun(self.memory.recall, self.attention.persistent_gd, hidden_btd)
+            met = initial_state(self.memory.recall, self.attention.persistent_gd, hidden_btd)
             state = {"recall": met, "attention": None}
         read_btd, recall = self.memory(hidden_btd, state["recall"])
         layered_btd = read_btd + hidden_btd if self.is_residual else read_btd

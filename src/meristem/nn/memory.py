@@ -10,13 +10,13 @@ from torch.nn import functional
 from meristem.errors import ConflictingKeys
 from meristem.memory import Rule
 from meristem.memory.forms import choose, forms, require, run_trusted
+from meristem.memory.state import Memory, State, beside, full_precision
 from meristem.memory.structure import Live
-from meristem.memory.value import Memory, State, beside, full_precision
+from meristem.nn.config import MemoryConfig
 from meristem.nn.conv import CausalConv, inverse_length, precise
 from meristem.nn.decode import can_decode, decode
 from meristem.nn.gates import GateMap
 from meristem.nn.norm import RMSNorm, inverse_size
-from meristem.nn.part import MemoryPart
 from meristem.nn.rule import rule_of
 from meristem.shapes import Gate, Hidden, Keys, Queries, Values
 
@@ -54,7 +54,7 @@ class Initial(nn.Module):
         return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in value.items()}
 
 
-class Recall(nn.Module):
+class NeuralMemory(nn.Module):
     """What a memory answers to each token, after that token was written into it (memory.md 5.1, up to the read).
 
     Queries, keys and values, as far as the rule uses them, are linear in the hidden vector, mixed with the few tokens
@@ -69,36 +69,36 @@ class Recall(nn.Module):
 
     is_writing = True
 
-    def __init__(self, width: int, part: MemoryPart) -> None:
+    def __init__(self, width: int, config: MemoryConfig) -> None:
         super().__init__()
-        self.rule = rule_of(part)
-        require(self.rule, part.form)
-        self.form, self.chunk = choose(self.rule) if part.form == "auto" else part.form, part.chunk
-        self.heads = part.heads_in(width)
+        self.rule = rule_of(config)
+        require(self.rule, config.form)
+        self.form, self.chunk = choose(self.rule) if config.form == "auto" else config.form, config.chunk
+        self.heads = config.n_heads_in(width)
         self.used = self.rule.structure.used
         self.qkv = nn.Linear(width, len(self.used) * width, bias=False)
-        self.conv = CausalConv(len(self.used) * width, part.conv)
+        self.conv = CausalConv(len(self.used) * width, config.conv)
         # With gates for every channel, each value channel is a head of its own, which shares the keys of its head.
-        self.channels = part.head_width if part.gates == "channel" else 1
+        self.channels = config.head_dim if config.gates == "channel" else 1
         if self.channels > 1:
             _require_channels(self.rule)
-        self.gates = GateMap(width, self.heads * self.channels, self.rule, part)
-        self.mix = ValueMix(self.heads, part.head_width) if self.rule.values == "mixed" else None
-        widths = part.head_width, part.head_width // self.channels
+        self.gates = GateMap(width, self.heads * self.channels, self.rule, config)
+        self.mix = ValueMix(self.heads, config.head_dim) if self.rule.values == "mixed" else None
+        widths = config.head_dim, config.head_dim // self.channels
         self.initial = Initial(self.rule, self.heads * self.channels, widths, has_local=self.form == "tnt")
         # What ``decode`` takes: all else goes token by token as windows do.
         is_exact = forms.get(self.form).is_exact
         is_usual = self.rule.structure.kind == "matrix" and self.rule.features.name == "identity" and self.mix is None
-        is_usual = is_usual and self.channels == 1 and part.gate_rank is None
+        is_usual = is_usual and self.channels == 1 and config.gate_rank is None
         self.is_plain = self.rule.is_linear and is_exact and is_usual
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         if state is not None and self.is_writing and can_decode(self, hidden_btd, state):
             return decode(self, hidden_btd, state)
-        state = self.begin(hidden_btd) if state is None else state
-        query_bthk, key_bthk, value_bthv, tail = self.vectors(hidden_btd, state["conv"])
+        state = self.init_state(hidden_btd) if state is None else state
+        query_bthk, key_bthk, value_bthv, tail = self.project(hidden_btd, state["conv"])
         if not self.is_writing:
-            read_bthv = self.answer(query_bthk, state["memory"])
+            read_bthv = self.read_state(query_bthk, state["memory"])
             return read_bthv.flatten(2).to(value_bthv.dtype), state | {"conv": tail}
         read_bthv, memory = run_trusted(
             self.rule,
@@ -110,15 +110,15 @@ class Recall(nn.Module):
         )
         return read_bthv.flatten(2).to(value_bthv.dtype), {"memory": memory, "conv": tail}
 
-    def begin(self, hidden_btd: Hidden) -> State:
+    def init_state(self, hidden_btd: Hidden) -> State:
         """The state of a reader that has read nothing; ``hidden_btd`` gives batch, dtype and device."""
-        return {"memory": self.initial(hidden_btd.shape[0]), "conv": self.conv.begin(hidden_btd)}
+        return {"memory": self.initial(hidden_btd.shape[0]), "conv": self.conv.init_state(hidden_btd)}
 
-    def look(self, asked_btd: Hidden, state: State) -> Hidden:
+    def read(self, asked_btd: Hidden, state: State) -> Hidden:
         """What the memory, as it stands, recalls of the given vectors; nothing is written."""
-        return self.answer(self.asking(asked_btd), state["memory"]).flatten(2).to(asked_btd.dtype)
+        return self.read_state(self.to_queries(asked_btd), state["memory"]).flatten(2).to(asked_btd.dtype)
 
-    def asking(self, asked_btd: Hidden) -> Queries:
+    def to_queries(self, asked_btd: Hidden) -> Queries:
         """Vectors as queries: one for every head, of length one where the rule's are."""
         asked_bthk = asked_btd.unflatten(-1, (self.heads, -1))
         query_bthk = asked_bthk if self.mix is not None else unit(asked_bthk)
@@ -128,19 +128,19 @@ class Recall(nn.Module):
         """The retain factors that a hidden vector of zeros gets: what the gates are by themselves."""
         return self.gates(torch.zeros_like(self.qkv.weight[:1])[None]).retain_bth
 
-    def answer(self, query_bthk: Queries, memory: Memory) -> Values:
+    def read_state(self, query_bthk: Queries, memory: Memory) -> Values:
         """What a memory recalls of queries, as it stands. A chunk that is not finished has not reached its weights."""
         weights = self.rule.weights(memory)
         with full_precision(query_bthk.device):
             query_bhtk = self.rule.features.apply(query_bthk.to(next(iter(weights.values())).dtype)).movedim(1, 2)
             return self.rule.structure.recall(Live(weights), query_bhtk).movedim(1, 2)
 
-    def vectors(self, hidden_btd: Hidden, tail: State | None) -> tuple[Queries, Keys, Values, State]:
+    def project(self, hidden_btd: Hidden, tail: State | None) -> tuple[Queries, Keys, Values, State]:
         """Queries, keys and values of a window as the rule takes them, and what the convolution carries on."""
         # Queries and keys stand before values.
         n_units = 0 if self.mix is not None else sum(name != "value" for name in self.used)
         sizes = {"n_vectors": len(self.used), "heads": self.heads, "n_units": n_units}
-        found, tail = self.conv.vectors(self.qkv(hidden_btd), tail, **sizes)
+        found, tail = self.conv.project(self.qkv(hidden_btd), tail, **sizes)
         vectors = dict(zip(self.used, found, strict=True))
         # A rule never looks at what it does not use, but its forms take three vectors all the same.
         query_bthk, key_bthk, value_bthv = (vectors.get(name, found[0]) for name in ("query", "key", "value"))
@@ -189,11 +189,11 @@ class MemoryLayer(nn.Module):
 
     no_decay: ClassVar = frozenset({"gate.weight", "gate.bias"})
 
-    def __init__(self, width: int, part: MemoryPart, recall: nn.Module | None = None) -> None:
+    def __init__(self, width: int, config: MemoryConfig, recall: nn.Module | None = None) -> None:
         """recall: what is asked in the place of a single memory, as ``nn.recall`` composes it."""
         super().__init__()
-        self.recall = Recall(width, part) if recall is None else recall
-        self.norm = RMSNorm(part.head_width)
+        self.recall = NeuralMemory(width, config) if recall is None else recall
+        self.norm = RMSNorm(config.head_dim)
         self.gate = nn.Linear(width, width)
         self.out = nn.Linear(width, width, bias=False)
         # The output gate starts open: sigmoid(2) = 0.88.

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from meristem.memory.forms.by_chunk import finished
-from meristem.memory.value import State
+from meristem.memory.state import State
 from meristem.nn.auxiliary import AUXILIARY
-from meristem.nn.chain import Chain, ChainLevel
-from meristem.nn.levels import MemoryLevels
-from meristem.nn.memory import Recall
+from meristem.nn.cms_memory import CMSMemory
+from meristem.nn.cms_mlp import CMSMLP, CMSMLPLevel
+from meristem.nn.config import PERIODS, CMSConfig, LevelsConfig, MemoryConfig
+from meristem.nn.memory import NeuralMemory
 from meristem.nn.norm import RMSNorm
-from meristem.nn.part import PERIODS, ChainPart, LevelsPart, MemoryPart
 from meristem.shapes import Hidden
 
-Made = TypeVar("Made", MemoryLevels, Chain)
-Settings = TypeVar("Settings", LevelsPart, ChainPart)
+Made = TypeVar("Made", CMSMemory, CMSMLP)
+Settings = TypeVar("Settings", LevelsConfig, CMSConfig)
 
 
 @dataclass(frozen=True)
@@ -48,39 +48,39 @@ class Grown(Generic[Made]):
 
 
 def push_up(
-    memory: Recall | MemoryLevels, part: MemoryPart, *, gates: Literal["carry", "default"] = "carry"
-) -> Grown[MemoryLevels]:
+    memory: NeuralMemory | CMSMemory, config: MemoryConfig, *, gates: Literal["carry", "default"] = "carry"
+) -> Grown[CMSMemory]:
     """Level i becomes level i + 1, and takes its period; a fresh level 0 begins to learn.
 
     part: the settings that ``memory`` was made with. gates: whether promoted levels keep their gates or begin with
     those of their new place.
     """
-    n_levels = part.levels.count
-    return _with_memories(memory, part, {level: level + 1 for level in range(n_levels)}, gates)
+    n_levels = config.levels.count
+    return _with_memories(memory, config, {level: level + 1 for level in range(n_levels)}, gates)
 
 
-def stack_up(memory: Recall | MemoryLevels, part: MemoryPart) -> Grown[MemoryLevels]:
+def stack_up(memory: NeuralMemory | CMSMemory, config: MemoryConfig) -> Grown[CMSMemory]:
     """All levels stay as they are; a fresh one, slower than all, comes on top."""
-    return _with_memories(memory, part, {level: level for level in range(part.levels.count)}, "carry")
+    return _with_memories(memory, config, {level: level for level in range(config.levels.count)}, "carry")
 
 
-def push_up_chain(chain: Chain) -> Grown[Chain]:
+def push_up_chain(chain: CMSMLP) -> Grown[CMSMLP]:
     """Level i becomes level i + 1, and takes its period; a fresh level 0, which adds nothing yet, begins to learn."""
-    return _with_chain_level(chain, {level: level + 1 for level in range(chain.part.count)})
+    return _with_chain_level(chain, {level: level + 1 for level in range(chain.config.count)})
 
 
-def stack_up_chain(chain: Chain) -> Grown[Chain]:
+def stack_up_chain(chain: CMSMLP) -> Grown[CMSMLP]:
     """All levels stay as they are; a fresh one, slower than all, which adds nothing yet, comes on top."""
-    return _with_chain_level(chain, {level: level for level in range(chain.part.count)})
+    return _with_chain_level(chain, {level: level for level in range(chain.config.count)})
 
 
-def carry_state(grown: Grown[MemoryLevels] | Grown[Chain], state: State, hidden_btd: Hidden) -> State:
+def carry_state(grown: Grown[CMSMemory] | Grown[CMSMLP], state: State, hidden_btd: Hidden) -> State:
     """A reader's state for the grown module: memories move with their levels, and the fresh one begins.
 
     What is read of a promoted level stays; a group of tokens that had begun goes on in the longer one.
     hidden_btd: gives batch, dtype and device.
     """
-    begun = grown.module.begin(hidden_btd)
+    begun = grown.module.init_state(hidden_btd)
     if not begun:
         return {}
     before: State = state if "level" in state else {"count": 0, "level": {"0": state}}
@@ -110,16 +110,16 @@ def _moved_level(before: State, begun: State) -> State:
 
 
 def _with_memories(
-    memory: Recall | MemoryLevels, part: MemoryPart, moved: Mapping[int, int], gates: Literal["carry", "default"]
-) -> Grown[MemoryLevels]:
-    width = memory.width if isinstance(memory, MemoryLevels) else memory.qkv.in_features
-    is_asked = isinstance(memory, MemoryLevels) and memory.is_asked
-    grown_part = part.model_copy(update={"levels": _with_one_more(part.levels)})
-    module = MemoryLevels(width, grown_part, is_asked=is_asked)
+    memory: NeuralMemory | CMSMemory, config: MemoryConfig, moved: Mapping[int, int], gates: Literal["carry", "default"]
+) -> Grown[CMSMemory]:
+    width = memory.width if isinstance(memory, CMSMemory) else memory.qkv.in_features
+    is_asked = isinstance(memory, CMSMemory) and memory.is_asked
+    grown_part = config.model_copy(update={"levels": _with_one_more(config.levels)})
+    module = CMSMemory(width, grown_part, is_asked=is_asked)
     like = next(memory.parameters())
     module = module.to(device=like.device, dtype=like.dtype)
     old: Mapping[str, Tensor] = memory.state_dict()
-    if isinstance(memory, Recall):
+    if isinstance(memory, NeuralMemory):
         old = {f"level.0.recall.{name}": value for name, value in old.items()}
     new = module.state_dict()
     renamed = {name: _renamed(name, moved) for name in old if name.startswith("level.")}
@@ -132,8 +132,8 @@ def _with_memories(
     for name in ("mix_l", "look_mix_l"):
         if name in new and name in old:
             new[name][list(moved.values())] = old[name][list(moved)]
-    _move_frequency(old, new, moved, (part.levels.all_periods, grown_part.levels.all_periods))
-    prefix = "level.0.recall." if isinstance(memory, Recall) else ""
+    _move_frequency(old, new, moved, (config.levels.all_periods, grown_part.levels.all_periods))
+    prefix = "level.0.recall." if isinstance(memory, NeuralMemory) else ""
     return Grown(module, {a.removeprefix(prefix): b for a, b in taken.items()}, moved)
 
 
@@ -153,13 +153,13 @@ def _move_frequency(
             new["frequency.bias_l"][b - 1] = old["frequency.bias_l"][a - 1] + shift
 
 
-def _with_chain_level(chain: Chain, moved: Mapping[int, int]) -> Grown[Chain]:
-    part = _with_one_more(chain.part)
+def _with_chain_level(chain: CMSMLP, moved: Mapping[int, int]) -> Grown[CMSMLP]:
+    part = _with_one_more(chain.config)
     fresh = copy.deepcopy(chain.level[0])
     _begin_afresh(fresh)
     level_of = {new: chain.level[old] for old, new in moved.items()}
-    levels = [cast(ChainLevel, level_of.get(number, fresh)) for number in range(part.count)]
-    module = Chain([copy.deepcopy((level.norm, level.feedforward)) for level in levels], part)
+    levels = [cast(CMSMLPLevel, level_of.get(number, fresh)) for number in range(part.count)]
+    module = CMSMLP([copy.deepcopy((level.norm, level.feedforward)) for level in levels], part)
     like = next(chain.parameters())
     module = module.to(device=like.device, dtype=like.dtype)
     if module.mix_l is not None and chain.mix_l is not None:

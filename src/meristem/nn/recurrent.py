@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from meristem.memory.value import Memory
+from meristem.memory.state import Memory
 from meristem.shapes import Hidden
 
 

@@ -16,7 +16,7 @@ GATES = ("rate", "retain")
 
 
 @dataclass(frozen=True)
-class Made:
+class Projections:
     """What the makers say of each token, ``h t ...``.
 
     key and query have length one. log_retain and rate have no last axis.
@@ -29,28 +29,28 @@ class Made:
     rate: Tensor
 
     @staticmethod
-    def joined(parts: "list[Made]") -> "Made":
+    def joined(parts: "list[Projections]") -> "Projections":
         """Windows behind each other as one."""
         if len(parts) == 1:
             return parts[0]
-        return Made(*(torch.cat(x, dim=1) for x in zip(*(vars(part).values() for part in parts), strict=True)))
+        return Projections(*(torch.cat(x, dim=1) for x in zip(*(vars(part).values() for part in parts), strict=True)))
 
-    def window(self, begin: int, stop: int) -> "Made":
+    def window(self, begin: int, stop: int) -> "Projections":
         """The tokens from ``begin`` to ``stop``."""
         if begin == 0 and stop == self.key.shape[1]:
             return self
-        return Made(*(x[:, begin:stop] for x in vars(self).values()))
+        return Projections(*(x[:, begin:stop] for x in vars(self).values()))
 
-    def chunks(self, chunk: int) -> "Made":
+    def chunks(self, chunk: int) -> "Projections":
         """h (n c) ... -> n h c ..."""
-        return Made(*(x.unflatten(1, (-1, chunk)).transpose(0, 1).contiguous() for x in vars(self).values()))
+        return Projections(*(x.unflatten(1, (-1, chunk)).transpose(0, 1).contiguous() for x in vars(self).values()))
 
 
-class Writes(Protocol):
+class WriteSystem(Protocol):
     """The writes ``M <- M (retain - rate a a^T) + rate w a^T`` of the rows of a chunk, each made after the other."""
 
     @property
-    def made(self) -> Made: ...
+    def made(self) -> Projections: ...
 
     def new(self, wanted: Tensor, recalled: Tensor) -> Tensor:
         """What each key is found to lack: ``wanted`` w less what it recalls just before its token is written.
@@ -67,13 +67,13 @@ class Writes(Protocol):
         """The memory that leaves the chunk."""
         ...
 
-    def repeated(self, count: int) -> "Writes":
+    def repeated(self, count: int) -> "WriteSystem":
         """The same for ``count`` memories behind each other in the place of each, as far as ``after`` goes."""
         ...
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ChunkForm:
     """The writes of many rows at once (memory.md 4.3, with the probe cold and reads before writes).
 
     With rows per token, what is new N solves ``D N = W - diag(before) K M^T``, ``D = I + reach * K K^T``.
@@ -83,7 +83,7 @@ class Chunk:
     entering memory in the one that leaves.
     """
 
-    made: Made
+    made: Projections
     before_c1: Tensor
     reach_cs: Tensor
     system_cs: Tensor
@@ -106,29 +106,29 @@ class Chunk:
     def after(self, memory: Tensor, address: Tensor, new: Tensor) -> Tensor:
         return torch.baddbmm(self.kept_11 * memory, (self.arriving_c1 * address).mT, new)
 
-    def repeated(self, count: int) -> "Chunk":
+    def repeated(self, count: int) -> "ChunkForm":
         if count == 1:
             return self
         arriving_c1, kept_11 = (x.repeat_interleave(count, dim=0) for x in (self.arriving_c1, self.kept_11))
         return replace(self, arriving_c1=arriving_c1, kept_11=kept_11)
 
-    def inverted(self) -> "Chunk":
+    def inverted(self) -> "ChunkForm":
         """The same with D^-1 at hand, for many small chunks that are solved one by one."""
         identity_cs = torch.eye(self.system_cs.shape[-1], dtype=self.system_cs.dtype, device=self.system_cs.device)
         return replace(self, inverse_cs=self.solve(identity_cs.expand_as(self.system_cs)))
 
-    def unbound(self) -> "list[Chunk]":
+    def unbound(self) -> "list[ChunkForm]":
         """The chunks that lie behind each other in front."""
         made, *weights = (x for x in vars(self).values() if x is not None)
-        mades = (Made(*x) for x in zip(*(x.unbind() for x in vars(made).values()), strict=True))
-        return [Chunk(*x) for x in zip(mades, *(x.unbind() for x in weights), strict=True)]
+        mades = (Projections(*x) for x in zip(*(x.unbind() for x in vars(made).values()), strict=True))
+        return [ChunkForm(*x) for x in zip(mades, *(x.unbind() for x in weights), strict=True)]
 
 
 @dataclass(frozen=True)
-class Token:
+class TokenForm:
     """The write of a single row: nothing was written before it, and there is nothing to solve."""
 
-    made: Made
+    made: Projections
     retain_h11: Tensor
     rate_h11: Tensor
 
@@ -141,27 +141,27 @@ class Token:
     def after(self, memory: Tensor, address: Tensor, new: Tensor) -> Tensor:
         return torch.addcmul(address.mT * (self.rate_h11 * new), self.retain_h11, memory)
 
-    def repeated(self, count: int) -> "Token":
+    def repeated(self, count: int) -> "TokenForm":
         if count == 1:
             return self
-        return Token(self.made, *(x.repeat_interleave(count, dim=0) for x in (self.retain_h11, self.rate_h11)))
+        return TokenForm(self.made, *(x.repeat_interleave(count, dim=0) for x in (self.retain_h11, self.rate_h11)))
 
 
-def writes(made: Made) -> Chunk | Token:
+def write_system(made: Projections) -> ChunkForm | TokenForm:
     """The writes of a chunk or of a part of one; of many, where chunks lie in front."""
     if made.key.shape[-2] == 1:
-        return Token(made, made.log_retain.exp()[..., None], made.rate[..., None])
-    return chunk_of(made)
+        return TokenForm(made, made.log_retain.exp()[..., None], made.rate[..., None])
+    return chunk_form(made)
 
 
-def chunk_of(made: Made) -> Chunk:
+def chunk_form(made: Projections) -> ChunkForm:
     """The system of a chunk, or of many behind each other in front."""
     total = made.log_retain.cumsum(dim=-1)
     entering, last = total - made.log_retain, total[..., -1:]
     # Above the diagonal the difference is positive, would overflow, and is cut off afterwards.
     factor_cs = (entering[..., :, None] - total[..., None, :]).clamp(max=0.0).exp().tril(-1)
     reach_cs = factor_cs * made.rate[..., None, :]
-    return Chunk(
+    return ChunkForm(
         made=made,
         before_c1=entering.exp()[..., None],
         reach_cs=reach_cs,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from meristem.memory.value import State
+from meristem.memory.state import State
 from meristem.nn.self_chunk import unit
 from meristem.shapes import Hidden
 

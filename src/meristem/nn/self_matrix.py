@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meristem.memory.value import Memory, full_precision
-from meristem.nn.self_chunk import GATES, Chunk, Writes
+from meristem.memory.state import Memory, full_precision
+from meristem.nn.self_chunk import GATES, ChunkForm, WriteSystem
 
 NOISE = 0.02
 """Deviation of the first values from identity."""
@@ -49,7 +49,7 @@ class Matrices:
         made = dict(zip(vectors, recalled.split(width, dim=-1), strict=False))
         return made, recalled[..., len(vectors) * width :].unflatten(-1, (len(GATES), width)).mean(dim=-1)
 
-    def write(self, start: Memory, live: Memory, rows: Writes) -> Memory:
+    def write(self, start: Memory, live: Memory, rows: WriteSystem) -> Memory:
         """The memories after the rows of a chunk, or of a part of it.
 
         start: as they were when the chunk began, which make the values. live: as the rows before have left them.
@@ -57,13 +57,13 @@ class Matrices:
         new, _ = self._new(start, live, rows)
         return {"matrix_bhkv": rows.after(live["matrix_bhkv"], rows.made.key, new)}
 
-    def read(self, start: Memory, live: Memory, rows: Writes) -> tuple[Tensor, Memory]:
+    def read(self, start: Memory, live: Memory, rows: WriteSystem) -> tuple[Tensor, Memory]:
         """What each query recalls just before its token is written, and the memory after the rows."""
         new, asked = self._new(start, live, rows)[0], rows.made.query
         read = rows.met(asked @ live["matrix_bhkv"], asked, rows.made.key, new)
         return read, {"matrix_bhkv": rows.after(live["matrix_bhkv"], rows.made.key, new)}
 
-    def read_chunks(self, live: Memory, chunks: Chunk) -> tuple[Tensor, Memory]:
+    def read_chunks(self, live: Memory, chunks: ChunkForm) -> tuple[Tensor, Memory]:
         """``read`` of whole chunks behind each other, ``n h c``: two products in order for each, the rest at once.
 
         What is new in a chunk is affine in the memory that enters it: ``N = P M^T + F``.
@@ -77,14 +77,16 @@ class Matrices:
         probe_nhck = chunks.solve(probe_nhck)
         given_nhcv = None if self.is_generated else chunks.solve(made.value)
         arriving_nhck = chunks.arriving_c1 * made.key
-        entering_nhkv, last_hkv = Walk.apply(probe_nhck, given_nhcv, arriving_nhck, chunks.kept_11, live["matrix_bhkv"])
+        entering_nhkv, last_hkv = RunChunks.apply(
+            probe_nhck, given_nhcv, arriving_nhck, chunks.kept_11, live["matrix_bhkv"]
+        )
         mixing_nhcs = chunks.reach_cs * (made.query @ made.key.mT)
         read_nhcv = torch.addcmul(mixing_nhcs @ probe_nhck, chunks.before_c1, made.query) @ entering_nhkv
         if given_nhcv is not None:
             read_nhcv = read_nhcv + mixing_nhcs @ given_nhcv
         return read_nhcv.transpose(0, 1).flatten(1, 2), {"matrix_bhkv": last_hkv}
 
-    def _new(self, start: Memory, live: Memory, rows: Writes) -> tuple[Tensor, Tensor]:
+    def _new(self, start: Memory, live: Memory, rows: WriteSystem) -> tuple[Tensor, Tensor]:
         """What is new in each value, and what is recalled for its key."""
         key, value = rows.made.key, rows.made.value
         recalled = key @ live["matrix_bhkv"]
@@ -97,7 +99,7 @@ class Matrices:
         return rows.new(wanted, recalled), recalled
 
 
-class Walk(torch.autograd.Function):
+class RunChunks(torch.autograd.Function):
     """``apply(probe, given, arriving, kept, first) -> (entering, last)``: the memory at the start of every chunk.
 
     ``M' = kept M + arriving^T (probe M + given)`` from chunk to chunk, n in front; given may be None.
@@ -125,10 +127,12 @@ class Walk(torch.autograd.Function):
     def backward(ctx: Any, d_entering_nhkv: Tensor, d_last_hkv: Tensor) -> tuple[Tensor | None, ...]:
         # The engine may call this under the caller's autocast; memories keep their precision backwards as well.
         with full_precision(d_last_hkv.device):
-            return _walk_back(ctx.saved_tensors, d_entering_nhkv, d_last_hkv)
+            return _run_chunks_backward(ctx.saved_tensors, d_entering_nhkv, d_last_hkv)
 
 
-def _walk_back(saved: tuple[Any, ...], d_entering_nhkv: Tensor, d_last_hkv: Tensor) -> tuple[Tensor | None, ...]:
+def _run_chunks_backward(
+    saved: tuple[Any, ...], d_entering_nhkv: Tensor, d_last_hkv: Tensor
+) -> tuple[Tensor | None, ...]:
     probe_nhck, given_nhcv, arriving_nhck, kept_nh11, entering_nhkv = saved
     d_passing_hkv, d_leaving, d_news = d_last_hkv, [], []
     steps = [x.unbind() for x in (d_entering_nhkv, probe_nhck.mT, arriving_nhck, kept_nh11)]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from meristem.memory.value import Memory
-from meristem.nn.self_chunk import GATES, Chunk, Made, Writes
+from meristem.memory.state import Memory
+from meristem.nn.self_chunk import GATES, ChunkForm, Projections, WriteSystem
 from meristem.nn.self_matrix import NOISE
 
 
@@ -70,7 +70,7 @@ class Networks:
         made = answers["out_bhfv"].unflatten(0, (-1, len(vectors))).unbind(1)
         return dict(zip(vectors, made, strict=True)), answers["gate_bhfv"].view(len(rows), len(GATES), -1).mT
 
-    def write(self, start: Memory, live: Memory, rows: Writes) -> Memory:
+    def write(self, start: Memory, live: Memory, rows: WriteSystem) -> Memory:
         """The memories after the rows of a chunk, or of a part of it.
 
         start: as they were when the chunk began. live: as the rows before have left them.
@@ -78,7 +78,7 @@ class Networks:
         seen = self._seen(start, rows.made, self._probes(rows.made))
         return self._written(live, rows, seen, self._new(start, live, rows, seen))
 
-    def read(self, start: Memory, live: Memory, rows: Writes) -> tuple[Tensor, Memory]:
+    def read(self, start: Memory, live: Memory, rows: WriteSystem) -> tuple[Tensor, Memory]:
         """What each query recalls just before its token is written, and the memory after the rows."""
         seen, asked = self._seen(start, rows.made, self._probes(rows.made)), rows.made.query
         new_hcf = self._new(start, live, rows, seen)
@@ -87,7 +87,7 @@ class Networks:
         read = asked + rows.met(asked_hcf @ live["out_bhfv"], asked_hcf, *written)
         return read, self._written(live, rows, seen, new_hcf)
 
-    def read_chunks(self, live: Memory, chunks: Chunk) -> tuple[Tensor, Memory]:
+    def read_chunks(self, live: Memory, chunks: ChunkForm) -> tuple[Tensor, Memory]:
         """``read`` of whole chunks behind each other, ``n h c``: writes in order, reads at once."""
         entering, news, hidden, lacking = [], [], [], []
         probes = self._probes(chunks.made).unbind()
@@ -106,11 +106,11 @@ class Networks:
         read_nhcv = asked_nhck + chunks.met(asked_nhcf @ out_nhfv, asked_nhcf, *written)
         return read_nhcv.transpose(0, 1).flatten(1, 2), live
 
-    def _probes(self, made: Made) -> Tensor:
+    def _probes(self, made: Projections) -> Tensor:
         """The rows that the memories at a chunk's start are asked for: keys, and values where they make their own."""
         return torch.cat([made.key, made.value], dim=-2) if self.is_generated else made.key
 
-    def _seen(self, start: Memory, made: Made, probes: Tensor) -> _Seen:
+    def _seen(self, start: Memory, made: Projections, probes: Tensor) -> _Seen:
         """Gradients of a chunk's rows at the memories that begin it."""
         key, value = made.key, made.value
         sizes = [key.shape[-2], probes.shape[-2] - key.shape[-2]]
@@ -139,12 +139,12 @@ class Networks:
             answers["gate_bhfv"] = hidden["gate_bhfv"] @ weights["gate_bhfv"]
         return answers
 
-    def _new(self, start: Memory, live: Memory, rows: Writes, seen: _Seen) -> Tensor:
+    def _new(self, start: Memory, live: Memory, rows: WriteSystem, seen: _Seen) -> Tensor:
         """What is new at each hidden layer: the probe is the live layer's, the gradient that of the chunk's start."""
         reached_hcf = seen.reached_hcf if start is live else rows.made.key @ live["in_bhkf"]
         return rows.new(seen.lacking_hcf, reached_hcf)
 
-    def _written(self, live: Memory, rows: Writes, seen: _Seen, new_hcf: Tensor) -> Memory:
+    def _written(self, live: Memory, rows: WriteSystem, seen: _Seen, new_hcf: Tensor) -> Memory:
         written = {"in_bhkf": rows.after(live["in_bhkf"], rows.made.key, new_hcf)}
         for layer, names in self._layers.items():
             written[layer] = rows.repeated(len(names)).after(live[layer], seen.hidden[layer], seen.lacking[layer])

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meristem.memory.gates import LOG_FLOOR
-from meristem.memory.value import Memory, State, full_precision
+from meristem.memory.state import Memory, State, full_precision
+from meristem.nn.config import MemoryConfig
 from meristem.nn.conv import CausalConv
 from meristem.nn.norm import RMSNorm
-from meristem.nn.part import MemoryPart
-from meristem.nn.pool import spans
-from meristem.nn.self_chunk import Chunk, Made, Writes, chunk_of, unit, writes
+from meristem.nn.self_chunk import ChunkForm, Projections, WriteSystem, chunk_form, unit, write_system
 from meristem.nn.self_decode import can_decode, decode
 from meristem.nn.self_matrix import Matrices
 from meristem.nn.self_mlp import Networks
+from meristem.nn.token_pooling import spans
 from meristem.shapes import Hidden
 
 
@@ -39,11 +39,11 @@ class Memories(Protocol):
 
     def look(self, weights: Memory, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]: ...
 
-    def write(self, start: Memory, live: Memory, rows: Writes) -> Memory: ...
+    def write(self, start: Memory, live: Memory, rows: WriteSystem) -> Memory: ...
 
-    def read(self, start: Memory, live: Memory, rows: Writes) -> tuple[Tensor, Memory]: ...
+    def read(self, start: Memory, live: Memory, rows: WriteSystem) -> tuple[Tensor, Memory]: ...
 
-    def read_chunks(self, live: Memory, chunks: Chunk) -> tuple[Tensor, Memory]: ...
+    def read_chunks(self, live: Memory, chunks: ChunkForm) -> tuple[Tensor, Memory]: ...
 
 
 STRUCTURES: Final[dict[str, Callable[[tuple[str, ...], bool, bool], Memories]]] = {"matrix": Matrices, "mlp": Networks}
@@ -71,10 +71,10 @@ class SelfReference(nn.Module):
     is_writing = True
     """False in a reader whose memories stand still (``models.reader.still``)."""
 
-    def __init__(self, width: int, part: MemoryPart) -> None:
+    def __init__(self, width: int, config: MemoryConfig) -> None:
         super().__init__()
-        own = part.self_reference
-        self.heads, self.is_static = part.heads_in(width), own.setting == "static"
+        own = config.self_reference
+        self.heads, self.is_static = config.n_heads_in(width), own.setting == "static"
         self.chunk_memory, self.chunk_other = own.chunk_memory, own.chunk_other
         self.eta_scale, self.unit_value = own.eta_scale, own.unit_value
         names = ("key", "value", *(("query",) if own.adaptive_query else ()), "rate", "retain")
@@ -82,15 +82,15 @@ class SelfReference(nn.Module):
         self.is_matrix = own.structure == "matrix"
         self.makers: Memories = kind(names, *how)
         self.memory: Memories = kind(("memory",), *how)
-        self.conv = CausalConv(width, part.conv)
+        self.conv = CausalConv(width, config.conv)
         self.query = None if own.adaptive_query else nn.Linear(width, width, bias=False)
-        first = self.makers.first(self.heads, part.head_width) | self.memory.first(self.heads, part.head_width)
+        first = self.makers.first(self.heads, config.head_dim) | self.memory.first(self.heads, config.head_dim)
         self.initial = nn.ParameterDict({name: nn.Parameter(value) for name, value in first.items()})
         # softplus of the first is 1: the write rate starts at eta_scale; retain starts with its half-life.
         kept = 2 ** (-1 / own.half_life)
         bias_l = torch.tensor([math.log(math.e - 1), math.log(kept / (1 - kept))])
         self.bias_hl = nn.Parameter(bias_l.repeat(self.heads, 1))
-        self.norm = RMSNorm(part.head_width)
+        self.norm = RMSNorm(config.head_dim)
         self.gate = nn.Linear(width, width)
         self.out = nn.Linear(width, width, bias=False)
         # The output gate starts open: sigmoid(2) = 0.88.
@@ -141,7 +141,7 @@ class SelfReference(nn.Module):
         read, after["asked"] = self._ask(made, memory["asked"], n_before)
         return read, after
 
-    def _make(self, rows: Tensor, queries: Tensor | None, memory: State) -> tuple[Made, State]:
+    def _make(self, rows: Tensor, queries: Tensor | None, memory: State) -> tuple[Projections, State]:
         """What the makers say of each token, and the makers after them."""
         n_before, chunk = memory["n_tokens"], self.chunk_other
         start, live = _running(memory["makers"], n_before % chunk == 0)
@@ -149,18 +149,18 @@ class SelfReference(nn.Module):
         for begin, stop in spans(n_before, rows.shape[1], chunk):
             asked = None if queries is None else queries[:, begin:stop]
             parts.append(self._made(start, rows[:, begin:stop], asked))
-            live = self.makers.write(start, live, writes(parts[-1]))
+            live = self.makers.write(start, live, write_system(parts[-1]))
             start = live if (n_before + stop) % chunk == 0 else start
-        return Made.joined(parts), _kept(start, live, len(rows) // self.heads)
+        return Projections.joined(parts), _kept(start, live, len(rows) // self.heads)
 
-    def _made(self, makers: Memory, rows: Tensor, queries: Tensor | None) -> Made:
+    def _made(self, makers: Memory, rows: Tensor, queries: Tensor | None) -> Projections:
         made, gates_htl = self.makers.look(makers, rows)
         gates_htl = gates_htl + self.bias_hl.repeat(len(rows) // self.heads, 1)[:, None]
         log_retain_ht = functional.logsigmoid(gates_htl[..., 1]).clamp_min(LOG_FLOOR)
         rate_ht = self.eta_scale * functional.softplus(gates_htl[..., 0])
         if not self.is_writing:
             log_retain_ht, rate_ht = torch.zeros_like(log_retain_ht), torch.zeros_like(rate_ht)
-        return Made(
+        return Projections(
             key=unit(made["key"]),
             value=unit(made["value"]) if self.unit_value else made["value"],
             query=unit(made["query"]) if queries is None else queries,
@@ -168,7 +168,7 @@ class SelfReference(nn.Module):
             rate=rate_ht,
         )
 
-    def _ask(self, made: Made, memory: State, n_before: int) -> tuple[Tensor, State]:
+    def _ask(self, made: Projections, memory: State, n_before: int) -> tuple[Tensor, State]:
         """What the memory answers to each token before it is written, and the memory after them."""
         n_time, chunk = made.key.shape[1], self.chunk_memory
         start, live = _running(memory, n_before % chunk == 0)
@@ -178,10 +178,10 @@ class SelfReference(nn.Module):
                 continue
             if chunk > 1 and stop - begin == chunk:
                 at = begin + (n_time - begin) // chunk * chunk
-                read, live = self.memory.read_chunks(live, chunk_of(made.window(begin, at).chunks(chunk)))
+                read, live = self.memory.read_chunks(live, chunk_form(made.window(begin, at).chunks(chunk)))
                 start = live
             else:
-                read, live = self.memory.read(start, live, writes(made.window(begin, stop)))
+                read, live = self.memory.read(start, live, write_system(made.window(begin, stop)))
                 start = live if (n_before + stop) % chunk == 0 else start
             reads.append(read)
         batch = len(made.key) // self.heads

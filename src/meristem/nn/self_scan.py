@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from meristem.memory.bias import dot, squared
 from meristem.memory.gates import LOG_FLOOR
+from meristem.memory.state import Memory
 from meristem.memory.structure import Live, Pairs, Structure, outer
-from meristem.memory.value import Memory
 from meristem.nn.self_chunk import GATES, unit
 
 Rows = Float[Tensor, "b h t k"]
@@ -86,7 +86,7 @@ def descended(
     key, value, rate, retain = token
     structure, weights = meaning.structures[name], memories[name]
     bias = squared() if meaning.is_squared else dot()
-    recalled, goal, pull = structure.linearise(Live(weights), Pairs(key, meaning.goal(memories, name, value)))
+    recalled, goal, pull = structure.vjp(Live(weights), Pairs(key, meaning.goal(memories, name, value)))
     surprise = pull(bias.gradient(recalled, goal, None))
     erased = outer((key, key @ weights[structure.weights[0]]))
     after = {part: retain * weight - rate * outer(surprise[part]) for part, weight in weights.items()}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from meristem.errors import WrongValue
+from meristem.optim.nonfinite import moving, settle
 from meristem.optim.orthogonal import orthogonal
-from meristem.optim.skip import moving, settle
 
 ALIGNED: Final = 0.2
 """Root mean square of a step at rate 1: about that of AdamW, so that both can share a rate."""

@@ -5,20 +5,20 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from meristem.errors import ConflictingKeys, WrongValue
+from meristem.optim.config import OptimConfig
 from meristem.optim.kinds import KINDS, Group
-from meristem.optim.outer import Outer
-from meristem.optim.part import OptimPart
+from meristem.optim.multi_period import MultiPeriodOptimizer
 
 
-def build(model: nn.Module, part: OptimPart) -> Outer:
+def build(model: nn.Module, config: OptimConfig) -> MultiPeriodOptimizer:
     """The optimizer over every trainable parameter: one group for each period, decayed or not, and what moves it.
 
     A group has a ``name``, as ``level:8:no_decay`` with the period of its level, the ``param_names`` of what is in it,
     and its highest ``rate``. The third word is ``matrix`` for what a matrix optimizer takes, which says its own speed.
     Matrix optimizers take what ``split`` decays, but for the head, whose rows are tokens and not directions.
     """
-    kind, every_level = KINDS[part.kind], levels(model)
-    _require_levels(part, every_level)
+    kind, every_level = KINDS[config.name], levels(model)
+    _require_levels(config, every_level)
     decayed = {id(parameter) for parameter in split(model)[0]}
     is_end = {id(parameter) for parameter in _head(model)} if kind.matrices else decayed
     matrices: list[Group] = []
@@ -27,21 +27,21 @@ def build(model: nn.Module, part: OptimPart) -> Outer:
         turned = [each for each in parameters if id(each) in decayed - is_end]
         shrunk = [each for each in parameters if id(each) in decayed & is_end]
         plain = [each for each in parameters if id(each) not in decayed]
-        rate = part.rate * part.level_rate(period)
+        rate = config.lr * config.level_rate(period)
         common = {"lr": rate, "rate": rate, "period": period}
         for speed, own in _by_speed(model, turned).items():
-            group = common | {"name": f"level:{period}:matrix", "params": own, "weight_decay": part.weight_decay}
+            group = common | {"name": f"level:{period}:matrix", "params": own, "weight_decay": config.weight_decay}
             of_speed = {"name": f"level:{period}:matrix:{speed}", "every": speed}
             matrices.append(group if speed is None else group | of_speed)
-        decays = {"name": f"level:{period}:decay", "params": shrunk, "weight_decay": part.weight_decay}
+        decays = {"name": f"level:{period}:decay", "params": shrunk, "weight_decay": config.weight_decay}
         rest += [common | decays, common | {"name": f"level:{period}:no_decay", "params": plain, "weight_decay": 0.0}]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     made = []
     for maker, groups in ((kind.rest, rest), (kind.matrices, matrices)):
         filled = [group | {"param_names": _named(group["params"], names)} for group in groups if group["params"]]
         if maker and filled:
-            made.append(maker(filled, part))
-    return Outer(made, every_level, clip=part.clip)
+            made.append(maker(filled, config))
+    return MultiPeriodOptimizer(made, every_level, clip=config.grad_clip)
 
 
 def levels(model: nn.Module) -> dict[int, list[nn.Parameter]]:
@@ -123,12 +123,12 @@ def _head(model: nn.Module) -> Iterator[nn.Parameter]:
         yield from head.parameters()
 
 
-def _require_levels(part: OptimPart, every_level: Mapping[int, object]) -> None:
+def _require_levels(config: OptimConfig, every_level: Mapping[int, object]) -> None:
     """A setting for a period that no level has is read by nothing."""
     unread = [
         f"optim.{key}.{period}"
         for key in ("level_rates", "level_betas")
-        for period in getattr(part, key)
+        for period in getattr(config, key)
         if period not in every_level
     ]
     if unread:

@@ -7,14 +7,14 @@ from typing import Any, Final, TypeAlias
 import torch
 
 from meristem.optim.adamuon import AdaMuon
+from meristem.optim.config import OptimConfig
 from meristem.optim.m3 import M3, EmaM3
-from meristem.optim.part import OptimPart
-from meristem.optim.skip import begin_momentum, skippable_muon
+from meristem.optim.nonfinite import begin_momentum, skippable_muon
 
 Group: TypeAlias = dict[str, Any]
 """As torch has it: ``params``, ``lr``, ``weight_decay``, and the ``period`` in steps at which it moves."""
 
-Maker: TypeAlias = Callable[[list[Group], OptimPart], torch.optim.Optimizer]
+Maker: TypeAlias = Callable[[list[Group], OptimConfig], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -25,42 +25,42 @@ class Kind:
     matrices: Maker | None = None
 
 
-def adamw(groups: list[Group], part: OptimPart) -> torch.optim.Optimizer:
+def adamw(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     """Torch's, with the betas of each period."""
-    groups = [group | {"betas": part.betas(group["period"])} for group in groups]
-    return torch.optim.AdamW(groups, lr=part.rate, eps=part.eps, fused=True)
+    groups = [group | {"betas": config.betas(group["period"])} for group in groups]
+    return torch.optim.AdamW(groups, lr=config.lr, eps=config.eps, fused=True)
 
 
-def sgd(groups: list[Group], part: OptimPart) -> torch.optim.Optimizer:
+def sgd(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     """Torch's, with momentum that begins at 0, where torch would leave it undefined after a skipped first step."""
-    optimizer = torch.optim.SGD(groups, lr=part.rate, momentum=part.momentum, fused=True)
-    if part.momentum:
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    if config.momentum:
         optimizer.register_step_pre_hook(begin_momentum)
     return optimizer
 
 
-def muon(groups: list[Group], part: OptimPart) -> torch.optim.Optimizer:
+def muon(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     """Torch's, its steps as large as those of AdamW, so that both can share a rate."""
-    made = torch.optim.Muon(groups, lr=part.rate, momentum=part.momentum, adjust_lr_fn="match_rms_adamw")
+    made = torch.optim.Muon(groups, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
     return skippable_muon(made)
 
 
-def adamuon(groups: list[Group], part: OptimPart) -> torch.optim.Optimizer:
+def adamuon(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     """AdaMuon of the signs of momenta."""
-    return AdaMuon(groups, rate=part.rate, momentum=part.momentum, beta=part.beta2, eps=part.eps)
+    return AdaMuon(groups, rate=config.lr, momentum=config.momentum, beta=config.beta2, eps=config.eps)
 
 
-def adamuon_raw(groups: list[Group], part: OptimPart) -> torch.optim.Optimizer:
+def adamuon_raw(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     """AdaMuon with the second moment of the raw gradient."""
-    return AdaMuon(groups, rate=part.rate, momentum=part.momentum, beta=part.beta2, eps=part.eps, is_raw=True)
+    return AdaMuon(groups, rate=config.lr, momentum=config.momentum, beta=config.beta2, eps=config.eps, is_raw=True)
 
 
-def m3(groups: list[Group], part: OptimPart) -> torch.optim.Optimizer:
+def m3(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     """M3 as printed, or its decaying momenta."""
-    if part.m3_ema:
-        return EmaM3(groups, rate=part.rate)
-    betas = part.m3_beta1, part.m3_beta2, part.m3_beta3
-    return M3(groups, rate=part.rate, betas=betas, alpha=part.m3_alpha, every=part.m3_every, eps=part.eps)
+    if config.m3_ema:
+        return EmaM3(groups, rate=config.lr)
+    betas = config.m3_beta1, config.m3_beta2, config.m3_beta3
+    return M3(groups, rate=config.lr, betas=betas, alpha=config.m3_alpha, every=config.m3_every, eps=config.eps)
 
 
 KINDS: Final = {
@@ -71,4 +71,4 @@ KINDS: Final = {
     "adamuon_raw": Kind(adamw, adamuon_raw),
     "m3": Kind(adamw, m3),
 }
-"""``optim.kind`` to what makes its steps."""
+"""``optim.name`` to what makes its steps."""

@@ -6,8 +6,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from meristem.optim.nonfinite import moving, settle
 from meristem.optim.orthogonal import orthogonal
-from meristem.optim.skip import moving, settle
 
 EMA_PERIODS: Final = (1, 8, 64, 512)
 EMA_KEPT: Final = (0.9, 0.95, 0.99, 0.999)

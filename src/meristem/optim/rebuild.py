@@ -8,7 +8,7 @@ from torch import nn
 
 from meristem.errors import BreakerOpen, StateTransferFailed
 from meristem.events import Emit, Event
-from meristem.optim.outer import Outer
+from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.surgery import transferred
 from meristem.worker.breaker import Breaker
 
@@ -59,14 +59,14 @@ class Trial:
 
 
 def rebuild(
-    optimizer: Outer,
-    factory: Callable[[nn.Module], Outer],
+    optimizer: MultiPeriodOptimizer,
+    factory: Callable[[nn.Module], MultiPeriodOptimizer],
     model: nn.Module,
     *,
     trial: Trial,
     step: int,
     emit: Emit,
-) -> tuple[Outer, Trial]:
+) -> tuple[MultiPeriodOptimizer, Trial]:
     """What ``factory`` makes for ``model``, set as ``optimizer`` is and with what it has gathered; now on trial.
 
     Groups keep their settings by name, parameters their moments, counters and pending sums; the clock and the norm of
@@ -86,7 +86,7 @@ def rebuild(
             step=step,
         )
     cause: Exception | None = None
-    after: Outer | None = None
+    after: MultiPeriodOptimizer | None = None
     try:
         after = factory(model)
     except Exception as error:  # noqa: BLE001 - a factory may be anybody's, and the run must keep its optimizer
@@ -116,7 +116,7 @@ class Member(NamedTuple):
     group: str
 
 
-def _members(optimizer: Outer) -> dict[str, Member]:
+def _members(optimizer: MultiPeriodOptimizer) -> dict[str, Member]:
     """Every parameter by its name."""
     return {
         name: Member(parameter, group["name"])
@@ -125,7 +125,7 @@ def _members(optimizer: Outer) -> dict[str, Member]:
     }
 
 
-def _given(before: Outer, after: Outer) -> list[str]:
+def _given(before: MultiPeriodOptimizer, after: MultiPeriodOptimizer) -> list[str]:
     """Give ``after`` the settings and the gathered state of ``before``; why that cannot be, or nothing."""
     if not all(group.keys() >= {"name", "param_names"} for group in after.param_groups):
         return ["groups of the new one lack a name, or those of their parameters; optim.groups.build gives both"]

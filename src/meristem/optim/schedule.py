@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from meristem.errors import ConflictingKeys
-from meristem.optim.outer import Outer
-from meristem.optim.part import SchedulePart, Shape
+from meristem.optim.config import ScheduleConfig, Shape
+from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.view import rate_of
 
 
 @dataclass(frozen=True)
-class Done:
+class ScheduleProgress:
     """Where a run stands before a step.
 
     share: of the whole run, from 0, by the limit that it was given. step, tokens: made and predicted so far.
@@ -23,7 +23,7 @@ class Done:
     tokens: int
 
 
-def rate_factor(part: SchedulePart, done: Done) -> float:
+def rate_factor(config: ScheduleConfig, done: ScheduleProgress) -> float:
     """What the rate is multiplied by in the step that a run standing at ``done`` makes next.
 
     With t what is done in the unit of the schedule, P its period, of which W is the warm-up::
@@ -35,24 +35,24 @@ def rate_factor(part: SchedulePart, done: Done) -> float:
     The period of a schedule that goes by the share of the run is the run. Only ``done`` is looked at, so that a run
     that goes on from a checkpoint has the rates that it would have had. Raises ConflictingKeys for ``error``.
     """
-    count = {"share": done.share, "steps": done.step, "tokens": done.tokens}[part.unit]
-    period = part.period or 1
+    count = {"share": done.share, "steps": done.step, "tokens": done.tokens}[config.unit]
+    period = config.period or 1
     progress = count / period
-    if progress < part.warmup:
-        return part.warmup_start + (1 - part.warmup_start) * progress / part.warmup
-    if progress >= 1 and part.after == "error":
+    if progress < config.warmup:
+        return config.warmup_start + (1 - config.warmup_start) * progress / config.warmup
+    if progress >= 1 and config.after == "error":
         raise ConflictingKeys(
-            f"schedule.period is {period} {part.unit}, and the run goes on after {count}; schedule.after is 'error'. "
+            f"schedule.period is {period} {config.unit}, and the run goes on after {count}; schedule.after is 'error'. "
             f"Raise schedule.period, end the run there, or set schedule.after to hold or restart.",
             path="schedule.period",
             value=period,
         )
-    if progress >= 1 and part.after == "restart":
-        return SHAPES[part.shape](count % period / period, part)
-    return SHAPES[part.shape](min(1.0, (progress - part.warmup) / (1 - part.warmup)), part)
+    if progress >= 1 and config.after == "restart":
+        return SHAPES[config.shape](count % period / period, config)
+    return SHAPES[config.shape](min(1.0, (progress - config.warmup) / (1 - config.warmup)), config)
 
 
-def set_rates(optimizer: Outer, factor: float) -> None:
+def set_rates(optimizer: MultiPeriodOptimizer, factor: float) -> None:
     """Give every group ``factor`` times its highest rate, before the step that it is for.
 
     The highest rate stands in the group as ``rate``, and what the step reads as ``lr``: ratios between groups stay as
@@ -64,26 +64,26 @@ def set_rates(optimizer: Outer, factor: float) -> None:
         group["lr"] = rate * factor
 
 
-def _constant(done: float, part: SchedulePart) -> float:
+def _constant(done: float, config: ScheduleConfig) -> float:
     return 1.0
 
 
-def _cosine(done: float, part: SchedulePart) -> float:
-    return part.floor + (1 - part.floor) * 0.5 * (1 + math.cos(math.pi * done))
+def _cosine(done: float, config: ScheduleConfig) -> float:
+    return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _linear(done: float, part: SchedulePart) -> float:
-    return part.floor + (1 - part.floor) * (1 - done)
+def _linear(done: float, config: ScheduleConfig) -> float:
+    return config.floor + (1 - config.floor) * (1 - done)
 
 
-def _step(done: float, part: SchedulePart) -> float:
+def _step(done: float, config: ScheduleConfig) -> float:
     """γ^k on stair k of n, with γ such that the last stair is the floor."""
     # A division of whole numbers may end a hair below the stair that it stands for.
-    stair = min(part.stairs - 1, math.floor(done * part.stairs + 1e-9))
-    return float(part.floor ** (stair / (part.stairs - 1)))
+    stair = min(config.stairs - 1, math.floor(done * config.stairs + 1e-9))
+    return float(config.floor ** (stair / (config.stairs - 1)))
 
 
-SHAPES: Final[dict[Shape, Callable[[float, SchedulePart], float]]] = {
+SHAPES: Final[dict[Shape, Callable[[float, ScheduleConfig], float]]] = {
     "constant": _constant,
     "cosine": _cosine,
     "linear": _linear,

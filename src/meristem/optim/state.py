@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from meristem.errors import CheckpointMismatch
-from meristem.optim.clock import Clock
-from meristem.optim.outer import Outer
+from meristem.optim.multi_period import MultiPeriodOptimizer
+from meristem.optim.period_clock import Clock
 
 PENDING: Final = "pending"
 NOTHING: Final = "nothing"
@@ -25,7 +25,7 @@ ALIGNED_BYTES: Final = 64
 """What a tensor may take up beyond its own bytes."""
 
 
-def tensors(model: nn.Module, optimizer: Outer) -> dict[str, Tensor]:
+def tensors(model: nn.Module, optimizer: MultiPeriodOptimizer) -> dict[str, Tensor]:
     """Moments, step counters and pending gradients under ``<parameter>/<tensor>``, and the clock.
 
     By name, so that neither order nor grouping matters. Counters that the host holds become whole numbers without axes.
@@ -44,7 +44,7 @@ def tensors(model: nn.Module, optimizer: Outer) -> dict[str, Tensor]:
     return held | clock
 
 
-def restore(model: nn.Module, optimizer: Outer, saved: Mapping[str, Tensor]) -> None:
+def restore(model: nn.Module, optimizer: MultiPeriodOptimizer, saved: Mapping[str, Tensor]) -> None:
     """Put saved moments, counters, pending gradients and the clock back.
 
     They must fit the model and the optimizer's levels exactly, or nothing is changed. Tensors that are there already
@@ -101,7 +101,7 @@ def _written(value: Tensor, there: object, owner: Tensor) -> Tensor:
     return value.to(owner.device, copy=True)
 
 
-def _clock(optimizer: Outer, saved: Mapping[str, Tensor]) -> Clock:
+def _clock(optimizer: MultiPeriodOptimizer, saved: Mapping[str, Tensor]) -> Clock:
     """The saved clock; refused unless it counts for the levels that there are."""
     periods = tuple(saved[PERIODS].tolist()) if PERIODS in saved else (1,)
     if periods != optimizer.clock.periods:
@@ -114,7 +114,7 @@ def _clock(optimizer: Outer, saved: Mapping[str, Tensor]) -> Clock:
     return Clock(int(saved[COUNT]) if COUNT in saved else 0, periods, "steps")
 
 
-def expected_bytes(optimizer: Outer) -> int:
+def expected_bytes(optimizer: MultiPeriodOptimizer) -> int:
     """At most how much an optimizer will have gathered once every parameter has moved: moments, counters, sums."""
     n_bytes = 0
     for part in optimizer.parts:

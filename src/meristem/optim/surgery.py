@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from meristem.errors import WrongValue
+from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build
-from meristem.optim.outer import Outer
-from meristem.optim.part import OptimPart
+from meristem.optim.multi_period import MultiPeriodOptimizer
 
 
-def carried(before: Outer, *, old: nn.Module, model: nn.Module, names: Mapping[str, str], part: OptimPart) -> Outer:
+def carried(
+    before: MultiPeriodOptimizer, *, old: nn.Module, model: nn.Module, names: Mapping[str, str], config: OptimConfig
+) -> MultiPeriodOptimizer:
     """An optimizer over ``model`` that goes on where ``before``, that of ``old``, stands.
 
     A parameter whose name leads to one of the same shape, moved by the same kind of optimizer, has copies of that one's
@@ -26,7 +28,7 @@ def carried(before: Outer, *, old: nn.Module, model: nn.Module, names: Mapping[s
     where a sum would wait for ever, since its parameter now moves at every step.
     """
     sources = _sources(dict(model.named_parameters()), dict(old.named_parameters()), names)
-    after = build(model, part)
+    after = build(model, config)
     stranded = transferred(before, after, sources).stranded
     if stranded:
         raise WrongValue(
@@ -37,14 +39,16 @@ def carried(before: Outer, *, old: nn.Module, model: nn.Module, names: Mapping[s
     return after
 
 
-class Left(NamedTuple):
+class Leftover(NamedTuple):
     """What could not be given: by name why, and the names of those whose gradients would wait for ever."""
 
     unfit: dict[str, str]
     stranded: list[str]
 
 
-def transferred(before: Outer, after: Outer, sources: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> Left:
+def transferred(
+    before: MultiPeriodOptimizer, after: MultiPeriodOptimizer, sources: Mapping[str, tuple[nn.Parameter, nn.Parameter]]
+) -> Leftover:
     """Give ``after`` copies of what ``before`` has gathered; what could not be given.
 
     How many steps there were, and how several processes sum, is handed on too.
@@ -53,7 +57,7 @@ def transferred(before: Outer, after: Outer, sources: Mapping[str, tuple[nn.Para
     """
     makers, old_makers = _makers(after), _makers(before)
     always = {id(parameter) for parameter in after.levels.get(1, [])}
-    left = Left({}, [])
+    left = Leftover({}, [])
     for name, (parameter, source) in sources.items():
         maker, old_maker = makers.get(id(parameter)), old_makers.get(id(source))
         if maker is None or maker is not old_maker:
@@ -87,7 +91,7 @@ def _sources(
     return {new: (now[new], was[name]) for new, name in names.items()}
 
 
-def _makers(optimizer: Outer) -> dict[int, type]:
+def _makers(optimizer: MultiPeriodOptimizer) -> dict[int, type]:
     """What moves each parameter, by the parameter's id."""
     return {
         id(parameter): type(each)

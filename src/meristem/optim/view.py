@@ -10,7 +10,7 @@ from meristem.config.mistakes import nearest_words
 from meristem.errors import WrongValue
 from meristem.events import Emit, Event
 from meristem.optim.kinds import Group
-from meristem.optim.outer import Outer
+from meristem.optim.multi_period import MultiPeriodOptimizer
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GroupRecord:
     n_parameters: int
 
 
-def view(optimizer: Outer) -> Mapping[str, GroupRecord]:
+def view(optimizer: MultiPeriodOptimizer) -> Mapping[str, GroupRecord]:
     """Every group by its name, as it stands now: for whoever may look at an optimizer and not change it.
 
     Neither the mapping nor a record can be assigned to, and nothing in them leads back to the optimizer.
@@ -39,7 +39,7 @@ def view(optimizer: Outer) -> Mapping[str, GroupRecord]:
 
 
 def edit(
-    optimizer: Outer,
+    optimizer: MultiPeriodOptimizer,
     name: str,
     emit: Emit,
     *,

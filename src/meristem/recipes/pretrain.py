@@ -18,9 +18,9 @@ from meristem.device.determinism import be_deterministic
 from meristem.device.lost import answering
 from meristem.device.resolve import NAMES, Device, resolve
 from meristem.distributed.agreement import fingerprint
+from meristem.distributed.config import require_alone
 from meristem.distributed.engine import engine_for
 from meristem.distributed.mesh import joined, own_device
-from meristem.distributed.part import require_alone
 from meristem.distributed.team import Team
 from meristem.errors import CapabilityError, OutOfDeviceBytes
 from meristem.evaluate.likelihood import Likelihood, likelihood
@@ -30,29 +30,29 @@ from meristem.models.build import build
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.groups import levels
 from meristem.optim.schedule import rate_factor
-from meristem.recipes.config import Config
-from meristem.recipes.interrupt import interruptible
 from meristem.recipes.plan.report import PlanReport
-from meristem.recipes.resume import (
+from meristem.runs.config import Config
+from meristem.runs.directory import Run, directory_for, opened
+from meristem.runs.interrupt import interruptible
+from meristem.runs.logging import Interval, Log
+from meristem.runs.recovery import Recovery, recovery
+from meristem.runs.report import go_on, write_report, write_samples
+from meristem.runs.resume import (
     Contents,
     Job,
     Safety,
     after_restart,
-    as_it_was,
     best_so_far,
     changed,
     checkpoint_to_resume,
+    from_checkpoint,
     put_saved_weights,
     require_same,
     restore,
 )
-from meristem.recipes.run import Run, directory_for, opened
-from meristem.recipes.shelter import Shelter, sheltered
-from meristem.recipes.summary import go_on, write_report, write_samples
-from meristem.recipes.watch import Alarm, Log
 from meristem.sinks.console import Console
 from meristem.train.aggregate import keep_graphs
-from meristem.train.loop import Step, Teaching, steps
+from meristem.train.loop import GradientSource, Step, steps
 from meristem.train.loss import cross_entropy
 from meristem.train.profile import profiled
 from meristem.train.progress import Progress
@@ -90,7 +90,7 @@ def pretrain(
 ) -> Result:
     """Train a language model as ``config`` says.
 
-    run_dir: where everything is written; by default a directory under ``run.root`` (``directory_for``).
+    run_dir: where everything is written; by default a directory under ``run.dir`` (``directory_for``).
     resume: ``auto``, ``must``, ``never``, or a checkpoint to go on from (``checkpoint_to_resume``).
     planned: what the plan said; run.json keeps it beside what the run then took.
     make_job: in place of ``prepare_job``; a drill has one that breaks something of what that gives.
@@ -107,7 +107,7 @@ def pretrain(
             if planned and planned.training:
                 predicted = {"peak_bytes": planned.needed_bytes, "flops_per_token": planned.training.flops_per_token}
                 run.manifest.update(plan={"predicted": predicted, "measured": None})
-            with answering(job.device.device), sheltered(run, job, start, safety) as shelter:
+            with answering(job.device.device), recovery(run, job, start, safety) as shelter:
                 progress, is_interrupted = train(run, job, shelter, start)
                 return stop(run, shelter, progress) if is_interrupted else finish(run, job, shelter, progress)
 
@@ -119,9 +119,9 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     if config.run.deterministic:
         be_deterministic()
     device = _device(run, config, checkpoint)
-    if device.compute == torch.float16:
+    if device.dtype == torch.float16:
         raise CapabilityError(
-            "device.compute=fp16 needs a loss scale, which training does not have. Set device.compute to bf16 or auto.",
+            "device.dtype=fp16 needs a loss scale, which training does not have. Set device.dtype to bf16 or auto.",
             dtype="fp16",
         )
     run.view.start(f"preparing {config.data.source}")
@@ -130,18 +130,18 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     stream = Stream(
         corpus,
         "train",
-        window=config.data.window,
+        window=config.data.seq_len,
         stride=config.data.stride,
-        batch=config.data.batch,
+        batch=config.data.batch_size,
         order=config.data.order,
         documents=config.data.documents,
-        random_seed=config.run.random_seed,
+        random_seed=config.run.seed,
     ).share(team.ranks.rank, team.ranks.size)
-    model = build(config.model, config.memory, corpus.tokenizer.vocab_size, config.run.random_seed)
+    model = build(config.model, config.memory, corpus.tokenizer.vocab_size, config.run.seed)
     if checkpoint:
         require_same(config, corpus.tokenizer, checkpoint)
         put_saved_weights(model, checkpoint)
-    model = model.to(device=device.device, dtype=device.parameters)
+    model = model.to(device=device.device, dtype=device.param_dtype)
     team.require_same(
         {
             "settings": lambda: config_fingerprint(config),
@@ -167,12 +167,12 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
 
 def _device(run: Run, config: Config, checkpoint: Checkpoint | None) -> Device:
     """The device of this process; what ``auto`` measures, the first has measured for all."""
-    team, part = run.team, as_it_was(own_device(run.team.ranks, config.device), checkpoint)
+    team, part = run.team, from_checkpoint(own_device(run.team.ranks, config.device), checkpoint)
     if team.ranks.is_first:
         device = resolve(part, run.emit)
-        team.told("compute", NAMES[device.compute])
+        team.told("dtype", NAMES[device.dtype])
         return device
-    return resolve(part.model_copy(update={"compute": team.told("compute", "")}), run.emit)
+    return resolve(part.model_copy(update={"dtype": team.told("dtype", "")}), run.emit)
 
 
 def _show_preparing(run: Run, done_bytes: int, total_bytes: int | None) -> None:
@@ -185,7 +185,7 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> tup
     corpus, config = job.corpus, job.config
     start, safety = Progress(cursor=job.stream.start()), Safety()
     if checkpoint:
-        saved = Contents.of(checkpoint).of_process(run.team.ranks, config.data.batch)
+        saved = Contents.of(checkpoint).of_process(run.team.ranks, config.data.batch_size)
         start, safety = restore(job, saved, run.emit)
     run.adopt(config)
     run.manifest.update(dataset_fingerprint=corpus.fingerprint, tokenizer_fingerprint=corpus.tokenizer.fingerprint)
@@ -201,15 +201,15 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> tup
     return start, safety
 
 
-def train(run: Run, job: Job, shelter: Shelter, start: Progress) -> tuple[Progress, bool]:
+def train(run: Run, job: Job, shelter: Recovery, start: Progress) -> tuple[Progress, bool]:
     """Step until a limit is reached, going back where the run is not sound.
 
     Gives where the run stands then, and whether it was asked to stop before.
     """
     config, progress = job.config, start
     log = Log(run, job, start)
-    evaluation = Alarm(config.evaluate.every, config.evaluate.every_s, start.seconds_used)
-    saving = Alarm(config.checkpoint.every, config.checkpoint.every_s, start.seconds_used)
+    evaluation = Interval(config.eval.every, config.eval.every_s, start.seconds_used)
+    saving = Interval(config.checkpoint.every, config.checkpoint.every_s, start.seconds_used)
     run.view.start(config.run.name)
     traces = profiled(config.profile, run.directory / "profile", job.device.device, run.emit)
     with interruptible() as is_asked, traces as trace:
@@ -219,75 +219,77 @@ def train(run: Run, job: Job, shelter: Shelter, start: Progress) -> tuple[Progre
 
         is_interrupted = is_asked_to_stop()
         while not progress.is_over(config.train) and not is_interrupted:
-            trouble: Trouble | None = None
-            for now, trouble in stretch(job, shelter, log, progress):
+            trouble: RollbackReason | None = None
+            for now, trouble in train_until_trouble(job, shelter, log, progress):
                 progress = now
                 for path in trace(progress.step):
                     run.view.note(f"profile: {path}")
                 if trouble is None:
-                    tend(run, job, shelter, log, progress, evaluation=evaluation, saving=saving)
+                    evaluate_and_save(run, job, shelter, log, progress, evaluation=evaluation, saving=saving)
                 is_interrupted = is_asked_to_stop()
                 if is_interrupted:
                     break
             if trouble:
-                progress = shelter.go_back(progress, reason=trouble.reason, n_parts=trouble.n_parts)
-                log.went_back(progress)
+                progress = shelter.roll_back(progress, reason=trouble.reason, n_parts=trouble.n_micro_batches)
+                log.rolled_back(progress)
         is_interrupted = is_asked_to_stop()
     run.view.stop()
     return progress, is_interrupted
 
 
 @dataclass(frozen=True)
-class Trouble:
+class RollbackReason:
     """Why a run has to go back. n_parts: into how many parts a batch is to be cut then, if that is the remedy."""
 
     reason: str
-    n_parts: int | None = None
+    n_micro_batches: int | None = None
 
 
-def stretch(job: Job, shelter: Shelter, log: Log, start: Progress) -> Iterator[tuple[Progress, Trouble | None]]:
+def train_until_trouble(
+    job: Job, shelter: Recovery, log: Log, start: Progress
+) -> Iterator[tuple[Progress, RollbackReason | None]]:
     """Steps from ``start`` on, each watched; the last one with what is wrong, or sound where a limit is reached."""
     now = start
     try:
-        for step in made(job, start):
+        for step in training_steps(job, start):
             now = step.progress
             log.take(step)
-            reason = shelter.watch(step)
-            yield now, Trouble(reason) if reason else None
+            reason = shelter.check(step)
+            yield now, RollbackReason(reason) if reason else None
             if reason:
                 return
     except OutOfDeviceBytes as error:
         if error.fields.get("where") != "step":
             raise
-        yield now, Trouble(str(error), n_parts=2 * now.n_parts)
+        yield now, RollbackReason(str(error), n_micro_batches=2 * now.n_micro_batches)
 
 
-def made(job: Job, start: Progress) -> Iterator[Step]:
+def training_steps(job: Job, start: Progress) -> Iterator[Step]:
     """The steps of a job from ``start`` on."""
     return steps(
         job.model,
         job.stream,
         job.optimizer,
         partial(rate_factor, job.config.schedule),
-        part=job.config.train,
+        config=job.config.train,
         device=job.device,
         start=start,
-        teaching=Teaching(job.config.aggregate, job.engine),
+        teaching=GradientSource(job.config.aggregate, job.engine),
     )
 
 
-def tend(
-    run: Run, job: Job, shelter: Shelter, log: Log, progress: Progress, *, evaluation: Alarm, saving: Alarm
+def evaluate_and_save(
+    run: Run, job: Job, shelter: Recovery, log: Log, progress: Progress, *, evaluation: Interval, saving: Interval
 ) -> None:
     """Evaluate and save after a sound step, where either is due."""
     metrics: dict[str, float] = {}
-    if evaluation.rings(progress) and not run.team.first(shelter.spares()):
-        found = measure(run, job, progress, job.config.evaluate.n_windows)
+    if evaluation.is_due(progress) and not run.team.first(shelter.should_skip_eval()):
+        found = measure(run, job, progress, job.config.eval.n_windows)
         shelter.evaluated(progress.step, found.nats)
         metrics, log.held_out = ranked(found), found.bits_per_byte
     if is_best(run, job.config, shelter, metrics):
         shelter.save(progress, reason="best", metrics=metrics)
-    elif saving.rings(progress):
+    elif saving.is_due(progress):
         shelter.save(progress, reason="interval", metrics=metrics)
 
 
@@ -298,8 +300,8 @@ def measure(run: Run, job: Job, progress: Progress, n_windows: int, task: str | 
             job.model,
             job.corpus,
             "val",
-            window=job.config.data.window,
-            batch=job.config.evaluate.batch,
+            window=job.config.data.seq_len,
+            batch=job.config.eval.batch_size,
             max_windows=n_windows,
             device=job.device,
             loss=cross_entropy,
@@ -318,7 +320,7 @@ def ranked(found: Likelihood) -> dict[str, float]:
     return {"val/nats": found.nats, "val/bits_per_byte": found.bits_per_byte}
 
 
-def is_best(run: Run, config: Config, shelter: Shelter, metrics: dict[str, float]) -> bool:
+def is_best(run: Run, config: Config, shelter: Recovery, metrics: dict[str, float]) -> bool:
     """Whether something was measured, and nothing that is saved is better."""
     value = metrics.get(config.checkpoint.metric)
     if value is None:
@@ -330,7 +332,7 @@ def is_best(run: Run, config: Config, shelter: Shelter, metrics: dict[str, float
     return bool(run.team.first(is_better))
 
 
-def stop(run: Run, shelter: Shelter, progress: Progress) -> Result:
+def stop(run: Run, shelter: Recovery, progress: Progress) -> Result:
     """Leave an interrupted run so that it can go on."""
     path = shelter.save(progress, reason="signal", metrics={})
     shelter.wait()
@@ -339,10 +341,10 @@ def stop(run: Run, shelter: Shelter, progress: Progress) -> Result:
     return Result("interrupted", run.directory, path, progress.step, progress.tokens, progress.seconds_used)
 
 
-def finish(run: Run, job: Job, shelter: Shelter, progress: Progress) -> Result:
+def finish(run: Run, job: Job, shelter: Recovery, progress: Progress) -> Result:
     """Use up what waits, save, read more of the held-out text than before, let the model write, and report."""
     job.optimizer.flush()
-    part = job.config.evaluate
+    part = job.config.eval
     metrics = ranked(measure(run, job, progress, part.n_windows))
     path = shelter.save(progress, reason="final", metrics=metrics)
     found = measure(run, job, progress, part.n_windows_end, task="end")

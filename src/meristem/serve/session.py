@@ -20,10 +20,10 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.device.random import stream as random_stream
 from meristem.errors import CheckpointMismatch, WrongValue
 from meristem.evaluate.memory import COPIES, weights_in
-from meristem.memory.value import State, flatten, size_bytes, unflatten
+from meristem.memory.state import State, flatten, size_bytes, unflatten
 from meristem.models.generate import Sampling, choose
-from meristem.models.reader import Learn, reader_of
-from meristem.nn.memory import Recall
+from meristem.models.online import Learn, online_reader
+from meristem.nn.memory import NeuralMemory
 from meristem.nn.self_reference import SelfReference
 from meristem.serve import store
 from meristem.train.loss import cross_entropy
@@ -79,7 +79,7 @@ _FRESH: Final = _Moment(None, None, 0)
 class Session:
     """Reads, writes and remembers. The weights are shared with other sessions and never change.
 
-    learn: what changes while it reads. "off": nothing, and its memory answers as the model's first one; "memory"; or
+    learn: what changes while it reads. "none": nothing, and its memory answers as the model's first one; "memory"; or
     "levels", feed-forward levels as well, in a copy of its own (``models.reader``).
     """
 
@@ -95,7 +95,7 @@ class Session:
     ) -> None:
         self.model = model
         self.learn = learn
-        self._reader = reader_of(model, learn, cross_entropy)
+        self._reader = online_reader(model, learn, cross_entropy)
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
         self.random_seed = random_seed
@@ -203,7 +203,7 @@ class Session:
         modules = {
             _numbers(path): module
             for path, module in self.model.named_modules()
-            if isinstance(module, Recall | SelfReference)
+            if isinstance(module, NeuralMemory | SelfReference)
         }
         held = dict(_memories(self._now.state or {}))
         layers = {path: _looked_at(modules[_numbers(path)], memory) for path, memory in held.items()}
@@ -313,7 +313,7 @@ def _numbers(path: str) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _looked_at(module: Recall | SelfReference, memory: State) -> LayerMemory:
+def _looked_at(module: NeuralMemory | SelfReference, memory: State) -> LayerMemory:
     retain = float(module.retain_at_rest().mean())
     return {
         "norm": float(sum(weight.double().square().sum() for weight in weights_in({"memory": memory}))) ** 0.5,

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from meristem.checkpoint.files import sha256, write_atomic
+from meristem.checkpoint.atomic import sha256, write_atomic
 from meristem.config import canonical
 from meristem.errors import CheckpointCorrupt, CheckpointTooNew, NoCheckpoint, RunError
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from meristem.errors import SinkError
 from meristem.events import Event
-from meristem.sinks.outbox import Call, Outbox, Pace, Status, Urgency
+from meristem.sinks.queue import Call, RateLimit, SinkQueue, Status, Urgency
 from meristem.sinks.records import Records
 
 Sink = Callable[[Mapping[str, Any]], None]
@@ -28,7 +28,7 @@ _URGENCY: dict[object, Urgency] = {"critical": "critical", "error": "soon", "war
 
 
 @dataclass(frozen=True)
-class Told:
+class SinkRecord:
     """What became of one sink. ``dropped``: records that it did not get, those of a limited name not among them."""
 
     name: str
@@ -86,7 +86,7 @@ class Emitter:
         sinks: Mapping[str, Sink] | None = None,
         *,
         screen: Sink | None = None,
-        pace: Pace | None = None,
+        pace: RateLimit | None = None,
         minor_per_minute: int = MINOR_PER_MINUTE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -97,7 +97,7 @@ class Emitter:
         self._limit = Limit(minor_per_minute, clock)
         self._sinks = {**(sinks or {}), **({SCREEN: screen} if screen else {})}
         self._boxes = {
-            name: Outbox(name, self.emit, pace or Pace(), getattr(sink, "close", None))
+            name: SinkQueue(name, self.emit, pace or RateLimit(), getattr(sink, "close", None))
             for name, sink in self._sinks.items()
         }
         self._n_told = dict.fromkeys(self._sinks, 0)
@@ -115,7 +115,7 @@ class Emitter:
         """Have a call made on the thread of that sink, after the records that it was shown before."""
         self._boxes[name].put(call, "soon")
 
-    def close(self) -> tuple[Told, ...]:
+    def close(self) -> tuple[SinkRecord, ...]:
         """End the sinks one after the other, each within its time, and say what became of them.
 
         What is told here still reaches the sinks that are closed later.
@@ -125,7 +125,7 @@ class Emitter:
                 ends.callback(self._tell_losses)
                 ends.callback(box.close)
             ends.callback(self._tell_losses)
-        return tuple(Told(name, box.status, box.n_dropped) for name, box in self._boxes.items())
+        return tuple(SinkRecord(name, box.status, box.n_dropped) for name, box in self._boxes.items())
 
     def _show(self, record: Mapping[str, Any]) -> None:
         """Put a record before every sink."""

@@ -17,7 +17,7 @@ import orjson
 
 from meristem.config.text import LARGEST_EXACT
 from meristem.events import Emit, Event, silent
-from meristem.sinks.lines import Lines, read_records
+from meristem.sinks.jsonl import JsonLines, read_records
 
 STREAMS = ("metrics", "events", "samples", "system")
 ROTATE_SIZE_BYTES = 256 * 1024 * 1024
@@ -51,7 +51,7 @@ class Records:
         self._rank = {} if rank is None else {"rank": rank}
         self._listener: Listener | None = None
         self._lock = threading.RLock()
-        self._lines = {name: Lines(run_dir / f"{name}.ndjson", rotate_size_bytes) for name in STREAMS}
+        self._lines = {name: JsonLines(run_dir / f"{name}.ndjson", rotate_size_bytes) for name in STREAMS}
         self.seq = max([seq, *(lines.last["seq"] for lines in self._lines.values() if lines.last)])
         for name, lines in self._lines.items():
             if lines.n_cut_bytes:

@@ -18,7 +18,7 @@ from torch._functorch import config as functorch_config
 
 from meristem.errors import ShapeError
 from meristem.events import Event
-from meristem.train.part import AggregatePart
+from meristem.train.config import AggregateConfig
 
 Gradients = Sequence[Tensor | None]
 """One for each parameter, None where the loss does not reach it."""
@@ -108,9 +108,9 @@ class Conflict:
         )
 
 
-def total(losses: Mapping[str, Tensor], part: AggregatePart) -> Tensor:
+def total(losses: Mapping[str, Tensor], config: AggregateConfig) -> Tensor:
     """The weighted sum of the losses, whose gradient ``mean`` takes; with all weights 1 the plain sum, to the bit."""
-    weights = part.weights.model_dump()
+    weights = config.weights.model_dump()
     weighted = [loss if weights.get(name, 1.0) == 1 else weights[name] * loss for name, loss in losses.items()]
     return sum(weighted[1:], start=weighted[0])
 
@@ -146,12 +146,12 @@ def gather(
 
 @torch.no_grad()
 def settle(
-    model: nn.Module, gathered: Mapping[str, Gradients], part: AggregatePart, generator: torch.Generator
+    model: nn.Module, gathered: Mapping[str, Gradients], config: AggregateConfig, generator: torch.Generator
 ) -> Conflict:
     """Add to the gradients of the model what ``part`` makes of the gathered ones; once a step, before it is clipped."""
     names, parameters = zip(*_trained(model), strict=True)
-    weights = part.weights.model_dump()
-    combined, conflict = combine(gathered, names, how=part.how, per=part.per, weights=weights, generator=generator)
+    weights = config.weights.model_dump()
+    combined, conflict = combine(gathered, names, how=config.how, per=config.per, weights=weights, generator=generator)
     for parameter, gradient in zip(parameters, combined, strict=True):
         parameter.grad = _sum(parameter.grad, gradient)
     return conflict

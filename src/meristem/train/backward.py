@@ -10,18 +10,18 @@ from meristem.data.stream import Batch
 from meristem.device.resolve import Device
 from meristem.distributed.engine import Engine, alone
 from meristem.errors import OutOfDeviceBytes
-from meristem.memory.value import State, join_rows, map_tensors, take_rows
+from meristem.memory.state import State, join_rows, map_tensors, take_rows
 from meristem.nn.auxiliary import auxiliary
 from meristem.train.aggregate import Conflict, gather, settle, total
+from meristem.train.config import AggregateConfig
 from meristem.train.loss import cross_entropy
-from meristem.train.part import AggregatePart
 
 CPU_IS_FULL = "can't allocate memory"
 """What torch says in a plain RuntimeError where a CPU has no room; on accelerators it has a type for it."""
 
 
 @dataclass(frozen=True)
-class Taught:
+class BackwardResult:
     """What the backward of a step left besides gradients.
 
     loss: the mean of all targets in nats, on the device. memory: after the last batch.
@@ -31,7 +31,7 @@ class Taught:
 
     loss: torch.Tensor
     memory: State | None
-    n_parts: int
+    n_micro_batches: int
     conflict: Conflict | None = None
 
 
@@ -42,10 +42,10 @@ def backward(
     device: Device,
     *,
     n_parts: int,
-    by: AggregatePart,
+    by: AggregateConfig,
     step: int,
     engine: Engine | None = None,
-) -> Taught:
+) -> BackwardResult:
     """Gradients of the mean loss over all targets of the step, added to those that there are.
 
     loss = (sum of nats over all batches and targets) / N with N the targets of the whole step: however the targets are
@@ -67,7 +67,7 @@ def backward(
         try:
             loss, after, gathered = _attempt(engine, batches, memory, device, min(n_parts, n_rows), by)
             drawn = torch.Generator().manual_seed(step)
-            return Taught(loss, after, n_parts, settle(model, gathered, by, drawn) if gathered else None)
+            return BackwardResult(loss, after, n_parts, settle(model, gathered, by, drawn) if gathered else None)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_room(error):
                 raise
@@ -79,8 +79,8 @@ def backward(
             what = "one row" if n_ranks == 1 else f"the {n_rows} rows of process {engine.sync.ranks.rank}"
             raise OutOfDeviceBytes(
                 f"forward and backward of {what} do not fit on {device.device}: {reason}. "
-                f"{'' if n_ranks == 1 else 'Start more processes, lower data.batch, or: '}"
-                "Lower data.window, model.width or model.n_layers, or choose another device.name.",
+                f"{'' if n_ranks == 1 else 'Start more processes, lower data.batch_size, or: '}"
+                "Lower data.seq_len, model.dim or model.n_layers, or choose another device.device.",
                 device=str(device.device),
                 reason=reason,
             )
@@ -100,7 +100,7 @@ def make_room(model: nn.Module, device: Device) -> None:
 
 
 def _attempt(
-    engine: Engine, batches: list[Batch], memory: State | None, device: Device, n_parts: int, by: AggregatePart
+    engine: Engine, batches: list[Batch], memory: State | None, device: Device, n_parts: int, by: AggregateConfig
 ) -> tuple[torch.Tensor, State | None, dict[str, list[torch.Tensor | None]]]:
     """The loss, the memory, and by objective the gradients that are still to be settled."""
     n_ranks = engine.sync.ranks.size
@@ -132,7 +132,10 @@ def _carried(leaf: torch.Tensor) -> torch.Tensor:
 
 
 def _teach(
-    model: nn.Module, losses: dict[str, torch.Tensor], by: AggregatePart, gathered: dict[str, list[torch.Tensor | None]]
+    model: nn.Module,
+    losses: dict[str, torch.Tensor],
+    by: AggregateConfig,
+    gathered: dict[str, list[torch.Tensor | None]],
 ) -> dict[str, list[torch.Tensor | None]]:
     """Gradients in their place, or by objective, added to those gathered."""
     with record_function("backward"):

@@ -19,7 +19,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-from meristem.checkpoint.files import write_atomic
+from meristem.checkpoint.atomic import write_atomic
 from meristem.errors import RunError, WrongValue
 from meristem.events import Emit, Event, Severity, silent
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self, TypeAlias
 
 from meristem.events import Event, Severity
-from meristem.train.part import GuardPart
+from meristem.train.config import GuardConfig
 
 Figures: TypeAlias = Mapping[str, float]
 """What a detector saw and the limit that this went over, by name."""
@@ -25,7 +25,7 @@ _SEVERITY: Final[Mapping[str, Severity]] = {"ok": "debug", "warn": "warning", "p
 
 
 @dataclass(frozen=True)
-class Reading:
+class StepStats:
     """What was measured of one step.
 
     loss_nats, grad_norm: may be no number.
@@ -112,7 +112,7 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class Usual:
+class Baseline:
     """What the last sound readings had in common.
 
     spread_nats: the median distance from the median, but never below ``guard.floor_nats``. A run that has learned its
@@ -126,31 +126,31 @@ class Usual:
     norm: float
 
     @classmethod
-    def of(cls, guard: Guard, part: GuardPart) -> Self | None:
+    def of(cls, guard: Guard, config: GuardConfig) -> Self | None:
         """None while there are too few readings to speak of what is usual."""
-        losses = guard.losses[-part.span :]
-        if len(losses) < part.n_least:
+        losses = guard.losses[-config.span :]
+        if len(losses) < config.n_least:
             return None
         median = statistics.median(losses)
         return cls(
             median_nats=median,
-            spread_nats=max(statistics.median([abs(loss - median) for loss in losses]), part.floor_nats),
+            spread_nats=max(statistics.median([abs(loss - median) for loss in losses]), config.floor_nats),
             mean_nats=sum(losses) / len(losses),
-            norm=statistics.median(guard.norms[-part.span :]),
+            norm=statistics.median(guard.norms[-config.span :]),
         )
 
 
 @dataclass(frozen=True)
-class Sight:
+class History:
     """A reading and what it is held against.
 
     usual: None where nothing can be compared: too little was seen, or the reading itself is not finite.
     uniform_nats: the loss of a guess that gives every token the same chance; None where there is no such thing.
     """
 
-    reading: Reading
-    part: GuardPart
-    usual: Usual | None
+    reading: StepStats
+    config: GuardConfig
+    usual: Baseline | None
     uniform_nats: float | None
 
 
@@ -164,18 +164,18 @@ class Detector:
     """
 
     name: str
-    finds: Callable[[Sight], Figures | None]
-    panics_at: Callable[[Sight], int | None]
+    finds: Callable[[History], Figures | None]
+    panics_at: Callable[[History], int | None]
     is_anomaly: bool = True
 
 
-def _nonfinite(sight: Sight) -> Figures | None:
+def _nonfinite(sight: History) -> Figures | None:
     """Loss or gradient is infinite or no number."""
     reading = sight.reading
     return None if reading.is_finite else {"loss_nats": reading.loss_nats, "grad_norm": reading.grad_norm}
 
 
-def _divergence(sight: Sight) -> Figures | None:
+def _divergence(sight: History) -> Figures | None:
     """The loss is far above the usual, measured in what is usual around it, and by its size.
 
     z = 0.6745 (loss - median) / MAD, with the median of the distances from the median (MAD), which a few wild values
@@ -185,20 +185,20 @@ def _divergence(sight: Sight) -> Figures | None:
     if usual is None:
         return None
     robust_z = _NORMAL_MAD * (loss - usual.median_nats) / usual.spread_nats
-    limit_nats = sight.part.times_median * usual.median_nats
-    if not (robust_z > sight.part.z and loss > limit_nats):
+    limit_nats = sight.config.times_median * usual.median_nats
+    if not (robust_z > sight.config.z and loss > limit_nats):
         return None
     return {
         "loss_nats": loss,
         "loss_limit_nats": limit_nats,
         "robust_z": robust_z,
-        "robust_z_limit": sight.part.z,
+        "robust_z_limit": sight.config.z,
         "median_nats": usual.median_nats,
         "spread_nats": usual.spread_nats,
     }
 
 
-def _collapse(sight: Sight) -> Figures | None:
+def _collapse(sight: History) -> Figures | None:
     """The loss is that of a model that has forgotten everything, and it had been much lower.
 
     Growth.md 19 has it panic at once. Where a batch is a single row, one that holds a table of numbers costs just as
@@ -206,15 +206,15 @@ def _collapse(sight: Sight) -> Figures | None:
     really forgotten everything costs it three times in a row.
     """
     usual, uniform, loss = sight.usual, sight.uniform_nats, sight.reading.loss_nats
-    if usual is None or uniform is None or usual.mean_nats >= sight.part.collapse_from * uniform:
+    if usual is None or uniform is None or usual.mean_nats >= sight.config.collapse_from * uniform:
         return None
-    margin_nats = sight.part.collapse * uniform
+    margin_nats = sight.config.collapse * uniform
     if abs(loss - uniform) >= margin_nats:
         return None
     return {"loss_nats": loss, "uniform_nats": uniform, "margin_nats": margin_nats, "mean_nats": usual.mean_nats}
 
 
-def _gradient(sight: Sight) -> Figures | None:
+def _gradient(sight: History) -> Figures | None:
     """The gradient is many times the usual.
 
     The usual norm has a floor as the loss has: where most batches have nothing left to teach, the one that has is many
@@ -223,11 +223,11 @@ def _gradient(sight: Sight) -> Figures | None:
     usual, norm = sight.usual, sight.reading.grad_norm
     if usual is None:
         return None
-    limit = sight.part.gradient_times * max(usual.norm, sight.part.gradient_floor)
+    limit = sight.config.gradient_times * max(usual.norm, sight.config.gradient_floor)
     return {"grad_norm": norm, "grad_norm_limit": limit} if norm > limit else None
 
 
-def _severe(sight: Sight) -> Figures | None:
+def _severe(sight: History) -> Figures | None:
     """The loss is so many times the usual that waiting for a second such step would only do harm.
 
     And more than a uniform guess costs. Below that a text of another kind may be all there is to it: after a memory of
@@ -236,29 +236,31 @@ def _severe(sight: Sight) -> Figures | None:
     usual, loss = sight.usual, sight.reading.loss_nats
     if usual is None:
         return None
-    floor_nats = max(usual.median_nats, sight.part.floor_nats)
-    limit_nats = max(sight.part.severe * floor_nats, sight.uniform_nats or 0.0)
+    floor_nats = max(usual.median_nats, sight.config.floor_nats)
+    limit_nats = max(sight.config.severe * floor_nats, sight.uniform_nats or 0.0)
     return {"loss_nats": loss, "severe_limit_nats": limit_nats} if loss > limit_nats else None
 
 
-def _update(sight: Sight) -> Figures | None:
+def _update(sight: History) -> Figures | None:
     """A step moved some tensor by a large share of what it was."""
-    ratio, limit = sight.reading.update_ratio, sight.part.update_ratio
+    ratio, limit = sight.reading.update_ratio, sight.config.update_ratio
     return {"update_ratio": ratio, "update_ratio_limit": limit} if ratio is not None and not ratio <= limit else None
 
 
 DETECTORS: Final = (
-    Detector("nonfinite", _nonfinite, lambda sight: sight.part.nonfinite_steps if sight.reading.is_skipped else 1),
-    Detector("divergence", _divergence, lambda sight: sight.part.in_row),
-    Detector("collapse", _collapse, lambda sight: sight.part.in_row),
-    Detector("gradient", _gradient, lambda sight: sight.part.gradient_in_row),
+    Detector("nonfinite", _nonfinite, lambda sight: sight.config.nonfinite_steps if sight.reading.is_skipped else 1),
+    Detector("divergence", _divergence, lambda sight: sight.config.in_row),
+    Detector("collapse", _collapse, lambda sight: sight.config.in_row),
+    Detector("gradient", _gradient, lambda sight: sight.config.gradient_in_row),
     Detector("severe", _severe, lambda sight: 1),
     Detector("update", _update, lambda sight: None, is_anomaly=False),
 )
 """Growth.md 19, but for the wide form of divergence, which is too lax for language models near their floor."""
 
 
-def observe(guard: Guard, part: GuardPart, reading: Reading, *, uniform_nats: float | None) -> tuple[Guard, Verdict]:
+def observe(
+    guard: Guard, config: GuardConfig, reading: StepStats, *, uniform_nats: float | None
+) -> tuple[Guard, Verdict]:
     """Take one step into account.
 
     uniform_nats: the logarithm of the number of tokens; None where a uniform guess means nothing.
@@ -271,9 +273,9 @@ def observe(guard: Guard, part: GuardPart, reading: Reading, *, uniform_nats: fl
 
     It ends no row of another detector either: what it would have been is not known.
     """
-    if not part.is_on:
+    if not config.is_on:
         return guard, Verdict("ok", reading.step)
-    sight = Sight(reading, part, Usual.of(guard, part) if reading.is_finite else None, uniform_nats)
+    sight = History(reading, config, Baseline.of(guard, config) if reading.is_finite else None, uniform_nats)
     found = {detector: figures for detector in DETECTORS if (figures := detector.finds(sight)) is not None}
     in_row = {} if reading.is_finite else dict(guard.in_row)
     in_row |= {detector.name: guard.in_row.get(detector.name, 0) + 1 for detector in found}
@@ -281,13 +283,13 @@ def observe(guard: Guard, part: GuardPart, reading: Reading, *, uniform_nats: fl
     if not any(detector.is_anomaly for detector in found):
         after = replace(
             after,
-            losses=(*guard.losses, reading.loss_nats)[-part.span :],
-            norms=(*guard.norms, reading.grad_norm)[-part.span :],
+            losses=(*guard.losses, reading.loss_nats)[-config.span :],
+            norms=(*guard.norms, reading.grad_norm)[-config.span :],
         )
     return after, _verdict(sight, found, in_row)
 
 
-def _verdict(sight: Sight, found: Mapping[Detector, Figures], in_row: Mapping[str, int]) -> Verdict:
+def _verdict(sight: History, found: Mapping[Detector, Figures], in_row: Mapping[str, int]) -> Verdict:
     figures: dict[str, float] = {}
     is_panic = False
     for detector, seen in found.items():
@@ -300,7 +302,7 @@ def _verdict(sight: Sight, found: Mapping[Detector, Figures], in_row: Mapping[st
     return Verdict(level, sight.reading.step, tuple(detector.name for detector in found), figures)
 
 
-def observe_held_out(guard: Guard, part: GuardPart, step: int, nats: float) -> tuple[Guard, Verdict]:
+def observe_held_out(guard: Guard, config: GuardConfig, step: int, nats: float) -> tuple[Guard, Verdict]:
     """Take one evaluation into account; it can warn and never panics.
 
     Too high is what lies by ``part.held_out_margin`` above the line of least squares through the evaluations before,
@@ -308,26 +310,26 @@ def observe_held_out(guard: Guard, part: GuardPart, step: int, nats: float) -> t
     A loss that rises slowly takes the line with it; that is told by which checkpoint is the best. What lay too high
     draws no line. Of evaluations that are not finite the first is told.
     """
-    if not part.is_on:
+    if not config.is_on:
         return guard, Verdict("ok", step)
-    before = tuple(point for point in guard.held_out if point[0] < step)[-part.held_out_span :]
-    limit_nats = _held_out_limit(before, part, step)
+    before = tuple(point for point in guard.held_out if point[0] < step)[-config.held_out_span :]
+    limit_nats = _held_out_limit(before, config, step)
     if math.isfinite(nats) and (limit_nats is None or nats <= limit_nats):
-        held_out = (*before, (step, nats))[-part.held_out_span :]
+        held_out = (*before, (step, nats))[-config.held_out_span :]
         return replace(guard, held_out=held_out, n_held_out_above=0), Verdict("ok", step)
     n_above = guard.n_held_out_above + 1
     after = replace(guard, n_held_out_above=n_above)
-    if math.isfinite(nats) and n_above < part.held_out_in_row:
+    if math.isfinite(nats) and n_above < config.held_out_in_row:
         return after, Verdict("ok", step)
     figures = {"held_out_nats": nats, "held_out.in_row": n_above}
     figures |= {} if limit_nats is None else {"held_out_limit_nats": limit_nats}
     return after, Verdict("warn", step, ("held_out",), figures)
 
 
-def _held_out_limit(before: tuple[tuple[int, float], ...], part: GuardPart, step: int) -> float | None:
+def _held_out_limit(before: tuple[tuple[int, float], ...], config: GuardConfig, step: int) -> float | None:
     """The most that an evaluation at ``step`` may be; None while there are fewer than three to draw a line through."""
     if len(before) < 3:
         return None
     slope, offset = statistics.linear_regression([point[0] for point in before], [point[1] for point in before])
     lowest = min(nats for _, nats in before)
-    return max(offset + slope * step, lowest) + part.held_out_margin
+    return max(offset + slope * step, lowest) + config.held_out_margin

@@ -13,14 +13,14 @@ from torch.profiler import record_function
 from meristem.data.stream import Batch, Cursor, Stream
 from meristem.device.resolve import Device
 from meristem.distributed.engine import Engine, alone
-from meristem.distributed.parts import local
+from meristem.distributed.shards import local
 from meristem.errors import NonFinite, OutOfDeviceBytes
-from meristem.optim.outer import Outer, Update
-from meristem.optim.schedule import Done, set_rates
+from meristem.optim.multi_period import MultiPeriodOptimizer, Update
+from meristem.optim.schedule import ScheduleProgress, set_rates
 from meristem.train.aggregate import Conflict
 from meristem.train.backward import backward, is_out_of_room, make_room
-from meristem.train.guard import Reading
-from meristem.train.part import AggregatePart, TrainPart
+from meristem.train.config import AggregateConfig, TrainConfig
+from meristem.train.guard import StepStats
 from meristem.train.progress import Progress
 
 _UNMEASURED: Final = -1.0
@@ -28,17 +28,17 @@ _UNMEASURED: Final = -1.0
 
 
 @dataclass(frozen=True)
-class Teaching:
+class GradientSource:
     """How the gradients of a step are made.
 
     aggregate: how those of several objectives become one. engine: what makes those of several processes one.
     """
 
-    aggregate: AggregatePart = AggregatePart()
+    aggregate: AggregateConfig = AggregateConfig()
     engine: Engine | None = None
 
 
-_PLAIN = Teaching()
+_PLAIN = GradientSource()
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Step:
     """
 
     progress: Progress
-    readings: tuple[Reading, ...]
+    readings: tuple[StepStats, ...]
     rate: float
     seconds: float
     n_targets: int
@@ -82,13 +82,13 @@ class Step:
 def steps(
     model: nn.Module,
     stream: Stream,
-    optimizer: Outer,
-    schedule: Callable[[Done], float],
+    optimizer: MultiPeriodOptimizer,
+    schedule: Callable[[ScheduleProgress], float],
     *,
-    part: TrainPart,
+    config: TrainConfig,
     device: Device,
     start: Progress,
-    teaching: Teaching = _PLAIN,
+    teaching: GradientSource = _PLAIN,
 ) -> Iterator[Step]:
     """Train from ``start`` until a limit of ``part`` is reached, yielding after every step.
 
@@ -103,23 +103,26 @@ def steps(
     engine = teaching.engine or alone(model)
     unread: list[torch.Tensor] = []
     now = start
-    while not now.is_over(part):
+    while not now.is_over(config):
         began = time.perf_counter()
-        set_rates(optimizer, schedule(Done(share=now.share(part), step=now.step, tokens=now.tokens)) * now.easing())
+        set_rates(
+            optimizer,
+            schedule(ScheduleProgress(share=now.share(config), step=now.step, tokens=now.tokens)) * now.easing(),
+        )
         with record_function("data"):
-            batches, cursor = _take(stream, now.cursor, part.accumulate)
+            batches, cursor = _take(stream, now.cursor, config.grad_accum_steps)
         n_targets = engine.sync.ranks.size * sum(batch.n_targets for batch in batches)
         taught = backward(
             model,
             batches,
             now.memory,
             device,
-            n_parts=now.n_parts,
+            n_parts=now.n_micro_batches,
             by=teaching.aggregate,
             step=now.step,
             engine=engine,
         )
-        is_measured = (now.step + 1) % part.measure_updates_every == 0
+        is_measured = (now.step + 1) % config.measure_updates_every == 0
         with record_function("optimizer"):
             update, ratio = _move(engine, optimizer, taught.loss, device, is_measured=is_measured)
         optimizer.zero_grad()
@@ -131,15 +134,15 @@ def steps(
             step=now.step + 1,
             tokens=now.tokens + n_targets,
             memory=taught.memory,
-            n_parts=taught.n_parts,
+            n_micro_batches=taught.n_micro_batches,
         )
-        is_logged = now.step % part.log_every == 0
-        readings: tuple[Reading, ...] = ()
+        is_logged = now.step % config.log_every == 0
+        readings: tuple[StepStats, ...] = ()
         # On the CPU reading costs nothing. A memory that is carried on must not stay spoilt until the next record.
         if is_logged or taught.loss.is_cpu or not batches[-1].starts:
             readings = _read(now.step, unread)
             unread = []
-            now = _count(now, readings, part.max_nonfinite)
+            now = _count(now, readings, config.max_nonfinite)
         seconds = time.perf_counter() - began
         told = engine.sync.gather([seconds, sum(batch.n_bytes for batch in batches)])
         each_s, each_bytes = zip(*told, strict=True)
@@ -167,7 +170,7 @@ def _take(stream: Stream, cursor: Cursor, n_batches: int) -> tuple[list[Batch], 
 
 
 def _move(
-    engine: Engine, optimizer: Outer, loss: torch.Tensor, device: Device, *, is_measured: bool
+    engine: Engine, optimizer: MultiPeriodOptimizer, loss: torch.Tensor, device: Device, *, is_measured: bool
 ) -> tuple[Update, torch.Tensor]:
     """Step; and how far the weight that moved most was moved, as a share of itself, or ``_UNMEASURED``.
 
@@ -194,7 +197,7 @@ def _move(
         return update, ratio
     make_room(engine.model, device)
     raise OutOfDeviceBytes(
-        f"no room is left on {device.device} to move the weights: {reason or 'in another process'}. Lower data.batch "
+        f"no room is left on {device.device} to move the weights: {reason or 'in another process'}. Lower data.batch_size "
         f"or the size of the model.",
         where="step",
         device=str(device.device),
@@ -210,11 +213,11 @@ def _largest_ratio(before: list[torch.Tensor], after: Sequence[torch.Tensor]) ->
         return (torch.stack(torch._foreach_norm(before)) / sizes.maximum(least)).max().float()
 
 
-def _read(last_step: int, unread: list[torch.Tensor]) -> tuple[Reading, ...]:
+def _read(last_step: int, unread: list[torch.Tensor]) -> tuple[StepStats, ...]:
     """The measurements of the steps up to ``last_step``, in one transfer."""
     first = last_step - len(unread) + 1
     return tuple(
-        Reading(
+        StepStats(
             step=first + index,
             loss_nats=loss,
             grad_norm=norm,
@@ -225,7 +228,7 @@ def _read(last_step: int, unread: list[torch.Tensor]) -> tuple[Reading, ...]:
     )
 
 
-def _count(now: Progress, readings: tuple[Reading, ...], most: int) -> Progress:
+def _count(now: Progress, readings: tuple[StepStats, ...], most: int) -> Progress:
     """Progress after the steps that were read; too many skipped in a row end the run."""
     for reading in readings:
         in_row = now.n_nonfinite_in_row + 1 if reading.is_skipped else 0
@@ -233,7 +236,7 @@ def _count(now: Progress, readings: tuple[Reading, ...], most: int) -> Progress:
         if in_row >= most:
             raise NonFinite(
                 f"loss or gradient was not finite in {in_row} steps in a row, up to step {now.step}; "
-                f"{most} end a run (train.max_nonfinite). Lower optim.rate or optim.clip, or set device.compute=fp32.",
+                f"{most} end a run (train.max_nonfinite). Lower optim.lr or optim.grad_clip, or set device.dtype=fp32.",
                 step=now.step,
                 count=in_row,
             )

@@ -12,10 +12,10 @@ from typing import Any, Final
 import torch
 from torch.profiler import ProfilerActivity
 
-from meristem.checkpoint.files import write_atomic
+from meristem.checkpoint.atomic import write_atomic
 from meristem.errors import ConfigError
 from meristem.events import Emit, Event
-from meristem.train.part import ProfilePart
+from meristem.train.config import ProfileConfig
 
 PHASES: Final = ("data", "forward", "backward", "optimizer")
 """The ranges, by ``torch.profiler.record_function``, that the loop puts around its parts."""
@@ -33,7 +33,7 @@ _QUIET = "6"
 
 
 @contextlib.contextmanager
-def profiled(part: ProfilePart, directory: Path | None, device: torch.device, emit: Emit) -> Iterator[Tick]:
+def profiled(config: ProfileConfig, directory: Path | None, device: torch.device, emit: Emit) -> Iterator[Tick]:
     """Trace the steps that ``part`` names, of those that the block makes; what it gives is called after each of them.
 
     Each window of ``part.steps`` steps leaves ``step-000123.json``, a Chrome trace, and ``step-000123.txt``, a table,
@@ -43,18 +43,18 @@ def profiled(part: ProfilePart, directory: Path | None, device: torch.device, em
 
     directory: where the files go unless ``part`` names a place. Raises ConfigError where neither does.
     """
-    if not part.steps:
+    if not config.steps:
         yield _untraced
         return
-    into = part.directory or directory
+    into = config.directory or directory
     if into is None:
         raise ConfigError(
-            f"profile.steps is {part.steps}, but there is no directory to write traces into: found none, expected a "
+            f"profile.steps is {config.steps}, but there is no directory to write traces into: found none, expected a "
             "path. Set profile.directory, or profile.steps=0.",
             path="profile.directory",
             value=None,
         )
-    tracing = _Tracing(part, into, activities(device, emit), emit)
+    tracing = _Tracing(config, into, activities(device, emit), emit)
     try:
         yield tracing.tick
     finally:
@@ -130,9 +130,9 @@ def _export(profile: torch.profiler.profile, path: Path) -> None:
 class _Tracing:
     """Windows of traced steps, one after the other. ``profile`` is None once there is nothing more to trace."""
 
-    def __init__(self, part: ProfilePart, into: Path, traced: tuple[ProfilerActivity, ...], emit: Emit) -> None:
+    def __init__(self, config: ProfileConfig, into: Path, traced: tuple[ProfilerActivity, ...], emit: Emit) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)
-        self.part, self.into, self.traced, self.emit = part, into, traced, emit
+        self.config, self.into, self.traced, self.emit = config, into, traced, emit
         self.profile: torch.profiler.profile | None = None
         self.n_windows, self.n_ticks, self.step = 0, 0, 0
         self.written: tuple[Path, ...] = ()
@@ -146,10 +146,10 @@ class _Tracing:
         self.step, self.n_ticks = step, self.n_ticks + 1
         with self._harmlessly("tracing"):
             self.profile.step()
-        if self.profile is not None and self.n_recorded == self.part.steps:
+        if self.profile is not None and self.n_recorded == self.config.steps:
             self._stop()
             self.n_windows += 1
-            if self.n_windows < self.part.repeat:
+            if self.n_windows < self.config.repeat:
                 self._begin()
         return self.written
 
@@ -158,17 +158,17 @@ class _Tracing:
         if self.profile is not None:
             n_recorded = self.n_recorded
             self._stop()
-            payload = {"recorded_steps": n_recorded, "wanted_steps": self.part.steps, "at_step": self.step}
+            payload = {"recorded_steps": n_recorded, "wanted_steps": self.config.steps, "at_step": self.step}
             self.emit(Event("profile.cut_short", payload, "warning"))
 
     @property
     def n_recorded(self) -> int:
         """How many whole steps of this window are in its trace."""
-        return max(0, self.n_ticks - self.part.wait - self.part.warmup)
+        return max(0, self.n_ticks - self.config.wait - self.config.warmup)
 
     def _begin(self) -> None:
         """A tracer for each window: one for all would keep the numbers of those before it."""
-        self.n_ticks, part = 0, self.part
+        self.n_ticks, part = 0, self.config
         with self._harmlessly("starting"):
             self.profile = torch.profiler.profile(
                 activities=self.traced,

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from meristem.data.stream import Cursor
-from meristem.memory.value import State
-from meristem.train.part import TrainPart
+from meristem.memory.state import State
+from meristem.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Progress:
     n_nonfinite_in_row: int = 0
     ease: float = 1.0
     eased_until: int = 0
-    n_parts: int = 1
+    n_micro_batches: int = 1
     memory: State | None = None
 
-    def share(self, part: TrainPart) -> float:
+    def share(self, config: TrainConfig) -> float:
         """How much of the run is done, from 0: in steps if these are limited, else in tokens, else in seconds."""
-        if part.steps is not None:
-            return self.step / part.steps
-        if part.tokens is not None:
-            return self.tokens / part.tokens
-        return self.seconds_used / part.budget if part.budget is not None else 0.0
+        if config.steps is not None:
+            return self.step / config.steps
+        if config.tokens is not None:
+            return self.tokens / config.tokens
+        return self.seconds_used / config.max_time if config.max_time is not None else 0.0
 
-    def is_over(self, part: TrainPart) -> bool:
+    def is_over(self, config: TrainConfig) -> bool:
         """Some limit is reached."""
-        reached = ((self.step, part.steps), (self.tokens, part.tokens), (self.seconds_used, part.budget))
+        reached = ((self.step, config.steps), (self.tokens, config.tokens), (self.seconds_used, config.max_time))
         return any(limit is not None and used >= limit for used, limit in reached)
 
     def easing(self) -> float:
@@ -58,7 +58,7 @@ class Progress:
             "n_nonfinite_in_row": self.n_nonfinite_in_row,
             "ease": self.ease,
             "eased_until": self.eased_until,
-            "n_parts": self.n_parts,
+            "n_micro_batches": self.n_micro_batches,
         }
 
     @classmethod

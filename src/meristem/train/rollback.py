@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self, TypeAlias
 
 from meristem.errors import MeristemError, RollbackFailed, SnapshotTooLarge
-from meristem.train.part import RollbackPart
+from meristem.train.config import RollbackConfig
 from meristem.worker.deadline import Deadline
 
 TierName = Literal["fast", "full"]
@@ -137,31 +137,31 @@ class Rollbacks:
         return cls(values["n"], values["n_in_row"], values["last_step"], latencies)
 
 
-def n_snapshots(part: RollbackPart, each_bytes: int, free_bytes: int) -> int:
+def n_snapshots(config: RollbackConfig, each_bytes: int, free_bytes: int) -> int:
     """How many snapshots of ``each_bytes`` a run keeps: as many as were asked for, or as fit, at most ``USUAL``.
 
     free_bytes: of the machine; a quarter of it may be used where ``part`` gives no limit. Raises SnapshotTooLarge where
     the number that was asked for does not fit.
     """
-    max_bytes = most_bytes(part, free_bytes)
-    if part.snapshots is None:
+    max_bytes = most_bytes(config, free_bytes)
+    if config.snapshots is None:
         fitting = min(USUAL, max_bytes // each_bytes)
         return fitting if fitting > 1 else 0
-    if part.snapshots * each_bytes > max_bytes:
+    if config.snapshots * each_bytes > max_bytes:
         raise SnapshotTooLarge(
-            f"rollback.snapshots={part.snapshots} of {each_bytes:,} bytes each take {part.snapshots * each_bytes:,} "
+            f"rollback.snapshots={config.snapshots} of {each_bytes:,} bytes each take {config.snapshots * each_bytes:,} "
             f"bytes; {max_bytes:,} are allowed. Raise rollback.max_bytes, or set rollback.snapshots=0 to go back by "
             "checkpoints only.",
             path="rollback.snapshots",
-            found=part.snapshots * each_bytes,
+            found=config.snapshots * each_bytes,
             expected=max_bytes,
         )
-    return part.snapshots
+    return config.snapshots
 
 
-def most_bytes(part: RollbackPart, free_bytes: int) -> int:
+def most_bytes(config: RollbackConfig, free_bytes: int) -> int:
     """What all snapshots may take together."""
-    return part.max_bytes if part.max_bytes is not None else free_bytes // 4
+    return config.max_bytes if config.max_bytes is not None else free_bytes // 4
 
 
 def restore(tiers: Sequence[Tier], clock: Callable[[], float] = time.monotonic) -> tuple[Attempt, ...]:

@@ -22,17 +22,17 @@ from meristem.memory.forms import forms
 from meristem.memory.named import named
 from meristem.memory.retention import retentions, sphere
 from meristem.memory.rule import Rule
+from meristem.memory.state import size_bytes
 from meristem.memory.structure import mlp, structures
 from meristem.memory.update import momentum, plain, updates
-from meristem.memory.value import size_bytes
 from meristem.models.build import build, models
 from meristem.optim.groups import build as build_optimizer
-from meristem.recipes.config import Config, load_config
 from meristem.recipes.plan import measure
 from meristem.recipes.plan.dry_run import PARTS, plan
 from meristem.recipes.plan.report import brief, sections
+from meristem.runs.config import Config, load_config
+from meristem.train.config import TrainConfig
 from meristem.train.loop import steps
-from meristem.train.part import TrainPart
 from meristem.train.progress import Progress
 from recipes.plan.small_models import profiled_peak
 
@@ -57,7 +57,7 @@ class Batches:
 
     def next(self, cursor: Cursor) -> tuple[Batch, Cursor]:
         data = self.config.data
-        tokens_bt, targets_bt = torch.randint(0, 256, (2, data.batch, data.window)).clone().unbind()
+        tokens_bt, targets_bt = torch.randint(0, 256, (2, data.batch_size, data.seq_len)).clone().unbind()
         n_targets = tokens_bt.numel()
         starts = data.order != "sequential"
         return Batch(tokens_bt.clone(), targets_bt.clone(), n_targets, n_targets, starts), cursor
@@ -67,8 +67,8 @@ def true_peak(config: Config) -> int:
     """What torch's profiler sees of two steps of the real loop on real tensors."""
     device = resolve(config.device, silent)
     vocabulary = 256 if config.tokenizer.kind == "byte" else config.tokenizer.vocab_size
-    model = build(config.model, config.memory, vocabulary, 0).to(device.device, device.parameters)
-    part = TrainPart(steps=2, budget=None, accumulate=config.train.accumulate)
+    model = build(config.model, config.memory, vocabulary, 0).to(device.device, device.param_dtype)
+    part = TrainConfig(steps=2, max_time=None, grad_accum_steps=config.train.grad_accum_steps)
 
     def run() -> None:
         start = Progress(cursor=Cursor(0, "", ""))
@@ -78,7 +78,7 @@ def true_peak(config: Config) -> int:
             Batches(config),
             optimizer,
             lambda share: 1.0,
-            part=part,
+            config=part,
             device=device,
             start=start,
         )
@@ -91,17 +91,19 @@ def true_peak(config: Config) -> int:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_peak_is_that_of_the_run(load, preset):
     """The predicted peak is within 1 % of what the allocator gives out in real steps."""
-    config = load(preset, "data.batch=3", "data.window=43", "model.n_layers=2", "device.threads=1")
+    config = load(preset, "data.batch_size=3", "data.seq_len=43", "model.n_layers=2", "device.threads=1")
     assert plan(config, until="steps").training.peak_bytes == pytest.approx(true_peak(config), rel=0.01)
 
 
 @pytest.mark.parametrize(
     "override",
-    ["data.order=sequential", "train.accumulate=2", "device.compute=fp32", "optim.kind=muon", "optim.kind=m3"],
+    ["data.order=sequential", "train.grad_accum_steps=2", "device.dtype=fp32", "optim.name=muon", "optim.name=m3"],
 )
 def test_peak_knows_how_the_run_steps(load, override):
     """A memory that is carried on, accumulated batches and the dtype of products are in the figure."""
-    config = load("titans-mag", "data.batch=2", "data.window=37", "model.n_layers=1", "device.compute=bf16", override)
+    config = load(
+        "titans-mag", "data.batch_size=2", "data.seq_len=37", "model.n_layers=1", "device.dtype=bf16", override
+    )
     assert plan(config, until="steps").training.peak_bytes == pytest.approx(true_peak(config), rel=0.01)
 
 
@@ -115,7 +117,7 @@ def test_parameters_are_those_of_the_definition(load, preset, n):
 @pytest.mark.parametrize("preset", ["titans-mag", "charformer"])
 def test_state_of_a_session_is_that_of_the_model(load, preset):
     """The bytes a session keeps are those of the state that the real model gives back."""
-    config = load(preset, "data.batch=1", "data.window=83", "model.n_layers=2", "device.compute=fp32")
+    config = load(preset, "data.batch_size=1", "data.seq_len=83", "model.n_layers=2", "device.dtype=fp32")
     session = plan(config, until="steps").session
     model = build(config.model, config.memory, 256, 0)
     _, state = model(torch.zeros(1, 82, dtype=torch.int64))
@@ -126,7 +128,7 @@ def test_state_of_a_session_is_that_of_the_model(load, preset):
 def test_work_of_the_whole_is_that_of_its_modules(load):
     """A transformer's products, added up by hand; twice that in the backward pass, where attention takes 2.5 times."""
     b, t, d, f, n_layers, o = 3, 37, 128, 512, 4, 256
-    config = load("charformer", f"data.batch={b}", f"data.window={t}", "train.accumulate=2")
+    config = load("charformer", f"data.batch_size={b}", f"data.seq_len={t}", "train.grad_accum_steps=2")
     report = plan(config, until="modules")
     linear = n_layers * (4 * d * d + 2 * d * f) + d * o
     attention = n_layers * 2 * t * d
@@ -141,7 +143,7 @@ def test_work_of_the_whole_is_that_of_its_modules(load):
 
 def test_short_windows_stand_for_long_ones(load, monkeypatch):
     """What is continued from short windows is what the full window gives."""
-    config = load("charrnn", "data.batch=2", "data.window=71", "model.n_layers=2")
+    config = load("charrnn", "data.batch_size=2", "data.seq_len=71", "model.n_layers=2")
     full = plan(config, until="modules")
     monkeypatch.setattr(measure, "MOST_OPERATIONS", 0)
     fitted = plan(config, until="modules")
@@ -155,14 +157,14 @@ def test_short_windows_stand_for_long_ones(load, monkeypatch):
 def test_what_is_not_linear_in_time_is_rehearsed_in_full(load, monkeypatch):
     """A model with dense attention is never continued from short windows."""
     monkeypatch.setattr(measure, "MOST_OPERATIONS", 0)
-    assert plan(load("charformer", "model.n_layers=1", "data.window=67"), until="steps").training.fitted_from == ()
+    assert plan(load("charformer", "model.n_layers=1", "data.seq_len=67"), until="steps").training.fitted_from == ()
 
 
 def test_what_takes_too_long_is_said_to_be_uncertain(load, monkeypatch):
     """A scan over a long text is neither waited for nor passed off as exact."""
     monkeypatch.setattr(measure, "MOST_OPERATIONS", 0)
     monkeypatch.setattr(measure, "LIMIT", 0)
-    report = plan(load("titans-mag", "memory.form=scan", "model.n_layers=1", "data.batch=1", "data.window=70"))
+    report = plan(load("titans-mag", "memory.form=scan", "model.n_layers=1", "data.batch_size=1", "data.seq_len=70"))
     assert report.training.fitted_from == (8, 16)
     assert report.what_if == ()
     assert "8 and 16 tokens, where they were not yet on one line" in report.warnings[-1]
@@ -170,11 +172,15 @@ def test_what_takes_too_long_is_said_to_be_uncertain(load, monkeypatch):
 
 def test_parts_in_order(load):
     """Every part is gone through and says how it ended; the whole can be read as JSON, as tables and in three lines."""
-    report = plan(load("titans-mag", "data.batch=2", "data.window=33", "model.n_layers=1"))
+    report = plan(load("titans-mag", "data.batch_size=2", "data.seq_len=33", "model.n_layers=1"))
     assert [part.name for part in report.parts] == list(PARTS)
     assert [part.outcome for part in report.parts] == ["ok", "not prepared", *["ok"] * 5]
     assert report.exit_code == 0 and report.warnings == ()
-    assert [row.change for row in report.what_if] == ["data.batch x2", f"device.compute={_other()}", "data.window x2"]
+    assert [row.change for row in report.what_if] == [
+        "data.batch_size x2",
+        f"device.dtype={_other()}",
+        "data.seq_len x2",
+    ]
     assert report.what_if[0].flops_per_step == 2 * report.training.flops_per_step
     read = json.loads(report.to_json())
     assert read["training"]["flops_per_token"] * 2 * 33 == report.training.flops_per_step
@@ -185,14 +191,19 @@ def test_parts_in_order(load):
 
 
 def _other() -> str:
-    chosen = resolve(Config().device, silent).compute
+    chosen = resolve(Config().device, silent).dtype
     return "bf16" if chosen == torch.float32 else "fp32"
 
 
 def test_prepared_text_is_counted(load):
     """A text that was prepared before is known in units of training; another source is not mistaken for it."""
     config = load(
-        "charformer", "data.batch=5", "data.window=61", "data.order=shuffled", "train.steps=7", "train.accumulate=3"
+        "charformer",
+        "data.batch_size=5",
+        "data.seq_len=61",
+        "data.order=shuffled",
+        "train.steps=7",
+        "train.grad_accum_steps=3",
     )
     corpus = prepare(config.data, config.tokenizer)
     stream = Stream(corpus, "train", window=61, batch=5, random_seed=0)
@@ -208,7 +219,7 @@ def test_prepared_text_is_counted(load):
 @pytest.mark.parametrize(
     "override, part, exit_code, message",
     [
-        ("device.name=cuda:7", "config", 3, "there is no device 'cuda:7'"),
+        ("device.device=cuda:7", "config", 3, "there is no device 'cuda:7'"),
         ("data.source=nowhere/at/all.txt", "data", 4, "nowhere/at/all.txt"),
         ("memory.rule=hopfield", "build", 2, "hopfield"),
         ("memory.form=magic", "build", 2, "magic"),
@@ -216,7 +227,7 @@ def test_prepared_text_is_counted(load):
 )
 def test_refusals(load, override, part, exit_code, message):
     """What cannot work is refused in its part, with the exit code and the words of the error itself."""
-    report = plan(load("titans-mag", "data.batch=1", "data.window=9", "model.n_layers=1", override))
+    report = plan(load("titans-mag", "data.batch_size=1", "data.seq_len=9", "model.n_layers=1", override))
     outcomes = {outcome.name: outcome for outcome in report.parts}
     assert outcomes[part].outcome == "failed" and message in outcomes[part].message
     assert report.exit_code == exit_code
@@ -233,13 +244,13 @@ def test_a_refused_plan_raises_the_error_of_its_part(load):
 
 def test_a_model_of_ten_terabytes_is_planned_in_little_memory(load):
     """Nothing is allocated for a model that no machine holds; the figures are there and the run is refused."""
-    size = ("model.width=262144", "model.heads=2048", "model.n_layers=3", "memory.head_width=128", "data.window=48")
+    size = ("model.dim=262144", "model.n_heads=2048", "model.n_layers=3", "memory.head_dim=128", "data.seq_len=48")
     before = psutil.Process(os.getpid()).memory_info().rss
     report = plan(load("titans-mag", *size), until="steps")
     grown = psutil.Process(os.getpid()).memory_info().rss - before
     assert report.n_parameters * 4 > 10e12 and grown < 2**28
     assert report.exit_code == 5 and not report.fits(1024)
-    with pytest.raises(OutOfDeviceBytes, match="Lower data.batch"):
+    with pytest.raises(OutOfDeviceBytes, match="Lower data.batch_size"):
         report.refuse()
 
 
@@ -274,7 +285,7 @@ def careless(load):
 
     def make(kind: type[nn.Module]) -> Config:
         models.register(f"test-{kind.__name__.lower()}", lambda *parts: kind())
-        return load("charrnn", "data.batch=2", "data.window=11", f"model.name=test-{kind.__name__.lower()}")
+        return load("charrnn", "data.batch_size=2", "data.seq_len=11", f"model.name=test-{kind.__name__.lower()}")
 
     return make
 
@@ -296,7 +307,7 @@ def test_shapes_that_depend_on_values_are_refused_with_their_line(careless):
 
 def test_a_plan_leaves_nothing_behind(load):
     """Random state, and every value that modules keep between calls, are as if no plan had been made."""
-    config = load("titans-mag", "data.batch=1", "data.window=39", "model.n_layers=1")
+    config = load("titans-mag", "data.batch_size=1", "data.seq_len=39", "model.n_layers=1")
     before = torch.get_rng_state()
     plan(config, until="steps")
     assert torch.equal(torch.get_rng_state(), before)
@@ -306,7 +317,9 @@ def test_a_plan_leaves_nothing_behind(load):
 
 def test_the_memory_that_runs_is_told(load):
     """The parts of the rule, what auto chose, and why the other forms refuse: in the words of their registries."""
-    memory = plan(load("lmm-yaad", "memory.form=auto", "memory.update=momentum", "data.window=7"), until="build").memory
+    memory = plan(
+        load("lmm-yaad", "memory.form=auto", "memory.update=momentum", "data.seq_len=7"), until="build"
+    ).memory
     assert (memory.rule, memory.structure, memory.bias) == ("yaad", "mlp", "huber_switch")
     assert (memory.retention, memory.update, memory.form, memory.runs) == ("local", "momentum", "auto", "scan")
     rule = replace(named("yaad"), update=momentum())

@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 
 from meristem.errors import ConflictingKeys
-from meristem.memory.door import require_window
 from meristem.memory.forms import associative, atlas, exact_chunk, frozen_chunk, lattice, tnt
 from meristem.memory.forms.by_chunk import Window, finished
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule, scan
-from meristem.memory.value import Memory, full_precision
+from meristem.memory.state import Memory, full_precision
+from meristem.memory.validate import require_window
 from meristem.plugins import Registry
 from meristem.shapes import Keys, Queries, Values
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule
+from meristem.memory.state import Memory
 from meristem.memory.structure import Live
 from meristem.memory.update import momentum_name
-from meristem.memory.value import Memory
 from meristem.shapes import Keys, Queries, Values
 
 

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import torch
 
-from meristem.memory.forms.by_chunk import walk
-from meristem.memory.forms.flow import decay_between
-from meristem.memory.forms.frozen_chunk import flow_at_rate_one, frozen_step
+from meristem.memory.forms.by_chunk import run_chunks
+from meristem.memory.forms.decay import decay_between
+from meristem.memory.forms.frozen_chunk import decay_at_rate_one, frozen_step
 from meristem.memory.gates import Gates
 from meristem.memory.kernels.newton_schulz import newton_schulz
 from meristem.memory.rule import Rule
+from meristem.memory.state import Memory
 from meristem.memory.structure import Live, Pairs
 from meristem.memory.update import momentum_name, plain
-from meristem.memory.value import Memory
 from meristem.shapes import Keys, Queries, Values
 
 MOST = 16
@@ -45,7 +45,7 @@ def atlas(
     2505.23735, section 5.2; memory.md 4.9).
     """
     window = keys_bthk, values_bthv, queries_bthk
-    return walk(_chunk, rule, memory, window, gates, min(chunk, MOST))
+    return run_chunks(_chunk, rule, memory, window, gates, min(chunk, MOST))
 
 
 def _chunk(
@@ -62,7 +62,7 @@ def _chunk(
     rows = moved.rows(0, n_tokens)
     pairs = Pairs(key_bhck, value_bhcv, rows.code_bhcg)
     plain_rule = replace(rule, update=plain())
-    (flowing,) = flow_at_rate_one(plain_rule, moved, n_tokens)
+    (flowing,) = decay_at_rate_one(plain_rule, moved, n_tokens)
     step = frozen_step(plain_rule, memory, pairs, rows, flowing)
     moving = step.moving(flowing)
     kept_bhcs, kept_bhc = decay_between(gates.log_retain().movedim(1, 2))
@@ -71,7 +71,7 @@ def _chunk(
     after: Memory = {}
     for name, (addresses, gradients) in step.factors.items():
         entering_bhc11 = step.flowing.entering_nhcl[..., 0, None, None]
-        momenta_bhckv = torch.einsum("bhcs,bhsk,bhsv->bhckv", moving.reach_bhcs, addresses, gradients)
+        momenta_bhckv = torch.einsum("bhcs,bhsk,bhsv->bhckv", moving.intra_bhcs, addresses, gradients)
         momenta_bhckv = momenta_bhckv + entering_bhc11 * memory[momentum_name(name)][:, :, None]
         steps = write_bhc11 * newton_schulz(momenta_bhckv)
         faded = kept_bhc[..., None, None] * memory[name][:, :, None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule, scan
-from meristem.memory.value import Memory
+from meristem.memory.state import Memory
 from meristem.shapes import Keys, Queries, Values
 
 Window = tuple[Tensor, Tensor, Tensor]
@@ -24,7 +24,7 @@ RunChunks = Callable[[Rule, Memory, Window, Gates, int], tuple[Values, Memory]]
 """Several whole chunks at once."""
 
 
-def walk(
+def run_chunks(
     run_chunk: RunChunk,
     rule: Rule,
     memory: Memory,

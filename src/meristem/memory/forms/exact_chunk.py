@@ -18,17 +18,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from meristem.memory.forms.by_chunk import Window
-from meristem.memory.forms.flow import Flow, Logs, between, cut, flow, flow_back, flow_from
+from meristem.memory.forms.decay import Decay, Logs, between, compute_decay, compute_decay_from, cut, decay_backward
 from meristem.memory.gates import Gates
 from meristem.memory.kernels.chunk_solve import Solved, Weights, solve, solve_back, sooner
 from meristem.memory.kernels.fla_delta import fla_delta
 from meristem.memory.kernels.select import choose_window, loop_kernel
 from meristem.memory.rule import Rule
+from meristem.memory.state import Memory, full_precision
 from meristem.memory.update import momentum_name
-from meristem.memory.value import Memory, full_precision
 from meristem.shapes import Keys, Queries, Values
 
-Looks = Literal["never", "at the start", "at each token"]
+Looks = Literal["never", "start", "token"]
 """Where a write looks for what is new to the memory: nowhere, at the start of its chunk, or where it stands."""
 
 
@@ -124,7 +124,7 @@ def solved(
     scale_nhc = cut(gates.retain_bth, chunk) if rule.probe == "warm" and rule.slope else None
     if rule.slope and rule.slope != 1:
         scale_nhc = torch.full_like(logs.write, rule.slope) if scale_nhc is None else rule.slope * scale_nhc
-    looks: Looks = "never" if not rule.slope else "at the start" if is_frozen else "at each token"
+    looks: Looks = "never" if not rule.slope else "start" if is_frozen else "token"
     weight = rule.structure.weights[0]
     names = [weight, momentum_name(weight)][: 2 if rule.update.has_momentum else 1]
     read_nhcv, last_hkv = WholeChunks.apply(
@@ -155,7 +155,7 @@ class WholeChunks(torch.autograd.Function):
         # Chosen once: the way back may run on another thread, or after ``force_reference`` has ended.
         ctx.kernel = loop_kernel(key_nhck, value_nhcv)
         ctx.looks, ctx.reads_before = looks, reads_before
-        flowing = flow_from(Logs(*logs), between)
+        flowing = compute_decay_from(Logs(*logs), between)
         weights = _weights(flowing, scale_nhc, looks, reads_before)
         read_nhcv, solved = solve((key_nhck, query_nhck), value_nhcv, weights, first_hkv, ctx.kernel)
         ctx.save_for_backward(key_nhck, query_nhck, *logs, scale_nhc, *solved)
@@ -167,7 +167,7 @@ class WholeChunks(torch.autograd.Function):
         key_nhck, query_nhck, *logs, scale_nhc, new_nhcv, inverse_nhcs, passing_nhkv = ctx.saved_tensors
         # The engine may call this under the caller's autocast; memories keep their precision backwards as well.
         with full_precision(d_read_nhcv.device):
-            flowing = flow_from(Logs(*logs), between)
+            flowing = compute_decay_from(Logs(*logs), between)
             weights = _weights(flowing, scale_nhc, ctx.looks, ctx.reads_before)
             solved = Solved(new_nhcv, inverse_nhcs, passing_nhkv)
             d_vectors, d_weights, d_first_hkv = solve_back(
@@ -175,44 +175,44 @@ class WholeChunks(torch.autograd.Function):
             )
             d_flow, d_scale_nhc = _weights_back(flowing, d_weights, scale_nhc, ctx.looks, ctx.reads_before)
             del flowing, weights, d_weights
-            d_logs = flow_back(Logs(*logs), d_flow)
+            d_logs = decay_backward(Logs(*logs), d_flow)
         return *d_vectors, *d_logs, None, d_scale_nhc, d_first_hkv, None, None
 
 
-def _weights(flowing: Flow, scale_nhc: Tensor | None, looks: Looks, reads_before: bool) -> Weights:
+def _weights(flowing: Decay, scale_nhc: Tensor | None, looks: Looks, reads_before: bool) -> Weights:
     """The weights of ``solve``."""
     probe_nhcl = None
     if looks != "never":
         probe_nhcl = flowing.entering_before()
-        if looks == "at the start":
+        if looks == "start":
             probe_nhcl = functional.pad(torch.ones_like(probe_nhcl[..., :1]), (0, probe_nhcl.shape[-1] - 1))
         probe_nhcl = probe_nhcl if scale_nhc is None else probe_nhcl * scale_nhc[..., None]
     return Weights(
-        reach_nhcs=flowing.reach_nhcs,
-        sight_nhcl=flowing.entering_before() if reads_before else flowing.entering_nhcl,
-        arriving_nhcl=flowing.arriving_nhcl,
-        carried_nhll=flowing.carried_nhll,
+        intra_nhcs=flowing.intra_nhcs,
+        read_nhcl=flowing.entering_before() if reads_before else flowing.entering_nhcl,
+        write_nhcl=flowing.write_nhcl,
+        carry_nhll=flowing.carry_nhll,
         probe_nhcl=probe_nhcl,
         scale_nhc=scale_nhc,
-        is_solved=looks == "at each token",
+        is_solved=looks == "token",
         reads_before=reads_before,
     )
 
 
 def _weights_back(
-    flowing: Flow, d_weights: Weights, scale_nhc: Tensor | None, looks: Looks, reads_before: bool
-) -> tuple[Flow, Tensor | None]:
+    flowing: Decay, d_weights: Weights, scale_nhc: Tensor | None, looks: Looks, reads_before: bool
+) -> tuple[Decay, Tensor | None]:
     """The gradients of the flow and of the scale."""
-    d_entering_nhcl = sooner(d_weights.sight_nhcl) if reads_before else d_weights.sight_nhcl
+    d_entering_nhcl = sooner(d_weights.read_nhcl) if reads_before else d_weights.read_nhcl
     d_probe_nhcl, d_scale_nhc = d_weights.probe_nhcl, d_weights.scale_nhc
-    if d_probe_nhcl is not None and looks == "at the start":
+    if d_probe_nhcl is not None and looks == "start":
         d_scale_nhc = None if scale_nhc is None else d_probe_nhcl[..., 0]
     elif d_probe_nhcl is not None:
         if scale_nhc is not None:
             d_scale_nhc = d_scale_nhc + torch.linalg.vecdot(d_probe_nhcl, flowing.entering_before())
             d_probe_nhcl = d_probe_nhcl * scale_nhc[..., None]
         d_entering_nhcl = d_entering_nhcl + sooner(d_probe_nhcl)
-    return Flow(d_entering_nhcl, d_weights.reach_nhcs, d_weights.arriving_nhcl, d_weights.carried_nhll), d_scale_nhc
+    return Decay(d_entering_nhcl, d_weights.intra_nhcs, d_weights.write_nhcl, d_weights.carry_nhll), d_scale_nhc
 
 
 def logs_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Logs:
@@ -228,6 +228,6 @@ def logs_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Logs:
     return Logs(log_retain_nhc, log_momentum_nhc, write, is_token_n11s)
 
 
-def flow_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Flow:
+def decay_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Decay:
     """The flow of all chunks of a window, ``n (b h)`` in front."""
-    return flow(*logs_of(rule, gates, write, n_time))
+    return compute_decay(*logs_of(rule, gates, write, n_time))

@@ -19,15 +19,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from meristem.memory.forms.by_chunk import Window, walk
-from meristem.memory.forms.exact_chunk import flow_of, solved
-from meristem.memory.forms.flow import Flow, cut, flow
+from meristem.memory.forms.by_chunk import Window, run_chunks
+from meristem.memory.forms.decay import Decay, compute_decay, cut
+from meristem.memory.forms.exact_chunk import decay_of, solved
 from meristem.memory.gates import Gates, RowGates
-from meristem.memory.kernels.outer_flow import Left, Met
+from meristem.memory.kernels.frozen_kernel import FrozenRead, FrozenWrite
 from meristem.memory.rule import Rule
+from meristem.memory.state import Memory
 from meristem.memory.structure import Live, Pairs, Surprise, Weights
 from meristem.memory.update import momentum_name
-from meristem.memory.value import Memory
 from meristem.shapes import Keys, Queries, Values
 
 
@@ -56,7 +56,7 @@ def frozen_chunk(
     multiplied by ``1 - C w``, which must stay above -1.
     """
     window = keys_bthk, values_bthv, queries_bthk
-    return walk(_chunk, rule, memory, window, gates, chunk, _whole_chunks)
+    return run_chunks(_chunk, rule, memory, window, gates, chunk, _whole_chunks)
 
 
 def _whole_chunks(rule: Rule, memory: Memory, window: Window, gates: Gates, chunk: int) -> tuple[Values, Memory]:
@@ -87,7 +87,7 @@ def _in_order(
     windows = zip(*(_heads_first(x, chunk).unbind(2) for x in window), _rows(gates, chunk), strict=True)
     n_passes = min(n_passes, chunk - 1)
     is_moving = rule.retention.is_linear and not rule.retention.is_mapped
-    flowing = _flowing(rule, gates, chunk)
+    flowing = _decaying(rule, gates, chunk)
     flows, reads = _unbind(flowing), []
     earlier = _unbind(_earlier(flowing)) if n_passes or rule.reads == "before" else flows
     for n, (key_bhck, value_bhcv, query_bhck, rows) in enumerate(windows):
@@ -113,14 +113,14 @@ class FrozenStep:
     memory: Memory
     weights: Memory
     factors: Surprise
-    flowing: Flow
+    flowing: Decay
     rate_bhc: Tensor
     counts_bhs: Tensor | None
     remembered: Memory
 
-    def moving(self, flowing: Flow) -> "Moving":
+    def moving(self, flowing: Decay) -> "Moving":
         """The weights as each token meets them, where what it meets flows so."""
-        reach_bhcs = flowing.reach_nhcs * self.rate_bhc[..., None, :]
+        reach_bhcs = flowing.intra_nhcs * self.rate_bhc[..., None, :]
         if self.counts_bhs is not None:
             reach_bhcs = reach_bhcs @ self._band(self.counts_bhs) * self.counts_bhs[..., None, :]
         return Moving(self.memory, self.factors, flowing.entering_nhcl, reach_bhcs)
@@ -131,14 +131,14 @@ class FrozenStep:
 
     def summed(self) -> Memory:
         """What flows into the stored tensors and the momentum, added up."""
-        arriving_bhsl = self.flowing.arriving_nhcl * self.rate_bhc[..., None]
+        arriving_bhsl = self.flowing.write_nhcl * self.rate_bhc[..., None]
         if self.counts_bhs is not None:
             arriving_bhsl = (self._band(self.counts_bhs).mT @ arriving_bhsl) * self.counts_bhs[..., None]
         after: Memory = {}
         for name, factor in self.factors.items():
             names = _stored(name, arriving_bhsl)
             stored = [self.memory[source] for source in names]
-            left = Left.apply(*factor, arriving_bhsl, self.flowing.carried_nhll, *stored)
+            left = FrozenWrite.apply(*factor, arriving_bhsl, self.flowing.carry_nhll, *stored)
             after |= dict(zip(names, left, strict=True))
         return after
 
@@ -155,27 +155,27 @@ class Moving:
     memory: Memory
     factors: Surprise
     entering_bhcl: Tensor
-    reach_bhcs: Tensor
+    intra_bhcs: Tensor
 
-    def times(self, name: str, rows: Tensor) -> Tensor:
+    def matmul(self, name: str, rows: Tensor) -> Tensor:
         addresses, gradients = self.factors[name]
-        return self._met(rows, addresses, gradients, [self.memory[source] for source in self._sources(name)])
+        return self._read(rows, addresses, gradients, [self.memory[source] for source in self._sources(name)])
 
-    def against(self, name: str, rows: Tensor) -> Tensor:
+    def matmul_t(self, name: str, rows: Tensor) -> Tensor:
         addresses, gradients = self.factors[name]
-        return self._met(rows, gradients, addresses, [self.memory[source].mT for source in self._sources(name)])
+        return self._read(rows, gradients, addresses, [self.memory[source].mT for source in self._sources(name)])
 
     def _sources(self, name: str) -> list[str]:
         return _stored(name, self.entering_bhcl)
 
-    def _met(self, rows: Tensor, inward: Tensor, outward: Tensor, stored: list[Tensor]) -> Tensor:
+    def _read(self, rows: Tensor, inward: Tensor, outward: Tensor, stored: list[Tensor]) -> Tensor:
         # A view, for rows may be one of the sides, and torch.compile refuses to see one tensor in two places.
         sides = rows.view_as(rows), inward, outward
-        return cast(Tensor, Met.apply(*sides, self.reach_bhcs, self.entering_bhcl, *stored))
+        return cast(Tensor, FrozenRead.apply(*sides, self.intra_bhcs, self.entering_bhcl, *stored))
 
 
 def frozen_step(
-    rule: Rule, memory: Memory, pairs: Pairs, rows: RowGates, flowing: Flow, met: Weights | None = None
+    rule: Rule, memory: Memory, pairs: Pairs, rows: RowGates, flowing: Decay, met: Weights | None = None
 ) -> FrozenStep:
     """Surprises of all rows at the memory, or at the weights as the rows ``met`` them, and how they flow into it.
 
@@ -187,24 +187,24 @@ def frozen_step(
         pairs, counts_bhs, remembered = _looking_back(memory, pairs, rows)
     weights = rule.weights(memory)
     probed = Scaled(weights, rows.retain_bhc[..., None]) if rule.probe == "warm" else Live(weights)
-    recalled, target, pull = rule.structure.linearise(met or probed, pairs)
+    recalled, target, pull = rule.structure.vjp(met or probed, pairs)
     factors = pull(rule.bias.gradient(recalled, target, rows.threshold_bhc))
     rate_bhc = rows.write_bhc
     if rule.update.erase or rule.update.rate(rate_bhc, pairs.key_bhck) is not rate_bhc:
         (name,) = rule.structure.weights
         addresses, gradients = factors[name]
-        erased = (met or Live(memory)).times(name, addresses)
+        erased = (met or Live(memory)).matmul(name, addresses)
         factors = {name: (addresses, gradients + rule.update.erase * erased)}
         rate_bhc = rule.update.rate(rate_bhc, addresses)
     return FrozenStep(memory, weights, factors, flowing, rate_bhc, counts_bhs, remembered)
 
 
-def flow_at_rate_one(rule: Rule, gates: Gates, chunk: int) -> list[Flow]:
+def decay_at_rate_one(rule: Rule, gates: Gates, chunk: int) -> list[Decay]:
     """How what is written flows through each chunk, were it written at rate 1."""
-    return _unbind(_flowing(rule, gates, chunk))
+    return _unbind(_decaying(rule, gates, chunk))
 
 
-def _flowing(rule: Rule, gates: Gates, chunk: int) -> Flow:
+def _decaying(rule: Rule, gates: Gates, chunk: int) -> Decay:
     """The same for all chunks, ``b h n``."""
     log_retain_bhnc = _heads_first(gates.log_retain(), chunk)
     if not (rule.has_retain and rule.retention.is_linear):
@@ -212,18 +212,18 @@ def _flowing(rule: Rule, gates: Gates, chunk: int) -> Flow:
         log_retain_bhnc = torch.zeros_like(log_retain_bhnc)
     log_momentum_bth = gates.log_momentum() if rule.update.has_momentum else None
     log_momentum_bhnc = None if log_momentum_bth is None else _heads_first(log_momentum_bth, chunk)
-    return flow(log_retain_bhnc, log_momentum_bhnc, torch.ones_like(log_retain_bhnc))
+    return compute_decay(log_retain_bhnc, log_momentum_bhnc, torch.ones_like(log_retain_bhnc))
 
 
-def _earlier(flowing: Flow) -> Flow:
+def _earlier(flowing: Decay) -> Decay:
     """The flow up to the token before."""
     entering_nhcl, reach_nhcs = flowing.before()
-    return replace(flowing, entering_nhcl=entering_nhcl, reach_nhcs=reach_nhcs)
+    return replace(flowing, entering_nhcl=entering_nhcl, intra_nhcs=reach_nhcs)
 
 
-def _unbind(flowing: Flow) -> list[Flow]:
+def _unbind(flowing: Decay) -> list[Decay]:
     """The flow of every chunk, of flows ``b h n``."""
-    return [Flow(*parts) for parts in zip(*(x.unbind(2) for x in vars(flowing).values()), strict=True)]
+    return [Decay(*parts) for parts in zip(*(x.unbind(2) for x in vars(flowing).values()), strict=True)]
 
 
 def _heads_first(x: Tensor, chunk: int) -> Tensor:
@@ -250,10 +250,10 @@ class Scaled:
     memory: Memory
     scale_bhc1: Tensor
 
-    def times(self, name: str, rows: Tensor) -> Tensor:
+    def matmul(self, name: str, rows: Tensor) -> Tensor:
         return self.scale_bhc1 * (rows @ self.memory[name])
 
-    def against(self, name: str, rows: Tensor) -> Tensor:
+    def matmul_t(self, name: str, rows: Tensor) -> Tensor:
         return self.scale_bhc1 * (rows @ self.memory[name].mT)
 
 
@@ -303,8 +303,8 @@ def overshoot(rule: Rule, keys_bthk: Keys, gates: Gates, chunk: int) -> Tensor:
     n_whole = keys_bthk.shape[1] // chunk * chunk
     whole = gates.window(0, n_whole).to(torch.float32)
     write_nhc = cut(rule.update.rate(whole.write_bth, address_bthk[:, :n_whole]), chunk)
-    flowing = flow_of(rule, whole, write_nhc, n_whole)
-    root_nhc1 = (abs(rule.slope or 0.0) * flowing.arriving_nhcl[..., :1]).clamp(min=0).sqrt()
+    flowing = decay_of(rule, whole, write_nhc, n_whole)
+    root_nhc1 = (abs(rule.slope or 0.0) * flowing.write_nhcl[..., :1]).clamp(min=0).sqrt()
     weighed_nhck = root_nhc1 * cut(address_bthk[:, :n_whole], chunk)
     return torch.linalg.eigvalsh(weighed_nhck @ weighed_nhck.mT)[..., -1]
 
@@ -325,7 +325,7 @@ def refined(
     After chunk - 1 passes it is ``scan`` (Trellis 2512.23852, section 4).
     """
     one, whole = partial(_chunk, n_passes=n_passes), partial(_in_order, n_passes=n_passes)
-    return walk(one, rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk, whole)
+    return run_chunks(one, rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk, whole)
 
 
 def refined_refusals(rule: Rule) -> list[str]:

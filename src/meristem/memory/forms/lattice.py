@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from meristem.memory.forms.by_chunk import walk
-from meristem.memory.forms.flow import decay_between
+from meristem.memory.forms.by_chunk import run_chunks
+from meristem.memory.forms.decay import decay_between
 from meristem.memory.gates import LOG_FLOOR, Gates
 from meristem.memory.rule import Rule
+from meristem.memory.state import Memory
 from meristem.memory.structure import Live, Pairs
-from meristem.memory.value import Memory
 from meristem.shapes import Keys, Queries, Values
 
 
@@ -39,7 +39,7 @@ def lattice(
     The write ``P_i u`` of a slot is ``u - s_i (s_i u)``; with ``s_i u`` taken where the chunk begins it is linear in
     the slot (Lattice 2504.05646, section 4; memory.md 4.8). scale is at most 1. Each token reads slots of unit length.
     """
-    return walk(_chunk, rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk)
+    return run_chunks(_chunk, rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk)
 
 
 def _chunk(
@@ -47,7 +47,7 @@ def _chunk(
 ) -> tuple[Values, Memory]:
     key_bhck, value_bhck, query_bhck = (x.movedim(1, 2) for x in (keys_bthk, values_bthv, queries_bthk))
     rows, slots_bhgk = gates.rows(0, key_bhck.shape[2]), memory["slots_bhgk"]
-    recalled, target, pull = rule.structure.linearise(Live(memory), Pairs(key_bhck, value_bhck, rows.code_bhcg))
+    recalled, target, pull = rule.structure.vjp(Live(memory), Pairs(key_bhck, value_bhck, rows.code_bhcg))
     amount_bhsg, inward_bhsk = pull(rule.bias.gradient(recalled, target, rows.threshold_bhc))["slots_bhgk"]
     amount_bhsg = -rows.write_bhc[..., None] * amount_bhsg
     scale_bhgs = (amount_bhsg * (inward_bhsk @ slots_bhgk.mT)).clamp(max=1.0).mT

@@ -18,13 +18,13 @@ from torch import Tensor
 from meristem.memory.bias import dot
 from meristem.memory.forms.by_chunk import Window, finished
 from meristem.memory.forms.exact_chunk import solved
-from meristem.memory.forms.frozen_chunk import flow_at_rate_one, frozen_chunk, frozen_step
+from meristem.memory.forms.frozen_chunk import decay_at_rate_one, frozen_chunk, frozen_step
 from meristem.memory.gates import Gates
 from meristem.memory.retention import decay
 from meristem.memory.rule import Rule
+from meristem.memory.state import Memory, State, beside, map_tensors
 from meristem.memory.structure import Live, Pairs, matrix
 from meristem.memory.update import plain
-from meristem.memory.value import Memory, State, beside, map_tensors
 from meristem.shapes import Keys, Queries, Values
 
 LOCAL_CHUNK = 16
@@ -135,7 +135,7 @@ def _globally(
     """What the global memory, as the chunk began, answers to tokens of it; and what they leave in it."""
     key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in part)
     rows = gates.rows(0, key_bhck.shape[2])
-    (flowing,) = flow_at_rate_one(rule, gates, key_bhck.shape[2])
+    (flowing,) = decay_at_rate_one(rule, gates, key_bhck.shape[2])
     step = frozen_step(rule, start, Pairs(key_bhck, value_bhcv, rows.code_bhcg), rows, flowing)
     read_bhcv = rule.structure.recall(Live(rule.weights(start)), query_bhck)
     return read_bhcv.movedim(1, 2), memory | replace(step, memory=memory).after(rule)

@@ -38,10 +38,10 @@ class Weights:
     reads_before: a token reads before it is written.
     """
 
-    reach_nhcs: Tensor
-    sight_nhcl: Tensor
-    arriving_nhcl: Tensor
-    carried_nhll: Tensor
+    intra_nhcs: Tensor
+    read_nhcl: Tensor
+    write_nhcl: Tensor
+    carry_nhll: Tensor
     probe_nhcl: Tensor | None = None
     scale_nhc: Tensor | None = None
     is_solved: bool = False
@@ -74,14 +74,14 @@ def solve(
     key_nhck, query_nhck = vectors
     inverse_nhcs = None
     if weights.is_solved:
-        strict_nhcs = _weigh(key_nhck @ key_nhck.mT, weights.reach_nhcs, is_earlier=True)
+        strict_nhcs = _weigh(key_nhck @ key_nhck.mT, weights.intra_nhcs, is_earlier=True)
         if weights.scale_nhc is not None:
             strict_nhcs.mul_(weights.scale_nhc[..., None])
         inverse_nhcs = _invert(strict_nhcs)
-    solved = _walk(key_nhck, value_nhcv, weights, first_hkv, inverse_nhcs, kernel)
-    mixing_nhcs = _weigh(query_nhck @ key_nhck.mT, weights.reach_nhcs, is_earlier=weights.reads_before)
+    solved = _run_chunks(key_nhck, value_nhcv, weights, first_hkv, inverse_nhcs, kernel)
+    mixing_nhcs = _weigh(query_nhck @ key_nhck.mT, weights.intra_nhcs, is_earlier=weights.reads_before)
     read_nhcv = mixing_nhcs @ solved.new_nhcv
-    _add_product(read_nhcv, _spread(weights.sight_nhcl, query_nhck), solved.passing_nhkv[:-1])
+    _add_product(read_nhcv, _spread(weights.read_nhcl, query_nhck), solved.passing_nhkv[:-1])
     return read_nhcv, solved
 
 
@@ -97,23 +97,25 @@ def solve_back(
     key_nhck, query_nhck = vectors
     new_nhcv, entering_nhkv = solved.new_nhcv, solved.passing_nhkv[:-1]
     likeness_nhcs = query_nhck @ key_nhck.mT
-    d_new_nhcv = _weigh(likeness_nhcs.clone(), weights.reach_nhcs, is_earlier=weights.reads_before).mT @ d_read_nhcv
-    d_value_nhcv, d_passing_nhkv = _walk_back(vectors, weights, solved, (d_new_nhcv, d_read_nhcv, d_last_hkv), kernel)
+    d_new_nhcv = _weigh(likeness_nhcs.clone(), weights.intra_nhcs, is_earlier=weights.reads_before).mT @ d_read_nhcv
+    d_value_nhcv, d_passing_nhkv = _run_chunks_backward(
+        vectors, weights, solved, (d_new_nhcv, d_read_nhcv, d_last_hkv), kernel
+    )
     del d_new_nhcv
-    d_key_nhck, d_arriving_nhcl = _despread(new_nhcv @ d_passing_nhkv[1:].mT, weights.arriving_nhcl, key_nhck)
+    d_key_nhck, d_arriving_nhcl = _despread(new_nhcv @ d_passing_nhkv[1:].mT, weights.write_nhcl, key_nhck)
     d_left_nhlk, came_nhlk = (
-        _by_level(d_passing_nhkv[1:], weights.carried_nhll),
-        _by_level(entering_nhkv, weights.carried_nhll),
+        _by_level(d_passing_nhkv[1:], weights.carry_nhll),
+        _by_level(entering_nhkv, weights.carry_nhll),
     )
     d_carried_nhll, d_first_hkv = d_left_nhlk @ came_nhlk.mT, d_passing_nhkv[0].clone()
     del d_passing_nhkv, d_left_nhlk
-    d_query_nhck, d_sight_nhcl = _despread(d_read_nhcv @ entering_nhkv.mT, weights.sight_nhcl, query_nhck)
+    d_query_nhck, d_sight_nhcl = _despread(d_read_nhcv @ entering_nhkv.mT, weights.read_nhcl, query_nhck)
 
     d_likeness_nhcs = d_read_nhcv @ new_nhcv.mT
     d_reach_nhcs = likeness_nhcs.mul_(d_likeness_nhcs)
     if weights.reads_before:
         d_reach_nhcs = sooner(d_reach_nhcs)
-    _weigh(d_likeness_nhcs, weights.reach_nhcs, is_earlier=weights.reads_before)
+    _weigh(d_likeness_nhcs, weights.intra_nhcs, is_earlier=weights.reads_before)
     _add_product(d_query_nhck, d_likeness_nhcs, key_nhck)
     _add_product(d_key_nhck, d_likeness_nhcs.mT, query_nhck)
     del d_likeness_nhcs
@@ -136,16 +138,16 @@ def _system_back(
     """From the gradient of D, what is added to those of weights and keys, in place; gives that of the scale."""
     alike_nhcs, d_scale_nhc = key_nhck @ key_nhck.mT, None
     if weights.scale_nhc is not None:
-        strict_nhcs = _weigh(alike_nhcs.clone(), weights.reach_nhcs, is_earlier=True)
+        strict_nhcs = _weigh(alike_nhcs.clone(), weights.intra_nhcs, is_earlier=True)
         d_scale_nhc = torch.linalg.vecdot(d_system_nhcs, strict_nhcs)
         d_system_nhcs.mul_(weights.scale_nhc[..., None])
     d_reach_nhcs[..., :-1, :].addcmul_(d_system_nhcs[..., 1:, :], alike_nhcs[..., 1:, :])
-    d_alike_nhcs = _weigh(d_system_nhcs, weights.reach_nhcs, is_earlier=True)
+    d_alike_nhcs = _weigh(d_system_nhcs, weights.intra_nhcs, is_earlier=True)
     _add_product(d_key_nhck, torch.add(d_alike_nhcs, d_alike_nhcs.mT, out=alike_nhcs), key_nhck)
     return d_scale_nhc
 
 
-def _walk(
+def _run_chunks(
     key_nhck: Tensor,
     value_nhcv: Tensor,
     weights: Weights,
@@ -154,7 +156,7 @@ def _walk(
     kernel: ModuleType | None,
 ) -> Solved:
     if kernel is not None:
-        given = inverse_nhcs, weights.probe_nhcl, weights.arriving_nhcl, weights.carried_nhll
+        given = inverse_nhcs, weights.probe_nhcl, weights.write_nhcl, weights.carry_nhll
         entering_nhkv, new_nhcv, last_hkv = kernel.walk(key_nhck, value_nhcv, first_hkv, given)
         return Solved(new_nhcv, inverse_nhcs, torch.cat([entering_nhkv, last_hkv[None]]))
     passing, news = [first_hkv], []
@@ -164,12 +166,12 @@ def _walk(
         if inverse_nhcs is not None:
             new_hcv = inverse_nhcs[n] @ new_hcv
         news.append(new_hcv)
-        kept_hkv = _carry(weights.carried_nhll[n], passing[n])
-        passing.append(torch.baddbmm(kept_hkv, _spread(weights.arriving_nhcl[n], key_hck).mT, new_hcv))
+        kept_hkv = _carry(weights.carry_nhll[n], passing[n])
+        passing.append(torch.baddbmm(kept_hkv, _spread(weights.write_nhcl[n], key_hck).mT, new_hcv))
     return Solved(torch.stack(news), inverse_nhcs, torch.stack(passing))
 
 
-def _walk_back(
+def _run_chunks_backward(
     vectors: Vectors,
     weights: Weights,
     solved: Solved,
@@ -179,16 +181,16 @@ def _walk_back(
     """``d_value_nhcv`` and the gradient of what passes from chunk to chunk; sent: those of new, read and last."""
     key_nhck, query_nhck = vectors
     d_new_nhcv, d_read_nhcv, d_last_hkv = sent
-    read_nhkv = _spread(weights.sight_nhcl, query_nhck).mT @ d_read_nhcv
+    read_nhkv = _spread(weights.read_nhcl, query_nhck).mT @ d_read_nhcv
     if kernel is not None:
-        given = solved.inverse_nhcs, weights.probe_nhcl, weights.arriving_nhcl, weights.carried_nhll
+        given = solved.inverse_nhcs, weights.probe_nhcl, weights.write_nhcl, weights.carry_nhll
         d_leaving_nhkv, d_value_nhcv, d_first_hkv = kernel.walk_back(key_nhck, d_new_nhcv, d_last_hkv, read_nhkv, given)
         return d_value_nhcv, torch.cat([d_first_hkv[None], d_leaving_nhkv])
     d_passing, d_values = [d_last_hkv], []
     for n in reversed(range(len(key_nhck))):
         d_left_hkv, key_hck = d_passing[-1], key_nhck[n]
-        d_value_hcv = torch.baddbmm(d_new_nhcv[n], _spread(weights.arriving_nhcl[n], key_hck), d_left_hkv)
-        d_came_hkv = read_nhkv[n] + _carry(weights.carried_nhll[n].mT, d_left_hkv)
+        d_value_hcv = torch.baddbmm(d_new_nhcv[n], _spread(weights.write_nhcl[n], key_hck), d_left_hkv)
+        d_came_hkv = read_nhkv[n] + _carry(weights.carry_nhll[n].mT, d_left_hkv)
         if solved.inverse_nhcs is not None:
             d_value_hcv = solved.inverse_nhcs[n].mT @ d_value_hcv
         if weights.probe_nhcl is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from meristem.errors import MissingExtra
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule
-from meristem.memory.value import Memory
+from meristem.memory.state import Memory
 from meristem.shapes import Keys, Queries, Values
 
 

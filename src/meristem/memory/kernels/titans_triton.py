@@ -35,7 +35,7 @@ MOST_COLUMNS = 32
 """Columns of values that one program carries: more would spill, fewer would read the keys too often."""
 
 
-def walk(
+def run_chunks(
     key_nhck: Float[Tensor, "n h c k"],
     value_nhcv: Float[Tensor, "n h c v"],
     first_hkv: Float[Tensor, "h ... v"],
@@ -48,7 +48,7 @@ def walk(
     return _launch(key_nhck, value_nhcv, first_hkv, None, does, is_reversed=False)
 
 
-def walk_back(
+def run_chunks_backward(
     key_nhck: Float[Tensor, "n h c k"],
     d_new_nhcv: Float[Tensor, "n h c v"],
     d_last_hkv: Float[Tensor, "h ... v"],
@@ -102,7 +102,7 @@ def _packed(square: Tensor) -> Tensor:
     return square if square.mT.is_contiguous() else square.contiguous()
 
 
-def _walk(
+def _run_chunks(
     taken: tl.tuple,
     made: tl.tuple,
     n_chunks: tl.tensor,
@@ -220,4 +220,4 @@ def _write(
 
 
 _recall_tile, _solve_tile, _write_tile = triton.jit(_recall), triton.jit(_solve), triton.jit(_write)
-_walk_kernel = triton.jit(_walk)
+_walk_kernel = triton.jit(_run_chunks)

@@ -16,7 +16,6 @@ import torch
 from meristem.device.resolve import NAMES, Device, resolve
 from meristem.errors import MeristemError, OutOfDeviceBytes
 from meristem.events import silent
-from meristem.recipes.config import Config
 from meristem.recipes.plan import rehearse, table
 from meristem.recipes.plan.fit import extrapolate
 from meristem.recipes.plan.ledger import failing_line
@@ -34,6 +33,7 @@ from meristem.recipes.plan.report import (
     size,
 )
 from meristem.recipes.plan.text import look
+from meristem.runs.config import Config
 from meristem.train.rollback import n_snapshots
 
 PER_FORWARD: Final = 4
@@ -81,7 +81,7 @@ def plan(config: Config, *, steps: int = 2, until: PartName = "warnings") -> Pla
 def check_config(draft: Draft) -> PartOutcome:
     """Part 1. The rules between keys held when the tree was made; here the device and its dtypes are tried."""
     draft.device = resolve(draft.config.device, silent)
-    chosen = f"{draft.device.device}, computing in {NAMES[draft.device.compute]}"
+    chosen = f"{draft.device.device}, computing in {NAMES[draft.device.dtype]}"
     return PartOutcome(name="config", outcome="ok", message=chosen)
 
 
@@ -100,7 +100,7 @@ def check_data(draft: Draft) -> PartOutcome:
 def build(draft: Draft) -> PartOutcome:
     """Part 3. The model on fake tensors: what it holds, and how its memory will run."""
     model = rehearse.build(draft.config, draft.vocabulary, draft.device)
-    draft.sections["memory"] = memory_of(model, draft.config.memory, draft.config.data.window)
+    draft.sections["memory"] = memory_of(model, draft.config.memory, draft.config.data.seq_len)
     parameters = list(model.parameters())
     draft.sections["n_parameters"] = sum(p.numel() for p in parameters)
     draft.sections["n_trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
@@ -119,7 +119,7 @@ def rehearse_steps(draft: Draft) -> PartOutcome:
     if needed > there:
         raise OutOfDeviceBytes(
             f"a step needs {size(needed)} at its peak; {draft.device.device} has {size(there)}. "
-            f"Lower data.batch and raise train.accumulate, lower data.window, or choose a smaller model.",
+            f"Lower data.batch_size and raise train.grad_accum_steps, lower data.seq_len, or choose a smaller model.",
             found=there,
             expected=needed,
         )
@@ -128,7 +128,7 @@ def rehearse_steps(draft: Draft) -> PartOutcome:
 
 def list_modules(draft: Draft) -> PartOutcome:
     """Part 5. One row per module."""
-    rows = tuple(table.rows(draft.step, draft.config.train.accumulate))
+    rows = tuple(table.rows(draft.step, draft.config.train.grad_accum_steps))
     draft.sections["modules"] = rows
     return PartOutcome(name="modules", outcome="ok", message=f"{len(rows)} modules")
 
@@ -138,16 +138,16 @@ def price_changes(draft: Draft) -> PartOutcome:
     if not draft.step.is_certain:
         return PartOutcome(name="totals", outcome="ok", message="no change priced: the step itself is uncertain")
     data, device = draft.config.data, draft.device
-    dtype = torch.bfloat16 if device.compute == torch.float32 else torch.float32
+    dtype = torch.bfloat16 if device.dtype == torch.float32 else torch.float32
     steps = {
-        "data.batch x2": _measure(draft, device, batch=2 * data.batch),
-        f"device.compute={NAMES[dtype]}": _measure(draft, replace(device, compute=dtype)),
+        "data.batch_size x2": _measure(draft, device, batch=2 * data.batch_size),
+        f"device.dtype={NAMES[dtype]}": _measure(draft, replace(device, dtype=dtype)),
     }
     bound = getattr(draft.step.longest.model, "window", None)
-    if bound is None or 2 * data.window <= bound:
-        longer = 2 * data.window
+    if bound is None or 2 * data.seq_len <= bound:
+        longer = 2 * data.seq_len
         is_fitted, samples = draft.step.is_fitted, draft.step.samples
-        steps["data.window x2"] = combine(samples, longer) if is_fitted else _measure(draft, device, window=longer)
+        steps["data.seq_len x2"] = combine(samples, longer) if is_fitted else _measure(draft, device, window=longer)
     draft.sections["what_if"] = tuple(
         WhatIf(change=change, peak_bytes=step.peak_bytes, flops_per_step=_work(draft, step))
         for change, step in steps.items()
@@ -206,14 +206,14 @@ def _failed(name: PartName, cause: Exception) -> PartOutcome:
 def _measure(draft: Draft, device: Device, *, batch: int | None = None, window: int | None = None) -> Measured:
     """One step of the run, as it is or with another device, batch or window."""
     config, vocabulary = draft.config, draft.vocabulary
-    window = window or config.data.window
-    batch = batch or config.data.batch
+    window = window or config.data.seq_len
+    batch = batch or config.data.batch_size
 
     def rehearsal(length: int) -> rehearse.Rehearsal:
         return rehearse.train(config, vocabulary, device, batch=batch, window=length, n_steps=draft.n_steps)
 
     def n_operations(length: int) -> int:
-        return _forward(draft, length) * PER_FORWARD * draft.n_steps * min(config.train.accumulate, 2)
+        return _forward(draft, length) * PER_FORWARD * draft.n_steps * min(config.train.grad_accum_steps, 2)
 
     return measure(rehearsal, window, n_operations)
 
@@ -225,25 +225,25 @@ def _forward(draft: Draft, length: int) -> int:
 
 def _pace(draft: Draft) -> dict[int, int]:
     """Operations of a forward pass over two short windows: they tell a loop over time from work done at once."""
-    lengths = short(draft.config.data.window)
+    lengths = short(draft.config.data.seq_len)
     readings = {n: rehearse.read(draft.config, draft.vocabulary, draft.device, n_prompt=n) for n in lengths}
     return {n: reading.ledger.n_operations["prefill"] for n, reading in readings.items()}
 
 
 def _work(draft: Draft, step: Measured) -> int:
-    return draft.config.train.accumulate * sum(step.flops.values())
+    return draft.config.train.grad_accum_steps * sum(step.flops.values())
 
 
 def _training(draft: Draft) -> Training:
-    step, data, accumulate = draft.step, draft.config.data, draft.config.train.accumulate
+    step, data, accumulate = draft.step, draft.config.data, draft.config.train.grad_accum_steps
     n_looked_up = 0 if draft.config.model.tied else table.looked_up(step.longest.model)
     return Training(
-        batch=data.batch,
-        window=data.window,
+        batch=data.batch_size,
+        window=data.seq_len,
         accumulate=accumulate,
         flops_forward=accumulate * table.work(step, "", ("forward", "loss")),
         flops_backward=accumulate * table.work(step, "", ("backward",)),
-        flops_6nd=6 * (draft.sections["n_parameters"] - n_looked_up) * data.batch * data.window * accumulate,
+        flops_6nd=6 * (draft.sections["n_parameters"] - n_looked_up) * data.batch_size * data.seq_len * accumulate,
         peak_bytes=step.peak_bytes,
         peak_stage=step.stage,
         peak_module=step.module,
@@ -263,7 +263,7 @@ def _snapshots(draft: Draft) -> SnapshotFigures:
 
 def _session(draft: Draft) -> SessionFigures:
     """A prompt of a window less one token: where a window bounds the model, the token after it still finds room."""
-    n_prompt = max(1, draft.config.data.window - 1)
+    n_prompt = max(1, draft.config.data.seq_len - 1)
     takes_line = draft.step.is_certain or _forward(draft, n_prompt) > MOST_OPERATIONS
     lengths = tuple(draft.step.samples) if draft.step.is_fitted and takes_line else (n_prompt,)
     readings = {n: rehearse.read(draft.config, draft.vocabulary, draft.device, n_prompt=n) for n in lengths}

@@ -125,7 +125,7 @@ def combine(samples: Mapping[int, Rehearsal], window: int) -> Measured:
     )
 
 
-def stretch(shapes: Mapping[int, tuple[int, ...]], window: int) -> tuple[int, ...]:
+def scale(shapes: Mapping[int, tuple[int, ...]], window: int) -> tuple[int, ...]:
     """A shape that was seen at some windows, at this one."""
     axes = extrapolate({length: dict(enumerate(shape)) for length, shape in shapes.items()}, window)
     return tuple(axes[axis] for axis in sorted(axes))
@@ -155,7 +155,7 @@ def _largest(living: Mapping[int, Iterable[tuple[Storage, str]]], window: int) -
             module=group[1],
             operation=group[2],
             dtype=group[3],
-            shape=stretch(shape_of[group], window),
+            shape=scale(shape_of[group], window),
             n_tensors=counts[group],
             size_bytes=sizes[group],
         )

@@ -14,8 +14,8 @@ from meristem.memory.retention import decay, retentions
 from meristem.memory.rule import Rule
 from meristem.memory.structure import matrix, structures
 from meristem.memory.update import plain, updates
-from meristem.nn.memory import Recall
-from meristem.nn.part import MemoryPart
+from meristem.nn.config import MemoryConfig
+from meristem.nn.memory import NeuralMemory
 from meristem.plugins import Registry
 from meristem.recipes.plan.report import Fit, FormRow, MemoryFigures
 
@@ -33,21 +33,21 @@ EXAMPLE: Final = 3
 """For the choices that a part does not have by itself, such as the power of a bias; they do not change what fits."""
 
 
-def memory_of(model: nn.Module, part: MemoryPart, window: int) -> MemoryFigures | None:
+def memory_of(model: nn.Module, config: MemoryConfig, window: int) -> MemoryFigures | None:
     """The memory that ``model`` was built with; None where it has none. window: tokens of a training window."""
-    recall = next((module for module in model.modules() if isinstance(module, Recall)), None)
+    recall = next((module for module in model.modules() if isinstance(module, NeuralMemory)), None)
     if recall is None:
         return None
     rule = recall.rule
     return MemoryFigures(
-        rule=part.rule,
+        rule=config.rule,
         structure=rule.structure.kind,
         bias=rule.bias.name,
         retention=rule.retention.name,
         update=rule.update.name,
-        form=part.form,
-        runs=choose(rule) if part.form == "auto" else part.form,
-        chunk=part.chunk,
+        form=config.form,
+        runs=choose(rule) if config.form == "auto" else config.form,
+        chunk=config.chunk,
         forms=tuple(_forms(rule)),
         fits=tuple(fits()),
     )

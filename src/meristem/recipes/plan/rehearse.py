@@ -10,14 +10,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meristem.data.stream import Batch, Cursor
 from meristem.device.resolve import Device
-from meristem.memory.value import State, size_bytes
+from meristem.memory.state import State, size_bytes
 from meristem.models.build import build as build_model
 from meristem.optim.groups import build as build_optimizer
-from meristem.optim.outer import Outer
-from meristem.recipes.config import Config
+from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.recipes.plan.ledger import Ledger, tensors_in
+from meristem.runs.config import Config
+from meristem.train.config import TrainConfig
 from meristem.train.loop import steps
-from meristem.train.part import TrainPart
 from meristem.train.progress import Progress
 
 
@@ -65,7 +65,7 @@ def train(config: Config, vocabulary: int, device: Device, *, batch: int, window
 
     Of accumulated batches two are made, for from the second on they are all alike.
     """
-    accumulate = min(config.train.accumulate, 2)
+    accumulate = min(config.train.grad_accum_steps, 2)
     stream = _Blank(batch, window, starts=config.data.order != "sequential")
     with _imagined(device) as ledger:
         ledger.stage("build")
@@ -77,7 +77,7 @@ def train(config: Config, vocabulary: int, device: Device, *, batch: int, window
             stream,  # type: ignore[arg-type]
             optimizer,
             lambda share: 1.0,
-            part=TrainPart(steps=n_steps, budget=None, accumulate=accumulate),
+            config=TrainConfig(steps=n_steps, max_time=None, grad_accum_steps=accumulate),
             device=device,
             start=Progress(cursor=stream.start()),
         ):
@@ -113,7 +113,7 @@ def _imagined(device: Device) -> Iterator[Ledger]:
 
 
 def _model(config: Config, vocabulary: int, device: Device, ledger: Ledger) -> nn.Module:
-    model = build_model(config.model, config.memory, vocabulary, config.run.random_seed)
+    model = build_model(config.model, config.memory, vocabulary, config.run.seed)
     _move(model, device)
     ledger.claim("parameters", model.parameters())
     ledger.claim("buffers", model.buffers())
@@ -127,15 +127,15 @@ def _move(model: nn.Module, device: Device) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in moved:
-                value = parameter.detach().to(device.device, device.parameters)
+                value = parameter.detach().to(device.device, device.param_dtype)
                 moved[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             setattr(module, name, moved[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False)):
-            dtype = device.parameters if buffer.is_floating_point() else buffer.dtype
+            dtype = device.param_dtype if buffer.is_floating_point() else buffer.dtype
             setattr(module, name, buffer.to(device.device, dtype))
 
 
-def _announce_stages(model: nn.Module, optimizer: Outer, ledger: Ledger) -> list[str]:
+def _announce_stages(model: nn.Module, optimizer: MultiPeriodOptimizer, ledger: Ledger) -> list[str]:
     """Tell the ledger where the loop stands, by hooks: the loop itself knows nothing of it.
 
     Names the parameters that have no gradient, once a step was made.

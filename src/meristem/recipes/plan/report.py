@@ -5,7 +5,7 @@ from typing import Final, Literal, NamedTuple
 from pydantic import computed_field
 
 from meristem import errors
-from meristem.config import Part
+from meristem.config import ConfigSection
 from meristem.errors import MeristemError
 
 GIB: Final = 2**30
@@ -17,7 +17,7 @@ PROCESS_BYTES: Final = GIB // 2
 PartName = Literal["config", "data", "build", "steps", "modules", "totals", "warnings"]
 
 
-class PartOutcome(Part):
+class PartOutcome(ConfigSection):
     """How one part of the plan ended."""
 
     name: PartName
@@ -27,7 +27,7 @@ class PartOutcome(Part):
     error: str = ""
 
 
-class DataFigures(Part):
+class DataFigures(ConfigSection):
     """The prepared text, in units of training."""
 
     vocabulary: int
@@ -39,7 +39,7 @@ class DataFigures(Part):
     max_token_id: int
 
 
-class ModuleRow(Part):
+class ModuleRow(ConfigSection):
     """One module: what it reads and gives (axis letters with sizes), what it holds, and its work per step."""
 
     name: str
@@ -53,7 +53,7 @@ class ModuleRow(Part):
     flops_backward: int
 
 
-class Held(Part):
+class Held(ConfigSection):
     """Tensors alive at the peak that one operation of one module made; ``shape`` is that of the largest."""
 
     category: str
@@ -65,7 +65,7 @@ class Held(Part):
     size_bytes: int
 
 
-class Training(Part):
+class Training(ConfigSection):
     """One optimizer step: its size, its work, and the bytes at its highest moment."""
 
     batch: int
@@ -97,7 +97,7 @@ class Training(Part):
         return self.flops_per_step / self.tokens_per_step
 
 
-class SessionFigures(Part):
+class SessionFigures(ConfigSection):
     """One reader: the prompt read in one call, then one token."""
 
     n_prompt: int
@@ -107,7 +107,7 @@ class SessionFigures(Part):
     flops_per_token: int
 
 
-class WhatIf(Part):
+class WhatIf(ConfigSection):
     """The same step with one thing changed."""
 
     change: str
@@ -115,7 +115,7 @@ class WhatIf(Part):
     flops_per_step: int
 
 
-class FormRow(Part):
+class FormRow(ConfigSection):
     """One form of running a rule; without refusals it takes the rule."""
 
     name: str
@@ -123,7 +123,7 @@ class FormRow(Part):
     refusals: tuple[str, ...]
 
 
-class Fit(Part):
+class Fit(ConfigSection):
     """Two parts of a rule, such as a structure and a bias; without reasons they go together."""
 
     places: tuple[str, str]
@@ -131,7 +131,7 @@ class Fit(Part):
     reasons: tuple[str, ...]
 
 
-class MemoryFigures(Part):
+class MemoryFigures(ConfigSection):
     """The rule of a model's memory; ``runs`` is the form of a training window, also where ``form`` is auto."""
 
     rule: str
@@ -146,14 +146,14 @@ class MemoryFigures(Part):
     fits: tuple[Fit, ...]
 
 
-class SnapshotFigures(Part):
+class SnapshotFigures(ConfigSection):
     """The states that a run keeps in memory to go back to: how many, and the bytes of each."""
 
     count: int
     each_bytes: int
 
 
-class PlanReport(Part):
+class PlanReport(ConfigSection):
     """What a configuration costs and whether it can work. Sections that were not reached are None or empty."""
 
     model: str

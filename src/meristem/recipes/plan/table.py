@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 from torch import nn
 
 from meristem.recipes.plan.ledger import Shapes
-from meristem.recipes.plan.measure import Measured, stretch
+from meristem.recipes.plan.measure import Measured, scale
 from meristem.recipes.plan.rehearse import Rehearsal
 from meristem.recipes.plan.report import ModuleRow
 
@@ -62,7 +62,7 @@ def never_called(sample: Rehearsal) -> list[str]:
 def _shapes(step: Measured, name: str, side: int) -> Shapes:
     found = {length: sample.ledger.spans.calls[name][side] for length, sample in step.samples.items()}
     n_shapes = min(len(shapes) for shapes in found.values())
-    return [stretch({length: shapes[i] for length, shapes in found.items()}, step.window) for i in range(n_shapes)]
+    return [scale({length: shapes[i] for length, shapes in found.items()}, step.window) for i in range(n_shapes)]
 
 
 def _letters(module: nn.Module, *, is_result: bool) -> list[str]:

@@ -7,15 +7,15 @@ from typing import Any
 
 from meristem.data import manifest as manifests
 from meristem.data import sources
+from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.corpus import open_corpus
 from meristem.data.download import available, registered
 from meristem.data.files import opened, store
-from meristem.data.part import DataPart, TokenizerPart
 from meristem.data.split import ratios_for
 from meristem.data.stream import Stream
 from meristem.errors import DataError, TokenizerMismatch
-from meristem.recipes.config import Config
 from meristem.recipes.plan.report import DataFigures
+from meristem.runs.config import Config
 
 
 def look(config: Config) -> DataFigures | None:
@@ -40,17 +40,17 @@ def look(config: Config) -> DataFigures | None:
     stream = Stream(
         corpus,
         "train",
-        window=data.window,
+        window=data.seq_len,
         stride=data.stride,
-        batch=data.batch,
+        batch=data.batch_size,
         order=data.order,
         documents=data.documents,
-        random_seed=config.run.random_seed,
+        random_seed=config.run.seed,
     )
-    stride = data.stride or (1 if data.order == "random" else data.window)
-    n_covered = stream.n_windows * min(stride, data.window) + max(0, data.window - stride) + 1
+    stride = data.stride or (1 if data.order == "random" else data.seq_len)
+    n_covered = stream.n_windows * min(stride, data.seq_len) + max(0, data.seq_len - stride) + 1
     n_tokens = len(corpus.tokens("train"))
-    per_step = data.window * data.batch * train.accumulate
+    per_step = data.seq_len * data.batch_size * train.grad_accum_steps
     steps = train.steps if train.steps is not None else (train.tokens or 0) / per_step
     return DataFigures(
         vocabulary=vocabulary,
@@ -58,12 +58,12 @@ def look(config: Config) -> DataFigures | None:
         n_windows=stream.n_windows,
         n_batches=stream.batches_per_epoch,
         unused_tokens=max(0, n_tokens - n_covered),
-        epochs=steps * train.accumulate / stream.batches_per_epoch if steps else None,
+        epochs=steps * train.grad_accum_steps / stream.batches_per_epoch if steps else None,
         max_token_id=max_token_id,
     )
 
 
-def prepared(data: DataPart, tokenizer: TokenizerPart) -> Path | None:
+def prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Path | None:
     """The newest prepared corpus of this source with this tokenizer and split, by its manifest; None if there is none.
 
     The text itself is not read, only its file sizes are compared: whether it changed is found when training starts.
@@ -87,7 +87,7 @@ def _asked(manifest: Mapping[str, Any]) -> int:
     return int(described.get("asked_vocab_size", described["vocab_size"]))
 
 
-def _sizes(data: DataPart, source: sources.Source) -> dict[str, int] | None:
+def _sizes(data: DataConfig, source: sources.Source) -> dict[str, int] | None:
     """The files of a text that the user named, with their sizes; None for texts that are known by their name alone.
 
     What is missing is refused here, as preparing would refuse it.

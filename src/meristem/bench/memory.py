@@ -1,0 +1,213 @@
+"""The chunk form against the scan, and the memory layer against the public package."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from meristem.bench.measure import Row, Timed, medians, timed
+from meristem.bench.peer_titans import peak_bytes
+from meristem.memory import Gates, named
+from meristem.memory.forms import run_trusted
+from meristem.nn.config import MemoryConfig
+from meristem.nn.memory import MemoryLayer
+
+PEER = Path(__file__).with_name("peer_titans.py")
+PEER_PYTHON = "MERISTEM_BENCH_PYTHON"
+N_TIME = 512
+
+
+def forms(n_repeats: int) -> Iterator[Row]:
+    """Forward and backward of the exact chunk form against the scan: 1,024 tokens, 4 heads of 64."""
+    for name in ("delta", "titans"):
+        chunked, scanned = (_window_step(name, form) for form in ("exact_chunk", "scan"))
+        seconds = medians({"chunk": timed(chunked), "scan": timed(scanned)}, n_repeats=n_repeats, n_warm=1)
+        note = f"chunk form {seconds['chunk'] * 1e3:.1f} ms, scan {seconds['scan'] * 1e3:.0f} ms"
+        yield Row(f"{name}: exact chunk form over scan", seconds["scan"] / seconds["chunk"], "x", 10, note=note)
+
+
+def _window_step(name: str, form: str, heads: int = 4, *, is_compiled: bool = False) -> Callable[[], object]:
+    rule = named(name)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    keys_bthk, queries_bthk = (functional.normalize(draw(1, 1024, heads, 64), dim=-1) for _ in range(2))
+    values_bthv, memory = draw(1, 1024, heads, 64), rule.init(1, heads, 64, 64)
+    retain_bth, write_bth, momentum_bth = (draw(1, 1024, heads).add(bias).sigmoid() for bias in (4.0, -2.0, 0.0))
+    gates = Gates(retain_bth, write_bth, momentum_bth if rule.update.has_momentum else None)
+    leaves = [keys_bthk, values_bthv, queries_bthk, *(gate for gate in vars(gates).values() if gate is not None)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    window = keys_bthk, values_bthv, queries_bthk
+    chosen = partial(run_trusted, rule, form=form, chunk=64)
+    go = torch.compile(chosen) if is_compiled else chosen
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        read_bthv, _ = go(memory, window, gates)
+        read_bthv.sum().backward()
+
+    return step
+
+
+def layer(n_repeats: int) -> Iterator[Row]:
+    """A training step of the memory layer, projections included: 512 tokens, 4 heads of 64, one row."""
+    ours, compiled = _layer_step(), _layer_step(is_compiled=True)
+    half, half_compiled = _layer_step(is_bf16=True), _layer_step(is_compiled=True, is_bf16=True)
+    candidates = {
+        "ours": timed(ours),
+        "compiled": timed(compiled),
+        "bf16": timed(half),
+        "bf16 compiled": timed(half_compiled),
+    }
+    with ExitStack() as peers:
+        python = peer_python()
+        if python is None:
+            yield Row(
+                "titans layer against titans-pytorch",
+                None,
+                "x",
+                note=f"skipped: no environment with titans-pytorch; make one with scripts/bench-env.sh, or name its "
+                f"Python in {PEER_PYTHON}",
+            )
+        else:
+            peer = {chunk: peers.enter_context(_peer(python, "titans", chunk, 1)) for chunk in (64, 1)}
+            candidates |= {f"peer chunk {chunk}": once for chunk, (once, _) in peer.items()}
+        seconds = medians(candidates, n_repeats=n_repeats)
+    for name, value in seconds.items():
+        yield Row(f"titans layer, {name}", N_TIME / value, "tokens/s")
+    if python is not None:
+        base, slow = seconds["peer chunk 64"], seconds["peer chunk 1"]
+        yield Row("titans layer over peer at chunk 64", base / seconds["ours"], "x", 3)
+        yield Row("the same, bf16 products", base / seconds["bf16"], "x", note="the default where bf16 is faster")
+        yield Row("the same, compiled", base / seconds["compiled"], "x", 5)
+        yield Row("the same, compiled, bf16 products", base / seconds["bf16 compiled"], "x")
+        yield Row("titans layer over peer at chunk 1", slow / seconds["ours"], "x", 30)
+        ours_bytes = peak_bytes(ours)
+        note = f"{ours_bytes / 2**20:.1f} MiB against {peer[64][1] / 2**20:.1f} MiB"
+        yield Row("peak bytes of a step over those of peer", ours_bytes / peer[64][1], "x", 0.5, "<=", note)
+
+
+def deep(n_repeats: int) -> Iterator[Row]:
+    """A training step of the layer with a network of two layers as memory, against the same of the public package."""
+    eager, compiled = (
+        _layer_step(rule="titans_mlp", form="frozen_chunk", is_compiled=is_it) for is_it in (False, True)
+    )
+    python = peer_python()
+    if python is None:
+        yield Row("titans_mlp layer against titans-pytorch", None, "x", note="skipped: no environment for it")
+        return
+    with _peer(python, "titans", 64, 2) as (once, peer_bytes):
+        seconds = medians({"eager": timed(eager), "compiled": timed(compiled), "peer": once}, n_repeats=n_repeats)
+    for name, value in seconds.items():
+        yield Row(f"titans_mlp layer, {name}", N_TIME / value, "tokens/s")
+    yield Row("titans_mlp layer over peer at chunk 64", seconds["peer"] / seconds["eager"], "x", 2)
+    yield Row("the same, compiled", seconds["peer"] / seconds["compiled"], "x", 3)
+    ours_bytes = peak_bytes(eager)
+    note = f"{ours_bytes / 2**20:.1f} MiB against {peer_bytes / 2**20:.1f} MiB"
+    yield Row("peak bytes of a step over those of peer", ours_bytes / peer_bytes, "x", 0.7, "<=", note)
+
+
+def gated(n_repeats: int) -> Iterator[Row]:
+    """Forward and backward of gated delta over 1,024 tokens, against the plain-torch form of transformers."""
+    python = peer_python()
+    if python is None:
+        yield Row("gated delta against transformers", None, "x", note="skipped: no environment for it")
+        return
+    for width in (64, 128, 256):
+        with ExitStack() as peers:
+            candidates = {"ours": timed(_window_step("gated_delta", "exact_chunk", width // 64))}
+            candidates["compiled"] = timed(_window_step("gated_delta", "exact_chunk", width // 64, is_compiled=True))
+            for name, is_compiled in (("peer", 0), ("peer compiled", 1)):
+                candidates[name] = peers.enter_context(_peer(python, "gated_delta", width, is_compiled))[0]
+            seconds = medians(candidates, n_repeats=n_repeats)
+        note = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in seconds.items())
+        best = min(seconds["peer"], seconds["peer compiled"])
+        yield Row(f"gated delta over transformers, width {width}", best / seconds["compiled"], "x", 1.2, note=note)
+
+
+def token(n_repeats: int) -> Iterator[Row]:
+    """One token through a titans layer of width 128, its memory written: on one thread, as a session decodes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name, is_compiled, target in (("plain", False, 150), ("compiled", True, 60)):
+            module = MemoryLayer(128, MemoryConfig(rule="titans")).eval()
+            if is_compiled:
+                module.compile()
+            seconds = medians({name: timed(_token_step(module))}, n_repeats=100 * n_repeats, n_warm=20)[name]
+            yield Row(f"one token of a titans layer, {name}", seconds * 1e6, "us", target, "<=")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _token_step(module: MemoryLayer) -> Callable[[], object]:
+    hidden_btd = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        held = [module(hidden_btd)[1]]
+
+    def step() -> None:
+        with torch.no_grad():
+            _, held[0] = module(hidden_btd, held[0])
+
+    return step
+
+
+def _layer_step(
+    *, is_compiled: bool = False, is_bf16: bool = False, rule: str = "titans", form: str = "auto"
+) -> Callable[[], object]:
+    torch.manual_seed(0)
+    module = MemoryLayer(256, MemoryConfig(rule=rule, form=form, head_dim=64, chunk=64))
+    if is_compiled:
+        module.compile()
+    hidden_btd = torch.randn(1, N_TIME, 256, requires_grad=True)
+
+    def step() -> None:
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            mixed_btd, _ = module(hidden_btd)
+        mixed_btd.float().sum().backward()
+
+    return step
+
+
+def peer_python() -> Path | None:
+    """The Python of the benchmark's own environment, or None."""
+    path = Path(os.environ.get(PEER_PYTHON, ".bench-venv/bin/python"))
+    if not path.exists():
+        return None
+    found = subprocess.run([path, "-c", "import titans_pytorch"], capture_output=True, check=False)
+    return path if found.returncode == 0 else None
+
+
+@contextmanager
+def _peer(python: Path, *words: str | int) -> Iterator[tuple[Timed, int]]:
+    """One step of a peer per call, in its own process; and the peak bytes of such a step."""
+    command = [str(word) for word in (python, PEER, *words, torch.get_num_threads())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("a process started with pipes has none")
+        answers, asked = process.stdout, process.stdin
+
+        def answer() -> str:
+            line = answers.readline()
+            if not line:
+                raise RuntimeError(f"{' '.join(command)} ended with exit code {process.wait()}; run it to see why")
+            return line
+
+        def once() -> float:
+            asked.write("step\n")
+            asked.flush()
+            return float(answer())
+
+        yield once, int(answer().split()[1])
+        asked.close()

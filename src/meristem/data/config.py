@@ -1,0 +1,68 @@
+"""Settings of the text: where it comes from, how it is cut into tokens, and in which order it is read."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from meristem.config import ConfigSection
+from meristem.errors import ConflictingKeys
+
+Order = Literal["shuffled", "sequential", "random"]
+Documents = Literal["join", "within"]
+
+
+class TokenizerConfig(ConfigSection):
+    """How text becomes ids."""
+
+    kind: Literal["byte", "bpe"] = Field(
+        default="byte", description="byte: 256 ids, one per byte; bpe: byte pairs learned from the training text"
+    )
+    vocab_size: int = Field(default=2048, ge=256, le=1 << 20, description="most entries a bpe may have; byte has 256")
+
+
+class DataConfig(ConfigSection):
+    """The text, its division, and the order in which windows are visited."""
+
+    source: str = Field(
+        default="stdlib",
+        min_length=1,
+        description="stdlib, stdlib-docs, installed:NAME, a registered download, a file or a directory",
+    )
+    root: Path | None = Field(
+        default=None,
+        description="directory of prepared corpora and downloads; default $MERISTEM_CACHE or ~/.cache/meristem",
+    )
+    include: tuple[str, ...] = Field(default=(), description="globs of the files of a directory to use; none means all")
+    exclude: tuple[str, ...] = Field(default=(), description="globs of files and directories to leave out")
+    download: bool = Field(default=False, description="fetch a registered text that is not here yet")
+    mirror: str | None = Field(
+        default=None, pattern=r"^https?://", description="base address that registered texts are fetched from instead"
+    )
+    validation: float = Field(default=0.1, ge=0, lt=1, description="share of the documents held out")
+    seq_len: int = Field(default=512, ge=1, description="tokens of one batch row")
+    stride: int | None = Field(
+        default=None, ge=1, description="tokens between window starts; null: the window, or 1 when order is random"
+    )
+    batch_size: int = Field(default=8, ge=1, description="rows of a batch")
+    order: Order = Field(
+        default="shuffled",
+        description="shuffled: each window once per epoch; sequential: each row reads on; random: with replacement",
+    )
+    documents: Documents = Field(
+        default="join", description="join: windows run on over the ends of documents; within: they never do"
+    )
+
+    @model_validator(mode="after")
+    def _reads_on(self) -> Self:
+        if self.order == "sequential" and self.documents == "within":
+            raise ConflictingKeys(
+                "data.order=sequential carries a memory on from window to window, also over the end of a document; "
+                "data.documents=within forbids that. Set data.documents=join, or data.order=shuffled."
+            )
+        if self.order == "sequential" and self.stride not in (None, self.seq_len):
+            raise ConflictingKeys(
+                f"data.order=sequential reads every token once: its stride is the window, {self.seq_len}, "
+                f"not {self.stride}. Leave data.stride out, or set data.order=shuffled."
+            )
+        return self

@@ -1,0 +1,1 @@
+"""A run: its directory, its configuration, how it resumes, recovers, is logged and described."""

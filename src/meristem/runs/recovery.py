@@ -1,0 +1,371 @@
+"""What keeps a run from being lost: a guard that watches it, snapshots and checkpoints, and the way back to them."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import psutil
+import torch
+
+from meristem.checkpoint.journal import Journal
+from meristem.checkpoint.saver import Saver
+from meristem.checkpoint.snapshots import Snapshot, SnapshotBuffer
+from meristem.distributed.shards import is_part, local_by_name
+from meristem.distributed.team import Team
+from meristem.errors import Halted, RollbackFailed
+from meristem.events import Event
+from meristem.optim.state import expected_bytes
+from meristem.runs.directory import Run
+from meristem.runs.resume import (
+    Contents,
+    Job,
+    Safety,
+    contents,
+    gathered,
+    newest_sound,
+    put_back_weights,
+    restore,
+    write,
+)
+from meristem.train import rollback
+from meristem.train.config import RollbackConfig
+from meristem.train.emergency import FILE, Level, SharedLevel, Signals, downgraded, quiet, raised
+from meristem.train.guard import Verdict, observe, observe_held_out
+from meristem.train.loop import Step
+from meristem.train.loss import cross_entropy
+from meristem.train.progress import Progress
+from meristem.train.rollback import FAST, FULL, USUAL, Attempt, Tier, TierName, most_bytes, n_snapshots
+from meristem.worker.deadline import Deadline
+
+PROBE_TOKENS: Final = 128
+"""Held-out tokens whose loss is kept with every state: after going back to it they must cost the same again."""
+
+QUIET_STEPS: Final = 200
+"""Steps without a verdict after which the emergency level falls by one."""
+
+
+class Recovery:
+    """The guard, the snapshots and the checkpoints of one run while it trains.
+
+    safety: how sound the run is; saved with it.
+    """
+
+    def __init__(self, run: Run, job: Job, start: Progress, safety: Safety) -> None:
+        self._run, self._job, self.safety = run, job, safety
+        self._config, self._guard_part = job.config.rollback, job.config.guard
+        window = job.corpus.tokens("val")[: min(PROBE_TOKENS, job.config.data.seq_len + 1)]
+        self._probe_bt = torch.from_numpy(window.astype("int64"))[None]
+        self._uniform_nats = math.log(job.corpus.tokenizer.vocab_size)
+        self._ring = _snapshot_buffer(self._config, job, run)
+        self._saver, self._journal = Saver(), Journal(run.directory / "journal")
+        self._signals = Signals({"records": lambda signal: run.emit(signal.event)}, emit=run.emit)
+        self._level = SharedLevel(run.directory / FILE)
+        self._level.write(safety.emergency)
+        if self._journal.n_cut_bytes:
+            payload = {"what": "torn end cut off", "path": "journal", "n_bytes": self._journal.n_cut_bytes}
+            run.emit(Event("degraded", payload, "warning"))
+        for left in self._journal.uncommitted():
+            run.emit(Event("journal.undone", {"kind": left.kind, **left.fields}, "warning"))
+            self._journal.undo(left.number, "the process ended before it was done")
+        self._is_due = self._is_spared = False
+        self.snapshot(start, "start")
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
+        try:
+            self._saver.close()
+        finally:
+            self._signals.drain()
+            self._journal.close()
+            self._level.close()
+
+    def check(self, step: Step) -> str | None:
+        """Why the run must go back, or None; and a snapshot where one is due."""
+        self._saver.poll()
+        self._signals.flush()
+        for reading in step.readings:
+            guard, verdict = observe(self.safety.guard, self._guard_part, reading, uniform_nats=self._uniform_nats)
+            self.safety = replace(self.safety, guard=guard)
+            self._heed(verdict)
+            if verdict.level == "panic":
+                return ", ".join(verdict.detectors)
+        self._is_due |= step.progress.step % self._config.snapshot_every == 0
+        if self._is_due and step.readings:
+            self.snapshot(step.progress, "interval")
+        return None
+
+    def evaluated(self, step: int, nats: float) -> None:
+        """Hear what the held-out text cost."""
+        guard, verdict = observe_held_out(self.safety.guard, self._guard_part, step, nats)
+        self.safety = replace(self.safety, guard=guard)
+        if verdict.level != "ok":
+            self._heed(verdict)
+
+    def should_skip_eval(self) -> bool:
+        """Whether an evaluation is to be left out: every other one is while the run has too little time."""
+        if self.safety.emergency.level < Level.ELEVATED:
+            return False
+        self._is_spared = not self._is_spared
+        return self._is_spared
+
+    def save(self, progress: Progress, *, reason: str, metrics: dict[str, float]) -> Path:
+        """Have a checkpoint written beside the training, which waits for no more than one copy in memory."""
+        self._job.optimizer.gather_pending(is_first=self._run.team.ranks.is_first)
+        taken = self.snapshot(progress, "save")
+        if self._ring and taken:
+            saved, held = Contents(taken.trees, taken.values), self._ring.pinned(taken)
+        else:
+            saved, held = contents(self._job, progress, self.safety, self._probe()), None
+        saved = gathered(self._job, progress, saved)
+        path = self._run.checkpoints / f"step-{progress.step:08d}"
+        if not self._run.team.ranks.is_first:
+            return path
+        seq, number = self._run.records.seq, 0
+
+        def begin_and_write() -> Path:
+            # In the thread of the saver: a journal waits for the disk, as a checkpoint does.
+            nonlocal number
+            number = self._journal.begin("save", {"step": progress.step, "reason": reason})
+            return write(self._run, self._job, progress, saved, reason=reason, metrics=metrics, seq=seq)
+
+        self._saver.submit(
+            begin_and_write,
+            done=lambda path: self._journal.commit(number, {"checkpoint": path.name}),
+            reading=held,
+        )
+        if not self._ring:
+            # Without a copy in memory the tensors in use are written, and must not change meanwhile.
+            self._saver.wait()
+        return path
+
+    def snapshot(self, progress: Progress, tag: str) -> Snapshot | None:
+        """A snapshot of the run as it is; None where none are kept."""
+        self._is_due = False
+        self._run.team.require_alike(weight for weight in self._job.model.parameters() if not is_part(weight))
+        if self._ring is None:
+            return None
+        probe_nats = self._probe()
+        saved = contents(self._job, progress, self.safety, probe_nats)
+        is_valid = self.safety.guard.is_quiet and math.isfinite(probe_nats)
+        return self._ring.take(saved.trees, saved.values, step=progress.step, tag=tag, is_valid=is_valid)
+
+    def wait(self) -> None:
+        """Until every checkpoint is on the disk; raises what kept one from getting there."""
+        self._saver.wait()
+
+    def roll_back(self, now: Progress, *, reason: str, n_parts: int | None = None) -> Progress:
+        """An earlier state of the run, put in place, with something changed so that it does not end here again.
+
+        n_parts: what is changed is only into how many parts a batch is cut; the text is read again as it was.
+        Raises RollbackFailed where there is no way back, and Halted where going back has not helped.
+        """
+        self._saver.wait()
+        rollbacks = self.safety.rollbacks.panicked(now.step, sound_after=self._config.sound_after)
+        number = self._journal.begin("rollback", {"step": now.step, "reason": reason})
+        try:
+            found, attempts = self._restored()
+        except RollbackFailed as error:
+            self._journal.undo(number, str(error))
+            self._raise_level(Level.HALT, "rollback_failed", "rollback")
+            raise
+        safety = found.safety
+        self.safety = replace(safety, rollbacks=rollbacks.observed(attempts), emergency=self.safety.emergency)
+        then, changed = self._changed(now, found.progress, rollbacks.n_in_row, n_parts)
+        payload = {
+            "resumed_from": then.step,
+            "panicked_at": now.step,
+            "reason": reason,
+            "tier": attempts[-1].tier,
+            "changed": changed,
+            "in_row": rollbacks.n_in_row,
+            "attempts": [vars(attempt) | {"phases": dict(attempt.phases)} for attempt in attempts],
+            "latencies": self.safety.rollbacks.to_json()["latencies"],
+        }
+        self._run.emit(Event("rollback.done", payload))
+        told = ", ".join(f"{name} {value}" for name, value in changed.items())
+        self._run.view.note(
+            f"went back from step {now.step} to {then.step} in {1000 * attempts[-1].seconds:.0f} ms ({reason}); {told}"
+        )
+        self._journal.commit(number, {"resumed_from": then.step, "changed": changed})
+        if any(attempt.is_violation for attempt in attempts):
+            self._raise_level(Level.ELEVATED, "rollback_late", "rollback")
+        if self._ring:
+            self._ring.drop_after(then.step)
+        self.snapshot(then, "rollback")
+        if rollbacks.n_in_row >= self._config.most_in_row:
+            self._halt(then, now, rollbacks.n_in_row)
+        return then
+
+    def _halt(self, then: Progress, now: Progress, n_in_row: int) -> None:
+        self._raise_level(Level.HALT, "panics_in_row", "rollback")
+        self.save(then, reason="rollback", metrics={})
+        self._saver.wait()
+        raise Halted(
+            f"the run went back {n_in_row} times in a row, the last time from step {now.step} to {then.step}, and "
+            f"what it did about it ({self._config.change}) did not help. The state of step {then.step} is saved. Look at "
+            "guard.verdict in events.ndjson, lower optim.lr or mend the text, then resume.",
+            step=then.step,
+            n_in_row=n_in_row,
+        )
+
+    def _changed(
+        self, now: Progress, then: Progress, n_in_row: int, n_parts: int | None
+    ) -> tuple[Progress, dict[str, object]]:
+        """Where the run goes on, and what is different from the first time. The time that was used stays used."""
+        then = replace(then, seconds_used=now.seconds_used)
+        if n_parts is not None:
+            return replace(then, n_micro_batches=n_parts), {"n_parts": n_parts}
+        changed: dict[str, object] = {}
+        change = "both" if n_in_row > 1 else self._config.change
+        if change in ("skip", "both"):
+            more = self._config.skip_more if n_in_row > 1 else 0
+            cursor = replace(now.cursor, position=now.cursor.position + more)
+            changed["skipped_batches"] = [then.cursor.position, cursor.position]
+            # The memory knows the text before the gap, and not that which follows it.
+            then = replace(then, cursor=cursor, memory=None)
+        if change in ("ease", "both"):
+            changed |= {"rate_factor": self._config.ease, "until_step": then.step + self._config.ease_steps}
+            then = replace(then, ease=self._config.ease, eased_until=then.step + self._config.ease_steps)
+        return then, changed
+
+    def _restored(self) -> tuple["_Found", tuple[Attempt, ...]]:
+        """What was put in place, and how long that took by which tier.
+
+        Each phase is one of all processes, by the clock of the first: all come to the same state, or to none.
+        """
+        team = self._run.team
+        found = _Found(self._job, self._run, self._probe)
+        snapshot = self._ring.latest(is_valid=True) if self._ring else None
+        fast: dict[str, Callable[[], str]] = {
+            "prepare": partial(found.choose, snapshot),
+            "commit": found.put,
+            "confirm": found.confirm,
+        }
+        full = {
+            "load": found.load,
+            "model": found.put_weights,
+            "optimizer": found.put_rest,
+            "verify": found.confirm,
+        }
+        tiers = [_tier("full", full, FULL, self._config.full_deadline_s, team)]
+        if team.any(snapshot is not None):
+            tiers.insert(0, _tier("fast", fast, FAST, self._config.fast_deadline_s, team))
+        return found, rollback.restore(tiers, team.clock)
+
+    def _probe(self) -> float:
+        """Nats per target on a little held-out text, read with a fresh memory."""
+        tokens_bt, targets_bt = self._job.device.move(self._probe_bt[:, :-1], self._probe_bt[:, 1:])
+        with torch.no_grad(), self._job.engine.whole(), self._job.device.autocast():
+            logits_bto, _ = self._job.model(tokens_bt, None)
+            return float(cross_entropy(logits_bto, targets_bt)) / targets_bt.numel()
+
+    def _heed(self, verdict: Verdict) -> None:
+        """Record what the guard says, and let the emergency level follow it."""
+        now = self.safety.emergency
+        if verdict.level == "ok":
+            now = quiet(now)
+            if now.level and now.n_quiet >= QUIET_STEPS:
+                now = downgraded(now, Level(now.level - 1), after=QUIET_STEPS)
+                self._run.emit(Event("emergency.cleared", {"level": int(now.level)}))
+                self._level.write(now)
+            self.safety = replace(self.safety, emergency=now)
+            return
+        self._run.emit(verdict.event)
+        self._raise_level(Level.CONSERVATIVE if verdict.level == "panic" else Level.NOTICE, verdict.detectors[0])
+
+    def _raise_level(self, level: Level, reason: str, origin: str = "guard") -> None:
+        level = self._signals.send(level, origin=origin, reason=reason)
+        self.safety = replace(self.safety, emergency=raised(self.safety.emergency, level, reason=reason, origin=origin))
+        self._level.write(self.safety.emergency)
+
+
+def _tier(
+    name: TierName, acts: Mapping[str, Callable[[], str]], usual_s: Mapping[str, float], deadline_s: float, team: Team
+) -> Tier:
+    """A tier whose phases are those of all processes; they share ``deadline_s`` in the proportion of ``usual_s``."""
+    scale = deadline_s / sum(usual_s.values())
+    phases = {phase: partial(_together, team, phase, act) for phase, act in acts.items()}
+    return Tier(name, phases, {phase: seconds * scale for phase, seconds in usual_s.items()}, deadline_s)
+
+
+def _together(team: Team, phase: str, act: Callable[[], str], deadline: Deadline) -> None:
+    team.act(phase, act)
+
+
+class _Found:
+    """The state that a run goes back to, put in place piece by piece."""
+
+    def __init__(self, job: Job, run: Run, probe: Callable[[], float]) -> None:
+        self._job, self._run, self._probe = job, run, probe
+
+    def choose(self, snapshot: Snapshot | None) -> str:
+        """Choose what is in memory."""
+        if snapshot is None:
+            raise RollbackFailed("no sound snapshot is in memory here")
+        self._saved = Contents(snapshot.trees, snapshot.values)
+        return f"step {snapshot.step}"
+
+    def load(self) -> str:
+        """Choose what is on disk."""
+        checkpoint = newest_sound(self._run.checkpoints, self._run.emit)
+        if checkpoint is None:
+            raise RollbackFailed(
+                f"{self._run.checkpoints} holds no whole checkpoint that was saved while the run was sound."
+            )
+        self._saved = Contents.of(checkpoint).of_process(self._run.team.ranks, self._job.config.data.batch_size)
+        return f"step {checkpoint.step}"
+
+    def put(self) -> str:
+        return f"{self.put_weights()}, {self.put_rest()}"
+
+    def put_weights(self) -> str:
+        put_back_weights(self._job, self._saved.trees["model"])
+        return "weights"
+
+    def put_rest(self) -> str:
+        self.progress, self.safety = restore(self._job, self._saved, self._run.emit)
+        return f"step {self.progress.step}, batch {self.progress.cursor.position}"
+
+    def confirm(self) -> str:
+        """What the probe costs. Raises RollbackFailed unless that is what it cost when the state was taken."""
+        expected, found = self._saved.values["probe"]["nats"], self._probe()
+        is_exact = self._job.device.device.type == "cpu"
+        if found != expected and (is_exact or not math.isclose(found, expected, rel_tol=1e-4)):
+            raise RollbackFailed(
+                f"after going back the probe costs {found} nats, and it cost {expected} when this state was taken.",
+                found=found,
+                expected=expected,
+            )
+        return f"probe {found!r}"
+
+
+def _snapshot_buffer(config: RollbackConfig, job: Job, run: Run) -> SnapshotBuffer | None:
+    """Room for snapshots, as many as were asked for, or as fit."""
+    weights, team = local_by_name(job.model.state_dict()), run.team
+    capacity_bytes = sum(tensor.nbytes + 64 for tensor in weights.values()) + expected_bytes(job.optimizer) + 2**16
+    free_bytes = psutil.virtual_memory().available // team.ranks.n_local
+    count = n_snapshots(config, capacity_bytes, free_bytes)
+    # The machines of a run need not have the same room, and all go back the same way.
+    count = int(min(least for (least,) in team.sync.gather([count])))
+    max_bytes = most_bytes(config, free_bytes)
+    if config.snapshots is None and count < USUAL:
+        payload = {"snapshots": count, "capacity_bytes": capacity_bytes, "max_bytes": max_bytes}
+        run.emit(Event("rollback.fewer_snapshots", payload, "warning"))
+    if count == 0:
+        return None
+    is_pinned = job.device.device.type == "cuda"
+    return SnapshotBuffer(n_snapshots=count, capacity_bytes=capacity_bytes, max_bytes=max_bytes, is_pinned=is_pinned)
+
+
+@contextlib.contextmanager
+def recovery(run: Run, job: Job, start: Progress, safety: Safety) -> Iterator[Recovery]:
+    """A shelter for the run while the block lasts."""
+    shelter = Recovery(run, job, start, safety)
+    try:
+        yield shelter
+    finally:
+        shelter.close()

@@ -1,0 +1,189 @@
+"""Settings of the training loop."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from meristem.config import ConfigSection
+from meristem.errors import DeadKey
+
+_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _seconds(value: object) -> object:
+    """Seconds from ``180``, ``180s``, ``3m``, ``1.5h`` or ``2d``."""
+    if not isinstance(value, str):
+        return value
+    matched = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smhd]?)\s*", value)
+    if matched is None:
+        raise ValueError(f"'{value}' is no duration; write 180s, 3m, 1.5h or 2d")
+    return float(matched[1]) * _UNITS_S[matched[2]]
+
+
+Duration = Annotated[float, BeforeValidator(_seconds)]
+"""A length of time in seconds; text with a unit is accepted."""
+
+
+class TrainConfig(ConfigSection):
+    """How long to train, and how a step is made. Of several limits the one reached first ends the run."""
+
+    steps: int | None = Field(default=None, gt=0, description="optimizer steps; the schedule goes by these when set")
+    tokens: int | None = Field(
+        default=None, gt=0, description="predicted tokens; the schedule goes by these if steps are not set"
+    )
+    max_time: Duration | None = Field(default=180.0, gt=0, description="seconds of training steps, as 180s or 3m")
+    grad_accum_steps: int = Field(default=1, ge=1, description="batches per step")
+    log_every: int = Field(default=10, ge=1, description="steps between two records")
+    measure_updates_every: int = Field(
+        default=100, ge=1, description="steps between two measurements of how far weights move"
+    )
+    max_nonfinite: int = Field(default=10, ge=1, description="steps in a row that may be skipped as non-finite")
+
+    @model_validator(mode="after")
+    def _ends(self) -> "TrainConfig":
+        if self.steps is None and self.tokens is None and self.max_time is None:
+            raise ValueError("a run needs an end: set train.steps, train.tokens or train.max_time")
+        return self
+
+
+class RollbackConfig(ConfigSection):
+    """How a run goes back to an earlier state of itself after the guard panics, and what is different afterwards."""
+
+    snapshots: int | None = Field(
+        default=None,
+        ge=0,
+        description="states kept in memory; 0: only those on disk; null: 3, or fewer where bytes lack",
+    )
+    max_bytes: int | None = Field(
+        default=None, gt=0, description="bytes that they may take; null: a quarter of what is free at the start"
+    )
+    snapshot_every: int = Field(default=100, ge=1, description="steps between two of them; one more at every save")
+    fast_deadline_s: float = Field(default=0.5, gt=0, description="seconds for going back to a state in memory")
+    full_deadline_s: float = Field(default=12.0, gt=0, description="seconds for going back to a checkpoint")
+    change: Literal["skip", "ease", "both"] = Field(
+        default="skip",
+        description="what is different afterwards: the text that was read since is skipped, the rate is lower for a "
+        "while, or both; a second time in a row it is both",
+    )
+    skip_more: int = Field(
+        default=100, ge=0, description="batches skipped beyond those that were read, from the second time in a row on"
+    )
+    ease: float = Field(default=0.5, gt=0, lt=1, description="the factor on the rate then")
+    ease_steps: int = Field(default=100, ge=1, description="and for how many steps")
+    sound_after: int = Field(default=200, ge=1, description="steps after a panic that end a row of them")
+    most_in_row: int = Field(default=3, ge=1, description="panics in a row that stop the run")
+
+    @model_validator(mode="after")
+    def _can_turn(self) -> "RollbackConfig":
+        if self.snapshots == 1:
+            raise ValueError("a single snapshot would be lost while the next is taken; give 0, or 2 and more")
+        return self
+
+
+class GuardConfig(ConfigSection):
+    """When a step, or what is measured on held-out text, counts as a sign that the run is going wrong.
+
+    What is usual is the median over the last ``span`` sound steps, and the median distance from it.
+    """
+
+    is_on: bool = Field(default=True, description="whether steps are looked at")
+    span: int = Field(default=50, ge=5, description="sound steps that the usual is taken from")
+    n_least: int = Field(default=20, ge=3, description="of them, how many there must be before anything is compared")
+    nonfinite_steps: int = Field(default=3, ge=1, description="skipped steps in a row, not finite, that are a panic")
+    z: float = Field(default=6.0, gt=0, description="divergence: robust distances that the loss lies above the usual")
+    times_median: float = Field(default=1.5, ge=1, description="divergence: and times the usual loss that it is")
+    floor_nats: float = Field(
+        default=0.05, gt=0, description="least distance and least loss that count as usual, for runs near a loss of 0"
+    )
+    in_row: int = Field(default=3, ge=1, description="divergence, collapse: such steps in a row that are a panic")
+    severe: float = Field(
+        default=15.0, gt=1, description="times the usual loss that are a panic at once, above that of a uniform guess"
+    )
+    collapse: float = Field(
+        default=0.065, gt=0, lt=1, description="collapse: distance from the loss of a uniform guess, as a share of it"
+    )
+    collapse_from: float = Field(
+        default=0.6, gt=0, lt=1, description="collapse: share of that loss which the mean had fallen below before"
+    )
+    gradient_times: float = Field(default=20.0, gt=1, description="times the usual gradient norm that are a spike")
+    gradient_floor: float = Field(
+        default=0.01, ge=0, description="least gradient norm that counts as usual, for runs that have converged"
+    )
+    gradient_in_row: int = Field(default=3, ge=1, description="spikes in a row that are a panic")
+    update_ratio: float = Field(
+        default=0.1, gt=0, description="share of itself by which a tensor may move in one step before it is told"
+    )
+    held_out_span: int = Field(default=5, ge=3, description="evaluations through which a line is drawn to the next")
+    held_out_margin: float = Field(
+        default=0.05, gt=0, description="nats by which an evaluation may lie above it, and above the best of them"
+    )
+    held_out_in_row: int = Field(default=2, ge=1, description="such evaluations in a row before it is told")
+
+    @model_validator(mode="after")
+    def _can_speak(self) -> "GuardConfig":
+        if self.n_least > self.span:
+            raise ValueError(
+                f"guard.n_least is {self.n_least}, but only guard.span = {self.span} steps are kept, so that nothing "
+                "would ever be compared; lower guard.n_least or raise guard.span"
+            )
+        return self
+
+
+class SourceWeights(ConfigSection):
+    """How strongly each objective of training is taught."""
+
+    text: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="weight of the loss on the text")
+    layers: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="weight of the losses that layers have of their own"
+    )
+
+
+class AggregateConfig(ConfigSection):
+    """How the gradients of several objectives become one."""
+
+    how: Literal["mean", "pcgrad"] = Field(
+        default="mean",
+        description="mean: of the weighted sum; pcgrad: what points against another objective is left out, at the cost "
+        "of a backward pass for each",
+    )
+    per: Literal["all", "layer"] = Field(
+        default="all", description="with pcgrad: look for conflicts over all weights together, or in each tensor"
+    )
+    weights: SourceWeights = Field(default=SourceWeights(), description="how strongly each objective is taught")
+
+    @model_validator(mode="after")
+    def _is_read(self) -> "AggregateConfig":
+        if self.how == "mean" and self.per != "all":
+            raise DeadKey(
+                f"aggregate.per is '{self.per}', but aggregate.how=mean looks for no conflicts. Set "
+                "aggregate.how=pcgrad, or remove aggregate.per.",
+                path="aggregate.per",
+                value=self.per,
+            )
+        return self
+
+
+class ProfileConfig(ConfigSection):
+    """Which steps are traced, counted from the first that this process makes: wait, warm-up, steps, and again."""
+
+    steps: int = Field(default=0, ge=0, description="steps that are traced in one go; 0 traces none")
+    wait: int = Field(default=3, ge=0, description="steps that go by before, as the first are slower than the rest")
+    warmup: int = Field(default=1, ge=1, description="steps that are traced and thrown away: tracing has to start too")
+    repeat: int = Field(default=1, ge=1, description="how often to wait, warm up and trace")
+    directory: Path | None = Field(
+        default=None, description="where traces go; by default profile/ in the run directory"
+    )
+
+    @model_validator(mode="after")
+    def _is_on(self) -> "ProfileConfig":
+        given = [name for name, field in ProfileConfig.model_fields.items() if getattr(self, name) != field.default]
+        if given and not self.steps:
+            raise DeadKey(
+                f"profile.{', profile.'.join(given)} given, but profile.steps is 0, so that nothing is traced. Set "
+                "profile.steps=3 or so, or remove the key.",
+                path=f"profile.{given[0]}",
+                value=getattr(self, given[0]),
+            )
+        return self
