@@ -15,8 +15,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
 Written by `scripts/reference.py` from the code. Layers, lowest first: defaults, preset, file, environment
-(`MERISTEM__TRAIN__GRAD_ACCUM_STEPS=4`), command line (`train.grad_accum_steps=4`). `meristem config show PRESET --why` says which
-layer set each value; an unknown key is an error that names the nearest.
+(`MERISTEM__TRAIN__GRAD_ACCUM_STEPS=4`), command line (`train.grad_accum_steps=4`). `meristem config show PRESET --why`
+says which layer set each value; an unknown key is an error that names the nearest.
 """
 
 

@@ -169,7 +169,7 @@ for version, door in json.loads(sys.argv[1]):
         said.append(f"{error.exit_code} {error}")
 print(json.dumps(said))
 """
-DOORS = ("memory", "nn.mag", "models.lm", "train.loop", "recipes.pretrain", "recipes.bench.suite", "serve.session")
+DOORS = ("memory", "nn.mag", "models.lm", "train.loop", "recipes.pretrain", "bench.suite", "serve.session")
 
 
 def test_l1_an_older_torch_is_refused_at_import():

@@ -171,11 +171,11 @@ def test_autograd_notices_the_restored(size):
 
 GROWTH = """
 import psutil, torch
-from meristem.checkpoint.snapshots import Ring
+from meristem.checkpoint.snapshots import SnapshotBuffer
 trees = {"model": {f"p{number}": torch.ones(1 << 20) for number in range(8)}}
 rss = psutil.Process().memory_info
 before = rss().rss
-ring = Ring(n_snapshots=2, capacity_bytes=32 << 20, max_bytes=64 << 20)
+ring = SnapshotBuffer(n_snapshots=2, capacity_bytes=32 << 20, max_bytes=64 << 20)
 made = rss().rss
 for number in range(2):
     ring.take(trees, {}, step=number, tag="interval", is_valid=True)
@@ -304,13 +304,13 @@ def test_a_held_snapshot_is_overwritten_by_none():
     """Another one goes in its place, though it be the newest valid one; when all are held it is said."""
     ring = ring_for(filled(0))
     first, second = take(ring, 1), take(ring, 2)
-    with ring.held(first):
+    with ring.pinned(first):
         take(ring, 3)
         assert steps(ring) == [1, 3] and first.trees["model"]["a"].eq(1).all()
-        with ring.held(ring.latest()), pytest.raises(QueueFull, match="all 2 .* being read.*rollback.snapshots to 3"):
+        with ring.pinned(ring.latest()), pytest.raises(QueueFull, match="all 2 .* being read.*rollback.snapshots to 3"):
             take(ring, 4)
         assert steps(ring) == [1, 3]
-    with pytest.raises(ValueError, match="overwritten or dropped step 2"), ring.held(second):
+    with pytest.raises(ValueError, match="overwritten or dropped step 2"), ring.pinned(second):
         pass
 
 
@@ -318,7 +318,7 @@ def test_a_dropped_snapshot_is_read_to_its_end():
     """Going back while a checkpoint is written: what it reads stays as it is, and is no place to go back to."""
     ring = ring_for(filled(0))
     late = take(ring, 5)
-    with ring.held(late):
+    with ring.pinned(late):
         ring.drop_after(1)
         take(ring, 2)
         take(ring, 3)
@@ -364,7 +364,7 @@ def test_a_reader_never_sees_two_steps_in_one_snapshot():
             if snapshot is None:
                 continue
             try:
-                with ring.held(snapshot):
+                with ring.pinned(snapshot):
                     for _ in range(3):
                         low, high = snapshot.trees["model"]["a"].aminmax()
                         torn += [] if int(low) == int(high) == snapshot.step else [(int(low), int(high), snapshot.step)]
@@ -400,7 +400,7 @@ def test_tensors_of_an_accelerator_come_back():
     assert weight.eq(8).all()
 
 
-class NaiveRing:
+class NaiveBuffer:
     """The same in the plainest words: places that hold a number, and who reads them."""
 
     def __init__(self, n_places, size_bytes, max_bytes):
@@ -433,7 +433,7 @@ class NaiveRing:
         return place["entry"]
 
 
-class RingMachine(RuleBasedStateMachine):
+class SnapshotBufferMachine(RuleBasedStateMachine):
     """Any order of calls: the ring holds what the naive one holds, every byte of it, within the budget."""
 
     snapshots, holds = Bundle("snapshots"), Bundle("holds")
@@ -442,7 +442,7 @@ class RingMachine(RuleBasedStateMachine):
     def begin(self, n_snapshots, size, room):
         max_bytes = 64 * (n_snapshots * size + room)
         self.ring = SnapshotBuffer(n_snapshots=n_snapshots, capacity_bytes=64 * size, max_bytes=max_bytes)
-        self.naive = NaiveRing(n_snapshots, 64 * size, max_bytes)
+        self.naive = NaiveBuffer(n_snapshots, 64 * size, max_bytes)
 
     @rule(target=snapshots, number=st.integers(0, 250), is_valid=st.booleans(), size=st.integers(0, 5))
     def take(self, number, is_valid, size):
@@ -515,5 +515,5 @@ class RingMachine(RuleBasedStateMachine):
         assert tensor.eq(entry["step"]).all() and snapshot.values == {"number": entry["step"]}
 
 
-RingMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
-TestRing = RingMachine.TestCase
+SnapshotBufferMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestSnapshotBuffer = SnapshotBufferMachine.TestCase

@@ -85,7 +85,7 @@ def test_adaptation_reads_long_documents_with_and_without_a_memory(place, answer
     """Four windows of each; the same sums on every call, and a memory that stands still keeps nothing."""
     assert answered(*words("runs/fay", 3))[0] == 0
     code, summary = answered("eval", "runs/fay", "--suite", "adaptation", "--max-windows", 2)
-    assert code == 0 and [task["name"] for task in summary["tasks"]] == ["adaptation/off", "adaptation/memory"]
+    assert code == 0 and [task["name"] for task in summary["tasks"]] == ["adaptation/none", "adaptation/memory"]
     off, memory = ({name: m["value"] for name, m in task["metrics"].items()} for task in summary["tasks"])
     assert summary["tasks"][0]["n"] == summary["tasks"][1]["n"] and summary["tasks"][0]["n"] % 96 == 0
     assert summary["tasks"][0]["dataset_fingerprint"] == summary["tasks"][1]["dataset_fingerprint"]

@@ -67,7 +67,7 @@ def test_precedence_matrix(layers: tuple[str, ...], presets: Path, tmp_path: Pat
 
 def test_explicit_default_wins(tmp_path: Path) -> None:
     """A command-line value beats the file even when it says what the default says."""
-    (tmp_path / "my.yaml").write_text("train: {accumulate: 3}")
+    (tmp_path / "my.yaml").write_text("train: {grad_accum_steps: 3}")
     loaded = load(Tree, file=tmp_path / "my.yaml", overrides=["train.grad_accum_steps=1"])
     assert loaded.tree.train.grad_accum_steps == 1
     assert loaded.why["train.grad_accum_steps"] == "command line train.grad_accum_steps=1"
@@ -75,7 +75,7 @@ def test_explicit_default_wins(tmp_path: Path) -> None:
 
 def test_layers_merge_key_by_key(tmp_path: Path) -> None:
     """A layer that names one key of a section, or none, leaves the section's other keys as they were."""
-    (tmp_path / "my.yaml").write_text("train: {accumulate: 3, tags: {a: x}}\noptim: {}")
+    (tmp_path / "my.yaml").write_text("train: {grad_accum_steps: 3, tags: {a: x}}\noptim: {}")
     loaded = load(Tree, file=tmp_path / "my.yaml", overrides=["train={steps: 5, tags: {b: y}}", "train={}"])
     assert loaded.tree.train == TrainConfig(grad_accum_steps=3, steps=5, tags={"a": "x", "b": "y"})
     assert loaded.why["train.tags.a"] == f"file {tmp_path / 'my.yaml'}"
@@ -95,10 +95,10 @@ texts = st.text(max_size=12)
 trees = st.builds(
     Tree,
     name=texts,
-    optim=st.builds(OptimConfig, kind=st.sampled_from(["adamw", "sgd"]), rate=st.floats(1e-300, 1e300)),
+    optim=st.builds(OptimConfig, name=st.sampled_from(["adamw", "sgd"]), lr=st.floats(1e-300, 1e300)),
     train=st.builds(
         TrainConfig,
-        accumulate=st.integers(1, 2**70),
+        grad_accum_steps=st.integers(1, 2**70),
         steps=st.none() | st.integers(),
         tags=st.dictionaries(texts, texts, max_size=3),
         include=st.lists(texts, max_size=3).map(tuple),

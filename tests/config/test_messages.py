@@ -49,7 +49,7 @@ GOLDEN = [
         "unknown key 'learning_rate' (command line learning_rate=3). Did you mean 'optim.lr'?",
     ),
     ("train.lr=3", UnknownKey, "unknown key 'train.lr' (command line train.lr=3). Did you mean 'optim.lr'?"),
-    ("optim.rte=3", UnknownKey, "unknown key 'optim.rte' (command line optim.rte=3). Did you mean 'optim.lr'?"),
+    ("optim.nme=3", UnknownKey, "unknown key 'optim.nme' (command line optim.nme=3). Did you mean 'optim.name'?"),
     (
         "accumulate=3",
         UnknownKey,
@@ -61,7 +61,7 @@ GOLDEN = [
         "unknown key 'train.batch' (command line train.batch=3). Did you mean 'data.batch_size'?",
     ),
     ("zzz=1", UnknownKey, "unknown key 'zzz' (command line zzz=1). There are the keys optim, data, train."),
-    ("optim.zzz=1", UnknownKey, "unknown key 'optim.zzz' (command line optim.zzz=1). optim has the keys kind, rate."),
+    ("optim.zzz=1", UnknownKey, "unknown key 'optim.zzz' (command line optim.zzz=1). optim has the keys name, lr."),
     ("optim.lr=-1", WrongValue, "optim.lr: found -1 (command line optim.lr=-1); expected more than 0.0."),
     ("optim.lr=fast", WrongValue, "optim.lr: found 'fast' (command line optim.lr=fast); expected a number."),
     ("data.seq_len=1", WrongValue, "data.seq_len: found 1 (command line data.seq_len=1); expected at least 2."),
@@ -80,7 +80,11 @@ GOLDEN = [
         WrongValue,
         "train.max_time: found 'x' (command line train.max_time=x); expected a number or 'auto'.",
     ),
-    ("data=3", WrongValue, "data: found 3 (command line data=3); expected a section with the keys batch, window."),
+    (
+        "data=3",
+        WrongValue,
+        "data: found 3 (command line data=3); expected a section with the keys batch_size, seq_len.",
+    ),
     ("train.steps=0", WrongValue, "train: steps is 0, so nothing would be trained."),
     ("train", ConfigError, "found 'train' on the command line; expected a.b=c, such as train.grad_accum_steps=4."),
     (
@@ -101,23 +105,23 @@ def test_golden_table(override: str, kind: type[ConfigError], message: str) -> N
 
 def test_the_error_carries_what_a_program_needs() -> None:
     with pytest.raises(UnknownKey) as caught:
-        load(Tree, environment={"MERISTEM__OPTIM__RTE": "3"})
+        load(Tree, environment={"MERISTEM__OPTIM__NME": "3"})
     assert caught.value.fields == {
-        "path": "optim.rte",
+        "path": "optim.nme",
         "value": 3,
         "accepted": [],
-        "nearest": "optim.lr",
-        "layer": "environment MERISTEM__OPTIM__RTE",
+        "nearest": "optim.name",
+        "layer": "environment MERISTEM__OPTIM__NME",
     }
 
 
 def test_all_mistakes_are_told_at_once() -> None:
     """Unknown keys come first: a misspelt key is often why another is missing."""
     with pytest.raises(UnknownKey) as caught:
-        load(Tree, overrides=["data.seq_len=1", "optim.rte=3"])
+        load(Tree, overrides=["data.seq_len=1", "optim.nme=3"])
     assert str(caught.value).splitlines() == [
         "2 settings are wrong.",
-        "- unknown key 'optim.rte' (command line optim.rte=3). Did you mean 'optim.lr'?",
+        "- unknown key 'optim.nme' (command line optim.nme=3). Did you mean 'optim.name'?",
         "- data.seq_len: found 1 (command line data.seq_len=1); expected at least 2.",
     ]
 
@@ -139,9 +143,9 @@ def test_a_part_raises_its_own_errors() -> None:
 def test_a_wrong_tree_is_refused_without_torch() -> None:
     program = """
 import sys
-from meristem.config import Part, load
+from meristem.config import ConfigSection, load
 from meristem.errors import UnknownKey
-class Tree(Part):
+class Tree(ConfigSection):
     rate: float = 1.0
 try:
     load(Tree, overrides=["rte=2"])

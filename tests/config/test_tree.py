@@ -44,9 +44,10 @@ def test_words_used_elsewhere_lead_to_a_key_of_ours(word: str) -> None:
         ("lr", "optim.lr"),
         ("train.lr", "optim.lr"),
         ("batch_size", "data.batch_size"),
-        ("train.acumulate", "train.grad_accum_steps"),
+        ("train.grad_acum_steps", "train.grad_accum_steps"),
         ("seed", "run.seed"),
         ("window", "data.seq_len"),
+        ("rate", "optim.lr"),
     ],
 )
 def test_suggestions_on_the_real_tree(unknown: str, nearest: str) -> None:

@@ -108,7 +108,7 @@ def test_each_setting_that_shapes_it_makes_another_corpus(tmp_path, text):
 
 def test_what_only_orders_batches_does_not(tmp_path, text):
     prepare(settings(tmp_path, text), TokenizerConfig())
-    prepare(settings(tmp_path, text, window=7, batch=3, order="random"), TokenizerConfig(vocab_size=999))
+    prepare(settings(tmp_path, text, seq_len=7, batch_size=3, order="random"), TokenizerConfig(vocab_size=999))
     assert len(stored(tmp_path)) == 1
 
 

@@ -76,6 +76,6 @@ def test_frozen_chunks_say_how_far_they_overshoot():
 
     assert figure() is None
     # One token again and again is nearly one key, but for the convolution's first tokens: the rates add up.
-    assert figure(form="frozen_chunk", write=0.5) == pytest.approx(4.0, rel=0.05)
-    assert figure(form="frozen_chunk", write=0.2, write_limit=0.25) < 2
-    assert figure(form="frozen_chunk", write=0.5, gates="channel") == pytest.approx(4.0, rel=0.05)
+    assert figure(form="frozen_chunk", write_rate=0.5) == pytest.approx(4.0, rel=0.05)
+    assert figure(form="frozen_chunk", write_rate=0.2, write_limit=0.25) < 2
+    assert figure(form="frozen_chunk", write_rate=0.5, gates="channel") == pytest.approx(4.0, rel=0.05)

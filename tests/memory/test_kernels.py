@@ -187,7 +187,7 @@ def test_gradients_of_the_plain_loop_agree_with_differences(case: str) -> None:
 
     for name, x in given.items():
         direction, before = torch.randn(x.shape, generator=generator, dtype=x.dtype), x.clone()
-        direction = direction.tril() if name == "reach_nhcs" else direction
+        direction = direction.tril() if name == "intra_nhcs" else direction
         above, below = (loss() for step in (1e-6, -1e-6) if x.copy_(before + step * direction) is x)
         x.copy_(before)
         torch.testing.assert_close((found[f"d {name}"] * direction).sum(), (above - below) / 2e-6, rtol=1e-6, atol=0)

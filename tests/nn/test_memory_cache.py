@@ -123,7 +123,7 @@ def test_what_is_read_is_what_a_loop_over_tokens_reads(name: str, read: str) -> 
     torch.testing.assert_close(read_btd, true_btd, rtol=0, atol=1e-10)
     if read != "sum":
         means_bnd = torch.stack([mean_bd for mean_bd, _ in kept], dim=1)
-        torch.testing.assert_close(state["cache"]["descriptor_bnd"], means_bnd, rtol=0, atol=1e-10)
+        torch.testing.assert_close(state["kept"]["descriptor_bnd"], means_bnd, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_sparse_over_all_is_gated_and_over_fewer_is_not(name: str) -> None:
     """With ``top`` at s - 1 or more, s - 1 the kept memories."""
     hidden_btd = inputs()
     gated_btd, state = made({"rule": name, "cache": {"read": "gated"}})(hidden_btd)
-    n_kept = state["cache"]["descriptor_bnd"].shape[1]
+    n_kept = state["kept"]["descriptor_bnd"].shape[1]
     for top in (n_kept, n_kept + 3):
         sparse_btd, _ = made({"rule": name, "cache": {"read": "sparse", "top": top}})(hidden_btd)
         assert torch.equal(sparse_btd, gated_btd)
@@ -203,7 +203,7 @@ def test_the_sum_of_linear_memories_is_one_summed_matrix() -> None:
     _, state = module(hidden_btd[:, :12])
     query_bthk = module.project(hidden_btd, None)[0][:, 12]
     plain_btd, after = module.recall(hidden_btd)
-    summed_bhkv = state["cache"]["matrix_bnhkv"].sum(1) + after["memory"]["matrix_bhkv"]
+    summed_bhkv = state["kept"]["matrix_bnhkv"].sum(1) + after["memory"]["matrix_bhkv"]
     read_bd = torch.einsum("bhk,bhkv->bhv", query_bthk, summed_bhkv).flatten(1)
     torch.testing.assert_close(module(hidden_btd)[0][:, 12], read_bd, rtol=0, atol=1e-10)
     assert not torch.isclose(plain_btd[:, 12], read_bd).any(-1).any()
@@ -400,10 +400,10 @@ def test_no_more_memories_are_kept_than_the_limit_and_the_oldest_goes_first() ->
         ends.append(state["memory"]["matrix_bhkv"])
         sizes.append(size_bytes(state))
     assert state is not None
-    assert torch.equal(state["cache"]["matrix_bnhkv"], torch.stack(ends[-3:], dim=1))
+    assert torch.equal(state["kept"]["matrix_bnhkv"], torch.stack(ends[-3:], dim=1))
     assert sizes[0] < sizes[1] < sizes[2] and set(sizes[2:]) == {sizes[2]}
-    assert state["cache"]["n_segments"] == 20 and state["cache"]["n_tokens"] == 0
-    held = state["cache"]["matrix_bnhkv"]
+    assert state["kept"]["n_segments"] == 20 and state["kept"]["n_tokens"] == 0
+    held = state["kept"]["matrix_bnhkv"]
     assert held.untyped_storage().nbytes() == held.numel() * held.element_size(), "nothing dropped is held alive"
 
 
@@ -419,18 +419,18 @@ def test_logarithmic_segments_are_as_many_as_ones_in_their_number() -> None:
         ends.append(state["memory"]["matrix_bhkv"])
         sizes = [1 << digit for digit in reversed(range(n.bit_length())) if n >> digit & 1]
         stops = list(itertools.accumulate(sizes))
-        assert len(sizes) == state["cache"]["matrix_bnhkv"].shape[1] <= n.bit_length()
-        assert torch.equal(state["cache"]["matrix_bnhkv"], torch.stack([ends[stop - 1] for stop in stops], dim=1))
+        assert len(sizes) == state["kept"]["matrix_bnhkv"].shape[1] <= n.bit_length()
+        assert torch.equal(state["kept"]["matrix_bnhkv"], torch.stack([ends[stop - 1] for stop in stops], dim=1))
         spans = [hidden_btd[:, LENGTH * (stop - size) : LENGTH * stop] for size, stop in zip(sizes, stops, strict=True)]
         means_bnd = torch.stack([span_btd.mean(1) for span_btd in spans], dim=1)
-        torch.testing.assert_close(state["cache"]["descriptor_bnd"], means_bnd, rtol=0, atol=1e-12)
+        torch.testing.assert_close(state["kept"]["descriptor_bnd"], means_bnd, rtol=0, atol=1e-12)
 
 
 def test_a_fresh_segment_knows_the_others_only_by_what_was_kept() -> None:
     module, hidden_btd = made({"rule": "titans", "cache": {"read": "gated", "write": "fresh"}}), inputs()
     _, state = module(hidden_btd[:, : 2 * LENGTH])
     torch.testing.assert_close(state["memory"], dict(module.recall.initial(2)), rtol=0, atol=0)
-    assert not torch.isclose(state["cache"]["matrix_bnhkv"][:, 0], state["cache"]["matrix_bnhkv"][:, 1]).all()
+    assert not torch.isclose(state["kept"]["matrix_bnhkv"][:, 0], state["kept"]["matrix_bnhkv"][:, 1]).all()
 
 
 @pytest.mark.parametrize("name, read", list(itertools.product(["titans", "titans_mlp", "atlas"], READS)))
@@ -440,7 +440,7 @@ def test_a_look_reads_all_memories_and_writes_none(name: str, read: str) -> None
     _, state = module(inputs()[:, :2])
     assert torch.equal(module.read(asked_btd, state), module.recall.read(asked_btd, state))
     _, state = module(inputs()[:, :8])
-    kept, names = state["cache"], module.stacked
+    kept, names = state["kept"], module.stacked
     memories = [state["memory"] | {name: kept[names[name]][:, n] for name in names} for n in range(2)]
     memories.append(state["memory"])
     share_btn = torch.ones(2, 5, 3, dtype=torch.float64)
@@ -542,12 +542,12 @@ def test_a_layer_learns_with_it_and_its_figures_are_those_of_the_running_memory(
     ],
 )
 def test_a_setting_that_nothing_reads_is_refused(settings: dict[str, Any], key: str) -> None:
-    with pytest.raises(DeadKey, match=rf"memory\.kept\.{key} is .*memory\.kept\.read=.*Remove the key"):
+    with pytest.raises(DeadKey, match=rf"memory\.cache\.{key} is .*memory\.cache\.read=.*Remove the key"):
         MemoryCacheConfig.model_validate(settings)
 
 
 def test_what_cannot_be_kept_is_refused_with_every_reason() -> None:
-    with pytest.raises(ConflictingKeys, match=r"'logarithmic'.*'fresh'.*memory\.kept\.write=continue"):
+    with pytest.raises(ConflictingKeys, match=r"'logarithmic'.*'fresh'.*memory\.cache\.write=continue"):
         MemoryCacheConfig(read="gated", segments="logarithmic", write="fresh")
     soup = MemoryCacheConfig(read="soup")
     with pytest.raises(ConflictingKeys, match=r"structure 'slots'.*'lattice' never shows.*memory\.form=.*read=gated"):

@@ -38,7 +38,7 @@ def losses(rate: float, n_steps: int = 50, **settings: object) -> list[float]:
 
 @pytest.fixture(scope="module")
 def by_sgd() -> list[list[float]]:
-    return [losses(rate, kind="sgd", momentum=0.9) for rate in RATES]
+    return [losses(rate, name="sgd", momentum=0.9) for rate in RATES]
 
 
 def test_adamw_reaches_the_threshold_before_sgd(by_sgd):
@@ -57,7 +57,7 @@ def test_decaying_momenta_learn_as_well_as_sgd(by_sgd):
 
     Embeddings and head are AdamW's under ``m3``, as with every optimizer of matrices.
     """
-    by_m3 = [losses(rate, kind="m3", m3_ema=True) for rate in RATES]
+    by_m3 = [losses(rate, name="m3", m3_ema=True) for rate in RATES]
     assert min(sum(run[-10:]) for run in by_m3) <= min(sum(run[-10:]) for run in by_sgd)
 
 

@@ -53,7 +53,7 @@ def test_a_study_runs_writes_and_is_not_run_again(tmp_path):
         assert 0 < figures["bits_per_byte"] < 12 and figures["state_bytes"] > 0 and figures["tokens_per_s"] > 0
         assert [tokens for tokens, _ in figures["curve"]] == [64, 128]
     attention, titans = report["outcomes"][0]["figures"], report["outcomes"][1]["figures"]
-    assert attention["on"] == attention["none"] and titans["on"] != titans["none"]
+    assert attention["on"] == attention["off"] and titans["on"] != titans["off"]
     runs = sorted(path.name for path in (tmp_path / "runs" / "ablation").iterdir())
     began = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "ablation").rglob("*.ndjson")}
     again, heard = study(config, out, jobs=1, say=said.append), said[-1]

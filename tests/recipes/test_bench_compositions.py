@@ -82,7 +82,7 @@ def test_targets_are_those_of_the_issue(monkeypatch, section):
 def test_decoding_is_on_one_thread(monkeypatch):
     """As a session decodes; afterwards there are as many as before."""
     threads = []
-    monkeypatch.setattr(bench, "speaking", lambda *given, **how: lambda: threads.append(torch.get_num_threads()))
+    monkeypatch.setattr(bench, "decoding", lambda *given, **how: lambda: threads.append(torch.get_num_threads()))
     before = torch.get_num_threads()
     rows = list(bench.hope_decoding(1))
     assert set(threads) == {1} and torch.get_num_threads() == before

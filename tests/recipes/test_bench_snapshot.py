@@ -17,7 +17,7 @@ def test_rows_of_a_small_model(small):
     """Snapshot and restore have their deadline; their share is that of a copy of the same bytes."""
     rows = {row.name: row for row in snapshot.snapshots(3)}
     assert all(row.measured > 0 for row in rows.values())
-    assert {name for name, row in rows.items() if row.target == 500 and row.sense == "at most"} == {
+    assert {name for name, row in rows.items() if row.target == 500 and row.sense == "<="} == {
         "snapshot",
         "restore",
     }

@@ -137,12 +137,12 @@ def test_fp16_is_refused(settings, monkeypatch, tmp_path):
 )
 def test_alarm(every, every_s, rung):
     """By steps, by seconds after it was last done, by whichever comes first, or never; a step takes one second here."""
-    alarm = logging.Alarm(every, every_s, last_s=0.0)
+    interval = logging.Interval(every, every_s, last_s=0.0)
     cursor = None
     found = [
         step
         for step in range(1, 7)
-        if alarm.rings(Progress(cursor=cursor, step=step, seconds_used=float(step)))  # type: ignore[arg-type]
+        if interval.is_due(Progress(cursor=cursor, step=step, seconds_used=float(step)))  # type: ignore[arg-type]
     ]
     assert found == rung
 
@@ -164,7 +164,7 @@ def test_directory_may_be_read_while_it_is_written(settings, result):
 
 def test_a_memory_that_diverges_is_told_once(tmp_path, settings):
     """Frozen chunks far beyond their limit: an event that says what to do, not one at every record."""
-    part = {"rule": "delta", "form": "frozen_chunk", "write": 0.9, "chunk": 16, "half_life": 1e6}
+    part = {"rule": "delta", "form": "frozen_chunk", "write_rate": 0.9, "chunk": 16, "half_life": 1e6}
     memory = settings.memory.model_copy(update=part)
     train = settings.train.model_copy(update={"steps": 9})
     data = settings.data.model_copy(update={"seq_len": 33})

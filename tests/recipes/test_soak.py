@@ -23,7 +23,7 @@ def test_tr9_soak_stays_flat(tmp_path, request):
     By default 2,000 steps; ``--soak 50000`` is the whole of it.
     """
     n_steps = request.config.getoption("--soak")
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TESTS / "recipes" / "soaked.py"), str(tmp_path), str(n_steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -61,7 +61,7 @@ def test_settings_of_memories_that_no_layer_reads_are_refused(preset, override, 
 
 def test_file_is_told_from_preset(tmp_path):
     """By its ending; an unknown name is taken for a misspelt preset."""
-    (tmp_path / "mine.yaml").write_text("optim: {rate: 0.5}\n")
+    (tmp_path / "mine.yaml").write_text("optim: {lr: 0.5}\n")
     loaded = load_config(str(tmp_path / "mine.yaml"), (), {})
     assert loaded.tree.optim.lr == 0.5
     assert loaded.why["optim.lr"].startswith("file ")

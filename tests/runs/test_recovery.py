@@ -215,7 +215,7 @@ def test_no_room_to_move_the_weights(text, tmp_path):
     run(text, tmp_path / "clean")
     run(text, tmp_path / "short", change=change)
     (back,) = events(tmp_path / "short", "rollback.done")
-    assert back["changed"] == {"n_parts": 2} and back["resumed_from"] == 5
+    assert back["changed"] == {"n_micro_batches": 2} and back["resumed_from"] == 5
     clean, short = losses(tmp_path / "clean"), losses(tmp_path / "short")
     assert clean.keys() == short.keys()
     assert all(short[step] == pytest.approx(clean[step], abs=1e-5) for step in clean)

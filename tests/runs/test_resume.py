@@ -155,11 +155,11 @@ def test_numbers_of_the_first_process_are_kept(text, monkeypatch):
     """``auto`` measures once per run: a second measurement must not change the products in the middle of it."""
     monkeypatch.setattr(devices, "bf16_gain", lambda: 9.0)
     first = run(text, "a", "device.dtype=auto")
-    chosen = events(first.run_dir, "capability.chosen")[0]["compute"]
+    chosen = events(first.run_dir, "capability.chosen")[0]["dtype"]
     monkeypatch.setattr(devices, "bf16_gain", lambda: 0.1)
     monkeypatch.setattr(devices.torch.cpu, "get_capabilities", lambda: {})
     run(text, "a", "device.dtype=auto", "train.steps=7")
-    assert events(first.run_dir, "capability.chosen")[1]["compute"] == chosen
+    assert events(first.run_dir, "capability.chosen")[1]["dtype"] == chosen
 
 
 def test_directory_of_a_run_without_one(text):
@@ -168,7 +168,7 @@ def test_directory_of_a_run_without_one(text):
     root = settings.run.dir
     assert directory_for(settings, "auto") == root / "r"
     with pytest.raises(MeristemError):
-        pretrain(settings.model_copy(update={"device": settings.device.model_copy(update={"name": "cuda:99"})}))
+        pretrain(settings.model_copy(update={"device": settings.device.model_copy(update={"device": "cuda:99"})}))
     assert read(root / "r")["status"] == "failed"
     assert directory_for(settings, "auto") == root / "r-2", "the failed run had another configuration"
     assert pretrain(settings).run_dir == root / "r-2"

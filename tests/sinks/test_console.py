@@ -173,11 +173,11 @@ from functools import partial
 from pathlib import Path
 from meristem.sinks.console import Console
 from meristem.sinks.emitter import SCREEN, Emitter
-from meristem.sinks.queue import Pace
+from meristem.sinks.queue import RateLimit
 from meristem.sinks.records import Records
 
 view = Console()
-emitter = Emitter(Records(Path(tempfile.mkdtemp()), "r"), screen=view.show, pace=Pace(close_s=0.2))
+emitter = Emitter(Records(Path(tempfile.mkdtemp()), "r"), screen=view.show, pace=RateLimit(close_s=0.2))
 view.through(partial(emitter.later, SCREEN), emitter.emit)
 view.start("t")
 view.update({"a": "b"})

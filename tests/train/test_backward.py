@@ -29,7 +29,7 @@ def batch(random_seed: int, *, starts: bool) -> Batch:
     return Batch(rows[:, :-1], rows[:, 1:], n_targets=ROWS * 8, n_bytes=ROWS * 8, starts=starts)
 
 
-def taught(model: nn.Module, n_parts: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor | int], int]:
+def taught(model: nn.Module, n_micro_batches: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor | int], int]:
     """The loss, the gradients and the memory after a step of two batches, the second of which goes on."""
     model.zero_grad()
     done = backward(
@@ -37,7 +37,7 @@ def taught(model: nn.Module, n_parts: int) -> tuple[Tensor, dict[str, Tensor], d
         [batch(1, starts=True), batch(2, starts=False)],
         None,
         DEVICE,
-        n_parts=n_parts,
+        n_micro_batches=n_micro_batches,
         by=AggregateConfig(),
         step=0,
     )
@@ -79,11 +79,11 @@ class Narrow(nn.Module):
 def test_out_of_room_is_tried_again_in_smaller_parts(where):
     """Nothing of the attempts that failed is left, and the number of parts is told for the next step."""
     model = grown("preset-titans-mag")
-    loss, gradients, memory, n_parts = taught(model, 1)
-    assert n_parts == 1
+    loss, gradients, memory, n_micro_batches = taught(model, 1)
+    assert n_micro_batches == 1
     narrow = Narrow(model, 2, where)
-    cut_loss, cut_gradients, cut_memory, n_parts = taught(narrow, 1)
-    assert n_parts == 4
+    cut_loss, cut_gradients, cut_memory, n_micro_batches = taught(narrow, 1)
+    assert n_micro_batches == 4
     torch.testing.assert_close(cut_loss, loss, **ROUNDING)
     named = {f"model.{name}": gradient for name, gradient in gradients.items()}
     torch.testing.assert_close(cut_gradients, named, **ROUNDING)
@@ -92,7 +92,9 @@ def test_out_of_room_is_tried_again_in_smaller_parts(where):
 
 def test_a_row_that_does_not_fit_is_told():
     narrow = Narrow(grown("preset-chargru"), 0, "forward")
-    with pytest.raises(OutOfDeviceBytes, match="one row do not fit on cpu: no room for another 2 GiB. Lower data.w"):
+    with pytest.raises(
+        OutOfDeviceBytes, match=r"one row do not fit on cpu: no room for another 2 GiB. Lower data\.seq_len"
+    ):
         taught(narrow, 1)
     assert all(parameter.grad is None for parameter in narrow.parameters())
 
@@ -118,18 +120,18 @@ from meristem.nn.config import MemoryConfig
 from meristem.train.backward import backward
 from meristem.train.config import AggregateConfig
 
-device = resolve(DeviceConfig(name="cpu", compute="fp32", threads=1), silent)
-model = build(ModelConfig(name="chargru", width=64, n_layers=1), MemoryConfig(), 30_000, random_seed=0)
+device = resolve(DeviceConfig(device="cpu", dtype="fp32", threads=1), silent)
+model = build(ModelConfig(name="chargru", dim=64, n_layers=1), MemoryConfig(), 30_000, random_seed=0)
 rows = torch.randint(30_000, (8, 65), generator=torch.Generator().manual_seed(1))
 batch = Batch(rows[:, :-1], rows[:, 1:], n_targets=8 * 64, n_bytes=8 * 64, starts=True)
 
 def step():
     model.zero_grad()
-    done = backward(model, [batch], None, device, n_parts=1, by=AggregateConfig(), step=0)
+    done = backward(model, [batch], None, device, n_micro_batches=1, by=AggregateConfig(), step=0)
     return done, [parameter.grad.clone() for parameter in model.parameters()]
 
 one = Batch(batch.tokens_bt[:1], batch.targets_bt[:1], 64, 64, True)
-backward(model, [one], None, device, n_parts=1, by=AggregateConfig(), step=0)
+backward(model, [one], None, device, n_micro_batches=1, by=AggregateConfig(), step=0)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 # Room for the logits and gradients of three rows of 7.7 MB each, and not of eight.
 resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20, resource.RLIM_INFINITY))
@@ -138,7 +140,7 @@ resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_IN
 free, expected = step()
 for gradient, true in zip(gradients, expected, strict=True):
     torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-7)
-print(tight.n_parts, free.n_parts)
+print(tight.n_micro_batches, free.n_micro_batches)
 """
 
 

@@ -112,7 +112,7 @@ def test_accumulation_is_exact(corpus):
         lambda *_: seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
     )
     progress = Progress(cursor=stream.stream.start())
-    part = limit(steps=1, accumulate=3)
+    part = limit(steps=1, grad_accum_steps=3)
     (step,) = steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=progress)
     assert step.n_targets == 2 * (13 + 4 + 1)
     for name, gradient_found in seen.items():
@@ -301,7 +301,7 @@ def test_accelerator_is_read_only_where_a_step_logs(corpus, reads, kind, period)
     stream, model = stream_of(corpus, batch=3), tiny()
     model.stack.period = period
     optimizer, start = build_optimizer(model, OptimConfig(name=kind)), Progress(cursor=stream.start())
-    part = limit(steps=9, log_every=4, accumulate=2)
+    part = limit(steps=9, log_every=4, grad_accum_steps=2)
     told = []
     for step in steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=start):
         told.append((step.loss_nats is not None, len(reads)))
@@ -406,7 +406,7 @@ def test_resuming_levels_changes_nothing(corpus, cut):
     stream = stream_of(corpus, batch=3, order="sequential")
 
     def some(model: nn.Module, optimizer: MultiPeriodOptimizer, start: Progress, n_until: int) -> list[Step]:
-        part = limit(steps=n_until, accumulate=2)
+        part = limit(steps=n_until, grad_accum_steps=2)
         return list(steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=start))
 
     whole, first, second = (with_levels() for _ in range(3))

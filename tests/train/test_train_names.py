@@ -13,19 +13,19 @@ PUBLIC = {
         *("Conflict", "Gradients", "HIGH", "JUMP", "Report", "WARN"),
         *("changes", "combine", "gather", "keep_graphs", "settle", "total"),
     },
-    "backward": {"CPU_IS_FULL", "Taught", "backward", "is_out_of_room", "make_room"},
+    "backward": {"CPU_IS_FULL", "BackwardResult", "backward", "is_out_of_room", "make_room"},
     "emergency": {
         *("Emergency", "Level", "raised", "quiet", "downgraded", "cleared"),
         *("PER_MINUTE", "Clock", "Counts", "Signal", "Signals", "Sink"),
         *("FILE", "SharedLevel", "read_shared"),
     },
     "guard": {
-        *("Reading", "Guard", "Verdict", "observe", "observe_held_out"),
-        *("DETECTORS", "Detector", "Figures", "Sight", "Usual"),
+        *("StepStats", "Guard", "Verdict", "observe", "observe_held_out"),
+        *("DETECTORS", "Detector", "Figures", "History", "Baseline"),
     },
-    "loop": {"Step", "Teaching", "steps"},
+    "loop": {"Step", "GradientSource", "steps"},
     "loss": {"cross_entropy"},
-    "part": {
+    "config": {
         *(
             "Duration",
             "TrainConfig",

@@ -88,8 +88,8 @@ def trials(config: AblationConfig) -> list[Trial]:
             wrong.append(f"{name} has {n_found:,} with model.mlp_dim={tree.model.mlp_dim}")
     if wrong:
         raise ConflictingKeys(
-            f"'{config.same_size_as}' has {target:,} parameters, and these cannot be given as many by their feed-forward "
-            f"layers: {'; '.join(wrong)}. Change their width or layers, or choose another same_size_as.",
+            f"'{config.same_size_as}' has {target:,} parameters, and these cannot be given as many by their "
+            f"feed-forward layers: {'; '.join(wrong)}. Change their width or layers, or choose another same_size_as.",
             reasons=wrong,
         )
     return [_trial(config, name, seed, *sized[name]) for seed in config.seeds for name in config.variants]
@@ -167,7 +167,7 @@ def _of_size(config: AblationConfig, name: str, target: int, vocabulary: int) ->
 
 
 def _trial(part: AblationConfig, name: str, seed: int, tree: Config, n_found: int) -> Trial:
-    config = tree.model_copy(update={"run": tree.run.model_copy(update={"random_seed": seed})})
+    config = tree.model_copy(update={"run": tree.run.model_copy(update={"seed": seed})})
     asked = {"n_recall": part.n_recall, "n_documents": part.n_documents}
     return Trial(
         variant=name,

@@ -24,7 +24,7 @@ def models(n_repeats: int) -> Iterator[Row]:
     """Training tokens/s of titans-mag over those of a full-attention transformer of its width and depth, by window."""
     config = load_config("titans-mag").tree
     ours = build(config.model, config.memory, 256, 0)
-    part = config.model.model_copy(update={"mixer": "attention", "span": None})
+    part = config.model.model_copy(update={"mixer": "attention", "sliding_window": None})
     transformer = build(part, config.memory, 256, 0)
     crossing = None
     for n_time in (512, 1024, 2048, 4096, 8192):

@@ -29,7 +29,7 @@ VOCABULARY: Final = 17
 PERIODS: Final = (1, 2, 4, 8)
 """Short, so that the slowest level writes in every window."""
 
-SIZES: Final = {"width": 8, "n_layers": 1, "heads": 2, "hidden": 16}
+SIZES: Final = {"dim": 8, "n_layers": 1, "n_heads": 2, "mlp_dim": 16}
 LENGTH: Final = 16
 RATE: Final = 1e-2
 
@@ -107,7 +107,7 @@ def table(cells: Sequence[Cell], steps: int) -> str:
     lines = [
         "# Which rules stay finite and learn",
         "",
-        f"Written by `meristem bench stability --steps {steps}`. Nats per token of a model of width {SIZES['width']}, "
+        f"Written by `meristem bench stability --steps {steps}`. Nats per token of a model of width {SIZES['dim']}, "
         f"at the first step and over the last tenth. {n_falling} of {len(cells)} cells fall; "
         f"{sum(cell.is_finite for cell in cells)} are finite.",
         "",
@@ -138,8 +138,8 @@ def _entry(cell: Cell | None) -> str:
 
 def _model(rule: str, composition: str, n_levels: int) -> nn.Module:
     levels = LevelsConfig() if n_levels == 1 else LevelsConfig(count=n_levels, periods=PERIODS[:n_levels])
-    memory = part_of(rule).model_copy(update={"head_width": 4, "chunk": 4, "levels": levels})
-    size = SIZES | ({"segment": 4} if composition == "mac" else {"span": 8})
+    memory = part_of(rule).model_copy(update={"head_dim": 4, "chunk": 4, "levels": levels})
+    size = SIZES | ({"segment": 4} if composition == "mac" else {"sliding_window": 8})
     return build(ModelConfig.model_validate({"mixer": composition, **size}), memory, VOCABULARY, random_seed=0)
 
 

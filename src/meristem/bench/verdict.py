@@ -105,8 +105,8 @@ def page(
         *title,
         "",
         f"{len(outcomes)} of {n_planned} runs are done. All variants read the same tokens and have, within "
-        f"{TOLERANCE:.0%}, as many parameters as `{config.same_size_as}`: the hidden width of their feed-forward layers "
-        f"makes up for what they have elsewhere. Cells are means over the starts, ± their standard deviation.",
+        f"{TOLERANCE:.0%}, as many parameters as `{config.same_size_as}`: the hidden width of their feed-forward "
+        f"layers makes up for what they have elsewhere. Cells are means over the starts, ± their standard deviation.",
         "",
         *table(config, outcomes),
         "",

@@ -116,7 +116,7 @@ class _Loaded:
         # Levels learn from one text, in a copy of their own.
         return {
             "reader": reader,
-            "batch_size": 1 if learn == "levels" else batch,
+            "batch": 1 if learn == "levels" else batch,
             "device": self.device,
             "loss": cross_entropy,
         }

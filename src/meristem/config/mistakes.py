@@ -12,26 +12,30 @@ from meristem.config.section import ConfigSection
 from meristem.errors import ConfigError, UnknownKey, WrongValue
 
 OTHER_WORDS: Final = {
-    "lr": "optim.lr",
     "learning_rate": "optim.lr",
-    "grad_clip": "optim.grad_clip",
-    "batch_size": "data.batch_size",
+    "rate": "optim.lr",
+    "clip": "optim.grad_clip",
+    "max_grad_norm": "optim.grad_clip",
+    "batch": "data.batch_size",
     "block_size": "data.seq_len",
     "context_length": "data.seq_len",
-    "seq_len": "data.seq_len",
+    "window": "data.seq_len",
     "dataset": "data.source",
     "max_steps": "train.steps",
+    "accumulate": "train.grad_accum_steps",
     "gradient_accumulation_steps": "train.grad_accum_steps",
     "warmup_steps": "schedule.warmup",
     "n_layer": "model.n_layers",
     "num_layers": "model.n_layers",
     "n_head": "model.n_heads",
-    "n_heads": "model.n_heads",
+    "heads": "model.n_heads",
     "hidden_size": "model.dim",
     "n_embd": "model.dim",
     "d_model": "model.dim",
-    "seed": "run.seed",
-    "dtype": "device.dtype",
+    "width": "model.dim",
+    "head_width": "memory.head_dim",
+    "random_seed": "run.seed",
+    "compute": "device.dtype",
 }
 """What a key is called elsewhere, and here. Suggested, never accepted: each number has one name."""
 

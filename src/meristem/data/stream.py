@@ -116,9 +116,9 @@ class Stream:
         """
         if self._batch % n_ranks:
             raise ConflictingKeys(
-                f"data.batch_size is {self._batch} rows, those of all processes together, and {n_ranks} processes cannot "
-                f"share them evenly. Set data.batch_size to {-(-self._batch // n_ranks) * n_ranks}, or start a number of "
-                f"processes that divides {self._batch}.",
+                f"data.batch_size is {self._batch} rows, those of all processes together, and {n_ranks} processes "
+                f"cannot share them evenly. Set data.batch_size to {-(-self._batch // n_ranks) * n_ranks}, or start a "
+                f"number of processes that divides {self._batch}.",
                 path="data.batch_size",
                 value=self._batch,
             )

@@ -78,7 +78,7 @@ def _present(name: str) -> str:
     wanted = "cuda:0" if name == "cuda" else name
     if wanted not in found:
         raise CapabilityError(
-            f"there is no device '{name}' here; found {', '.join(found)}. Set device.device to one of these or to auto.",
+            f"there is no device '{name}' here; found {', '.join(found)}. Set device.device to one of these or auto.",
             device=name,
             reason="absent",
             alternatives=found,

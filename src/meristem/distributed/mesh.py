@@ -147,8 +147,8 @@ def own_device(ranks: Ranks, config: DeviceConfig) -> DeviceConfig:
         return config
     if config.device.startswith("cuda:"):
         raise ConflictingKeys(
-            f"device.device is {config.device}, one GPU, and there are {ranks.size} processes, each of which needs its own. "
-            f"Set device.device=cuda.",
+            f"device.device is {config.device}, one GPU, and there are {ranks.size} processes, each of which needs its "
+            f"own. Set device.device=cuda.",
             path="device.device",
             value=config.device,
         )

@@ -260,7 +260,7 @@ def split(breaks: Break) -> Callable[[Drill, Path], Seen]:
     def act(drill: Drill, place: Path) -> Seen:
         scene = Scene.at(place)
         truth, ended = scene.run("truth"), scene.run("run", breaks=breaks)
-        parts = [(event["step"], event["n_parts"]) for event in ended.events("batch.split")]
+        parts = [(event["step"], event["n_micro_batches"]) for event in ended.events("batch.split")]
         checks = {"batches are cut in two from that step on": parts == [(AT, 2)], **same_but_rounding(truth, ended)}
         return Seen(finishes(ended) | checks, events_of(ended) | {"largest_difference": difference(truth, ended)})
 
@@ -275,7 +275,8 @@ def split_after_step(drill: Drill, place: Path) -> Seen:
     to = (AT - 1) // SAVED_EVERY * SAVED_EVERY
     checks = {
         "weights and moments are put back": [step for step, _ in returns] == [to],
-        "batches are cut in two, and the text is read again": [changed for _, changed in returns] == [{"n_parts": 2}],
+        "batches are cut in two, and the text is read again": [changed for _, changed in returns]
+        == [{"n_micro_batches": 2}],
         **same_but_rounding(truth, ended),
     }
     return Seen(finishes(ended) | checks, events_of(ended) | {"largest_difference": difference(truth, ended)})
@@ -397,7 +398,7 @@ DRILLS: Final = (
         "out-of-memory-step",
         "the device has no room while weights are moved",
         "puts the last snapshot back, cuts batches into twice as many parts and reads the same text again",
-        "`rollback.done` with the new n_parts; nothing to do, or lower data.batch_size to be faster",
+        "`rollback.done` with the new n_micro_batches; nothing to do, or lower data.batch_size to be faster",
         0,
         split_after_step,
     ),

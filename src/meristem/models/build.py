@@ -17,7 +17,7 @@ models: Registry[Callable[[ModelConfig, MemoryConfig, int, int], nn.Module]] = R
         "chargru": "meristem.models.char:char_gru",
     },
 )
-"""Makers of models: ``model(tokens_bt, state) -> (logits_bto, state)``, at most ``model.max_seq_len`` tokens at once."""
+"""Makers of models: ``model(tokens_bt, state) -> (logits_bto, state)``, at most ``max_seq_len`` tokens at once."""
 
 
 def build(model: ModelConfig, memory: MemoryConfig, vocabulary: int, random_seed: int) -> nn.Module:

@@ -38,8 +38,8 @@ class MemoryCacheConfig(ConfigSection):
         for key, field in type(self).model_fields.items():
             if key not in self.reads and getattr(self, key) != field.default:
                 raise DeadKey(
-                    f"memory.cache.{key} is {getattr(self, key)!r}, and with memory.cache.read={self.read} nothing reads "
-                    f"it, only {', '.join(sorted(self.reads))}. Remove the key, or choose another memory.cache.read.",
+                    f"memory.cache.{key} is {getattr(self, key)!r}, and with memory.cache.read={self.read} nothing "
+                    f"reads it, only {', '.join(sorted(self.reads))}. Remove the key, or choose another memory.cache.read.",
                     path=f"memory.cache.{key}",
                     value=getattr(self, key),
                 )
@@ -301,8 +301,8 @@ class MemoryConfig(ConfigSection):
     def _keeps_or_has_levels(self) -> Self:
         if self.cache.read != "none" and self.levels != LevelsConfig():
             raise ConflictingKeys(
-                f"memory.cache.read is '{self.cache.read}' and memory.levels has a count of {self.levels.count}: what is "
-                f"kept is of one memory, never begun afresh. Set memory.cache.read=none, or remove memory.levels.",
+                f"memory.cache.read is '{self.cache.read}' and memory.levels has a count of {self.levels.count}: what "
+                f"is kept is of one memory, never begun afresh. Set memory.cache.read=none, or remove memory.levels.",
                 path="memory.levels",
             )
         return self

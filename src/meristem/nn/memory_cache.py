@@ -364,7 +364,7 @@ def _require_mixing(recall: NeuralMemory) -> None:
     if found:
         raise ConflictingKeys(
             f"memory.cache.read is 'soup', which mixes the weights that each token meets, and of a memory of the "
-            f"structure '{recall.rule.structure.kind}' {'; '.join(found)}. Change that, or set memory.cache.read=gated.",
+            f"structure '{recall.rule.structure.kind}' {'; '.join(found)}. Change that, or memory.cache.read to gated.",
             reasons=found,
         )
 

@@ -230,7 +230,7 @@ def train(run: Run, job: Job, shelter: Recovery, start: Progress) -> tuple[Progr
                 if is_interrupted:
                     break
             if trouble:
-                progress = shelter.roll_back(progress, reason=trouble.reason, n_parts=trouble.n_micro_batches)
+                progress = shelter.roll_back(progress, reason=trouble.reason, n_micro_batches=trouble.n_micro_batches)
                 log.rolled_back(progress)
         is_interrupted = is_asked_to_stop()
     run.view.stop()
@@ -239,7 +239,7 @@ def train(run: Run, job: Job, shelter: Recovery, start: Progress) -> tuple[Progr
 
 @dataclass(frozen=True)
 class RollbackReason:
-    """Why a run has to go back. n_parts: into how many parts a batch is to be cut then, if that is the remedy."""
+    """Why a run has to go back. n_micro_batches: how many a batch is cut into then, if that is the remedy."""
 
     reason: str
     n_micro_batches: int | None = None

@@ -93,7 +93,7 @@ class Log:
             payload = {"step": now.step, "in_row": now.n_nonfinite_in_row, "count": now.n_nonfinite}
             self._run.emit(Event("loss.nonfinite", payload, "warning"))
         if now.n_micro_batches > self._before.n_micro_batches:
-            payload = {"step": now.step, "n_parts": now.n_micro_batches, "was": self._before.n_micro_batches}
+            payload = {"step": now.step, "n_micro_batches": now.n_micro_batches, "was": self._before.n_micro_batches}
             self._run.emit(Event("batch.split", payload, "warning"))
         if step.bits_per_byte is not None:
             before = step.bits_per_byte if self._shown is None else self._shown

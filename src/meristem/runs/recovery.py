@@ -157,10 +157,10 @@ class Recovery:
         """Until every checkpoint is on the disk; raises what kept one from getting there."""
         self._saver.wait()
 
-    def roll_back(self, now: Progress, *, reason: str, n_parts: int | None = None) -> Progress:
+    def roll_back(self, now: Progress, *, reason: str, n_micro_batches: int | None = None) -> Progress:
         """An earlier state of the run, put in place, with something changed so that it does not end here again.
 
-        n_parts: what is changed is only into how many parts a batch is cut; the text is read again as it was.
+        n_micro_batches: what is changed is only into how many parts a batch is cut; the text is read again as it was.
         Raises RollbackFailed where there is no way back, and Halted where going back has not helped.
         """
         self._saver.wait()
@@ -174,7 +174,7 @@ class Recovery:
             raise
         safety = found.safety
         self.safety = replace(safety, rollbacks=rollbacks.observed(attempts), emergency=self.safety.emergency)
-        then, changed = self._changed(now, found.progress, rollbacks.n_in_row, n_parts)
+        then, changed = self._changed(now, found.progress, rollbacks.n_in_row, n_micro_batches)
         payload = {
             "resumed_from": then.step,
             "panicked_at": now.step,
@@ -206,19 +206,19 @@ class Recovery:
         self._saver.wait()
         raise Halted(
             f"the run went back {n_in_row} times in a row, the last time from step {now.step} to {then.step}, and "
-            f"what it did about it ({self._config.change}) did not help. The state of step {then.step} is saved. Look at "
-            "guard.verdict in events.ndjson, lower optim.lr or mend the text, then resume.",
+            f"what it did about it ({self._config.change}) did not help. The state of step {then.step} is saved. Look "
+            "at guard.verdict in events.ndjson, lower optim.lr or mend the text, then resume.",
             step=then.step,
             n_in_row=n_in_row,
         )
 
     def _changed(
-        self, now: Progress, then: Progress, n_in_row: int, n_parts: int | None
+        self, now: Progress, then: Progress, n_in_row: int, n_micro_batches: int | None
     ) -> tuple[Progress, dict[str, object]]:
         """Where the run goes on, and what is different from the first time. The time that was used stays used."""
         then = replace(then, seconds_used=now.seconds_used)
-        if n_parts is not None:
-            return replace(then, n_micro_batches=n_parts), {"n_parts": n_parts}
+        if n_micro_batches is not None:
+            return replace(then, n_micro_batches=n_micro_batches), {"n_micro_batches": n_micro_batches}
         changed: dict[str, object] = {}
         change = "both" if n_in_row > 1 else self._config.change
         if change in ("skip", "both"):

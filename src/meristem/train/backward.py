@@ -25,7 +25,7 @@ class BackwardResult:
     """What the backward of a step left besides gradients.
 
     loss: the mean of all targets in nats, on the device. memory: after the last batch.
-    n_parts: into how many pieces each batch was cut, by rows, to fit.
+    n_micro_batches: into how many pieces each batch was cut, by rows, to fit.
     conflict: how far the objectives disagree, where they were told apart.
     """
 
@@ -41,7 +41,7 @@ def backward(
     memory: State | None,
     device: Device,
     *,
-    n_parts: int,
+    n_micro_batches: int,
     by: AggregateConfig,
     step: int,
     engine: Engine | None = None,
@@ -65,9 +65,11 @@ def backward(
     n_rows = max(batch.tokens_bt.shape[0] for batch in batches)
     while True:
         try:
-            loss, after, gathered = _attempt(engine, batches, memory, device, min(n_parts, n_rows), by)
+            loss, after, gathered = _attempt(engine, batches, memory, device, min(n_micro_batches, n_rows), by)
             drawn = torch.Generator().manual_seed(step)
-            return BackwardResult(loss, after, n_parts, settle(model, gathered, by, drawn) if gathered else None)
+            return BackwardResult(
+                loss, after, n_micro_batches, settle(model, gathered, by, drawn) if gathered else None
+            )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_room(error):
                 raise
@@ -75,7 +77,7 @@ def backward(
         # Outside the block that caught it: the error holds on to every tensor of the pass that failed.
         make_room(model, device)
         n_ranks = engine.sync.ranks.size
-        if n_parts >= n_rows or n_ranks > 1:
+        if n_micro_batches >= n_rows or n_ranks > 1:
             what = "one row" if n_ranks == 1 else f"the {n_rows} rows of process {engine.sync.ranks.rank}"
             raise OutOfDeviceBytes(
                 f"forward and backward of {what} do not fit on {device.device}: {reason}. "
@@ -84,7 +86,7 @@ def backward(
                 device=str(device.device),
                 reason=reason,
             )
-        n_parts *= 2
+        n_micro_batches *= 2
 
 
 def is_out_of_room(error: BaseException) -> bool:
@@ -100,7 +102,12 @@ def make_room(model: nn.Module, device: Device) -> None:
 
 
 def _attempt(
-    engine: Engine, batches: list[Batch], memory: State | None, device: Device, n_parts: int, by: AggregateConfig
+    engine: Engine,
+    batches: list[Batch],
+    memory: State | None,
+    device: Device,
+    n_micro_batches: int,
+    by: AggregateConfig,
 ) -> tuple[torch.Tensor, State | None, dict[str, list[torch.Tensor | None]]]:
     """The loss, the memory, and by objective the gradients that are still to be settled."""
     n_ranks = engine.sync.ranks.size
@@ -110,7 +117,7 @@ def _attempt(
     for batch in batches:
         states = []
         before = None if batch.starts else memory
-        cuts = _cuts(batch.tokens_bt.shape[0], n_parts)
+        cuts = _cuts(batch.tokens_bt.shape[0], n_micro_batches)
         for start, stop in cuts:
             share = (stop - start) / batch.tokens_bt.shape[0] / len(batches) / n_ranks
             part = replace(batch, tokens_bt=batch.tokens_bt[start:stop], targets_bt=batch.targets_bt[start:stop])
@@ -157,7 +164,7 @@ def _read(
     return losses if own is None else losses | {"layers": own * share}, memory
 
 
-def _cuts(n_rows: int, n_parts: int) -> list[tuple[int, int]]:
+def _cuts(n_rows: int, n_micro_batches: int) -> list[tuple[int, int]]:
     """Where the rows of a batch are cut, as evenly as it goes."""
-    edges = [n_rows * part // n_parts for part in range(n_parts + 1)]
+    edges = [n_rows * part // n_micro_batches for part in range(n_micro_batches + 1)]
     return [(start, stop) for start, stop in zip(edges, edges[1:], strict=False) if stop > start]

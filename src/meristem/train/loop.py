@@ -117,7 +117,7 @@ def steps(
             batches,
             now.memory,
             device,
-            n_parts=now.n_micro_batches,
+            n_micro_batches=now.n_micro_batches,
             by=teaching.aggregate,
             step=now.step,
             engine=engine,
@@ -197,8 +197,8 @@ def _move(
         return update, ratio
     make_room(engine.model, device)
     raise OutOfDeviceBytes(
-        f"no room is left on {device.device} to move the weights: {reason or 'in another process'}. Lower data.batch_size "
-        f"or the size of the model.",
+        f"no room is left on {device.device} to move the weights: {reason or 'in another process'}. Lower "
+        f"data.batch_size or the size of the model.",
         where="step",
         device=str(device.device),
         reason=reason,

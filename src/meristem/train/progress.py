@@ -16,7 +16,7 @@ class Progress:
     seconds_used: time spent in training steps; preparing, evaluating and saving do not count.
     n_nonfinite, n_nonfinite_in_row: skipped steps, in all and without a good one since.
     ease, eased_until: a factor on the rate of the steps before that one, after the run went back to an earlier state.
-    n_parts: into how many parts a batch is cut to fit on the device.
+    n_micro_batches: into how many parts a batch is cut to fit on the device.
     memory: what the model carries from window to window when each batch goes on where the last one ended, else None.
     """
 

@@ -149,8 +149,8 @@ def n_snapshots(config: RollbackConfig, each_bytes: int, free_bytes: int) -> int
         return fitting if fitting > 1 else 0
     if config.snapshots * each_bytes > max_bytes:
         raise SnapshotTooLarge(
-            f"rollback.snapshots={config.snapshots} of {each_bytes:,} bytes each take {config.snapshots * each_bytes:,} "
-            f"bytes; {max_bytes:,} are allowed. Raise rollback.max_bytes, or set rollback.snapshots=0 to go back by "
+            f"rollback.snapshots={config.snapshots} of {each_bytes:,} bytes each take "
+            f"{config.snapshots * each_bytes:,} bytes; {max_bytes:,} are allowed. Raise rollback.max_bytes, or set rollback.snapshots=0 to go back by "
             "checkpoints only.",
             path="rollback.snapshots",
             found=config.snapshots * each_bytes,
