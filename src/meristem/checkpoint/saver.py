@@ -45,8 +45,8 @@ class Saver:
     ) -> None:
         """Have ``write`` called in the thread, and then ``done`` with what it gave; waits for the one before.
 
-        reading: what the write needs until it has ended, as ``SnapshotBuffer.pinned`` of a snapshot. It is entered here,
-            before anything can overwrite the snapshot, and left by the thread.
+        reading: what the write needs until it has ended, as ``SnapshotBuffer.pinned`` of a snapshot. It is entered
+            here, before anything can overwrite the snapshot, and left by the thread.
         Raises what the one before has failed with; then nothing is begun.
         """
         if self._thread is not None:

@@ -39,7 +39,7 @@ class MemoryCacheConfig(ConfigSection):
             if key not in self.reads and getattr(self, key) != field.default:
                 raise DeadKey(
                     f"memory.cache.{key} is {getattr(self, key)!r}, and with memory.cache.read={self.read} nothing "
-                    f"reads it, only {', '.join(sorted(self.reads))}. Remove the key, or choose another memory.cache.read.",
+                    f"reads it, only {', '.join(sorted(self.reads))}. Remove it, or choose another memory.cache.read.",
                     path=f"memory.cache.{key}",
                     value=getattr(self, key),
                 )

@@ -33,8 +33,8 @@ class GateMap(nn.Module):
         self.heads, self.is_scaled = heads, rule.update.has_momentum and rule.update.name != "orthogonal_momentum"
         if config.write_rate >= config.write_limit:
             raise ConflictingKeys(
-                f"memory.write_rate {config.write_rate} is not below memory.write_limit {config.write_limit}. Lower the "
-                f"first, or raise the second."
+                f"memory.write_rate {config.write_rate} is not below memory.write_limit {config.write_limit}. Lower "
+                f"the first, or raise the second."
             )
         self.write_limit = config.write_limit
         first = {"write": _logit(config.write_rate / config.write_limit)}

@@ -150,8 +150,8 @@ def n_snapshots(config: RollbackConfig, each_bytes: int, free_bytes: int) -> int
     if config.snapshots * each_bytes > max_bytes:
         raise SnapshotTooLarge(
             f"rollback.snapshots={config.snapshots} of {each_bytes:,} bytes each take "
-            f"{config.snapshots * each_bytes:,} bytes; {max_bytes:,} are allowed. Raise rollback.max_bytes, or set rollback.snapshots=0 to go back by "
-            "checkpoints only.",
+            f"{config.snapshots * each_bytes:,} bytes; {max_bytes:,} are allowed. Raise rollback.max_bytes, "
+            "or set rollback.snapshots=0 to go back by checkpoints only.",
             path="rollback.snapshots",
             found=config.snapshots * each_bytes,
             expected=max_bytes,
