@@ -17,6 +17,17 @@ HEAD = """# Configuration
 Written by `scripts/reference.py` from the code. Layers, lowest first: defaults, preset, file, environment
 (`MERISTEM__TRAIN__GRAD_ACCUM_STEPS=4`), command line (`train.grad_accum_steps=4`). `meristem config show PRESET --why`
 says which layer set each value; an unknown key is an error that names the nearest.
+
+**Text.** What follows `=` on the command line, or stands in the environment, is the value of a key of text or of a
+path (`str`, `Path`) as it is: `data.source=notes #1.txt`, `data.source=2024` and `data.source=null` name files.
+Where a key also takes null, `null`, `~` and nothing at all mean that. Everything else is read as YAML 1.2, as a
+file is: there a text that looks like a number, a truth value, null or a comment stands in quotes.
+
+**Numbers.** One grammar in files, on the command line and in the environment: an optional sign; decimal digits with
+no 0 before them, or a fraction (`0.5`, `.5`, `5.`); an optional power of ten (`1e-3`). A whole number may be
+written with a power (`1e6`). Not numbers, and refused: `.inf`, `.nan` and what is too large to be finite (`1e400`),
+`true` and `false`, text in quotes, `0x10`, `0o17`, `010`, `1_000`. Durations may add a unit: `90s`, `3m`, `1.5h`,
+`2d`.
 """
 
 

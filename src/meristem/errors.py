@@ -189,7 +189,7 @@ class TrainingError(MeristemError):
 
 
 class NonFinite(TrainingError):
-    """Loss or gradient was infinite or not a number too often."""
+    """A loss or gradient was infinite or not a number too often, or a prediction was."""
 
 
 class OutOfDeviceBytes(TrainingError):

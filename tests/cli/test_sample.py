@@ -1,6 +1,7 @@
 """``meristem sample`` writes what the session writes, as it writes it."""
 
 import io
+import json
 import re
 import sys
 
@@ -58,13 +59,46 @@ def test_a_terminal_is_not_driven(finished, capsys, monkeypatch):
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", shown)
 
 
-def test_bytes_that_are_no_text_are_named(finished, capsys, monkeypatch):
-    """An error of the data kind, and not one of Python's."""
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xffc"), encoding="utf-8"))
-    monkeypatch.setattr("sys.argv", ["meristem", "sample", str(finished), "--stdin"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert (end.value.code, "character 2" in capsys.readouterr().err) == (4, True)
+@pytest.fixture
+def piped(capfdbinary, monkeypatch):
+    """Runs the installed program's entry point with bytes in its pipe; gives the exit code and what it printed."""
+
+    def ask(content: bytes, *words: object) -> tuple[object, bytes]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        monkeypatch.setattr("sys.argv", ["meristem", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capfdbinary.readouterr().out
+
+    return ask
+
+
+def test_gr3_a_pipe_is_read_as_bytes(finished, piped):
+    """No UTF-8, half a character at the end, carriage returns: a byte-level tokenizer knows every byte."""
+    code, out = piped(b"a\377b\r\n\xc3", "data", "tokenizer", "encode", finished, "--json")
+    assert (code, json.loads(out)) == (0, [97, 255, 98, 13, 10, 195])
+    code, out = piped("wäh".encode()[:2], "sample", finished, "--stdin", "--max-tokens", 5, "--json")
+    assert (code, json.loads(out)["prompt"], json.loads(out)["n_read"]) == (0, "w\ufffd", 2)
+    code, out = piped(b"a\xff\r\n/memory\r\n", "chat", finished, "--max-tokens", 1, "--json")
+    replied, looked_at = map(json.loads, out.splitlines())
+    assert (code, replied["n_tokens"], looked_at["memory"]["n_tokens"]) == (0, 4, 4)
+
+
+def test_gr3_an_argument_is_read_as_bytes(finished, answered):
+    """A shell may hand over any bytes; Python carries those that are no UTF-8 as U+DC80 to U+DCFF."""
+    assert answered("data", "tokenizer", "encode", finished, "a\udcff") == (0, [97, 255])
+    code, value = answered("sample", finished, "--prompt", "a\udcff", "--max-tokens", 3)
+    assert (code, value["prompt"], value["n_read"], value["n_written"]) == (0, "a\ufffd", 2, 3)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 5])
+@pytest.mark.parametrize("words", [["--prompt", ""], [], ["--stdin"]])
+def test_gr2_no_more_is_written_than_was_asked_for(finished, answered, monkeypatch, words, max_tokens):
+    """Without a prompt a line end is read before the first token, and counts as read."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, value = answered("sample", finished, *words, "--max-tokens", max_tokens, "--seed", 5)
+    assert (code, value["prompt"], value["n_read"], value["n_written"]) == (0, "", 1, max_tokens)
+    assert value["text"] == continuation(finished, "", max_tokens)
 
 
 @pytest.mark.parametrize(

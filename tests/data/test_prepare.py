@@ -136,7 +136,7 @@ def test_few_documents_are_cut(tmp_path, n_files):
     root = tmp_path / "few"
     root.mkdir()
     for number in range(n_files):
-        (root / f"{number}.txt").write_text("ä🌱b" * 143, "utf-8")
+        (root / f"{number}.txt").write_text(("ä🌱b", "b🌱ä")[number] * 143, "utf-8")
     corpus = prepare(settings(tmp_path, root, validation=0.1), BPE)
     assert corpus.manifest["split"]["method"] == "cut"
     train, held = corpus.text("train"), corpus.text("val")

@@ -112,9 +112,21 @@ def test_text_that_utf8_cannot_say_is_refused_with_its_place():
         BPE.encode("ab\ud800")
 
 
-def test_bytes_that_are_not_text_are_refused_by_byte_pairs():
-    with pytest.raises(DataError, match=r"byte 1 is not UTF-8 .* tokenizer.kind=byte"):
-        BPE.encode_bytes(b"a\xff")
+def test_byte_pairs_are_not_learned_from_bytes_that_are_not_text():
+    with pytest.raises(DataError, match=r"byte 1, 0xff, is not UTF-8 .* tokenizer.kind=byte"):
+        train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), [b"a\xff"])
+
+
+@EACH
+@given(st.binary(max_size=300) | st.text(max_size=40).map(lambda text: text.encode()[1:-1]))
+@settings(max_examples=200, deadline=None)
+def test_gr3_bytes_go_in_as_bytes(tokenizer, content):
+    """Any bytes at all, and the text around them has the ids it has without them."""
+    ids = tokenizer.encode_bytes(content)
+    assert tokenizer.decode_bytes(ids) == content
+    assert tokenizer.encode(content.decode("utf-8", "surrogateescape")) == ids
+    around = tokenizer.encode("Ein Baum") + tokenizer.encode_bytes(b"\xff") + tokenizer.encode("wächst")
+    assert tokenizer.encode_bytes(b"Ein Baum" + b"\xff" + "wächst".encode()) == around
 
 
 @EACH

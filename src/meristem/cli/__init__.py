@@ -70,7 +70,10 @@ def main() -> None:
     # Threads wait for each other at every operation. Spinning for long wastes a busy machine, where the other thread is
     # not even running; sleeping at once wastes an idle one. libgomp reads the limit when torch is loaded (dev/LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Every byte of a pipe reaches the tokenizer as it is, a carriage return and half a character too.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
     sys.exit(run(sys.argv[1:]))

@@ -4,6 +4,7 @@ stdout carries the answer and nothing else; whatever is said about the way there
 """
 
 import contextlib
+import json
 import re
 import sys
 import traceback
@@ -33,7 +34,12 @@ def json_line(value: object) -> None:
     import orjson
 
     options = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
-    sys.stdout.write(orjson.dumps(value, default=_plain, option=options).decode() + "\n")
+    try:
+        line = orjson.dumps(value, default=_plain, option=options).decode()
+    except orjson.JSONEncodeError:  # text that holds bytes which are no UTF-8, as a prompt or a file name may
+        escaped = json.dumps(value, default=_plain, ensure_ascii=False)
+        line = escaped.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 

@@ -82,7 +82,7 @@ def chat(
 def _lines() -> Iterator[str]:
     """What the user types, or what comes through a pipe, line by line."""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - editing and history of the prompt

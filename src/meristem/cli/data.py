@@ -57,6 +57,8 @@ def _described(path: Path, manifest: Any) -> dict[str, Any]:
     return {
         "name": manifest["name"],
         "path": str(path),
+        "files": {"count": len(manifest["sources"]), "first": manifest["sources"][0]["uri"]},
+        "copies": manifest["quality"]["duplicates"],
         "fingerprint": manifest["fingerprint"],
         "tokenizer": {name: manifest["tokenizer"][name] for name in ("name", "vocab_size")},
         "split": manifest["split"]["method"],

@@ -64,10 +64,12 @@ def sample(
     """
     if prompt and from_stdin:
         raise WrongValue("both --prompt and --stdin were given. Leave one of them out.")
+    from meristem.serve.session import BEGINNING
+
     session = open_session(checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     text = sys.stdin.read() if from_stdin else prompt
     started = time.perf_counter()
-    n_read = session.feed(text).n_tokens if text else 0
+    n_read = session.feed(text or BEGINNING).n_tokens
     written = ""
     for piece in session.stream(max_tokens):
         written += piece

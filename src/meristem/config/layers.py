@@ -7,6 +7,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
+from meristem.config.kinds import kinds_of
 from meristem.config.mistakes import explain, nearest_words
 from meristem.config.section import ConfigSection
 from meristem.config.text import leaves, read_value, read_yaml
@@ -42,17 +43,19 @@ def load(
     """Merge the layers, lowest first: defaults, preset, file, environment, overrides; then validate once.
 
     environment: variables such as MERISTEM__TRAIN__GRAD_ACCUM_STEPS=4 (pass ``os.environ``); None reads none.
-    overrides: texts ``a.b=c``, the value typed as in YAML. One wins even when it says what the default says.
+    overrides: texts ``a.b=c``, the value read as its key takes it (``read_value``). One wins even when it says what the
+    default says.
     """
     layers = []
     if preset is not None:
         layers += [_whole(told.settings, told.place) for told in _lineage(preset)]
     if file is not None:
         layers.append(_whole(_file(file), f"file {file}"))
-    layers.append(_environment(environment or {}))
-    layers.append(_overrides(overrides))
+    layers.append(_environment(root, environment or {}))
+    layers.append(_overrides(root, overrides))
     merged: dict[str, Any] = {}
     for layer in layers:
+        _replace(root, layer)
         for path, value in layer.settings.items():
             _put(merged, path, value)
     try:
@@ -159,18 +162,16 @@ def _whole(mapping: dict[str, Any], place: str) -> Layer:
     return Layer(settings, dict.fromkeys(settings, place))
 
 
-def _environment(variables: Mapping[str, str]) -> Layer:
+def _environment(root: type[ConfigSection], variables: Mapping[str, str]) -> Layer:
     layer = Layer({}, {})
     for name in sorted(variables):
         if name.startswith(PREFIX):
             path = name.removeprefix(PREFIX).lower().replace("__", ".")
-            for leaf, said in leaves(read_value(variables[name], f"environment {name}"), path).items():
-                layer.settings[leaf] = said
-                layer.where[leaf] = f"environment {name}"
+            _say(layer, root, path, variables[name], f"environment {name}")
     return layer
 
 
-def _overrides(texts: Iterable[str]) -> Layer:
+def _overrides(root: type[ConfigSection], texts: Iterable[str]) -> Layer:
     layer = Layer({}, {})
     for text in texts:
         path, equals, value = text.partition("=")
@@ -178,10 +179,25 @@ def _overrides(texts: Iterable[str]) -> Layer:
             raise ConfigError(
                 f"found '{text}' on the command line; expected a.b=c, such as train.grad_accum_steps=4.", value=text
             )
-        for leaf, said in leaves(read_value(value, f"command line {text}"), path).items():
-            layer.settings[leaf] = said
-            layer.where[leaf] = f"command line {text}"
+        _say(layer, root, path, value, f"command line {text}")
     return layer
+
+
+def _say(layer: Layer, root: type[ConfigSection], path: str, text: str, where: str) -> None:
+    """Put into a layer what a text says of a key."""
+    for leaf, value in leaves(read_value(text, where, kinds_of(root, path)), path).items():
+        layer.settings[leaf] = value
+        layer.where[leaf] = where
+
+
+def _replace(root: type[ConfigSection], layer: Layer) -> None:
+    """Make null in a layer what its keys stand in for (``Part.replaces``) and it does not set itself."""
+    for path, value in list(layer.settings.items()):
+        section, _, name = path.rpartition(".")
+        parts = [kind for kind in kinds_of(root, section) if isinstance(kind, type) and issubclass(kind, ConfigSection)]
+        for other in parts[0].replaces.get(name, ()) if parts and value is not None else ():
+            layer.settings.setdefault(f"{section}.{other}", None)
+            layer.where.setdefault(f"{section}.{other}", layer.where[path])
 
 
 def _put(tree: dict[str, Any], path: str, value: object) -> None:

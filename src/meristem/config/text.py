@@ -4,11 +4,13 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any, Final
 
 import rfc8785
 import yaml
 
+from meristem.config.kinds import NUMBER, WHOLE, takes_text, takes_texts
 from meristem.config.section import ConfigSection
 from meristem.errors import ConfigError, WrongValue
 
@@ -49,9 +51,16 @@ def read_yaml(text: str, source: str = "the text") -> dict[str, Any]:
     return value
 
 
-def read_value(text: str, source: str) -> Any:
-    """One value typed as YAML types it: ``4`` a number, ``[a, b]`` a list, ``adamw`` text."""
-    return _parsed(text, source)
+def read_value(text: str, source: str, takes: frozenset[object] = frozenset()) -> Any:
+    """One value as its key takes it.
+
+    A key of text is given the text itself; only empty text, and null where the key takes it, are no text. The items of
+    a list of texts are text. Else YAML types it: ``4`` a number, ``[a, b]`` a list, ``adamw`` text.
+    """
+    if takes_text(takes):
+        is_null = not text or (NoneType in takes and text in ("null", "~"))
+        return None if is_null else text
+    return _parsed(text, source, _TextReader if takes_texts(takes) else _Reader)
 
 
 def dump_yaml(mapping: Mapping[str, object] | ConfigSection) -> str:
@@ -61,7 +70,7 @@ def dump_yaml(mapping: Mapping[str, object] | ConfigSection) -> str:
 
 
 class _Reader(yaml.SafeLoader):
-    """Safe YAML that types plain scalars as YAML 1.2 does and refuses a key that stands twice.
+    """Safe YAML that types plain scalars as YAML 1.2 does, decimal and finite numbers only, and refuses a double key.
 
     YAML 1.1, PyYAML's own reading, makes text of 1e-3, a truth value of off and sixty times one of 1:00.
     """
@@ -97,12 +106,8 @@ class _Writer(yaml.SafeDumper):
 _PLAIN: Final = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
+    ("int", WHOLE, list("-+0123456789")),
+    ("float", NUMBER, list("-+.0123456789")),
 )
 for _tag, _pattern, _first in _PLAIN:
     for _class in (_Reader, _Writer):
@@ -111,9 +116,15 @@ _Writer.add_representer(str, _Writer.text)
 _Reader.add_constructor("tag:yaml.org,2002:map", _Reader.mapping)
 
 
-def _parsed(text: str, source: str) -> Any:
+class _TextReader(_Reader):
+    """The same, but every plain scalar is text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+def _parsed(text: str, source: str, reader: type[_Reader] = _Reader) -> Any:
     try:
-        return yaml.load(text, Loader=_Reader)
+        return yaml.load(text, Loader=reader)
     except yaml.MarkedYAMLError as cause:
         mark = cause.problem_mark or cause.context_mark
         line = mark.line + 1 if mark else 1

@@ -47,11 +47,16 @@ def registered() -> Mapping[str, Registered]:
     return {name: Registered(**entry) for name, entry in read_yaml(text, "registered.yaml").items()}
 
 
+def local(data: DataConfig, entry: Registered) -> Path:
+    """Where the file of a registered text is, or would be."""
+    return store(data, "downloads") / entry.file
+
+
 def available(
     data: DataConfig, name: str, entry: Registered, emit: Emit = silent, progress: Progress | None = None
 ) -> Path:
     """The local file of a registered text, its hash checked; fetched first when it is missing and may be."""
-    path = store(data, "downloads") / entry.file
+    path = local(data, entry)
     if path.exists():
         with opened(path):
             found = sha256_file(path)

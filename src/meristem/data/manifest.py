@@ -23,8 +23,12 @@ _CIRCUMSTANCE: Final = frozenset({"fingerprint", "created", "tool"})
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """The name of exactly this data: the same text prepared again elsewhere has the same."""
-    return config.fingerprint({name: value for name, value in manifest.items() if name not in _CIRCUMSTANCE})
+    """The name of exactly this data: the same text prepared again elsewhere has the same.
+
+    How many of its documents are copies follows from the text, and older manifests say 0 of any.
+    """
+    named = {name: value for name, value in manifest.items() if name not in _CIRCUMSTANCE}
+    return config.fingerprint({**named, "quality": {**manifest["quality"], "duplicates": 0}})
 
 
 def describe_file(path: Path, dtype: str, n_records: int) -> dict[str, Any]:

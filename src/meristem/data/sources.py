@@ -16,7 +16,7 @@ from typing import IO, Final
 
 from meristem.data import files
 from meristem.data.config import DataConfig
-from meristem.data.download import Registered, available, registered
+from meristem.data.download import Registered, available, local, registered
 from meristem.errors import DataError
 
 _PYTHON: Final = ("*.py",)
@@ -37,11 +37,13 @@ class Source:
     """A text by name: ``read`` gives its documents, in the same order every time.
 
     loader, args: what the manifest says about how it was read; ``args`` holds no path of this machine.
+    paths: the files that hold it, which a reading opens.
     """
 
     name: str
     loader: str
     read: Callable[[], Iterator[Document]]
+    paths: Callable[[], Iterable[Path]]
     args: Mapping[str, object] = field(default_factory=dict)
     licence: str | None = None
 
@@ -57,20 +59,25 @@ def resolve(data: DataConfig) -> Source:
     if name == "stdlib":
         return _python(data, "stdlib", Path(sysconfig.get_path("stdlib")), "PSF-2.0")
     if name == "stdlib-docs":
-        return Source(name, "stdlib-docs", _topics, licence="PSF-2.0")
+        return Source(name, "stdlib-docs", _topics, _topic_paths, licence="PSF-2.0")
     if name.startswith("installed:"):
         return _installed(data, name.removeprefix("installed:"))
     if name in registered():
         entry = registered()[name]
         return Source(
-            name, "registered", lambda: _registered(data, entry), {"sha256": entry.sha256}, licence=entry.licence
+            name,
+            "registered",
+            lambda: _registered(data, entry),
+            lambda: [local(data, entry)],
+            {"sha256": entry.sha256},
+            entry.licence,
         )
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
-        return _directory(data, path.resolve().name, path, data.include, data.exclude)
+        return _directory(data, _name(path.resolve().name), path, data.include, data.exclude)
     if not os.path.lexists(path) and os.sep not in name:
         raise _unknown(name)
-    return Source(path.name, "file", lambda: iter([Document(_name(path.name), files.read(path), _name(path.name))]))
+    return _file(path.name, path)
 
 
 def _unknown(name: str) -> DataError:
@@ -85,13 +92,18 @@ def _unknown(name: str) -> DataError:
 
 def _directory(data: DataConfig, name: str, root: Path, include: Sequence[str], exclude: Sequence[str]) -> Source:
     args = {"include": list(include), "exclude": list(exclude)}
-    return Source(name, "directory", lambda: _read_tree(root, include, exclude), args)
+    return Source(name, "directory", lambda: _read_tree(root, include, exclude), lambda: _below(root, args), args)
+
+
+def _file(name: str, path: Path) -> Source:
+    own = _name(path.name)
+    return Source(name, "file", lambda: iter([Document(own, files.read(path), own)]), lambda: [path])
 
 
 def _python(data: DataConfig, name: str, root: Path, licence: str | None) -> Source:
     include, exclude = data.include or _PYTHON, (*_TESTS, *data.exclude)
     args = {"include": list(include), "exclude": list(exclude)}
-    return Source(name, "python", lambda: _read_tree(root, include, exclude), args, licence)
+    return Source(name, "python", lambda: _read_tree(root, include, exclude), lambda: _below(root, args), args, licence)
 
 
 def _installed(data: DataConfig, package: str) -> Source:
@@ -105,8 +117,7 @@ def _installed(data: DataConfig, package: str) -> Source:
         )
     if spec.submodule_search_locations:
         return _python(data, f"installed:{package}", Path(next(iter(spec.submodule_search_locations))), None)
-    path = Path(str(spec.origin))
-    return Source(f"installed:{package}", "file", lambda: iter([Document(path.name, files.read(path), path.name)]))
+    return _file(f"installed:{package}", Path(str(spec.origin)))
 
 
 def _topics() -> Iterator[Document]:
@@ -115,6 +126,11 @@ def _topics() -> Iterator[Document]:
 
     for name, text in sorted(topics.items()):
         yield Document(name, text.encode(), name)
+
+
+def _topic_paths() -> list[Path]:
+    spec = importlib.util.find_spec("pydoc_data.topics")
+    return [Path(str(spec.origin))] if spec else []
 
 
 def _registered(data: DataConfig, entry: Registered) -> Iterator[Document]:
@@ -155,6 +171,10 @@ def _read_tree(root: Path, include: Sequence[str], exclude: Sequence[str]) -> It
     for relative in found:
         name = _name(relative)
         yield Document(name, files.read(root / relative), name)
+
+
+def _below(root: Path, args: Mapping[str, Sequence[str]]) -> Iterator[Path]:
+    return (root / relative for relative in find(root, args["include"], args["exclude"]))
 
 
 def find(root: Path, include: Sequence[str], exclude: Sequence[str]) -> list[str]:

@@ -1,8 +1,14 @@
-"""Which documents are held out: a keyed hash of the name decides, so that a growing corpus moves none of them."""
+"""Which documents are held out: a keyed hash of the name decides, so that a growing corpus moves none of them.
+
+Copies of a document go where the first of them goes.
+"""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Final
+
+import numpy as np
 
 from meristem.errors import SplitError
 
@@ -35,6 +41,33 @@ def assign(group: str, ratios: Sequence[float], salt: str = SALT) -> int:
         if share < below:
             return number
     return max(number for number, ratio in enumerate(ratios) if ratio > 0)
+
+
+def normal(text: bytes) -> bytes:
+    """What copies have in common: the text with every line end as one line feed."""
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def content(text: bytes) -> int:
+    """A 64-bit number that copies share."""
+    return int.from_bytes(hashlib.blake2b(normal(text), digest_size=8).digest(), "big")
+
+
+def firsts(contents: np.ndarray) -> np.ndarray:
+    """For each document the number of the first that has the same content, its own where none is before it."""
+    _, first, group = np.unique(contents, return_index=True, return_inverse=True)
+    numbers: np.ndarray = first[group]
+    return numbers
+
+
+def place_in(text: bytes, n_normal: int) -> int:
+    """After how many bytes of a text the first ``n_normal`` bytes of ``normal`` end."""
+    place = n_normal
+    for n_before, end in enumerate(re.finditer(rb"\r\n", text)):
+        if end.start() - n_before >= n_normal:
+            break
+        place += 1
+    return place
 
 
 def cut_points(size: int, ratios: Sequence[float]) -> tuple[int, int]:

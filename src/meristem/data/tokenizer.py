@@ -15,9 +15,9 @@ from typing import Any, Final
 import numpy as np
 import orjson
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from meristem.checkpoint.atomic import sha256, write_atomic
+from meristem.data.byte_pairs import learn
 from meristem.data.config import TokenizerConfig
 from meristem.data.files import read
 from meristem.errors import DataError
@@ -25,6 +25,7 @@ from meristem.errors import DataError
 FILE: Final = "tokenizer.json"
 _BYTE_FILE: Final = orjson.dumps({"schema": "meristem.tokenizer/1", "kind": "byte"})
 _PORTION: Final = 1 << 16
+_NO_UTF8: Final = re.compile("([\udc80-\udcff]+)")
 # The pre-tokenizer never joins across such a line end, so text cut there has the ids it has in one piece.
 _SAFE_CUT: Final = re.compile(rb"[!-~]\n(?=[!-~])")
 
@@ -57,9 +58,12 @@ class Tokenizer:
         return np.array([len(token) for token in self.tokens], dtype=np.uint32)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; ``decode`` gives it back."""
+        """The ids of a text; ``decode`` gives it back.
+
+        What Python has for a byte that is no UTF-8 (U+DC80 to U+DCFF, PEP 383) counts as that byte.
+        """
         try:
-            return self.encode_bytes(text.encode())
+            return self.encode_bytes(text.encode("utf-8", "surrogateescape"))
         except UnicodeEncodeError as cause:
             raise DataError(
                 f"the text holds a lone surrogate at character {cause.start}, which UTF-8 cannot say. Remove it.",
@@ -133,17 +137,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[bytes]) -> Tokenize
     """
     if config.kind == "byte":
         return byte_tokenizer()
-    model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=[],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    model.train_from_iterator((_text(portion) for text in texts for portion in _portions(text)), trainer=trainer)
-    return tokenizer_from_bytes(model.to_str().encode())
+    content = learn(config.vocab_size, (_text(portion) for text in texts for portion in _portions(text)))
+    return tokenizer_from_bytes(content)
 
 
 def tokenizer_from_bytes(content: bytes, where: str = FILE) -> Tokenizer:
@@ -164,12 +159,17 @@ def tokenizer_from_bytes(content: bytes, where: str = FILE) -> Tokenizer:
         raise DataError(f"{where} is not a file of the tokenizers library: {cause}.", path=where) from cause
 
     def encode_batch(texts: Sequence[bytes]) -> list[np.ndarray]:
-        portions = [[_text(portion) for portion in _portions(text)] for text in texts]
-        encoded = iter(model.encode_batch_fast([part for parts in portions for part in parts]))
-        ids = [[np.array(next(encoded).ids, dtype=np.uint32) for _ in parts] for parts in portions]
+        portions = [[run for portion in _portions(text) for run in _runs(portion)] for text in texts]
+        encoded = iter(model.encode_batch_fast([run for runs in portions for run in runs if isinstance(run, str)]))
+        ids = [
+            [np.array(next(encoded).ids, dtype=np.uint32) if isinstance(run, str) else id_of[list(run)] for run in runs]
+            for runs in portions
+        ]
         return [np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32) for parts in ids]
 
-    return Tokenizer("bpe", _tokens(model, where), content, encode_batch)
+    tokens = _tokens(model, where)
+    id_of = np.array([tokens.index(bytes([value])) for value in range(256)], dtype=np.uint32)
+    return Tokenizer("bpe", tokens, content, encode_batch)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -245,12 +245,20 @@ def _portions(text: bytes) -> Iterator[bytes]:
         start = end
 
 
+def _runs(portion: bytes) -> Iterator[str | bytes]:
+    """What is UTF-8 of a portion as text, and what is not as bytes."""
+    for run in _NO_UTF8.split(portion.decode("utf-8", "surrogateescape")):
+        if run:
+            yield run.encode("utf-8", "surrogateescape") if _NO_UTF8.match(run) else run
+
+
 def _text(piece: bytes) -> str:
     try:
         return piece.decode()
     except UnicodeDecodeError as cause:
         raise DataError(
-            f"byte {cause.start} is not UTF-8 ({cause.reason}); byte pairs are learned from characters. "
+            f"byte {cause.start}, 0x{piece[cause.start]:02x}, is not UTF-8 ({cause.reason}); byte pairs are learned "
+            f"from characters. "
             f"Leave the file out with data.exclude, or set tokenizer.kind=byte.",
             offset=cause.start,
         ) from cause

@@ -2,22 +2,25 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from meristem.errors import ShapeError, WrongValue
+from meristem.errors import NonFinite, ShapeError, WrongValue
 from meristem.memory.state import State
 from meristem.shapes import Tokens
+
+COLDEST: Final = torch.finfo(torch.float32).tiny
+"""The smallest temperature that float32 can divide by on every device; below it the likeliest token is taken."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How freely a token is drawn.
 
-    temperature: divides the logits; 0 takes the likeliest token.
+    temperature: divides the logits; 0, and what is closer to it than ``COLDEST``, takes the likeliest token.
     top_k: draw among the k likeliest; 0 among all.
     top_p: draw among the likeliest that together hold this share, the one that reaches it included.
     """
@@ -45,11 +48,18 @@ class Drawn(NamedTuple):
 
 
 def choose(logits_bo: Float[Tensor, "b o"], sampling: Sampling, generator: torch.Generator) -> Int[Tensor, " b"]:
-    """One id per row. ``generator`` must live where the logits do; taking the likeliest draws nothing from it."""
-    if sampling.temperature == 0 or sampling.top_k == 1:
+    """One id per row. ``generator`` must live where the logits do; taking the likeliest draws nothing from it.
+
+    p_i = softmax((x_i - max x) / temperature), cut by top_p, then top_k. A logit of -inf is never drawn; ``NonFinite``
+    where the largest is not finite.
+    """
+    if not logits_bo.amax(-1).isfinite().all():
+        raise NonFinite("the model's prediction is not finite, so no token can be drawn. Use another checkpoint.")
+    if sampling.temperature < COLDEST or sampling.top_k == 1:
         return logits_bo.argmax(-1)
-    sorted_bo, ids_bo = (logits_bo.float() / sampling.temperature).sort(-1, descending=True)
-    share_bo = sorted_bo.softmax(-1)
+    sorted_bo, ids_bo = logits_bo.float().sort(-1, descending=True)
+    # The likeliest is subtracted first: a quotient of what is left may be -inf, which is a share of 0, but never inf.
+    share_bo = ((sorted_bo - sorted_bo[:, :1]) / sampling.temperature).softmax(-1)
     is_kept_bo = share_bo.cumsum(-1) - share_bo < sampling.top_p
     is_kept_bo[:, :1] = True
     if sampling.top_k:

@@ -125,8 +125,11 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
             dtype="fp16",
         )
     run.view.start(f"preparing {config.data.source}")
-    corpus = prepare(config.data, config.tokenizer, run.emit, partial(_show_preparing, run))
+    wanted = checkpoint.value("cursor")["fingerprint"] if checkpoint else None
+    corpus = prepare(config.data, config.tokenizer, run.emit, partial(_show_preparing, run), wanted=wanted)
     run.view.stop()
+    files = corpus.manifest["sources"]
+    run.view.note(f"text: {config.data.source} ({len(files)} files, the first {files[0]['uri']})")
     stream = Stream(
         corpus,
         "train",
@@ -364,7 +367,7 @@ def finish(run: Run, job: Job, shelter: Recovery, progress: Progress) -> Result:
     for sample in samples:
         run.view.note(f"\n--- {sample.prompt!r} ---\n{sample.prompt}{sample.text}")
     run.view.note(f"\n{found.bits_per_byte:.3f} bits per byte on held-out text; the report is {report}")
-    for command, purpose in go_on(run):
+    for command, purpose in go_on(run, job.config.train):
         run.view.note(f"  {command}   {purpose}")
     return Result(
         status="finished",

@@ -19,6 +19,7 @@ from meristem.models.generate import Sampling, generate
 from meristem.runs.directory import Run
 from meristem.runs.resume import Job
 from meristem.sinks.records import history
+from meristem.train.config import TrainConfig
 from meristem.train.progress import Progress
 
 PROMPT_TOKENS = 64
@@ -74,7 +75,7 @@ def write_report(run: Run, job: Job, progress: Progress, found: Likelihood, samp
         memory=_memory(records),
         samples=samples,
         settings=_settings(job),
-        go_on=go_on(run),
+        go_on=go_on(run, job.config.train),
         has_picture=_draw(run, records, scale),
     )
     path = run.directory / "report.md"
@@ -82,14 +83,18 @@ def write_report(run: Run, job: Job, progress: Progress, found: Likelihood, samp
     return path
 
 
-def go_on(run: Run) -> list[tuple[str, str]]:
+def go_on(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
     """Commands that make sense now, and what they do."""
     place = run.directory
+    lengths = [f"train.{name}={2 * value}" for name in ("steps", "tokens") if (value := getattr(train, name))]
     return [
         (f"meristem chat {place}", "talks with the model; its memory learns from what is said"),
         (f'meristem sample {place} --prompt "..."', "lets it write on from a text"),
         (f"meristem eval {place} --suite likelihood", "reads all of the held-out text"),
-        (f"meristem train {place}/config.yaml train.max_time=30m --run-dir {place}", "trains it for longer"),
+        (
+            f"meristem train {place}/config.yaml {' '.join(lengths) or 'train.budget=30m'} --run-dir {place}",
+            "trains it for longer",
+        ),
     ]
 
 

@@ -31,6 +31,9 @@ from meristem.train.loss import cross_entropy
 READ_AT_ONCE: Final = 512
 """Tokens per forward while reading, which bounds what a long text needs."""
 
+BEGINNING: Final = "\n"
+"""What a session reads before it writes, if it was given nothing to read."""
+
 KEPT_TURNS: Final = 16
 """How many turns back a session can be rolled; each keeps one state."""
 
@@ -277,7 +280,7 @@ class Session:
     def _prediction(self) -> Tensor:
         """What may come next; a session that has read nothing reads a line end first."""
         if self._now.logits_bo is None:
-            self._now, logits_bto = self._read(self._now, self.tokenizer.encode("\n"))
+            self._now, logits_bto = self._read(self._now, self.tokenizer.encode(BEGINNING))
             return logits_bto[:, -1]
         return self._now.logits_bo
 

@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from meristem.config import ConfigSection
+from meristem.config.kinds import NUMBER
 from meristem.errors import DeadKey
 
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -16,7 +17,7 @@ def _seconds(value: object) -> object:
     """Seconds from ``180``, ``180s``, ``3m``, ``1.5h`` or ``2d``."""
     if not isinstance(value, str):
         return value
-    matched = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smhd]?)\s*", value)
+    matched = re.fullmatch(rf"\s*(?![-+])({NUMBER})\s*([smhd]?)\s*", value)
     if matched is None:
         raise ValueError(f"'{value}' is no duration; write 180s, 3m, 1.5h or 2d")
     return float(matched[1]) * _UNITS_S[matched[2]]
@@ -27,19 +28,34 @@ Duration = Annotated[float, BeforeValidator(_seconds)]
 
 
 class TrainConfig(ConfigSection):
-    """How long to train, and how a step is made. Of several limits the one reached first ends the run."""
+    """How long to train, and how a step is made. Of several limits the one reached first ends the run.
+
+    A length, in steps or tokens, is the length: it replaces every limit that a lower layer sets, and where one is given
+    there is no budget unless that is given beside it.
+    """
+
+    replaces: ClassVar = {"steps": ("tokens", "max_time"), "tokens": ("steps", "budget")}
 
     steps: int | None = Field(default=None, gt=0, description="optimizer steps; the schedule goes by these when set")
     tokens: int | None = Field(
         default=None, gt=0, description="predicted tokens; the schedule goes by these if steps are not set"
     )
-    max_time: Duration | None = Field(default=180.0, gt=0, description="seconds of training steps, as 180s or 3m")
+    max_time: Duration | None = Field(
+        default=None, gt=0, description="seconds of training steps, as 180s or 3m; 180s where no length is given"
+    )
     grad_accum_steps: int = Field(default=1, ge=1, description="batches per step")
     log_every: int = Field(default=10, ge=1, description="steps between two records")
     measure_updates_every: int = Field(
         default=100, ge=1, description="steps between two measurements of how far weights move"
     )
     max_nonfinite: int = Field(default=10, ge=1, description="steps in a row that may be skipped as non-finite")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_budget(cls, given: object) -> object:
+        if isinstance(given, dict) and given.get("steps") is None and given.get("tokens") is None:
+            return {"max_time": 180.0} | given
+        return given
 
     @model_validator(mode="after")
     def _ends(self) -> "TrainConfig":
