@@ -15,15 +15,19 @@ MeristemError
                         AgreementFailed
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
+``exit_code`` gives the codes of all other errors.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+UNEXPECTED: Final = 70
+"""The exit code of an error that nobody foresaw: a fault of this program or of a plugin."""
 
 
 class MeristemError(Exception):
     """An error that the user can mend. ``fields`` holds what a program needs: paths, names, numbers."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: ClassVar[int] = UNEXPECTED
 
     def __init__(self, message: str, **fields: object) -> None:
         super().__init__(message)
@@ -214,3 +218,12 @@ class StateTransferFailed(TrainingError):
 
 class AgreementFailed(TrainingError):
     """The processes of a run do not stand at the same place."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that ``error`` ends: what the system refuses is a matter of the environment."""
+    if isinstance(error, MeristemError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return RunError.exit_code if isinstance(error, (OSError, MemoryError)) else UNEXPECTED

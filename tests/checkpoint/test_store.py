@@ -313,7 +313,7 @@ def test_newest_goes_by_the_records_not_the_step(tmp_path):
 def test_diff_names_what_changed(tmp_path):
     """Only what differs is listed: fields, files, the size of the change in each tensor, the side that lacks one."""
     a, b = save_sample(tmp_path, 3, number=1), save_sample(tmp_path, 5, number=3)
-    found = diff(a, b)
+    found = diff(open_checkpoint(a), open_checkpoint(b))
     assert found["manifest"] == {"step": [3, 5]}
     assert found["files"] == ["config.yaml", "cursor.json", "model.safetensors", "progress.json"]
     assert found["tensors"]["model/embed.weight"] == 2.0
@@ -322,7 +322,7 @@ def test_diff_names_what_changed(tmp_path):
     tree["new"] = tree.pop("scale")
     tree["embed.weight"] = tree["embed.weight"][:4]
     c = save(tmp_path, step=6, trees={"model": tree}, values={}, files={}, header={})
-    found = diff(a, c)
+    found = diff(open_checkpoint(a), open_checkpoint(c))
     assert found["tensors"] == {
         "model/embed.weight": ["torch.float32 [5, 3]", "torch.float32 [4, 3]"],
         "model/new": [None, "torch.float64 []"],

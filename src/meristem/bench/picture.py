@@ -1,11 +1,13 @@
 """Benchmarks as pictures: the training speed of every rule in every form, and what an ablation found."""
 
+import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from meristem.bench.trial import Figures
+from meristem.checkpoint.atomic import write_atomic
 from meristem.errors import MissingExtra
 
 COLOURS: Final = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#d62728", "#17becf", "#bcbd22")
@@ -31,7 +33,7 @@ def plot_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
     figure.legend(
         handles=handles, loc="outside upper center", ncols=min(len(colours), 5 * len(panels)), fontsize="small"
     )
-    figure.canvas.print_png(str(path))
+    _write(path, figure)
 
 
 def plot_ablation(path: Path, found: Mapping[str, Sequence[Figures]]) -> None:
@@ -54,7 +56,13 @@ def plot_ablation(path: Path, found: Mapping[str, Sequence[Figures]]) -> None:
     ends.set_xlim(min(all_bits) - room, max(all_bits) + room / 4)
     ends.set_xlabel("bits per byte at the end; a point for every start\n(the axis does not begin at 0)")
     curves.legend(fontsize="x-small")
-    figure.canvas.print_png(str(path))
+    _write(path, figure)
+
+
+def _write(path: Path, figure: Any) -> None:
+    png = io.BytesIO()
+    figure.canvas.print_png(png)
+    write_atomic(path, png.getvalue())
 
 
 def _figure(path: Path, width: float, height: float) -> Any:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-import psutil
 import torch
 from torch import Tensor
 
 from meristem.bench.measure import Row, medians, timed
 from meristem.checkpoint.snapshots import SnapshotBuffer, copy_into, needed_bytes
+from meristem.device.limits import available_bytes
 
 N_LAYERS, WIDTH, HIDDEN = 100, 1000, 999
 """A weight of ``WIDTH x HIDDEN`` and a bias each: 100 million parameters in 200 tensors."""
@@ -20,7 +20,7 @@ DEADLINE_MS: Final = 500.0
 def snapshots(n_repeats: int) -> Iterator[Row]:
     """Milliseconds of first touch, snapshot and restore, and the share of the machine's copy bandwidth they reach."""
     size_bytes = 3 * 4 * N_LAYERS * WIDTH * (HIDDEN + 1)
-    free_bytes = psutil.virtual_memory().available
+    free_bytes = available_bytes()
     if free_bytes < 5 * size_bytes:
         note = f"needs {5 * size_bytes / 1e9:.0f} GB of RAM, {free_bytes / 1e9:.0f} GB are free"
         yield Row("snapshot", None, "ms", DEADLINE_MS, "<=", note)

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from meristem.checkpoint.atomic import sha256
+from meristem.checkpoint.atomic import read_in, sha256
 from meristem.config import canonical
 from meristem.errors import CheckpointCorrupt, CheckpointTooNew
 
@@ -62,11 +62,13 @@ def _finite(metrics: Mapping[str, float | None]) -> dict[str, object]:
     return finite | ({"nonfinite": odd} if odd else {})
 
 
-def read(directory: Path) -> dict[str, Any]:
-    """The verified manifest of ``directory``, brought to today's version. Its files are not looked at."""
-    path = directory / FILE
+def read(directory: Path, descriptor: int) -> dict[str, Any]:
+    """The verified manifest of ``directory``, brought to today's version. Its files are not looked at.
+
+    descriptor: of the open directory.
+    """
     try:
-        manifest = orjson.loads(path.read_bytes())
+        manifest = orjson.loads(read_in(descriptor, FILE))
     except FileNotFoundError:
         raise corrupt(directory, f"there is no {FILE}, so it was never finished") from None
     except (OSError, orjson.JSONDecodeError) as cause:

@@ -5,7 +5,9 @@ import datetime
 import os
 import secrets
 import socket
+import tempfile
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,11 +15,12 @@ from typing import Any, Literal, Self
 import filelock
 import orjson
 
-from meristem.checkpoint.atomic import write_atomic
+from meristem.checkpoint.atomic import disk_full, write_atomic
 from meristem.errors import RunError, RunInUse
 from meristem.events import Emit, Event
 
 FILE = "run.json"
+CHECKPOINTS = "checkpoints"
 LOCK = "run.lock"
 BEAT_EVERY_S = 30.0
 DEAD_AFTER_S = 120.0
@@ -53,6 +56,10 @@ _FIELDS: dict[str, object] = {
     "artifacts": [],
     "bypass": False,
 }
+
+
+_KINDS: dict[str, type | types.UnionType] = {"id": str | None, "name": str | None, "status": str, "best": dict}
+"""What readers build on, and what it has to be."""
 
 
 class RunManifest:
@@ -137,7 +144,10 @@ def read(directory: Path) -> dict[str, Any]:
     """The fields of ``run.json``. A run that should be alive but has not said so for two minutes has ``died``."""
     path = directory / FILE
     try:
-        content: dict[str, Any] = orjson.loads(path.read_bytes())
+        content: dict[str, Any] = _FIELDS | orjson.loads(path.read_bytes())
+        strange = [name for name, kind in _KINDS.items() if not isinstance(content[name], kind)]
+        if strange:
+            raise TypeError(f"{', '.join(strange)} of another type than expected")
         if content["status"] in ("created", "running"):
             silent_s = (_now() - datetime.datetime.fromisoformat(content["heartbeat"])).total_seconds()
             content["status"] = "died" if silent_s > DEAD_AFTER_S else content["status"]
@@ -153,6 +163,37 @@ def read(directory: Path) -> dict[str, Any]:
     return content
 
 
+def run_of(path: Path) -> Path:
+    """The run directory that ``path`` means: itself, or that of which it is ``checkpoints`` or one checkpoint."""
+    real = Path(os.path.realpath(path))
+    above = [real.parent] if real.name == CHECKPOINTS else []
+    above += [real.parent.parent] if real.parent.name == CHECKPOINTS else []
+    for place in (path, *above):
+        if os.path.isfile(place / FILE):
+            return place
+    raise RunError(f"{path} holds no {FILE}, so it is no run directory. `meristem runs ls` shows them.", path=str(path))
+
+
+def require_writable(directory: Path) -> None:
+    """Refuse, as a RunError, a run directory that cannot be made or written into; tried out of everybody's way."""
+    whole = Path(os.path.abspath(directory))
+    try:
+        there = next(place for place in (whole, *whole.parents) if os.path.lexists(place))
+        with tempfile.TemporaryDirectory(dir=there, prefix=".") as trial:
+            Path(trial, whole.relative_to(there)).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as cause:
+        raise unusable(directory, cause) from cause
+
+
+def unusable(directory: Path, cause: OSError | ValueError) -> RunError:
+    """The error for a run directory that the system refuses."""
+    reason = cause.strerror if isinstance(cause, OSError) else cause
+    return RunError(
+        f"the run directory {directory} cannot be made or written: {reason}. Give another with --run-dir.",
+        path=str(directory),
+    )
+
+
 class RunLock:
     """Keeps other processes out of a run directory while the block runs. The system frees it when the holder dies."""
 
@@ -161,19 +202,24 @@ class RunLock:
         self._lock = filelock.FileLock(self._path)
 
     def __enter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        directory = self._path.parent
         try:
-            self._lock.acquire(timeout=0)
+            with disk_full(self._path):
+                directory.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire(timeout=0)
+                # Only for the message to whoever comes second: the lock itself is the system's, not this text.
+                self._path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         except filelock.Timeout:
             holder = self._holder()
             raise RunInUse(
-                f"run directory {self._path.parent} is in use by {holder}. "
+                f"run directory {directory} is in use by {holder}. "
                 f"Wait for it to end, stop it, or give another directory with --run-dir.",
-                path=str(self._path.parent),
+                path=str(directory),
                 holder=holder,
             ) from None
-        # Only for the message to whoever comes second: the lock itself is the system's, not this text.
-        self._path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        except (OSError, ValueError, RunError) as cause:
+            self._lock.release()
+            raise cause if isinstance(cause, RunError) else unusable(directory, cause) from cause
         return self
 
     def __exit__(self, *_raised: object) -> None:

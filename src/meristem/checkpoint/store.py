@@ -4,7 +4,8 @@ A checkpoint is written under ``.step-00012000.partial``, every file synced, its
 that begin with a dot do not exist for readers, with one exception: ``.step-00012000.replaced`` is what a newer save of
 the same step has moved aside, and it counts as long as that newer one is not in place.
 
-The room knows neither trainer nor growth. One process writes at a time (``checkpoint.run.RunLock``).
+The room knows neither trainer nor growth. One process writes at a time (``checkpoint.run.RunLock``). Others may read
+meanwhile: what is deleted or replaced while they choose makes them choose again, and what they opened stays readable.
 """
 
 import contextlib
@@ -12,10 +13,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import orjson
 import torch
@@ -27,6 +29,8 @@ from meristem.checkpoint import manifest as manifests
 from meristem.checkpoint.atomic import (
     PARTIAL,
     disk_full,
+    open_in,
+    read_all,
     sha256,
     sha256_file,
     sync_directory,
@@ -44,6 +48,9 @@ PINNED = "pinned"
 _REPLACED = ".replaced"
 _DELETED = ".deleted"
 _STEP = re.compile(r"step-(\d{8,})")
+_MOST_CHOICES: Final = 1000
+"""How often a reader chooses again. Each time, the writer has deleted something meanwhile."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,18 @@ def age_order(entry: Entry) -> tuple[int, str, int]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. Tensors are mapped from the file on the CPU when asked for."""
+    """A verified checkpoint. Tensors are mapped from the file on the CPU when asked for.
+
+    descriptors: of its files, by name; they are closed with the last reference to this. What was verified can be read
+        as long, also where it is deleted meanwhile.
+    """
 
     path: Path
     manifest: Mapping[str, Any]
+    descriptors: Mapping[str, int] = field(repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, _close, self.descriptors.values())
 
     @property
     def step(self) -> int:
@@ -81,25 +96,25 @@ class Checkpoint:
 
     def tree(self, name: str) -> dict[str, Tensor]:
         """The tensors saved as tree ``name``, on the CPU."""
-        path = self._path(name, "tree")
+        file = self._file(name, "tree")
         try:
-            return load_file(path)
+            return load_file(f"/dev/fd/{self.descriptors[file]}")
         except SafetensorError as cause:
-            raise corrupt(self.path, f"{path.name} is not a safetensors file: {cause}") from cause
+            raise corrupt(self.path, f"{file} is not a safetensors file: {cause}") from cause
 
     def value(self, name: str) -> Any:
         """The plain value saved as ``name``."""
-        path = self._path(name, "value")
+        file = self._file(name, "value")
         try:
-            return orjson.loads(path.read_bytes())
+            return orjson.loads(read_all(self.descriptors[file]))
         except orjson.JSONDecodeError as cause:
-            raise corrupt(self.path, f"{path.name} is not JSON: {cause}") from cause
+            raise corrupt(self.path, f"{file} is not JSON: {cause}") from cause
 
     def file(self, name: str) -> bytes:
         """The bytes saved as file ``name``."""
-        return self._path(name, "file").read_bytes()
+        return read_all(self.descriptors[self._file(name, "file")])
 
-    def _path(self, name: str, role: str) -> Path:
+    def _file(self, name: str, role: str) -> str:
         held = {_stem(file): file["path"] for file in self.manifest["files"] if file["role"] == role}
         if name not in held:
             raise CheckpointMismatch(
@@ -108,7 +123,12 @@ class Checkpoint:
                 path=str(self.path),
                 step=self.step,
             )
-        return self.path / str(held[name])
+        return str(held[name])
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _stem(file: Mapping[str, Any]) -> str:
@@ -212,87 +232,140 @@ def write_index(root: Path) -> None:
 
 def _directories(root: Path) -> list[Path]:
     """Every directory under ``root`` that should be a checkpoint, by step."""
-    if not root.is_dir():
+    try:
+        listed = os.listdir(root)  # in one go: between two looks a replaced one might be in neither
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = {path.name: path for path in root.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()}
-    for replaced in root.glob(f".step-*{_REPLACED}"):
-        found.setdefault(replaced.name[1 : -len(_REPLACED)], replaced)
+    found = {name: root / name for name in listed if _STEP.fullmatch(name) and (root / name).is_dir()}
+    for name in listed:
+        if name.startswith(".step-") and name.endswith(_REPLACED):
+            found.setdefault(name[1 : -len(_REPLACED)], root / name)
     return [found[name] for name in sorted(found, key=lambda name: int(name.removeprefix("step-")))]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor of a checkpoint's directory: what is read by it is of this one, wherever it is moved meanwhile.
+
+    Raises NoCheckpoint where there is none, and in place of what the block raises when it was deleted or replaced.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _absent(path) from None
+    except OSError as cause:
+        raise corrupt(path, f"it cannot be opened: {cause.strerror}") from cause
+    try:
+        yield descriptor
+    except CheckpointError as error:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                raise
+        raise _absent(path) from error
+    finally:
+        os.close(descriptor)
+
+
+def _absent(path: Path) -> NoCheckpoint:
+    return NoCheckpoint(
+        f"there is no checkpoint directory {path}. Give one that `meristem checkpoint ls` shows.", path=str(path)
+    )
 
 
 def _entry(path: Path) -> Entry:
     """The entry of one directory, or ``CheckpointError`` when its manifest or the size of a file is wrong."""
-    manifest = manifests.read(path)
-    for file in manifest["files"]:
-        _check_size(path, file)
-    return Entry(
-        path=path,
-        step=manifest["step"],
-        metrics=manifest["metrics"],
-        created=manifest["created"],
-        pinned=(path / PINNED).exists(),
-        seq=manifest["seq"] or 0,
-    )
-
-
-def _check_directory(path: Path) -> None:
-    if not path.is_dir():
-        raise NoCheckpoint(
-            f"there is no checkpoint directory {path}. Give one that `meristem checkpoint ls` shows.", path=str(path)
+    with _opened(path) as directory:
+        manifest = manifests.read(path, directory)
+        for file in manifest["files"]:
+            os.close(_open_file(path, directory, file))
+        return Entry(
+            path=path,
+            step=manifest["step"],
+            metrics=manifest["metrics"],
+            created=manifest["created"],
+            pinned=PINNED in os.listdir(directory),
+            seq=manifest["seq"] or 0,
         )
 
 
-def _check_size(directory: Path, file: Mapping[str, Any]) -> None:
+def _open_file(path: Path, directory: int, file: Mapping[str, Any]) -> int:
+    """A descriptor of a file of the size that the manifest says."""
     try:
-        size_bytes = (directory / file["path"]).stat().st_size
+        descriptor = open_in(directory, file["path"])
+        size_bytes = os.fstat(descriptor).st_size
     except OSError as cause:
-        raise corrupt(directory, f"{file['path']} cannot be read: {cause.strerror}") from cause
+        raise corrupt(path, f"{file['path']} cannot be read: {cause.strerror}") from cause
     if size_bytes != file["size_bytes"]:
-        raise corrupt(directory, f"{file['path']} has {size_bytes} bytes instead of {file['size_bytes']}")
+        os.close(descriptor)
+        raise corrupt(path, f"{file['path']} has {size_bytes} bytes instead of {file['size_bytes']}")
+    return descriptor
 
 
-def _check_hash(directory: Path, file: Mapping[str, Any]) -> None:
+def _check_hash(path: Path, file: Mapping[str, Any], descriptor: int) -> None:
     try:
-        found = sha256_file(directory / file["path"])
+        found = sha256_file(descriptor)
     except OSError as cause:
-        raise corrupt(directory, f"{file['path']} cannot be read: {cause.strerror}") from cause
+        raise corrupt(path, f"{file['path']} cannot be read: {cause.strerror}") from cause
     if found != file["sha256"]:
-        raise corrupt(directory, f"{file['path']} has other bytes than were saved (its SHA-256 differs)")
+        raise corrupt(path, f"{file['path']} has other bytes than were saved (its SHA-256 differs)")
+
+
+def _again(choose: Callable[[], T]) -> T:
+    """What ``choose`` gives, once nothing that it had listed was deleted or replaced before it was read."""
+    for _ in range(_MOST_CHOICES):
+        with contextlib.suppress(NoCheckpoint):
+            return choose()
+    return choose()
 
 
 def entries(root: Path) -> list[Entry]:
     """The finished checkpoints under ``root``, oldest first: manifest whole, every file there and of its size."""
+    return _again(lambda: _readable(root, {}))
+
+
+def _readable(root: Path, passed_over: dict[Path, str]) -> list[Entry]:
+    """``entries``; why others are none of them is added to ``passed_over``. NoCheckpoint: one was gone in between."""
     found = []
     for path in _directories(root):
-        with contextlib.suppress(CheckpointError):
+        try:
             found.append(_entry(path))
+        except NoCheckpoint:
+            raise
+        except CheckpointError as error:
+            passed_over[path] = str(error)
     return sorted(found, key=age_order)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in ``path``, every byte of it verified."""
-    _check_directory(path)
-    manifest = manifests.read(path)
-    for file in manifest["files"]:
-        _check_size(path, file)
-        _check_hash(path, file)
-    return Checkpoint(path, manifest)
+    with _opened(path) as directory, contextlib.ExitStack() as opened:
+        manifest = manifests.read(path, directory)
+        descriptors: dict[str, int] = {}
+        opened.callback(lambda: _close(descriptors.values()))
+        for file in manifest["files"]:
+            descriptors[file["path"]] = _open_file(path, directory, file)
+            _check_hash(path, file, descriptors[file["path"]])
+        opened.pop_all()
+        return Checkpoint(path, manifest, descriptors)
 
 
 def verify(path: Path) -> list[str]:
     """Everything that is wrong with the checkpoint in ``path``, one line for each file; empty when it is whole."""
-    _check_directory(path)
-    try:
-        manifest = manifests.read(path)
-    except CheckpointError as error:
-        return [str(error)]
     wrong = []
-    for file in manifest["files"]:
+    with _opened(path) as directory:
         try:
-            _check_size(path, file)
-            _check_hash(path, file)
-        except CheckpointCorrupt as error:
-            wrong.append(str(error.fields["reason"]))
+            manifest = manifests.read(path, directory)
+        except CheckpointError as error:
+            return [str(error)]
+        for file in manifest["files"]:
+            try:
+                descriptor = _open_file(path, directory, file)
+                try:
+                    _check_hash(path, file, descriptor)
+                finally:
+                    os.close(descriptor)
+            except CheckpointCorrupt as error:
+                wrong.append(str(error.fields["reason"]))
     return wrong
 
 
@@ -301,33 +374,43 @@ def newest(root: Path, emit: Emit, refusal: Callable[[Checkpoint], str | None] =
 
     Each one that is passed over is ``checkpoint.skipped``.
     """
-    readable = []
-    for path in _directories(root):
-        try:
-            readable.append(_entry(path))
-        except CheckpointError as error:
-            _skipped(path, str(error), emit)
-    for entry in sorted(readable, key=age_order, reverse=True):
-        try:
-            checkpoint = open_checkpoint(entry.path)
-            reason = refusal(checkpoint)
-        except CheckpointError as error:
-            reason = str(error)
-        if reason is None:
-            return checkpoint
-        _skipped(entry.path, reason, emit)
-    return None
+
+    def choose() -> tuple[Checkpoint | None, dict[Path, str]]:
+        passed_over: dict[Path, str] = {}
+        for entry in reversed(_readable(root, passed_over)):
+            try:
+                checkpoint = open_checkpoint(entry.path)
+                reason = refusal(checkpoint)
+            except NoCheckpoint:
+                raise
+            except CheckpointError as error:
+                reason = str(error)
+            if reason is None:
+                return checkpoint, passed_over
+            passed_over[entry.path] = reason
+        return None, passed_over
+
+    found, passed_over = _again(choose)
+    for path, reason in passed_over.items():
+        emit(Event("checkpoint.skipped", {"checkpoint": path.name, "reason": reason}, "warning"))
+    return found
 
 
-def _skipped(path: Path, reason: str, emit: Emit) -> None:
-    emit(Event("checkpoint.skipped", {"checkpoint": path.name, "reason": reason}, "warning"))
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is that of one checkpoint, rather than of a directory with some inside."""
+    return bool(_STEP.fullmatch(path.name)) or os.path.exists(path / manifests.FILE)
+
+
+def root_of(path: Path) -> Path:
+    """Where the checkpoints of a run are: its ``checkpoints``, unless ``path`` is that already."""
+    return path / "checkpoints" if os.path.isdir(path / "checkpoints") else path
 
 
 def find(path: Path, emit: Emit) -> Checkpoint:
     """The checkpoint that ``path`` means: one itself, or the newest of a ``checkpoints`` or a run directory."""
-    if (path / manifests.FILE).exists() or _STEP.fullmatch(path.name):
-        return open_checkpoint(path)
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if is_checkpoint(path):
+        return _again(lambda: open_checkpoint(path))
+    root = root_of(path)
     found = newest(root, emit)
     if found is None:
         n_damaged = len(_directories(root))
@@ -348,18 +431,17 @@ def pin(path: Path) -> None:
 
 def unpin(path: Path) -> None:
     """Leave this checkpoint to retention again."""
-    _check_directory(path)
-    (path / PINNED).unlink(missing_ok=True)
+    with _opened(path):
+        (path / PINNED).unlink(missing_ok=True)
     write_index(path.parent)
 
 
-def diff(a: Path, b: Path) -> dict[str, Any]:
+def diff(left: Checkpoint, right: Checkpoint) -> dict[str, Any]:
     """What differs between two checkpoints: fields of the manifest, files, and within trees the tensors.
 
     ``tensors`` maps ``tree/name`` to the largest absolute difference, or to both dtypes and shapes where these differ,
     the absent side being null.
     """
-    left, right = open_checkpoint(a), open_checkpoint(b)
     own = {"files", "manifest_sha256", "created"}
     fields = {
         key: [left.manifest.get(key), right.manifest.get(key)]

@@ -10,7 +10,7 @@ import typer
 
 from meristem import __version__
 from meristem.cli import answer, bench, chat, checkpoint, config, data, doctor, evaluate, plugins, runs, sample, train
-from meristem.errors import MeristemError
+from meristem.errors import MeristemError, WrongValue
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
@@ -56,12 +56,21 @@ def run(arguments: Sequence[str]) -> int:
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug, as_json = "--debug" in flags, "--json" in flags
     words = [word for word in arguments if word != "--debug"]
+    streams = sys.stdout, sys.stderr
     try:
+        if any("\0" in word for word in words):
+            raise WrongValue("a word of the command line holds the character NUL, which no name can have. Remove it.")
         code = typer.main.get_command(app).main(words, prog_name="meristem", standalone_mode=False)
+        sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except (BrokenPipeError, SystemExit):  # typer makes the second of the first
+        sys.stdout, sys.stderr = streams
+        return answer.NOBODY_READS
     except (MeristemError, typer.TyperException) as error:
         return answer.report_error(error, as_json, debug)
+    except Exception as error:  # noqa: BLE001 - the last place where it can become a sentence
+        return answer.report_unexpected(error, as_json, debug)
     return code if isinstance(code, int) else 0
 
 
@@ -70,10 +79,20 @@ def main() -> None:
     # Threads wait for each other at every operation. Spinning for long wastes a busy machine, where the other thread is
     # not even running; sleeping at once wastes an idle one. libgomp reads the limit when torch is loaded (dev/LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # A stream that was closed, as by `>&-`, is None.
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream or open(os.devnull, mode) for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
+    )
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Every byte of a pipe reaches the tokenizer as it is, a carriage return and half a character too.
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # Python flushes once more when it ends, and would say that it cannot
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    sys.exit(code)

@@ -5,15 +5,18 @@ stdout carries the answer and nothing else; whatever is said about the way there
 
 import contextlib
 import json
+import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import typer
 
-from meristem.errors import MeristemError
+from meristem import __version__
+from meristem.errors import UNEXPECTED, MeristemError, exit_code
 from meristem.events import Event
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
@@ -25,6 +28,10 @@ Preset = Annotated[
     str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset (see `config presets`) or a YAML file.")
 ]
 T = TypeVar("T")
+
+NOBODY_READS: Final = 141
+"""The exit code where stdout was closed before all was written, as by `head`: that of SIGPIPE in a shell."""
+_LONGEST: Final = 300
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -123,14 +130,57 @@ def report_error(error: MeristemError | typer.TyperException, as_json: bool, deb
     """Say what went wrong and give the exit code that belongs to it."""
     is_usage = isinstance(error, typer.TyperException)
     message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-    if debug:
-        traceback.print_exception(error)
-    if as_json:
-        kind = "UsageError" if is_usage else type(error).__name__
-        json_line({"error": {"type": kind, "message": message, "fields": getattr(error, "fields", {})}})
-        return error.exit_code
-    typer.secho(f"error: {message}", fg="red", err=True)
+    kind = "UsageError" if is_usage else type(error).__name__
+    _say(error, kind, message, getattr(error, "fields", {}), as_json=as_json, debug=debug)
     command = getattr(getattr(error, "ctx", None), "command_path", None)
-    if command:
+    if command and not as_json:
         typer.echo(f"`{command} --help` shows what it takes.", err=True)
     return error.exit_code
+
+
+def report_unexpected(error: Exception, as_json: bool, debug: bool) -> int:
+    """Say in one sentence what nobody foresaw, and give its exit code.
+
+    What the system refused is a matter of the environment. Anything else is a fault of ours, whose traceback is written
+    into a file.
+    """
+    code, kind = exit_code(error), type(error).__name__
+    fields: dict[str, object] = {}
+    if isinstance(error, OSError) and error.filename is not None:
+        fields = {"path": os.fsdecode(error.filename), "errno": error.errno}
+        message = f"{fields['path']}: {error.strerror}. Check the path, and what may be done there."
+    elif code != UNEXPECTED:
+        message = f"{' '.join(str(error).split()) or kind}. This machine did not allow it; --debug shows where."
+    else:
+        fields = {"traceback": _kept(error)}
+        said = " ".join(str(error).split())[:_LONGEST]
+        message = f"{kind}: {said}. This is a fault of meristem. Its traceback is in {fields['traceback']}; report it."
+    _say(error, kind, message, fields, as_json=as_json, debug=debug)
+    return code
+
+
+def _kept(error: Exception) -> str:
+    """The path of a file with the traceback, the versions and the command; on stderr where no file can be made."""
+    lines = [f"meristem {__version__}, Python {sys.version}", " ".join(sys.argv), *traceback.format_exception(error)]
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="meristem-", suffix=".traceback")
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("\n".join(lines))
+    except OSError:
+        typer.echo("\n".join(lines), err=True)
+        return "the lines above"
+    return path
+
+
+def _say(
+    error: Exception, kind: str, message: str, fields: Mapping[str, object], *, as_json: bool, debug: bool
+) -> None:
+    if debug:
+        traceback.print_exception(error)
+    # Neither stream need take it: it may be what stdout refused that is said here.
+    with contextlib.suppress(OSError):
+        if as_json:
+            json_line({"error": {"type": kind, "message": message, "fields": fields}})
+            return
+    with contextlib.suppress(OSError):
+        typer.secho(f"error: {message}", fg="red", err=True)

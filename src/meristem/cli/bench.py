@@ -182,7 +182,9 @@ def ablation(
       meristem bench ablation --config mine.yaml --out mine.md --jobs 2 --json
     """
     from meristem.bench.study import study
+    from meristem.checkpoint.atomic import require_replaceable
 
+    require_replaceable(out)
     say = (lambda line: None) if as_json else typer.echo
     known = study(config, out, jobs=jobs, say=say)
     if as_json:
@@ -206,11 +208,14 @@ def stability(
       meristem bench stability --steps 100000 --out nightly.md
     """
     from meristem.bench import stability as grid
+    from meristem.checkpoint.atomic import require_replaceable, write_atomic
+
+    require_replaceable(out)
 
     cells = []
     for cell in grid.sweep(steps):
         cells.append(cell)
-        out.write_text(grid.table(cells, steps), encoding="utf-8")
+        write_atomic(out, grid.table(cells, steps).encode())
         if not as_json:
             typer.echo(cell.line)
     if as_json:
@@ -231,7 +236,10 @@ def _speeds(
     # torch's profiler, which sees the peaks, writes a line to stderr whenever it starts and stops, unless told before.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from meristem.bench.suite import measure, to_json
+    from meristem.checkpoint.atomic import require_replaceable
 
+    if picture is not None:
+        require_replaceable(picture)
     width, window = layers
     rows: list[Row] = []
     for row in measure(names, n_repeats=repeats, widths=width or (128,), windows=window or (512,)):

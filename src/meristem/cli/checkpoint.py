@@ -12,10 +12,6 @@ Place = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or its checkpoints directory.")]
 
 
-def _root(run: Path) -> Path:
-    return run / "checkpoints" if (run / "checkpoints").is_dir() else run
-
-
 @app.command()
 def ls(run: Run, as_json: Json = False) -> None:
     """List the checkpoints of a run.
@@ -24,11 +20,18 @@ def ls(run: Run, as_json: Json = False) -> None:
     Example:
       meristem checkpoint ls runs/latest
     """
-    from meristem.checkpoint.store import entries
+    from meristem.checkpoint.run import FILE
+    from meristem.checkpoint.store import entries, root_of
+    from meristem.errors import NoCheckpoint
 
+    found = entries(root_of(run))
+    if not found and not (run / FILE).is_file():
+        raise NoCheckpoint(
+            f"{run} is no run and holds no checkpoint. `meristem runs ls` shows the runs.", path=str(run)
+        )
     rows = [
         {"step": e.step, "path": str(e.path), "created": e.created, "pinned": e.pinned, "metrics": dict(e.metrics)}
-        for e in entries(_root(run))
+        for e in found
     ]
     titles = ("step", "created", "pinned", "metrics", "path")
     answer(rows, as_json, lambda rows: columns(titles, [[row[title] for title in titles] for row in rows]))
@@ -57,9 +60,10 @@ def verify(checkpoint: Place, as_json: Json = False) -> None:
     """
     from meristem.checkpoint import store
 
-    faults = store.verify(checkpoint)
-    report = {"path": str(checkpoint), "intact": not faults, "faults": faults}
-    answer(report, as_json, lambda report: faults or [f"{checkpoint} is intact"])
+    place = checkpoint if store.is_checkpoint(checkpoint) else store.find(checkpoint, tell).path
+    faults = store.verify(place)
+    report = {"path": str(place), "intact": not faults, "faults": faults}
+    answer(report, as_json, lambda report: faults or [f"{place} is intact"])
     if faults:
         raise typer.Exit(1)
 
@@ -74,7 +78,7 @@ def diff(first: Place, second: Place, as_json: Json = False) -> None:
     """
     from meristem.checkpoint import store
 
-    difference = store.diff(*(store.find(path, tell).path for path in (first, second)))
+    difference = store.diff(*(store.find(path, tell) for path in (first, second)))
     differs = any(difference.values())
     words = [name for name in difference if difference[name]]
     answer(
@@ -90,7 +94,7 @@ def pin(
     remove: Annotated[bool, typer.Option("--remove", help="Take the pin away.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Keep a checkpoint whatever the retention says.
+    """Keep a checkpoint whatever the retention says. The run may not be training meanwhile.
 
     \b
     Examples:
@@ -98,9 +102,11 @@ def pin(
       meristem checkpoint pin runs/latest/checkpoints/step-00000500 --remove
     """
     from meristem.checkpoint import store
+    from meristem.checkpoint.run import RunLock, run_of
 
-    path = store.find(checkpoint, tell).path
-    (store.unpin if remove else store.pin)(path)
+    with RunLock(run_of(checkpoint)):
+        path = store.find(checkpoint, tell).path
+        (store.unpin if remove else store.pin)(path)
     answer({"path": str(path), "pinned": not remove}, as_json, pairs)
 
 
@@ -116,16 +122,18 @@ def prune(
     every: Annotated[int, typer.Option("--every", min=0, help="Steps at whose multiples one stays; 0 for none.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Delete the checkpoints of a run that neither age, rank nor a pin keeps.
+    """Delete the checkpoints of a run that neither age, rank nor a pin keeps. It may not be training meanwhile.
 
     \b
     Example:
       meristem checkpoint prune runs/latest --last 1 --best 1
     """
     from meristem.checkpoint import prune
-    from meristem.checkpoint.run import RunLock
+    from meristem.checkpoint.run import CHECKPOINTS, RunLock, run_of
 
-    with RunLock(run):
-        deleted = prune.prune(_root(run), last=last, best=best, metric=metric, direction=direction, every=every)
+    place = run_of(run)
+    with RunLock(place):
+        root = place / CHECKPOINTS
+        deleted = prune.prune(root, last=last, best=best, metric=metric, direction=direction, every=every)
     report = {"deleted": [str(path) for path in deleted]}
     answer(report, as_json, lambda report: report["deleted"] or ["nothing to delete"])

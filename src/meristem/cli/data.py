@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meristem.cli.answer import Json, answer, columns, pairs, progress_bytes, size, tell
-from meristem.errors import ManifestMismatch
+from meristem.errors import DataError, ManifestMismatch
 
 if TYPE_CHECKING:
     from meristem.data.tokenizer import Tokenizer
@@ -84,6 +84,8 @@ def ls(
     from meristem.data.download import registered
     from meristem.data.files import store
 
+    if root is not None and not os.path.isdir(root):
+        raise DataError(f"there is no directory {root}. Give one that texts were prepared in.", path=str(root))
     folder = store(DataConfig(root=root), "corpora")
     places = sorted(path.parent for path in folder.glob(f"[!.]*/{manifests.FILE}"))
     sources = {name: {"size_bytes": entry.size_bytes, "licence": entry.licence} for name, entry in registered().items()}

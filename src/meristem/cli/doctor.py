@@ -1,6 +1,5 @@
 """`meristem doctor`: is this machine fit to train and talk, and if not, what is missing."""
 
-import os
 import re
 import shutil
 import sys
@@ -75,9 +74,11 @@ def _torch(run_root: Path) -> Iterator[Item]:
     except ImportError as cause:
         yield Item("torch", "fail", f"cannot be imported: {cause}. pip install torch")
         return
+    from meristem.device.limits import n_cpus
+
     fits = torch.__version__.startswith("2.13.")
     yield Item("torch", "ok" if fits else "warn", f"{torch.__version__}" + ("" if fits else " (made for 2.13)"))
-    yield Item("threads", "ok", f"{torch.get_num_threads()} for torch, {os.cpu_count()} processors")
+    yield Item("threads", "ok", f"{torch.get_num_threads()} for torch, {n_cpus()} processors may be used")
 
 
 def _devices(run_root: Path) -> Iterator[Item]:
@@ -98,11 +99,11 @@ def _devices(run_root: Path) -> Iterator[Item]:
 
 
 def _room(run_root: Path) -> Iterator[Item]:
-    import psutil
+    from meristem.device.limits import available_bytes
 
     existing = next(path for path in (run_root.absolute(), *run_root.absolute().parents) if path.exists())
     yield _enough("disk", shutil.disk_usage(existing).free, LOW_DISK_BYTES, NO_DISK_BYTES)
-    yield _enough("ram", psutil.virtual_memory().available, LOW_RAM_BYTES, NO_RAM_BYTES)
+    yield _enough("ram", available_bytes(), LOW_RAM_BYTES, NO_RAM_BYTES)
     try:
         with tempfile.TemporaryFile(dir=existing):
             yield Item("run root", "ok", f"{run_root} can be written")

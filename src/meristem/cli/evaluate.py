@@ -71,13 +71,14 @@ def evaluate(
     """
     from meristem.checkpoint.store import find
     from meristem.device.resolve import resolve
-    from meristem.models.load import load
+    from meristem.models.load import load_opened
     from meristem.runs.config import load_config
     from meristem.runs.resume import from_checkpoint
 
     found = find(checkpoint, tell)
-    config = load_config(str(found.path / "config.yaml"), overrides or ()).tree
-    model, tokenizer = load(found.path)
+    place, text = str(found.path / "config.yaml"), found.file("config.yaml").decode()
+    config = load_config(place, overrides or (), text=text).tree
+    model, tokenizer = load_opened(found)
     device = resolve(from_checkpoint(config.device, found), tell)
     loaded = _Loaded(model.to(device.device), tokenizer, config, device, is_its_own=not overrides)
     suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": _adaptation}

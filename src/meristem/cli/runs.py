@@ -2,13 +2,14 @@
 
 import csv
 import io
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from meristem.cli.answer import Json, answer, columns, pairs, tell
-from meristem.errors import RunError
+from meristem.errors import MeristemError, RunError
 
 app = typer.Typer(help="List runs, look at them, compare them, export their metrics.")
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -19,7 +20,7 @@ def ls(
     root: Annotated[Path, typer.Argument(help="The directory that holds the runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """List the runs below a directory; one that stopped without a word shows as died.
+    """List the runs below a directory; one that stopped without a word shows as died, a broken one with the reason.
 
     \b
     Example:
@@ -27,15 +28,32 @@ def ls(
     """
     from meristem.checkpoint import run as runs
 
-    places = sorted(path.parent for path in root.glob(f"*/{runs.FILE}") if not path.parent.is_symlink())
+    if not os.path.isdir(root):
+        raise RunError(f"there is no directory {root} with runs in it. Give the one that holds them.", path=str(root))
+    places = [root / name for name in sorted(os.listdir(root)) if os.path.lexists(root / name / runs.FILE)]
+    rows = [_row(place) for place in places if not place.is_symlink()]
     titles = ("name", "status", "started", "step", "best", "path")
-    rows = [dict(zip(titles, _row(place, runs.read(place)), strict=True)) for place in places]
-    answer(rows, as_json, lambda rows: columns(titles, [list(row.values()) for row in rows]))
+
+    def words(rows: list[dict[str, object]]) -> list[str]:
+        table = columns(titles, [[row[title] for title in titles] for row in rows if "reason" not in row])
+        return [*table, *(f"{row['path']}: {row['reason']}" for row in rows if "reason" in row)]
+
+    answer(rows, as_json, words)
 
 
-def _row(place: Path, manifest: dict[str, Any]) -> tuple[object, ...]:
-    name, best = manifest["name"] or manifest["id"], manifest["best"]["value"]
-    return name, manifest["status"], manifest["started"], _last_step(place), best, str(place)
+def _row(place: Path) -> dict[str, object]:
+    """What is shown of a run; of one that cannot be read, the ``reason``."""
+    from meristem.checkpoint import run as runs
+
+    row: dict[str, object] = {"name": place.name, "status": "unreadable", "started": None, "step": None, "best": None}
+    row["path"] = str(place)
+    try:
+        manifest = runs.read(place)
+        row |= {"name": manifest["name"] or manifest["id"], "status": manifest["status"]}
+        row |= {"started": manifest["started"], "best": manifest["best"].get("value")}
+        return row | {"step": _last_step(place)}
+    except (MeristemError, OSError) as error:
+        return row | {"reason": str(error)}
 
 
 def _last_step(run: Path) -> int | None:
@@ -59,6 +77,7 @@ def show(run: Run, as_json: Json = False) -> None:
     from meristem.sinks.records import history
     from meristem.train import emergency
 
+    run = runs.run_of(run)
     report = dict(runs.read(run))
     if (run / "metrics.ndjson").exists():
         records = history(run, emit=tell)
@@ -82,12 +101,13 @@ def diff(first: Run, second: Run, as_json: Json = False) -> None:
     """
     from meristem.checkpoint import run as runs
 
-    settings = [_settings(run) for run in (first, second)]
+    places = [runs.run_of(run) for run in (first, second)]
+    settings = [_settings(run) for run in places]
     keys = [key for key in sorted({**settings[0], **settings[1]}) if settings[0].get(key) != settings[1].get(key)]
     differing = {key: [side.get(key) for side in settings] for key in keys}
-    best = [runs.read(run)["best"] for run in (first, second)]
+    best = [runs.read(run)["best"] for run in places]
     rows = [(key, *values) for key, values in differing.items()]
-    outcome = (f"best {best[0]['metric']}", *(each["value"] for each in best))
+    outcome = (f"best {best[0].get('metric')}", *(each.get("value") for each in best))
     titles = ("", str(first), str(second))
     answer({"settings": differing, "best": best}, as_json, lambda report: columns(titles, [*rows, outcome]))
     if keys:
@@ -100,8 +120,9 @@ def _settings(run: Path) -> dict[str, object]:
     path = run / "config.yaml"
     try:
         return leaves(read_yaml(path.read_text(encoding="utf-8"), str(path)))
-    except OSError as cause:
-        raise RunError(f"{path} cannot be read: {cause.strerror}. Give a run directory.", path=str(path)) from cause
+    except (OSError, UnicodeDecodeError) as cause:
+        reason = cause.strerror if isinstance(cause, OSError) else "it is not UTF-8 text"
+        raise RunError(f"{path} cannot be read: {reason}. Give a run directory.", path=str(path)) from cause
 
 
 @app.command()
@@ -118,10 +139,13 @@ def export(
     Example:
       meristem runs export runs/latest --out book.csv
     """
-    from meristem.checkpoint.atomic import write_atomic
+    from meristem.checkpoint.atomic import require_replaceable, write_atomic
+    from meristem.checkpoint.run import run_of
     from meristem.sinks.records import history
 
-    records = history(run, emit=tell)
+    records = history(run_of(run), emit=tell)
+    if out is not None:
+        require_replaceable(out)
     if as_json and out is None:
         answer(records, as_json, lambda records: ())
         return
@@ -129,10 +153,7 @@ def export(
     if out is None:
         typer.echo(text, nl=False)
         return
-    try:
-        write_atomic(out, text.encode())
-    except OSError as cause:
-        raise RunError(f"{out} cannot be written: {cause.strerror}. Choose another --out.", path=str(out)) from cause
+    write_atomic(out, text.encode())
     answer({"path": str(out), "rows": len(records)}, as_json, pairs)
 
 

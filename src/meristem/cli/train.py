@@ -1,5 +1,6 @@
 """`meristem train` and `meristem plan`: a run, and what it would be."""
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meristem.cli.answer import Json, Overrides, Preset, columns, json_line
+from meristem.errors import RunError
 
 if TYPE_CHECKING:
     from meristem.recipes.plan.report import PlanReport
@@ -60,6 +62,9 @@ def _trained(config: "Config", run_dir: Path | None, resume: str, *, no_plan: bo
     from meristem.sinks.console import Console
 
     view, is_first = Console(json=as_json), launched_rank() == 0
+    if is_first:
+        place = _place(config, run_dir, resume)
+        run_dir = run_dir and place  # where none was given the run chooses, which knows whether it was started again
     planned = None if no_plan or not is_first else _looked_ahead(config, view)
     with written_down():
         result = pretrain(config, run_dir=run_dir, resume=resume, view=view, planned=planned)
@@ -68,15 +73,26 @@ def _trained(config: "Config", run_dir: Path | None, resume: str, *, no_plan: bo
     return result.exit_code
 
 
+def _place(config: "Config", run_dir: Path | None, resume: str) -> Path:
+    """Where the run is written: refused here, before any work, where that cannot be."""
+    from meristem.checkpoint.run import require_writable, run_of
+    from meristem.runs.directory import directory_for
+
+    place = run_dir or directory_for(config, resume)
+    with contextlib.suppress(RunError):
+        place = run_of(place)  # as `meristem checkpoint` takes it: the checkpoints of a run mean the run
+    require_writable(place)
+    return place
+
+
 def _launched(config: "Config", words: list[str], n_processes: int, run_dir: Path | None, resume: str) -> int:
     """Train in several processes, each of which is this command without ``--nproc``."""
     from meristem.distributed.launch import launch
     from meristem.distributed.mesh import require_not_launched
-    from meristem.runs.directory import directory_for
     from meristem.runs.resume import after_restart
 
     require_not_launched()
-    place = run_dir or directory_for(config, resume)
+    place = _place(config, run_dir, resume)
 
     def command(n_restarts: int) -> list[str]:
         way = after_restart(resume, place, n_restarts)

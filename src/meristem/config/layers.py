@@ -39,18 +39,21 @@ def load(
     file: Path | None = None,
     environment: Mapping[str, str] | None = None,
     overrides: Iterable[str] = (),
+    *,
+    text: str | None = None,
 ) -> Loaded[P]:
     """Merge the layers, lowest first: defaults, preset, file, environment, overrides; then validate once.
 
     environment: variables such as MERISTEM__TRAIN__GRAD_ACCUM_STEPS=4 (pass ``os.environ``); None reads none.
     overrides: texts ``a.b=c``, the value read as its key takes it (``read_value``). One wins even when it says what the
     default says.
+    text: what the file says, where it was read already.
     """
     layers = []
     if preset is not None:
         layers += [_whole(told.settings, told.place) for told in _lineage(preset)]
     if file is not None:
-        layers.append(_whole(_file(file), f"file {file}"))
+        layers.append(_whole(_file(file, text), f"file {file}"))
     layers.append(_environment(root, environment or {}))
     layers.append(_overrides(root, overrides))
     merged: dict[str, Any] = {}
@@ -146,9 +149,9 @@ def _split(preset: str) -> tuple[str, str]:
     )
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _file(path: Path, text: str | None) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = text if text is not None else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as cause:
         reason = cause.strerror if isinstance(cause, OSError) else "it is not UTF-8 text"
         raise ConfigError(

@@ -131,6 +131,8 @@ def _parsed(text: str, source: str, reader: type[_Reader] = _Reader) -> Any:
         raise ConfigError(
             f"{source}, line {line}: {cause.problem or cause.context}.", source=source, line=line
         ) from cause
+    except RecursionError as cause:
+        raise ConfigError(f"{source} nests deeper than can be read.", source=source) from cause
     except (yaml.YAMLError, ValueError) as cause:
         raise ConfigError(f"{source} is not YAML: {cause}.", source=source) from cause
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import http.client
-import os
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +12,7 @@ from typing import BinaryIO, Final
 
 from pydantic import Field
 
-from meristem.checkpoint.atomic import PARTIAL, disk_full, sha256_file, sync_directory
+from meristem.checkpoint.atomic import replacing, sha256_file
 from meristem.config import ConfigSection, read_yaml
 from meristem.data.config import DataConfig
 from meristem.data.files import opened, store
@@ -83,27 +81,17 @@ def available(
 
 def _fetch(url: str, path: Path, entry: Registered, progress: Progress) -> None:
     """Bring ``url`` to ``path``: under another name until size and hash are right."""
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-    try:
-        with open(descriptor, "wb") as file:
-            _receive(url, file, path, entry, progress)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_directory(path.parent)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with replacing(path) as descriptor, open(descriptor, "wb", closefd=False) as file:
+        _receive(url, file, entry, progress)
 
 
-def _receive(url: str, file: BinaryIO, path: Path, entry: Registered, progress: Progress) -> None:
+def _receive(url: str, file: BinaryIO, entry: Registered, progress: Progress) -> None:
     """Write what comes, and refuse it unless it is the registered text."""
     digest, n_received = hashlib.sha256(), 0
     for portion in _portions(url, entry):
         digest.update(portion)
         n_received += len(portion)
-        with disk_full(path):
-            file.write(portion)
+        file.write(portion)
         progress(n_received, entry.size_bytes)
         if n_received > entry.size_bytes:
             break

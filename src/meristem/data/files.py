@@ -15,13 +15,14 @@ from meristem.errors import DataError, FileChanged
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
-def refused(step: str, path: Path | str, cause: OSError) -> DataError:
+def refused(step: str, path: Path | str, cause: OSError | ValueError) -> DataError:
     """The error for a step that the system refused: what, where, why."""
+    number = cause.errno if isinstance(cause, OSError) else None
+    reason = f"{cause.strerror or cause} (errno {number})" if isinstance(cause, OSError) else f"{cause}"
     return DataError(
-        f"cannot {step} {path}: {cause.strerror or cause} (errno {cause.errno}). "
-        f"Check that it exists and that you may read it.",
+        f"cannot {step} {path}: {reason}. Check that it exists and that you may read it.",
         path=str(path),
-        errno=cause.errno,
+        errno=number,
     )
 
 
@@ -31,7 +32,7 @@ def opened(path: Path) -> Iterator[tuple[int, os.stat_result]]:
     try:
         # Without O_NONBLOCK, opening a pipe that nobody writes to would wait forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as cause:
+    except (OSError, ValueError) as cause:
         raise refused("open", path, cause) from cause
     try:
         status = os.fstat(descriptor)
@@ -142,11 +143,10 @@ def store(data: DataConfig, kind: str) -> Path:
     path = Path(root, kind)
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
+    except (OSError, ValueError) as cause:
+        reason = f"{cause.strerror} (errno {cause.errno})" if isinstance(cause, OSError) else f"{cause}"
         raise DataError(
-            f"cannot make {path}: {cause.strerror} (errno {cause.errno}). "
-            f"Set data.root or $MERISTEM_CACHE to a directory that you may write to.",
+            f"cannot make {path}: {reason}. Set data.root or $MERISTEM_CACHE to a directory that you may write to.",
             path=str(path),
-            errno=cause.errno,
         ) from cause
     return path

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from meristem.device.allocator import keep_freed_memory
 from meristem.device.config import DeviceConfig
+from meristem.device.limits import n_cpus
 from meristem.errors import CapabilityError
 from meristem.events import Emit, Event
 
@@ -45,8 +46,8 @@ class Device:
 
 def resolve(config: DeviceConfig, emit: Emit) -> Device:
     """The device and dtypes that ``part`` asks for, probed. The choice is the event ``capability.chosen``."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    # Torch counts the processors of the machine; more threads than a quota allows wait for each other, stopped in turn.
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), n_cpus()))
     name = available()[0] if config.device == "auto" else _present(config.device)
     device = torch.device(name)
     parameters = DTYPES[config.param_dtype]

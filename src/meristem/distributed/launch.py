@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from meristem.device.limits import n_cpus
 from meristem.distributed.config import DistributedConfig
 from meristem.errors import AgreementFailed
 
@@ -117,8 +118,7 @@ def _as_it_was(n_processes: int) -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     given = os.environ.get("OMP_NUM_THREADS")
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, n_cores // n_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, n_cpus() // n_processes)))
     try:
         yield
     finally:

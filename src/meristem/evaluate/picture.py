@@ -1,8 +1,10 @@
 """The loss of a run as a picture."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from meristem.checkpoint.atomic import write_atomic
 from meristem.errors import MissingExtra
 
 Point = tuple[int, float]
@@ -32,7 +34,9 @@ def draw_loss(
     axes.set_ylabel("bits per byte")
     axes.set_ylim(0, _top(training))
     axes.legend(fontsize="small")
-    FigureCanvasAgg(figure).print_png(str(path))
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    write_atomic(path, png.getvalue())
 
 
 def _columns(points: Sequence[Point]) -> tuple[list[int], list[float]]:

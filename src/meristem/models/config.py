@@ -66,7 +66,7 @@ class ModelConfig(ConfigSection):
 
     name: Annotated[str, Field(description="A registered model: lm, charformer, charrnn, chargru.")] = "lm"
     dim: Annotated[int, Field(ge=1, description="Width of the residual stream.")] = 128
-    n_layers: Annotated[int, Field(ge=1, description="How many layers stand on each other.")] = 4
+    n_layers: Annotated[int, Field(ge=1, le=4096, description="How many layers stand on each other.")] = 4
     n_heads: Annotated[int, Field(ge=1, description="Attention heads; they share the width.")] = 4
     mlp_dim: Annotated[int, Field(ge=0, description="Hidden width of the feed-forward layers; 0 derives it.")] = 0
     mlp: Annotated[

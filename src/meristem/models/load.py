@@ -29,7 +29,11 @@ def load(path: Path | str, emit: Emit = silent) -> Loaded:
 
     path: a checkpoint, or a run directory for its newest one; ``emit`` hears of corrupt ones that were passed over.
     """
-    checkpoint = find(Path(path), emit)
+    return load_opened(find(Path(path), emit))
+
+
+def load_opened(checkpoint: Checkpoint) -> Loaded:
+    """The same of a checkpoint that was found already."""
     config = read_yaml(checkpoint.file("config.yaml").decode(), f"{checkpoint.path}/config.yaml")
     tokenizer = tokenizer_from_bytes(checkpoint.file("tokenizer.json"))
     try:

@@ -132,14 +132,22 @@ class Config(ConfigSection):
 
 
 def load_config(
-    preset_or_file: str, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ
+    preset_or_file: str,
+    overrides: Iterable[str] = (),
+    environment: Mapping[str, str] = os.environ,
+    *,
+    text: str | None = None,
 ) -> Loaded[Config]:
-    """The tree of a preset, or of a YAML file, which is told by its ending or by a directory in its name."""
+    """The tree of a preset, or of a YAML file, which is told by its ending or by a directory in its name.
+
+    text: what the file says, where it was read already.
+    """
     is_file = not is_preset(preset_or_file)
     return load(
         Config,
         preset=None if is_file else preset_or_file,
         file=Path(preset_or_file) if is_file else None,
+        text=text,
         environment=environment,
         overrides=overrides,
     )

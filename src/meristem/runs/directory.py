@@ -1,7 +1,7 @@
 """A run directory while it is written: who holds it, what is recorded in it, and what the user sees."""
 
 import contextlib
-import os
+import secrets
 import signal
 import sys
 import threading
@@ -20,7 +20,7 @@ from meristem.config import dump_yaml, fingerprint
 from meristem.device.describe import describe
 from meristem.distributed.mesh import Ranks
 from meristem.distributed.team import Team
-from meristem.errors import MeristemError, RunError
+from meristem.errors import RunError, exit_code
 from meristem.events import Event
 from meristem.runs.config import Config
 from meristem.sinks.console import Console
@@ -181,14 +181,17 @@ def _say_why(run: Run, error: BaseException) -> None:
         run.end("interrupted", 130)
         return
     run.emit(Event("exception", {"type": type(error).__name__, "message": str(error)}, "error"))
-    run.end("failed", error.exit_code if isinstance(error, MeristemError) else 1)
+    run.end("failed", exit_code(error))
 
 
 def _link_latest(config: Config, directory: Path) -> None:
     """Point ``latest`` at this run; file systems without links go without it."""
     if directory.parent != config.run.dir:
         return
-    link, new = config.run.dir / LATEST, config.run.dir / f".{LATEST}.{os.getpid()}"
+    new = config.run.dir / f".{LATEST}.{secrets.token_hex(4)}"
     with contextlib.suppress(OSError):
         new.symlink_to(directory.name)
-        new.replace(link)
+        try:
+            new.replace(config.run.dir / LATEST)
+        finally:
+            new.unlink(missing_ok=True)

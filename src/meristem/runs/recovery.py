@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import psutil
 import torch
 
 from meristem.checkpoint.journal import Journal
 from meristem.checkpoint.saver import Saver
 from meristem.checkpoint.snapshots import Snapshot, SnapshotBuffer
+from meristem.device.limits import available_bytes
 from meristem.distributed.shards import is_part, local_by_name
 from meristem.distributed.team import Team
 from meristem.errors import Halted, RollbackFailed
@@ -347,7 +347,7 @@ def _snapshot_buffer(config: RollbackConfig, job: Job, run: Run) -> SnapshotBuff
     """Room for snapshots, as many as were asked for, or as fit."""
     weights, team = local_by_name(job.model.state_dict()), run.team
     capacity_bytes = sum(tensor.nbytes + 64 for tensor in weights.values()) + expected_bytes(job.optimizer) + 2**16
-    free_bytes = psutil.virtual_memory().available // team.ranks.n_local
+    free_bytes = available_bytes() // team.ranks.n_local
     count = n_snapshots(config, capacity_bytes, free_bytes)
     # The machines of a run need not have the same room, and all go back the same way.
     count = int(min(least for (least,) in team.sync.gather([count])))

@@ -42,9 +42,10 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
-    except OSError as cause:
+    except (OSError, ValueError) as cause:
+        reason = cause.strerror if isinstance(cause, OSError) else cause
         raise RunError(
-            f"the session could not be written to {path}: {cause.strerror}. Choose a path that can be written.",
+            f"the session could not be written to {path}: {reason}. Choose a path that can be written.",
             path=str(path),
         ) from cause
 
@@ -53,9 +54,10 @@ def read(path: Path) -> SessionFile:
     """The tensors and header of a session file, after its hash was checked."""
     try:
         content = path.read_bytes()
-    except OSError as cause:
+    except (OSError, ValueError) as cause:
+        reason = cause.strerror if isinstance(cause, OSError) else cause
         raise NoCheckpoint(
-            f"no session could be read from {path}: {cause.strerror}. Give a file that `/save` or Session.save wrote.",
+            f"no session could be read from {path}: {reason}. Give a file that `/save` or Session.save wrote.",
             path=str(path),
         ) from cause
     metadata = _metadata(path, content)

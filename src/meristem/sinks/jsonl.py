@@ -5,7 +5,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -83,11 +83,12 @@ def rotated(path: Path) -> list[Path]:
 
 
 def read_records(path: Path, emit: Emit = silent) -> Iterator[dict[str, Any]]:
-    """The records of ``path``, those set aside from it first. A torn last line is passed over as an event."""
-    if not path.exists():
-        raise BadRecords(f"there is no file of records {path}. Expected the records of a run.", path=str(path))
-    for file in [*rotated(path), path]:
-        with open(file, "rb") as lines:
+    """The records of ``path``, those set aside from it first. A torn last line is passed over as an event.
+
+    A run may write on meanwhile; what stands there when reading begins is read.
+    """
+    with contextlib.ExitStack() as opened:
+        for file, lines in _opened(path, opened):
             size_bytes, end = os.fstat(lines.fileno()).st_size, 0
             for number, line in enumerate(lines, start=1):
                 record, end = _parsed(line), end + len(line)
@@ -103,6 +104,22 @@ def read_records(path: Path, emit: Emit = silent) -> Iterator[dict[str, Any]]:
                         path=str(file),
                         line=number,
                     )
+
+
+def _opened(path: Path, opened: contextlib.ExitStack) -> list[tuple[Path, BinaryIO]]:
+    """The files that hold the records of ``path``, open, in their order."""
+    while True:
+        aside = rotated(path)
+        found: list[tuple[Path, BinaryIO]] = []
+        for file in [*aside, path]:
+            # Between setting a file aside and beginning the next one, a run has none of that name.
+            with contextlib.suppress(FileNotFoundError):
+                found.append((file, opened.enter_context(open(file, "rb"))))
+        if rotated(path) == aside:
+            break
+    if not found:
+        raise BadRecords(f"there is no file of records {path}. Expected the records of a run.", path=str(path))
+    return found
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import orjson
 
 from meristem.config.text import LARGEST_EXACT
+from meristem.errors import BadRecords
 from meristem.events import Emit, Event, silent
 from meristem.sinks.jsonl import JsonLines, read_records
 
@@ -195,18 +196,24 @@ def history(run_dir: Path, stream: str = "metrics", emit: Emit = silent) -> list
 
     Two metrics records are equal when step, split and task are.
     """
-    returns = [
-        (event["seq"], step)
-        for event in read_records(run_dir / "events.ndjson", emit)
-        if (step := _returned_to(event["name"], event["payload"])) is not None
-    ]
     found: dict[object, dict[str, Any]] = {}
-    for record in read_records(run_dir / f"{stream}.ndjson", emit):
-        if any(record["seq"] < seq and record["step"] > step for seq, step in returns):
-            continue
-        same = (record["step"], record["split"], record["task"]) if stream == "metrics" else record["seq"]
-        found[same] = record
-    return sorted(found.values(), key=lambda record: int(record["seq"]))
+    try:
+        returns = [
+            (event["seq"], step)
+            for event in read_records(run_dir / "events.ndjson", emit)
+            if (step := _returned_to(event["name"], event["payload"])) is not None
+        ]
+        for record in read_records(run_dir / f"{stream}.ndjson", emit):
+            if any(record["seq"] < seq and record["step"] > step for seq, step in returns):
+                continue
+            same = (record["step"], record["split"], record["task"]) if stream == "metrics" else record["seq"]
+            found[same] = record
+        return sorted(found.values(), key=lambda record: int(record["seq"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+        raise BadRecords(
+            f"{run_dir} holds a record that is none of a run: {cause!r}. Remove its line to read the rest.",
+            path=str(run_dir),
+        ) from cause
 
 
 def schema(name: str) -> dict[str, Any]:

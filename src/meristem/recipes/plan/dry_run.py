@@ -7,14 +7,13 @@ merely does not fit, ends it.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Final
 
-import psutil
 import torch
 
+from meristem.device.limits import available_bytes, total_bytes
 from meristem.device.resolve import NAMES, Device, resolve
-from meristem.errors import MeristemError, OutOfDeviceBytes
+from meristem.errors import MeristemError, OutOfDeviceBytes, exit_code
 from meristem.events import silent
 from meristem.recipes.plan import rehearse, table
 from meristem.recipes.plan.fit import extrapolate
@@ -185,22 +184,20 @@ PARTS: Final[dict[PartName, Callable[[Draft], PartOutcome]]] = {
 
 
 def machine_bytes(device: torch.device) -> int:
-    """What the device has in all: of the machine's RAM, as much as this process may use."""
+    """What the device has in all; of the machine's RAM, as much as this process may use."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    total = int(psutil.virtual_memory().total)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(allowed)) if allowed.isdigit() else total
+    return total_bytes()
 
 
 def _failed(name: PartName, cause: Exception) -> PartOutcome:
     """Our own errors bring words and exit code; an error of torch gets the line of the model that caused it."""
     if isinstance(cause, MeristemError):
-        exit_code, message = cause.exit_code, str(cause)
+        message = str(cause)
     else:
-        exit_code, message = 1, f"{failing_line(cause)}: {cause}"
-    return PartOutcome(name=name, outcome="failed", exit_code=exit_code, error=type(cause).__name__, message=message)
+        message = f"{failing_line(cause)}: {cause}"
+    kind = type(cause).__name__
+    return PartOutcome(name=name, outcome="failed", exit_code=exit_code(cause), error=kind, message=message)
 
 
 def _measure(draft: Draft, device: Device, *, batch: int | None = None, window: int | None = None) -> Measured:
@@ -257,7 +254,7 @@ def _snapshots(draft: Draft) -> SnapshotFigures:
     """What going back will need; refused here where the number that was asked for does not fit."""
     held = draft.step.by_category
     each_bytes = held.get("parameters", 0) + held.get("optimizer", 0)
-    count = n_snapshots(draft.config.rollback, each_bytes, psutil.virtual_memory().available)
+    count = n_snapshots(draft.config.rollback, each_bytes, available_bytes())
     return SnapshotFigures(count=count, each_bytes=each_bytes)
 
 
