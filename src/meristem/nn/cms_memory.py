@@ -301,10 +301,17 @@ def _require_each(recall: NeuralMemory, *, is_gated: bool) -> None:
 
 def _only_where(gates: Gates, on_bt1: Tensor) -> Gates:
     """Gates under which the memory becomes ``M + a (M' - M)``: write ``a w``, retain ``1 - a (1 - r)``."""
-    lost_bth = -torch.expm1(gates.log_retain())
-    on_bt1 = on_bt1.to(lost_bth.dtype)
+    log_retain_bth = gates.log_retain()
+    on_bt1 = on_bt1.to(log_retain_bth.dtype)
+    lost_bth = -on_bt1 * torch.expm1(log_retain_bth)
+    kept_bth = 1 - on_bt1 + on_bt1 * log_retain_bth.exp()
+    # log1p is exact where little is lost, and infinite where all is lost; the sum is exact where little is kept.
+    is_little = lost_bth < 0.5
+    log_bth = torch.where(
+        is_little, torch.log1p(-lost_bth.where(is_little, 0.0)), kept_bth.where(~is_little, 1.0).log()
+    )
     others = {"threshold_bth": gates.threshold_bth}
-    return Gates.from_logs(torch.log1p(-on_bt1 * lost_bth), on_bt1 * gates.write_bth, **others)
+    return Gates.from_logs(log_bth, on_bt1 * gates.write_bth, **others)
 
 
 def _recalled(

@@ -1,5 +1,6 @@
 """A layer that reads and writes a memory: projections, gates and a rule."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional
 
 from meristem.errors import ConflictingKeys
 from meristem.memory import Rule
+from meristem.memory.features import Drawn
 from meristem.memory.forms import choose, forms, require, run_trusted
 from meristem.memory.state import Memory, State, beside, full_precision
 from meristem.memory.structure import Live
@@ -54,6 +56,18 @@ class Initial(nn.Module):
         return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in value.items()}
 
 
+class RandomMap(nn.Module):
+    """The tensors that the features of a rule are made of: drawn once, saved with the weights, never trained."""
+
+    def __init__(self, drawn: Drawn) -> None:
+        super().__init__()
+        for name, part in drawn.items():
+            self.register_buffer(name, part.float())
+
+    def drawn(self) -> Drawn:
+        return dict(self.named_buffers())
+
+
 class NeuralMemory(nn.Module):
     """What a memory answers to each token, after that token was written into it (memory.md 5.1, up to the read).
 
@@ -71,7 +85,9 @@ class NeuralMemory(nn.Module):
 
     def __init__(self, width: int, config: MemoryConfig) -> None:
         super().__init__()
-        self.rule = rule_of(config)
+        self._rule = rule_of(config)
+        drawn = self._rule.features.draw(config.head_dim)
+        self.random_map = RandomMap(drawn) if drawn else None
         require(self.rule, config.form)
         self.form, self.chunk = choose(self.rule) if config.form == "auto" else config.form, config.chunk
         self.heads = config.n_heads_in(width)
@@ -91,6 +107,13 @@ class NeuralMemory(nn.Module):
         is_usual = self.rule.structure.kind == "matrix" and self.rule.features.name == "identity" and self.mix is None
         is_usual = is_usual and self.channels == 1 and config.gate_rank is None
         self.is_plain = self.rule.is_linear and is_exact and is_usual
+
+    @property
+    def rule(self) -> Rule:
+        """The rule, with the features that this layer drew or loaded."""
+        if self.random_map is None:
+            return self._rule
+        return replace(self._rule, features=replace(self._rule.features, drawn=self.random_map.drawn()))
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         if state is not None and self.is_writing and can_decode(self, hidden_btd, state):

@@ -101,8 +101,10 @@ def require(rule: Rule, form: str) -> None:
 
 
 def choose(rule: Rule) -> str:
-    """The fastest exact form of the rule: what ``form="auto"`` runs."""
-    return "scan" if exact_chunk.refusals(rule) else "exact_chunk"
+    """What ``form="auto"`` runs: the exact form of many tokens at once where it takes the rule, else the form that the
+    rule declares (``Rule.form``), and ``scan`` where that one does not take it, as after a change of its parts."""
+    declared = ("exact_chunk", rule.form, "scan")
+    return next(name for name in declared if not forms.get(name).refusals(rule))
 
 
 def run(
