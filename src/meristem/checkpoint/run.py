@@ -13,8 +13,9 @@ from typing import Any, Literal, Self
 import filelock
 import orjson
 
+from meristem.checkpoint import migrate
 from meristem.checkpoint.atomic import write_atomic
-from meristem.errors import RunError, RunInUse
+from meristem.errors import CheckpointTooNew, RunError, RunInUse
 from meristem.events import Emit, Event
 
 FILE = "run.json"
@@ -25,7 +26,7 @@ DEAD_AFTER_S = 120.0
 End = Literal["finished", "failed", "interrupted"]
 
 _FIELDS: dict[str, object] = {
-    "schema": "meristem.run/1",
+    "schema": f"meristem.run/{migrate.version(FILE)}",
     "id": None,
     "name": None,
     "parent": None,
@@ -134,10 +135,17 @@ class RunManifest:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The fields of ``run.json``. A run that should be alive but has not said so for two minutes has ``died``."""
+    """The fields of ``run.json``; absent ones have their default.
+
+    A run that should be alive but has not said so for two minutes has ``died``.
+    """
     path = directory / FILE
     try:
-        content: dict[str, Any] = orjson.loads(path.read_bytes())
+        saved = _FIELDS | orjson.loads(path.read_bytes())
+        version = migrate.schema_version(saved["schema"], "run")
+        if version is None:
+            raise ValueError(f"its schema is {saved['schema']!r}")
+        content: dict[str, Any] = migrate.migrated(FILE, saved, version, path) | {"schema": _FIELDS["schema"]}
         if content["status"] in ("created", "running"):
             silent_s = (_now() - datetime.datetime.fromisoformat(content["heartbeat"])).total_seconds()
             content["status"] = "died" if silent_s > DEAD_AFTER_S else content["status"]
@@ -146,6 +154,8 @@ def read(directory: Path) -> dict[str, Any]:
             f"{directory} holds no {FILE}, so it is no run directory. `meristem runs ls` shows them.",
             path=str(directory),
         ) from None
+    except CheckpointTooNew as cause:
+        raise RunError(str(cause), path=str(path)) from cause
     except (OSError, ValueError, KeyError, TypeError) as cause:
         raise RunError(
             f"{path} cannot be read as a run manifest: {cause!r}. Mend or remove that file.", path=str(path)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from meristem.checkpoint import manifest as manifests
+from meristem.checkpoint import migrate
 from meristem.checkpoint.atomic import (
     PARTIAL,
     disk_full,
@@ -36,7 +37,7 @@ from meristem.checkpoint.atomic import (
 from meristem.checkpoint.manifest import corrupt
 from meristem.checkpoint.tensors import write_tensors
 from meristem.checkpoint.values import to_json
-from meristem.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, NoCheckpoint
+from meristem.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, CheckpointTooNew, NoCheckpoint
 from meristem.events import Emit, Event
 
 INDEX = "index.json"
@@ -65,7 +66,10 @@ def age_order(entry: Entry) -> tuple[int, str, int]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. Tensors are mapped from the file on the CPU when asked for."""
+    """A verified checkpoint. Tensors are mapped from the file on the CPU when asked for.
+
+    What an earlier meristem saved is given as today's saves it (``migrate``).
+    """
 
     path: Path
     manifest: Mapping[str, Any]
@@ -81,23 +85,35 @@ class Checkpoint:
 
     def tree(self, name: str) -> dict[str, Tensor]:
         """The tensors saved as tree ``name``, on the CPU."""
-        path = self._path(name, "tree")
-        try:
-            return load_file(path)
-        except SafetensorError as cause:
-            raise corrupt(self.path, f"{path.name} is not a safetensors file: {cause}") from cause
+        return dict(self._today(self._path(name, "tree")))
 
     def value(self, name: str) -> Any:
         """The plain value saved as ``name``."""
-        path = self._path(name, "value")
-        try:
-            return orjson.loads(path.read_bytes())
-        except orjson.JSONDecodeError as cause:
-            raise corrupt(self.path, f"{path.name} is not JSON: {cause}") from cause
+        return self._today(self._path(name, "value"))
+
+    def settings(self) -> dict[str, Any]:
+        """The nested settings of the run, by today's keys."""
+        return migrate.settings(self.file("config.yaml").decode(), self.path / "config.yaml")
 
     def file(self, name: str) -> bytes:
         """The bytes saved as file ``name``."""
         return self._path(name, "file").read_bytes()
+
+    def _today(self, path: Path) -> Any:
+        version = next(file["version"] for file in self.manifest["files"] if file["path"] == path.name)
+        return migrate.migrated(path.name, self._as_saved(path.name), version, self.path, self._as_saved)
+
+    def _as_saved(self, name: str) -> Any:
+        """Tensors or plain value of a file, as they were written; None where there is no such file."""
+        path = self.path / name
+        if all(file["path"] != name for file in self.manifest["files"]):
+            return None
+        is_tree = path.suffix == ".safetensors"
+        try:
+            return load_file(path) if is_tree else orjson.loads(path.read_bytes())
+        except (SafetensorError, orjson.JSONDecodeError) as cause:
+            kind = "a safetensors file" if is_tree else "JSON"
+            raise corrupt(self.path, f"{name} is not {kind}: {cause}") from cause
 
     def _path(self, name: str, role: str) -> Path:
         held = {_stem(file): file["path"] for file in self.manifest["files"] if file["role"] == role}
@@ -161,7 +177,8 @@ def save(
 
 
 def _written(path: str, role: str, size_bytes: int, digest: str) -> dict[str, object]:
-    return {"path": path, "size_bytes": size_bytes, "sha256": digest, "role": role}
+    version = migrate.version(path)
+    return {"path": path, "size_bytes": size_bytes, "sha256": digest, "role": role, "version": version}
 
 
 def _aside(final: Path, ending: str) -> Path:
@@ -299,12 +316,15 @@ def verify(path: Path) -> list[str]:
 def newest(root: Path, emit: Emit, refusal: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint | None:
     """The newest checkpoint under ``root`` that is whole, and for which ``refusal`` knows no reason against it.
 
-    Each one that is passed over is ``checkpoint.skipped``.
+    Each one that is passed over is ``checkpoint.skipped``. One that a later meristem saved is an error instead: to go
+    on from an older one, or to begin afresh, would abandon what it holds.
     """
     readable = []
     for path in _directories(root):
         try:
             readable.append(_entry(path))
+        except CheckpointTooNew:
+            raise
         except CheckpointError as error:
             _skipped(path, str(error), emit)
     for entry in sorted(readable, key=age_order, reverse=True):

@@ -1,6 +1,6 @@
 """Layers of settings, merged into one validated tree that knows where each leaf came from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -38,17 +38,19 @@ def load(
     file: Path | None = None,
     environment: Mapping[str, str] | None = None,
     overrides: Iterable[str] = (),
+    read: Callable[[str, str], dict[str, Any]] = read_yaml,
 ) -> Loaded[P]:
     """Merge the layers, lowest first: defaults, preset, file, environment, overrides; then validate once.
 
     environment: variables such as MERISTEM__TRAIN__GRAD_ACCUM_STEPS=4 (pass ``os.environ``); None reads none.
     overrides: texts ``a.b=c``, the value typed as in YAML. One wins even when it says what the default says.
+    read: the settings in the text of ``file``, given with the words that name it.
     """
     layers = []
     if preset is not None:
         layers += [_whole(told.settings, told.place) for told in _lineage(preset)]
     if file is not None:
-        layers.append(_whole(_file(file), f"file {file}"))
+        layers.append(_whole(_file(file, read), f"file {file}"))
     layers.append(_environment(environment or {}))
     layers.append(_overrides(overrides))
     merged: dict[str, Any] = {}
@@ -143,7 +145,7 @@ def _split(preset: str) -> tuple[str, str]:
     )
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _file(path: Path, read: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as cause:
@@ -151,7 +153,7 @@ def _file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"the config file {path} cannot be read: {reason}. Give a YAML file.", path=str(path)
         ) from cause
-    return read_yaml(text, f"file {path}")
+    return read(text, f"file {path}")
 
 
 def _whole(mapping: dict[str, Any], place: str) -> Layer:

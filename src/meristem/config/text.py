@@ -26,6 +26,11 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
+def identity(settings: ConfigSection) -> str:
+    """The fingerprint of all settings that change what is trained: the same command goes on where it is the same."""
+    return fingerprint(_inside(settings))
+
+
 def leaves(tree: object, path: str = "") -> dict[str, object]:
     """Dotted path to value for everything in nested mappings that is not itself a filled mapping."""
     if not isinstance(tree, Mapping) or (path and not tree):
@@ -109,6 +114,12 @@ for _tag, _pattern, _first in _PLAIN:
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 _Writer.add_representer(str, _Writer.text)
 _Reader.add_constructor("tag:yaml.org,2002:map", _Reader.mapping)
+
+
+def _inside(settings: ConfigSection) -> dict[str, Any]:
+    plain = settings.model_dump(mode="json")
+    kept = {key: getattr(settings, key) for key in plain if key not in settings.outside_identity}
+    return {key: _inside(value) if isinstance(value, ConfigSection) else plain[key] for key, value in kept.items()}
 
 
 def _parsed(text: str, source: str) -> Any:

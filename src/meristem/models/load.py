@@ -8,12 +8,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from meristem.checkpoint.store import Checkpoint, find
-from meristem.config import read_yaml
 from meristem.data.tokenizer import Tokenizer, tokenizer_from_bytes
 from meristem.errors import CheckpointMismatch
 from meristem.events import Emit, silent
 from meristem.models.build import build
 from meristem.models.config import ModelConfig
+from meristem.models.topology import Topology, from_json
 from meristem.nn.config import MemoryConfig
 
 
@@ -30,7 +30,7 @@ def load(path: Path | str, emit: Emit = silent) -> Loaded:
     path: a checkpoint, or a run directory for its newest one; ``emit`` hears of corrupt ones that were passed over.
     """
     checkpoint = find(Path(path), emit)
-    config = read_yaml(checkpoint.file("config.yaml").decode(), f"{checkpoint.path}/config.yaml")
+    config = checkpoint.settings()
     tokenizer = tokenizer_from_bytes(checkpoint.file("tokenizer.json"))
     try:
         model_part = ModelConfig.model_validate(config.get("model", {}))
@@ -43,9 +43,14 @@ def load(path: Path | str, emit: Emit = silent) -> Loaded:
             path=str(checkpoint.path),
             step=checkpoint.step,
         ) from cause
-    model = build(model_part, memory_part, tokenizer.vocab_size, random_seed=0)
+    model = build(model_part, memory_part, tokenizer.vocab_size, random_seed=0, topology=topology_of(checkpoint))
     put_weights(model, checkpoint.tree("model"), checkpoint)
     return Loaded(model, tokenizer)
+
+
+def topology_of(checkpoint: Checkpoint) -> Topology:
+    """The changes of structure that a saved model went through; none where the checkpoint has no log of them."""
+    return from_json(checkpoint.value("topology")) if checkpoint.has("topology") else ()
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
