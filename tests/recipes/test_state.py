@@ -43,7 +43,7 @@ def wider(model: torch.nn.Module, fields: Mapping[str, Any]) -> torch.nn.Module:
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     """The change is one that this process can make again."""
-    monkeypatch.setattr(topology, "changes", Registry("change of structure", {"wider": wider}))
+    monkeypatch.setattr(topology, "changes", Registry("change", {"wider": wider}))
 
 
 class Between(Console):
@@ -132,7 +132,7 @@ def test_structure_is_built_again_where_a_run_or_a_session_goes_on(tmp_path, mon
     session.feed("7 times 7")
     session.save(tmp_path / "a.session")
     assert Session.load(tmp_path / "a.session", *load(tmp_path / "run")).n_tokens == 9
-    monkeypatch.setattr(topology, "changes", Registry("change of structure", {}))
+    monkeypatch.setattr(topology, "changes", Registry("change", {}))
     for go_on in (lambda: pretrain(settings, run_dir=tmp_path / "run"), lambda: load(tmp_path / "run")):
         with pytest.raises(
             CheckpointMismatch, match="a change of structure 'wider', which this meristem does not know"

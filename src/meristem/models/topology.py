@@ -25,7 +25,7 @@ class Change:
 Topology: TypeAlias = tuple[Change, ...]
 """Changes in the order in which they were made."""
 
-changes: Registry[Callable[[nn.Module, Mapping[str, Any]], nn.Module]] = Registry("change of structure", {})
+changes: Registry[Callable[[nn.Module, Mapping[str, Any]], nn.Module]] = Registry("change", {})
 """Makers of changes: the model before and the fields -> the model after, which may be the same object.
 
 A change gives the shapes alone; what the weights are is put back afterwards.

@@ -296,7 +296,7 @@ def from_checkpoint(config: DeviceConfig, checkpoint: Checkpoint | None) -> Devi
     """What ``auto`` came to when the run began: a second measurement might choose other numbers in the middle of it."""
     if checkpoint is None or config.dtype != "auto" or not checkpoint.has("device"):
         return config
-    return config.model_copy(update={"compute": checkpoint.value("device")["compute"]})
+    return config.model_copy(update={"compute": checkpoint.value("device").get("compute", "auto")})
 
 
 def put_saved_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
