@@ -32,7 +32,7 @@ with RunLock(directory):
     held = store.find(directory, print)
     trees = {"model": held.tree("model")}
     files = {name: held.file(name) for name in ("config.yaml", "tokenizer.json")}
-    values, step = {"device": {"compute": "fp32"}}, held.step
+    values, step = {"device": {"dtype": "fp32"}}, held.step
     while not select.select([sys.stdin], [], [], 0)[0]:
         step += 1
         for _ in range(2):  # the second replaces the first

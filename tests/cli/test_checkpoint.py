@@ -43,7 +43,7 @@ def test_show_prints_the_manifest(copy, capsys):
     """The newest one of a run."""
     assert run(["checkpoint", "show", str(copy)]) == 0
     out = capsys.readouterr().out
-    assert "meristem.checkpoint/1" in out and "metrics.val/bits_per_byte" in out
+    assert "meristem.checkpoint/2" in out and "metrics.val/bits_per_byte" in out
 
 
 def test_diff_says_what_differs(copy, answered):

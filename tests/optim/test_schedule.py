@@ -28,6 +28,7 @@ from meristem.runs.config import load_config
 from meristem.train.config import TrainConfig
 from meristem.train.loop import steps
 from meristem.train.progress import Progress
+from meristem.train.state import Held
 from optim.levels import Levelled, equal, weights
 
 PART = ScheduleConfig(shape="cosine", warmup=0.1, floor=0.2)
@@ -252,7 +253,7 @@ def trained(stream, part, *cuts, n_steps=11):
     optimizer, now, rates = build(model, OptimConfig(lr=0.01)), Progress(cursor=stream.start()), []
     for until in (*cuts, n_steps):
         schedule, limit = partial(rate_factor, part), TrainConfig(steps=n_steps, max_time=None)
-        made = steps(model, stream, optimizer, schedule, config=limit, device=DEVICE, start=now)
+        made = steps(Held.alone(model, optimizer, now), stream, schedule, config=limit, device=DEVICE)
         for step in made:
             now = step.progress
             rates.append(step.rate)
@@ -309,7 +310,9 @@ def test_every_rate_is_written_once_before_its_step(stream):
     optimizer.param_groups[:] = inner.param_groups[:] = [Watched(group, seen) for group in optimizer.param_groups]
     inner.register_step_pre_hook(lambda *_: seen.append("step"))
     limit, start = TrainConfig(steps=3, max_time=None), Progress(cursor=stream.start())
-    made = list(steps(model, stream, optimizer, lambda done: 1 - done.share, config=limit, device=DEVICE, start=start))
+    made = list(
+        steps(Held.alone(model, optimizer, start), stream, lambda done: 1 - done.share, config=limit, device=DEVICE)
+    )
     assert [step.rate for step in made] == pytest.approx([0.01, 0.02 / 3, 0.01 / 3])
     assert seen == [*(group["name"] for group in optimizer.param_groups), "step"] * 3
 

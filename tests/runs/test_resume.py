@@ -163,13 +163,16 @@ def test_numbers_of_the_first_process_are_kept(text, monkeypatch):
 
 
 def test_directory_of_a_run_without_one(text):
-    """The unfinished run of the same configuration is continued; anything else gets a directory of its own."""
+    """The unfinished run that trains the same is continued; anything else gets a directory of its own."""
     settings = config(text, *BRIEF, f"run.dir={text.parent / 'runs'}", "run.name=r")
     root = settings.run.dir
     assert directory_for(settings, "auto") == root / "r"
     with pytest.raises(MeristemError):
-        pretrain(settings.model_copy(update={"device": settings.device.model_copy(update={"device": "cuda:99"})}))
+        absent = settings.device.model_copy(update={"device": "cuda:99"})
+        faster = settings.optim.model_copy(update={"lr": 0.5})
+        pretrain(settings.model_copy(update={"device": absent, "optim": faster}))
     assert read(root / "r")["status"] == "failed"
+    assert directory_for(settings.model_copy(update={"optim": faster}), "auto") == root / "r", "on another device"
     assert directory_for(settings, "auto") == root / "r-2", "the failed run had another configuration"
     assert pretrain(settings).run_dir == root / "r-2"
     assert (root / "latest").resolve() == (root / "r-2").resolve()

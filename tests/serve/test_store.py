@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meristem.checkpoint import migrate
 from meristem.errors import CheckpointCorrupt, CheckpointTooNew, NoCheckpoint, RunError
 from meristem.serve import store
 
@@ -50,13 +51,14 @@ def test_a_truncated_file_is_found(tmp_path_factory, share):
 
 
 def test_a_newer_schema_is_refused(file, monkeypatch):
-    """A file of a later version is intact and still not read."""
+    """A file of a later version, of its header or of its state, is intact and still not read."""
     path, tensors = file
-    monkeypatch.setattr(store, "SCHEMA", "meristem.session/99")
-    store.write(path, tensors, {})
-    monkeypatch.undo()
-    with pytest.raises(CheckpointTooNew, match=r"meristem\.session/99.*reads meristem\.session/1"):
-        store.read(path)
+    for section, readable in ((store.HEADER, 2), (store.STATE, 2)):
+        monkeypatch.setitem(migrate.SECTIONS, section, (lambda content, _: content,) * 98)
+        store.write(path, tensors, {})
+        monkeypatch.undo()
+        with pytest.raises(CheckpointTooNew, match=f"'{section}' is of version 99; .* reads up to {readable}. Update"):
+            store.read(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -45,7 +45,7 @@ def test_gr13_what_is_given_together_holds_together(overrides, expected):
 
 def test_gr13_each_layer_may_give_the_length(tmp_path):
     """Above a file, the environment; above that, the command line: the highest that gives a length gives all limits."""
-    (tmp_path / "my.yaml").write_text("train: {steps: 5, budget: 10m}")
+    (tmp_path / "my.yaml").write_text("train: {steps: 5, max_time: 10m}")
     file, environment = str(tmp_path / "my.yaml"), {"MERISTEM__TRAIN__TOKENS": "7"}
     assert limits(load_config(file, environment={}).tree.train) == (5, None, 600.0)
     assert limits(load_config(file, environment=environment).tree.train) == (None, 7, None)

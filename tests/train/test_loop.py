@@ -34,6 +34,7 @@ from meristem.train import loop
 from meristem.train.config import TrainConfig
 from meristem.train.loop import Step, steps
 from meristem.train.progress import Progress
+from meristem.train.state import Held
 from zoo import ZOO
 
 DEVICE = resolve(DeviceConfig(device="cpu", dtype="fp32", threads=1), silent)
@@ -61,7 +62,7 @@ def run(
     optimizer = build_optimizer(model, OptimConfig(lr=0.01, grad_clip=clip))
     start = start or Progress(cursor=stream.start())
     schedule: Callable[[ScheduleProgress], float] = lambda done: 1 - done.share / 2  # noqa: E731
-    made = steps(model, stream, optimizer, schedule, config=config, device=DEVICE, start=start)
+    made = steps(Held.alone(model, optimizer, start), stream, schedule, config=config, device=DEVICE)
     return list(made)
 
 
@@ -113,7 +114,7 @@ def test_accumulation_is_exact(corpus):
     )
     progress = Progress(cursor=stream.stream.start())
     part = limit(steps=1, grad_accum_steps=3)
-    (step,) = steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=progress)
+    (step,) = steps(Held.alone(model, optimizer, progress), stream, lambda _: 1.0, config=part, device=DEVICE)
     assert step.n_targets == 2 * (13 + 4 + 1)
     for name, gradient_found in seen.items():
         torch.testing.assert_close(gradient_found.double(), wanted[name], rtol=0, atol=1e-6)
@@ -133,7 +134,7 @@ def test_clipping_bounds_the_gradient(corpus):
     )
     stream = stream_of(corpus, batch=3)
     start = Progress(cursor=stream.start())
-    list(steps(model, stream, optimizer, lambda _: 1.0, config=limit(steps=3), device=DEVICE, start=start))
+    list(steps(Held.alone(model, optimizer, start), stream, lambda _: 1.0, config=limit(steps=3), device=DEVICE))
     assert max(norms) <= 0.01 * (1 + 1e-5)
 
 
@@ -172,7 +173,7 @@ def test_time_between_steps_is_not_charged(corpus, monkeypatch):
     model, stream = Slow(monkeypatch), stream_of(corpus, batch=3)
     optimizer, start = build_optimizer(model, OptimConfig()), Progress(cursor=stream.start())
     part, n_steps = TrainConfig(max_time=3.5), 0
-    for _ in steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=start):
+    for _ in steps(Held.alone(model, optimizer, start), stream, lambda _: 1.0, config=part, device=DEVICE):
         model.now_s += 1000
         n_steps += 1
     assert n_steps == 4
@@ -189,13 +190,11 @@ def test_going_on_from_progress_changes_nothing(corpus, order, n_first):
     progress, losses = Progress(cursor=stream.start()), []
     for n_until in (n_first, 7):
         made = steps(
-            model,
+            Held.alone(model, optimizer, progress),
             stream,
-            optimizer,
             lambda done: 1 - done.share / 2,
             config=limit(steps=7),
             device=DEVICE,
-            start=progress,
         )
         for step in made:
             progress = step.progress
@@ -215,13 +214,11 @@ def test_memory_is_carried_only_where_batches_go_on(corpus):
     for _ in range(3):
         part = limit(steps=3)
         made = steps(
-            model,
+            Held.alone(model, optimizer, replace(progress, memory=None)),
             stream,
-            optimizer,
             lambda done: 1 - done.share / 2,
             config=part,
             device=DEVICE,
-            start=replace(progress, memory=None),
         )
         step = next(made)
         progress = step.progress
@@ -250,7 +247,7 @@ def test_bad_step_changes_nothing(corpus, value):
     stream = stream_of(corpus, batch=3)
     optimizer = build_optimizer(model, OptimConfig(lr=0.01))
     start, snapshots, counts = Progress(cursor=stream.start()), [], []
-    for step in steps(model, stream, optimizer, lambda _: 1.0, config=limit(steps=4), device=DEVICE, start=start):
+    for step in steps(Held.alone(model, optimizer, start), stream, lambda _: 1.0, config=limit(steps=4), device=DEVICE):
         moments = [tensor for held in optimizer.state.values() for tensor in held.values()]
         snapshots.append([tensor.detach().clone() for tensor in (*model.parameters(), *moments)])
         counts.append((step.progress.n_nonfinite, step.progress.n_nonfinite_in_row))
@@ -303,7 +300,7 @@ def test_accelerator_is_read_only_where_a_step_logs(corpus, reads, kind, period)
     optimizer, start = build_optimizer(model, OptimConfig(name=kind)), Progress(cursor=stream.start())
     part = limit(steps=9, log_every=4, grad_accum_steps=2)
     told = []
-    for step in steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=start):
+    for step in steps(Held.alone(model, optimizer, start), stream, lambda _: 1.0, config=part, device=DEVICE):
         told.append((step.loss_nats is not None, len(reads)))
         reads.clear()
     assert told == [(number % 4 == 0, int(number % 4 == 0)) for number in range(1, 10)]
@@ -353,7 +350,7 @@ def test_no_model_makes_the_host_wait(corpus, reads, name):
     optimizer, start = build_optimizer(model, OptimConfig()), Progress(cursor=stream.start())
     part, told = limit(steps=2, log_every=2), []
     with Waits() as waits:
-        for _ in steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=start):
+        for _ in steps(Held.alone(model, optimizer, start), stream, lambda _: 1.0, config=part, device=DEVICE):
             told.append((list(reads), list(waits.made)))
             reads.clear()
             waits.made.clear()
@@ -407,7 +404,7 @@ def test_resuming_levels_changes_nothing(corpus, cut):
 
     def some(model: nn.Module, optimizer: MultiPeriodOptimizer, start: Progress, n_until: int) -> list[Step]:
         part = limit(steps=n_until, grad_accum_steps=2)
-        return list(steps(model, stream, optimizer, lambda _: 1.0, config=part, device=DEVICE, start=start))
+        return list(steps(Held.alone(model, optimizer, start), stream, lambda _: 1.0, config=part, device=DEVICE))
 
     whole, first, second = (with_levels() for _ in range(3))
     optimizers = [build_optimizer(model, OptimConfig(lr=0.01)) for model in (whole, first, second)]

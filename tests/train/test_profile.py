@@ -32,6 +32,7 @@ from meristem.train.config import ProfileConfig, TrainConfig
 from meristem.train.loop import steps
 from meristem.train.profile import activities, profiled
 from meristem.train.progress import Progress
+from meristem.train.state import Held
 
 CPU = torch.device("cpu")
 
@@ -168,7 +169,7 @@ def trained(
     limits = TrainConfig(max_time=None, steps=8)
     start, numbers = Progress(cursor=stream.start()), []
     with profiled(config, directory, CPU, emit) as tick:
-        for step in steps(model, stream, optimizer, lambda _: 1.0, config=limits, device=device, start=start):
+        for step in steps(Held.alone(model, optimizer, start), stream, lambda _: 1.0, config=limits, device=device):
             numbers.append((step.loss_nats, step.grad_norm, step.rate, step.n_targets))
             tick(step.progress.step)
     return numbers, list(model.parameters())

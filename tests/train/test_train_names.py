@@ -23,7 +23,7 @@ PUBLIC = {
         *("StepStats", "Guard", "Verdict", "observe", "observe_held_out"),
         *("DETECTORS", "Detector", "Figures", "History", "Baseline"),
     },
-    "loop": {"Step", "GradientSource", "steps"},
+    "loop": {"Step", "steps"},
     "loss": {"cross_entropy"},
     "config": {
         *(
@@ -38,6 +38,7 @@ PUBLIC = {
     },
     "profile": {"N_ROWS", "PHASES", "Tick", "activities", "profiled", "table"},
     "progress": {"Progress"},
+    "state": {"Held", "Holder", "TrainingState"},
     "rollback": {
         *("Tier", "TierName", "Act", "Attempt", "restore", "Rollbacks", "Latency"),
         *("FAST", "FULL", "BOUNDS_S", "USUAL", "n_snapshots", "most_bytes"),

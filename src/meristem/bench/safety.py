@@ -28,10 +28,9 @@ def safety(n_repeats: int) -> Iterator[Row]:
         opened(config, Path(place) / "run", Console(json=True), is_new=True) as run,
     ):
         job = prepare_job(run, config, None)
-        start, sound = begin(run, job, "never", None)
-        with recovery(run, job, start, sound) as shelter:
+        with recovery(run, job, begin(run, job, "never", None)) as shelter:
             watched_s = step_s = 0.0
-            for step in training_steps(job, start):
+            for step in training_steps(job):
                 began = time.perf_counter()
                 shelter.check(step)
                 watched_s += time.perf_counter() - began
@@ -41,9 +40,9 @@ def safety(n_repeats: int) -> Iterator[Row]:
                 # The first interval is the warm-up of everything.
                 if step.progress.step > N_STEPS:
                     shares.append(watched_s / step_s)
-                    saves.append(_seconds(partial(shelter.save, step.progress, reason="interval", metrics={})))
+                    saves.append(_seconds(partial(shelter.save, reason="interval", metrics={})))
                     shelter.wait()
-                    copies.append(_seconds(partial(shelter.snapshot, step.progress, "interval")))
+                    copies.append(_seconds(partial(shelter.snapshot, "interval")))
                 watched_s = step_s = 0.0
     share, save, copy = statistics.median(shares), statistics.median(saves), statistics.median(copies)
     note = f"one snapshot in {N_STEPS} steps; each step watched"

@@ -5,20 +5,19 @@ import importlib.metadata
 import math
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from meristem.checkpoint.atomic import read_in, sha256
+from meristem.checkpoint.migrate import migrated, require_readable, schema_version
+from meristem.checkpoint.migrate import version as version_of
 from meristem.config import canonical
-from meristem.errors import CheckpointCorrupt, CheckpointTooNew
+from meristem.errors import CheckpointCorrupt
 
 FILE = "manifest.json"
-VERSION = 1
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""Entry n turns a manifest of version n into one of version n + 1."""
 
 _HEADER: dict[str, object] = {
     "run": None,
@@ -46,12 +45,13 @@ def build(step: int, header: Mapping[str, object], files: list[dict[str, object]
     unknown = sorted(set(header) - set(_HEADER))
     if unknown:
         raise ValueError(f"unknown header fields {unknown}; known are {sorted(_HEADER)}")
-    manifest: dict[str, Any] = {"schema": f"meristem.checkpoint/{VERSION}", "step": step}
+    version = version_of(FILE)
+    manifest: dict[str, Any] = {"schema": f"meristem.checkpoint/{version}", "step": step}
     manifest |= {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")}
     manifest |= _HEADER | dict(header) | {"files": files}
     manifest |= _finite(manifest["metrics"])
     manifest |= {"torch": importlib.metadata.version("torch"), "python": platform.python_version()}
-    manifest |= {"compat": {"min_reader": VERSION}}
+    manifest |= {"compat": {"min_reader": version}}
     return manifest | {"manifest_sha256": sha256(canonical(manifest))}
 
 
@@ -66,40 +66,36 @@ def read(directory: Path, descriptor: int) -> dict[str, Any]:
     """The verified manifest of ``directory``, brought to today's version. Its files are not looked at.
 
     descriptor: of the open directory.
+    CheckpointTooNew names what a later meristem saved: the manifest itself, or one of the files by its version.
     """
     try:
-        manifest = orjson.loads(read_in(descriptor, FILE))
+        manifest: dict[str, Any] = orjson.loads(read_in(descriptor, FILE))
     except FileNotFoundError:
         raise corrupt(directory, f"there is no {FILE}, so it was never finished") from None
     except (OSError, orjson.JSONDecodeError) as cause:
         raise corrupt(directory, f"{FILE} cannot be read: {cause}") from cause
     version = _version(directory, manifest)
-    if version > VERSION:
-        raise CheckpointTooNew(
-            f"checkpoint {directory} is written in schema version {version}; this meristem reads up to {VERSION}. "
-            f"Update meristem to read it.",
-            path=str(directory),
-            version=version,
-        )
+    require_readable(FILE, version, f"checkpoint {directory}")
     said = manifest.get("manifest_sha256")
     if said != sha256(canonical({key: value for key, value in manifest.items() if key != "manifest_sha256"})):
         raise corrupt(directory, f"{FILE} does not match the hash it carries")
-    for older in range(version, VERSION):
-        manifest = MIGRATIONS[older](manifest)
+    today = {"schema": f"meristem.checkpoint/{version_of(FILE)}"}
+    manifest = migrated(FILE, manifest, version, f"checkpoint {directory}") | today
     for file in manifest["files"]:
+        require_readable(file["path"], file["version"], f"checkpoint {directory}")
         if not _NAME.fullmatch(file["path"]):
             raise corrupt(directory, f"{FILE} names the file {file['path']!r}, which is not a plain name")
-    return dict(manifest)
+    return manifest | {name: default for name, default in _HEADER.items() if name not in manifest}
 
 
 def _version(directory: Path, manifest: object) -> int:
     """The version a reader must know: that of the schema, or a higher one that the manifest asks for."""
     if isinstance(manifest, dict):
-        match = re.fullmatch(r"meristem\.checkpoint/(\d+)", str(manifest.get("schema")))
+        said = schema_version(manifest.get("schema"), "checkpoint")
         compat = manifest.get("compat")
         wanted = compat.get("min_reader") if isinstance(compat, dict) else None
-        if match and isinstance(wanted, int) and min(int(match[1]), wanted) >= 1:
-            return max(int(match[1]), wanted)
+        if said and isinstance(wanted, int) and wanted >= 1:
+            return max(said, wanted)
     raise corrupt(directory, f"{FILE} is not a manifest of schema meristem.checkpoint")
 
 

@@ -15,8 +15,9 @@ from typing import Any, Literal, Self
 import filelock
 import orjson
 
+from meristem.checkpoint import migrate
 from meristem.checkpoint.atomic import disk_full, write_atomic
-from meristem.errors import RunError, RunInUse
+from meristem.errors import CheckpointTooNew, RunError, RunInUse
 from meristem.events import Emit, Event
 
 FILE = "run.json"
@@ -28,7 +29,7 @@ DEAD_AFTER_S = 120.0
 End = Literal["finished", "failed", "interrupted"]
 
 _FIELDS: dict[str, object] = {
-    "schema": "meristem.run/1",
+    "schema": f"meristem.run/{migrate.version(FILE)}",
     "id": None,
     "name": None,
     "parent": None,
@@ -141,10 +142,17 @@ class RunManifest:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The fields of ``run.json``. A run that should be alive but has not said so for two minutes has ``died``."""
+    """The fields of ``run.json``; absent ones have their default.
+
+    A run that should be alive but has not said so for two minutes has ``died``.
+    """
     path = directory / FILE
     try:
-        content: dict[str, Any] = _FIELDS | orjson.loads(path.read_bytes())
+        saved = _FIELDS | orjson.loads(path.read_bytes())
+        version = migrate.schema_version(saved["schema"], "run")
+        if version is None:
+            raise ValueError(f"its schema is {saved['schema']!r}")
+        content: dict[str, Any] = migrate.migrated(FILE, saved, version, path) | {"schema": _FIELDS["schema"]}
         strange = [name for name, kind in _KINDS.items() if not isinstance(content[name], kind)]
         if strange:
             raise TypeError(f"{', '.join(strange)} of another type than expected")
@@ -156,6 +164,8 @@ def read(directory: Path) -> dict[str, Any]:
             f"{directory} holds no {FILE}, so it is no run directory. `meristem runs ls` shows them.",
             path=str(directory),
         ) from None
+    except CheckpointTooNew as cause:
+        raise RunError(str(cause), path=str(path)) from cause
     except (OSError, ValueError, KeyError, TypeError) as cause:
         raise RunError(
             f"{path} cannot be read as a run manifest: {cause!r}. Mend or remove that file.", path=str(path)

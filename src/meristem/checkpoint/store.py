@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from meristem.checkpoint import manifest as manifests
+from meristem.checkpoint import migrate
 from meristem.checkpoint.atomic import (
     PARTIAL,
     disk_full,
@@ -40,7 +41,7 @@ from meristem.checkpoint.atomic import (
 from meristem.checkpoint.manifest import corrupt
 from meristem.checkpoint.tensors import write_tensors
 from meristem.checkpoint.values import to_json
-from meristem.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, NoCheckpoint
+from meristem.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, CheckpointTooNew, NoCheckpoint
 from meristem.events import Emit, Event
 
 INDEX = "index.json"
@@ -74,6 +75,8 @@ def age_order(entry: Entry) -> tuple[int, str, int]:
 class Checkpoint:
     """A verified checkpoint. Tensors are mapped from the file on the CPU when asked for.
 
+    What an earlier meristem saved is given as today's saves it (``migrate``).
+
     descriptors: of its files, by name; they are closed with the last reference to this. What was verified can be read
         as long, also where it is deleted meanwhile.
     """
@@ -96,23 +99,34 @@ class Checkpoint:
 
     def tree(self, name: str) -> dict[str, Tensor]:
         """The tensors saved as tree ``name``, on the CPU."""
-        file = self._file(name, "tree")
-        try:
-            return load_file(f"/dev/fd/{self.descriptors[file]}")
-        except SafetensorError as cause:
-            raise corrupt(self.path, f"{file} is not a safetensors file: {cause}") from cause
+        return dict(self._today(self._file(name, "tree")))
 
     def value(self, name: str) -> Any:
         """The plain value saved as ``name``."""
-        file = self._file(name, "value")
-        try:
-            return orjson.loads(read_all(self.descriptors[file]))
-        except orjson.JSONDecodeError as cause:
-            raise corrupt(self.path, f"{file} is not JSON: {cause}") from cause
+        return self._today(self._file(name, "value"))
+
+    def settings(self) -> dict[str, Any]:
+        """The nested settings of the run, by today's keys."""
+        return migrate.settings(self.file("config.yaml").decode(), self.path / "config.yaml")
 
     def file(self, name: str) -> bytes:
         """The bytes saved as file ``name``."""
         return read_all(self.descriptors[self._file(name, "file")])
+
+    def _today(self, file: str) -> Any:
+        version = next(entry["version"] for entry in self.manifest["files"] if entry["path"] == file)
+        return migrate.migrated(file, self._as_saved(file), version, self.path, self._as_saved)
+
+    def _as_saved(self, file: str) -> Any:
+        """Tensors or plain value of a file, as they were written; None where there is no such file."""
+        if file not in self.descriptors:
+            return None
+        descriptor, is_tree = self.descriptors[file], file.endswith(".safetensors")
+        try:
+            return load_file(f"/dev/fd/{descriptor}") if is_tree else orjson.loads(read_all(descriptor))
+        except (SafetensorError, orjson.JSONDecodeError) as cause:
+            kind = "a safetensors file" if is_tree else "JSON"
+            raise corrupt(self.path, f"{file} is not {kind}: {cause}") from cause
 
     def _file(self, name: str, role: str) -> str:
         held = {_stem(file): file["path"] for file in self.manifest["files"] if file["role"] == role}
@@ -181,7 +195,8 @@ def save(
 
 
 def _written(path: str, role: str, size_bytes: int, digest: str) -> dict[str, object]:
-    return {"path": path, "size_bytes": size_bytes, "sha256": digest, "role": role}
+    version = migrate.version(path)
+    return {"path": path, "size_bytes": size_bytes, "sha256": digest, "role": role, "version": version}
 
 
 def _aside(final: Path, ending: str) -> Path:
@@ -329,7 +344,7 @@ def _readable(root: Path, passed_over: dict[Path, str]) -> list[Entry]:
     for path in _directories(root):
         try:
             found.append(_entry(path))
-        except NoCheckpoint:
+        except (NoCheckpoint, CheckpointTooNew):
             raise
         except CheckpointError as error:
             passed_over[path] = str(error)
@@ -372,7 +387,8 @@ def verify(path: Path) -> list[str]:
 def newest(root: Path, emit: Emit, refusal: Callable[[Checkpoint], str | None] = lambda _: None) -> Checkpoint | None:
     """The newest checkpoint under ``root`` that is whole, and for which ``refusal`` knows no reason against it.
 
-    Each one that is passed over is ``checkpoint.skipped``.
+    Each one that is passed over is ``checkpoint.skipped``. One that a later meristem saved is an error instead: to go
+    on from an older one, or to begin afresh, would abandon what it holds.
     """
 
     def choose() -> tuple[Checkpoint | None, dict[Path, str]]:
@@ -381,7 +397,7 @@ def newest(root: Path, emit: Emit, refusal: Callable[[Checkpoint], str | None] =
             try:
                 checkpoint = open_checkpoint(entry.path)
                 reason = refusal(checkpoint)
-            except NoCheckpoint:
+            except (NoCheckpoint, CheckpointTooNew):
                 raise
             except CheckpointError as error:
                 reason = str(error)

@@ -24,6 +24,7 @@ REGISTRIES: Final = (
     "meristem.memory.features:features",
     "meristem.memory.forms:forms",
     "meristem.models.build:models",
+    "meristem.models.topology:changes",
     "meristem.models.lm:mixers",
     "meristem.drills.catalogue:drills",
 )

@@ -115,14 +115,10 @@ def diff(first: Run, second: Run, as_json: Json = False) -> None:
 
 
 def _settings(run: Path) -> dict[str, object]:
-    from meristem.config import leaves, read_yaml
+    from meristem.config import leaves
+    from meristem.runs.config import config_of
 
-    path = run / "config.yaml"
-    try:
-        return leaves(read_yaml(path.read_text(encoding="utf-8"), str(path)))
-    except (OSError, UnicodeDecodeError) as cause:
-        reason = cause.strerror if isinstance(cause, OSError) else "it is not UTF-8 text"
-        raise RunError(f"{path} cannot be read: {reason}. Give a run directory.", path=str(path)) from cause
+    return leaves(config_of(run).model_dump(mode="json"))
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from meristem.config.layers import Loaded, load, preset_names, schema, size_names, sized, sources
 from meristem.config.section import ConfigSection
-from meristem.config.text import canonical, dump_yaml, fingerprint, leaves, read_yaml
+from meristem.config.text import canonical, dump_yaml, fingerprint, identity, leaves, read_yaml
 
 __all__ = [
     "Loaded",
@@ -10,6 +10,7 @@ __all__ = [
     "canonical",
     "dump_yaml",
     "fingerprint",
+    "identity",
     "leaves",
     "load",
     "preset_names",

@@ -1,6 +1,6 @@
 """Layers of settings, merged into one validated tree that knows where each leaf came from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -41,6 +41,7 @@ def load(
     overrides: Iterable[str] = (),
     *,
     text: str | None = None,
+    read: Callable[[str, str], dict[str, Any]] = read_yaml,
 ) -> Loaded[P]:
     """Merge the layers, lowest first: defaults, preset, file, environment, overrides; then validate once.
 
@@ -48,12 +49,13 @@ def load(
     overrides: texts ``a.b=c``, the value read as its key takes it (``read_value``). One wins even when it says what the
     default says.
     text: what the file says, where it was read already.
+    read: the settings in the text of ``file``, given with the words that name it.
     """
     layers = []
     if preset is not None:
         layers += [_whole(told.settings, told.place) for told in _lineage(preset)]
     if file is not None:
-        layers.append(_whole(_file(file, text), f"file {file}"))
+        layers.append(_whole(_file(file, text, read), f"file {file}"))
     layers.append(_environment(root, environment or {}))
     layers.append(_overrides(root, overrides))
     merged: dict[str, Any] = {}
@@ -149,7 +151,7 @@ def _split(preset: str) -> tuple[str, str]:
     )
 
 
-def _file(path: Path, text: str | None) -> dict[str, Any]:
+def _file(path: Path, text: str | None, read: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:
     try:
         text = text if text is not None else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as cause:
@@ -157,7 +159,7 @@ def _file(path: Path, text: str | None) -> dict[str, Any]:
         raise ConfigError(
             f"the config file {path} cannot be read: {reason}. Give a YAML file.", path=str(path)
         ) from cause
-    return read_yaml(text, f"file {path}")
+    return read(text, f"file {path}")
 
 
 def _whole(mapping: dict[str, Any], place: str) -> Layer:

@@ -9,7 +9,13 @@ from meristem.config.kinds import require_numbers
 
 
 class ConfigSection(BaseModel):
-    """The frozen settings of one room. An unknown key is an error, and so is a number that is not finite."""
+    """The frozen settings of one room. An unknown key is an error, and so is a number that is not finite.
+
+    outside_identity: the keys that change nothing of what is trained. A run is still the same where these are others
+        (``config.identity``). Every section of the settings of a run declares it.
+    """
+
+    outside_identity: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 

@@ -28,6 +28,11 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
+def identity(settings: ConfigSection) -> str:
+    """The fingerprint of all settings that change what is trained: the same command goes on where it is the same."""
+    return fingerprint(_inside(settings))
+
+
 def leaves(tree: object, path: str = "") -> dict[str, object]:
     """Dotted path to value for everything in nested mappings that is not itself a filled mapping."""
     if not isinstance(tree, Mapping) or (path and not tree):
@@ -120,6 +125,12 @@ class _TextReader(_Reader):
     """The same, but every plain scalar is text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+def _inside(settings: ConfigSection) -> dict[str, Any]:
+    plain = settings.model_dump(mode="json")
+    kept = {key: getattr(settings, key) for key in plain if key not in settings.outside_identity}
+    return {key: _inside(value) if isinstance(value, ConfigSection) else plain[key] for key, value in kept.items()}
 
 
 def _parsed(text: str, source: str, reader: type[_Reader] = _Reader) -> Any:

@@ -1,7 +1,7 @@
 """Settings of the text: where it comes from, how it is cut into tokens, and in which order it is read."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,8 @@ Documents = Literal["join", "within"]
 class TokenizerConfig(ConfigSection):
     """How text becomes ids."""
 
+    outside_identity: ClassVar = frozenset()
+
     kind: Literal["byte", "bpe"] = Field(
         default="byte", description="byte: 256 ids, one per byte; bpe: byte pairs learned from the training text"
     )
@@ -23,6 +25,8 @@ class TokenizerConfig(ConfigSection):
 
 class DataConfig(ConfigSection):
     """The text, its division, and the order in which windows are visited."""
+
+    outside_identity: ClassVar = frozenset({"root", "download", "mirror"})
 
     source: str = Field(
         default="stdlib",

@@ -1,6 +1,6 @@
 """What the arithmetic runs on, and in which numbers."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,8 @@ from meristem.config import ConfigSection
 
 class DeviceConfig(ConfigSection):
     """Device and dtypes. ``auto`` takes what is best here and says so; what is named must be there."""
+
+    outside_identity: ClassVar = frozenset({"device", "compile", "threads"})
 
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     param_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype in which parameters are kept")

@@ -43,12 +43,15 @@ def random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def restore_random_state(values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], emit: Emit = silent) -> None:
     """Put all global generators back where ``random_state`` found them.
 
-    The state of an accelerator that is not here is left out, as the event ``degraded``: a run may go on elsewhere.
+    A generator of which nothing was kept stays as it is. The state of an accelerator that is not here is left out, as
+    the event ``degraded``: a run may go on elsewhere.
     """
-    python, numpy_state = values["python"], values["numpy"]
-    random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
-    words = np.asarray(numpy_state["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**numpy_state, "state": {"key": words, "pos": numpy_state["state"]["pos"]}})
+    python, numpy_state = values.get("python"), values.get("numpy")
+    if python:
+        random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
+    if numpy_state:
+        words = np.asarray(numpy_state["state"]["key"], dtype=np.uint32)
+        np.random.set_state({**numpy_state, "state": {"key": words, "pos": numpy_state["state"]["pos"]}})
     here = available()
     left_out = sorted(name for name in tensors if name not in here)
     for name, saved in tensors.items():

@@ -84,6 +84,21 @@ def unflatten(flat: Mapping[str, torch.Tensor | int]) -> State:
     return state
 
 
+def as_tensors(state: State) -> dict[str, torch.Tensor]:
+    """Every leaf by its path, host integers as tensors without axes: what a file can hold."""
+    return {
+        name: leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf) for name, leaf in flatten(state).items()
+    }
+
+
+def from_tensors(saved: Mapping[str, torch.Tensor]) -> State:
+    """The inverse of ``as_tensors``; leaves come before groups, as in a memory that was never saved."""
+    flat = sorted(saved.items(), key=lambda item: item[0].count("."))
+    return unflatten(
+        {name: int(leaf) if leaf.dim() == 0 and leaf.dtype == torch.int64 else leaf for name, leaf in flat}
+    )
+
+
 def size_bytes(state: State) -> int:
     """Bytes that the tensors of a state hold."""
     return sum(leaf.numel() * leaf.element_size() for leaf in flatten(state).values() if isinstance(leaf, torch.Tensor))

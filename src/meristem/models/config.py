@@ -1,6 +1,6 @@
 """The settings of a model."""
 
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,8 @@ OUR_MIXERS: Final = frozenset({"attention", "mag", "mac", "mal", "memory", "self
 class LayerConfig(ConfigSection):
     """What one layer has of its own; null is what the model or its memory says."""
 
+    outside_identity: ClassVar = frozenset()
+
     mixer: Annotated[str | None, Field(description="What mixes tokens in this layer.")] = None
     rule: Annotated[str | None, Field(description="The rule of its memory.")] = None
     retention: Annotated[str | None, Field(description="What becomes of its old memory.")] = None
@@ -63,6 +65,8 @@ class LayerConfig(ConfigSection):
 
 class ModelConfig(ConfigSection):
     """Which model, and how large. A key that the chosen model does not read may stand at its default only."""
+
+    outside_identity: ClassVar = frozenset()
 
     name: Annotated[str, Field(description="A registered model: lm, charformer, charrnn, chargru.")] = "lm"
     dim: Annotated[int, Field(ge=1, description="Width of the residual stream.")] = 128

@@ -4,18 +4,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from meristem.checkpoint.store import Checkpoint, find
-from meristem.config import read_yaml
 from meristem.data.tokenizer import Tokenizer, tokenizer_from_bytes
 from meristem.errors import CheckpointMismatch
 from meristem.events import Emit, silent
+from meristem.memory.forms.replay import replayed
+from meristem.memory.state import State
 from meristem.models.build import build
 from meristem.models.config import ModelConfig
+from meristem.models.topology import Topology, from_json
 from meristem.nn.config import MemoryConfig
-from meristem.nn.memory import RandomMap
+from meristem.nn.memory import NeuralMemory, RandomMap
 
 
 class Loaded(NamedTuple):
@@ -35,7 +38,7 @@ def load(path: Path | str, emit: Emit = silent) -> Loaded:
 
 def load_opened(checkpoint: Checkpoint) -> Loaded:
     """The same of a checkpoint that was found already."""
-    config = read_yaml(checkpoint.file("config.yaml").decode(), f"{checkpoint.path}/config.yaml")
+    config = checkpoint.settings()
     tokenizer = tokenizer_from_bytes(checkpoint.file("tokenizer.json"))
     try:
         model_part = ModelConfig.model_validate(config.get("model", {}))
@@ -48,9 +51,38 @@ def load_opened(checkpoint: Checkpoint) -> Loaded:
             path=str(checkpoint.path),
             step=checkpoint.step,
         ) from cause
-    model = build(model_part, memory_part, tokenizer.vocab_size, random_seed=0)
+    model = build(model_part, memory_part, tokenizer.vocab_size, random_seed=0, topology=topology_of(checkpoint))
     put_weights(model, checkpoint.tree("model"), checkpoint)
     return Loaded(model, tokenizer)
+
+
+@torch.no_grad()
+def of_today(model: nn.Module, state: State) -> State:
+    """A saved state as the model goes on from it: chunks left unfinished up to e97c871 become those of today."""
+    memories = {numbers(path): module for path, module in model.named_modules() if isinstance(module, NeuralMemory)}
+    return _of_today(state, (), memories)
+
+
+def _of_today(state: State, at: tuple[int, ...], memories: Mapping[tuple[int, ...], NeuralMemory]) -> State:
+    after: State = {}
+    for name, inner in state.items():
+        place = (*at, int(name)) if name.isdecimal() else at
+        if name == "memory" and place in memories:
+            memory = memories[place]
+            after[name] = replayed(inner, memory.rule, form=memory.form, chunk=memory.chunk)
+        else:
+            after[name] = _of_today(inner, place, memories) if isinstance(inner, dict) else inner
+    return after
+
+
+def numbers(path: str) -> tuple[int, ...]:
+    """Layer and level, which a state and the modules of a model count alike."""
+    return tuple(int(name) for name in path.split(".") if name.isdecimal())
+
+
+def topology_of(checkpoint: Checkpoint) -> Topology:
+    """The changes of structure that a saved model went through; none where the checkpoint has no log of them."""
+    return from_json(checkpoint.value("topology")) if checkpoint.has("topology") else ()
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:

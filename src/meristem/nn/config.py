@@ -1,6 +1,6 @@
 """The settings of the memory inside a layer."""
 
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,8 @@ from meristem.errors import ConflictingKeys, DeadKey
 
 class MemoryCacheConfig(ConfigSection):
     """Whether the memories of earlier segments are kept, and how a token reads them beside the running one."""
+
+    outside_identity: ClassVar = frozenset()
 
     read: Annotated[
         Literal["none", "sum", "gated", "soup", "sparse"],
@@ -91,6 +93,8 @@ def _refuse(section: str, found: ConfigSection, mistakes: list[str]) -> None:
 class LevelsConfig(ConfigSection):
     """Memories side by side that learn at different speeds; one level is the plain memory."""
 
+    outside_identity: ClassVar = frozenset()
+
     count: Annotated[int, Field(ge=1, description="How many levels.")] = 1
     periods: Annotated[
         tuple[int, ...] | None, Field(description="Tokens between two writes of each level; null for 1, 8, 64, ...")
@@ -163,6 +167,8 @@ class LevelsConfig(ConfigSection):
 class CMSConfig(ConfigSection):
     """Feed-forward layers on each other whose weights are stepped at different speeds."""
 
+    outside_identity: ClassVar = frozenset()
+
     count: Annotated[int, Field(ge=1, description="How many levels.")] = 2
     periods: Annotated[
         tuple[int, ...] | None,
@@ -198,6 +204,8 @@ class CMSConfig(ConfigSection):
 
 class SelfReferenceConfig(ConfigSection):
     """Memories that make the keys, values, write rates and retain factors of a memory (memory.md 7)."""
+
+    outside_identity: ClassVar = frozenset()
 
     setting: Annotated[
         Literal["static", "adaptive", "self_generated"],
@@ -242,6 +250,8 @@ class SelfReferenceConfig(ConfigSection):
 
 class MemoryConfig(ConfigSection):
     """Which rule a memory follows, how it is run, and how its gates begin."""
+
+    outside_identity: ClassVar = frozenset()
 
     rule: Annotated[
         str,

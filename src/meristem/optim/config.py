@@ -1,7 +1,7 @@
 """Settings of the outer optimizer and its schedule."""
 
 import math
-from typing import Final, Literal, Self, TypeAlias, get_args
+from typing import ClassVar, Final, Literal, Self, TypeAlias, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,6 +33,8 @@ class OptimConfig(ConfigSection):
 
     The defaults suit matrices of width 128 to 512.
     """
+
+    outside_identity: ClassVar = frozenset()
 
     name: Literal["adamw", "sgd", "muon", "adamuon", "adamuon_raw", "m3"] = Field(
         default="adamw",
@@ -102,6 +104,8 @@ class OptimConfig(ConfigSection):
 
 class ScheduleConfig(ConfigSection):
     """How the rate moves. A key that nothing reads with the chosen unit and shape may stand at its default only."""
+
+    outside_identity: ClassVar = frozenset()
 
     shape: Shape = Field(default="cosine", description="what follows the warm-up: how the rate falls to the floor")
     unit: Literal["share", "steps", "tokens"] = Field(

@@ -103,7 +103,7 @@ def _written(value: Tensor, there: object, owner: Tensor) -> Tensor:
 
 def _clock(optimizer: MultiPeriodOptimizer, saved: Mapping[str, Tensor]) -> Clock:
     """The saved clock; refused unless it counts for the levels that there are."""
-    periods = tuple(saved[PERIODS].tolist()) if PERIODS in saved else (1,)
+    periods = tuple(saved[PERIODS].tolist()) if PERIODS in saved else optimizer.clock.periods
     if periods != optimizer.clock.periods:
         raise CheckpointMismatch(
             f"the saved optimizer has levels of the periods {periods}; this model has {optimizer.clock.periods}. "

@@ -13,13 +13,11 @@ from meristem.config import fingerprint as config_fingerprint
 from meristem.data.prepare import prepare
 from meristem.data.stream import Stream
 from meristem.device.allocator import peak_bytes
-from meristem.device.compile import compile_blocks
 from meristem.device.determinism import be_deterministic
 from meristem.device.lost import answering
 from meristem.device.resolve import NAMES, Device, resolve
 from meristem.distributed.agreement import fingerprint
 from meristem.distributed.config import require_alone
-from meristem.distributed.engine import engine_for
 from meristem.distributed.mesh import joined, own_device
 from meristem.distributed.team import Team
 from meristem.errors import CapabilityError, OutOfDeviceBytes
@@ -27,8 +25,7 @@ from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.evaluate.report import Sample
 from meristem.events import Event
 from meristem.models.build import build
-from meristem.optim.groups import build as build_optimizer
-from meristem.optim.groups import levels
+from meristem.models.load import topology_of
 from meristem.optim.schedule import rate_factor
 from meristem.recipes.plan.report import PlanReport
 from meristem.runs.config import Config
@@ -50,9 +47,10 @@ from meristem.runs.resume import (
     require_same,
     restore,
 )
+from meristem.runs.structure import trainable
 from meristem.sinks.console import Console
 from meristem.train.aggregate import keep_graphs
-from meristem.train.loop import GradientSource, Step, steps
+from meristem.train.loop import Step, steps
 from meristem.train.loss import cross_entropy
 from meristem.train.profile import profiled
 from meristem.train.progress import Progress
@@ -103,13 +101,13 @@ def pretrain(
         with opened(config, directory, view or Console(), is_new=resume == "never", team=team) as run:
             checkpoint = checkpoint_to_resume(run, resume)
             job = (make_job or prepare_job)(run, config, checkpoint)
-            start, safety = begin(run, job, resume, checkpoint)
+            safety = begin(run, job, resume, checkpoint)
             if planned and planned.training:
                 predicted = {"peak_bytes": planned.needed_bytes, "flops_per_token": planned.training.flops_per_token}
                 run.manifest.update(plan={"predicted": predicted, "measured": None})
-            with answering(job.device.device), recovery(run, job, start, safety) as shelter:
-                progress, is_interrupted = train(run, job, shelter, start)
-                return stop(run, shelter, progress) if is_interrupted else finish(run, job, shelter, progress)
+            with answering(job.device.device), recovery(run, job, safety) as shelter:
+                is_interrupted = train(run, job, shelter)
+                return stop(run, job, shelter) if is_interrupted else finish(run, job, shelter)
 
 
 def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
@@ -125,7 +123,8 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
             dtype="fp16",
         )
     run.view.start(f"preparing {config.data.source}")
-    wanted = checkpoint.value("cursor")["fingerprint"] if checkpoint else None
+    saved_cursor = checkpoint.value("cursor") if checkpoint and checkpoint.has("cursor") else {}
+    wanted = saved_cursor.get("fingerprint")
     corpus = prepare(config.data, config.tokenizer, run.emit, partial(_show_preparing, run), wanted=wanted)
     run.view.stop()
     files = corpus.manifest["sources"]
@@ -140,7 +139,8 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
         documents=config.data.documents,
         random_seed=config.run.seed,
     ).share(team.ranks.rank, team.ranks.size)
-    model = build(config.model, config.memory, corpus.tokenizer.vocab_size, config.run.seed)
+    topology = topology_of(checkpoint) if checkpoint else ()
+    model = build(config.model, config.memory, corpus.tokenizer.vocab_size, config.run.seed, topology)
     if checkpoint:
         require_same(config, corpus.tokenizer, checkpoint)
         put_saved_weights(model, checkpoint)
@@ -154,18 +154,8 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     )
     if config.aggregate.how != "mean":
         keep_graphs()
-    compile_blocks(model, config.device, run.emit)
-    engine = engine_for(
-        model,
-        config.distributed,
-        team.sync,
-        slow=[parameter for period, level in levels(model).items() if period > 1 for parameter in level],
-        # A memory that is carried on gives no gradient to what it began from.
-        leaves_out=config.data.order == "sequential",
-    )
-    optimizer = build_optimizer(model, config.optim)
-    optimizer.reduce = None if team.ranks.size == 1 else team.sync.sum
-    return Job(config, device, corpus, stream, model, optimizer, engine)
+    start = Progress(cursor=stream.start())
+    return Job(config, device, corpus, stream, trainable(model, run, config, progress=start, topology=topology))
 
 
 def _device(run: Run, config: Config, checkpoint: Checkpoint | None) -> Device:
@@ -183,13 +173,13 @@ def _show_preparing(run: Run, done_bytes: int, total_bytes: int | None) -> None:
     run.view.update({"": f"{done_bytes / 1e6:.1f} MB"}, progress=share)
 
 
-def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> tuple[Progress, Safety]:
-    """The position to train from; an event says which, and readers then know which records were abandoned."""
-    corpus, config = job.corpus, job.config
-    start, safety = Progress(cursor=job.stream.start()), Safety()
+def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Safety:
+    """Put the job where it goes on; an event says where, and readers then know which records were abandoned."""
+    corpus, config, safety = job.corpus, job.config, Safety()
     if checkpoint:
         saved = Contents.of(checkpoint).of_process(run.team.ranks, config.data.batch_size)
-        start, safety = restore(job, saved, run.emit)
+        safety = restore(job, saved, run.emit)
+    start = job.state.progress
     run.adopt(config)
     run.manifest.update(dataset_fingerprint=corpus.fingerprint, tokenizer_fingerprint=corpus.tokenizer.fingerprint)
     n_parameters = sum(parameter.numel() for parameter in job.model.parameters())
@@ -201,18 +191,15 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> tup
         run.emit(Event("run.started", {"resume": resume, "from": start.step, "n_parameters": n_parameters}))
     where = f"from step {start.step}" if start.step else "from the beginning"
     run.view.note(f"{config.run.name}: {n_parameters:,} parameters, {where}, in {run.directory}")
-    return start, safety
+    return safety
 
 
-def train(run: Run, job: Job, shelter: Recovery, start: Progress) -> tuple[Progress, bool]:
-    """Step until a limit is reached, going back where the run is not sound.
-
-    Gives where the run stands then, and whether it was asked to stop before.
-    """
-    config, progress = job.config, start
-    log = Log(run, job, start)
-    evaluation = Interval(config.eval.every, config.eval.every_s, start.seconds_used)
-    saving = Interval(config.checkpoint.every, config.checkpoint.every_s, start.seconds_used)
+def train(run: Run, job: Job, shelter: Recovery) -> bool:
+    """Step until a limit is reached, going back where the run is not sound. Whether it was asked to stop before."""
+    config, used_s = job.config, job.state.progress.seconds_used
+    log = Log(run, job)
+    evaluation = Interval(config.eval.every, config.eval.every_s, used_s)
+    saving = Interval(config.checkpoint.every, config.checkpoint.every_s, used_s)
     run.view.start(config.run.name)
     traces = profiled(config.profile, run.directory / "profile", job.device.device, run.emit)
     with interruptible() as is_asked, traces as trace:
@@ -221,23 +208,22 @@ def train(run: Run, job: Job, shelter: Recovery, start: Progress) -> tuple[Progr
             return run.team.any(is_asked())
 
         is_interrupted = is_asked_to_stop()
-        while not progress.is_over(config.train) and not is_interrupted:
+        while not job.state.progress.is_over(config.train) and not is_interrupted:
             trouble: RollbackReason | None = None
-            for now, trouble in train_until_trouble(job, shelter, log, progress):
-                progress = now
-                for path in trace(progress.step):
+            for trouble in train_until_trouble(job, shelter, log):
+                for path in trace(job.state.progress.step):
                     run.view.note(f"profile: {path}")
                 if trouble is None:
-                    evaluate_and_save(run, job, shelter, log, progress, evaluation=evaluation, saving=saving)
+                    evaluate_and_save(run, job, shelter, log, evaluation=evaluation, saving=saving)
                 is_interrupted = is_asked_to_stop()
                 if is_interrupted:
                     break
             if trouble:
-                progress = shelter.roll_back(progress, reason=trouble.reason, n_micro_batches=trouble.n_micro_batches)
-                log.rolled_back(progress)
+                shelter.roll_back(reason=trouble.reason, n_micro_batches=trouble.n_micro_batches)
+                log.rolled_back()
         is_interrupted = is_asked_to_stop()
     run.view.stop()
-    return progress, is_interrupted
+    return is_interrupted
 
 
 @dataclass(frozen=True)
@@ -248,56 +234,47 @@ class RollbackReason:
     n_micro_batches: int | None = None
 
 
-def train_until_trouble(
-    job: Job, shelter: Recovery, log: Log, start: Progress
-) -> Iterator[tuple[Progress, RollbackReason | None]]:
-    """Steps from ``start`` on, each watched; the last one with what is wrong, or sound where a limit is reached."""
-    now = start
+def train_until_trouble(job: Job, shelter: Recovery, log: Log) -> Iterator[RollbackReason | None]:
+    """Steps, each watched: what is wrong after it, which ends them, or None; all are sound where a limit is reached."""
     try:
-        for step in training_steps(job, start):
-            now = step.progress
+        for step in training_steps(job):
             log.take(step)
             reason = shelter.check(step)
-            yield now, RollbackReason(reason) if reason else None
+            yield RollbackReason(reason) if reason else None
             if reason:
                 return
     except OutOfDeviceBytes as error:
         if error.fields.get("where") != "step":
             raise
-        yield now, RollbackReason(str(error), n_micro_batches=2 * now.n_micro_batches)
+        yield RollbackReason(str(error), n_micro_batches=2 * job.state.progress.n_micro_batches)
 
 
-def training_steps(job: Job, start: Progress) -> Iterator[Step]:
-    """The steps of a job from ``start`` on."""
-    return steps(
-        job.model,
-        job.stream,
-        job.optimizer,
-        partial(rate_factor, job.config.schedule),
-        config=job.config.train,
-        device=job.device,
-        start=start,
-        teaching=GradientSource(job.config.aggregate, job.engine),
-    )
+def training_steps(job: Job) -> Iterator[Step]:
+    """The steps of a job from where it stands."""
+    config = job.config
+    schedule = partial(rate_factor, config.schedule)
+    return steps(job, job.stream, schedule, config=config.train, device=job.device, aggregate=config.aggregate)
 
 
 def evaluate_and_save(
-    run: Run, job: Job, shelter: Recovery, log: Log, progress: Progress, *, evaluation: Interval, saving: Interval
+    run: Run, job: Job, shelter: Recovery, log: Log, *, evaluation: Interval, saving: Interval
 ) -> None:
     """Evaluate and save after a sound step, where either is due."""
     metrics: dict[str, float] = {}
+    progress = job.state.progress
     if evaluation.is_due(progress) and not run.team.first(shelter.should_skip_eval()):
-        found = measure(run, job, progress, job.config.eval.n_windows)
+        found = measure(run, job, job.config.eval.n_windows)
         shelter.evaluated(progress.step, found.nats)
         metrics, log.held_out = ranked(found), found.bits_per_byte
     if is_best(run, job.config, shelter, metrics):
-        shelter.save(progress, reason="best", metrics=metrics)
+        shelter.save(reason="best", metrics=metrics)
     elif saving.is_due(progress):
-        shelter.save(progress, reason="interval", metrics=metrics)
+        shelter.save(reason="interval", metrics=metrics)
 
 
-def measure(run: Run, job: Job, progress: Progress, n_windows: int, task: str | None = None) -> Likelihood:
+def measure(run: Run, job: Job, n_windows: int, task: str | None = None) -> Likelihood:
     """Read held-out text and record how well it was predicted."""
+    progress = job.state.progress
     with job.engine.whole():
         found = likelihood(
             job.model,
@@ -335,29 +312,30 @@ def is_best(run: Run, config: Config, shelter: Recovery, metrics: dict[str, floa
     return bool(run.team.first(is_better))
 
 
-def stop(run: Run, shelter: Recovery, progress: Progress) -> Result:
+def stop(run: Run, job: Job, shelter: Recovery) -> Result:
     """Leave an interrupted run so that it can go on."""
-    path = shelter.save(progress, reason="signal", metrics={})
+    path = shelter.save(reason="signal", metrics={})
     shelter.wait()
     run.end("interrupted", 130)
+    progress = job.state.progress
     run.view.note(f"Interrupted at step {progress.step}. The same command goes on from there.")
     return Result("interrupted", run.directory, path, progress.step, progress.tokens, progress.seconds_used)
 
 
-def finish(run: Run, job: Job, shelter: Recovery, progress: Progress) -> Result:
+def finish(run: Run, job: Job, shelter: Recovery) -> Result:
     """Use up what waits, save, read more of the held-out text than before, let the model write, and report."""
     job.optimizer.flush()
-    part = job.config.eval
-    metrics = ranked(measure(run, job, progress, part.n_windows))
-    path = shelter.save(progress, reason="final", metrics=metrics)
-    found = measure(run, job, progress, part.n_windows_end, task="end")
+    part, progress = job.config.eval, job.state.progress
+    metrics = ranked(measure(run, job, part.n_windows))
+    path = shelter.save(reason="final", metrics=metrics)
+    found = measure(run, job, part.n_windows_end, task="end")
     with job.engine.whole():
-        samples = write_samples(run, job, progress) if run.team.ranks.is_first else ()
+        samples = write_samples(run, job) if run.team.ranks.is_first else ()
     shelter.wait()
     if not run.team.ranks.is_first:
         run.end("finished", 0)
         return Result("finished", run.directory, path, progress.step, progress.tokens, progress.seconds_used)
-    report = write_report(run, job, progress, found, samples)
+    report = write_report(run, job, found, samples)
     measured = {
         "peak_bytes": peak_bytes(job.device.device),
         "tokens_per_s": progress.tokens / max(progress.seconds_used, 1e-9),

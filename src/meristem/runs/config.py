@@ -3,10 +3,11 @@
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final, Self
+from typing import ClassVar, Final, Self
 
 from pydantic import Field, model_validator
 
+from meristem.checkpoint import migrate
 from meristem.checkpoint.config import CheckpointConfig
 from meristem.config import ConfigSection, Loaded, load
 from meristem.data.config import DataConfig, TokenizerConfig
@@ -28,6 +29,8 @@ MEASURED: Final = ("val/bits_per_byte", "val/nats")
 class RunConfig(ConfigSection):
     """What a run is called, where it stands, and what its random numbers come from."""
 
+    outside_identity: ClassVar = frozenset({"name", "dir", "deterministic"})
+
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the run")
     dir: Path = Field(default=Path("runs"), description="directory in which runs get their own")
     seed: int = Field(default=0, ge=0, description="from which every random stream of the run derives")
@@ -36,6 +39,8 @@ class RunConfig(ConfigSection):
 
 class Config(ConfigSection):
     """Everything that can be set. Each part stands beside the code that reads it."""
+
+    outside_identity: ClassVar = frozenset({"distributed", "profile", "eval", "checkpoint", "sinks"})
 
     run: RunConfig = RunConfig()
     device: DeviceConfig = DeviceConfig()
@@ -150,7 +155,13 @@ def load_config(
         text=text,
         environment=environment,
         overrides=overrides,
+        read=migrate.settings,
     )
+
+
+def config_of(directory: Path) -> Config:
+    """The settings that a run or a checkpoint was saved with; keys that there were not yet have their default."""
+    return load_config(str(directory / "config.yaml"), (), {}).tree
 
 
 def is_preset(preset_or_file: str) -> bool:

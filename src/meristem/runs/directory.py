@@ -13,16 +13,17 @@ from types import FrameType
 
 import rich.console
 
+from meristem.checkpoint import migrate
 from meristem.checkpoint import run as runs
 from meristem.checkpoint.atomic import write_atomic
 from meristem.checkpoint.run import End, RunLock, RunManifest
-from meristem.config import dump_yaml, fingerprint
+from meristem.config import fingerprint, identity
 from meristem.device.describe import describe
 from meristem.distributed.mesh import Ranks
 from meristem.distributed.team import Team
-from meristem.errors import RunError, exit_code
+from meristem.errors import ConfigError, RunError, exit_code
 from meristem.events import Event
-from meristem.runs.config import Config
+from meristem.runs.config import Config, config_of
 from meristem.sinks.console import Console
 from meristem.sinks.emitter import SCREEN, Emitter, Sink
 from meristem.sinks.records import STREAMS, Records
@@ -62,7 +63,7 @@ class Run:
 
     def adopt(self, config: Config) -> None:
         """From now on this is the configuration of the run."""
-        write_atomic(self.directory / "config.yaml", dump_yaml(config).encode())
+        write_atomic(self.directory / "config.yaml", migrate.settings_text(config).encode())
         self.manifest.update(config_sha256=fingerprint(config), random_seed=config.run.seed)
 
     def end(self, status: End, exit_code: int) -> None:
@@ -72,8 +73,9 @@ class Run:
 
 
 def directory_for(config: Config, resume: str, n_restarts: int = 0) -> Path:
-    """The directory of a run that was given none: the unfinished one of this very configuration, else a new one.
+    """The directory of a run that was given none: the unfinished one that trains the same, else a new one.
 
+    It trains the same where ``config.identity`` is the same, with today's default for a key that there was not yet.
     n_restarts: how often its processes were started again; then it is that which they had.
     They are called ``name``, ``name-2``, ``name-3`` under ``run.dir``.
     """
@@ -89,8 +91,13 @@ def directory_for(config: Config, resume: str, n_restarts: int = 0) -> Path:
 def _is_unfinished(directory: Path, config: Config) -> bool:
     if not (directory / runs.FILE).exists():
         return False
-    manifest = runs.read(directory)
-    return manifest["status"] != "finished" and manifest["config_sha256"] == fingerprint(config)
+    if runs.read(directory)["status"] == "finished":
+        return False
+    try:
+        return identity(config_of(directory)) == identity(config)
+    except ConfigError:
+        # Settings that are none of today's are not these.
+        return False
 
 
 @contextlib.contextmanager

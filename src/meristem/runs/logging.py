@@ -71,9 +71,9 @@ def rank_figures(each_s: list[tuple[float, ...]], n_targets: int) -> dict[str, f
 class Log:
     """Takes every step: records those that log, tells of bad ones, keeps the screen alive."""
 
-    def __init__(self, run: Run, job: Job, start: Progress) -> None:
-        self._run, self._job, self._start = run, job, start
-        self._before, self._recorded = start, start
+    def __init__(self, run: Run, job: Job) -> None:
+        self._run, self._job = run, job
+        self._start = self._before = self._recorded = job.state.progress
         self._shown: float | None = None
         self._memory: dict[str, float] = {}
         self._tokens_per_s = 0.0
@@ -103,10 +103,10 @@ class Log:
         self._show(step)
         self._before = now
 
-    def rolled_back(self, now: Progress) -> None:
+    def rolled_back(self) -> None:
         """The run stands at an earlier step again."""
         # The pace too counts from here: what the process began with may lie ahead again.
-        self._start = self._before = self._recorded = now
+        self._start = self._before = self._recorded = self._job.state.progress
         self._shown, self._each_s = None, []
 
     def _record(self, step: Step) -> None:

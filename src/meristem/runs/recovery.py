@@ -18,6 +18,7 @@ from meristem.distributed.shards import is_part, local_by_name
 from meristem.distributed.team import Team
 from meristem.errors import Halted, RollbackFailed
 from meristem.events import Event
+from meristem.models.topology import from_json
 from meristem.optim.state import expected_bytes
 from meristem.runs.directory import Run
 from meristem.runs.resume import (
@@ -31,6 +32,7 @@ from meristem.runs.resume import (
     restore,
     write,
 )
+from meristem.runs.structure import rebuilt, trainable
 from meristem.train import rollback
 from meristem.train.config import RollbackConfig
 from meristem.train.emergency import FILE, Level, SharedLevel, Signals, downgraded, quiet, raised
@@ -54,7 +56,7 @@ class Recovery:
     safety: how sound the run is; saved with it.
     """
 
-    def __init__(self, run: Run, job: Job, start: Progress, safety: Safety) -> None:
+    def __init__(self, run: Run, job: Job, safety: Safety) -> None:
         self._run, self._job, self.safety = run, job, safety
         self._config, self._guard_part = job.config.rollback, job.config.guard
         window = job.corpus.tokens("val")[: min(PROBE_TOKENS, job.config.data.seq_len + 1)]
@@ -72,7 +74,7 @@ class Recovery:
             run.emit(Event("journal.undone", {"kind": left.kind, **left.fields}, "warning"))
             self._journal.undo(left.number, "the process ended before it was done")
         self._is_due = self._is_spared = False
-        self.snapshot(start, "start")
+        self.snapshot("start")
 
     def close(self) -> None:
         """Wait for what is still being written."""
@@ -95,7 +97,7 @@ class Recovery:
                 return ", ".join(verdict.detectors)
         self._is_due |= step.progress.step % self._config.snapshot_every == 0
         if self._is_due and step.readings:
-            self.snapshot(step.progress, "interval")
+            self.snapshot("interval")
         return None
 
     def evaluated(self, step: int, nats: float) -> None:
@@ -112,15 +114,15 @@ class Recovery:
         self._is_spared = not self._is_spared
         return self._is_spared
 
-    def save(self, progress: Progress, *, reason: str, metrics: dict[str, float]) -> Path:
+    def save(self, *, reason: str, metrics: dict[str, float]) -> Path:
         """Have a checkpoint written beside the training, which waits for no more than one copy in memory."""
         self._job.optimizer.gather_pending(is_first=self._run.team.ranks.is_first)
-        taken = self.snapshot(progress, "save")
+        taken, progress = self.snapshot("save"), self._job.state.progress
         if self._ring and taken:
             saved, held = Contents(taken.trees, taken.values), self._ring.pinned(taken)
         else:
-            saved, held = contents(self._job, progress, self.safety, self._probe()), None
-        saved = gathered(self._job, progress, saved)
+            saved, held = contents(self._job, self.safety, self._probe()), None
+        saved = gathered(self._job, saved)
         path = self._run.checkpoints / f"step-{progress.step:08d}"
         if not self._run.team.ranks.is_first:
             return path
@@ -142,28 +144,29 @@ class Recovery:
             self._saver.wait()
         return path
 
-    def snapshot(self, progress: Progress, tag: str) -> Snapshot | None:
+    def snapshot(self, tag: str) -> Snapshot | None:
         """A snapshot of the run as it is; None where none are kept."""
         self._is_due = False
         self._run.team.require_alike(weight for weight in self._job.model.parameters() if not is_part(weight))
         if self._ring is None:
             return None
         probe_nats = self._probe()
-        saved = contents(self._job, progress, self.safety, probe_nats)
+        saved, step = contents(self._job, self.safety, probe_nats), self._job.state.progress.step
         is_valid = self.safety.guard.is_quiet and math.isfinite(probe_nats)
-        return self._ring.take(saved.trees, saved.values, step=progress.step, tag=tag, is_valid=is_valid)
+        return self._ring.take(saved.trees, saved.values, step=step, tag=tag, is_valid=is_valid)
 
     def wait(self) -> None:
         """Until every checkpoint is on the disk; raises what kept one from getting there."""
         self._saver.wait()
 
-    def roll_back(self, now: Progress, *, reason: str, n_micro_batches: int | None = None) -> Progress:
-        """An earlier state of the run, put in place, with something changed so that it does not end here again.
+    def roll_back(self, *, reason: str, n_micro_batches: int | None = None) -> None:
+        """Put an earlier state of the run in place, with something changed so that it does not end here again.
 
         n_micro_batches: what is changed is only into how many parts a batch is cut; the text is read again as it was.
         Raises RollbackFailed where there is no way back, and Halted where going back has not helped.
         """
         self._saver.wait()
+        now = self._job.state.progress
         rollbacks = self.safety.rollbacks.panicked(now.step, sound_after=self._config.sound_after)
         number = self._journal.begin("rollback", {"step": now.step, "reason": reason})
         try:
@@ -174,7 +177,8 @@ class Recovery:
             raise
         safety = found.safety
         self.safety = replace(safety, rollbacks=rollbacks.observed(attempts), emergency=self.safety.emergency)
-        then, changed = self._changed(now, found.progress, rollbacks.n_in_row, n_micro_batches)
+        then, changed = self._changed(now, self._job.state.progress, rollbacks.n_in_row, n_micro_batches)
+        self._job.state = replace(self._job.state, progress=then)
         payload = {
             "resumed_from": then.step,
             "panicked_at": now.step,
@@ -195,14 +199,13 @@ class Recovery:
             self._raise_level(Level.ELEVATED, "rollback_late", "rollback")
         if self._ring:
             self._ring.drop_after(then.step)
-        self.snapshot(then, "rollback")
+        self.snapshot("rollback")
         if rollbacks.n_in_row >= self._config.most_in_row:
             self._halt(then, now, rollbacks.n_in_row)
-        return then
 
     def _halt(self, then: Progress, now: Progress, n_in_row: int) -> None:
         self._raise_level(Level.HALT, "panics_in_row", "rollback")
-        self.save(then, reason="rollback", metrics={})
+        self.save(reason="rollback", metrics={})
         self._saver.wait()
         raise Halted(
             f"the run went back {n_in_row} times in a row, the last time from step {now.step} to {then.step}, and "
@@ -323,16 +326,25 @@ class _Found:
         return f"{self.put_weights()}, {self.put_rest()}"
 
     def put_weights(self) -> str:
-        put_back_weights(self._job, self._saved.trees["model"])
+        """Into the model that is there; where that has another structure by now, into one that is built again."""
+        job, run = self._job, self._run
+        topology = from_json(self._saved.values.get("topology", []))
+        if topology != job.state.topology:
+            vocabulary = job.corpus.tokenizer.vocab_size
+            model = rebuilt(job.config, job.device, vocabulary=vocabulary, topology=topology)
+            job.state = trainable(model, run, job.config, progress=job.state.progress, topology=topology)
+        put_back_weights(job, self._saved.trees["model"])
         return "weights"
 
     def put_rest(self) -> str:
-        self.progress, self.safety = restore(self._job, self._saved, self._run.emit)
-        return f"step {self.progress.step}, batch {self.progress.cursor.position}"
+        self.safety = restore(self._job, self._saved, self._run.emit)
+        progress = self._job.state.progress
+        return f"step {progress.step}, batch {progress.cursor.position}"
 
     def confirm(self) -> str:
         """What the probe costs. Raises RollbackFailed unless that is what it cost when the state was taken."""
-        expected, found = self._saved.values["probe"]["nats"], self._probe()
+        found = self._probe()
+        expected = self._saved.values.get("probe", {}).get("nats", found)
         is_exact = self._job.device.device.type == "cpu"
         if found != expected and (is_exact or not math.isclose(found, expected, rel_tol=1e-4)):
             raise RollbackFailed(
@@ -362,9 +374,9 @@ def _snapshot_buffer(config: RollbackConfig, job: Job, run: Run) -> SnapshotBuff
 
 
 @contextlib.contextmanager
-def recovery(run: Run, job: Job, start: Progress, safety: Safety) -> Iterator[Recovery]:
+def recovery(run: Run, job: Job, safety: Safety) -> Iterator[Recovery]:
     """A shelter for the run while the block lasts."""
-    shelter = Recovery(run, job, start, safety)
+    shelter = Recovery(run, job, safety)
     try:
         yield shelter
     finally:

@@ -20,13 +20,12 @@ from meristem.runs.directory import Run
 from meristem.runs.resume import Job
 from meristem.sinks.records import history
 from meristem.train.config import TrainConfig
-from meristem.train.progress import Progress
 
 PROMPT_TOKENS = 64
 PROMPT_CHARACTERS = 60
 
 
-def write_samples(run: Run, job: Job, progress: Progress) -> tuple[Sample, ...]:
+def write_samples(run: Run, job: Job) -> tuple[Sample, ...]:
     """Let the model write on from beginnings of held-out text."""
     part, tokenizer = job.config.eval, job.corpus.tokenizer
     sampling = Sampling(temperature=part.temperature)
@@ -36,7 +35,7 @@ def write_samples(run: Run, job: Job, progress: Progress) -> tuple[Sample, ...]:
         (tokens_bt,) = job.device.move(torch.tensor([tokenizer.encode(prompt)]))
         drawn = generate(job.model, tokens_bt, max_tokens=part.sample_tokens, sampling=sampling, generator=generator)
         text = tokenizer.decode(token.token_id for token in drawn)
-        run.records.sample(progress.step, prompt, text, {"temperature": part.temperature, "index": index})
+        run.records.sample(job.state.progress.step, prompt, text, {"temperature": part.temperature, "index": index})
         samples.append(Sample(prompt, text))
     return tuple(samples)
 
@@ -58,7 +57,7 @@ def _first_words(text: str) -> str:
     return text[:cut] if cut > 0 else text
 
 
-def write_report(run: Run, job: Job, progress: Progress, found: Likelihood, samples: tuple[Sample, ...]) -> Path:
+def write_report(run: Run, job: Job, found: Likelihood, samples: tuple[Sample, ...]) -> Path:
     """Write ``report.md`` and ``loss.png``; without matplotlib the report goes without its picture, as an event."""
     records = history(run.directory)
     corpus = job.corpus
@@ -68,10 +67,10 @@ def write_report(run: Run, job: Job, progress: Progress, found: Likelihood, samp
     scale = baselines(primer, held_out)
     report = Report(
         title=f"Run {job.config.run.name}",
-        summary=_summary(job, progress, found),
+        summary=_summary(job, found),
         model_bits_per_byte=found.bits_per_byte,
         baselines=scale,
-        facts=_facts(run, job, progress, found),
+        facts=_facts(run, job, found),
         memory=_memory(records),
         samples=samples,
         settings=_settings(job),
@@ -92,7 +91,7 @@ def go_on(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
         (f'meristem sample {place} --prompt "..."', "lets it write on from a text"),
         (f"meristem eval {place} --suite likelihood", "reads all of the held-out text"),
         (
-            f"meristem train {place}/config.yaml {' '.join(lengths) or 'train.budget=30m'} --run-dir {place}",
+            f"meristem train {place}/config.yaml {' '.join(lengths) or 'train.max_time=30m'} --run-dir {place}",
             "trains it for longer",
         ),
     ]
@@ -119,7 +118,8 @@ def _curve(records: list[dict[str, Any]], split: str) -> list[Point]:
     return [(tokens, bits) for tokens, bits in points if bits is not None]
 
 
-def _summary(job: Job, progress: Progress, found: Likelihood) -> str:
+def _summary(job: Job, found: Likelihood) -> str:
+    progress = job.state.progress
     n_parameters = sum(parameter.numel() for parameter in job.model.parameters())
     return (
         f"A model of {n_parameters:,} parameters read {progress.tokens:,} tokens of `{job.corpus.name}` in "
@@ -128,7 +128,8 @@ def _summary(job: Job, progress: Progress, found: Likelihood) -> str:
     )
 
 
-def _facts(run: Run, job: Job, progress: Progress, found: Likelihood) -> list[tuple[str, str]]:
+def _facts(run: Run, job: Job, found: Likelihood) -> list[tuple[str, str]]:
+    progress = job.state.progress
     n_bytes = {split: job.corpus.size_bytes(split) for split in ("train", "val")}
     return [
         ("run", str(run.manifest.content["id"])),

@@ -9,11 +9,11 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from meristem.checkpoint import prune, store
+from meristem.checkpoint import migrate, prune, store
 from meristem.checkpoint import run as runs
 from meristem.checkpoint.snapshots import copy_into
 from meristem.checkpoint.store import Checkpoint
-from meristem.config import dump_yaml, fingerprint, leaves, read_yaml
+from meristem.config import fingerprint, leaves
 from meristem.data.corpus import Corpus
 from meristem.data.stream import Cursor, Stream
 from meristem.data.tokenizer import Tokenizer, tokenizer_from_bytes
@@ -25,32 +25,48 @@ from meristem.distributed.mesh import Ranks
 from meristem.distributed.shards import as_part_of, is_part, local_by_name, whole
 from meristem.errors import CheckpointMismatch, NoCheckpoint, TokenizerMismatch
 from meristem.events import Emit, Event
-from meristem.memory.state import State, flatten, join_rows, map_tensors, take_rows, unflatten
-from meristem.models.load import put_weights
+from meristem.memory.state import State, as_tensors, flatten, from_tensors, join_rows, map_tensors, take_rows
+from meristem.models.load import of_today, put_weights
+from meristem.models.topology import to_json
 from meristem.optim import state as optim_state
 from meristem.optim.multi_period import MultiPeriodOptimizer
-from meristem.runs.config import Config
+from meristem.runs.config import Config, config_of
 from meristem.runs.directory import Run
 from meristem.train.emergency import Emergency
 from meristem.train.guard import Guard
 from meristem.train.progress import Progress
 from meristem.train.rollback import Rollbacks
+from meristem.train.state import TrainingState
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """What is trained, on what, with what.
+    """What is trained, on what, and how far.
 
-    engine: how ``model`` is called so that its gradients are those of all processes.
+    state: all that training changes. It is replaced by assignment, so that ``model``, ``optimizer`` and ``engine`` are
+        those of now and not to be kept from one step to the next.
     """
 
     config: Config
     device: Device
     corpus: Corpus
     stream: Stream
-    model: nn.Module
-    optimizer: MultiPeriodOptimizer
-    engine: Engine
+    state: TrainingState
+
+    @property
+    def model(self) -> nn.Module:
+        """The model of ``state``."""
+        return self.state.model
+
+    @property
+    def optimizer(self) -> MultiPeriodOptimizer:
+        """The optimizer of ``state``."""
+        return self.state.optimizer
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of ``state``."""
+        return self.state.engine
 
 
 @dataclass(frozen=True)
@@ -68,8 +84,10 @@ class Contents:
     def of(cls, checkpoint: Checkpoint) -> Self:
         """What a checkpoint holds; its tensors are mapped from the file."""
         trees = {name: checkpoint.tree(name) for name in ("model", "optim", "random", "memory") if checkpoint.has(name)}
-        names = ("progress", "cursor", "memory_integers", "random", "safety", "probe")
-        return cls(trees, {name: checkpoint.value(name) for name in names if checkpoint.has(name)})
+        names = ("progress", "cursor", "random", "safety", "probe", "topology")
+        values = {name: checkpoint.value(name) for name in names if checkpoint.has(name)}
+        counted = {"step": checkpoint.step, "tokens": checkpoint.manifest["tokens"] or 0}
+        return cls(trees, values | {"progress": counted | values.get("progress", {})})
 
     def of_process(self, ranks: Ranks, n_rows: int) -> Self:
         """What of it one of some processes goes on from: its share of ``n_rows``; and what waits the first offers."""
@@ -78,7 +96,7 @@ class Contents:
         trees = dict(self.trees)
         if "memory" in trees:
             start, stop = (rank * n_rows // ranks.size for rank in (ranks.rank, ranks.rank + 1))
-            trees["memory"] = _tensors(take_rows(dict(trees["memory"]), start, stop))
+            trees["memory"] = as_tensors(take_rows(from_tensors(trees["memory"]), start, stop))
         if not ranks.is_first:
             trees["optim"] = {
                 name: torch.zeros_like(tensor) if name.endswith(f"/{optim_state.PENDING}") else tensor
@@ -101,11 +119,11 @@ class Safety:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """What ``to_json`` wrote."""
+        """What ``to_json`` wrote; what is absent is as in a run that begins."""
         return cls(
-            Guard.from_json(values["guard"]),
-            Rollbacks.from_json(values["rollbacks"]),
-            Emergency.from_json(values["emergency"]),
+            Guard.from_json(values.get("guard", {})),
+            Rollbacks.from_json(values.get("rollbacks", {})),
+            Emergency.from_json(values.get("emergency", {})),
         )
 
 
@@ -166,18 +184,18 @@ def newest_sound(checkpoints: Path, emit: Emit) -> Checkpoint | None:
 
 
 def _unsound(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.has("probe") and checkpoint.value("probe")["nats"] is None:
+    if checkpoint.has("probe") and checkpoint.value("probe").get("nats", 0.0) is None:
         # Spoilt in the last step before it was saved, so that no detector had met it yet.
         return "the probe cost no number when it was saved"
-    is_told = checkpoint.has("safety")
-    if not is_told or Safety.from_json(checkpoint.value("safety")).guard.is_quiet:
+    if not checkpoint.has("safety") or Safety.from_json(checkpoint.value("safety")).guard.is_quiet:
         return None
     return "it was saved while the guard was counting"
 
 
-def contents(job: Job, progress: Progress, safety: Safety, probe_nats: float) -> Contents:
+def contents(job: Job, safety: Safety, probe_nats: float) -> Contents:
     """Everything that the future of this process depends on; tensors are those in use, and not copies."""
-    memory = flatten(progress.memory or {}) if job.config.data.order == "sequential" else {}
+    progress = job.state.progress
+    memory = as_tensors(progress.memory or {}) if job.config.data.order == "sequential" else {}
     random_values, random_tensors = random_state()
     trees: dict[str, Mapping[str, torch.Tensor]] = {
         "model": local_by_name(job.model.state_dict()),
@@ -185,20 +203,20 @@ def contents(job: Job, progress: Progress, safety: Safety, probe_nats: float) ->
         "random": random_tensors,
     }
     if memory:
-        trees["memory"] = _tensors(memory)
+        trees["memory"] = memory
     values = {
         "progress": progress.to_json(),
         "cursor": progress.cursor.to_json(),
-        "memory_integers": {name: leaf for name, leaf in memory.items() if isinstance(leaf, int)},
         "random": random_values,
         "device": {"dtype": NAMES[job.device.dtype]},
         "safety": safety.to_json(),
         "probe": {"nats": probe_nats if math.isfinite(probe_nats) else None},
+        "topology": to_json(job.state.topology),
     }
     return Contents(trees, values)
 
 
-def gathered(job: Job, progress: Progress, saved: Contents) -> Contents:
+def gathered(job: Job, saved: Contents) -> Contents:
     """What was just saved of this process, as that of the run. All processes must call; alone it is the same.
 
     What waits in the optimizer must have been pooled before (``Outer.pool``).
@@ -214,15 +232,14 @@ def gathered(job: Job, progress: Progress, saved: Contents) -> Contents:
             full = ((name, whole(tensor)) for name, tensor in tensors.items())
             trees[tree] = {name: tensor.to("cpu", copy=True) for name, tensor in full if sync.ranks.is_first}
     if "memory" in trees:
-        told = {name: sync.collect(leaf, "memory") for name, leaf in _tensors(progress.memory or {}).items()}
+        told = {
+            name: sync.collect(leaf, "memory")
+            for name, leaf in flatten(job.state.progress.memory or {}).items()
+            if isinstance(leaf, torch.Tensor)
+        }
         each: list[State] = [{name: rows[rank] for name, rows in told.items()} for rank in range(sync.ranks.size)]
-        trees["memory"] = _tensors(join_rows(each))
+        trees["memory"] = {**trees["memory"], **as_tensors(join_rows(each))}
     return replace(saved, trees=trees)
-
-
-def _tensors(state: State) -> dict[str, torch.Tensor]:
-    """Those of a memory, by name; its integers are saved apart."""
-    return {name: leaf for name, leaf in flatten(state).items() if isinstance(leaf, torch.Tensor)}
 
 
 def write(
@@ -235,7 +252,7 @@ def write(
         step=progress.step,
         trees=saved.trees,
         values=saved.values,
-        files={"config.yaml": dump_yaml(config).encode(), "tokenizer.json": tokenizer.to_bytes()},
+        files={"config.yaml": migrate.settings_text(config).encode(), "tokenizer.json": tokenizer.to_bytes()},
         header={
             "run": run.manifest.content["id"],
             "tokens": progress.tokens,
@@ -277,9 +294,9 @@ def best_so_far(run: Run, config: Config) -> Best | None:
 
 def from_checkpoint(config: DeviceConfig, checkpoint: Checkpoint | None) -> DeviceConfig:
     """What ``auto`` came to when the run began: a second measurement might choose other numbers in the middle of it."""
-    if checkpoint is None or config.dtype != "auto":
+    if checkpoint is None or config.dtype != "auto" or not checkpoint.has("device"):
         return config
-    return config.model_copy(update={"dtype": checkpoint.value("device")["dtype"]})
+    return config.model_copy(update={"dtype": checkpoint.value("device").get("dtype", "auto")})
 
 
 def put_saved_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -288,21 +305,26 @@ def put_saved_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     put_weights(model, {name: tensor.clone() for name, tensor in checkpoint.tree("model").items()}, checkpoint)
 
 
-def restore(job: Job, saved: Contents, emit: Emit) -> tuple[Progress, Safety]:
-    """Put moments, random streams and memory back, and say where the run stood and how sound it was.
+def restore(job: Job, saved: Contents, emit: Emit) -> Safety:
+    """Put moments, random streams, memory and position back, and say how sound the run was.
 
     The weights come apart: a run that begins has them before its optimizer is made, one that goes back has both.
+    What was not saved is as in a run that begins; an event names it.
     """
-    cursor = Cursor.from_json(saved.values["cursor"])
+    absent = [name for name in ("cursor", "optim", "random") if name not in {*saved.values, *saved.trees}]
+    if absent:
+        emit(Event("degraded", {"what": "saved state", "absent": absent}, "warning"))
+    cursor = Cursor.from_json(job.stream.start().to_json() | saved.values.get("cursor", {}))
     job.stream.next(cursor)  # refuses another text or another order now, also where no step is left to make
-    optim_state.restore(job.model, job.optimizer, _in_parts(job.model, saved.trees["optim"]))
-    restore_random_state(saved.values["random"], saved.trees["random"], emit)
+    optim_state.restore(job.model, job.optimizer, _in_parts(job.model, saved.trees.get("optim", {})))
+    restore_random_state(saved.values.get("random", {}), saved.trees.get("random", {}), emit)
     memory: State | None = None
     if "memory" in saved.trees:
-        found = unflatten({**saved.trees["memory"], **saved.values["memory_integers"]})
-        memory = map_tensors(lambda tensor: tensor.to(job.device.device, copy=True), found)
-    safety = Safety.from_json(saved.values["safety"]) if "safety" in saved.values else Safety()
-    return Progress.from_json(saved.values["progress"], cursor, memory), safety
+        found = from_tensors(saved.trees["memory"])
+        memory = of_today(job.model, map_tensors(lambda tensor: tensor.to(job.device.device, copy=True), found))
+    progress = Progress.from_json(saved.values["progress"], cursor, memory)
+    job.state = replace(job.state, progress=progress)
+    return Safety.from_json(saved.values.get("safety", {}))
 
 
 def put_back_weights(job: Job, weights: Mapping[str, torch.Tensor]) -> None:
@@ -357,7 +379,7 @@ def require_same(config: Config, now: Tokenizer, checkpoint: Checkpoint) -> None
 
 def changed(config: Config, checkpoint: Checkpoint) -> dict[str, tuple[object, object]]:
     """The settings that are not as they were when the checkpoint was saved: what each was and is."""
-    was = leaves(read_yaml(checkpoint.file("config.yaml").decode(), f"{checkpoint.path}/config.yaml"))
+    was = leaves(config_of(checkpoint.path).model_dump(mode="json"))
     now = leaves(config.model_dump(mode="json"))
     return {
         key: (was.get(key), now.get(key)) for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)

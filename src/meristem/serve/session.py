@@ -20,8 +20,9 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.device.random import stream as random_stream
 from meristem.errors import CheckpointMismatch, WrongValue
 from meristem.evaluate.memory import COPIES, weights_in
-from meristem.memory.state import State, flatten, size_bytes, unflatten
+from meristem.memory.state import State, as_tensors, from_tensors, size_bytes
 from meristem.models.generate import Sampling, choose
+from meristem.models.load import numbers, of_today
 from meristem.models.online import Learn, online_reader
 from meristem.nn.memory import NeuralMemory
 from meristem.nn.self_reference import SelfReference
@@ -204,12 +205,12 @@ class Session:
     def memory(self) -> MemoryView:
         """What is remembered now; looking changes nothing."""
         modules = {
-            _numbers(path): module
+            numbers(path): module
             for path, module in self.model.named_modules()
             if isinstance(module, NeuralMemory | SelfReference)
         }
         held = dict(_memories(self._now.state or {}))
-        layers = {path: _looked_at(modules[_numbers(path)], memory) for path, memory in held.items()}
+        layers = {path: _looked_at(modules[numbers(path)], memory) for path, memory in held.items()}
         return {"n_tokens": self.n_tokens, "size_bytes": self.size_bytes, "layers": layers}
 
     def save(self, path: Path | str) -> None:
@@ -217,8 +218,8 @@ class Session:
 
         The turns kept for ``rollback`` are not in it: a loaded session can return to the moment of saving and later.
         """
-        leaves = flatten(self._now.state or {})
-        tensors = {f"state.{name}": leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        leaves = as_tensors(self._now.state or {})
+        tensors = {f"{store.INSIDE}{name}": leaf for name, leaf in leaves.items()}
         if self._now.logits_bo is not None:
             tensors["logits_bo"] = self._now.logits_bo
         header = {
@@ -230,29 +231,31 @@ class Session:
             "sampling": asdict(self.sampling),
             "random_seed": self.random_seed,
             "learn": self.learn,
-            "integers": {name: leaf for name, leaf in leaves.items() if isinstance(leaf, int)},
         }
         store.write(Path(path), tensors, header)
 
     @classmethod
     def load(cls, path: Path | str, model: nn.Module, tokenizer: Tokenizer) -> "Session":
-        """The session that ``save`` wrote, for the same weights and the same tokenizer."""
+        """The session that ``save`` wrote, for the same weights and the same tokenizer.
+
+        What an earlier meristem did not save is as in a session that begins.
+        """
         tensors, header = store.read(Path(path))
         session = cls(
             model,
             tokenizer,
-            sampling=Sampling(**header["sampling"]),
-            random_seed=int(header["random_seed"]),
-            name=header["name"],
-            learn=header["learn"],
+            sampling=Sampling(**header.get("sampling", {})),
+            random_seed=int(header.get("random_seed", 0)),
+            name=header.get("name"),
+            learn=header.get("learn", "memory"),
         )
         session._require_same(header, Path(path))
-        session.id = header["id"]
+        session.id = header.get("id", session.id)
         held = {name: tensor.to(session._device) for name, tensor in tensors.items()}
         logits_bo = held.pop("logits_bo", None)
-        state = {name.removeprefix("state."): tensor for name, tensor in held.items()} | header["integers"]
-        session._now = _Moment(unflatten(state) or None, logits_bo, header["n_tokens"])
-        session._turns = {header["turn"]: session._now}
+        state = from_tensors({name.removeprefix(store.INSIDE): tensor for name, tensor in held.items()})
+        session._now = _Moment(of_today(model, state) or None, logits_bo, header.get("n_tokens", 0))
+        session._turns = {header.get("turn", 0): session._now}
         return session
 
     @property
@@ -264,7 +267,11 @@ class Session:
         return {"model": store.model_fingerprint(self.model), "tokenizer": self.tokenizer.fingerprint}
 
     def _require_same(self, header: Mapping[str, Any], path: Path) -> None:
-        for part, fingerprint in self._belongs_to().items():
+        own = self._belongs_to()
+        if header.get("named_model"):
+            header = {**header, "model": header["named_model"]}
+            own["model"] = store.named_model_fingerprint(self.model)
+        for part, fingerprint in own.items():
             if header[part] != fingerprint:
                 raise CheckpointMismatch(
                     f"the session in {path} belongs to another {part} (SHA-256 {header[part][:12]}, this one has "
@@ -308,11 +315,6 @@ def _memories(state: State, path: str = "") -> Iterator[tuple[str, State]]:
             yield path, inner
         elif isinstance(inner, dict) and name not in COPIES:
             yield from _memories(inner, f"{path}.{name}".removeprefix("."))
-
-
-def _numbers(path: str) -> tuple[int, ...]:
-    """Layer and level, which a state and the modules of a model count alike."""
-    return tuple(int(name) for name in path.split(".") if name.isdecimal())
 
 
 @torch.no_grad()

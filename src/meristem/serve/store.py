@@ -11,11 +11,18 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from meristem.checkpoint import migrate
 from meristem.checkpoint.atomic import sha256, write_atomic
 from meristem.config import canonical
-from meristem.errors import CheckpointCorrupt, CheckpointTooNew, NoCheckpoint, RunError
+from meristem.errors import CheckpointCorrupt, NoCheckpoint, RunError
 
-SCHEMA = "meristem.session/1"
+HEADER = "session"
+STATE = "memory.safetensors"
+"""Sections of a session file, as ``checkpoint.migrate`` knows them: the state is saved as a checkpoint's memory is."""
+
+INSIDE = "state."
+"""What the names of the tensors of the state begin with in a session file."""
+
 _DIGEST_FIELD = b'"sha256":"'
 _NO_DIGEST = b"0" * 64
 
@@ -35,7 +42,12 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, 
     whole = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    metadata = {"schema": SCHEMA, "session": canonical(header).decode(), "sha256": _NO_DIGEST.decode()}
+    metadata = {
+        "schema": f"meristem.session/{migrate.version(HEADER)}",
+        "state": str(migrate.version(STATE)),
+        "session": canonical(header).decode(),
+        "sha256": _NO_DIGEST.decode(),
+    }
     content = safetensors.torch.save(whole, metadata)
     digest = sha256(content).encode()
     content = content.replace(_DIGEST_FIELD + _NO_DIGEST, _DIGEST_FIELD + digest, 1)
@@ -51,7 +63,10 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, 
 
 
 def read(path: Path) -> SessionFile:
-    """The tensors and header of a session file, after its hash was checked."""
+    """The tensors and header of a session file, after its hash was checked; those of an earlier meristem as today's.
+
+    CheckpointTooNew names the section that a later one saved.
+    """
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as cause:
@@ -64,27 +79,44 @@ def read(path: Path) -> SessionFile:
     digest = str(metadata.get("sha256")).encode()
     if sha256(content.replace(_DIGEST_FIELD + digest, _DIGEST_FIELD + _NO_DIGEST, 1)).encode() != digest:
         raise _corrupt(path, "its bytes do not have the hash written in it")
-    if metadata.get("schema") != SCHEMA:
-        raise CheckpointTooNew(
-            f"{path} has schema {metadata.get('schema')!r}; this version reads {SCHEMA}. "
-            f"Open it with the version of meristem that wrote it.",
-            path=str(path),
-        )
+    version = migrate.schema_version(metadata.get("schema"), "session")
+    if version is None:
+        raise _corrupt(path, f"its schema is {metadata.get('schema')!r}")
+    migrate.require_readable(HEADER, version, path)
     try:
         mapped = safetensors.torch.load(content)
         # Copies: inside the file's bytes a tensor may lie on an odd address, and a sum over it end in other bits.
-        return SessionFile({name: tensor.clone() for name, tensor in mapped.items()}, json.loads(metadata["session"]))
+        tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+        header = json.loads(metadata["session"])
+        of_state = int(metadata.get("state", 1))
     except (SafetensorError, KeyError, ValueError) as cause:
         raise _corrupt(path, str(cause)) from cause
+    state = {name.removeprefix(INSIDE): tensors.pop(name) for name in list(tensors) if name.startswith(INSIDE)}
+    beside = {"memory_integers.json": header.get("integers"), HEADER: header}.get
+    state = migrate.migrated(STATE, state, of_state, path, beside)
+    tensors |= {f"{INSIDE}{name}": tensor for name, tensor in state.items()}
+    return SessionFile(tensors, migrate.migrated(HEADER, header, version, path))
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the class of a model and the names, shapes, types and bytes of its weights."""
+    """SHA-256 over the shapes, types and bytes of the weights of a model, whatever each is called."""
+    each = (
+        hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode() + _bytes(tensor)).digest()
+        for tensor in model.state_dict().values()
+    )
+    return hashlib.sha256(b"".join(sorted(each))).hexdigest()
+
+
+def named_model_fingerprint(model: nn.Module) -> str:
+    """What session files of version 1 hold: SHA-256 over the class too, and the names that the weights had then."""
     digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for name, tensor in sorted((migrate.first_name(name), tensor) for name, tensor in model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + _bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _metadata(path: Path, content: bytes) -> dict[str, str]:

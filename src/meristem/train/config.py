@@ -34,7 +34,9 @@ class TrainConfig(ConfigSection):
     there is no budget unless that is given beside it.
     """
 
-    replaces: ClassVar = {"steps": ("tokens", "max_time"), "tokens": ("steps", "budget")}
+    replaces: ClassVar = {"steps": ("tokens", "max_time"), "tokens": ("steps", "max_time")}
+
+    outside_identity: ClassVar = frozenset({"log_every", "measure_updates_every", "max_nonfinite"})
 
     steps: int | None = Field(default=None, gt=0, description="optimizer steps; the schedule goes by these when set")
     tokens: int | None = Field(
@@ -66,6 +68,10 @@ class TrainConfig(ConfigSection):
 
 class RollbackConfig(ConfigSection):
     """How a run goes back to an earlier state of itself after the guard panics, and what is different afterwards."""
+
+    outside_identity: ClassVar = frozenset(
+        {"snapshots", "max_bytes", "snapshot_every", "fast_deadline_s", "full_deadline_s", "most_in_row"}
+    )
 
     snapshots: int | None = Field(
         default=None,
@@ -103,6 +109,8 @@ class GuardConfig(ConfigSection):
 
     What is usual is the median over the last ``span`` sound steps, and the median distance from it.
     """
+
+    outside_identity: ClassVar = frozenset()
 
     is_on: bool = Field(default=True, description="whether steps are looked at")
     span: int = Field(default=50, ge=5, description="sound steps that the usual is taken from")
@@ -150,6 +158,8 @@ class GuardConfig(ConfigSection):
 class SourceWeights(ConfigSection):
     """How strongly each objective of training is taught."""
 
+    outside_identity: ClassVar = frozenset()
+
     text: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="weight of the loss on the text")
     layers: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="weight of the losses that layers have of their own"
@@ -158,6 +168,8 @@ class SourceWeights(ConfigSection):
 
 class AggregateConfig(ConfigSection):
     """How the gradients of several objectives become one."""
+
+    outside_identity: ClassVar = frozenset()
 
     how: Literal["mean", "pcgrad"] = Field(
         default="mean",

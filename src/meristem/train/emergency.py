@@ -63,7 +63,7 @@ class Emergency:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        return cls(**{**values, "level": Level(values["level"])})
+        return cls(**{**values, "level": Level(values.get("level", Level.NONE))})
 
 
 def raised(

@@ -90,7 +90,7 @@ class Guard:
         """
         return not any(detector.is_anomaly and detector.name in self.in_row for detector in DETECTORS)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """Plain values, all finite; ``from_json`` makes the very same guard of them."""
         return {
             "losses": list(self.losses),
@@ -102,6 +102,7 @@ class Guard:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
+        values = cls().to_json() | dict(values)
         return cls(
             losses=tuple(values["losses"]),
             norms=tuple(values["norms"]),

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-from torch import nn
 from torch.profiler import record_function
 
 from meristem.data.stream import Batch, Cursor, Stream
 from meristem.device.resolve import Device
-from meristem.distributed.engine import Engine, alone
+from meristem.distributed.engine import Engine
 from meristem.distributed.shards import local
 from meristem.errors import NonFinite, OutOfDeviceBytes
 from meristem.optim.multi_period import MultiPeriodOptimizer, Update
@@ -22,23 +21,12 @@ from meristem.train.backward import backward, is_out_of_room, make_room
 from meristem.train.config import AggregateConfig, TrainConfig
 from meristem.train.guard import StepStats
 from meristem.train.progress import Progress
+from meristem.train.state import Holder
+
+_PLAIN: Final = AggregateConfig()
 
 _UNMEASURED: Final = -1.0
 """In place of how far a weight was moved. NaN would not do: that says that a weight is no number any more."""
-
-
-@dataclass(frozen=True)
-class GradientSource:
-    """How the gradients of a step are made.
-
-    aggregate: how those of several objectives become one. engine: what makes those of several processes one.
-    """
-
-    aggregate: AggregateConfig = AggregateConfig()
-    engine: Engine | None = None
-
-
-_PLAIN = GradientSource()
 
 
 @dataclass(frozen=True)
@@ -80,18 +68,19 @@ class Step:
 
 
 def steps(
-    model: nn.Module,
+    held: Holder,
     stream: Stream,
-    optimizer: MultiPeriodOptimizer,
     schedule: Callable[[ScheduleProgress], float],
     *,
     config: TrainConfig,
     device: Device,
-    start: Progress,
-    teaching: GradientSource = _PLAIN,
+    aggregate: AggregateConfig = _PLAIN,
 ) -> Iterator[Step]:
-    """Train from ``start`` until a limit of ``part`` is reached, yielding after every step.
+    """Train on from where ``held.state`` is until a limit of ``part`` is reached, yielding after every step.
 
+    held: what the state is taken from before each step; its progress is put back after it. Another state may be put in
+        its place in between: the next step is then one of that.
+    aggregate: how gradients of several objectives become one.
     schedule: where the run stands to the factor on the highest rate of each group in the step that follows.
     Which parameters move in a step, and how they are clipped, is the optimizer's affair, as is what waits at the end.
     A step whose loss or gradient is not finite changes neither weights nor moments, and the memory begins afresh after
@@ -100,25 +89,23 @@ def steps(
     with ``where="step"`` says that it happened while weights were moved, which must then be brought back.
     Of several processes each makes the same step of its own rows, and yields the same but for its own memory.
     """
-    engine = teaching.engine or alone(model)
     unread: list[torch.Tensor] = []
-    now = start
-    while not now.is_over(config):
+    while not held.state.progress.is_over(config):
         began = time.perf_counter()
-        set_rates(
-            optimizer,
-            schedule(ScheduleProgress(share=now.share(config), step=now.step, tokens=now.tokens)) * now.easing(),
-        )
+        state = held.state
+        optimizer, engine, now = state.optimizer, state.engine, state.progress
+        done = ScheduleProgress(share=now.share(config), step=now.step, tokens=now.tokens)
+        set_rates(optimizer, schedule(done) * now.easing())
         with record_function("data"):
             batches, cursor = _take(stream, now.cursor, config.grad_accum_steps)
         n_targets = engine.sync.ranks.size * sum(batch.n_targets for batch in batches)
         taught = backward(
-            model,
+            state.model,
             batches,
             now.memory,
             device,
             n_micro_batches=now.n_micro_batches,
-            by=teaching.aggregate,
+            by=aggregate,
             step=now.step,
             engine=engine,
         )
@@ -147,6 +134,7 @@ def steps(
         told = engine.sync.gather([seconds, sum(batch.n_bytes for batch in batches)])
         each_s, each_bytes = zip(*told, strict=True)
         now = replace(now, seconds_used=now.seconds_used + max(each_s))
+        held.state = replace(state, progress=now)
         yield Step(
             progress=now,
             readings=readings,

@@ -120,7 +120,7 @@ class Rollbacks:
             latencies[attempt.tier] = latencies[attempt.tier].observed(attempt)
         return replace(self, latencies=latencies)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         latencies = {
             tier: {"counts": list(each.counts), "n_violations": each.n_violations}
@@ -131,6 +131,7 @@ class Rollbacks:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """What ``to_json`` wrote."""
+        values = cls().to_json() | dict(values)
         latencies = {
             tier: Latency(tuple(each["counts"]), each["n_violations"]) for tier, each in values["latencies"].items()
         }

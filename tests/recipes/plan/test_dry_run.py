@@ -34,6 +34,7 @@ from meristem.runs.config import Config, load_config
 from meristem.train.config import TrainConfig
 from meristem.train.loop import steps
 from meristem.train.progress import Progress
+from meristem.train.state import Held
 from recipes.plan.small_models import profiled_peak
 
 PRESETS = ["titans-mag", "delta-mag", "attention", "charformer", "charrnn", "chargru"]
@@ -74,13 +75,7 @@ def true_peak(config: Config) -> int:
         start = Progress(cursor=Cursor(0, "", ""))
         optimizer = build_optimizer(model, config.optim)
         loop = steps(
-            model,
-            Batches(config),
-            optimizer,
-            lambda share: 1.0,
-            config=part,
-            device=device,
-            start=start,
+            Held.alone(model, optimizer, start), Batches(config), lambda share: 1.0, config=part, device=device
         )
         for _ in loop:
             pass

@@ -19,6 +19,7 @@ from meristem.runs.config import Config
 from meristem.train.config import TrainConfig
 from meristem.train.loop import steps
 from meristem.train.progress import Progress
+from meristem.train.state import Held
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,11 @@ def train(config: Config, vocabulary: int, device: Device, *, batch: int, window
         optimizer = build_optimizer(model, config.optim)
         without_gradient = _announce_stages(model, optimizer, ledger)
         for _ in steps(
-            model,
+            Held.alone(model, optimizer, Progress(cursor=stream.start())),
             stream,  # type: ignore[arg-type]
-            optimizer,
             lambda share: 1.0,
             config=TrainConfig(steps=n_steps, max_time=None, grad_accum_steps=accumulate),
             device=device,
-            start=Progress(cursor=stream.start()),
         ):
             pass
     return Rehearsal(model, ledger, batch, n_steps * accumulate, without_gradient)
