@@ -139,9 +139,9 @@ def test_what_is_read_is_what_a_loop_over_tokens_reads(name: str, read: str) -> 
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["titans", "titans_mlp"])
-def test_every_way_to_keep_is_that_of_the_loop(name: str, kept: dict[str, Any]) -> None:
-    module, hidden_btd = made({"rule": name, "cache": kept}), inputs(n_time=23)
+@pytest.mark.parametrize("name, form", [("titans", "auto"), ("titans_mlp", "scan")])
+def test_every_way_to_keep_is_that_of_the_loop(name: str, form: str, kept: dict[str, Any]) -> None:
+    module, hidden_btd = made({"rule": name, "form": form, "cache": kept}), inputs(n_time=23)
     torch.testing.assert_close(module(hidden_btd)[0], truth(module, hidden_btd)[0], rtol=0, atol=1e-10)
 
 
@@ -149,11 +149,15 @@ def test_every_way_to_keep_is_that_of_the_loop(name: str, kept: dict[str, Any]) 
 @pytest.mark.parametrize("name", rules.names())
 def test_one_segment_is_the_rule_alone(name: str, read: str) -> None:
     """Until the first segment has ended, bit by bit; its end memory is kept, and the rule goes on as if it were not."""
-    module, hidden_btd = made({"rule": name, "cache": {"read": read, "length": 7}}), inputs()
+    # A chunk ends where its segment ends; soup shows weights that not every form has.
+    form = "scan" if read == "soup" else "auto"
+    settings = {"rule": name, "form": form, "chunk": 7, "cache": {"read": read, "length": 7}}
+    module, hidden_btd = made(settings), inputs()
     read_btd, _ = module(hidden_btd[:, :7])
     plain_btd, _ = module.recall(hidden_btd[:, :7])
     assert torch.equal(read_btd, plain_btd)
-    torch.testing.assert_close(module(hidden_btd)[1]["memory"], module.recall(hidden_btd)[1]["memory"])
+    ours, plain = module(hidden_btd)[1]["memory"], module.recall(hidden_btd)[1]["memory"]
+    torch.testing.assert_close(flatten(ours), flatten(plain))
 
 
 @pytest.mark.parametrize("form", ["frozen_chunk", "tnt"])
@@ -435,7 +439,7 @@ def test_a_fresh_segment_knows_the_others_only_by_what_was_kept() -> None:
 
 @pytest.mark.parametrize("name, read", list(itertools.product(["titans", "titans_mlp", "atlas"], READS)))
 def test_a_look_reads_all_memories_and_writes_none(name: str, read: str) -> None:
-    """What ``Recall.look`` gives for each kept memory, weighed; before anything is kept, that of the rule alone."""
+    """What ``look`` of one memory gives for each kept one, weighed; before anything is kept, that of the rule alone."""
     module, asked_btd = made({"rule": name, "form": "scan", "cache": {"read": read}}), inputs(2, 5, random_seed=9)
     _, state = module(inputs()[:, :2])
     assert torch.equal(module.read(asked_btd, state), module.recall.read(asked_btd, state))

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,40 +11,64 @@ from torch.nn import functional
 
 from meristem.plugins import Registry
 
+Drawn = dict[str, Tensor]
+"""The tensors of a random map, by name."""
+
+
+def _nothing(width: int) -> Drawn:
+    return {}
+
 
 @dataclass(frozen=True)
 class Features:
-    """A map of vectors along the last axis, the same for keys and queries. width: what a key's width becomes."""
+    """A map of vectors along the last axis, the same for keys and queries.
+
+    width: what a key's width becomes.
+    draw: the tensors that a random map is made of, in float64, for keys of a width; empty where nothing is random.
+    mapped: rows by the map that is made of such tensors, in the dtype of the rows.
+    drawn: the tensors that ``apply`` takes, as a layer saves them; None: those that ``draw`` gives.
+    """
 
     name: str
-    apply: Callable[[Tensor], Tensor]
+    mapped: Callable[[Tensor, Drawn], Tensor]
     width: Callable[[int], int]
+    draw: Callable[[int], Drawn] = _nothing
+    drawn: Drawn | None = field(default=None, compare=False)
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """The rows, mapped."""
+        drawn = self.draw(rows.shape[-1]) if self.drawn is None else self.drawn
+        return self.mapped(rows, {name: part.to(rows) for name, part in drawn.items()})
 
 
 def identity() -> Features:
     """The vectors themselves."""
-    return Features("identity", lambda rows: rows, lambda width: width)
+    return Features("identity", lambda rows, drawn: rows, lambda width: width)
 
 
 def elu1() -> Features:
     """``ELU(x) + 1``: positive, as linear attention wants them (Katharopoulos 2006.16236, eq. 7)."""
-    return Features("elu1", lambda rows: functional.elu(rows) + 1, lambda width: width)
+    return Features("elu1", lambda rows, drawn: functional.elu(rows) + 1, lambda width: width)
 
 
 def fourier(n_features: int = 64, deviation: float = 1.0, random_seed: int = 0) -> Features:
     """``sqrt(2 / m) cos(W x + b)``: inner products near the Gaussian kernel (Rahimi 2007); ``|phi|^2 <= 2``.
 
-    W and b follow from the seed alone, so they are the same in every process and need no place in a checkpoint. With
-    a squared length of up to 2 every limit of stability of the write rate halves.
+    W and b are drawn once for each width, from the seed, and a layer saves them with its weights. With a squared length
+    of up to 2 every limit of stability of the write rate halves.
     """
 
-    def apply(rows: Tensor) -> Tensor:
+    @cache
+    def draw(width: int) -> Drawn:
         generator = torch.Generator().manual_seed(random_seed)
-        weight = deviation * torch.randn(rows.shape[-1], n_features, generator=generator, dtype=torch.float64)
-        shift = 2 * math.pi * torch.rand(n_features, generator=generator, dtype=torch.float64)
-        return math.sqrt(2 / n_features) * torch.cos(rows @ weight.to(rows) + shift.to(rows))
+        weight_kf = deviation * _normal(width, n_features, generator)
+        shift_f = 2 * math.pi * torch.rand(n_features, generator=generator, dtype=torch.float64, device="cpu")
+        return {"weight_kf": weight_kf, "shift_f": shift_f}
 
-    return Features("fourier", apply, lambda width: n_features)
+    def mapped(rows: Tensor, drawn: Drawn) -> Tensor:
+        return math.sqrt(2 / n_features) * torch.cos(rows @ drawn["weight_kf"] + drawn["shift_f"])
+
+    return Features("fourier", mapped, lambda width: n_features, draw)
 
 
 def polynomial() -> Features:
@@ -53,25 +78,37 @@ def polynomial() -> Features:
     ``k + k (k + 1) / 2``.
     """
 
-    def apply(rows: Tensor) -> Tensor:
+    def mapped(rows: Tensor, drawn: Drawn) -> Tensor:
         width = rows.shape[-1]
         first, second = torch.triu_indices(width, width, device=rows.device)
         # Off the diagonal each product stands for two equal terms of the square.
         weight = torch.ones_like(first, dtype=rows.dtype).masked_fill(first == second, math.sqrt(0.5))
         return torch.cat([rows, weight * rows[..., first] * rows[..., second]], dim=-1)
 
-    return Features("polynomial", apply, lambda width: width + width * (width + 1) // 2)
+    return Features("polynomial", mapped, lambda width: width + width * (width + 1) // 2)
 
 
 def exponential(n_features: int = 64, random_seed: int = 0) -> Features:
-    """Positive random features of ``exp(<x, y>)``: ``exp(W x - |x|^2 / 2) / sqrt(m)`` (Performer 2009.14794)."""
+    """Positive random features of ``exp(<x, y>)``: ``exp(W x - |x|^2 / 2) / sqrt(m)`` (Performer 2009.14794).
 
-    def apply(rows: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(random_seed)
-        weight = torch.randn(rows.shape[-1], n_features, generator=generator, dtype=torch.float64).to(rows)
-        return torch.exp(rows @ weight - rows.square().sum(dim=-1, keepdim=True) / 2) / math.sqrt(n_features)
+    W is drawn and saved as that of ``fourier`` is.
+    """
 
-    return Features("exponential", apply, lambda width: n_features)
+    @cache
+    def draw(width: int) -> Drawn:
+        return {"weight_kf": _normal(width, n_features, torch.Generator().manual_seed(random_seed))}
+
+    def mapped(rows: Tensor, drawn: Drawn) -> Tensor:
+        return torch.exp(rows @ drawn["weight_kf"] - rows.square().sum(dim=-1, keepdim=True) / 2) / math.sqrt(
+            n_features
+        )
+
+    return Features("exponential", mapped, lambda width: n_features, draw)
+
+
+def _normal(width: int, n_features: int, generator: torch.Generator) -> Tensor:
+    # On the CPU whatever the default device: under ``meta`` there would be no numbers to keep.
+    return torch.randn(width, n_features, generator=generator, dtype=torch.float64, device="cpu")
 
 
 features: Registry[Callable[..., Features]] = Registry(

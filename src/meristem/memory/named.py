@@ -1,4 +1,10 @@
-"""The catalogue: every rule of the literature that this package knows, as three to ten lines of parts."""
+"""The catalogue: every rule of the literature that this package knows, as three to ten lines of parts.
+
+``form`` is how the source trains a rule where no exact form is fast: surprises frozen at the start of a chunk (Titans
+2501.00663, section 3.2; MIRAS 2504.13173, section 5.4; TTT 2407.04620), slots linearised there (Lattice 2504.05646,
+section 4), or momenta orthogonalised together (Atlas 2505.23735, section 5.2). A linear rule, whose exact form is fast,
+declares none; ``titans`` does for its networks.
+"""
 
 from collections.abc import Callable
 
@@ -44,7 +50,13 @@ def delta_descent() -> Rule:
 def titans(n_layers: int = 1) -> Rule:
     """``S <- momentum S - write grad 1/2 |f(k) - v|^2; M <- retain M + S`` (Titans 2501.00663, eqs. 9-14); f is one
     matrix, or a network of ``n_layers`` with a LayerNorm, without which values ten times as large end in NaN."""
-    return Rule(structure=mlp(n_layers, is_normed=True), bias=squared(), retention=decay(), update=momentum())
+    return Rule(
+        structure=mlp(n_layers, is_normed=True),
+        bias=squared(),
+        retention=decay(),
+        update=momentum(),
+        form="frozen_chunk",
+    )
 
 
 def titans_mlp() -> Rule:
@@ -59,50 +71,72 @@ def momentum_delta() -> Rule:
 
 def moneta() -> Rule:
     """``A <- retain A - write grad |f(k) - v|_3^3; W = A / |A|_4^2`` (MIRAS 2504.13173, eqs. 24-25)."""
-    return Rule(structure=mlp(is_normed=True), bias=power(3), retention=power_norm(4), update=plain())
+    return Rule(
+        structure=mlp(is_normed=True), bias=power(3), retention=power_norm(4), update=plain(), form="frozen_chunk"
+    )
 
 
 def yaad() -> Rule:
     """``W <- retain W - write g - 0.01 (W - W_ref)``, g of the squared loss where ``|f(k) - v|`` is at most the token's
     threshold, else of the absolute one times the threshold (MIRAS 2504.13173, section 5.3)."""
-    return Rule(structure=mlp(is_normed=True), bias=huber_switch(), retention=local(), update=plain())
+    return Rule(
+        structure=mlp(is_normed=True), bias=huber_switch(), retention=local(), update=plain(), form="frozen_chunk"
+    )
 
 
 def memora() -> Rule:
     """``W <- softmax(retain log W - write grad 1/2 |f(k) - v|^2)`` by columns, read before (MIRAS, section 5.3)."""
-    return Rule(structure=mlp(), bias=squared(), retention=simplex(), update=plain(), reads="before")
+    return Rule(
+        structure=mlp(), bias=squared(), retention=simplex(), update=plain(), reads="before", form="frozen_chunk"
+    )
 
 
 def lattice(n_slots: int = 16) -> Rule:
     """``s_i <- unit(s_i + write c_i P_i (v - S^T c))``: decode, on unit slots, read before (Lattice 2504.05646)."""
-    return Rule(structure=slots(n_slots), bias=squared(), retention=sphere(), update=plain(), reads="before")
+    return Rule(
+        structure=slots(n_slots), bias=squared(), retention=sphere(), update=plain(), reads="before", form="lattice"
+    )
 
 
 def lattice_encode(n_slots: int = 16) -> Rule:
     """``s_i <- unit(s_i + write (c_i - s_i k) P_i k)`` (Lattice 2504.05646)."""
-    return Rule(structure=slots(n_slots, "encode"), bias=squared(), retention=sphere(), update=plain(), reads="before")
+    return Rule(
+        structure=slots(n_slots, "encode"),
+        bias=squared(),
+        retention=sphere(),
+        update=plain(),
+        reads="before",
+        form="lattice",
+    )
 
 
 def lattice_similarity(n_slots: int = 16) -> Rule:
     """``s_i <- unit(s_i + write c_i P_i k)`` (Lattice 2504.05646)."""
-    return Rule(structure=slots(n_slots, "encode"), bias=dot(), retention=sphere(), update=plain(), reads="before")
+    return Rule(
+        structure=slots(n_slots, "encode"),
+        bias=dot(),
+        retention=sphere(),
+        update=plain(),
+        reads="before",
+        form="lattice",
+    )
 
 
 def trellis(n_slots: int = 16) -> Rule:
     """``N <- retain N - write J^T (phi(N k) - c) k^T``, the same for U and v; read ``phi(U^T f(N q))`` (Trellis
     2512.23852)."""
-    return Rule(structure=two_slots(n_slots), bias=squared(), retention=decay(), update=plain())
+    return Rule(structure=two_slots(n_slots), bias=squared(), retention=decay(), update=plain(), form="frozen_chunk")
 
 
 def atlas(span: int = 4) -> Rule:
     """``S <- momentum S + grad sum of the last losses; M <- retain M - write NS(S)`` on polynomial keys (Atlas
     2505.23735, eqs. 9, 32-33)."""
-    return Rule(matrix(), squared(), decay(), orthogonal_momentum(), span=span, features=polynomial())
+    return Rule(matrix(), squared(), decay(), orthogonal_momentum(), span=span, features=polynomial(), form="atlas")
 
 
 def omega_net(span: int = 4) -> Rule:
     """``M <- retain M - write grad sum of the last losses`` on polynomial keys (Atlas 2505.23735, eq. 9)."""
-    return Rule(matrix(), squared(), decay(), plain(), span=span, features=polynomial())
+    return Rule(matrix(), squared(), decay(), plain(), span=span, features=polynomial(), form="frozen_chunk")
 
 
 def omega() -> Rule:
@@ -113,7 +147,7 @@ def omega() -> Rule:
 
 def ftrl() -> Rule:
     """``A <- A - write (M k - v) k^T; M = soft threshold of A``: follow the regularised leader (MIRAS, section 3.2)."""
-    return Rule(structure=matrix(), bias=squared(), retention=elastic_leader(), update=leader())
+    return Rule(structure=matrix(), bias=squared(), retention=elastic_leader(), update=leader(), form="frozen_chunk")
 
 
 rules: Registry[Callable[..., Rule]] = Registry(

@@ -25,6 +25,8 @@ class Rule:
     span: how many pairs, the present one last, the surprise of a token is about (Atlas 2505.23735, eq. 9).
     features: what is made of keys and queries first.
     values: whether values are the layer's own or mixed of key and value by a matrix that does not see the memory.
+    form: the form that the rule is usually trained with where no fast one is exact; what ``auto`` then runs. A rule
+    that declares none is run by ``scan``.
     """
 
     structure: Structure
@@ -36,6 +38,7 @@ class Rule:
     span: int = 1
     features: Features = identity()
     values: Literal["given", "mixed"] = "given"
+    form: str = "scan"
 
     @property
     def has_retain(self) -> bool:
@@ -88,8 +91,20 @@ def write(rule: Rule, memory: Memory, key_bhk: Key, value_bhv: Value, gates: Row
     gates: one row, as ``Gates.at`` gives it.
     """
     gates = rule.in_effect(gates)
-    pairs = Pairs(rule.features.apply(key_bhk)[:, :, None], value_bhv[:, :, None], gates.code_bhcg)
-    weights = rule.weights(memory)
+    change, carried = change_by(rule, memory, memory, (key_bhk, value_bhv), gates)
+    return memory | rule.retention.apply(memory, change, gates) | carried
+
+
+def change_by(
+    rule: Rule, memory: Memory, start: Memory, pair: tuple[Key, Value], gates: RowGates
+) -> tuple[Memory, Memory]:
+    """What one pair adds to every stored tensor, and what is carried beside them to the next token.
+
+    start: the stored tensors at which the surprise is taken: those of ``memory``, or of an earlier moment.
+    gates: one row, in effect.
+    """
+    pairs = Pairs(rule.features.apply(pair[0])[:, :, None], pair[1][:, :, None], gates.code_bhcg)
+    weights = rule.weights(start)
     counts_bhc: Tensor | None = None
     remembered: Memory = {}
     if rule.span > 1:
@@ -100,8 +115,9 @@ def write(rule: Rule, memory: Memory, key_bhk: Key, value_bhv: Value, gates: Row
     recalled, target, pull = rule.structure.vjp(Live(probed), pairs)
     gradient = rule.bias.gradient(recalled, target, gates.threshold_bhc)
     surprise = pull(gradient if counts_bhc is None else counts_bhc[..., None] * gradient)
-    change, carried = rule.update.change(memory, weights, surprise, gates)
-    return memory | rule.retention.apply(memory, change, gates) | carried | remembered
+    held = memory | {name: start[name] for name in rule.structure.weights}
+    change, carried = rule.update.change(held, weights, surprise, gates)
+    return change, carried | remembered
 
 
 def _remembered(memory: Memory, pairs: Pairs, gates: RowGates) -> tuple[Pairs, Tensor, Memory]:

@@ -15,6 +15,7 @@ from meristem.events import Emit, silent
 from meristem.models.build import build
 from meristem.models.config import ModelConfig
 from meristem.nn.config import MemoryConfig
+from meristem.nn.memory import RandomMap
 
 
 class Loaded(NamedTuple):
@@ -51,8 +52,16 @@ def load(path: Path | str, emit: Emit = silent) -> Loaded:
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     """Copy the saved weights into a model, whose parameters stay where they are and take the saved precision.
 
-    Names and shapes must be those of the model; all that differ are listed in one error.
+    Names and shapes must be those of the model; all that differ are listed in one error. Random maps of features, which
+    were not saved up to e97c871, are those that the model drew: they follow from the seed in its configuration.
     """
+    drawn = {
+        f"{path}.{name}": buffer
+        for path, module in model.named_modules()
+        if isinstance(module, RandomMap)
+        for name, buffer in module.named_buffers()
+    }
+    weights = drawn | dict(weights)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differences = [

@@ -258,7 +258,12 @@ class MemoryConfig(ConfigSection):
     probe: Annotated[
         Literal["cold", "warm"] | None, Field(description="Whether surprises are measured at old or retained memory.")
     ] = None
-    form: Annotated[str, Field(description="How a window is run; `auto` takes the fastest exact form.")] = "auto"
+    form: Annotated[
+        str,
+        Field(
+            description="How a window is run; `auto` takes the fast exact form, else the one that the rule declares."
+        ),
+    ] = "auto"
     chunk: Annotated[int, Field(ge=1, le=128, description="Tokens that a chunk form takes together.")] = 32
     head_dim: Annotated[
         int, Field(ge=1, description="Key and value width of one memory; the model width is cut into such heads.")

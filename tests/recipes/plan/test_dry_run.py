@@ -317,11 +317,9 @@ def test_a_plan_leaves_nothing_behind(load):
 
 def test_the_memory_that_runs_is_told(load):
     """The parts of the rule, what auto chose, and why the other forms refuse: in the words of their registries."""
-    memory = plan(
-        load("lmm-yaad", "memory.form=auto", "memory.update=momentum", "data.seq_len=7"), until="build"
-    ).memory
+    memory = plan(load("lmm-yaad", "memory.update=momentum", "data.seq_len=7"), until="build").memory
     assert (memory.rule, memory.structure, memory.bias) == ("yaad", "mlp", "huber_switch")
-    assert (memory.retention, memory.update, memory.form, memory.runs) == ("local", "momentum", "auto", "scan")
+    assert (memory.retention, memory.update, memory.form, memory.runs) == ("local", "momentum", "auto", "frozen_chunk")
     rule = replace(named("yaad"), update=momentum())
     assert {row.name: list(row.refusals) for row in memory.forms} == {
         name: forms.get(name).refusals(rule) for name in forms.names()

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import torch
 
-from meristem.memory.forms.by_chunk import run_chunks
+from meristem.memory.forms.by_chunk import ByChunk, Window, run_chunks
 from meristem.memory.forms.decay import decay_between
 from meristem.memory.forms.frozen_chunk import decay_at_rate_one, frozen_step
 from meristem.memory.gates import Gates
 from meristem.memory.kernels.newton_schulz import newton_schulz
 from meristem.memory.rule import Rule
-from meristem.memory.state import Memory
+from meristem.memory.state import Memory, State
 from meristem.memory.structure import Live, Pairs
 from meristem.memory.update import momentum_name, plain
 from meristem.shapes import Keys, Queries, Values
@@ -45,13 +45,15 @@ def atlas(
     2505.23735, section 5.2; memory.md 4.9).
     """
     window = keys_bthk, values_bthv, queries_bthk
-    return run_chunks(_chunk, rule, memory, window, gates, min(chunk, MOST))
+    return run_chunks(ByChunk(_begin, _part), rule, memory, window, gates, min(chunk, MOST))
 
 
-def _chunk(
-    rule: Rule, memory: Memory, keys_bthk: Keys, values_bthv: Values, queries_bthk: Queries, gates: Gates
-) -> tuple[Values, Memory]:
-    key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in (keys_bthk, values_bthv, queries_bthk))
+def _begin(rule: Rule, memory: Memory, window: Window) -> State:
+    return {"start": {name: memory[name] for name in rule.structure.weights}}
+
+
+def _part(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates) -> tuple[Values, Memory, State]:
+    key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in window)
     n_tokens = key_bhck.shape[2]
     log_momentum_bth = gates.log_momentum()
     if log_momentum_bth is None:
@@ -63,7 +65,7 @@ def _chunk(
     pairs = Pairs(key_bhck, value_bhcv, rows.code_bhcg)
     plain_rule = replace(rule, update=plain())
     (flowing,) = decay_at_rate_one(plain_rule, moved, n_tokens)
-    step = frozen_step(plain_rule, memory, pairs, rows, flowing)
+    step = frozen_step(plain_rule, memory, pairs, rows, flowing, start=begun["start"])
     moving = step.moving(flowing)
     kept_bhcs, kept_bhc = decay_between(gates.log_retain().movedim(1, 2))
     write_bhc11 = gates.write_bth.movedim(1, 2)[..., None, None]
@@ -83,4 +85,4 @@ def _chunk(
     met = Live({name: x.flatten(1, 2) for name, x in held.items()})
     read_bh1v = rule.structure.recall(met, query_bhck.flatten(1, 2)[:, :, None])
     read_bhcv = read_bh1v[:, :, 0].unflatten(1, query_bhck.shape[1:3])
-    return read_bhcv.movedim(1, 2), memory | after | step.remembered
+    return read_bhcv.movedim(1, 2), memory | after | step.remembered, begun

@@ -1,59 +1,71 @@
 """Forms that approximate inside a chunk: how they walk a window, and how a chunk survives the window's end.
 
-Where the window ends inside a chunk, the memory carries under ``unfinished`` what it was at the chunk's start and the
-tokens written since. The next window begins by reading them again, so a text may be cut anywhere without changing
-what is read (memory.md, law 3).
+Where the window ends inside a chunk, the memory carries under ``unfinished`` what the rest of the chunk goes on from:
+the weights at its start, at which all its surprises are taken, and ``n_tokens``, how many of its tokens were read. The
+memory itself is the live copy, from which the recurrences run on. So a text may be cut anywhere without changing what
+is read (memory.md 4.4; law 3), no token is kept, and none is read twice.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from meristem.errors import ShapeError
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule, scan
-from meristem.memory.state import Memory
-from meristem.shapes import Keys, Queries, Values
+from meristem.memory.state import Memory, State
+from meristem.shapes import Values
 
 Window = tuple[Tensor, Tensor, Tensor]
 """keys_bthk, values_bthv, queries_bthk."""
-RunChunk = Callable[[Rule, Memory, Keys, Values, Queries, Gates], tuple[Values, Memory]]
-"""One chunk: reads, and the memory after it."""
-RunChunks = Callable[[Rule, Memory, Window, Gates, int], tuple[Values, Memory]]
-"""Several whole chunks at once."""
+
+
+@dataclass(frozen=True)
+class ByChunk:
+    """What a form does with a chunk.
+
+    begin: what a chunk of which nothing was read carries beside the memory, from rule, memory and window.
+    part: the next tokens of a chunk: reads, the memory and what the chunk carries, after them.
+    whole: reads and the memory after several whole chunks; None where ``part`` is as fast.
+    """
+
+    begin: Callable[[Rule, Memory, Window], State]
+    part: Callable[[Rule, Memory, State, Window, Gates], tuple[Values, Memory, State]]
+    whole: Callable[[Rule, Memory, Window, Gates, int], tuple[Values, Memory]] | None = None
 
 
 def run_chunks(
-    run_chunk: RunChunk,
-    rule: Rule,
-    memory: Memory,
-    window: Window,
-    gates: Gates,
-    chunk: int,
-    run_whole: RunChunks | None = None,
+    form: ByChunk, rule: Rule, memory: Memory, window: Window, gates: Gates, chunk: int
 ) -> tuple[Values, Memory]:
-    """Reads and the memory left behind. Chunks of one token are ``scan``. run_whole: a faster way for whole chunks."""
+    """Reads and the memory left behind. Chunks of one token are ``scan``.
+
+    Raises ShapeError where the unfinished chunk of the memory is not one that this form began.
+    """
     if chunk == 1:
         return scan(rule, finished(memory), *window, gates)
-    window, gates, memory, n_again = _begun(memory, window, gates)
+    begun, memory = _begun(form, rule, memory, window, chunk), finished(memory)
     n_time, at, reads = window[0].shape[1], 0, []
-    if run_whole and n_time >= chunk:
-        at = n_time // chunk * chunk
-        read_bthv, memory = run_whole(rule, memory, _part(window, 0, at), gates.window(0, at), chunk)
+    while at < n_time:
+        n_before = begun["n_tokens"] if begun else 0
+        n_whole = 0 if begun or form.whole is None else (n_time - at) // chunk
+        stop = at + n_whole * chunk if n_whole else min(n_time, at + chunk - n_before)
+        # A token alone is its window: to cut it out would cost as many calls as a small memory takes.
+        is_all = stop - at == n_time
+        inside, gates_inside = (window, gates) if is_all else (_part(window, at, stop), gates.window(at, stop))
+        if n_whole and form.whole:
+            read_bthv, memory = form.whole(rule, memory, inside, gates_inside, chunk)
+        else:
+            begun = begun or form.begin(rule, memory, window)
+            read_bthv, memory, begun = form.part(rule, memory, begun, inside, gates_inside)
+            n_tokens = n_before + stop - at
+            begun = begun | {"n_tokens": n_tokens} if n_tokens < chunk else {}
         reads.append(read_bthv)
-    start = memory
-    for begin in range(at, n_time, chunk):
-        start, stop = memory, min(begin + chunk, n_time)
-        read_bthv, memory = run_chunk(rule, memory, *_part(window, begin, stop), gates.window(begin, stop))
-        reads.append(read_bthv)
-    left: Any = {}
-    if n_time % chunk:
-        begin = n_time // chunk * chunk
-        kept = {name: gate[:, begin:] for name, gate in vars(gates).items() if gate is not None}
-        tokens = {"keys_bthk": window[0][:, begin:], "values_bthv": window[1][:, begin:]}
-        left = {"unfinished": {"start": start, "gates": kept, **tokens}}
-    return torch.cat(reads, dim=1)[:, n_again:], memory | left
+        at = stop
+    left: Any = {"unfinished": begun} if begun else {}
+    return torch.cat(reads, dim=1), memory | left
 
 
 def finished(memory: Memory) -> Memory:
@@ -61,20 +73,19 @@ def finished(memory: Memory) -> Memory:
     return {name: value for name, value in memory.items() if name != "unfinished"}
 
 
-def _begun(memory: Memory, window: Window, gates: Gates) -> tuple[Window, Gates, Memory, int]:
-    """The window with the tokens of the unfinished chunk before it, the memory at their start, and their number."""
+def _begun(form: ByChunk, rule: Rule, memory: Memory, window: Window, chunk: int) -> State:
+    """What the unfinished chunk carries; empty where there is none, or where it has as many tokens as a chunk."""
     carried: Any = dict(memory).get("unfinished")
     if carried is None:
-        return window, gates, memory, 0
-    before: dict[str, Tensor] = carried["gates"]
-    present = {name: gate for name, gate in vars(gates).items() if gate is not None}
-    joined = Gates(**{name: torch.cat([before[name].to(gate), gate], dim=1) for name, gate in present.items()})
-    keys_bthk = torch.cat([carried["keys_bthk"], window[0]], dim=1)
-    values_bthv = torch.cat([carried["values_bthv"], window[1]], dim=1)
-    # Nobody asks these tokens again.
-    queries_bthk = torch.cat([torch.zeros_like(carried["keys_bthk"]), window[2]], dim=1)
-    n_again = carried["keys_bthk"].shape[1]
-    return (keys_bthk, values_bthv, queries_bthk), joined, carried["start"], n_again
+        return {}
+    expected = {"n_tokens", *form.begin(rule, finished(memory), window)}
+    if carried.keys() != expected:
+        raise ShapeError(
+            f"the memory is inside a chunk that carries {', '.join(sorted(carried))}; this form goes on from "
+            f"{', '.join(sorted(expected))}. Run the form that began it; take it for finished, with "
+            f"forms.by_chunk.finished; or, if an earlier version saved it, make it today's with forms.replay.replayed."
+        )
+    return carried if carried["n_tokens"] < chunk else {}
 
 
 def _part(window: Window, begin: int, stop: int) -> Window:

@@ -12,20 +12,21 @@ matrices of one chunk stay in a processor's cache.
 Where a retention maps or projects what is stored, it acts when a chunk ends, and queries meet the entering memory.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from meristem.memory.forms.by_chunk import Window, run_chunks
+from meristem.memory.forms.by_chunk import ByChunk, Window, run_chunks
 from meristem.memory.forms.decay import Decay, compute_decay, cut
 from meristem.memory.forms.exact_chunk import decay_of, solved
 from meristem.memory.gates import Gates, RowGates
 from meristem.memory.kernels.frozen_kernel import FrozenRead, FrozenWrite
-from meristem.memory.rule import Rule
-from meristem.memory.state import Memory
+from meristem.memory.rule import Rule, change_by, read
+from meristem.memory.state import Memory, State
 from meristem.memory.structure import Live, Pairs, Surprise, Weights
 from meristem.memory.update import momentum_name
 from meristem.shapes import Keys, Queries, Values
@@ -56,7 +57,49 @@ def frozen_chunk(
     multiplied by ``1 - C w``, which must stay above -1.
     """
     window = keys_bthk, values_bthv, queries_bthk
-    return run_chunks(_chunk, rule, memory, window, gates, chunk, _whole_chunks)
+    return run_chunks(ByChunk(_begin, _part, _whole_chunks), rule, memory, window, gates, chunk)
+
+
+def _begin(rule: Rule, memory: Memory, window: Window, n_passes: int = 0) -> State:
+    """What a chunk carries: the stored tensors at its start, and the memory as each pass but the last left it.
+
+    Where the retention is applied once, to all that the chunk changed: the change so far, and the gates of it.
+    """
+    stored = {name: memory[name] for name in rule.structure.weights}
+    if n_passes:
+        return {"start": stored, "passes": {str(index): _flowing_in(rule, memory) for index in range(n_passes)}}
+    if rule.retention.is_linear:
+        return {"start": stored}
+    some = next(iter(stored.values()))
+    return {
+        "start": stored | {name: memory[name] for name in rule.retention.carry(stored)},
+        "change": {name: torch.zeros_like(weight) for name, weight in stored.items()},
+        "retain_bhc": some.new_ones(*some.shape[:2], 1),
+        "write_bhc": some.new_zeros(*some.shape[:2], 1),
+    }
+
+
+def _flowing_in(rule: Rule, memory: Memory) -> Memory:
+    """The stored tensors and their momenta."""
+    names = (each for name in rule.structure.weights for each in (name, momentum_name(name)))
+    return {name: memory[name] for name in names if name in memory}
+
+
+def is_moving(rule: Rule) -> bool:
+    """A query meets what the tokens before it wrote; where a retention maps or projects, the start of the chunk."""
+    return rule.retention.is_linear and not rule.retention.is_mapped
+
+
+def memory_read(rule: Rule, memory: Memory) -> Memory:
+    """The memory that the next token reads before it is written, in an unfinished chunk or at the start of one."""
+    unfinished: Any = dict(memory).get("unfinished")
+    return memory if is_moving(rule) or unfinished is None else unfinished["start"]
+
+
+def read_next(rule: Rule, memory: Memory, queries_bthk: Queries) -> Values:
+    """What the next token reads before it is written."""
+    live = Live(rule.weights(memory_read(rule, memory)))
+    return rule.structure.recall(live, queries_bthk.movedim(1, 2)).movedim(1, 2)
 
 
 def _whole_chunks(rule: Rule, memory: Memory, window: Window, gates: Gates, chunk: int) -> tuple[Values, Memory]:
@@ -65,16 +108,28 @@ def _whole_chunks(rule: Rule, memory: Memory, window: Window, gates: Gates, chun
     return _in_order(rule, memory, window, gates, chunk)
 
 
-def _chunk(
-    rule: Rule,
-    memory: Memory,
-    keys_bthk: Keys,
-    values_bthv: Values,
-    queries_bthk: Queries,
-    gates: Gates,
-    n_passes: int = 0,
-) -> tuple[Values, Memory]:
-    return _in_order(rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, keys_bthk.shape[1], n_passes)
+def _part(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates) -> tuple[Values, Memory, State]:
+    n_time = window[0].shape[1]
+    if n_time == 1 and "passes" not in begun:
+        return _one_token(rule, memory, begun, window, gates)
+    ((chunk, flowing),) = _cut_up(rule, window, gates, n_time)
+    read_bhcv, memory, begun = _go_on(rule, memory, begun, chunk, flowing)
+    return read_bhcv.movedim(1, 2), memory, begun
+
+
+def _one_token(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates) -> tuple[Values, Memory, State]:
+    """The next token of a chunk, at the cost of a token of ``scan``."""
+    key_bhk, value_bhv, query_bhk = (x[:, 0] for x in window)
+    start, rows = begun["start"], rule.in_effect(gates.at(0))
+    change, carried = change_by(rule, memory, start, (key_bhk, value_bhv), rows)
+    if rule.retention.is_linear:
+        after = memory | rule.retention.apply(memory, change, rows) | carried
+    else:
+        change = {name: begun["change"][name] + part for name, part in change.items()}
+        stored, begun = _retained(rule, begun, change, rows)
+        after = memory | stored | carried
+    met = (memory if rule.reads == "before" else after) if is_moving(rule) else start
+    return read(rule, met, query_bhk)[:, None], after, begun
 
 
 def _in_order(
@@ -84,22 +139,65 @@ def _in_order(
 
     n_passes: how often the surprises of a chunk are taken anew, at the weights that its tokens met.
     """
-    windows = zip(*(_heads_first(x, chunk).unbind(2) for x in window), _rows(gates, chunk), strict=True)
-    n_passes = min(n_passes, chunk - 1)
-    is_moving = rule.retention.is_linear and not rule.retention.is_mapped
-    flowing = _decaying(rule, gates, chunk)
-    flows, reads = _unbind(flowing), []
-    earlier = _unbind(_earlier(flowing)) if n_passes or rule.reads == "before" else flows
-    for n, (key_bhck, value_bhcv, query_bhck, rows) in enumerate(windows):
-        pairs = Pairs(key_bhck, value_bhcv, rows.code_bhcg)
-        step = frozen_step(rule, memory, pairs, rows, flows[n])
-        for _ in range(n_passes):
-            step = frozen_step(rule, memory, pairs, rows, flows[n], met=step.moving(earlier[n]))
-        met = step.moving((flows if rule.reads == "after" else earlier)[n]) if is_moving else Live(step.weights)
-        reads.append(rule.structure.recall(met, query_bhck))
-        after = step.after(rule) if rule.retention.is_linear else _at_the_end(rule, memory, step, rows)
-        memory = memory | after | step.remembered
+    reads = []
+    for each, flowing in _cut_up(rule, window, gates, chunk):
+        begun = _begin(rule, memory, window, min(n_passes, chunk - 1))
+        read_bhcv, memory, _ = _go_on(rule, memory, begun, each, flowing)
+        reads.append(read_bhcv)
     return torch.cat(reads, dim=2).movedim(1, 2), memory
+
+
+class ChunkRows(NamedTuple):
+    """Tokens of one chunk: what is written, the queries, and the gates."""
+
+    pairs: Pairs
+    query_bhck: Tensor
+    rows: RowGates
+
+
+def _cut_up(rule: Rule, window: Window, gates: Gates, chunk: int) -> Iterator[tuple[ChunkRows, Decay]]:
+    """The tokens of every chunk, and how what they write flows, were it written at rate 1."""
+    windows = zip(*(_heads_first(x, chunk).unbind(2) for x in window), _rows(gates, chunk), strict=True)
+    for (key_bhck, value_bhcv, query_bhck, rows), flowing in zip(
+        windows, decay_at_rate_one(rule, gates, chunk), strict=True
+    ):
+        yield ChunkRows(Pairs(key_bhck, value_bhcv, rows.code_bhcg), query_bhck, rows), flowing
+
+
+def _go_on(rule: Rule, memory: Memory, begun: State, part: ChunkRows, flowing: Decay) -> tuple[Tensor, Memory, State]:
+    """The next tokens of a chunk: reads, the memory, and what the chunk carries."""
+    pairs, query_bhck, rows = part
+    passes = [*begun.get("passes", {}).values(), memory if rule.retention.is_linear else memory | begun["change"]]
+    earlier = _earlier(flowing) if len(passes) > 1 or rule.reads == "before" else flowing
+    step = frozen_step(rule, passes[0], pairs, rows, flowing, start=begun["start"])
+    if len(passes) > 1:
+        lives: State = {}
+        for index, live in enumerate(passes[1:]):
+            lives[str(index)] = step.after(rule)
+            step = frozen_step(rule, live, pairs, rows, flowing, met=step.moving(earlier))
+        begun = begun | {"passes": lives}
+    met = step.moving(flowing if rule.reads == "after" else earlier) if is_moving(rule) else Live(step.weights)
+    read_bhcv = rule.structure.recall(met, query_bhck)
+    if rule.retention.is_linear:
+        after = step.after(rule)
+    else:
+        after = step.summed()
+        stored, begun = _retained(rule, begun, {name: after.pop(name) for name in rule.structure.weights}, rows)
+        after |= stored
+    return read_bhcv, memory | after | step.remembered, begun
+
+
+def _retained(rule: Rule, begun: State, change: Memory, rows: RowGates) -> tuple[Memory, State]:
+    """What is stored where the retention is applied once, to all that the chunk changed; and what the chunk carries.
+
+    The product of factors and the sum of rates are the gates of one write as large as all of these.
+    """
+    rows = rule.in_effect(rows)
+    retain_bhc = begun["retain_bhc"] * rows.retain_bhc.prod(-1, keepdim=True)
+    write_bhc = begun["write_bhc"] + rows.write_bhc.sum(-1, keepdim=True)
+    total = replace(rows, retain_bhc=retain_bhc, write_bhc=write_bhc)
+    gathered = {"change": change, "retain_bhc": retain_bhc, "write_bhc": write_bhc}
+    return rule.retention.apply(begun["start"], change, total), begun | gathered
 
 
 @dataclass(frozen=True)
@@ -175,17 +273,27 @@ class Moving:
 
 
 def frozen_step(
-    rule: Rule, memory: Memory, pairs: Pairs, rows: RowGates, flowing: Decay, met: Weights | None = None
+    rule: Rule,
+    memory: Memory,
+    pairs: Pairs,
+    rows: RowGates,
+    flowing: Decay,
+    *,
+    start: Memory | None = None,
+    met: Weights | None = None,
 ) -> FrozenStep:
-    """Surprises of all rows at the memory, or at the weights as the rows ``met`` them, and how they flow into it.
+    """Surprises of all rows, and how they flow into the memory.
 
+    start: the stored tensors at which the surprises are taken; None: those of ``memory``.
+    met: the weights as the rows met them, in the place of ``start``.
     flowing: at write rate 1, as ``flow_at_rate_one`` gives it.
     """
+    start = memory if start is None else start
     counts_bhs: Tensor | None = None
     remembered: Memory = {}
     if rule.span > 1:
         pairs, counts_bhs, remembered = _looking_back(memory, pairs, rows)
-    weights = rule.weights(memory)
+    weights = rule.weights(start)
     probed = Scaled(weights, rows.retain_bhc[..., None]) if rule.probe == "warm" else Live(weights)
     recalled, target, pull = rule.structure.vjp(met or probed, pairs)
     factors = pull(rule.bias.gradient(recalled, target, rows.threshold_bhc))
@@ -193,7 +301,7 @@ def frozen_step(
     if rule.update.erase or rule.update.rate(rate_bhc, pairs.key_bhck) is not rate_bhc:
         (name,) = rule.structure.weights
         addresses, gradients = factors[name]
-        erased = (met or Live(memory)).matmul(name, addresses)
+        erased = (met or Live(start)).matmul(name, addresses)
         factors = {name: (addresses, gradients + rule.update.erase * erased)}
         rate_bhc = rule.update.rate(rate_bhc, addresses)
     return FrozenStep(memory, weights, factors, flowing, rate_bhc, counts_bhs, remembered)
@@ -273,24 +381,6 @@ def _looking_back(memory: Memory, pairs: Pairs, rows: RowGates) -> tuple[Pairs, 
     return Pairs(keys_bhsk, values_bhsv), counts_bhs, following
 
 
-def _at_the_end(rule: Rule, memory: Memory, step: FrozenStep, rows: RowGates) -> Memory:
-    """What is stored where the retention is applied once, to the change that the chunk made."""
-    change: Memory = {}
-    carried: Memory = {}
-    for name, factor in step.factors.items():
-        # What a memory that began at 0 and forgets nothing would hold is the sum of the changes.
-        source = momentum_name(name)
-        empty = {name: torch.zeros_like(memory[name])} | ({source: memory[source]} if source in memory else {})
-        moved = replace(step, memory=empty, factors={name: factor}).summed()
-        change[name] = moved.pop(name)
-        carried |= moved
-    # The product of factors and the sum of rates are the gates of one write as large as all of these.
-    total = replace(
-        rows, retain_bhc=rows.retain_bhc.prod(-1, keepdim=True), write_bhc=rows.write_bhc.sum(-1, keepdim=True)
-    )
-    return rule.retention.apply(memory, change, rule.in_effect(total)) | carried
-
-
 @torch.no_grad()
 def overshoot(rule: Rule, keys_bthk: Keys, gates: Gates, chunk: int) -> Tensor:
     """How far frozen chunks overshoot: the greatest of every whole chunk and head, ``n h``.
@@ -324,8 +414,8 @@ def refined(
 
     After chunk - 1 passes it is ``scan`` (Trellis 2512.23852, section 4).
     """
-    one, whole = partial(_chunk, n_passes=n_passes), partial(_in_order, n_passes=n_passes)
-    return run_chunks(one, rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk, whole)
+    form = ByChunk(partial(_begin, n_passes=n_passes), _part, partial(_in_order, n_passes=n_passes))
+    return run_chunks(form, rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk)
 
 
 def refined_refusals(rule: Rule) -> list[str]:

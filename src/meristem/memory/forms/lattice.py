@@ -1,15 +1,16 @@
 """The form of unit slots: linearised around the slots that enter a chunk."""
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-from meristem.memory.forms.by_chunk import run_chunks
-from meristem.memory.forms.decay import decay_between
-from meristem.memory.gates import LOG_FLOOR, Gates
+from meristem.memory.forms.by_chunk import ByChunk, Window, run_chunks
+from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule
-from meristem.memory.state import Memory
+from meristem.memory.state import Memory, State
 from meristem.memory.structure import Live, Pairs
 from meristem.shapes import Keys, Queries, Values
 
@@ -34,34 +35,67 @@ def lattice(
     *,
     chunk: int = 16,
 ) -> tuple[Values, Memory]:
-    """Reads and the memory left behind; slots follow ``s_t = (1 - scale) s_(t-1) + step``, at unit length.
+    """Reads and the memory left behind; slots follow ``s_t = (1 - scale (s_0 u)) s_(t-1) + scale u``, at unit length.
 
     The write ``P_i u`` of a slot is ``u - s_i (s_i u)``; with ``s_i u`` taken where the chunk begins it is linear in
-    the slot (Lattice 2504.05646, section 4; memory.md 4.8). scale is at most 1. Each token reads slots of unit length.
+    the slot (Lattice 2504.05646, section 4; memory.md 4.8). scale and u are those of the slots ``s_0`` that enter the
+    chunk; scale is at most 1. The factor of ``s_(t-1)`` has any sign. Each token reads slots of unit length.
     """
-    return run_chunks(_chunk, rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk)
+    window = keys_bthk, values_bthv, queries_bthk
+    return run_chunks(ByChunk(_begin, _part), rule, memory, window, gates, chunk)
 
 
-def _chunk(
-    rule: Rule, memory: Memory, keys_bthk: Keys, values_bthv: Values, queries_bthk: Queries, gates: Gates
-) -> tuple[Values, Memory]:
-    key_bhck, value_bhck, query_bhck = (x.movedim(1, 2) for x in (keys_bthk, values_bthv, queries_bthk))
-    rows, slots_bhgk = gates.rows(0, key_bhck.shape[2]), memory["slots_bhgk"]
-    recalled, target, pull = rule.structure.vjp(Live(memory), Pairs(key_bhck, value_bhck, rows.code_bhcg))
-    amount_bhsg, inward_bhsk = pull(rule.bias.gradient(recalled, target, rows.threshold_bhc))["slots_bhgk"]
-    amount_bhsg = -rows.write_bhc[..., None] * amount_bhsg
-    scale_bhgs = (amount_bhsg * (inward_bhsk @ slots_bhgk.mT)).clamp(max=1.0).mT
-    kept_bhgcs, kept_bhgc = decay_between((1 - scale_bhgs).clamp_min(math.exp(LOG_FLOOR)).log())
-    written_bhcgk = torch.einsum("bhgcs,bhsg,bhsk->bhcgk", kept_bhgcs, amount_bhsg, inward_bhsk)
-    held_bhcgk = _unit(torch.einsum("bhgc,bhgk->bhcgk", kept_bhgc, slots_bhgk) + written_bhcgk)
-    last_bhgk = held_bhcgk[:, :, -1]
+def _begin(rule: Rule, memory: Memory, window: Window) -> State:
+    """live: the slots before they are brought to unit length, which inside a chunk only a read does."""
+    slots = {"slots_bhgk": memory["slots_bhgk"]}
+    return {"start": slots, "live": slots}
+
+
+def _part(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates) -> tuple[Values, Memory, State]:
+    key_bhck, value_bhck, query_bhck = (x.movedim(1, 2) for x in window)
+    rows, start, live_bhgk = gates.rows(0, key_bhck.shape[2]), begun["start"], begun["live"]["slots_bhgk"]
+    recalled, target, pull = rule.structure.vjp(Live(start), Pairs(key_bhck, value_bhck, rows.code_bhcg))
+    amount_bhcg, inward_bhck = pull(rule.bias.gradient(recalled, target, rows.threshold_bhc))["slots_bhgk"]
+    # No logs: a factor may be 0, negative, or above 1.
+    amount_bhcg = (-rows.write_bhc[..., None] * amount_bhcg).clamp(max=1.0)
+    factor_bhcg = 1 - amount_bhcg * (inward_bhck @ start["slots_bhgk"].mT)
+    kept_bhgcs = Products.apply(functional.pad(factor_bhcg.mT, (1, 0), value=1.0))
+    written_bhcgk = torch.einsum("bhgcs,bhsg,bhsk->bhcgk", kept_bhgcs[..., 1:, 1:], amount_bhcg, inward_bhck)
+    live_bhcgk = torch.einsum("bhgc,bhgk->bhcgk", kept_bhgcs[..., 1:, 0], live_bhgk) + written_bhcgk
+    begun = begun | {"live": {"slots_bhgk": live_bhcgk[:, :, -1]}}
+    held_bhcgk = _unit(live_bhcgk)
+    after = memory | {"slots_bhgk": held_bhcgk[:, :, -1]}
     if rule.reads == "before":
-        held_bhcgk = torch.cat([slots_bhgk[:, :, None], held_bhcgk[:, :, :-1]], dim=2)
+        held_bhcgk = torch.cat([memory["slots_bhgk"][:, :, None], held_bhcgk[:, :, :-1]], dim=2)
     # Every token has slots of its own, as heads have.
     met = Live({"slots_bhgk": held_bhcgk.flatten(1, 2)})
     read_bh1k = rule.structure.recall(met, query_bhck.flatten(1, 2)[:, :, None])
     read_bhck = read_bh1k[:, :, 0].unflatten(1, query_bhck.shape[1:3])
-    return read_bhck.movedim(1, 2), memory | {"slots_bhgk": last_bhgk}
+    return read_bhck.movedim(1, 2), after, begun
+
+
+class Products(torch.autograd.Function):
+    """``apply(factor_bhgc)``: the product of the factors after s up to c, at ``[..., c, s]``; 0 where s is after c.
+
+    Without logarithms: a factor may be 0, negative or above 1. The gradient of one factor is summed over all the
+    products that it is in, ``K[c, s] = K[c, j] factor_j K[j - 1, s]``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, factor_bhgc: Tensor) -> Tensor:
+        size = factor_bhgc.shape[-1]
+        is_later_cs = torch.ones(size, size, dtype=torch.bool, device=factor_bhgc.device).tril(-1)
+        product_bhgcs = torch.where(is_later_cs, factor_bhgc[..., None], 1.0).cumprod(dim=-2).tril()
+        ctx.save_for_backward(product_bhgcs)
+        return product_bhgcs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_product_bhgcs: Tensor) -> Tensor:
+        (product_bhgcs,) = ctx.saved_tensors
+        d_within_bhgcs = product_bhgcs.mT @ d_product_bhgcs.tril()
+        d_factor_bhgc = (d_within_bhgcs[..., 1:, :] * product_bhgcs[..., :-1, :]).sum(dim=-1)
+        return functional.pad(d_factor_bhgc, (1, 0))
 
 
 def _unit(slots: Tensor) -> Tensor:

@@ -9,16 +9,16 @@ The memory holds the local start under ``reset`` beside each weight; without one
 that entered it.
 """
 
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from meristem.memory.bias import dot
-from meristem.memory.forms.by_chunk import Window, finished
+from meristem.memory.forms.by_chunk import ByChunk, Window, run_chunks
 from meristem.memory.forms.exact_chunk import solved
-from meristem.memory.forms.frozen_chunk import decay_at_rate_one, frozen_chunk, frozen_step
+from meristem.memory.forms.frozen_chunk import decay_at_rate_one, frozen_chunk, frozen_step, read_next
 from meristem.memory.gates import Gates
 from meristem.memory.retention import decay
 from meristem.memory.rule import Rule
@@ -56,52 +56,61 @@ def tnt(
 
     chunk: tokens of a global chunk, after which the local memory starts afresh.
     """
-    window, n_time = (keys_bthk, values_bthv, queries_bthk), keys_bthk.shape[1]
-    names = rule.structure.weights
+    window = keys_bthk, values_bthv, queries_bthk
+    memory = _with_reset(rule, memory)
+    return run_chunks(ByChunk(_begin, partial(_part, chunk=chunk), _whole), rule, memory, window, gates, chunk)
+
+
+def read(rule: Rule, memory: Memory, queries_bthk: Queries) -> Values:
+    """What the next token reads of both memories before it is written."""
     begun: Any = dict(memory).get("unfinished")
-    memory = {beside(name, "reset"): memory[name] for name in names} | finished(memory)
-    begun = begun or _begin(rule, memory, queries_bthk)
-    reads, at = [], 0
-    while at < n_time:
-        n_whole = (n_time - at) // chunk if not begun["n_tokens"] else 0
-        stop = at + n_whole * chunk if n_whole else min(n_time, at + chunk - begun["n_tokens"])
-        part, inside = tuple(x[:, at:stop] for x in window), gates.window(at, stop)
-        if n_whole:
-            local_bthv = _side_by_side(rule, begun, part, inside, n_whole)
-            global_bthv, memory = _one_by_one(rule, memory, part, inside, chunk)
-            begun = _begin(rule, memory, queries_bthk)
-        else:
-            local_bthv, begun = _locally(rule, begun, part, inside, chunk)
-            global_bthv, memory = _globally(rule, begun["start"], memory, part, inside)
-            begun = begun if begun["n_tokens"] else _begin(rule, memory, queries_bthk)
-        reads.append(global_bthv + local_bthv)
-        at = stop
-    left: Any = {"unfinished": begun} if begun["n_tokens"] else {}
-    return torch.cat(reads, dim=1), memory | left
+    begun = begun or _begin(rule, _with_reset(rule, memory), (queries_bthk, queries_bthk, queries_bthk))
+    turned_bthk = read_next(SHOWN, begun["shown"], queries_bthk)
+    return read_next(rule, begun["start"], queries_bthk) + read_next(rule, begun["local"], turned_bthk)
 
 
-def _begin(rule: Rule, memory: Memory, queries_bthk: Queries) -> State:
-    """A chunk of which nothing was read yet."""
-    reset = {name: memory[beside(name, "reset")] for name in rule.structure.weights}
+def _with_reset(rule: Rule, memory: Memory) -> Memory:
+    """The global memory, and beside it what local ones begin with."""
+    return {beside(name, "reset"): memory[name] for name in rule.structure.weights} | memory
+
+
+def _begin(rule: Rule, memory: Memory, window: Window) -> State:
+    """What a chunk carries: the global weights at its start, the local memory, and the keys that it was shown."""
+    names = rule.structure.weights
+    reset = {name: memory[beside(name, "reset")] for name in names}
     local = reset | rule.retention.carry(reset) | rule.update.carry(reset)
-    batch, _, heads, width = queries_bthk.shape
-    shown = {"matrix_bhkv": queries_bthk.new_zeros(batch, heads, width, width)}
-    return {"n_tokens": 0, "start": memory, "local": local, "shown": shown}
+    batch, _, heads, width = window[2].shape
+    shown = {"matrix_bhkv": window[2].new_zeros(batch, heads, width, width)}
+    return {"start": {name: memory[name] for name in names}, "local": local, "shown": shown}
 
 
-def _locally(rule: Rule, begun: State, part: tuple[Tensor, ...], gates: Gates, chunk: int) -> tuple[Tensor, State]:
+def _part(
+    rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates, *, chunk: int
+) -> tuple[Tensor, Memory, State]:
+    local_bthv, begun = _locally(rule, begun, window, gates, chunk)
+    global_bthv, memory = _globally(rule, begun["start"], memory, window, gates)
+    return global_bthv + local_bthv, memory, begun
+
+
+def _whole(rule: Rule, memory: Memory, window: Window, gates: Gates, chunk: int) -> tuple[Tensor, Memory]:
+    local_bthv = _side_by_side(rule, _begin(rule, memory, window), window, gates, window[0].shape[1] // chunk)
+    global_bthv, memory = _one_by_one(rule, memory, window, gates, chunk)
+    return global_bthv + local_bthv, memory
+
+
+def _locally(rule: Rule, begun: State, part: Window, gates: Gates, chunk: int) -> tuple[Tensor, State]:
     """What the local memory answers to some tokens of one chunk."""
     keys_bthk, values_bthv, queries_bthk = part
     ones_bth = torch.ones_like(gates.write_bth)
-    shown_window: Window = (keys_bthk, keys_bthk, queries_bthk)
-    turned_bthk, shown = solved(SHOWN, begun["shown"], shown_window, Gates(ones_bth, ones_bth), chunk=64)
+    turned_bthk, shown = solved(
+        SHOWN, begun["shown"], (keys_bthk, keys_bthk, queries_bthk), Gates(ones_bth, ones_bth), chunk=64
+    )
     local_chunk = min(LOCAL_CHUNK, chunk)
     read_bthv, local = frozen_chunk(rule, begun["local"], keys_bthk, values_bthv, turned_bthk, gates, chunk=local_chunk)
-    n_tokens = (begun["n_tokens"] + keys_bthk.shape[1]) % chunk
-    return read_bthv, begun | {"n_tokens": n_tokens, "local": local, "shown": shown}
+    return read_bthv, begun | {"local": local, "shown": shown}
 
 
-def _side_by_side(rule: Rule, begun: State, part: tuple[Tensor, ...], gates: Gates, n_whole: int) -> Tensor:
+def _side_by_side(rule: Rule, begun: State, part: Window, gates: Gates, n_whole: int) -> Tensor:
     """The same for whole chunks, each as rows of a larger batch."""
 
     def fold(x: Tensor) -> Tensor:
@@ -112,30 +121,27 @@ def _side_by_side(rule: Rule, begun: State, part: tuple[Tensor, ...], gates: Gat
 
     folded = Gates(**{name: fold(gate) for name, gate in vars(gates).items() if gate is not None})
     fresh = begun | {"local": map_tensors(spread, begun["local"]), "shown": map_tensors(spread, begun["shown"])}
-    window = tuple(fold(x) for x in part)
+    window = fold(part[0]), fold(part[1]), fold(part[2])
     read_bthv, _ = _locally(rule, fresh, window, folded, window[0].shape[1])
     return read_bthv.unflatten(0, (-1, n_whole)).flatten(1, 2)
 
 
-def _one_by_one(
-    rule: Rule, memory: Memory, part: tuple[Tensor, ...], gates: Gates, chunk: int
-) -> tuple[Tensor, Memory]:
+def _one_by_one(rule: Rule, memory: Memory, part: Window, gates: Gates, chunk: int) -> tuple[Tensor, Memory]:
     """What the global memory answers to whole chunks."""
     reads = []
     for begin in range(0, part[0].shape[1], chunk):
-        inside = tuple(x[:, begin : begin + chunk] for x in part)
+        keys_bthk, values_bthv, queries_bthk = (x[:, begin : begin + chunk] for x in part)
+        inside = keys_bthk, values_bthv, queries_bthk
         read_bthv, memory = _globally(rule, memory, memory, inside, gates.window(begin, begin + chunk))
         reads.append(read_bthv)
     return torch.cat(reads, dim=1), memory
 
 
-def _globally(
-    rule: Rule, start: Memory, memory: Memory, part: tuple[Tensor, ...], gates: Gates
-) -> tuple[Tensor, Memory]:
+def _globally(rule: Rule, start: Memory, memory: Memory, part: Window, gates: Gates) -> tuple[Tensor, Memory]:
     """What the global memory, as the chunk began, answers to tokens of it; and what they leave in it."""
     key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in part)
     rows = gates.rows(0, key_bhck.shape[2])
     (flowing,) = decay_at_rate_one(rule, gates, key_bhck.shape[2])
-    step = frozen_step(rule, start, Pairs(key_bhck, value_bhcv, rows.code_bhcg), rows, flowing)
+    step = frozen_step(rule, memory, Pairs(key_bhck, value_bhcv, rows.code_bhcg), rows, flowing, start=start)
     read_bhcv = rule.structure.recall(Live(rule.weights(start)), query_bhck)
-    return read_bhcv.movedim(1, 2), memory | replace(step, memory=memory).after(rule)
+    return read_bhcv.movedim(1, 2), memory | step.after(rule)

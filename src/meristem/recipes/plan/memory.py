@@ -9,7 +9,7 @@ from torch import nn
 
 from meristem.memory.bias import biases, squared
 from meristem.memory.check import conflicts
-from meristem.memory.forms import choose, forms
+from meristem.memory.forms import forms
 from meristem.memory.retention import decay, retentions
 from meristem.memory.rule import Rule
 from meristem.memory.structure import matrix, structures
@@ -17,7 +17,7 @@ from meristem.memory.update import plain, updates
 from meristem.nn.config import MemoryConfig
 from meristem.nn.memory import NeuralMemory
 from meristem.plugins import Registry
-from meristem.recipes.plan.report import Fit, FormRow, MemoryFigures
+from meristem.recipes.plan.report import Fit, FormRow, FormRun, MemoryFigures
 
 NEUTRAL: Final = Rule(structure=matrix(), bias=squared(), retention=decay(), update=plain())
 """The parts that go with every other one: a pair is tried with these in the other places."""
@@ -35,9 +35,10 @@ EXAMPLE: Final = 3
 
 def memory_of(model: nn.Module, config: MemoryConfig, window: int) -> MemoryFigures | None:
     """The memory that ``model`` was built with; None where it has none. window: tokens of a training window."""
-    recall = next((module for module in model.modules() if isinstance(module, NeuralMemory)), None)
-    if recall is None:
+    recalls = {path: module for path, module in model.named_modules() if isinstance(module, NeuralMemory)}
+    if not recalls:
         return None
+    recall = next(iter(recalls.values()))
     rule = recall.rule
     return MemoryFigures(
         rule=config.rule,
@@ -46,8 +47,11 @@ def memory_of(model: nn.Module, config: MemoryConfig, window: int) -> MemoryFigu
         retention=rule.retention.name,
         update=rule.update.name,
         form=config.form,
-        runs=choose(rule) if config.form == "auto" else config.form,
+        runs=recall.form,
         chunk=config.chunk,
+        memories=tuple(
+            FormRun(path=path, form=each.form, is_exact=forms.get(each.form).is_exact) for path, each in recalls.items()
+        ),
         forms=tuple(_forms(rule)),
         fits=tuple(fits()),
     )

@@ -131,8 +131,19 @@ class Fit(ConfigSection):
     reasons: tuple[str, ...]
 
 
+class FormRun(ConfigSection):
+    """The form that runs one memory of the model, and whether its reads are those of ``scan``."""
+
+    path: str
+    form: str
+    is_exact: bool
+
+
 class MemoryFigures(ConfigSection):
-    """The rule of a model's memory; ``runs`` is the form of a training window, also where ``form`` is auto."""
+    """The rule of a model's first memory; ``runs`` is the form of a training window, also where ``form`` is auto.
+
+    memories: of every memory of the model, which may have a rule of its own.
+    """
 
     rule: str
     structure: str
@@ -142,6 +153,7 @@ class MemoryFigures(ConfigSection):
     form: str
     runs: str
     chunk: int
+    memories: tuple[FormRun, ...]
     forms: tuple[FormRow, ...]
     fits: tuple[Fit, ...]
 
@@ -288,8 +300,13 @@ def _totals(report: PlanReport) -> Section:
 def _memory(memory: MemoryFigures) -> Section:
     """The rule, the form that runs, and every form's answer to the rule."""
     rows = [(name, getattr(memory, name)) for name in ("rule", "structure", "bias", "retention", "update")]
-    chosen = f", which {memory.form} chose" if memory.form != memory.runs else ""
-    rows.append(("runs by", f"{memory.runs}{chosen}; chunks of {memory.chunk}"))
+    chosen = ", which auto chose" if memory.form == "auto" else ""
+    runs = {(each.form, each.is_exact): "" for each in memory.memories}
+    if len(runs) > 1:
+        runs = {run: f": {', '.join(m.path for m in memory.memories if m.form == run[0])}" for run in runs}
+    for (form_name, is_exact), where in runs.items():
+        exact = "exact" if is_exact else "not exact"
+        rows.append(("runs by", f"{form_name} ({exact}){chosen}; chunks of {memory.chunk}{where}"))
     for form in memory.forms:
         takes = "takes it" + ("" if form.is_exact else ", not exact")
         rows.append((f"form {form.name}", "; ".join(form.refusals) or takes))
