@@ -38,6 +38,7 @@ FILLED_INITS = {
     "meristem": "the lazy names load and Session",
     "meristem.config": "the loader's public names",
     "meristem.memory": "the public names of memory",
+    "meristem.nn": "the lazy names of what other models take",
     "meristem.cli": "the entry point",
 }
 

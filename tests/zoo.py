@@ -114,8 +114,13 @@ ZOO = _distinct()
 
 
 def grown(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """One model of the zoo, its weights moved off their first values: a zero must not hide what it multiplies."""
-    model = build(*ZOO[name], VOCABULARY, random_seed=3).to(dtype)
+    """One model of the zoo, its weights moved off their first values."""
+    return moved(*ZOO[name], dtype)
+
+
+def moved(model_part: ModelConfig, memory_part: MemoryConfig, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A model whose weights are off their first values: a zero must not hide what it multiplies."""
+    model = build(model_part, memory_part, VOCABULARY, random_seed=3).to(dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():

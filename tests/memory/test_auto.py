@@ -38,7 +38,7 @@ def test_auto_is_exact_where_a_fast_form_is_and_else_what_the_rule_declares(name
     same_bthv, same = run(rule, *inputs.arguments(), form=chosen, chunk=4)
     assert torch.equal(read_bthv, same_bthv)
     assert flatten(memory).keys() == flatten(same).keys()
-    assert NeuralMemory(32, MemoryConfig(rule=name, head_dim=8)).form == chosen
+    assert NeuralMemory.from_config(32, MemoryConfig(rule=name, head_dim=8)).form == chosen
 
 
 def test_a_rule_that_declares_nothing_is_run_by_scan() -> None:

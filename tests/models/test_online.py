@@ -41,7 +41,7 @@ def test_a_memory_that_learns_says_something_else_than_one_that_stands_still(nam
 def test_a_still_reader_shares_the_weights():
     model = grown("preset-titans-mag")
     assert {id(p) for p in model.parameters()} == {id(p) for p in frozen(model).parameters()}
-    assert model.blocks[0].mixer.recall.is_writing
+    assert model.blocks[0].mixer.is_writing
 
 
 @pytest.mark.parametrize("name", LEVELS)

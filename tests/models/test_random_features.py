@@ -70,7 +70,7 @@ def test_a_map_is_drawn_once(spelling: str) -> None:
     """A rule alone draws once for each width; a layer uses what it holds, and nothing of it is trained."""
     made = spelled(features, spelling.format(""))
     assert made.draw(8)["weight_kf"] is made.draw(8)["weight_kf"]
-    recall = NeuralMemory(16, memory(spelling, 0))
+    recall = NeuralMemory.from_config(16, memory(spelling, 0))
     rows_bk = torch.randn(5, 8)
     torch.testing.assert_close(recall.rule.features.apply(rows_bk), made.apply(rows_bk))
     assert recall.random_map is not None and not list(recall.random_map.parameters())

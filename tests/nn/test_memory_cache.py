@@ -439,7 +439,7 @@ def test_a_fresh_segment_knows_the_others_only_by_what_was_kept() -> None:
 
 @pytest.mark.parametrize("name, read", list(itertools.product(["titans", "titans_mlp", "atlas"], READS)))
 def test_a_look_reads_all_memories_and_writes_none(name: str, read: str) -> None:
-    """What ``Recall.look`` gives for each kept memory, weighed; before anything is kept, that of the rule alone."""
+    """What ``look`` of one memory gives for each kept one, weighed; before anything is kept, that of the rule alone."""
     module, asked_btd = made({"rule": name, "form": "scan", "cache": {"read": read}}), inputs(2, 5, random_seed=9)
     _, state = module(inputs()[:, :2])
     assert torch.equal(module.read(asked_btd, state), module.recall.read(asked_btd, state))

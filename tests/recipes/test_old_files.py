@@ -139,7 +139,7 @@ def test_fields_that_were_not_there_yet_have_their_default(stopped, name):
     settings, checkpoint = stopped
     resealed(checkpoint, f"{name}.json", b"{}")
     if name == "device":
-        settings = settings.model_copy(update={"device": settings.device.model_copy(update={"compute": "auto"})})
+        settings = settings.model_copy(update={"device": settings.device.model_copy(update={"dtype": "auto"})})
         (checkpoint.parents[1] / "config.yaml").write_text(migrate.settings_text(settings))
     assert "run.resumed" in [event["name"] for event in taken_up(settings)]
 

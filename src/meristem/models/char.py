@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meristem.memory.state import State
+from meristem.memory.state import State, rows_apart
 from meristem.models.config import ModelConfig
 from meristem.models.init import seeded
 from meristem.models.validate import check_tokens
@@ -53,6 +53,7 @@ class CharFormer(nn.Module):
             self.blocks.append(block)
         self.norm = nn.LayerNorm(model.dim) if model.order == "pre" else nn.Identity()
 
+    @rows_apart
     def forward(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
         check_tokens(tokens_bt, self.window)
         carried: dict[str, Any] = state or {"tokens_bt": tokens_bt[:, :0], "layer": {}}

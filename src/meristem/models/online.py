@@ -28,7 +28,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class Writing(Protocol):
-    """A module with a memory that it writes while it reads, unless ``is_writing`` is False."""
+    """A layer that writes the memories it reads, unless ``is_writing`` is False."""
 
     is_writing: bool
 
@@ -41,7 +41,18 @@ def online_reader(model: nn.Module, learn: Learn, loss: Loss) -> Callable[[Token
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """The same model, whose memories answer and are never written. It shares the weights."""
+    """The same model with memories that are read and never written. It shares the weights."
+
+    For a state S, however it came about, each token t of ``still(model)(tokens_bt, S)`` reads of every memory what the
+    learning model would read next at S if nothing were written: ``f(M, q_t)`` where that reads M as the tokens before
+    left it, and the copy of the last border where it reads that (levels with tokens ``each``, the makers of a
+    self-reference). Kept memories are read as well. Borders that tokens of S have reached count, as they would for
+    the next token; tokens read here reach none: no memory is written, kept, replaced or begun afresh by them.
+
+    All else moves on with each token: keys and values of attention, tails of convolutions, means over periods and
+    what slow levels last answered to these, and segments of MAC, where a new segment is given the memory as it
+    stands. Persistent tokens are written into a fresh memory also here: they are weights of the model.
+    """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     reader = copy.deepcopy(model, shared)
     for module in reader.modules():

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meristem.errors import WrongValue
-from meristem.memory.state import Memory
+from meristem.memory.state import Memory, rows_apart
 from meristem.shapes import Hidden, Keys, Queries, Values
 
 BLOCK: Final = 64
@@ -60,7 +60,11 @@ class Attention(nn.Module):
 
     def mix(self, hidden_btd: Hidden, state: Memory | None = None) -> tuple[Hidden, Memory]:
         """What the heads gathered, side by side, before it is projected back: where a gate can act."""
-        query_bthk, keys_bshk, values_bshv = self.project(hidden_btd)
+        return self._gather(self.qkv(hidden_btd), state)
+
+    @rows_apart
+    def _gather(self, vectors_btf: Float[Tensor, "b t f"], state: Memory | None) -> tuple[Hidden, Memory]:
+        query_bthk, keys_bshk, values_bshv = vectors_btf.unflatten(-1, (3, self.heads, -1)).unbind(2)
         if state is not None:
             keys_bshk = torch.cat([state["keys_bshk"], keys_bshk], dim=1)
             values_bshv = torch.cat([state["values_bshv"], values_bshv], dim=1)

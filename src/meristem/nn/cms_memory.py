@@ -16,7 +16,7 @@ from meristem.errors import ConflictingKeys
 from meristem.memory import Gates
 from meristem.memory.forms import run_trusted
 from meristem.memory.forms.by_chunk import finished
-from meristem.memory.state import State
+from meristem.memory.state import State, rows_apart
 from meristem.nn.config import LevelsConfig, MemoryConfig
 from meristem.nn.frequency import Frequency
 from meristem.nn.memory import NeuralMemory
@@ -32,7 +32,8 @@ class CMSMemory(nn.Module):
     unless the frequency of a level is learned (``nn.frequency``).
 
     is_asked: ``look`` mixes with a learned softmax of its own where answers are mixed so (memory.md 5.3).
-    State: the number of tokens read, what each level carries, and what the learned frequencies carry.
+    State: the number of tokens read, how many of them by a frozen reader, what each level carries, and what the learned
+    frequencies carry.
     """
 
     no_decay: ClassVar = frozenset({"mix_l", "look_mix_l"})
@@ -56,15 +57,17 @@ class CMSMemory(nn.Module):
         """The state of a reader that has read nothing; ``hidden_btd`` gives batch, dtype and device."""
         state: State = {
             "count": 0,
+            "n_frozen": 0,
             "level": {str(index): level.init_state(hidden_btd) for index, level in self.named_levels()},
         }
         return state | ({} if self.frequency is None else {"frequency": self.frequency.init_state(hidden_btd)})
 
+    @rows_apart
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         state = self.init_state(hidden_btd) if state is None else state
         count = state["count"]
         on: list[Gate] = []
-        after: State = {"count": count + hidden_btd.shape[1], "level": {}}
+        after: State = {"count": count + hidden_btd.shape[1], "n_frozen": state.get("n_frozen", 0), "level": {}}
         if self.frequency is not None:
             on_btl, after["frequency"] = self.frequency(hidden_btd, state["frequency"], count)
             on = [torch.ones_like(on_btl[..., :1]), *on_btl.split(1, dim=-1)]
@@ -80,14 +83,34 @@ class CMSMemory(nn.Module):
                 answers.append(answer_btd)
                 continue
             write_bt1 = on[index] if is_writing else None
-            answer_btd, after["level"][str(index)] = level(hidden_btd, state["level"][str(index)], count, write_bt1)
+            written = _counted(level, state)
+            answer_btd, after["level"][str(index)] = level(hidden_btd, state["level"][str(index)], written, write_bt1)
             answers.append(answer_btd if is_writing or not on else (on[index] * answer_btd).to(answer_btd.dtype))
         return self._joined(answers, self.mix_l, stride), after
 
+    @rows_apart
+    def forward_frozen(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+        """The same of memories that are not written, whose periods stand still; means of tokens are read as ever."""
+        state = self.init_state(hidden_btd) if state is None else state
+        n_time, on_btl = hidden_btd.shape[1], None
+        after = state | {"count": state["count"] + n_time, "n_frozen": state.get("n_frozen", 0) + n_time, "level": {}}
+        if self.frequency is not None:
+            on_btl, after["frequency"] = self.frequency(hidden_btd, state["frequency"], state["count"])
+        answers: list[Tensor] = []
+        for index, level in self.named_levels():
+            carried, counted = state["level"][str(index)], _counted(level, state)
+            answer_btd, after["level"][str(index)] = level.forward_frozen(hidden_btd, carried, counted)
+            if on_btl is not None and index > 0 and self.config.levels.frequency == "output":
+                answer_btd = (on_btl[..., index - 1 : index] * answer_btd).to(answer_btd.dtype)
+            answers.append(answer_btd)
+        return self._joined(answers, self.mix_l), after
+
     def read(self, asked_btd: Hidden, state: State) -> Hidden:
         """What the memories, as they stand, recall of the given vectors, mixed; nothing is written."""
-        count, carried = state["count"], state["level"]
-        answers = [level.read(asked_btd, carried[str(index)], count) for index, level in self.named_levels()]
+        carried = state["level"]
+        answers = [
+            level.read(asked_btd, carried[str(index)], _counted(level, state)) for index, level in self.named_levels()
+        ]
         return self._joined(answers, self.mix_l if self.look_mix_l is None else self.look_mix_l)
 
     def shares(self) -> Tensor:
@@ -147,6 +170,9 @@ class EveryToken(nn.Module):
         """count: tokens read before. The fastest level always writes."""
         return _recalled(self.recall, hidden_btd, state, count=count, reset_after=self.reset_after)
 
+    def forward_frozen(self, hidden_btd: Hidden, state: State, count: int) -> tuple[Hidden, State]:
+        return _recalled_frozen(self.recall, hidden_btd, state, count=count, reset_after=self.reset_after)
+
     def read(self, asked_btd: Hidden, state: State, count: int) -> Hidden:
         return self.recall.read(asked_btd, state)
 
@@ -158,7 +184,8 @@ class PooledTokens(nn.Module):
     the first hear 0 (memory.md 6.5). The fewer numbers a mean is made of, the larger it is; without the norm a slow
     level would whisper.
 
-    State: the memory and the convolution's tail, the sum over the unfinished period, and the last answer.
+    State: the memory and the convolution's tail, the sum over the unfinished period, the last answer, and the number of
+    means that a frozen reader read.
     """
 
     def __init__(self, recall: NeuralMemory, reset_after: int | None, *, width: int, period: int) -> None:
@@ -169,7 +196,7 @@ class PooledTokens(nn.Module):
     def init_state(self, hidden_btd: Hidden) -> State:
         batch, _, width = hidden_btd.shape
         zeros_bd = hidden_btd.new_zeros(batch, width, dtype=wide(hidden_btd.dtype))
-        return self.recall.init_state(hidden_btd) | {"sum_bd": zeros_bd, "last_bd": zeros_bd}
+        return self.recall.init_state(hidden_btd) | {"sum_bd": zeros_bd, "last_bd": zeros_bd, "n_frozen": 0}
 
     def forward(
         self, hidden_btd: Hidden, state: State, count: int, write_bt1: Tensor | None = None
@@ -177,19 +204,25 @@ class PooledTokens(nn.Module):
         """count: tokens read before. Pooling is the schedule of writes, so that no gate acts on them."""
         return self.of_means(hidden_btd, state, count, 1)
 
-    def of_means(self, hidden_btd: Hidden, state: State, count: int, stride: int) -> tuple[Hidden, State]:
+    def forward_frozen(self, hidden_btd: Hidden, state: State, count: int) -> tuple[Hidden, State]:
+        return self.of_means(hidden_btd, state, count, 1, is_frozen=True)
+
+    def of_means(
+        self, hidden_btd: Hidden, state: State, count: int, stride: int, *, is_frozen: bool = False
+    ) -> tuple[Hidden, State]:
         """The same where every vector is the mean of ``stride`` tokens, by which period and count can be divided."""
         period, n_begun, n_time = self.n_apart // stride, count % self.n_apart // stride, hidden_btd.shape[1]
         mean_bnd, sum_bd = group_means(hidden_btd, state["sum_bd"] / stride, period=period, n_begun=n_begun)
         carried = {"memory": state["memory"], "conv": state["conv"]}
-        read_bnd = mean_bnd
+        read_bnd, n_frozen = mean_bnd, state.get("n_frozen", 0)
         if mean_bnd.shape[1]:
             normed_bnd = self.norm(mean_bnd)
-            begun = count // self.n_apart
-            read_bnd, carried = _recalled(self.recall, normed_bnd, carried, count=begun, reset_after=self.reset_after)
+            begun, read = count // self.n_apart - n_frozen, _recalled_frozen if is_frozen else _recalled
+            read_bnd, carried = read(self.recall, normed_bnd, carried, count=begun, reset_after=self.reset_after)
+            n_frozen += mean_bnd.shape[1] if is_frozen else 0
             read_bnd = read_bnd.to(sum_bd.dtype)
         held_btd, last_bd = hold(read_bnd, state["last_bd"], period=period, n_begun=n_begun, n_time=n_time)
-        return held_btd, {**carried, "sum_bd": sum_bd * stride, "last_bd": last_bd}
+        return held_btd, {**carried, "sum_bd": sum_bd * stride, "last_bd": last_bd, "n_frozen": n_frozen}
 
     def read(self, asked_btd: Hidden, state: State, count: int) -> Hidden:
         return self.recall.read(asked_btd, state)
@@ -217,9 +250,6 @@ class DelayedRead(nn.Module):
     ) -> tuple[Hidden, State]:
         """count: tokens read before. write_bt1: 1 where the memory changes, 0 where it stays."""
         query_bthk, key_bthk, value_bthv, tail = self.recall.project(hidden_btd, state["conv"])
-        if not self.recall.is_writing:
-            still_bthv = self.recall.read_state(query_bthk, state["read"])
-            return still_bthv.flatten(2).to(value_bthv.dtype), state | {"conv": tail}
         gates = self.recall.gates(hidden_btd)
         gates = gates if write_bt1 is None else _only_where(gates, write_bt1)
         memory, read = state["memory"], state["read"]
@@ -240,9 +270,16 @@ class DelayedRead(nn.Module):
         answer_btd = torch.cat(reads, dim=1).flatten(2).to(value_bthv.dtype)
         return answer_btd, {"memory": memory, "read": read, "conv": tail}
 
+    def forward_frozen(self, hidden_btd: Hidden, state: State, count: int) -> tuple[Hidden, State]:
+        read_btd, after = self.recall.forward_frozen(hidden_btd, state | {"memory": self._read(state, count)})
+        return read_btd, state | {"conv": after["conv"]}
+
     def read(self, asked_btd: Hidden, state: State, count: int) -> Hidden:
-        is_due = count % self.n_apart == 0
-        return self.recall.read(asked_btd, {"memory": state["memory" if is_due else "read"]})
+        return self.recall.read(asked_btd, {"memory": self._read(state, count)})
+
+    def _read(self, state: State, count: int) -> State:
+        """The memory that the next token reads: where a period has just ended, what was written in it."""
+        return finished(state["memory"]) if count % self.n_apart == 0 else state["read"]
 
     def _fired(self, memory: State, n_fires: int, batch: int) -> tuple[State, State]:
         """The memory that is written on, and the one that is read until the next period ends."""
@@ -268,7 +305,9 @@ def _level(width: int, config: MemoryConfig, level: int) -> Level:
     reset_after = None if levels.reset_after is None else levels.reset_after[level]
     is_each = levels.tokens == "each" and period > 1
     half_life = config.half_life * (period if is_each and levels.frequency != "write" else 1)
-    recall = NeuralMemory(width, config.model_copy(update={"levels": LevelsConfig(), "half_life": half_life}))
+    recall = NeuralMemory.from_config(
+        width, config.model_copy(update={"levels": LevelsConfig(), "half_life": half_life})
+    )
     if is_each:
         _require_each(recall, is_gated=levels.frequency == "write")
         return DelayedRead(recall, reset_after, period=period)
@@ -312,6 +351,21 @@ def _only_where(gates: Gates, on_bt1: Tensor) -> Gates:
     )
     others = {"threshold_bth": gates.threshold_bth}
     return Gates.from_logs(log_bth, on_bt1 * gates.write_bth, **others)
+
+
+def _counted(level: Level, state: State) -> int:
+    """The tokens that the periods of a level count: those that were written, or, of a pooled one, all."""
+    return state["count"] - (0 if isinstance(level, PooledTokens) else state.get("n_frozen", 0))
+
+
+def _recalled_frozen(
+    recall: NeuralMemory, hidden_btd: Hidden, state: State, *, count: int, reset_after: int | None
+) -> tuple[Hidden, State]:
+    """What the memory that the vector after ``count`` would meet answers to all; it stays as it was."""
+    is_over = reset_after is not None and count > 0 and count % reset_after == 0
+    memory = recall.initial(len(hidden_btd)) if is_over else state["memory"]
+    read_btd, after = recall.forward_frozen(hidden_btd, state | {"memory": memory})
+    return read_btd, state | {"conv": after["conv"]}
 
 
 def _recalled(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meristem.errors import ConflictingKeys
-from meristem.memory.state import State
+from meristem.memory.state import State, rows_apart
 from meristem.nn.config import CMSConfig
 from meristem.nn.mlp import Feedforward
 from meristem.nn.norm import RMSNorm
@@ -65,6 +65,7 @@ class CMSMLP(nn.Module):
         slow = {str(index): {"sum_bd": zeros_bd, "last_bd": zeros_bd} for index in range(1, self.config.count)}
         return {"count": 0, "level": slow}
 
+    @rows_apart
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         state = self.init_state(hidden_btd) if state is None else state
         after: State = {"count": state["count"] + hidden_btd.shape[1], "level": {}} if state else {}

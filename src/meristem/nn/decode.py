@@ -1,4 +1,4 @@
-"""A memory that answers one token: what ``Recall`` does, in a fourth of the time, for the rules of the linear family.
+"""A memory that answers one token: what ``NeuralMemory`` does in a fourth of the time, for rules of the linear family.
 
 A session that speaks reads one token after another, and there the cost is the number of operations, not their size.
 Nothing here is learned or decided: the same numbers, fewer calls.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meristem.errors import WrongValue
-from meristem.memory.state import State
+from meristem.memory.state import State, rows_apart
 from meristem.nn.attention import Attention, Turns, apply_rope, rope_angles
 from meristem.nn.combine import COMBINATIONS
 from meristem.nn.config import MemoryConfig
@@ -33,6 +33,9 @@ class MemoryAsContext(nn.Module):
     segment.
     """
 
+    is_writing = True
+    """False in a frozen reader (``models.reader.still``)."""
+
     def __init__(
         self, width: int, config: MemoryConfig, *, attention: Attention, segment: int, combine: str = "gated"
     ) -> None:
@@ -50,6 +53,7 @@ class MemoryAsContext(nn.Module):
         """The last projection of this branch."""
         return self.attention.out
 
+    @rows_apart
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         state = self._fresh(hidden_btd) if state is None else state
         parts, whole = self._cut(hidden_btd, state["keys_bshk"].shape[1])
@@ -104,7 +108,8 @@ class MemoryAsContext(nn.Module):
         new = (part.key_bthk, part.value_bthv, context_key_bthk, context_value_bthv)
         seen = {name: torch.cat([state[name], x], dim=1) if n_read else x for name, x in zip(SEEN, new, strict=True)}
         attended_btd = self._attend(part, whole, seen)
-        recalled_btd, recall = self.recall(attended_btd, state["recall"])
+        read = self.recall if self.is_writing else self.recall.forward_frozen
+        recalled_btd, recall = read(attended_btd, state["recall"])
         if n_read + attended_btd.shape[1] == self.segment:
             return attended_btd, recalled_btd, {"recall": recall, "start": recall, **self._empty(attended_btd)}
         return attended_btd, recalled_btd, {"recall": recall, "start": state["start"], **seen}

@@ -17,6 +17,9 @@ class MemoryAsGate(nn.Module):
     query sees, are written into a fresh memory first.
     """
 
+    is_writing = True
+    """False in a frozen reader (``models.reader.still``)."""
+
     def __init__(self, width: int, config: MemoryConfig, *, attention: Attention, combine: str = "gated") -> None:
         super().__init__()
         self.attention = attention
@@ -32,6 +35,7 @@ class MemoryAsGate(nn.Module):
         if state is None:
             state = {"attention": None, "recall": initial_state(self.recall, self.attention.persistent_gd, hidden_btd)}
         attended_btd, attention = self.attention.mix(hidden_btd, state["attention"])
-        recalled_btd, recall = self.recall(hidden_btd, state["recall"])
+        read = self.recall if self.is_writing else self.recall.forward_frozen
+        recalled_btd, recall = read(hidden_btd, state["recall"])
         combined_btd = self.combine(attended_btd, recalled_btd, hidden_btd)
         return self.out(combined_btd), {"attention": attention, "recall": recall}

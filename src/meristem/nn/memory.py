@@ -1,22 +1,24 @@
 """A layer that reads and writes a memory: projections, gates and a rule."""
 
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from meristem.errors import ConflictingKeys
+from meristem.errors import CapabilityError, ConflictingKeys, WrongValue
 from meristem.memory import Rule
 from meristem.memory.features import Drawn
-from meristem.memory.forms import choose, forms, require, run_trusted
-from meristem.memory.state import Memory, State, beside, full_precision
+from meristem.memory.forms import choose, forms, read_trusted, require, run_trusted
+from meristem.memory.state import Memory, State, beside, full_precision, rows_apart
 from meristem.memory.structure import Live
 from meristem.nn.config import MemoryConfig
 from meristem.nn.conv import CausalConv, inverse_length, precise
 from meristem.nn.decode import can_decode, decode
+from meristem.nn.documents import Mask, read_documents
 from meristem.nn.gates import GateMap
 from meristem.nn.norm import RMSNorm, inverse_size
 from meristem.nn.rule import rule_of
@@ -77,14 +79,41 @@ class NeuralMemory(nn.Module):
     needs no such bound.
 
     State: the memory, float32 whatever the autocast, and the convolution's tail. A fresh memory is a learned parameter.
+    ``memory.state`` has what can be done with it: ``detach``, ``clone``, ``select_rows``, ``join_rows``.
 
-    is_writing: False in a reader whose memories stand still (``models.reader.still``).
+    Its reads are neither normed nor gated: a layer adds ``out(norm(read))`` to its hidden vectors, as ``MemoryLayer``.
+    Backward passes are written by hand: ``torch.func.functional_call`` runs, the transforms of ``torch.func`` raise.
     """
 
-    is_writing = True
-
-    def __init__(self, width: int, config: MemoryConfig) -> None:
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        *,
+        rule: str = "titans",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> None:
+        """
+        dim: of the hidden vectors; n_heads divides it, and each head has a memory of its own.
+        settings: other keys of ``memory`` in a configuration, such as ``form``, ``chunk``, ``conv``, ``half_life``.
+        dtype: of the projections; memories and gates are float32, or float64 where that is asked for.
+        Raises WrongValue for settings that one memory does not read, ConflictingKeys for those that do not go together.
+        """
         super().__init__()
+        with torch.device(device) if device is not None else nullcontext():
+            self._build(dim, _settings(dim, n_heads, settings | {"rule": rule}))
+        if dtype is not None:
+            for module in (self,) if dtype == torch.float64 else (self.qkv, self.conv):
+                module.to(dtype)
+
+    @classmethod
+    def from_config(cls, dim: int, config: MemoryConfig) -> Self:
+        """The memory that a section ``memory`` of a configuration describes."""
+        return cls(dim, config.n_heads_in(dim), **{name: getattr(config, name) for name in SETTINGS})
+
+    def _build(self, width: int, config: MemoryConfig) -> None:
         self._rule = rule_of(config)
         drawn = self._rule.features.draw(config.head_dim)
         self.random_map = RandomMap(drawn) if drawn else None
@@ -115,14 +144,40 @@ class NeuralMemory(nn.Module):
             return self._rule
         return replace(self._rule, features=replace(self._rule.features, drawn=self.random_map.drawn()))
 
-    def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
-        if state is not None and self.is_writing and can_decode(self, hidden_btd, state):
+    def forward(
+        self,
+        hidden_btd: Hidden,
+        state: State | None = None,
+        *,
+        reset_mask: Mask | None = None,
+        padding_mask: Mask | None = None,
+    ) -> tuple[Hidden, State]:
+        """What every token reads, after it was written, and the state after the window; None begins one.
+
+        reset_mask: ``(b, t)``, True where a document begins: it reads as if it stood alone, from a fresh memory
+            (``nn.documents.reset_mask`` makes it of ``cu_seqlens``).
+        padding_mask: ``(b, t)``, True for tokens, False for padding, which is never read and given 0.
+        Raises ShapeError for masks that do not fit, and CapabilityError inside ``torch.func.grad``, ``vmap`` and kin.
+        """
+        if torch._C._are_functorch_transforms_active():
+            raise CapabilityError(
+                "a memory was called inside a transform of torch.func (grad, vmap, jvp ...), which cannot pass through "
+                "its hand-written backward passes. Call torch.func.functional_call outside of one, differentiate with "
+                "torch.autograd.grad, and put what vmap would map over into the batch.",
+                operation="torch.func transform",
+                reason="hand-written backward passes",
+            )
+        if reset_mask is None and padding_mask is None:
+            return self._read(hidden_btd, state)
+        masks = {"reset_mask_bt": reset_mask, "padding_mask_bt": padding_mask}
+        return read_documents(self._read, self.init_state, hidden_btd, state, **masks)
+
+    @rows_apart
+    def _read(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+        if state is not None and can_decode(self, hidden_btd, state):
             return decode(self, hidden_btd, state)
         state = self.init_state(hidden_btd) if state is None else state
         query_bthk, key_bthk, value_bthv, tail = self.project(hidden_btd, state["conv"])
-        if not self.is_writing:
-            read_bthv = self.read_state(query_bthk, state["memory"])
-            return read_bthv.flatten(2).to(value_bthv.dtype), state | {"conv": tail}
         read_bthv, memory = run_trusted(
             self.rule,
             state["memory"],
@@ -132,6 +187,14 @@ class NeuralMemory(nn.Module):
             chunk=self.chunk,
         )
         return read_bthv.flatten(2).to(value_bthv.dtype), {"memory": memory, "conv": tail}
+
+    @rows_apart
+    def forward_frozen(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+        """The same of a memory that is not written: each token reads it as it stands. The convolution moves on."""
+        state = self.init_state(hidden_btd) if state is None else state
+        query_bthk, _, value_bthv, tail = self.project(hidden_btd, state["conv"])
+        read_bthv = read_trusted(self.rule, state["memory"], query_bthk, form=self.form)
+        return read_bthv.flatten(2).to(value_bthv.dtype), state | {"conv": tail}
 
     def init_state(self, hidden_btd: Hidden) -> State:
         """The state of a reader that has read nothing; ``hidden_btd`` gives batch, dtype and device."""
@@ -175,6 +238,22 @@ class NeuralMemory(nn.Module):
         return query_bthk, key_bthk, value_bthv, tail
 
 
+SETTINGS: Final = tuple(sorted(set(MemoryConfig.model_fields) - {"head_dim", "levels", "cache", "self_reference"}))
+"""What a single memory reads of the section ``memory``, beside its heads."""
+
+
+def _settings(dim: int, n_heads: int, settings: dict[str, Any]) -> MemoryConfig:
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown or n_heads < 1 or dim % n_heads:
+        found = f"found {', '.join(unknown)}" if unknown else f"found {n_heads} heads for a width of {dim}"
+        raise WrongValue(
+            f"{found}; a memory takes a number of heads that divides its width, and the settings "
+            f"{', '.join(SETTINGS)}. Change what was found.",
+            value=unknown or n_heads,
+        )
+    return MemoryConfig.model_validate(settings | {"head_dim": dim // n_heads})
+
+
 def _require_channels(rule: Rule) -> None:
     """Raises ConflictingKeys where the channels of a value do not go their own ways."""
     apart = ("dot", "squared", "absolute", "power", "huber_coordinate")
@@ -211,11 +290,13 @@ class MemoryLayer(nn.Module):
     """Memory alone as a mixer: what is recalled, normalised per head, gated and projected (memory.md 5.1)."""
 
     no_decay: ClassVar = frozenset({"gate.weight", "gate.bias"})
+    is_writing = True
+    """False in a frozen reader (``models.reader.still``)."""
 
-    def __init__(self, width: int, config: MemoryConfig, recall: nn.Module | None = None) -> None:
+    def __init__(self, width: int, config: MemoryConfig, recall: Any = None) -> None:
         """recall: what is asked in the place of a single memory, as ``nn.recall`` composes it."""
         super().__init__()
-        self.recall = NeuralMemory(width, config) if recall is None else recall
+        self.recall = NeuralMemory.from_config(width, config) if recall is None else recall
         self.norm = RMSNorm(config.head_dim)
         self.gate = nn.Linear(width, width)
         self.out = nn.Linear(width, width, bias=False)
@@ -223,7 +304,8 @@ class MemoryLayer(nn.Module):
         nn.init.constant_(self.gate.bias, 2.0)
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
-        recalled_btd, state = self.recall(hidden_btd, state)
+        recall = self.recall if self.is_writing else self.recall.forward_frozen
+        recalled_btd, state = recall(hidden_btd, state)
         gain_k = self.norm.gain_d.to(recalled_btd.dtype)
         return self.out(GatedNorm.apply(recalled_btd, self.gate(hidden_btd), gain_k, self.norm.eps)), state
 

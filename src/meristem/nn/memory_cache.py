@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from meristem.errors import ConflictingKeys
 from meristem.memory import Gates, Rule
-from meristem.memory.forms import run_trusted
+from meristem.memory.forms import read_trusted, run_trusted
 from meristem.memory.forms.by_chunk import Window, finished
-from meristem.memory.state import Memory, State, full_precision
+from meristem.memory.forms.frozen_chunk import memory_read
+from meristem.memory.state import Memory, State, full_precision, rows_apart
 from meristem.memory.structure import Live, Pairs, Pullback, Structure, Weights
 from meristem.nn.config import MemoryConfig
 from meristem.nn.decode import can_decode, decode_heads
@@ -35,7 +36,7 @@ MIXED_BY = ("scan", "frozen_chunk", "refined")
 
 def with_cache(width: int, config: MemoryConfig) -> "NeuralMemory | MemoryCache":
     """One memory, beside which those of earlier segments are kept if ``part.kept`` says so."""
-    return NeuralMemory(width, config) if config.cache.read == "none" else MemoryCache(width, config)
+    return NeuralMemory.from_config(width, config) if config.cache.read == "none" else MemoryCache(width, config)
 
 
 class Shares(nn.Module):
@@ -81,13 +82,13 @@ class MemoryCache(nn.Module):
     stands, as in a binary counter: after n segments there are as many as n has ones, at most ``log2(n) + 1``. Over
     ``limit`` the oldest is dropped; how many were ever finished is in the state.
 
-    State: that of ``Recall``, and under ``kept`` the weights and descriptors of kept memories, stacked, the oldest
+    State: that of ``NeuralMemory``, and under ``kept`` weights and descriptors of kept memories, stacked, the oldest
     first, the sum of the inputs of the current segment, the tokens in it, and the segments finished.
     """
 
     def __init__(self, width: int, config: MemoryConfig) -> None:
         super().__init__()
-        self.recall = NeuralMemory(width, config)
+        self.recall = NeuralMemory.from_config(width, config)
         self.config = config.cache
         self.mapped_rule = self.recall.rule.without_features()
         structure = self.mapped_rule.structure
@@ -135,11 +136,9 @@ class MemoryCache(nn.Module):
             kept |= {"descriptor_bnd": like.new_zeros(batch, 0, width), "sum_bd": like.new_zeros(batch, width)}
         return begun | {"kept": kept | {"n_tokens": 0, "n_segments": 0}}
 
+    @rows_apart
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         state = self.init_state(hidden_btd) if state is None else state
-        if not self.recall.is_writing:
-            read_btd, still = self.recall(hidden_btd, {name: state[name] for name in ("memory", "conv")})
-            return read_btd, state | still
         if can_decode(self.recall, hidden_btd, state):
             return self._decode(hidden_btd, state)
         query_bthk, key_bthk, value_bthv, tail = self.recall.project(hidden_btd, state["conv"])
@@ -161,6 +160,18 @@ class MemoryCache(nn.Module):
         read_btd = torch.cat(reads, dim=1).flatten(2).to(value_bthv.dtype)
         return read_btd, {"memory": memory, "conv": tail, "kept": kept}
 
+    @rows_apart
+    def forward_frozen(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+        """The same of memories that are not written, kept or counted: each token reads as the next of the segment."""
+        state = self.init_state(hidden_btd) if state is None else state
+        query_bthk, _, value_bthv, tail = self.recall.project(hidden_btd, state["conv"])
+        with full_precision(hidden_btd.device):
+            memory = state["memory"]
+            read_bthv = read_trusted(self.rule, memory, query_bthk, form=self.form)
+            read = state | {"memory": memory_read(self.rule, memory)}
+            read_bthv = self._with_kept(read_bthv, query_bthk, hidden_btd, read, n_present=1)
+        return read_bthv.flatten(2).to(value_bthv.dtype), state | {"conv": tail}
+
     def _decode(self, hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
         """One token outside training, in fewer operations."""
         read_bh1v, query_bh1k, after = decode_heads(self.recall, hidden_btd, state)
@@ -176,27 +187,31 @@ class MemoryCache(nn.Module):
         The vectors stand for inputs as well: ``u = asked W_u``. The descriptor of the current segment is the mean of
         what it has read, 0 before its first token.
         """
-        memory, kept = state["memory"], state["kept"]
-        if not self._n_kept(kept):
-            return self.recall.read(asked_btd, state)
-        query_bthk = self.recall.to_queries(asked_btd)
         with full_precision(asked_btd.device):
-            running = Live(self.rule.weights(memory))
-            dtype = next(iter(running.memory.values())).dtype
-            query_bthk = self.rule.features.apply(query_bthk.to(dtype))
-            share_btn = None
-            if self.shares is not None:
-                mean_bd = kept["sum_bd"] / max(1, kept["n_tokens"])
-                mean_btd = mean_bd[:, None].expand_as(asked_btd)
-                share_btn = self.shares(asked_btd.to(dtype), mean_btd, kept["descriptor_bnd"])
-            query_bhtk = query_bthk.movedim(1, 2)
-            if self.is_souped and share_btn is not None:
-                mixed = Mixed(running, self._weights(kept), share_btn[:, None])
-                read_bthv = self.rule.structure.recall(mixed, query_bhtk).movedim(1, 2)
-            else:
-                read_bthv = self.rule.structure.recall(running, query_bhtk).movedim(1, 2)
-                read_bthv = self._joined(read_bthv, query_bthk, kept, share_btn)
+            query_bthk = self.recall.to_queries(asked_btd)
+            read_bthv = self.recall.read_state(query_bthk, state["memory"])
+            read_bthv = self._with_kept(read_bthv, query_bthk, asked_btd, state, n_present=0)
         return read_bthv.flatten(2).to(asked_btd.dtype)
+
+    def _with_kept(
+        self, read_bthv: Values, query_bthk: Queries, inputs_btd: Hidden, state: State, *, n_present: int
+    ) -> Values:
+        """What running and kept memories recall as they stand; the running one alone recalls ``read_bthv``.
+
+        n_present: 1 where the descriptor of the current segment is the mean of its inputs and the token's own.
+        """
+        kept, dtype, share_btn = state["kept"], read_bthv.dtype, None
+        if not self._n_kept(kept):
+            return read_bthv
+        query_bthk, inputs_btd = self.rule.features.apply(query_bthk.to(dtype)), inputs_btd.to(dtype)
+        if self.shares is not None:
+            sum_btd = kept["sum_bd"][:, None] + n_present * inputs_btd
+            share_btn = self.shares(inputs_btd, sum_btd / max(1, kept["n_tokens"] + n_present), kept["descriptor_bnd"])
+        if self.is_souped and share_btn is not None:
+            running = Live(self.rule.weights(state["memory"]))
+            mixed = Mixed(running, self._weights(kept), share_btn[:, None])
+            return self.rule.structure.recall(mixed, query_bthk.movedim(1, 2)).movedim(1, 2)
+        return self._joined(read_bthv, query_bthk, kept, share_btn)
 
     def _n_kept(self, kept: State) -> int:
         return int(kept[next(iter(self.stacked.values()))].shape[1])

@@ -90,6 +90,8 @@ def carry_state(grown: Grown[CMSMemory] | Grown[CMSMLP], state: State, hidden_bt
         if str(old) in before["level"] and str(new) in level:
             level[str(new)] = _moved_level(before["level"][str(old)], begun["level"][str(new)])
     after: State = {"count": before["count"], "level": level}
+    if "n_frozen" in begun:
+        after["n_frozen"] = before.get("n_frozen", 0)
     if "frequency" in begun:
         after["frequency"] = {**begun["frequency"]}
         for name in ("seen_bl", "rate_bl"):

@@ -58,9 +58,17 @@ def decode(layer: "SelfReference", hidden_btd: Hidden, state: State) -> tuple[Hi
         teach, chunk = (layer.makers, layer.chunk_other) if name == "makers" else (layer.memory, layer.chunk_memory)
         new_h1v = torch.baddbmm(_wanted(teach, start_hkv, key_h1k, value_h1k), key_h1k, live_hkv, alpha=-1)
         live_hkv = torch.addcmul(rate_h1k.mT * new_h1v, retain_h11, live_hkv)
-        live = {"matrix_bhkv": live_hkv.unflatten(0, (batch, heads))}
-        after[name] = {"start": live if n_after % chunk == 0 else memory[name]["start"], "live": live}
+        live_bhkv = live_hkv.unflatten(0, (batch, heads))
+        start_bhkv = _began(live_bhkv, memory[name]["start"]["matrix_bhkv"], n_after % chunk == 0)
+        after[name] = {"start": {"matrix_bhkv": start_bhkv}, "live": {"matrix_bhkv": live_bhkv}}
     return out_bd[:, None], {"memory": after, "conv": {"tail_bsd": padded_bsd[:, 1:]}}
+
+
+def _began(live_bhkv: Tensor, start_bhkv: Tensor, is_over: bool | Tensor) -> Tensor:
+    """What the chunk of the next token began with; of every row by itself where rows have read differently."""
+    if isinstance(is_over, Tensor):
+        return torch.where(is_over.to(live_bhkv.device)[:, None, None, None], live_bhkv, start_bhkv)
+    return live_bhkv if is_over else start_bhkv
 
 
 def _wanted(teach: "Memories", start_hkv: Tensor, key_h1k: Tensor, value_h1k: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import ClassVar, Final, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meristem.memory.gates import LOG_FLOOR
-from meristem.memory.state import Memory, State, full_precision
+from meristem.memory.state import Memory, State, full_precision, rows_apart
 from meristem.nn.config import MemoryConfig
 from meristem.nn.conv import CausalConv
 from meristem.nn.norm import RMSNorm
@@ -69,7 +70,7 @@ class SelfReference(nn.Module):
 
     no_decay: ClassVar = frozenset({"initial", "bias_hl", "gate.weight", "gate.bias"})
     is_writing = True
-    """False in a reader whose memories stand still (``models.reader.still``)."""
+    """False in a frozen reader (``models.reader.still``)."""
 
     def __init__(self, width: int, config: MemoryConfig) -> None:
         super().__init__()
@@ -99,6 +100,10 @@ class SelfReference(nn.Module):
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         if state is not None and self.is_writing and can_decode(self, hidden_btd, state):
             return decode(self, hidden_btd, state)
+        return self._read(hidden_btd, state)
+
+    @rows_apart
+    def _read(self, hidden_btd: Hidden, state: State | None) -> tuple[Hidden, State]:
         state = {"memory": self.fresh(hidden_btd.shape[0]), "conv": None} if state is None else state
         mixed_btd, tail = self.conv(hidden_btd, state["conv"])
         query_btd = None if self.query is None else self.query(mixed_btd)
@@ -131,6 +136,8 @@ class SelfReference(nn.Module):
 
         rows: ``(b h) t k``, as all that is computed here. queries: of length one; None where a memory makes them.
         """
+        if not self.is_writing:
+            return self._frozen(rows, queries, memory), memory
         n_before, n_time = memory["n_tokens"], rows.shape[1]
         batch = len(rows) // self.heads
         after: State = {"n_tokens": n_before + n_time}
@@ -140,6 +147,16 @@ class SelfReference(nn.Module):
             made, after["makers"] = self._make(rows, queries, memory)
         read, after["asked"] = self._ask(made, memory["asked"], n_before)
         return read, after
+
+    def _frozen(self, rows: Tensor, queries: Tensor | None, memory: State) -> Tensor:
+        """What memories that are not written answer: to each token what they would to the next."""
+        if self.is_static:
+            start = _folded(_expanded(self.makers.joined(self.values), len(rows) // self.heads))
+        else:
+            start, _ = _running(memory["makers"], memory["n_tokens"] % self.chunk_other == 0)
+        made, live = self._made(start, rows, queries), _folded(memory["asked"]["live"])
+        void = replace(made, log_retain=torch.zeros_like(made.log_retain), rate=torch.zeros_like(made.rate))
+        return self.memory.read(live, live, write_system(void))[0]
 
     def _make(self, rows: Tensor, queries: Tensor | None, memory: State) -> tuple[Projections, State]:
         """What the makers say of each token, and the makers after them."""
@@ -158,8 +175,6 @@ class SelfReference(nn.Module):
         gates_htl = gates_htl + self.bias_hl.repeat(len(rows) // self.heads, 1)[:, None]
         log_retain_ht = functional.logsigmoid(gates_htl[..., 1]).clamp_min(LOG_FLOOR)
         rate_ht = self.eta_scale * functional.softplus(gates_htl[..., 0])
-        if not self.is_writing:
-            log_retain_ht, rate_ht = torch.zeros_like(log_retain_ht), torch.zeros_like(rate_ht)
         return Projections(
             key=unit(made["key"]),
             value=unit(made["value"]) if self.unit_value else made["value"],

@@ -13,6 +13,7 @@ from meristem.memory.forms.by_chunk import Window, finished
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule, scan
 from meristem.memory.state import Memory, full_precision
+from meristem.memory.structure import Live
 from meristem.memory.validate import require_window
 from meristem.plugins import Registry
 from meristem.shapes import Keys, Queries, Values
@@ -34,6 +35,10 @@ class RunWindow(Protocol):
     ) -> tuple[Values, Memory]: ...
 
 
+def _read(rule: Rule, memory: Memory, queries_bthk: Queries) -> Values:
+    return rule.structure.recall(Live(rule.weights(memory)), queries_bthk.movedim(1, 2)).movedim(1, 2)
+
+
 @dataclass(frozen=True)
 class Form:
     """One way to run a rule over a window.
@@ -41,12 +46,14 @@ class Form:
     refusals: why the form cannot run a rule, as clauses about the rule; empty when it can.
     is_exact: reads and memory are those of ``scan``.
     approaches_scan: with chunks of one token they are; not so where more than the rule's own memory is read.
+    read: what queries, mapped already, would each read as the next token of a memory that is not written.
     """
 
     run: RunWindow
     refusals: Callable[[Rule], list[str]]
     is_exact: bool
     approaches_scan: bool = True
+    read: Callable[[Rule, Memory, Queries], Values] = _read
 
 
 def _scan(
@@ -68,11 +75,11 @@ forms: Registry[Form] = Registry(
         "scan": Form(run=_scan, refusals=lambda rule: [], is_exact=True),
         "exact_chunk": Form(exact_chunk.exact_chunk, exact_chunk.refusals, is_exact=True),
         "associative": Form(associative.associative, associative.refusals, is_exact=True),
-        "frozen_chunk": Form(frozen_chunk.frozen_chunk, frozen_chunk.refusals, is_exact=False),
-        "refined": Form(frozen_chunk.refined, frozen_chunk.refined_refusals, is_exact=False),
+        "frozen_chunk": Form(frozen_chunk.frozen_chunk, frozen_chunk.refusals, False, read=frozen_chunk.read_next),
+        "refined": Form(frozen_chunk.refined, frozen_chunk.refined_refusals, False, read=frozen_chunk.read_next),
         "lattice": Form(lattice.lattice, lattice.refusals, is_exact=False),
         "atlas": Form(atlas.atlas, atlas.refusals, is_exact=False),
-        "tnt": Form(tnt.tnt, tnt.refusals, is_exact=False, approaches_scan=False),
+        "tnt": Form(tnt.tnt, tnt.refusals, is_exact=False, approaches_scan=False, read=tnt.read),
     },
     accepts=lambda value: isinstance(value, Form),
 )
@@ -151,3 +158,11 @@ def run_trusted(
             gates.to(like.dtype),
             chunk=chunk,
         )
+
+
+def read_trusted(rule: Rule, memory: Memory, queries_bthk: Queries, *, form: str) -> Values:
+    """What each query would read as the next token, if that were not written; in the memory's own dtype."""
+    like = memory[rule.structure.weights[0]]
+    with full_precision(like.device):
+        queries_bthk = rule.features.apply(queries_bthk.to(like.dtype))
+        return forms.get(form).read(rule.without_features(), memory, queries_bthk)

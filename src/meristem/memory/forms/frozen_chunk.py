@@ -15,7 +15,7 @@ Where a retention maps or projects what is stored, it acts when a chunk ends, an
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -85,6 +85,23 @@ def _flowing_in(rule: Rule, memory: Memory) -> Memory:
     return {name: memory[name] for name in names if name in memory}
 
 
+def is_moving(rule: Rule) -> bool:
+    """A query meets what the tokens before it wrote; where a retention maps or projects, the start of the chunk."""
+    return rule.retention.is_linear and not rule.retention.is_mapped
+
+
+def memory_read(rule: Rule, memory: Memory) -> Memory:
+    """The memory that the next token reads before it is written, in an unfinished chunk or at the start of one."""
+    unfinished: Any = dict(memory).get("unfinished")
+    return memory if is_moving(rule) or unfinished is None else unfinished["start"]
+
+
+def read_next(rule: Rule, memory: Memory, queries_bthk: Queries) -> Values:
+    """What the next token reads before it is written."""
+    live = Live(rule.weights(memory_read(rule, memory)))
+    return rule.structure.recall(live, queries_bthk.movedim(1, 2)).movedim(1, 2)
+
+
 def _whole_chunks(rule: Rule, memory: Memory, window: Window, gates: Gates, chunk: int) -> tuple[Values, Memory]:
     if rule.is_linear:
         return solved(rule, memory, window, gates, chunk=chunk, is_frozen=True)
@@ -111,7 +128,7 @@ def _one_token(rule: Rule, memory: Memory, begun: State, window: Window, gates: 
         change = {name: begun["change"][name] + part for name, part in change.items()}
         stored, begun = _retained(rule, begun, change, rows)
         after = memory | stored | carried
-    met = (memory if rule.reads == "before" else after) if _is_moving(rule) else start
+    met = (memory if rule.reads == "before" else after) if is_moving(rule) else start
     return read(rule, met, query_bhk)[:, None], after, begun
 
 
@@ -159,7 +176,7 @@ def _go_on(rule: Rule, memory: Memory, begun: State, part: ChunkRows, flowing: D
             lives[str(index)] = step.after(rule)
             step = frozen_step(rule, live, pairs, rows, flowing, met=step.moving(earlier))
         begun = begun | {"passes": lives}
-    met = step.moving(flowing if rule.reads == "after" else earlier) if _is_moving(rule) else Live(step.weights)
+    met = step.moving(flowing if rule.reads == "after" else earlier) if is_moving(rule) else Live(step.weights)
     read_bhcv = rule.structure.recall(met, query_bhck)
     if rule.retention.is_linear:
         after = step.after(rule)
@@ -168,11 +185,6 @@ def _go_on(rule: Rule, memory: Memory, begun: State, part: ChunkRows, flowing: D
         stored, begun = _retained(rule, begun, {name: after.pop(name) for name in rule.structure.weights}, rows)
         after |= stored
     return read_bhcv, memory | after | step.remembered, begun
-
-
-def _is_moving(rule: Rule) -> bool:
-    """A query meets what the tokens before it wrote; where a retention maps or projects, the start of the chunk."""
-    return rule.retention.is_linear and not rule.retention.is_mapped
 
 
 def _retained(rule: Rule, begun: State, change: Memory, rows: RowGates) -> tuple[Memory, State]:

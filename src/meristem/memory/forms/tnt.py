@@ -10,6 +10,7 @@ that entered it.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from meristem.memory.bias import dot
 from meristem.memory.forms.by_chunk import ByChunk, Window, run_chunks
 from meristem.memory.forms.exact_chunk import solved
-from meristem.memory.forms.frozen_chunk import decay_at_rate_one, frozen_chunk, frozen_step
+from meristem.memory.forms.frozen_chunk import decay_at_rate_one, frozen_chunk, frozen_step, read_next
 from meristem.memory.gates import Gates
 from meristem.memory.retention import decay
 from meristem.memory.rule import Rule
@@ -56,8 +57,21 @@ def tnt(
     chunk: tokens of a global chunk, after which the local memory starts afresh.
     """
     window = keys_bthk, values_bthv, queries_bthk
-    memory = {beside(name, "reset"): memory[name] for name in rule.structure.weights} | memory
+    memory = _with_reset(rule, memory)
     return run_chunks(ByChunk(_begin, partial(_part, chunk=chunk), _whole), rule, memory, window, gates, chunk)
+
+
+def read(rule: Rule, memory: Memory, queries_bthk: Queries) -> Values:
+    """What the next token reads of both memories before it is written."""
+    begun: Any = dict(memory).get("unfinished")
+    begun = begun or _begin(rule, _with_reset(rule, memory), (queries_bthk, queries_bthk, queries_bthk))
+    turned_bthk = read_next(SHOWN, begun["shown"], queries_bthk)
+    return read_next(rule, begun["start"], queries_bthk) + read_next(rule, begun["local"], turned_bthk)
+
+
+def _with_reset(rule: Rule, memory: Memory) -> Memory:
+    """The global memory, and beside it what local ones begin with."""
+    return {beside(name, "reset"): memory[name] for name in rule.structure.weights} | memory
 
 
 def _begin(rule: Rule, memory: Memory, window: Window) -> State:
