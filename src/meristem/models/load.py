@@ -15,6 +15,8 @@ from meristem.events import Emit, silent
 from meristem.models.build import build
 from meristem.models.config import ModelConfig
 from meristem.nn.config import MemoryConfig
+from meristem.nn.precision import float32_ids
+from meristem.nn.token_pooling import wide
 
 
 class Loaded(NamedTuple):
@@ -49,7 +51,8 @@ def load(path: Path | str, emit: Emit = silent) -> Loaded:
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Copy the saved weights into a model, whose parameters stay where they are and take the saved precision.
+    """Copy the saved weights into a model, whose parameters stay where they are and take the saved precision; what a
+    model keeps in float32 is never narrower.
 
     Names and shapes must be those of the model; all that differ are listed in one error.
     """
@@ -68,6 +71,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Che
             step=checkpoint.step,
             differences=differences,
         )
+    stays = float32_ids(model)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(weights[name].dtype)
+        parameter.data = parameter.data.to(wide(weights[name].dtype) if id(parameter) in stays else weights[name].dtype)
     model.load_state_dict(weights)

@@ -1,7 +1,7 @@
 """Memory as context: a segment attends to what the memory of earlier ones recalls (Titans 2501.00663, eqs. 21-25)."""
 
 import math
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class MemoryAsContext(nn.Module):
     State: the memory now and as the segment began, and the keys, at their positions, and values of an unfinished
     segment.
     """
+
+    matrices: ClassVar = frozenset({"ask.weight"})
 
     def __init__(
         self, width: int, config: MemoryConfig, *, attention: Attention, segment: int, combine: str = "gated"

@@ -17,11 +17,12 @@ from meristem.nn.conv import CausalConv, inverse_length, precise
 from meristem.nn.decode import can_decode, decode
 from meristem.nn.gates import GateMap
 from meristem.nn.norm import RMSNorm, inverse_size
+from meristem.nn.precision import KeepsFloat32
 from meristem.nn.rule import rule_of
 from meristem.shapes import Gate, Hidden, Keys, Queries, Values
 
 
-class Initial(nn.Module):
+class Initial(KeepsFloat32):
     """The memory that a reader starts with: a learned value of every weight, the same for all rows of a batch.
 
     What the rule carries beside the weights, such as momentum, starts at zero and is not learned, unless it has to
@@ -41,10 +42,10 @@ class Initial(nn.Module):
             first |= {beside(name, "reset"): weight.clone() for name, weight in weights.items()}
             learned += [beside(name, "reset") for name in weights]
         self.learned = nn.ParameterDict({name: nn.Parameter(first.pop(name)) for name in learned})
-        self.no_decay = frozenset(f"learned.{name}" for name in self.learned)
         for name, carried in first.items():
             self.register_buffer(name, carried, persistent=False)
         self.carried = tuple(first)
+        self.float32 = frozenset({"learned", *self.carried})
 
     def forward(self, batch: int) -> Memory:
         weights = self.rule.structure.weights
@@ -67,6 +68,7 @@ class NeuralMemory(nn.Module):
     is_writing: False in a reader whose memories stand still (``models.reader.still``).
     """
 
+    matrices: ClassVar = frozenset({"qkv.weight"})
     is_writing = True
 
     def __init__(self, width: int, config: MemoryConfig) -> None:
@@ -144,6 +146,8 @@ class NeuralMemory(nn.Module):
         vectors = dict(zip(self.used, found, strict=True))
         # A rule never looks at what it does not use, but its forms take three vectors all the same.
         query_bthk, key_bthk, value_bthv = (vectors.get(name, found[0]) for name in ("query", "key", "value"))
+        # Reads come back in the dtype of values: the model's, not that of units.
+        value_bthv = value_bthv.to(tail["tail_bsd"].dtype)
         if self.mix is not None:
             return query_bthk, key_bthk, self.mix(key_bthk, value_bthv), tail
         if self.channels > 1:
@@ -187,7 +191,7 @@ def unit(key_bthk: Keys) -> Keys:
 class MemoryLayer(nn.Module):
     """Memory alone as a mixer: what is recalled, normalised per head, gated and projected (memory.md 5.1)."""
 
-    no_decay: ClassVar = frozenset({"gate.weight", "gate.bias"})
+    matrices: ClassVar = frozenset({"out.weight"})
 
     def __init__(self, width: int, config: MemoryConfig, recall: nn.Module | None = None) -> None:
         """recall: what is asked in the place of a single memory, as ``nn.recall`` composes it."""

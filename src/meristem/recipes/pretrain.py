@@ -22,13 +22,14 @@ from meristem.distributed.config import require_alone
 from meristem.distributed.engine import engine_for
 from meristem.distributed.mesh import joined, own_device
 from meristem.distributed.team import Team
-from meristem.errors import CapabilityError, OutOfDeviceBytes
+from meristem.errors import OutOfDeviceBytes
 from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.evaluate.report import Sample
 from meristem.events import Event
 from meristem.models.build import build
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.groups import levels
+from meristem.optim.half import LossScale
 from meristem.optim.schedule import rate_factor
 from meristem.recipes.plan.report import PlanReport
 from meristem.runs.config import Config
@@ -119,11 +120,6 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     if config.run.deterministic:
         be_deterministic()
     device = _device(run, config, checkpoint)
-    if device.dtype == torch.float16:
-        raise CapabilityError(
-            "device.dtype=fp16 needs a loss scale, which training does not have. Set device.dtype to bf16 or auto.",
-            dtype="fp16",
-        )
     run.view.start(f"preparing {config.data.source}")
     corpus = prepare(config.data, config.tokenizer, run.emit, partial(_show_preparing, run))
     run.view.stop()
@@ -161,6 +157,7 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
         leaves_out=config.data.order == "sequential",
     )
     optimizer = build_optimizer(model, config.optim)
+    optimizer.loss_scale = LossScale(device.device) if device.dtype == torch.float16 else None
     optimizer.reduce = None if team.ranks.size == 1 else team.sync.sum
     return Job(config, device, corpus, stream, model, optimizer, engine)
 

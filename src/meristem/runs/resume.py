@@ -295,7 +295,7 @@ def restore(job: Job, saved: Contents, emit: Emit) -> tuple[Progress, Safety]:
     """
     cursor = Cursor.from_json(saved.values["cursor"])
     job.stream.next(cursor)  # refuses another text or another order now, also where no step is left to make
-    optim_state.restore(job.model, job.optimizer, _in_parts(job.model, saved.trees["optim"]))
+    optim_state.restore(job.model, job.optimizer, _in_parts(job.model, saved.trees["optim"]), emit)
     restore_random_state(saved.values["random"], saved.trees["random"], emit)
     memory: State | None = None
     if "memory" in saved.trees:
