@@ -63,7 +63,7 @@ def test_decoding_readers_at_different_positions_is_one_batch(name, monkeypatch)
     assert is_mixed(state) == (name == "preset-hope")
     with torch.no_grad():
         expected = [model(next_bt[row : row + 1], own)[0] for row, own in enumerate(states)]
-        monkeypatch.setattr(state, "alike_rows", lambda state: pytest.fail("rows are read apart"))
+        monkeypatch.setattr("meristem.memory.state.alike_rows", lambda state: pytest.fail("rows are read apart"))
         logits = []
         for token_b1 in next_bt.split(1, dim=1):
             logits_bto, state = model(token_b1, state)

@@ -270,8 +270,8 @@ STEEP = ("atlas", "moneta", "titans_mlp", "yaad")
 def test_a_memory_in_low_precision_does_not_drift(name: str) -> None:
     """Section 12, precision: after 512 tokens under bfloat16 it is float32 and within a hundredth of a float32 run.
 
-    Steep rules miss that, by what the rounded projections do to them: they are held to twice the error of a layer that
-    is all in bfloat16.
+    Steep rules miss that, by what the rounded projections do to them: they are held to twice the error of a layer with
+    parameters in bfloat16.
     """
     form = next(form for form in ("exact_chunk", "frozen_chunk", "atlas", "scan") if form in accepting(named(name)))
     module = layer(name, form)

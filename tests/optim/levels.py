@@ -19,6 +19,7 @@ class Levelled(nn.Module):
         for layer, period in zip(self.layers, periods, strict=True):
             layer.period = period
         self.norm = nn.LayerNorm(5)
+        self.matrices = {f"layers.{index}.weight" for index in range(len(periods))}
 
     def forward(self, hidden_bd: Tensor) -> Tensor:
         hidden_bd = hidden_bd * self.scale

@@ -18,7 +18,7 @@ from zoo import VOCABULARY, ZOO
 class Gated(nn.Module):
     """A module with one of every kind of parameter."""
 
-    no_decay = frozenset({"gate", "first_bhkv"})
+    matrices = frozenset({"mix.weight", "tokens.weight"})
 
     def __init__(self) -> None:
         super().__init__()

@@ -184,6 +184,7 @@ def test_decaying_momenta_are_the_written_update():
 @matrix_kinds
 def test_matrix_optimizers_leave_embeddings_and_head_to_adamw(kind):
     model = nn.ModuleDict({"embedding": nn.Embedding(7, 5), "mix": nn.Linear(5, 3), "head": nn.Linear(3, 7)})
+    model.matrices = {"mix.weight", "head.weight"}
     optimizer = build(model, OptimConfig(name=kind))
     rest, matrices = optimizer.parts
     assert [parameter.shape for group in matrices.param_groups for parameter in group["params"]] == [(3, 5)]

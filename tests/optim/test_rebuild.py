@@ -110,7 +110,7 @@ def slower(model):
 
 
 def no_longer_decayed(model):
-    model.layers[1].no_decay = {"weight"}
+    model.matrices = model.matrices - {"layers.1.weight"}
 
 
 def frozen(model):

@@ -178,6 +178,7 @@ def test_what_is_named_no_more_begins_afresh():
 def test_another_shape_or_another_kind_of_optimizer_begins_afresh():
     """Moments of half a matrix mean nothing, and Muon can make nothing of AdamW's."""
     old = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5))
+    old.matrices = {"0.weight", "1.weight"}
     before = build(old, OptimConfig())
     old(torch.ones(1, 3)).sum().backward()
     before.step()

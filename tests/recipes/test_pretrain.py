@@ -9,7 +9,7 @@ from meristem.checkpoint.store import entries, find
 from meristem.data.prepare import prepare
 from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
-from meristem.errors import CapabilityError, Halted, NonFinite
+from meristem.errors import Halted, NonFinite
 from meristem.evaluate.likelihood import likelihood
 from meristem.events import silent
 from meristem.models.load import load
@@ -124,12 +124,14 @@ def test_bad_steps_end_the_run_with_its_checkpoints_intact(settings, tmp_path, i
     find(tmp_path / "wild", silent)
 
 
-def test_fp16_is_refused(settings, monkeypatch, tmp_path):
-    """Where the probe would let it pass, as on an accelerator: gradients would vanish without a loss scale."""
+def test_fp16_has_a_loss_scale_that_is_saved(settings, monkeypatch, tmp_path):
+    """Where the probe lets it pass, as on an accelerator."""
     part = settings.device.model_copy(update={"dtype": "fp16"})
     monkeypatch.setattr("meristem.device.resolve.probe", lambda *_: None)
-    with pytest.raises(CapabilityError, match="fp16 needs a loss scale"):
-        pretrain(settings.model_copy(update={"device": part}), run_dir=tmp_path / "run")
+    run = pretrain(settings.model_copy(update={"device": part}), run_dir=tmp_path / "run")
+    assert find(run.checkpoint, silent).tree("optim")["loss_scale/scale"] == 65536.0
+    told = [record["metrics"] for record in history(run.run_dir) if record["split"] == "train"]
+    assert {metrics["loss_scale"] for metrics in told} == {65536.0} and told[-1]["nats"] < told[0]["nats"]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def run(place: Path, *more: str, grows_at: int, spoilt_at: int | None = None) ->
         ((of, job),) = held
         larger = wider(job.model, WIDER.fields)
         log = (*job.state.topology, WIDER)
-        job.state = trainable(larger, of, job.config, progress=job.state.progress, topology=log)
+        job.state = trainable(larger, of, job.config, job.device, progress=job.state.progress, topology=log)
 
     def spoil() -> None:
         ((_, job),) = held

@@ -13,8 +13,16 @@ class DeviceConfig(ConfigSection):
     outside_identity: ClassVar = frozenset({"device", "compile", "threads"})
 
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
-    param_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype in which parameters are kept")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="dtype of matrix products")
+    param_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="dtype in which parameters are kept; first memories, gates and an optimizer's moments stay fp32",
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="dtype of matrix products; fp16 brings a loss scale, and is what auto takes on older cards"
+    )
+    tf32: bool = Field(
+        False, description="CUDA: let products of float32 be TF32, but for the solves of memories, which stay exact"
+    )
     compile: bool = Field(
         False, description="compile the blocks of the model; the first step then takes minutes on a CPU"
     )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from meristem.device.allocator import keep_freed_memory
 from meristem.device.config import DeviceConfig
 from meristem.device.limits import n_cpus
+from meristem.device.tf32 import allow_tf32
 from meristem.errors import CapabilityError
 from meristem.events import Emit, Event
 
@@ -50,6 +51,8 @@ def resolve(config: DeviceConfig, emit: Emit) -> Device:
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), n_cpus()))
     name = available()[0] if config.device == "auto" else _present(config.device)
     device = torch.device(name)
+    if device.type == "cuda":
+        allow_tf32(config.tf32)
     parameters = DTYPES[config.param_dtype]
     if config.dtype == "auto":
         compute, why = _best_compute(device, parameters)
@@ -103,11 +106,20 @@ def _best_compute(device: torch.device, parameters: torch.dtype) -> tuple[torch.
         why = f"bf16 products ran at {gain:.1f} times the speed of fp32 ({units[0]})"
     else:
         why = "bf16 is the rule on cuda"
+    best = torch.bfloat16
+    if device.type == "cuda" and not has_bf16(device):
+        best, why = torch.float16, "the card has no units for bf16; fp16 with a loss scale"
     try:
-        probe(device, parameters, torch.bfloat16)
+        probe(device, parameters, best)
     except CapabilityError as error:
-        return torch.float32, f"bf16 failed its probe: {error.fields['reason']}"
-    return torch.bfloat16, why
+        return torch.float32, f"{NAMES[best]} failed its probe: {error.fields['reason']}"
+    return best, why
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a CUDA card multiplies bf16 itself. An older one imitates it, slower than fp32."""
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 @functools.cache
@@ -136,6 +148,8 @@ def probe(device: torch.device, parameters: torch.dtype, compute: torch.dtype) -
     """Run on ``device`` what training will run: a product with its gradient and an attention, in these dtypes."""
     if device.type == "cpu" and compute == torch.float16:
         raise _incapable(device, compute, "fp16 training is not supported on a CPU")
+    if device.type == "cuda" and compute == torch.bfloat16 and not has_bf16(device):
+        raise _incapable(device, compute, "the card has no units for it")
     candidate = Device(device, parameters, compute)
     try:
         found = _try_product(candidate) | _try_attention(candidate)
@@ -179,7 +193,8 @@ def _try_scaler(device: torch.device) -> dict[str, Tensor]:
 
 
 def _incapable(device: torch.device, compute: torch.dtype, reason: str) -> CapabilityError:
-    alternatives = [f"device.dtype={name}" for name in ("fp32", "bf16") if DTYPES[name] != compute]
+    names = ("fp32", "bf16") if device.type == "cpu" else DTYPES
+    alternatives = [f"device.dtype={name}" for name in names if DTYPES[name] != compute]
     alternatives += [f"device.device={name}" for name in available() if torch.device(name) != device]
     return CapabilityError(
         f"{NAMES[compute]} does not work on {device}: {reason}. Try {' or '.join(alternatives)}.",

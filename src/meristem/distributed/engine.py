@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meristem.distributed.config import DistributedConfig
 from meristem.distributed.mesh import Ranks
 from meristem.distributed.sync import CONTROL, Sync, lost_process, size_bytes
+from meristem.errors import ConflictingKeys
 
 EVERY_STEP: Final = "period 1"
 """Kind of the bytes of gradients that are summed while they are made."""
@@ -36,6 +37,7 @@ class Engine:
     model: what to call; it takes and gives what the model itself does. sync: exchanges of what is no gradient.
     micro_batch: around forward and backward of one; given whether it is the last of its step, after which alone
         gradients are summed.
+    scale_loss: from a loss to what gradients are taken of; the optimizer's.
     whole: while it lasts, the model itself can be read in any way, its parameters whole. All processes must enter.
     """
 
@@ -43,6 +45,7 @@ class Engine:
     micro_batch: Callable[[bool], AbstractContextManager[None]]
     whole: Callable[[], AbstractContextManager[None]]
     sync: Sync
+    scale_loss: Callable[[Tensor], Tensor] = lambda loss: loss
 
 
 def alone(model: nn.Module) -> Engine:
@@ -97,13 +100,22 @@ def replicated(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter], 
 def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> Engine:
     """Every process holds a part of each parameter, but for ``slow``; a block is whole only while it works.
 
-    The parameters of the model are others afterwards, so that this comes before the optimizer.
+    The parameters of the model are others afterwards, so that this comes before the optimizer. Raises ConflictingKeys
+    where they are of several dtypes, which FSDP2 does not take.
     """
     # A second that a process alone does not have to wait.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     ignored = set(slow)
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter not in ignored}
+    if len(dtypes) > 1:
+        raise ConflictingKeys(
+            f"distributed.shard cuts parameters of one dtype only; found {', '.join(sorted(map(str, dtypes)))}, since "
+            "memories and their gates stay in float32. Set device.param_dtype=fp32 (device.dtype=bf16 computes in "
+            "bf16 all the same), or distributed.shard=false.",
+            path="device.param_dtype",
+        )
     mesh = init_device_mesh(next(model.parameters()).device.type, (sync.ranks.size,))
     blocks = getattr(model, "blocks", None)
     for module in [*(blocks if isinstance(blocks, nn.ModuleList) else []), model]:

@@ -1,7 +1,7 @@
 """What a reader gains from what it has read: the second half of a document against the first, and a second reading.
 
 The second half of a text need not be as hard as its first. What a memory brings is therefore told by two readings of
-the same documents, one with the memory and one without (``models.reader``).
+the same documents, one with the memory and one without (``models.online``).
 """
 
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits and targets to the nats of all targets together: ``train.loss.cross_entropy``, handed in by the recipe."""
 
 Reader = Callable[[torch.Tensor, State | None], tuple[torch.Tensor, State]]
-"""A model, or what ``models.reader`` makes of one: ``reader(tokens_bt, state) -> (logits_bto, state)``."""
+"""A model, or what ``models.online`` makes of one: ``reader(tokens_bt, state) -> (logits_bto, state)``."""
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,9 @@ class Rule:
         return self.slope is not None and is_plain and self.update.is_linear
 
     def init(self, batch: int, heads: int, key_width: int, value_width: int, *, like: Tensor | None = None) -> Memory:
-        """A fresh memory: float32 on the CPU, or as ``like``."""
+        """A fresh memory: float32 on the CPU, or where ``like`` is; float64 if that is, and never narrower."""
         like = torch.empty(0) if like is None else like
+        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         key_width = self.features.width(key_width)
         drawn = self.structure.init(batch, heads, key_width, value_width, like)
         # The rows of a batch begin alike, whatever a part draws.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,8 @@ class Sum(nn.Module):
 
 class Concat(nn.Module):
     """A learned projection of all layers, joined by channels."""
+
+    matrices: ClassVar = frozenset({"out.weight"})
 
     def __init__(self, width: int, n_layers: int) -> None:
         super().__init__()

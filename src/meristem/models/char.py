@@ -30,7 +30,7 @@ class CharFormer(nn.Module):
     last half window.
     """
 
-    no_decay: ClassVar = frozenset({"position_td"})
+    matrices: ClassVar = frozenset({"head.weight"})
 
     def __init__(self, model: ModelConfig, memory: MemoryConfig, vocabulary: int, random_seed: int) -> None:
         super().__init__()
@@ -111,6 +111,7 @@ def _unscale(*linears: nn.Linear) -> None:
 class CharRecurrent(nn.Module):
     """Embedding, a recurrent stack, head; its state is that of the stack."""
 
+    matrices: ClassVar = frozenset({"head.weight"})
     window: int | None = None
 
     def __init__(self, vocabulary: int, width: int, stack: RecurrentStack) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,7 @@ class LM(nn.Module):
     State: what each block carries, ``{"layer": {"0": ..., "1": ...}}``.
     """
 
+    matrices: ClassVar = frozenset({"head.weight"})
     window: int | None = None
 
     def __init__(self, model: ModelConfig, memory: MemoryConfig, vocabulary: int, random_seed: int) -> None:

@@ -19,6 +19,8 @@ from meristem.models.config import ModelConfig
 from meristem.models.topology import Topology, from_json
 from meristem.nn.config import MemoryConfig
 from meristem.nn.memory import NeuralMemory, RandomMap
+from meristem.nn.precision import float32_ids
+from meristem.nn.token_pooling import wide
 
 
 class Loaded(NamedTuple):
@@ -86,7 +88,8 @@ def topology_of(checkpoint: Checkpoint) -> Topology:
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Copy the saved weights into a model, whose parameters stay where they are and take the saved precision.
+    """Copy the saved weights into a model, whose parameters stay where they are and take the saved precision; what a
+    model keeps in float32 is never narrower.
 
     Names and shapes must be those of the model; all that differ are listed in one error. Random maps of features, which
     were not saved up to e97c871, are those that the model drew: they follow from the seed in its configuration.
@@ -113,6 +116,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Che
             step=checkpoint.step,
             differences=differences,
         )
+    stays = float32_ids(model)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(weights[name].dtype)
+        parameter.data = parameter.data.to(wide(weights[name].dtype) if id(parameter) in stays else weights[name].dtype)
     model.load_state_dict(weights)

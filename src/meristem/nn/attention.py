@@ -36,7 +36,7 @@ class Attention(nn.Module):
     of a call, for only their differences matter.
     """
 
-    no_decay: ClassVar = frozenset({"persistent_gd"})
+    matrices: ClassVar = frozenset({"qkv.weight", "out.weight"})
 
     def __init__(
         self, width: int, heads: int, *, span: int | None, rope: bool = True, n_persistent: int = 0, bias: bool = False

@@ -7,7 +7,7 @@ fire reads it before it moves on (memory.md 6.1, 6.3, 6.5, 6.8).
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import ClassVar, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,6 @@ class CMSMemory(nn.Module):
     State: the number of tokens read, how many of them by a frozen reader, what each level carries, and what the learned
     frequencies carry.
     """
-
-    no_decay: ClassVar = frozenset({"mix_l", "look_mix_l"})
 
     def __init__(self, width: int, config: MemoryConfig, *, is_asked: bool = False) -> None:
         super().__init__()
@@ -142,7 +140,8 @@ class CMSMemory(nn.Module):
         if len(answers) == 1 and mix_l is None:
             return answers[0]
         share_l = None if mix_l is None else self._shares_l(mix_l).to(answers[0].dtype)
-        heard = [x.to(answers[0].dtype) if share_l is None else share_l[n] * x for n, x in enumerate(answers)]
+        heard = [x.to(answers[0].dtype) for x in answers]
+        heard = heard if share_l is None else [share * x for share, x in zip(share_l, heard, strict=True)]
         slow_btd = heard[1] if len(heard) > 1 else heard[0]
         for slower_btd in heard[2:]:
             slow_btd = slow_btd + slower_btd
@@ -216,7 +215,7 @@ class PooledTokens(nn.Module):
         carried = {"memory": state["memory"], "conv": state["conv"]}
         read_bnd, n_frozen = mean_bnd, state.get("n_frozen", 0)
         if mean_bnd.shape[1]:
-            normed_bnd = self.norm(mean_bnd)
+            normed_bnd = self.norm(mean_bnd.to(hidden_btd.dtype))
             begun, read = count // self.n_apart - n_frozen, _recalled_frozen if is_frozen else _recalled
             read_bnd, carried = read(self.recall, normed_bnd, carried, count=begun, reset_after=self.reset_after)
             n_frozen += mean_bnd.shape[1] if is_frozen else 0

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,6 @@ class CMSMLP(nn.Module):
     those of the first are given 0. State: nothing, or the number of tokens read and, for each slow level, the sum over
     its unfinished group and its last answer.
     """
-
-    no_decay: ClassVar = frozenset({"mix_l"})
 
     def __init__(self, layers: Sequence[tuple[nn.Module, nn.Module]], config: CMSConfig) -> None:
         """layers: norm and feed-forward of every level, the fastest first."""
@@ -93,7 +91,7 @@ class CMSMLP(nn.Module):
         group, n_time = state["level"][str(index)], hidden_btd.shape[1]
         n_begun = state["count"] % level.period
         mean_bnd, sum_bd = group_means(hidden_btd, group["sum_bd"], period=level.period, n_begun=n_begun)
-        answer_bnd = level(mean_bnd).to(sum_bd.dtype) if mean_bnd.shape[1] else mean_bnd
+        answer_bnd = level(mean_bnd.to(hidden_btd.dtype)).to(sum_bd.dtype) if mean_bnd.shape[1] else mean_bnd
         held_btd, last_bd = hold(answer_bnd, group["last_bd"], period=level.period, n_begun=n_begun, n_time=n_time)
         return held_btd.to(hidden_btd.dtype), {"sum_bd": sum_bd, "last_bd": last_bd}
 

@@ -45,7 +45,7 @@ class Gated(nn.Module):
 class Projected(nn.Module):
     """``RMSNorm(y) * sigmoid(W RMSNorm(m) + b)``: channels of the memory may open others than their own."""
 
-    no_decay: ClassVar = frozenset({"gate.bias"})
+    matrices: ClassVar = frozenset({"gate.weight"})
 
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()
@@ -70,8 +70,6 @@ class Sigmoid(nn.Module):
 
 class Additive(nn.Module):
     """``y + RMSNorm(m) * sigmoid(W x + b)``, the norm per head. Sums without norm and gate reach norms of 800."""
-
-    no_decay: ClassVar = frozenset({"gate.weight", "gate.bias"})
 
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()

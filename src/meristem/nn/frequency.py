@@ -1,7 +1,6 @@
 """When a slow level speaks or writes, learned from what was read so far (memory.md 6.6)."""
 
 import math
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,6 +10,7 @@ from torch.nn import functional
 from meristem.memory.state import State, full_precision
 from meristem.nn.auxiliary import AUXILIARY
 from meristem.nn.config import LevelsConfig
+from meristem.nn.precision import KeepsFloat32
 from meristem.nn.token_pooling import wide
 from meristem.shapes import Hidden
 
@@ -24,7 +24,7 @@ PerLevel = Float[Tensor, "b t l"]
 LevelRow = Float[Tensor, "b l"]
 
 
-class Frequency(nn.Module):
+class Frequency(KeepsFloat32):
     """``a_l = 1[p_l > u]`` with ``p_l = sigmoid(w_l . mean(x) + b_l)`` for every level but the fastest, which has none.
 
     The mean runs over the tokens read so far and forgets them over one period. p begins at 1 / period. u is one point
@@ -36,7 +36,7 @@ class Frequency(nn.Module):
     State: the running means of ``w_l . x`` and of p.
     """
 
-    no_decay: ClassVar = frozenset({"weight_ld", "bias_l"})
+    float32 = frozenset({"weight_ld", "bias_l"})
 
     def __init__(self, width: int, config: LevelsConfig) -> None:
         super().__init__()

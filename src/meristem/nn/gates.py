@@ -1,7 +1,6 @@
 """From the hidden vector of a token to the gates of its memory."""
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,11 @@ from meristem.errors import ConflictingKeys
 from meristem.memory import Gates, Rule
 from meristem.memory.state import full_precision
 from meristem.nn.config import MemoryConfig
+from meristem.nn.precision import KeepsFloat32
 from meristem.shapes import Gate, Hidden
 
 
-class GateMap(nn.Module):
+class GateMap(KeepsFloat32):
     """What a rule asks of each token and head, each a smooth bounded map of the hidden vector (memory.md 2.3).
 
     Weights start at 0, so that every token begins with the same gates: retain by its half-life H, ``2^(-1/H)``; write
@@ -25,7 +25,7 @@ class GateMap(nn.Module):
     map goes through so few numbers.
     """
 
-    no_decay: ClassVar = frozenset({"weight_hd", "down_rd", "bias_h", "code.weight"})
+    float32 = frozenset({"weight_hd", "down_rd", "bias_h", "code"})
 
     def __init__(self, width: int, heads: int, rule: Rule, config: MemoryConfig) -> None:
         """heads: places that have gates of their own."""

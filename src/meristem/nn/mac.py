@@ -1,7 +1,7 @@
 """Memory as context: a segment attends to what the memory of earlier ones recalls (Titans 2501.00663, eqs. 21-25)."""
 
 import math
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,9 @@ class MemoryAsContext(nn.Module):
     segment.
     """
 
+    matrices: ClassVar = frozenset({"ask.weight"})
     is_writing = True
-    """False in a frozen reader (``models.reader.still``)."""
+    """False in a frozen reader (``models.online.frozen``)."""
 
     def __init__(
         self, width: int, config: MemoryConfig, *, attention: Attention, segment: int, combine: str = "gated"

@@ -18,7 +18,7 @@ class MemoryAsGate(nn.Module):
     """
 
     is_writing = True
-    """False in a frozen reader (``models.reader.still``)."""
+    """False in a frozen reader (``models.online.frozen``)."""
 
     def __init__(self, width: int, config: MemoryConfig, *, attention: Attention, combine: str = "gated") -> None:
         super().__init__()

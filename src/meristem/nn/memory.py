@@ -21,11 +21,12 @@ from meristem.nn.decode import can_decode, decode
 from meristem.nn.documents import Mask, read_documents
 from meristem.nn.gates import GateMap
 from meristem.nn.norm import RMSNorm, inverse_size
+from meristem.nn.precision import KeepsFloat32
 from meristem.nn.rule import rule_of
 from meristem.shapes import Gate, Hidden, Keys, Queries, Values
 
 
-class Initial(nn.Module):
+class Initial(KeepsFloat32):
     """The memory that a reader starts with: a learned value of every weight, the same for all rows of a batch.
 
     What the rule carries beside the weights, such as momentum, starts at zero and is not learned, unless it has to
@@ -45,10 +46,10 @@ class Initial(nn.Module):
             first |= {beside(name, "reset"): weight.clone() for name, weight in weights.items()}
             learned += [beside(name, "reset") for name in weights]
         self.learned = nn.ParameterDict({name: nn.Parameter(first.pop(name)) for name in learned})
-        self.no_decay = frozenset(f"learned.{name}" for name in self.learned)
         for name, carried in first.items():
             self.register_buffer(name, carried, persistent=False)
         self.carried = tuple(first)
+        self.float32 = frozenset({"learned", *self.carried})
 
     def forward(self, batch: int) -> Memory:
         weights = self.rule.structure.weights
@@ -58,8 +59,10 @@ class Initial(nn.Module):
         return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in value.items()}
 
 
-class RandomMap(nn.Module):
+class RandomMap(KeepsFloat32):
     """The tensors that the features of a rule are made of: drawn once, saved with the weights, never trained."""
+
+    float32 = frozenset({"weight_kf", "shift_f"})
 
     def __init__(self, drawn: Drawn) -> None:
         super().__init__()
@@ -84,6 +87,8 @@ class NeuralMemory(nn.Module):
     Its reads are neither normed nor gated: a layer adds ``out(norm(read))`` to its hidden vectors, as ``MemoryLayer``.
     Backward passes are written by hand: ``torch.func.functional_call`` runs, the transforms of ``torch.func`` raise.
     """
+
+    matrices: ClassVar = frozenset({"qkv.weight"})
 
     def __init__(
         self,
@@ -230,6 +235,8 @@ class NeuralMemory(nn.Module):
         vectors = dict(zip(self.used, found, strict=True))
         # A rule never looks at what it does not use, but its forms take three vectors all the same.
         query_bthk, key_bthk, value_bthv = (vectors.get(name, found[0]) for name in ("query", "key", "value"))
+        # Reads come back in the dtype of values: the model's, not that of units.
+        value_bthv = value_bthv.to(tail["tail_bsd"].dtype)
         if self.mix is not None:
             return query_bthk, key_bthk, self.mix(key_bthk, value_bthv), tail
         if self.channels > 1:
@@ -289,9 +296,9 @@ def unit(key_bthk: Keys) -> Keys:
 class MemoryLayer(nn.Module):
     """Memory alone as a mixer: what is recalled, normalised per head, gated and projected (memory.md 5.1)."""
 
-    no_decay: ClassVar = frozenset({"gate.weight", "gate.bias"})
+    matrices: ClassVar = frozenset({"out.weight"})
     is_writing = True
-    """False in a frozen reader (``models.reader.still``)."""
+    """False in a frozen reader (``models.online.frozen``)."""
 
     def __init__(self, width: int, config: MemoryConfig, recall: Any = None) -> None:
         """recall: what is asked in the place of a single memory, as ``nn.recall`` composes it."""

@@ -43,6 +43,8 @@ class Shares(nn.Module):
     """How much a token takes of each kept memory and, last, of the running one: ``softmax_i(u m_i / sqrt(width))``,
     ``u = x W_u``, m the descriptors; with ``top`` over that many kept memories which score highest, the others 0."""
 
+    matrices: ClassVar = frozenset({"ask.weight"})
+
     def __init__(self, width: int, top: int | None) -> None:
         super().__init__()
         self.top = top

@@ -1,6 +1,7 @@
 """Feed-forward layers: what a token does alone. The last projection is called ``out``, as in every residual branch."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from meristem.shapes import Hidden
 
 class SwiGLU(nn.Module):
     """out(silu(gate x) * (up x)), without biases (Shazeer 2002.05202)."""
+
+    matrices: ClassVar = frozenset({"gate_up.weight", "out.weight"})
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -23,6 +26,8 @@ class SwiGLU(nn.Module):
 
 class Feedforward(nn.Module):
     """out(activation(up x)), with biases: the layer of the first transformers."""
+
+    matrices: ClassVar = frozenset({"up.weight", "out.weight"})
 
     def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ class RecurrentStack(nn.Module):
     def __init__(self, cells: nn.RNN | nn.GRU) -> None:
         super().__init__()
         self.cells = cells
+        self.matrices = frozenset(f"cells.{name}" for name, _ in cells.named_parameters() if "weight" in name)
 
     def forward(self, hidden_btd: Hidden, state: Memory | None = None) -> tuple[Hidden, Memory]:
         hidden_btd, hidden_lbd = self.cells(hidden_btd, None if state is None else state["hidden_lbd"])

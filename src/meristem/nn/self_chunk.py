@@ -4,11 +4,14 @@ Axes: h rows of the batch and heads folded together, with chunks n in front wher
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from meristem.device.tf32 import exact_products
+from meristem.memory.state import full_precision
 from meristem.nn.conv import inverse_length
 
 GATES = ("rate", "retain")
@@ -95,7 +98,8 @@ class ChunkForm:
         """``D^-1`` times rows, by substitution unless ``inverted``."""
         if self.inverse_cs is not None:
             return self.inverse_cs @ rows
-        return torch.linalg.solve_triangular(self.system_cs, rows, upper=False, unitriangular=True)
+        solved: Tensor = Substituted.apply(self.system_cs, rows)
+        return solved
 
     def new(self, wanted: Tensor, recalled: Tensor) -> Tensor:
         return self.solve(torch.addcmul(wanted, self.before_c1, recalled, value=-1))
@@ -122,6 +126,27 @@ class ChunkForm:
         made, *weights = (x for x in vars(self).values() if x is not None)
         mades = (Projections(*x) for x in zip(*(x.unbind() for x in vars(made).values()), strict=True))
         return [ChunkForm(*x) for x in zip(mades, *(x.unbind() for x in weights), strict=True)]
+
+
+class Substituted(torch.autograd.Function):
+    """``apply(system_cs, rows) -> D^-1 rows``, with exact products both ways, whatever is allowed outside."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        system_cs, rows = inputs
+        with exact_products():
+            solved = torch.linalg.solve_triangular(system_cs, rows, upper=False, unitriangular=True)
+        ctx.save_for_backward(system_cs, solved)
+        return solved
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_solved: Tensor) -> tuple[Tensor, Tensor]:
+        system_cs, solved = ctx.saved_tensors
+        # The engine may call this under the caller's autocast.
+        with full_precision(d_solved.device), exact_products():
+            d_rows = torch.linalg.solve_triangular(system_cs.mT, d_solved, upper=True, unitriangular=True)
+            return (d_rows @ solved.mT).tril_(-1).neg_(), d_rows
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from meristem.memory.state import Memory, State, full_precision, rows_apart
 from meristem.nn.config import MemoryConfig
 from meristem.nn.conv import CausalConv
 from meristem.nn.norm import RMSNorm
+from meristem.nn.precision import KeepsFloat32
 from meristem.nn.self_chunk import ChunkForm, Projections, WriteSystem, chunk_form, unit, write_system
 from meristem.nn.self_decode import can_decode, decode
 from meristem.nn.self_matrix import Matrices
@@ -50,7 +51,7 @@ class Memories(Protocol):
 STRUCTURES: Final[dict[str, Callable[[tuple[str, ...], bool, bool], Memories]]] = {"matrix": Matrices, "mlp": Networks}
 
 
-class SelfReference(nn.Module):
+class SelfReference(KeepsFloat32):
     """Self-referential Titans: ``conv(x)`` -> makers -> memory -> norm, gate and projection (memory.md 7).
 
     The makers are the memories M_k, M_v, M_eta, M_alpha, and M_q where the query adapts; the memory that is asked is
@@ -68,9 +69,10 @@ class SelfReference(nn.Module):
     have left (``live``). Fresh memories are learned parameters.
     """
 
-    no_decay: ClassVar = frozenset({"initial", "bias_hl", "gate.weight", "gate.bias"})
+    matrices: ClassVar = frozenset({"query.weight", "out.weight"})
+    float32 = frozenset({"initial", "bias_hl"})
     is_writing = True
-    """False in a frozen reader (``models.reader.still``)."""
+    """False in a frozen reader (``models.online.frozen``)."""
 
     def __init__(self, width: int, config: MemoryConfig) -> None:
         super().__init__()

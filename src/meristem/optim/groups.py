@@ -63,25 +63,32 @@ def levels(model: nn.Module) -> dict[int, list[nn.Parameter]]:
 def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The trainable parameters that decay and those that do not; each is in exactly one list.
 
-    Only plain matrices decay. Embeddings do not, nor what a module names in ``no_decay``, a set of names of its own
-    parameters or children (gates, persistent tokens, initial memories). A parameter shared by two modules decays only
-    if both agree.
+    Only matrices decay: what a module names in ``matrices``, a set of names of parameters of its own or of its
+    children. What no module names is none, whatever its shape: taps of convolutions, gains, biases, gates, first
+    memories, and all of a module that says nothing. An embedding is none either, also where a head shares it.
     """
-    kept = {id(parameter) for module in model.modules() for parameter in _kept(module)}
+    matrices = {id(parameter) for module in model.modules() for parameter in _matrices(module)}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            matrices -= {id(parameter) for parameter in module.parameters()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if parameter.dim() == 2 and id(parameter) not in kept]
-    plain = [parameter for parameter in trainable if parameter.dim() != 2 or id(parameter) in kept]
-    return decayed, plain
+    decayed = [parameter for parameter in trainable if id(parameter) in matrices]
+    return decayed, [parameter for parameter in trainable if id(parameter) not in matrices]
 
 
-def _kept(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that this module exempts from decay."""
-    if isinstance(module, nn.Embedding):
-        yield from module.parameters()
-    exempt: frozenset[str] = getattr(module, "no_decay", frozenset())
-    for name, parameter in module.named_parameters():
-        if name in exempt or name.split(".")[0] in exempt:
-            yield parameter
+def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that this module declares to be matrices. Raises WrongValue for one of another shape."""
+    declared: frozenset[str] = getattr(module, "matrices", frozenset())
+    for name, parameter in module.named_parameters() if declared else ():
+        if name not in declared:
+            continue
+        if parameter.dim() != 2:
+            raise WrongValue(
+                f"{type(module).__name__}.matrices names '{name}', of the shape {tuple(parameter.shape)}; a matrix has "
+                "two axes. Take the name out.",
+                value=name,
+            )
+        yield parameter
 
 
 def _with_periods(module: nn.Module, inherited: int) -> Iterator[tuple[nn.Parameter, int]]:

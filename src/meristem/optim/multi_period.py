@@ -1,13 +1,14 @@
 """The outer optimizer: parameters in levels, each of which moves at its own period."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from meristem.optim.half import LossScale, stepped_in_float32
 from meristem.optim.period_clock import Clock
 
 Reduce: TypeAlias = Callable[[Sequence[Tensor], str], None]
@@ -21,11 +22,13 @@ class Update:
     norm: of the gradients of this step, all levels together, before clipping.
     is_skipped: 1 where loss or norm was not finite and nothing was changed, else 0.
     loss: the one that was given; of several processes, the sum of theirs.
+    is_rescaled: 1 where that happened in fp16 and the loss scale was lowered for it, which is no fault of the run.
     """
 
     norm: Tensor
     is_skipped: Tensor
     loss: Tensor | None = None
+    is_rescaled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,11 @@ class MultiPeriodOptimizer(torch.optim.Optimizer):
 
     pending: the sums, by parameter. They and the clock are saved with the moments (``optim.state``).
     reduce: how processes sum; None for a single one.
+    loss_scale: the factor on the loss (``scale_loss``) that gradients come with; None for 1.
     """
 
     reduce: Reduce | None = None
+    loss_scale: LossScale | None = None
 
     def __init__(
         self, parts: Sequence[torch.optim.Optimizer], levels: Mapping[int, list[nn.Parameter]], *, clip: float | None
@@ -84,7 +89,12 @@ class MultiPeriodOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, loss: Tensor | None = None) -> Update:  # type: ignore[override]
-        """Move the levels that are due by the gradients that there are; ``loss`` is what these are gradients of."""
+        """Move the levels that are due by the gradients that there are; ``loss`` is what these are gradients of.
+
+        With a loss scale they are those of ``scale_loss(loss)``.
+        """
+        if self.loss_scale is not None:
+            self.loss_scale.unscale([gradient for level in self.levels.values() for gradient in _gradients(level)])
         norms = {period: _norm(_gradients(level)) for period, level in self.levels.items()}
         norm = get_total_norm(list(norms.values())) if len(norms) > 1 else next(iter(norms.values()))
         is_finite = torch.isfinite(norm) if loss is None else torch.isfinite(loss) & torch.isfinite(norm)
@@ -92,6 +102,8 @@ class MultiPeriodOptimizer(torch.optim.Optimizer):
         if self.reduce is not None:
             update = _agreed(update, norms, self.reduce)
         is_skipped = update.is_skipped
+        if self.loss_scale is not None:
+            update = replace(update, is_rescaled=self.loss_scale.update(is_skipped))
         self._gradient_norms = {period: norms[period] for period in self.levels if period > 1}
         due = [period for period, fires in zip(self.levels, self.clock.pulse(), strict=True) if fires]
         for period in self.levels:
@@ -104,6 +116,10 @@ class MultiPeriodOptimizer(torch.optim.Optimizer):
         self._spend(due, is_skipped)
         self.clock = self.clock.advanced(1)
         return update
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """What to take gradients of."""
+        return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -189,7 +205,8 @@ class MultiPeriodOptimizer(torch.optim.Optimizer):
         """Step whatever has a gradient."""
         for part in self.parts:
             part.found_inf = is_skipped  # type: ignore[attr-defined]
-            part.step()
+            with stepped_in_float32(part):
+                part.step()
 
     def _spend(self, periods: Iterable[int], is_skipped: Tensor) -> None:
         """What was applied waits no longer; what was skipped waits on."""

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from meristem.errors import CheckpointMismatch
+from meristem.events import Emit, Event, silent
+from meristem.optim.adamuon import AdaMuon
+from meristem.optim.m3 import M3, EmaM3
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.period_clock import Clock
 
@@ -14,6 +17,18 @@ PENDING: Final = "pending"
 NOTHING: Final = "nothing"
 COUNT: Final = "clock/count"
 PERIODS: Final = "clock/periods"
+SCALE: Final = "loss_scale/scale"
+N_GOOD: Final = "loss_scale/n_good"
+
+SIGNS: Final[dict[type, str]] = {
+    torch.optim.AdamW: "exp_avg",
+    torch.optim.SGD: "momentum_buffer",
+    torch.optim.Muon: "momentum_buffer",
+    AdaMuon: "square",
+    M3: "fast",
+    EmaM3: "mean_0",
+}
+"""What each optimizer gathers under a name that tells it from the one beside it."""
 
 MOMENTS: Final[dict[type, int]] = {torch.optim.AdamW: 2, torch.optim.SGD: 1, torch.optim.Muon: 1}
 """How many tensors of its own size an optimizer gathers for a parameter."""
@@ -41,21 +56,28 @@ def tensors(model: nn.Module, optimizer: MultiPeriodOptimizer) -> dict[str, Tens
         if parameter in optimizer.pending:
             held[f"{name}/{PENDING}"] = optimizer.pending[parameter]
     clock = {COUNT: torch.tensor(optimizer.clock.count), PERIODS: torch.tensor(optimizer.clock.periods)}
+    if optimizer.loss_scale is not None:
+        clock |= {SCALE: optimizer.loss_scale.scale, N_GOOD: optimizer.loss_scale.n_good}
     return held | clock
 
 
-def restore(model: nn.Module, optimizer: MultiPeriodOptimizer, saved: Mapping[str, Tensor]) -> None:
+def restore(
+    model: nn.Module, optimizer: MultiPeriodOptimizer, saved: Mapping[str, Tensor], emit: Emit = silent
+) -> None:
     """Put saved moments, counters, pending gradients and the clock back.
 
     They must fit the model and the optimizer's levels exactly, or nothing is changed. Tensors that are there already
     are written into and keep their place in memory: going back must not need room for a second set of moments.
+
+    A parameter that another optimizer moved when it was saved, as Muon did the taps of convolutions, has its moments
+    begin at zero, and keeps what waits for it. The event ``optimizer.begun_afresh`` names those.
     """
     clock = _clock(optimizer, saved)
     parameters = dict(model.named_parameters())
     found: dict[Tensor, dict[str, Tensor]] = {}
     known: set[str] = set()
     for path, value in saved.items():
-        if path in (COUNT, PERIODS):
+        if path in (COUNT, PERIODS, SCALE, N_GOOD):
             continue
         name, key = path.rsplit("/", 1)
         parameter = parameters.get(name)
@@ -76,6 +98,11 @@ def restore(model: nn.Module, optimizer: MultiPeriodOptimizer, saved: Mapping[st
             "Resume with the configuration that the run was started with.",
             tensors=sorted(missing),
         )
+    afresh = _moved_by_another(optimizer, found)
+    for owner in afresh:
+        found[owner] = {key: value for key, value in found[owner].items() if key == PENDING}
+    if afresh:
+        emit(Event("optimizer.begun_afresh", {"parameters": [n for n, p in parameters.items() if p in afresh]}))
     state: dict[Tensor, dict[str, Any]] = {}
     pending: dict[Tensor, Tensor] = {}
     for owner, values in found.items():
@@ -92,10 +119,30 @@ def restore(model: nn.Module, optimizer: MultiPeriodOptimizer, saved: Mapping[st
     optimizer.pending.clear()
     optimizer.pending.update(pending)
     optimizer.clock = clock
+    if optimizer.loss_scale is not None and SCALE in saved:
+        optimizer.loss_scale.scale.copy_(saved[SCALE])
+        optimizer.loss_scale.n_good.copy_(saved[N_GOOD])
+
+
+def _moved_by_another(optimizer: MultiPeriodOptimizer, found: Mapping[Tensor, Mapping[str, Tensor]]) -> set[Tensor]:
+    """The parameters of which something was saved that is not what their optimizer gathers."""
+    signs = {
+        parameter: SIGNS.get(type(part))
+        for part in optimizer.parts
+        for group in part.param_groups
+        for parameter in group["params"]
+    }
+    return {
+        parameter
+        for parameter, values in found.items()
+        if (sign := signs.get(parameter)) and values.keys() - {PENDING} and sign not in values
+    }
 
 
 def _written(value: Tensor, there: object, owner: Tensor) -> Tensor:
-    """``there`` with the saved value in it where it can hold that, else a copy beside its parameter."""
+    """``there`` with the saved value in it where it can hold that, else a copy beside its parameter, in float32 or
+    better."""
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
     if isinstance(there, Tensor) and there.shape == value.shape and there.dtype == value.dtype:
         return there.copy_(value)
     return value.to(owner.device, copy=True)
@@ -120,13 +167,13 @@ def expected_bytes(optimizer: MultiPeriodOptimizer) -> int:
     for part in optimizer.parts:
         n_moments = MOMENTS.get(type(part), LARGEST_MOMENTS)
         for group in part.param_groups:
-            n_bytes += sum(n_moments * (_held_bytes(each) + ALIGNED_BYTES) + ALIGNED_BYTES for each in group["params"])
+            n_bytes += sum(n_moments * (_wide_bytes(each) + ALIGNED_BYTES) + ALIGNED_BYTES for each in group["params"])
     slow = [each for period, level in optimizer.levels.items() if period > 1 for each in level]
     return n_bytes + sum(4 * each.numel() + ALIGNED_BYTES for each in slow)
 
 
-def _held_bytes(parameter: Tensor) -> int:
-    """Bytes of it in this process, which may hold a part."""
+def _wide_bytes(parameter: Tensor) -> int:
+    """Bytes of it, in float32 or better, in this process, which may hold a part."""
     to_local = getattr(parameter, "to_local", None)
     held: Tensor = parameter if to_local is None else to_local()
-    return held.nbytes
+    return held.numel() * max(4, held.element_size())

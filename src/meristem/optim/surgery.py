@@ -51,7 +51,7 @@ def transferred(
 ) -> Leftover:
     """Give ``after`` copies of what ``before`` has gathered; what could not be given.
 
-    How many steps there were, and how several processes sum, is handed on too.
+    How many steps there were, how several processes sum and the scale of the loss are handed on too.
 
     sources: by name, a parameter of ``after`` and the one of ``before`` that it goes on from.
     """
@@ -73,7 +73,7 @@ def transferred(
         elif source in before.pending and before.pending[source].any():
             left.stranded.append(name)
     after.clock = replace(after.clock, count=before.clock.count)
-    after.reduce = before.reduce
+    after.reduce, after.loss_scale = before.reduce, before.loss_scale
     return left
 
 

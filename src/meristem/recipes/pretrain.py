@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from meristem.checkpoint.store import Checkpoint
 from meristem.config import fingerprint as config_fingerprint
 from meristem.data.prepare import prepare
@@ -20,7 +18,7 @@ from meristem.distributed.agreement import fingerprint
 from meristem.distributed.config import require_alone
 from meristem.distributed.mesh import joined, own_device
 from meristem.distributed.team import Team
-from meristem.errors import CapabilityError, OutOfDeviceBytes
+from meristem.errors import OutOfDeviceBytes
 from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.evaluate.report import Sample
 from meristem.events import Event
@@ -117,11 +115,6 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     if config.run.deterministic:
         be_deterministic()
     device = _device(run, config, checkpoint)
-    if device.dtype == torch.float16:
-        raise CapabilityError(
-            "device.dtype=fp16 needs a loss scale, which training does not have. Set device.dtype to bf16 or auto.",
-            dtype="fp16",
-        )
     run.view.start(f"preparing {config.data.source}")
     saved_cursor = checkpoint.value("cursor") if checkpoint and checkpoint.has("cursor") else {}
     wanted = saved_cursor.get("fingerprint")
@@ -155,7 +148,7 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     if config.aggregate.how != "mean":
         keep_graphs()
     start = Progress(cursor=stream.start())
-    return Job(config, device, corpus, stream, trainable(model, run, config, progress=start, topology=topology))
+    return Job(config, device, corpus, stream, trainable(model, run, config, device, progress=start, topology=topology))
 
 
 def _device(run: Run, config: Config, checkpoint: Checkpoint | None) -> Device:

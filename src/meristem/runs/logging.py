@@ -124,6 +124,8 @@ class Log:
             "tokens_per_s": self._tokens_per_s,
             "seconds_used": now.seconds_used,
         }
+        if self._job.optimizer.loss_scale is not None:
+            metrics["loss_scale"] = float(self._job.optimizer.loss_scale.scale)
         metrics |= rank_figures(self._each_s, step.n_targets)
         self._each_s = []
         if step.conflict:

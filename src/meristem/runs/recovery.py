@@ -332,7 +332,7 @@ class _Found:
         if topology != job.state.topology:
             vocabulary = job.corpus.tokenizer.vocab_size
             model = rebuilt(job.config, job.device, vocabulary=vocabulary, topology=topology)
-            job.state = trainable(model, run, job.config, progress=job.state.progress, topology=topology)
+            job.state = trainable(model, run, job.config, job.device, progress=job.state.progress, topology=topology)
         put_back_weights(job, self._saved.trees["model"])
         return "weights"
 

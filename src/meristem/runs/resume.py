@@ -316,7 +316,7 @@ def restore(job: Job, saved: Contents, emit: Emit) -> Safety:
         emit(Event("degraded", {"what": "saved state", "absent": absent}, "warning"))
     cursor = Cursor.from_json(job.stream.start().to_json() | saved.values.get("cursor", {}))
     job.stream.next(cursor)  # refuses another text or another order now, also where no step is left to make
-    optim_state.restore(job.model, job.optimizer, _in_parts(job.model, saved.trees.get("optim", {})))
+    optim_state.restore(job.model, job.optimizer, _in_parts(job.model, saved.trees.get("optim", {})), emit)
     restore_random_state(saved.values.get("random", {}), saved.trees.get("random", {}), emit)
     memory: State | None = None
     if "memory" in saved.trees:

@@ -1,5 +1,6 @@
 """A model with what trains it: made when a run begins, and again where a run goes back to another structure."""
 
+import torch
 from torch import nn
 
 from meristem.device.compile import compile_blocks
@@ -9,6 +10,7 @@ from meristem.models.build import build
 from meristem.models.topology import Topology
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.groups import levels
+from meristem.optim.half import LossScale
 from meristem.runs.config import Config
 from meristem.runs.directory import Run
 from meristem.train.progress import Progress
@@ -22,7 +24,7 @@ def rebuilt(config: Config, device: Device, *, vocabulary: int, topology: Topolo
 
 
 def trainable(
-    model: nn.Module, run: Run, config: Config, *, progress: Progress, topology: Topology = ()
+    model: nn.Module, run: Run, config: Config, device: Device, *, progress: Progress, topology: Topology = ()
 ) -> TrainingState:
     """The state in which a model on its device is trained: compiled, called for all processes, with a new optimizer."""
     compile_blocks(model, config.device, run.emit)
@@ -35,5 +37,6 @@ def trainable(
         leaves_out=config.data.order == "sequential",
     )
     optimizer = build_optimizer(model, config.optim)
+    optimizer.loss_scale = LossScale(device.device) if device.dtype == torch.float16 else None
     optimizer.reduce = None if run.team.ranks.size == 1 else run.team.sync.sum
     return TrainingState(model, optimizer, engine, progress, topology)

@@ -84,7 +84,7 @@ class Session:
     """Reads, writes and remembers. The weights are shared with other sessions and never change.
 
     learn: what changes while it reads. "none": nothing, and its memory answers as the model's first one; "memory"; or
-    "levels", feed-forward levels as well, in a copy of its own (``models.reader``).
+    "levels", feed-forward levels as well, in a copy of its own (``models.online``).
     """
 
     def __init__(

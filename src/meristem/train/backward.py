@@ -125,7 +125,8 @@ def _attempt(
             is_last = batch is batches[-1] and (start, stop) == cuts[-1]
             with engine.micro_batch(is_last):
                 losses, state = _read(engine.model, part, own, device, n_targets, share)
-                gathered = _teach(engine.model, losses, by, gathered)
+                scaled = {name: engine.scale_loss(loss) for name, loss in losses.items()}
+                gathered = _teach(engine.model, scaled, by, gathered)
             told.append(losses["text"].detach())
             states.append(map_tensors(_carried, state))
         memory = join_rows(states)

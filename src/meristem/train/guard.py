@@ -31,6 +31,7 @@ class StepStats:
     loss_nats, grad_norm: may be no number.
     is_skipped: loss or gradient was not finite, and the optimizer changed nothing.
     update_ratio: how far the tensor that moved most moved, as a share of its size; None where that was not measured.
+    is_rescaled: it was skipped since the loss scale of fp16 was too large, which then was halved.
     """
 
     step: int
@@ -38,6 +39,7 @@ class StepStats:
     grad_norm: float
     is_skipped: bool
     update_ratio: float | None = None
+    is_rescaled: bool = False
 
     @property
     def is_finite(self) -> bool:
@@ -272,9 +274,10 @@ def observe(
     in an hour is no reason to lose a hundred steps (platform.md 7). Steps that go on being skipped learn nothing, and
     then the run must change. Where the step was not skipped its weights are lost, and it is a panic at once.
 
-    It ends no row of another detector either: what it would have been is not known.
+    It ends no row of another detector either: what it would have been is not known. A step that only lowered the loss
+    scale is not taken into account at all.
     """
-    if not config.is_on:
+    if not config.is_on or reading.is_rescaled:
         return guard, Verdict("ok", reading.step)
     sight = History(reading, config, Baseline.of(guard, config) if reading.is_finite else None, uniform_nats)
     found = {detector: figures for detector in DETECTORS if (figures := detector.finds(sight)) is not None}

@@ -93,7 +93,8 @@ def steps(
     while not held.state.progress.is_over(config):
         began = time.perf_counter()
         state = held.state
-        optimizer, engine, now = state.optimizer, state.engine, state.progress
+        optimizer, now = state.optimizer, state.progress
+        engine = replace(state.engine, scale_loss=optimizer.scale_loss)
         done = ScheduleProgress(share=now.share(config), step=now.step, tokens=now.tokens)
         set_rates(optimizer, schedule(done) * now.easing())
         with record_function("data"):
@@ -114,7 +115,8 @@ def steps(
             update, ratio = _move(engine, optimizer, taught.loss, device, is_measured=is_measured)
         optimizer.zero_grad()
         loss = taught.loss if update.loss is None else update.loss
-        unread.append(torch.stack([loss, update.norm, update.is_skipped, ratio]))
+        is_rescaled = torch.zeros_like(loss) if update.is_rescaled is None else update.is_rescaled
+        unread.append(torch.stack([loss, update.norm, update.is_skipped, is_rescaled, ratio]))
         now = replace(
             now,
             cursor=cursor,
@@ -210,15 +212,21 @@ def _read(last_step: int, unread: list[torch.Tensor]) -> tuple[StepStats, ...]:
             loss_nats=loss,
             grad_norm=norm,
             is_skipped=bool(is_skipped),
+            is_rescaled=bool(is_rescaled),
             update_ratio=None if ratio == _UNMEASURED else math.inf if math.isnan(ratio) else ratio,
         )
-        for index, (loss, norm, is_skipped, ratio) in enumerate(torch.stack(unread).tolist())
+        for index, (loss, norm, is_skipped, is_rescaled, ratio) in enumerate(torch.stack(unread).tolist())
     )
 
 
 def _count(now: Progress, readings: tuple[StepStats, ...], most: int) -> Progress:
-    """Progress after the steps that were read; too many skipped in a row end the run."""
+    """Progress after the steps that were read; too many skipped in a row end the run.
+
+    A step that was skipped to lower the loss scale is none of them: the next one is made at half of it.
+    """
     for reading in readings:
+        if reading.is_rescaled:
+            continue
         in_row = now.n_nonfinite_in_row + 1 if reading.is_skipped else 0
         now = replace(now, n_nonfinite=now.n_nonfinite + int(reading.is_skipped), n_nonfinite_in_row=in_row)
         if in_row >= most:
@@ -228,4 +236,5 @@ def _count(now: Progress, readings: tuple[StepStats, ...], most: int) -> Progres
                 step=now.step,
                 count=in_row,
             )
-    return replace(now, memory=None) if now.n_nonfinite_in_row else now
+    is_spoilt = now.n_nonfinite_in_row or not math.isfinite(readings[-1].loss_nats)
+    return replace(now, memory=None) if is_spoilt else now

@@ -12,7 +12,7 @@ from meristem.memory.forms import associative, atlas, exact_chunk, frozen_chunk,
 from meristem.memory.forms.by_chunk import Window, finished
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule, scan
-from meristem.memory.state import Memory, full_precision
+from meristem.memory.state import Memory, full_precision, map_tensors
 from meristem.memory.structure import Live
 from meristem.memory.validate import require_window
 from meristem.plugins import Registry
@@ -142,10 +142,12 @@ def run_trusted(
 ) -> tuple[Values, Memory]:
     """``run`` for a caller that made rule, memory and gates itself, and chose a form that takes them.
 
-    The memory keeps its own dtype, float32 unless the caller chose otherwise, and everything that touches it is
-    computed in it, whatever the autocast around this call.
+    The memory is float32, or float64 where the caller chose that, and everything that touches it is computed in that,
+    whatever the autocast around this call. A narrower memory, as an old file may hold, is widened.
     """
     keys_bthk, values_bthv, queries_bthk = window
+    if memory[rule.structure.weights[0]].dtype in (torch.bfloat16, torch.float16):
+        memory = map_tensors(lambda x: x.float() if x.is_floating_point() else x, memory)
     like = memory[rule.structure.weights[0]]
     with full_precision(like.device):
         keys_bthk, queries_bthk = (rule.features.apply(x.to(like.dtype)) for x in (keys_bthk, queries_bthk))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from meristem.device.tf32 import exact_products
 from meristem.memory.forms.by_chunk import Window
 from meristem.memory.forms.decay import Decay, Logs, between, compute_decay, compute_decay_from, cut, decay_backward
 from meristem.memory.gates import Gates
@@ -157,7 +158,8 @@ class WholeChunks(torch.autograd.Function):
         ctx.looks, ctx.reads_before = looks, reads_before
         flowing = compute_decay_from(Logs(*logs), between)
         weights = _weights(flowing, scale_nhc, looks, reads_before)
-        read_nhcv, solved = solve((key_nhck, query_nhck), value_nhcv, weights, first_hkv, ctx.kernel)
+        with exact_products():
+            read_nhcv, solved = solve((key_nhck, query_nhck), value_nhcv, weights, first_hkv, ctx.kernel)
         ctx.save_for_backward(key_nhck, query_nhck, *logs, scale_nhc, *solved)
         return read_nhcv, solved.passing_nhkv[-1].clone()
 
@@ -166,7 +168,7 @@ class WholeChunks(torch.autograd.Function):
     def backward(ctx: Any, d_read_nhcv: Tensor, d_last_hkv: Tensor) -> tuple[Tensor | None, ...]:
         key_nhck, query_nhck, *logs, scale_nhc, new_nhcv, inverse_nhcs, passing_nhkv = ctx.saved_tensors
         # The engine may call this under the caller's autocast; memories keep their precision backwards as well.
-        with full_precision(d_read_nhcv.device):
+        with full_precision(d_read_nhcv.device), exact_products():
             flowing = compute_decay_from(Logs(*logs), between)
             weights = _weights(flowing, scale_nhc, ctx.looks, ctx.reads_before)
             solved = Solved(new_nhcv, inverse_nhcs, passing_nhkv)

@@ -12,6 +12,7 @@ from meristem.data.stream import Batch, Cursor
 from meristem.device.resolve import Device
 from meristem.memory.state import State, size_bytes
 from meristem.models.build import build as build_model
+from meristem.nn.precision import float32_ids
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.recipes.plan.ledger import Ledger, tensors_in
@@ -123,14 +124,17 @@ def _model(config: Config, vocabulary: int, device: Device, ledger: Ledger) -> n
 def _move(model: nn.Module, device: Device) -> None:
     """What ``model.to(device, dtype)`` does; that swaps tensors in place, which fake ones do not allow."""
     moved: dict[int, nn.Parameter] = {}
+    stays = float32_ids(model)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in moved:
-                value = parameter.detach().to(device.device, device.param_dtype)
+                dtype = torch.float32 if id(parameter) in stays else device.param_dtype
+                value = parameter.detach().to(device.device, dtype)
                 moved[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             setattr(module, name, moved[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False)):
-            dtype = device.param_dtype if buffer.is_floating_point() else buffer.dtype
+            is_cast = buffer.is_floating_point() and id(buffer) not in stays
+            dtype = device.param_dtype if is_cast else buffer.dtype
             setattr(module, name, buffer.to(device.device, dtype))
 
 
