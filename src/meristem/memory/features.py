@@ -13,16 +13,21 @@ from meristem.plugins import Registry
 
 @dataclass(frozen=True)
 class Features:
-    """A map of vectors along the last axis, the same for keys and queries. width: what a key's width becomes."""
+    """A map of vectors along the last axis, the same for keys and queries.
+
+    width: what a key's width becomes. square: the greatest squared length of what a unit vector becomes; None where it
+    grows with the width.
+    """
 
     name: str
     apply: Callable[[Tensor], Tensor]
     width: Callable[[int], int]
+    square: float | None = None
 
 
 def identity() -> Features:
     """The vectors themselves."""
-    return Features("identity", lambda rows: rows, lambda width: width)
+    return Features("identity", lambda rows: rows, lambda width: width, square=1.0)
 
 
 def elu1() -> Features:
@@ -43,7 +48,7 @@ def fourier(n_features: int = 64, deviation: float = 1.0, random_seed: int = 0) 
         shift = 2 * math.pi * torch.rand(n_features, generator=generator, dtype=torch.float64)
         return math.sqrt(2 / n_features) * torch.cos(rows @ weight.to(rows) + shift.to(rows))
 
-    return Features("fourier", apply, lambda width: n_features)
+    return Features("fourier", apply, lambda width: n_features, square=2.0)
 
 
 def polynomial() -> Features:
@@ -60,7 +65,7 @@ def polynomial() -> Features:
         weight = torch.ones_like(first, dtype=rows.dtype).masked_fill(first == second, math.sqrt(0.5))
         return torch.cat([rows, weight * rows[..., first] * rows[..., second]], dim=-1)
 
-    return Features("polynomial", apply, lambda width: width + width * (width + 1) // 2)
+    return Features("polynomial", apply, lambda width: width + width * (width + 1) // 2, square=1.5)
 
 
 def exponential(n_features: int = 64, random_seed: int = 0) -> Features:
