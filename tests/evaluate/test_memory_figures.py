@@ -17,11 +17,11 @@ MODEL = ModelConfig(dim=12, n_layers=2, n_heads=2, sliding_window=5)
 @pytest.mark.parametrize("half_life", [16.0, 512.0])
 def test_fresh_gates_are_those_of_the_settings(half_life):
     """Half-life, momentum, and the write rate with its factor 1 - momentum."""
-    model = build(MODEL, MemoryConfig(head_dim=4, half_life=half_life, write_rate=0.2, momentum=0.7), 256, 0)
+    model = build(MODEL, MemoryConfig(head_dim=4, half_life=half_life, write_rate=0.2, momentum=0.4), 256, 0)
     found = memory_figures(model, TOKENS_BT)
     assert found["half_life"] == pytest.approx(half_life, rel=1e-3)
-    assert found["momentum"] == pytest.approx(0.7, rel=1e-5)
-    assert found["write"] == pytest.approx(0.2 * 0.3, rel=1e-5)
+    assert found["momentum"] == pytest.approx(0.4, rel=1e-5)
+    assert found["write"] == pytest.approx(0.2 * 0.6, rel=1e-5)
 
 
 def test_norm_is_that_of_the_memories_left_behind():

@@ -554,7 +554,9 @@ def test_what_cannot_be_kept_is_refused_with_every_reason() -> None:
     with pytest.raises(ConflictingKeys, match=r"'logarithmic'.*'fresh'.*memory\.cache\.write=continue"):
         MemoryCacheConfig(read="gated", segments="logarithmic", write="fresh")
     soup = MemoryCacheConfig(read="soup")
-    with pytest.raises(ConflictingKeys, match=r"structure 'slots'.*'lattice' never shows.*memory\.form=.*read=gated"):
+    with pytest.raises(
+        ConflictingKeys, match=r"structure 'slots'.*'lattice' never shows.*memory\.form=.*read to gated"
+    ):
         with_cache(WIDTH, MemoryConfig(rule="lattice", form="lattice", head_dim=4, cache=soup))
     spanning = {"rule": "omega_net", "structure": "mlp", "form": "tnt", "head_dim": 4}
     with pytest.raises(ConflictingKeys) as caught:

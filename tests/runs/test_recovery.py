@@ -126,7 +126,7 @@ def test_spoilt_weights_come_back(text, tmp_path):
     """NaN in a weight: every step is skipped until the guard panics, and then training goes on from the snapshot."""
     result = run(text, tmp_path / "run", change=at_call(33, spoil_weights))
     (back,) = events(tmp_path / "run", "rollback.done")
-    assert (back["reason"], back["panicked_at"], back["resumed_from"]) == ("nonfinite", 35, 30)
+    assert (back["reason"], back["panicked_at"], back["resumed_from"]) == ("nonfinite, skipped", 35, 30)
     checkpoint = store.open_checkpoint(result.checkpoint)
     assert all(tensor.isfinite().all() for tensor in checkpoint.tree("model").values())
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())

@@ -265,13 +265,37 @@ def test_large_update_only_warns(ratio, level):
 def test_skipped_steps_panic_at_the_third_in_a_row(bad, where):
     """One alone changed nothing and only warns (platform.md 7); the figures say what was found."""
     loss, norm = (2.0 if where == "gradient" else bad), (1.0 if where == "loss" else bad)
-    guard, verdicts = watch(
-        [loss, loss, 2.0, loss, loss, loss], norms=[norm, norm, 1.0, norm, norm, norm], guard=BEFORE
-    )
-    assert levels(verdicts) == "wwowwp"
-    assert verdicts[-1].detectors == ("nonfinite",)
+    bad_losses, bad_norms = [loss] * 3, [norm] * 3
+    guard, verdicts = watch([loss, 2.0, *bad_losses], norms=[norm, 1.0, *bad_norms], guard=BEFORE)
+    assert levels(verdicts) == "wowpp"
+    assert verdicts[2].detectors == ("nonfinite",)
+    assert verdicts[3].detectors == ("nonfinite", "skipped"), "the third of 200, though the second in a row"
+    assert verdicts[4].figures["nonfinite.in_row"] == verdicts[4].figures["nonfinite.panics_at"] == 3
     assert repr(verdicts[-1].figures["loss_nats"]) == repr(loss)
     assert guard.losses == (*BEFORE.losses, 2.0)[-50:]
+
+
+@pytest.mark.parametrize(
+    "at, said", [((10, 70, 199), "p"), ((10, 70), "w"), ((10, 70, 210), "w"), ((10, 70, 209), "p")]
+)
+def test_more_than_one_skipped_step_in_a_hundred_panics(at, said):
+    """Of any 200 steps two may be skipped, wherever they lie; the third is a panic."""
+    losses = sound(n=212)
+    for step in at:
+        losses[step] = math.nan
+    _, verdicts = watch(losses)
+    told = [levels(verdicts)[step] for step in at]
+    assert told == ["w"] * (len(at) - 1) + [said]
+    assert ("skipped" in verdicts[at[-1]].detectors) == (said == "p")
+
+
+def test_skipped_steps_are_saved_and_a_guard_saved_without_them_loads():
+    """A run that goes on panics at the same step; one of before this count begins it at 0."""
+    guard, _ = watch([*sound(), math.nan, 2.0, math.nan, 2.0])
+    again = Guard.from_json(json.loads(json.dumps(guard.to_json())))
+    assert again == guard and again.skipped == (60, 62)
+    older = {name: value for name, value in guard.to_json().items() if name != "skipped"}
+    assert Guard.from_json(older).skipped == ()
 
 
 def test_step_that_is_not_finite_and_was_taken_panics_at_once():

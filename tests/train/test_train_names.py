@@ -21,7 +21,7 @@ PUBLIC = {
     },
     "guard": {
         *("StepStats", "Guard", "Verdict", "observe", "observe_held_out"),
-        *("DETECTORS", "Detector", "Figures", "History", "Baseline"),
+        *("SKIPPED_SPAN", "SKIPPED_SHARE", "DETECTORS", "Detector", "Figures", "History", "Baseline"),
     },
     "loop": {"Step", "steps"},
     "loss": {"cross_entropy"},

@@ -27,6 +27,8 @@ class Features:
     draw: the tensors that a random map is made of, in float64, for keys of a width; empty where nothing is random.
     mapped: rows by the map that is made of such tensors, in the dtype of the rows.
     drawn: the tensors that ``apply`` takes, as a layer saves them; None: those that ``draw`` gives.
+    width: what a key's width becomes. square: the greatest squared length of what a unit vector becomes; None where it
+    grows with the width.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Features:
     width: Callable[[int], int]
     draw: Callable[[int], Drawn] = _nothing
     drawn: Drawn | None = field(default=None, compare=False)
+    square: float | None = None
 
     def apply(self, rows: Tensor) -> Tensor:
         """The rows, mapped."""
@@ -43,7 +46,7 @@ class Features:
 
 def identity() -> Features:
     """The vectors themselves."""
-    return Features("identity", lambda rows, drawn: rows, lambda width: width)
+    return Features("identity", lambda rows, drawn: rows, lambda width: width, square=1.0)
 
 
 def elu1() -> Features:
@@ -68,7 +71,7 @@ def fourier(n_features: int = 64, deviation: float = 1.0, random_seed: int = 0) 
     def mapped(rows: Tensor, drawn: Drawn) -> Tensor:
         return math.sqrt(2 / n_features) * torch.cos(rows @ drawn["weight_kf"] + drawn["shift_f"])
 
-    return Features("fourier", mapped, lambda width: n_features, draw)
+    return Features("fourier", mapped, lambda width: n_features, square=2.0, draw=draw)
 
 
 def polynomial() -> Features:
@@ -85,7 +88,7 @@ def polynomial() -> Features:
         weight = torch.ones_like(first, dtype=rows.dtype).masked_fill(first == second, math.sqrt(0.5))
         return torch.cat([rows, weight * rows[..., first] * rows[..., second]], dim=-1)
 
-    return Features("polynomial", mapped, lambda width: width + width * (width + 1) // 2)
+    return Features("polynomial", mapped, lambda width: width + width * (width + 1) // 2, square=1.5)
 
 
 def exponential(n_features: int = 64, random_seed: int = 0) -> Features:

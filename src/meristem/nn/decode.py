@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from meristem.memory.forms.exact_chunk import one_token
+from meristem.memory.region import within
 from meristem.memory.state import State
 from meristem.shapes import Hidden
 
@@ -42,12 +43,26 @@ def decode_heads(recall: "NeuralMemory", hidden_btd: Hidden, state: State) -> tu
     pair_blhk = vectors_blhk[:, :2]
     scale_blh1 = (pair_blhk.square().sum(dim=-1, keepdim=True) + 1e-12).rsqrt()
     query_bh1k, key_bh1k = (pair_blhk * scale_blh1).unsqueeze(-2).unbind(1)
-    gate_blh11 = functional.linear(hidden_btd, recall.gates.weight_hd, recall.gates.bias_h).sigmoid()
-    gate_blh11 = gate_blh11.view(mixed_bd.shape[0], -1, recall.heads, 1, 1)
-    gates = dict(zip(recall.gates.names, gate_blh11.unbind(1), strict=True))
-    write_bh11 = gates["write"] if recall.gates.write_limit == 1 else recall.gates.write_limit * gates["write"]
-    if "momentum" in gates and recall.gates.is_scaled:
-        write_bh11 = torch.addcmul(write_bh11, write_bh11, gates["momentum"], value=-1)
+    log_blh11 = functional.logsigmoid(functional.linear(hidden_btd, recall.gates.weight_hd, recall.gates.bias_h))
+    log_blh11 = log_blh11.view(mixed_bd.shape[0], -1, recall.heads, 1, 1)
+    factors_bh11 = _factors(recall, dict(zip(recall.gates.names, log_blh11.unbind(1), strict=True)))
     rows = key_bh1k, vectors_blhk[:, 2].unsqueeze(-2), query_bh1k
-    read_bh1v, after = one_token(rule, memory, rows, gates | {"write": write_bh11})
+    read_bh1v, after = one_token(rule, memory, rows, factors_bh11)
     return read_bh1v, query_bh1k, {"memory": after, "conv": {"tail_bsd": padded_bsd[:, 1:]}}
+
+
+def _factors(recall: "NeuralMemory", logs_bh11: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gates of a token, of the logarithms of their sigmoids, as ``GateMap`` makes them."""
+    gates, write_bh11 = recall.gates, logs_bh11["write"].exp()
+    log_momentum_bh11, most_h = logs_bh11.get("momentum"), gates.most_momentum()
+    if gates.write_limit != 1:
+        write_bh11 = gates.write_limit * write_bh11
+    if log_momentum_bh11 is not None and gates.is_scaled:
+        write_bh11 = torch.addcmul(write_bh11, write_bh11, log_momentum_bh11.exp(), value=-1)
+    most_h11 = None if most_h is None else most_h[:, None, None]
+    log_retain_bh11 = logs_bh11.get("retain", torch.zeros(()))
+    log_retain_bh11, write_bh11, log_momentum_bh11 = within(
+        recall.rule, log_retain_bh11, write_bh11, log_momentum_bh11, most_h11
+    )
+    moving = {} if log_momentum_bh11 is None else {"momentum": log_momentum_bh11.exp()}
+    return {"retain": log_retain_bh11.exp(), "write": write_bh11} | moving

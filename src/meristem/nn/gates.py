@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from meristem.errors import ConflictingKeys
 from meristem.memory import Gates, Rule
+from meristem.memory.region import most_momentum, within
 from meristem.memory.state import full_precision
 from meristem.nn.config import MemoryConfig
 from meristem.nn.precision import KeepsFloat32
@@ -23,6 +24,8 @@ class GateMap(KeepsFloat32):
     ``1 / (1 - momentum)`` times, which keeps the rule stable. Where the momentum is orthogonalised its length is always
     about one, and the factor would only make every step smaller. Codes are linear and start random. With a rank the
     map goes through so few numbers.
+
+    Gates stay where the memory cannot run away (``memory.region``): first values beyond that begin at its border.
     """
 
     float32 = frozenset({"weight_hd", "down_rd", "bias_h", "code"})
@@ -30,7 +33,8 @@ class GateMap(KeepsFloat32):
     def __init__(self, width: int, heads: int, rule: Rule, config: MemoryConfig) -> None:
         """heads: places that have gates of their own."""
         super().__init__()
-        self.heads, self.is_scaled = heads, rule.update.has_momentum and rule.update.name != "orthogonal_momentum"
+        self.heads, self.rule = heads, rule
+        self.is_scaled = rule.update.has_momentum and rule.update.name != "orthogonal_momentum"
         if config.write_rate >= config.write_limit:
             raise ConflictingKeys(
                 f"memory.write_rate {config.write_rate} is not below memory.write_limit {config.write_limit}. Lower "
@@ -69,12 +73,22 @@ class GateMap(KeepsFloat32):
             if "momentum" in raw:
                 log_momentum_bth = functional.logsigmoid(raw["momentum"])
                 write_bth = write_bth * (-raw["momentum"]).sigmoid() if self.is_scaled else write_bth
+            log_retain_bth, write_bth, log_momentum_bth = within(
+                self.rule, log_retain_bth, write_bth, log_momentum_bth, self.most_momentum()
+            )
             others: dict[str, Tensor | None] = {
                 "threshold_bth": functional.softplus(raw["threshold"]) if "threshold" in raw else None,
                 "weight_bth": raw["weight"].sigmoid() if "weight" in raw else None,
                 "code_bthg": None if self.code is None else self.code(hidden_btd).unflatten(-1, (self.heads, -1)),
             }
             return Gates.from_logs(log_retain_bth, write_bth, log_momentum_bth, **others)
+
+    def most_momentum(self) -> Tensor | None:
+        """The greatest momentum of each head, one for all tokens: about the root of what it is by itself."""
+        if "momentum" not in self.names:
+            return None
+        index = self.names.index("momentum") * self.heads
+        return most_momentum(self.rule, self.bias_h[index : index + self.heads].sigmoid())
 
 
 def _logit(probability: float) -> float:

@@ -21,6 +21,12 @@ Figures: TypeAlias = Mapping[str, float]
 _NORMAL_MAD: Final = 0.6745
 """The median distance from the median of a normal distribution, in standard deviations."""
 
+SKIPPED_SPAN: Final = 200
+"""Steps, the present one last, in which skipped ones are counted wherever they lie."""
+
+SKIPPED_SHARE: Final = 0.01
+"""Share of those steps that may be skipped; one more is a panic."""
+
 _SEVERITY: Final[Mapping[str, Severity]] = {"ok": "debug", "warn": "warning", "panic": "error"}
 
 
@@ -75,6 +81,7 @@ class Guard:
     losses, norms: of the last sound readings, newest last.
     in_row: for how many readings without a break a detector has spoken; those that are silent are left out.
     held_out: (step, nats) of the last sound evaluations; n_held_out_above: those since that lay too high.
+    skipped: those of the last ``SKIPPED_SPAN`` steps that were skipped, newest last.
     """
 
     losses: tuple[float, ...] = ()
@@ -82,6 +89,7 @@ class Guard:
     in_row: Mapping[str, int] = field(default_factory=dict)
     held_out: tuple[tuple[int, float], ...] = ()
     n_held_out_above: int = 0
+    skipped: tuple[int, ...] = ()
 
     @property
     def is_quiet(self) -> bool:
@@ -100,6 +108,7 @@ class Guard:
             "in_row": dict(self.in_row),
             "held_out": [list(point) for point in self.held_out],
             "n_held_out_above": self.n_held_out_above,
+            "skipped": list(self.skipped),
         }
 
     @classmethod
@@ -111,6 +120,8 @@ class Guard:
             in_row=dict(values["in_row"]),
             held_out=tuple((step, nats) for step, nats in values["held_out"]),
             n_held_out_above=values["n_held_out_above"],
+            # Guards saved before skipped steps were counted have none.
+            skipped=tuple(values.get("skipped", ())),
         )
 
 
@@ -149,12 +160,14 @@ class History:
 
     usual: None where nothing can be compared: too little was seen, or the reading itself is not finite.
     uniform_nats: the loss of a guess that gives every token the same chance; None where there is no such thing.
+    n_skipped: of the last ``SKIPPED_SPAN`` steps, those that were skipped.
     """
 
     reading: StepStats
     config: GuardConfig
     usual: Baseline | None
     uniform_nats: float | None
+    n_skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,6 +189,14 @@ def _nonfinite(sight: History) -> Figures | None:
     """Loss or gradient is infinite or no number."""
     reading = sight.reading
     return None if reading.is_finite else {"loss_nats": reading.loss_nats, "grad_norm": reading.grad_norm}
+
+
+def _skipped(sight: History) -> Figures | None:
+    """Too many of the last steps were skipped, though never so many in a row: what is wrong comes back each time."""
+    limit = SKIPPED_SHARE * SKIPPED_SPAN
+    if not sight.reading.is_skipped or sight.n_skipped <= limit:
+        return None
+    return {"n_skipped": sight.n_skipped, "n_skipped_limit": limit, "n_steps": SKIPPED_SPAN}
 
 
 def _divergence(sight: History) -> Figures | None:
@@ -252,6 +273,7 @@ def _update(sight: History) -> Figures | None:
 
 DETECTORS: Final = (
     Detector("nonfinite", _nonfinite, lambda sight: sight.config.nonfinite_steps if sight.reading.is_skipped else 1),
+    Detector("skipped", _skipped, lambda sight: 1),
     Detector("divergence", _divergence, lambda sight: sight.config.in_row),
     Detector("collapse", _collapse, lambda sight: sight.config.in_row),
     Detector("gradient", _gradient, lambda sight: sight.config.gradient_in_row),
@@ -272,18 +294,23 @@ def observe(
     has it panic at once, for it thinks of weights that are spoilt. Here the optimizer skips such a step, so that
     weights and moments are to the bit what they were; going back would restore what is there already, and one bad batch
     in an hour is no reason to lose a hundred steps (platform.md 7). Steps that go on being skipped learn nothing, and
-    then the run must change. Where the step was not skipped its weights are lost, and it is a panic at once.
+    then the run must change: in a row, or more than ``SKIPPED_SHARE`` of the last ``SKIPPED_SPAN``. Where the step was
+    not skipped its weights are lost, and it is a panic at once.
 
     It ends no row of another detector either: what it would have been is not known. A step that only lowered the loss
     scale is not taken into account at all.
     """
     if not config.is_on or reading.is_rescaled:
         return guard, Verdict("ok", reading.step)
-    sight = History(reading, config, Baseline.of(guard, config) if reading.is_finite else None, uniform_nats)
+    skipped = tuple(step for step in guard.skipped if 0 < reading.step - step < SKIPPED_SPAN)
+    skipped += (reading.step,) if reading.is_skipped else ()
+    sight = History(
+        reading, config, Baseline.of(guard, config) if reading.is_finite else None, uniform_nats, len(skipped)
+    )
     found = {detector: figures for detector in DETECTORS if (figures := detector.finds(sight)) is not None}
     in_row = {} if reading.is_finite else dict(guard.in_row)
     in_row |= {detector.name: guard.in_row.get(detector.name, 0) + 1 for detector in found}
-    after = replace(guard, in_row=in_row)
+    after = replace(guard, in_row=in_row, skipped=skipped)
     if not any(detector.is_anomaly for detector in found):
         after = replace(
             after,

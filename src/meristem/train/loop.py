@@ -129,8 +129,7 @@ def steps(
         readings: tuple[StepStats, ...] = ()
         # On the CPU reading costs nothing. A memory that is carried on must not stay spoilt until the next record.
         if is_logged or taught.loss.is_cpu or not batches[-1].starts:
-            readings = _read(now.step, unread)
-            unread = []
+            readings, unread = _read(now.step, unread), []
             now = _count(now, readings, config.max_nonfinite)
         seconds = time.perf_counter() - began
         told = engine.sync.gather([seconds, sum(batch.n_bytes for batch in batches)])

@@ -1,0 +1,125 @@
+"""Gates within which a memory cannot run away, whatever their sequence and the unit keys and bounded values.
+
+The gate layer keeps its gates here (``within``); well inside, they are what they were. With ``s = OVERSHOOT``, ``e =
+FADE``, ``L`` the curvature of the loss and ``m`` a constant of each head (``most_momentum``), for every token::
+
+    retain   <= exp(-e write)                                        every rule whose old memory fades
+    momentum <= m retain                                             momentum
+    write    <= s (1 - m) (1 + retain - 2 momentum / m) / L          rules that correct what they recall; m = 0 without
+                                                                     momentum
+
+**Why.** Each row ``x`` of M follows its own recurrence, ``x' = r x - w (k.x - v) k`` without momentum. Across k it
+shrinks by r. Along k, ``(r - w) (k.x) + w v``: with ``w <= s (1 + r)`` a convex mean gives ``((r - w) a + w v)^2 <= |r
+- w| a^2 + C w v^2``, ``C = max(1, s / (1 - s))``. As ``r <= exp(-e w)`` it follows that ``|x'|^2 <= exp(-e w) |x|^2 + C
+w v^2``, so that ``|x|^2 <= (1 + e) C v^2 / e`` once holds for ever. Several pairs in one write (a span) are the same
+along the singular directions of their keys, L times as steep.
+
+With momentum, ``S' = mu S - w (k.x - v) k``, ``x' = r x + S'``, let ``z = x + m / (1 - m) S``: where x comes to rest if
+momentum stays at m. ``l = mu / m``, ``b = w / (1 - m)``, ``K = k k^T``::
+
+    z' = (r - l - b K) x + l z + b v k,    x' = (r - (1 - m) l - (1 - m) b K) x + (1 - m) l z + (1 - m) b v k
+
+Both are means of x and z with weights that sum to at most ``exp(-e w)``; the region says just that. So the larger of
+``|x|^2`` and ``|z|^2`` stays below ``(1 + e) C v^2 / (e (1 - m))``. This norm is one for all gates, which is what a
+switched system needs: below ``write < 2 (1 + momentum)`` (memory.md 2.3) each setting is stable alone, and yet a write
+at momentum 0 that is followed by coasting at m multiplies x by ``1 - w / (1 - m)``, -9 at ``w = 1``, ``m = 0.9``.
+
+A write that does not look at the memory (``hebbian``, ``omega``) needs the first two lines alone: ``|x| <= (1 + e) |v|
+/ (e (1 - m))``.
+
+**Rules that are not linear.** Slots of length one (``lattice``) and weights on the simplex (``memora``) are bounded by
+what they are; the logarithms of the latter spread by at most the gradient over e. ``moneta`` reads ``A / sqrt(|A|_4^4 +
+1e-12)``, at most ``707 n^(1/4)`` for n numbers, so that its gradient is bounded, and A by it over e. A step of
+``atlas`` is no longer than ``1.21 w sqrt(rank)``: ``|M| <= 1.21 sqrt(rank) / e``, and S stays finite as its momentum is
+at most 63/64. In ``trellis`` the slope of SiLU leaves what is above 0 to the delta rule and bounds what it adds below:
+a slot is at most ``(1.1 |c| + 0.15) / e`` long for a code c. Two kinds have no bound: a network with a LayerNorm
+(``titans_mlp``, ``yaad``), whose gradient is up to 316 times as large where a key makes the rows before the LayerNorm
+nearly equal; they only fade and coast as above. And ``ftrl``, the sum of all that was written: it has no retain gate,
+and grows no faster than ``sqrt(t)``.
+
+**What the fade is for.** At retain 1 not even the delta rule is bounded: with each key at a right angle to x, write 1
+and v = 1, ``x' = x + k`` and ``|x| = sqrt(t)``. (For finitely many keys it is bounded: Aharoni, Duchet & Wajnryb 1984,
+Successive projections on hyperplanes.) ``e`` asks of a head that writes at rate w to halve in ``45,426 / w`` tokens;
+one that does not write may keep all.
+
+**The average of a delta memory** does not replace this. ``M' = mu M + (1 - mu) P'`` is Titans at constant gates only if
+the surprise in ``P' = r P - w / (1 - mu) (M k - v) k^T`` is measured at M; then ``mu = 1`` for n tokens moves P by n
+steps, and it is not bounded. Measured at P it is bounded as P is, and another rule.
+"""
+
+import torch
+from torch import Tensor
+
+from meristem.memory.rule import Rule
+
+FADE = 2.0**-16
+"""How fast a write of rate 1 fades the old memory at least."""
+
+OVERSHOOT = 0.9
+"""How much of twice the rate that corrects a residual at once may be written."""
+
+MOMENTA = 1 / 64, 63 / 64
+"""Least and greatest m. Above, nothing could be written; below, 1 - m changes no more."""
+
+SILU_SLOPE = 1.1
+"""The greatest slope of SiLU."""
+
+SHARPNESS = 64
+"""Limits are soft, so that a gate at its limit still learns: half of it is 10^-20 off, the limit itself 1 %."""
+
+TINY = 1e-30
+
+
+def curvature(rule: Rule) -> float | None:
+    """L: the greatest curvature of a token's loss along any direction, for unit keys and pairs that count at most once.
+
+    None where the write rate needs no limit below 1 (the rate is proximal, the write does not look, or the memory is
+    normalised), or none is known: networks, and features without a greatest length.
+    """
+    if rule.bias.name != "squared" or rule.features.square is None:
+        return None
+    if rule.structure.kind == "two_slots":
+        return SILU_SLOPE
+    is_given = rule.structure.kind == "matrix" and rule.update.name in ("plain", "leader", "momentum")
+    return rule.span * rule.features.square if is_given else None
+
+
+def most_momentum(rule: Rule, usual: Tensor) -> Tensor:
+    """m of a head whose momentum is usually so: about its root, which leaves the most room for the write rate there.
+
+    Where momentum does not go on into the memory as it is, it only has to stay below 1.
+    """
+    least, most = MOMENTA
+    return least + (most - least) * usual.sqrt() if _is_coasting(rule) else torch.full_like(usual, most)
+
+
+def within(
+    rule: Rule, log_retain: Tensor, write: Tensor, log_momentum: Tensor | None, most: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``log_retain``, ``write`` and ``log_momentum`` inside the region, of any shape.
+
+    most: m, for a rule with momentum.
+    """
+    if rule.has_retain:
+        log_retain = -torch.hypot(log_retain, FADE * write)
+    if log_momentum is not None and most is not None:
+        log_momentum = _least(log_momentum, most.log() + log_retain if _is_coasting(rule) else most.log())
+    steep = curvature(rule)
+    if steep is None:
+        return log_retain, write, log_momentum
+    room = 1 + log_retain.exp()
+    if log_momentum is not None and most is not None:
+        room = (1 - most) * (room - 2 / most * log_momentum.exp())
+    # Rounding may leave a hair below 0 where momentum is at its own limit.
+    limit = (OVERSHOOT / steep * room).clamp_min(TINY)
+    return log_retain, _least(write.clamp_min(TINY).log(), limit.log()).exp(), log_momentum
+
+
+def _is_coasting(rule: Rule) -> bool:
+    """The momentum goes on into the memory as it is."""
+    return rule.update.name == "momentum"
+
+
+def _least(log_value: Tensor, log_limit: Tensor) -> Tensor:
+    """The lesser of both, smooth where they meet and never above either."""
+    return -torch.logaddexp(-SHARPNESS * log_value, -SHARPNESS * log_limit) / SHARPNESS
