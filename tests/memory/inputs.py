@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from meristem.memory import Gates, Rule
+from meristem.memory import named as catalogue
 from meristem.memory.check import conflicts
 from meristem.memory.state import Memory
 
@@ -56,38 +57,46 @@ class Window:
 
 
 def window(
-    rule: Rule, n_time: int, *, batch: int = BATCH, dtype: torch.dtype = torch.float64, random_seed: int = 0
+    rule: Rule,
+    n_time: int,
+    *,
+    batch: int = BATCH,
+    heads: int = HEADS,
+    widths: tuple[int, int] = (KEY_WIDTH, VALUE_WIDTH),
+    dtype: torch.dtype = torch.float64,
+    random_seed: int = 0,
 ) -> Window:
     """Unit keys, gates inside the limits of stability, a memory that already holds something."""
+    key_width, value_width = widths
     generator = torch.Generator().manual_seed(random_seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
     def gate(bias: float) -> Tensor:
-        return (draw(batch, n_time, HEADS) + bias).sigmoid()
+        return (draw(batch, n_time, heads) + bias).sigmoid()
 
     momentum_bth = gate(0.0) if rule.update.has_momentum else None
     write_bth = gate(-1.0) if momentum_bth is None else gate(-1.0) * (1 - momentum_bth)
     n_codes = rule.structure.n_codes
-    key_width = VALUE_WIDTH if rule.structure.kind == "slots" else KEY_WIDTH
+    key_width = value_width if rule.structure.kind == "slots" else key_width
     gates = Gates(
         retain_bth=gate(2.0),
         write_bth=write_bth,
         momentum_bth=momentum_bth,
         threshold_bth=gate(0.0) * 2 if rule.bias.has_threshold else None,
         weight_bth=gate(1.0) if rule.span > 1 else None,
-        code_bthg=0.5 * draw(batch, n_time, HEADS, n_codes) if n_codes else None,
+        code_bthg=0.5 * draw(batch, n_time, heads, n_codes) if n_codes else None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(random_seed)
-        empty = rule.init(batch, HEADS, key_width, VALUE_WIDTH, like=torch.empty(0, dtype=dtype))
+        empty = rule.init(batch, heads, key_width, value_width, like=torch.empty(0, dtype=dtype))
     memory = {name: _held(rule, name, value, draw) for name, value in empty.items()}
     return Window(
         memory=memory,
-        keys_bthk=functional.normalize(draw(batch, n_time, HEADS, key_width), dim=-1),
-        values_bthv=draw(batch, n_time, HEADS, VALUE_WIDTH),
-        queries_bthk=functional.normalize(draw(batch, n_time, HEADS, key_width), dim=-1),
+        keys_bthk=functional.normalize(draw(batch, n_time, heads, key_width), dim=-1),
+        values_bthv=draw(batch, n_time, heads, value_width),
+        queries_bthk=functional.normalize(draw(batch, n_time, heads, key_width), dim=-1),
         gates=gates,
     )
 
@@ -99,6 +108,11 @@ def _held(rule: Rule, name: str, empty: Tensor, draw: Callable[..., Tensor]) -> 
     if name == "anchor_age_b":
         return empty
     return empty + 0.3 * draw(*empty.shape) if "weights" not in name else draw(*empty.shape).sigmoid()
+
+
+def named(text: str) -> Rule:
+    """The rule of that name, for values as they are given: what its layer hands on where it mixes them first."""
+    return replace(catalogue(text), values="given")
 
 
 def variants(rule: Rule) -> list[Rule]:

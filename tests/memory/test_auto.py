@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memory.inputs import window
-from meristem.memory import Rule, named, run
+from memory.inputs import named, window
+from meristem.memory import Rule, run
 from meristem.memory.bias import absolute
 from meristem.memory.forms import choose, forms
 from meristem.memory.named import rules

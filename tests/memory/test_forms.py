@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memory.inputs import Window, variants, window
+from memory.inputs import Window, named, variants, window
 from meristem.errors import ConflictingKeys, ShapeError, WrongValue
-from meristem.memory import Gates, Rule, named, run, scan
+from meristem.memory import Gates, Rule, run, scan
 from meristem.memory.bias import absolute, squared
-from meristem.memory.features import identity
 from meristem.memory.forms import accepting, forms, run_trusted
 from meristem.memory.forms.by_chunk import finished
 from meristem.memory.forms.frozen_chunk import overshoot, refined
 from meristem.memory.named import rules
 from meristem.memory.retention import decay
-from meristem.memory.rule import read, write
+from meristem.memory.rule import read
 from meristem.memory.state import beside, flatten
-from meristem.memory.structure import Live, Pairs, matrix, outer
+from meristem.memory.structure import matrix
 from meristem.memory.update import momentum
 
 PAIRS = [(name, form) for name in rules.names() for form in accepting(named(name))]
@@ -109,64 +108,6 @@ def test_enough_passes_of_refinement_are_scan(name: str) -> None:
         assert (worse_bthv - true_bthv).abs().max() > 1e-6
 
 
-LOOPED = [(name, "frozen_chunk") for name in ("titans", "titans_mlp", "trellis", "momentum_delta", "omega_net")]
-
-
-@pytest.mark.parametrize("name, form", [*LOOPED, ("atlas", "atlas")])
-def test_the_frozen_form_is_a_loop_with_frozen_surprises(name: str, form: str) -> None:
-    """S1-M5, S1-M17, S1-M21: token by token, with every surprise, of a whole span where the rule has one, measured at a
-    copy of the memory that entered the chunk."""
-    rule = named(name)
-    inputs = window(rule, 7)
-    keys_bthk = rule.features.apply(inputs.keys_bthk)
-    memory, start, reads = inputs.memory, inputs.memory, []
-    for t in range(7):
-        start = memory if t % 4 == 0 else start
-        frozen = start | {name: value for name, value in memory.items() if "span" in name}
-        # The momentum is the live one. Of the frozen memory as much is kept as of the live one: their difference goes
-        # through.
-        weights = rule.structure.weights
-        gates = inputs.gates.at(t)
-        still = replace(rule, update=replace(rule.update, has_momentum=rule.update.has_momentum), features=identity())
-        write_at = write(
-            still,
-            frozen | {k: v for k, v in memory.items() if "momentum" in k},
-            keys_bthk[:, t],
-            inputs.values_bthv[:, t],
-            gates,
-        )
-        retain = gates.retain_bhc[..., None]
-        memory = write_at | {n: write_at[n] + retain * (memory[n] - frozen[n]) for n in weights}
-        reads.append(read(rule, memory, inputs.queries_bthk[:, t]))
-    read_bthv, after = run(rule, *inputs.arguments(), form=form, chunk=4)
-    torch.testing.assert_close(read_bthv, torch.stack(reads, dim=1), rtol=0, atol=1e-10)
-    torch.testing.assert_close(finished(after), memory, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", ["moneta", "memora", "ftrl"])
-def test_what_is_stored_is_mapped_where_a_chunk_ends(name: str) -> None:
-    """S3b-S7, S1-M9: inside a chunk all queries and surprises meet the weights that entered it, while what is stored
-    goes on by the linear recurrence; its map, or its settling, comes at the end."""
-    rule = named(name)
-    inputs = window(rule, 7)
-    stored = {weight: inputs.memory[weight] for weight in rule.structure.weights}
-    reads = []
-    for begin in (0, 4):
-        entered = dict(stored)
-        for t in range(begin, min(begin + 4, 7)):
-            reads.append(read(rule, entered, inputs.queries_bthk[:, t]))
-            gates = rule.in_effect(inputs.gates.at(t))
-            pairs = Pairs(inputs.keys_bthk[:, t, :, None], inputs.values_bthv[:, t, :, None])
-            recalled, target, pull = rule.structure.vjp(Live(rule.weights(entered)), pairs)
-            for weight, factor in pull(rule.bias.gradient(recalled, target, None)).items():
-                written = gates.write_bhc[..., None] * outer(factor)
-                stored[weight] = gates.retain_bhc[..., None] * stored[weight] - written
-        stored = {weight: rule.retention.settle(x) for weight, x in stored.items()}
-    read_bthv, after = run(rule, *inputs.arguments(), form="frozen_chunk", chunk=4)
-    torch.testing.assert_close(read_bthv, torch.stack(reads, dim=1), rtol=0, atol=1e-10)
-    torch.testing.assert_close(finished(after), stored, rtol=0, atol=1e-10)
-
-
 def test_linearised_slots_are_off_by_the_square_of_the_step() -> None:
     """S1-M20: exact at one token; in a chunk a tenth of the rate leaves a hundredth of the error; writing learns."""
     rule = named("lattice")
@@ -201,7 +142,7 @@ def test_the_associative_form_takes_what_never_looks_at_the_memory(name: str) ->
 def test_the_gradient_of_ftrl_is_that_of_differences_above_its_threshold() -> None:
     """S0-M1: where nothing is near the threshold, passing it straight through is right."""
     rule = named("ftrl")
-    inputs = window(rule, 5, batch=1)
+    inputs = window(rule, 3, batch=1, heads=1, widths=(2, 3))
     far = {name: x.sign() * (x.abs() + 9) for name, x in inputs.memory.items()}
     inputs = replace(inputs, memory=far).tracked()
 
@@ -212,7 +153,7 @@ def test_the_gradient_of_ftrl_is_that_of_differences_above_its_threshold() -> No
         read_bthv, after = run(rule, memory, fresh["keys"], fresh["values"], fresh["queries"], gates, form="scan")
         return read_bthv, *after.values()
 
-    assert torch.autograd.gradcheck(answer, tuple(inputs.leaves().values()), fast_mode=True, atol=1e-4)
+    assert torch.autograd.gradcheck(answer, tuple(inputs.leaves().values()), atol=1e-7, rtol=1e-5)
 
 
 # The threshold of ftrl is passed straight through: its gradient is meant to be another than that of what is read.
@@ -222,19 +163,21 @@ SMOOTH = [(name, form) for name, form in PAIRS if form != "scan" and name != "ft
 @pytest.mark.parametrize("name, form", SMOOTH)
 def test_gradients_agree_with_finite_differences(name: str, form: str) -> None:
     """S0-M1, and independent of autograd through scan: the backward pass against differences, in float64."""
-    rule = named(name)
-    inputs = window(rule, 7, batch=1).tracked()
+    rule = named(f"{name}(n_slots=3)" if named(name).structure.n_codes else name)
+    inputs = window(rule, 3, batch=1, heads=1, widths=(2, 3)).tracked()
 
-    def answer(*leaves: Tensor) -> tuple[Tensor, ...]:
+    def answer(*leaves: Tensor) -> Tensor:
         fresh = dict(zip(inputs.leaves(), leaves, strict=True))
         memory = {key: fresh[key] for key in inputs.memory}
         gates = Gates(**{key: fresh.get(key) for key in vars(inputs.gates)})
         read_bthv, after = run(
-            rule, memory, fresh["keys"], fresh["values"], fresh["queries"], gates, form=form, chunk=3
+            rule, memory, fresh["keys"], fresh["values"], fresh["queries"], gates, form=form, chunk=2
         )
-        return read_bthv, *(value for value in finished(after).values() if value.requires_grad)
+        # One number in which every output has a weight of its own: a backward pass an output would cost minutes.
+        numbers = torch.cat([x.flatten() for x in (read_bthv, *finished(after).values()) if x.requires_grad])
+        return (numbers * torch.linspace(0.5, 1.7, len(numbers), dtype=numbers.dtype)).sum()
 
-    assert torch.autograd.gradcheck(answer, tuple(inputs.leaves().values()), fast_mode=True, atol=1e-4)
+    assert torch.autograd.gradcheck(answer, tuple(inputs.leaves().values()), atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name, form", PAIRS)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memory.inputs import Window, window
-from meristem.memory import Gates, Rule, named, run, scan
+from memory.inputs import Window, named, window
+from meristem.memory import Gates, Rule, run, scan
 from meristem.memory.bias import absolute, power
 from meristem.memory.named import rules
 from meristem.memory.retention import power_norm

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from memory.inputs import named
 from meristem.errors import MissingExtra
-from meristem.memory import Gates, Rule, named, run, scan
+from meristem.memory import Gates, Rule, run, scan
 from meristem.memory.forms import accepting
 from meristem.memory.kernels import select
 from meristem.memory.kernels.chunk_solve import Weights, solve, solve_back

@@ -543,13 +543,13 @@ def test_an_f_divergence_is_minimised(kind: str) -> None:
 @pytest.mark.parametrize("scale", [0.5, 8.0])
 def test_the_gradient_of_an_f_divergence_is_that_of_differences(kind: str, scale: float) -> None:
     """2.6: through the search for the level as well."""
-    old = f_divergence(kind).settle(weight().abs() + 0.1).requires_grad_()
-    part = change(scale)[NAME].requires_grad_()
+    old = f_divergence(kind).settle(weight()[:1, :1].abs() + 0.1).requires_grad_()
+    part = change(scale)[NAME][:1, :1].requires_grad_()
 
     def applied(old: Tensor, part: Tensor) -> Tensor:
         return f_divergence(kind).apply({NAME: old}, {NAME: part}, row_gates())[NAME]
 
-    assert torch.autograd.gradcheck(applied, (old, part), fast_mode=True, atol=1e-6, eps=1e-7)
+    assert torch.autograd.gradcheck(applied, (old, part), atol=1e-6, rtol=1e-5, eps=1e-7)
 
 
 @pytest.mark.parametrize("kind", F_SLOPES)

@@ -1,16 +1,18 @@
 """What each rule of the catalogue means: golden numbers, invariants, and oracles that share no code with ``scan``."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from memory.inputs import HEADS, Window, window
+from memory.inputs import HEADS, Window, named, window
 from meristem.config import preset_names
-from meristem.errors import WrongValue
-from meristem.memory import Gates, named, run, scan
+from meristem.errors import ConflictingKeys, WrongValue
+from meristem.memory import Gates, run, scan
+from meristem.memory import named as catalogue
 from meristem.memory.bias import huber_switch, power, squared
 from meristem.memory.features import identity
 from meristem.memory.named import rules
@@ -366,6 +368,23 @@ def test_what_omega_writes_does_not_see_the_memory() -> None:
     _, faded = scan(rule, ones_memory, *rest[:-1], nothing)
     torch.testing.assert_close(moved_after["matrix_bhkv"] - after["matrix_bhkv"], faded["matrix_bhkv"])
     assert zero.keys() == faded.keys()
+
+
+@pytest.mark.parametrize("by", ["write", "scan", "run", "auto"])
+def test_omega_is_not_run_without_the_matrix_that_makes_its_values(by: str) -> None:
+    """S3-M4: as given, ``v k^T`` would be written, which is another rule; its layer, or ``values='given'``, says so."""
+    rule = catalogue("omega")
+    inputs = window(rule, 3)
+    calls: dict[str, Callable[[], object]] = {
+        "write": lambda: write(
+            rule, inputs.memory, inputs.keys_bthk[:, 0], inputs.values_bthv[:, 0], inputs.gates.at(0)
+        ),
+        "scan": lambda: scan(rule, *inputs.arguments()),
+        "run": lambda: run(rule, *inputs.arguments(), form="associative"),
+        "auto": lambda: run(rule, *inputs.arguments()),
+    }
+    with pytest.raises(ConflictingKeys, match="mixed of key and value.*its layer learns.*values='given'"):
+        calls[by]()
 
 
 def test_a_rule_may_be_spelled_with_choices() -> None:

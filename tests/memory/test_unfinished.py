@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memory.inputs import Window, variants, window
+from memory.inputs import Window, named, variants, window
 from meristem.errors import ShapeError
-from meristem.memory import Rule, named, run
+from meristem.memory import Rule, run
 from meristem.memory.check import conflicts
 from meristem.memory.forms import UNFINISHED, accepting, forms
 from meristem.memory.forms.by_chunk import finished

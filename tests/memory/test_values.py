@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory.inputs import BATCH, HEADS, KEY_WIDTH, VALUE_WIDTH, window
+from memory.inputs import BATCH, HEADS, KEY_WIDTH, VALUE_WIDTH, named, window
 from meristem.checkpoint.store import open_checkpoint, save
-from meristem.memory import named, run
+from meristem.memory import run
 from meristem.memory.forms import UNFINISHED, accepting
 from meristem.memory.named import rules
 from meristem.memory.state import State, flatten, unflatten

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def inputs(batch: int = 2, n_time: int = N_TIME, random_seed: int = 1, dtype: to
 @torch.no_grad()
 def truth(module: MemoryCache, hidden_btd: Tensor) -> tuple[Tensor, list[tuple[Tensor, int]]]:
     """Token by token, with the weights of every token; and the descriptor and the tokens of every kept memory."""
-    rule, part, recall = module.rule, module.config, module.recall
+    rule, part, recall = replace(module.rule, values="given"), module.config, module.recall
     query_bthk, key_bthk, value_bthv, _ = module.project(hidden_btd, None)
     gates = module.gates(hidden_btd)
     memory = recall.initial(len(hidden_btd))

@@ -35,7 +35,8 @@ class Gates:
     weight_bth: how much the pair counts in the objectives of the tokens after it, for rules with a span.
     code_bthg: which slots a token addresses.
     log_retain_bth, log_momentum_bth: their logarithms, where the gate layer made those first; forms multiply many
-    factors and so prefer them. Left out, they are taken from the factors.
+    factors and so prefer them. Left out, they are taken from the factors. A factor below ``exp(LOG_FLOOR)`` counts as
+    that and has the gradient 0: of the logit that it is the sigmoid of, the true gradient is below 1e-13 as well.
     """
 
     retain_bth: Gate

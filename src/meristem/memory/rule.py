@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from meristem.errors import ConflictingKeys
 from meristem.memory.bias import Bias
 from meristem.memory.features import Features, identity
 from meristem.memory.gates import Gates, RowGates
@@ -24,7 +25,8 @@ class Rule:
     probe: whether the surprise is measured at the old memory ("cold") or at what is kept of it ("warm").
     span: how many pairs, the present one last, the surprise of a token is about (Atlas 2505.23735, eq. 9).
     features: what is made of keys and queries first.
-    values: whether values are the layer's own or mixed of key and value by a matrix that does not see the memory.
+    values: whether values are written as they are given, or mixed of key and value by a matrix that does not see the
+    memory. That matrix is a parameter of the layer, which mixes; without one ``write``, ``scan`` and ``run`` refuse.
     form: the form that the rule is usually trained with where no fast one is exact; what ``auto`` then runs. A rule
     that declares none is run by ``scan``.
     """
@@ -82,15 +84,26 @@ class Rule:
         return gates if self.has_retain else replace(gates, retain_bhc=torch.ones_like(gates.retain_bhc))
 
     def without_features(self) -> "Rule":
-        """The rule for keys and queries that were mapped already."""
-        return replace(self, features=identity())
+        """The rule for keys and queries that were mapped already, and values that were mixed."""
+        return replace(self, features=identity(), values="given")
+
+    def require_given(self) -> None:
+        """Raises ConflictingKeys where the rule mixes its values by a matrix: its layer learns that, no call has it."""
+        if self.values != "given":
+            raise ConflictingKeys(
+                f"the values of this rule are '{self.values}': what it writes is mixed of key and value by a matrix "
+                "that its layer learns, and this call has none. Build the layer, MemoryLayer(width, "
+                "MemoryConfig(rule=...)); or mix the values yourself and take dataclasses.replace(rule, values='given').",
+                values=self.values,
+            )
 
 
 def write(rule: Rule, memory: Memory, key_bhk: Key, value_bhv: Value, gates: RowGates) -> Memory:
     """The memory after one pair is written.
 
-    gates: one row, as ``Gates.at`` gives it.
+    gates: one row, as ``Gates.at`` gives it. Raises ConflictingKeys where the rule's layer has to mix the values first.
     """
+    rule.require_given()
     gates = rule.in_effect(gates)
     change, carried = change_by(rule, memory, memory, (key_bhk, value_bhv), gates)
     return memory | rule.retention.apply(memory, change, gates) | carried

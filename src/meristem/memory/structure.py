@@ -272,7 +272,9 @@ class Slots:
         code_bhcg = _code(pairs)
         if self.written == "decode":
             recalled_bhck = weights.matmul("slots_bhgk", code_bhcg)
-            return recalled_bhck, pairs.value_bhcv, lambda gradient: {"slots_bhgk": (code_bhcg, gradient)}
+            # Both turned round, which is the same product: the code times the value less what was recalled is written,
+            # and the lattice form bounds the first alone.
+            return recalled_bhck, pairs.value_bhcv, lambda gradient: {"slots_bhgk": (-code_bhcg, -gradient)}
         recalled_bhcg = weights.matmul_t("slots_bhgk", pairs.key_bhck)
         return recalled_bhcg, code_bhcg, lambda gradient: {"slots_bhgk": (gradient, pairs.key_bhck)}
 

@@ -127,9 +127,11 @@ def run(
 ) -> tuple[Values, Memory]:
     """Reads and the memory left behind, by the form of that name.
 
-    Raises ConflictingKeys where the form cannot run the rule (the message names the forms that can), ShapeError for a
-    memory of another rule or width, and WrongValue for what is not finite or out of range.
+    Raises ConflictingKeys where the form cannot run the rule (the message names the forms that can) or its layer has to
+    mix the values first, ShapeError for a memory of another rule or width, and WrongValue for what is not finite or out
+    of range.
     """
+    rule.require_given()
     name = choose(rule) if form == "auto" else form
     require(rule, name)
     if not torch.compiler.is_compiling():
@@ -140,7 +142,8 @@ def run(
 def run_trusted(
     rule: Rule, memory: Memory, window: Window, gates: Gates, *, form: str, chunk: int
 ) -> tuple[Values, Memory]:
-    """``run`` for a caller that made rule, memory and gates itself, and chose a form that takes them.
+    """``run`` for a caller that made rule, memory and gates itself, mixed what the rule mixes, and chose a form that
+    takes them.
 
     The memory is float32, or float64 where the caller chose that, and everything that touches it is computed in that,
     whatever the autocast around this call. A narrower memory, as an old file may hold, is widened.
