@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memory.inputs import KEY_WIDTH, VALUE_WIDTH, window
-from meristem.memory import Gates, Rule, named, run
+from memory.inputs import KEY_WIDTH, VALUE_WIDTH, named, window
+from meristem.memory import Gates, Rule, run
 from meristem.memory.gates import RowGates
 from meristem.memory.named import rules
 from meristem.memory.region import FADE, OVERSHOOT, curvature, most_momentum

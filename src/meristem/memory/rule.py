@@ -93,7 +93,7 @@ class Rule:
             raise ConflictingKeys(
                 f"the values of this rule are '{self.values}': what it writes is mixed of key and value by a matrix "
                 "that its layer learns, and this call has none. Build the layer, MemoryLayer(width, "
-                "MemoryConfig(rule=...)); or mix the values yourself and take dataclasses.replace(rule, values='given').",
+                "MemoryConfig(rule=...)); or mix the values yourself and take replace(rule, values='given').",
                 values=self.values,
             )
 
