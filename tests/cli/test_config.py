@@ -50,3 +50,15 @@ def test_wrong_settings_have_code_2(words, message, capsys):
     """And a message that names what would do."""
     assert run(["config", "show", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_key_is_explained(answered, capsys):
+    """In words and as JSON."""
+    code, told = answered("config", "explain", "train.grad_accum_steps")
+    assert (code, told["default"], told["allowed"]) == (0, 1, ["at least 1"])
+    assert run(["config", "explain", "train.grad_accum_steps"]) == 0
+    assert "meristem train titans-mag train.grad_accum_steps=" in capsys.readouterr().out
+    assert run(["config", "explain", "eval"]) == 0
+    assert "every_s" in capsys.readouterr().out
+    assert run(["config", "explain", "trin"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err

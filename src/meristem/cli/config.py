@@ -1,7 +1,7 @@
 """`meristem config`: what a run would be configured as, and what may be set."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,6 +54,45 @@ def _leaf(tree: object, key: str) -> object:
     for name in key.split("."):
         tree = tree[name] if isinstance(tree, Mapping) else None
     return tree
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A setting, as data.seq_len, or a section, as data.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a setting means and takes, who sets it, and whether another value makes another run.
+
+    \b
+    Examples:
+      meristem config explain optim.lr
+      meristem config explain train
+    """
+    from meristem.config.describe import describe
+    from meristem.runs.config import Config
+
+    answer(describe(Config, key)._asdict(), as_json, _explained)
+
+
+def _explained(key: Mapping[str, Any]) -> list[str]:
+    """What is known of a key, in words; of a section its keys."""
+    identity = "another value makes another run" if key["is_identity"] else "may change when a run goes on"
+    if key["keys"]:
+        return [key["key"], f"  {key['description']}", f"  {identity}", "", *columns(("key", ""), key["keys"].items())]
+    places: dict[str, list[str]] = {}
+    for place, value in key["set_by"].items():
+        places.setdefault(str(value), []).append(place)
+    told = {
+        "type": key["type"],
+        "default": str(key["default"]),
+        "allowed": ", ".join(key["allowed"]),
+        "run": identity,
+        "set by": "; ".join(f"{', '.join(names)}: {value}" for value, names in places.items()),
+        "environment": key["environment"],
+        "example": f"meristem train titans-mag {key['example']}",
+    }
+    rows = [f"{name:<11}  {said}" for name, said in told.items() if said]
+    return [key["key"], f"  {key['description']}", "", *rows]
 
 
 @app.command()

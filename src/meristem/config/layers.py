@@ -1,5 +1,7 @@
 """Layers of settings, merged into one validated tree that knows where each leaf came from."""
 
+import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -94,12 +96,30 @@ def sources(preset: str) -> dict[str, str]:
     return found
 
 
+def told_by_presets(key: str) -> dict[str, object]:
+    """What presets and sizes say of a dotted key, by their names."""
+    return {place: settings[key] for place, settings in _all_presets().items() if key in settings}
+
+
+@functools.cache
+def _all_presets() -> dict[str, dict[str, object]]:
+    """What every preset and size says itself, without what it builds on."""
+    sizes = [f"{name}-{size}" for name in sized() for size in size_names()]
+    told = (each for preset in (*preset_names(), *sizes) for each in _lineage(preset))
+    return {each.place: leaves(each.settings) for each in told}
+
+
 def _names(folder: str) -> list[str]:
     entries = (resources.files("meristem.config") / folder).iterdir()
     return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
 
 
 def _read(folder: str, name: str) -> dict[str, Any]:
+    return copy.deepcopy(_parsed(folder, name))
+
+
+@functools.cache
+def _parsed(folder: str, name: str) -> dict[str, Any]:
     text = (resources.files("meristem.config") / folder / f"{name}.yaml").read_text(encoding="utf-8")
     return read_yaml(text, f"{folder.removesuffix('s')} {name}")
 
