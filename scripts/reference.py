@@ -14,9 +14,14 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
 HEAD = """# Configuration
 
-Written by `scripts/reference.py` from the code. Layers, lowest first: defaults, preset, file, environment
+Written by `scripts/reference.py` from the code. Layers, lowest first: defaults, preset, files, environment
 (`MERISTEM__TRAIN__GRAD_ACCUM_STEPS=4`), command line (`train.grad_accum_steps=4`). `meristem config show PRESET --why`
-says which layer set each value; an unknown key is an error that names the nearest.
+says which layer set each value, `meristem config explain KEY` what a key does; an unknown key is an error that
+names the nearest.
+
+**Files.** A YAML file may begin with `base:`, which names what it stands over: a preset (`base: titans-mag`,
+`base: hope-340m`), a size (`base: 340m`) or another file, by a path from its own place (`base: ../team.yaml`).
+Several files may be given, the last wins: `meristem train mine.yaml faster.yaml train.steps=2000`.
 
 **Text.** What follows `=` on the command line, or stands in the environment, is the value of a key of text or of a
 path (`str`, `Path`) as it is: `data.source=notes #1.txt`, `data.source=2024` and `data.source=null` name files.

@@ -25,21 +25,25 @@ def show(
     Examples:
       meristem config show titans-mag
       meristem config show titans-mag train.max_time=60s --why
+      meristem config show mine.yaml faster.yaml --why
     """
     from meristem.config import dump_yaml, sources
-    from meristem.runs.config import is_preset, load_config
+    from meristem.runs.config import files_among, load_config
 
-    loaded = load_config(preset, overrides or ())
+    words = overrides or ()
+    loaded = load_config(preset, words)
     tree = loaded.tree.model_dump(mode="json")
     if not why:
         answer(tree, as_json, lambda tree: dump_yaml(tree).splitlines())
         return
-    told = sources(preset) if is_preset(preset) else {}
+    told: dict[str, str] = {}
+    for name in (preset, *files_among(words)):
+        told |= sources(name)
     leaves = {
         key: {
             "value": _leaf(tree, key),
             "layer": layer,
-            "source": told.get(key, "") if "preset" in layer or "size" in layer else "",
+            "source": told.get(key, "") if layer.startswith(("preset ", "size ")) else "",
         }
         for key, layer in loaded.why.items()
     }
