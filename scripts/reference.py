@@ -1,6 +1,5 @@
 """Writes docs/configuration.md from the code; the tests fail when the page is stale."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -8,15 +7,21 @@ from typing import get_args
 from pydantic.fields import FieldInfo
 
 from meristem.config import ConfigSection
+from meristem.config.describe import first_line, type_words
 from meristem.runs.config import Config
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
 HEAD = """# Configuration
 
-Written by `scripts/reference.py` from the code. Layers, lowest first: defaults, preset, file, environment
+Written by `scripts/reference.py` from the code. Layers, lowest first: defaults, preset, files, environment
 (`MERISTEM__TRAIN__GRAD_ACCUM_STEPS=4`), command line (`train.grad_accum_steps=4`). `meristem config show PRESET --why`
-says which layer set each value; an unknown key is an error that names the nearest.
+says which layer set each value, `meristem config explain KEY` what a key does; an unknown key is an error that
+names the nearest.
+
+**Files.** A YAML file may begin with `base:`, which names what it stands over: a preset (`base: titans-mag`,
+`base: hope-340m`), a size (`base: 340m`) or another file, by a path from its own place (`base: ../team.yaml`).
+Several files may be given, the last wins: `meristem train mine.yaml faster.yaml train.steps=2000`.
 
 **Text.** What follows `=` on the command line, or stands in the environment, is the value of a key of text or of a
 path (`str`, `Path`) as it is: `data.source=notes #1.txt`, `data.source=2024` and `data.source=null` name files.
@@ -64,17 +69,10 @@ def row(part: str, key: str, field: FieldInfo) -> str:
     """One setting as a line of a table."""
     if not field.description:
         raise ValueError(f"{part}.{key} has no description; say in its Field what it means")
-    kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    # What a validator reads first, as in a duration, is said by the description; its address is nobody's business.
-    kind = re.sub(r"Annotated\[(\w+), BeforeValidator\(.*?\)\]", r"\1", kind)
     limits = ", ".join(str(limit) for limit in field.metadata if "(" in str(limit) and "Validator" not in str(limit))
-    accepts = f"{kind}{'; ' + limits if limits else ''}".replace("typing.", "").replace("|", "\\|")
+    accepts = f"{type_words(field)}{'; ' + limits if limits else ''}".replace("typing.", "").replace("|", "\\|")
     default = "" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
     return f"| `{part}.{key}` | {default} | {accepts} | {field.description.replace('|', chr(92) + '|')} |"
-
-
-def first_line(config: type[ConfigSection]) -> str:
-    return (config.__doc__ or "").strip().splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -50,3 +50,35 @@ def test_wrong_settings_have_code_2(words, message, capsys):
     """And a message that names what would do."""
     assert run(["config", "show", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_key_is_explained(answered, capsys):
+    """In words and as JSON."""
+    code, told = answered("config", "explain", "train.grad_accum_steps")
+    assert (code, told["default"], told["allowed"]) == (0, 1, ["at least 1"])
+    assert run(["config", "explain", "train.grad_accum_steps"]) == 0
+    assert "meristem train titans-mag train.grad_accum_steps=" in capsys.readouterr().out
+    assert run(["config", "explain", "eval"]) == 0
+    assert "every_s" in capsys.readouterr().out
+    assert run(["config", "explain", "trin"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_why_names_the_file(answered, tmp_path):
+    """That set a value, of several, and the preset below it with where its number is from."""
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("base: hope-340m\nrun: {seed: 1, name: a}\n")
+    second.write_text("run: {seed: 2}\n")
+    code, leaves = answered("config", "show", first, second, "run.dir=elsewhere", "--why")
+    assert (code, leaves["run.seed"]["layer"], leaves["run.name"]["layer"]) == (0, f"file {second}", f"file {first}")
+    assert leaves["run.dir"]["layer"] == "command line run.dir=elsewhere"
+    assert leaves["model.dim"]["source"].startswith("MIRAS 2504.13173")
+
+
+def test_plan_takes_several_files(answered, tmp_path):
+    """As train does, whose settings come the same way."""
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("base: charformer\n")
+    second.write_text("model: {dim: 31}\n")
+    code, report = answered("plan", first, second)
+    assert (code, report["error"]["fields"]["path"]) == (2, "model.n_heads")

@@ -6,8 +6,11 @@ import re
 import sys
 
 import pytest
+import torch
 
 from meristem.cli import main, run
+from meristem.cli.sample import open_session
+from meristem.device.resolve import available
 from meristem.models.generate import Sampling
 from meristem.models.load import load
 from meristem.serve.session import Session
@@ -115,3 +118,26 @@ def test_wrong_settings_are_refused(finished, words, code, message, capsys):
     assert run(["sample", str(finished), *words]) == code
     out, err = capsys.readouterr()
     assert (out, message in err) == ("", True)
+
+
+@pytest.mark.parametrize(
+    "name, code, message",
+    [
+        ("gpu", 2, "device.device: found 'gpu'"),
+        ("cuda:99", 3, "there is no device 'cuda:99' here; found .*cpu. Set device.device to one of these or auto"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["sample", "chat", "eval"])
+def test_device_is_checked_as_the_setting_is(verb, name, code, message, finished, monkeypatch, capsys):
+    """Every verb that runs a model takes --device, and says of a wrong one what device.device says."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert run([verb, str(finished), "--device", name]) == code
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_device_holds_the_model(finished):
+    """The session reads where --device says; ``auto`` is the best device of this machine."""
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    for name, expected in (("cpu", "cpu"), ("auto", available()[0])):
+        session = open_session(finished, device=name, **settings)
+        assert next(session.model.parameters()).device == torch.device(expected)

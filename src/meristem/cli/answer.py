@@ -22,7 +22,11 @@ from meristem.events import Event
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings to override, as data.seq_len=256.", show_default=False),
+    typer.Argument(
+        metavar="[FILE|KEY=VALUE]...",
+        help="More YAML files, the last wins; settings, as data.seq_len=256.",
+        show_default=False,
+    ),
 ]
 Preset = Annotated[
     str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset (see `config presets`) or a YAML file.")

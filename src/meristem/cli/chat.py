@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import typer
 
 from meristem.cli.answer import Json, columns, json_line, size, write_text
-from meristem.cli.sample import Checkpoint, Learn, MaxTokens, Seed, Temperature, TopK, TopP, open_session
+from meristem.cli.sample import Checkpoint, DeviceName, Learn, MaxTokens, Seed, Temperature, TopK, TopP, open_session
 from meristem.errors import MeristemError, WrongValue
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     learn: Learn = "memory",
+    device: DeviceName = "cpu",
     as_json: Json = False,
 ) -> None:
     """Talk to a model; its memory learns from what is said. /help lists the commands.
@@ -63,7 +64,9 @@ def chat(
       meristem chat runs/latest
       printf 'My name is Ada.\\n/memory\\n' | meristem chat runs/latest --json
     """
-    session = open_session(checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, learn=learn)
+    session = open_session(
+        checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, learn=learn, device=device
+    )
     talk = _Talk({"main": session}, {"main": []}, "main")
     if not as_json and sys.stdin.isatty():
         typer.echo("The model writes on from what you say; a small one is no assistant. /help lists the commands.")

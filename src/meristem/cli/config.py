@@ -1,7 +1,7 @@
 """`meristem config`: what a run would be configured as, and what may be set."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,21 +25,25 @@ def show(
     Examples:
       meristem config show titans-mag
       meristem config show titans-mag train.max_time=60s --why
+      meristem config show mine.yaml faster.yaml --why
     """
     from meristem.config import dump_yaml, sources
-    from meristem.runs.config import is_preset, load_config
+    from meristem.runs.config import files_among, load_config
 
-    loaded = load_config(preset, overrides or ())
+    words = overrides or ()
+    loaded = load_config(preset, words)
     tree = loaded.tree.model_dump(mode="json")
     if not why:
         answer(tree, as_json, lambda tree: dump_yaml(tree).splitlines())
         return
-    told = sources(preset) if is_preset(preset) else {}
+    told: dict[str, str] = {}
+    for name in (preset, *files_among(words)):
+        told |= sources(name)
     leaves = {
         key: {
             "value": _leaf(tree, key),
             "layer": layer,
-            "source": told.get(key, "") if "preset" in layer or "size" in layer else "",
+            "source": told.get(key, "") if layer.startswith(("preset ", "size ")) else "",
         }
         for key, layer in loaded.why.items()
     }
@@ -54,6 +58,45 @@ def _leaf(tree: object, key: str) -> object:
     for name in key.split("."):
         tree = tree[name] if isinstance(tree, Mapping) else None
     return tree
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A setting, as data.seq_len, or a section, as data.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a setting means and takes, who sets it, and whether another value makes another run.
+
+    \b
+    Examples:
+      meristem config explain optim.lr
+      meristem config explain train
+    """
+    from meristem.config.describe import describe
+    from meristem.runs.config import Config
+
+    answer(describe(Config, key)._asdict(), as_json, _explained)
+
+
+def _explained(key: Mapping[str, Any]) -> list[str]:
+    """What is known of a key, in words; of a section its keys."""
+    identity = "another value makes another run" if key["is_identity"] else "may change when a run goes on"
+    if key["keys"]:
+        return [key["key"], f"  {key['description']}", f"  {identity}", "", *columns(("key", ""), key["keys"].items())]
+    places: dict[str, list[str]] = {}
+    for place, value in key["set_by"].items():
+        places.setdefault(str(value), []).append(place)
+    told = {
+        "type": key["type"],
+        "default": str(key["default"]),
+        "allowed": ", ".join(key["allowed"]),
+        "run": identity,
+        "set by": "; ".join(f"{', '.join(names)}: {value}" for value, names in places.items()),
+        "environment": key["environment"],
+        "example": f"meristem train titans-mag {key['example']}",
+    }
+    rows = [f"{name:<11}  {said}" for name, said in told.items() if said]
+    return [key["key"], f"  {key['description']}", "", *rows]
 
 
 @app.command()

@@ -53,6 +53,14 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    device_name: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            help="Where it runs: auto, cpu, mps, cuda or cuda:N. By default as the run was set.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a checkpoint: how well it predicts held-out text, what it recalls, or what it gains by reading.
@@ -77,7 +85,8 @@ def evaluate(
 
     found = find(checkpoint, tell)
     place, text = str(found.path / "config.yaml"), found.file("config.yaml").decode()
-    config = load_config(place, overrides or (), text=text).tree
+    told = [*(overrides or ()), *([f"device.device={device_name}"] if device_name is not None else [])]
+    config = load_config(place, told, text=text).tree
     model, tokenizer = load_opened(found)
     device = resolve(from_checkpoint(config.device, found), tell)
     loaded = _Loaded(model.to(device.device), tokenizer, config, device, is_its_own=not overrides)

@@ -11,6 +11,7 @@ from meristem.cli.answer import Json, json_line, tell, write_text
 from meristem.errors import WrongValue
 
 if TYPE_CHECKING:
+    from meristem.device.resolve import Device
     from meristem.serve.session import Session
 
 Checkpoint = Annotated[
@@ -29,19 +30,37 @@ Learn = Annotated[
     Literal["none", "memory", "levels"],
     typer.Option("--learn", help="What changes while it reads: nothing, its memory, or feed-forward levels as well."),
 ]
+DeviceName = Annotated[str, typer.Option("--device", help="Where it runs: auto, cpu, mps, cuda or cuda:N.")]
 
 
 def open_session(
-    checkpoint: Path, *, temperature: float, top_k: int, top_p: float, seed: int, learn: Learn = "memory"
+    checkpoint: Path,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    learn: Learn = "memory",
+    device: str = "cpu",
 ) -> "Session":
-    """A fresh session with the model of a checkpoint."""
+    """A fresh session with the model of a checkpoint, in the precision it was saved in."""
     from meristem.models.generate import Sampling
     from meristem.models.load import load
     from meristem.serve.session import Session
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    place = device_called(device).device
     loaded = load(checkpoint, tell)
-    return Session(loaded.model, loaded.tokenizer, sampling=sampling, random_seed=seed, learn=learn)
+    return Session(loaded.model.to(place), loaded.tokenizer, sampling=sampling, random_seed=seed, learn=learn)
+
+
+def device_called(name: str) -> "Device":
+    """The device that ``device.device`` names so; it works, or an error says what to name instead."""
+    from meristem.config import load
+    from meristem.device.resolve import resolve
+    from meristem.runs.config import Config
+
+    return resolve(load(Config, overrides=[f"device.device={name}", "device.dtype=fp32"]).tree.device, tell)
 
 
 def sample(
@@ -53,6 +72,7 @@ def sample(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    device: DeviceName = "cpu",
     as_json: Json = False,
 ) -> None:
     """Write on from a prompt; the text appears as it is made.
@@ -66,7 +86,7 @@ def sample(
         raise WrongValue("both --prompt and --stdin were given. Leave one of them out.")
     from meristem.serve.session import BEGINNING
 
-    session = open_session(checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    session = open_session(checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, device=device)
     text = sys.stdin.read() if from_stdin else prompt
     started = time.perf_counter()
     n_read = session.feed(text or BEGINNING).n_tokens

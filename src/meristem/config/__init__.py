@@ -1,6 +1,6 @@
 """Configuration: the base of every part, the layers of a tree, and its text."""
 
-from meristem.config.layers import Loaded, load, preset_names, schema, size_names, sized, sources
+from meristem.config.layers import Loaded, is_preset, load, preset_names, schema, size_names, sized, sources
 from meristem.config.section import ConfigSection
 from meristem.config.text import canonical, dump_yaml, fingerprint, identity, leaves, read_yaml
 
@@ -11,6 +11,7 @@ __all__ = [
     "dump_yaml",
     "fingerprint",
     "identity",
+    "is_preset",
     "leaves",
     "load",
     "preset_names",

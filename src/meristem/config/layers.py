@@ -1,6 +1,9 @@
 """Layers of settings, merged into one validated tree that knows where each leaf came from."""
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -36,7 +39,7 @@ class Layer(NamedTuple):
 def load(
     root: type[P],
     preset: str | None = None,
-    file: Path | None = None,
+    file: Path | Sequence[Path] | None = None,
     environment: Mapping[str, str] | None = None,
     overrides: Iterable[str] = (),
     *,
@@ -45,17 +48,20 @@ def load(
 ) -> Loaded[P]:
     """Merge the layers, lowest first: defaults, preset, file, environment, overrides; then validate once.
 
+    A file stands over what its line ``base:`` names: a preset, a size, or another file, by a path from its own place.
+
+    file: or several, each over those before it.
     environment: variables such as MERISTEM__TRAIN__GRAD_ACCUM_STEPS=4 (pass ``os.environ``); None reads none.
     overrides: texts ``a.b=c``, the value read as its key takes it (``read_value``). One wins even when it says what the
     default says.
-    text: what the file says, where it was read already.
+    text: what the first file says, where it was read already.
     read: the settings in the text of ``file``, given with the words that name it.
     """
     layers = []
     if preset is not None:
         layers += [_whole(told.settings, told.place) for told in _lineage(preset)]
-    if file is not None:
-        layers.append(_whole(_file(file, text, read), f"file {file}"))
+    for n, each in enumerate([file] if isinstance(file, Path) else file or ()):
+        layers += [_whole(told.settings, told.place) for told in _file_lineage(each, None if n else text, read)]
     layers.append(_environment(root, environment or {}))
     layers.append(_overrides(root, overrides))
     merged: dict[str, Any] = {}
@@ -86,12 +92,30 @@ def sized() -> list[str]:
     return [name for name in preset_names() if "sources" in _read("presets", name)]
 
 
-def sources(preset: str) -> dict[str, str]:
-    """Where the settings of a preset are from: dotted leaf to equation, section or "ours"."""
+def is_preset(preset_or_file: str) -> bool:
+    """Whether the text names a preset and no file."""
+    return Path(preset_or_file).suffix not in (".yaml", ".yml") and os.sep not in preset_or_file
+
+
+def sources(preset_or_file: str) -> dict[str, str]:
+    """Where the settings of a preset, or of those that a file builds on, are from: leaf to equation or "ours"."""
     found: dict[str, str] = {}
-    for layer in _lineage(preset):
+    for layer in _lineage(preset_or_file) if is_preset(preset_or_file) else _file_lineage(Path(preset_or_file)):
         found |= layer.sources
     return found
+
+
+def told_by_presets(key: str) -> dict[str, object]:
+    """What presets and sizes say of a dotted key, by their names."""
+    return {place: settings[key] for place, settings in _all_presets().items() if key in settings}
+
+
+@functools.cache
+def _all_presets() -> dict[str, dict[str, object]]:
+    """What every preset and size says itself, without what it builds on."""
+    sizes = [f"{name}-{size}" for name in sized() for size in size_names()]
+    told = (each for preset in (*preset_names(), *sizes) for each in _lineage(preset))
+    return {each.place: leaves(each.settings) for each in told}
 
 
 def _names(folder: str) -> list[str]:
@@ -100,6 +124,11 @@ def _names(folder: str) -> list[str]:
 
 
 def _read(folder: str, name: str) -> dict[str, Any]:
+    return copy.deepcopy(_parsed(folder, name))
+
+
+@functools.cache
+def _parsed(folder: str, name: str) -> dict[str, Any]:
     text = (resources.files("meristem.config") / folder / f"{name}.yaml").read_text(encoding="utf-8")
     return read_yaml(text, f"{folder.removesuffix('s')} {name}")
 
@@ -109,15 +138,15 @@ def schema(root: type[ConfigSection]) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | root.model_json_schema()
 
 
-class PresetSettings(NamedTuple):
-    """What one file of a preset says."""
+class FileSettings(NamedTuple):
+    """What one file of a preset, or of a user, says."""
 
     place: str
     settings: dict[str, Any]
     sources: dict[str, str]
 
 
-def _lineage(preset: str) -> list[PresetSettings]:
+def _lineage(preset: str) -> list[FileSettings]:
     """A preset after the one that its first line ``base: name`` builds on, and so on down.
 
     ``<preset>-<size>`` adds the file of the size, and on top what the preset's ``sizes:`` says of it.
@@ -126,12 +155,56 @@ def _lineage(preset: str) -> list[PresetSettings]:
     tree = _read("presets", name)
     below = _lineage(tree.pop("base")) if "base" in tree else []
     of_size = tree.pop("sizes", {}).get(size, {})
-    told = [*below, PresetSettings(f"preset {name}", tree, tree.pop("sources", {}))]
+    told = [*below, FileSettings(f"preset {name}", tree, tree.pop("sources", {}))]
     if size:
-        general = _read("sizes", size)
-        told.append(PresetSettings(f"size {size}", general, general.pop("sources", {})))
-        told.append(PresetSettings(f"size {size} of preset {name}", of_size, of_size.pop("sources", {})))
+        told.append(_size(size))
+        told.append(FileSettings(f"size {size} of preset {name}", of_size, of_size.pop("sources", {})))
     return told
+
+
+def _size(name: str) -> FileSettings:
+    settings = _read("sizes", name)
+    return FileSettings(f"size {name}", settings, settings.pop("sources", {}))
+
+
+def _file_lineage(
+    path: Path,
+    text: str | None = None,
+    read: Callable[[str, str], dict[str, Any]] = read_yaml,
+    above: tuple[Path, ...] = (),
+) -> list[FileSettings]:
+    """A file after what its line ``base:`` names. above: the files that build on this one, the first of them first."""
+    if path.resolve() in [each.resolve() for each in above]:
+        way = " -> ".join(map(str, (*above, path)))
+        raise ConfigError(f"config files build on each other: {way}. Remove 'base:' from one.", path=str(path))
+    if above and not path.is_file():
+        raise ConfigError(
+            f"base (file {above[-1]}): there is no file {path}. A path counts from the file that names it.",
+            path="base",
+            value=str(path),
+        )
+    settings = _file(path, text, read)
+    base, place = settings.pop("base", None), f"file {path}"
+    own = FileSettings(place, settings, {})
+    if base is None:
+        return [own]
+    if not isinstance(base, str) or not base:
+        raise WrongValue(
+            f"base: found {base!r} ({place}); expected a preset, a size, or the path of a YAML file.",
+            path="base",
+            value=base,
+        )
+    if not is_preset(base):
+        return [*_file_lineage(path.parent / base, None, read, (*above, path)), own]
+    if base in size_names():
+        return [_size(base), own]
+    try:
+        return [*_lineage(base), own]
+    except WrongValue as error:
+        raise WrongValue(
+            f"base ({place}): {error} Name a preset, a size ({', '.join(size_names())}), or a file that ends in .yaml.",
+            **error.fields | {"path": "base"},
+        ) from None
 
 
 def _split(preset: str) -> tuple[str, str]:
@@ -182,7 +255,8 @@ def _overrides(root: type[ConfigSection], texts: Iterable[str]) -> Layer:
         path, equals, value = text.partition("=")
         if not equals or not all(path.split(".")):
             raise ConfigError(
-                f"found '{text}' on the command line; expected a.b=c, such as train.grad_accum_steps=4.", value=text
+                f"found '{text}' on the command line; expected a.b=c, such as train.grad_accum_steps=4.",
+                value=text,
             )
         _say(layer, root, path, value, f"command line {text}")
     return layer

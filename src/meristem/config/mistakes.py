@@ -53,6 +53,9 @@ ACCEPTED: Final = {
 }
 """First word of a pydantic error type to what would have been accepted."""
 
+LIMITS: Final = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+"""A limit by the name that pydantic has for it."""
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -92,7 +95,7 @@ def known_paths(root: type[ConfigSection], path: str = "") -> dict[str, list[str
     found: dict[str, list[str]] = {path: list(root.model_fields)} if path else {}
     for name, field in root.model_fields.items():
         below = f"{path}.{name}" if path else name
-        part = _part_of(field.annotation)
+        part = part_of(field.annotation)
         found |= known_paths(part, below) if part else {below: []}
     return found
 
@@ -121,7 +124,8 @@ def nearest_words(word: str, known: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(word, known, n=3, cutoff=0.3) or known[:3]
 
 
-def _part_of(annotation: object) -> type[ConfigSection] | None:
+def part_of(annotation: object) -> type[ConfigSection] | None:
+    """The section that a field holds, alone or in a list; None where it is a leaf."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, ConfigSection):
             return candidate
@@ -156,10 +160,9 @@ def _path(location: tuple[int | str, ...], sections: Mapping[str, list[str]]) ->
 def _accepted(detail: ErrorDetails, keys: list[str]) -> list[str]:
     kind, context = detail["type"], detail.get("ctx", {})
     bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
-    words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
     if kind in bounds:
         bound = bounds[kind]
-        return [f"{words[bound]} {context[bound]}"]
+        return [f"{LIMITS[bound]} {context[bound]}"]
     if kind in ("literal_error", "enum"):
         return [str(context["expected"])]
     if kind in ("value_error", "assertion_error"):

@@ -41,7 +41,10 @@ class DataConfig(ConfigSection):
     exclude: tuple[str, ...] = Field(default=(), description="globs of files and directories to leave out")
     download: bool = Field(default=False, description="fetch a registered text that is not here yet")
     mirror: str | None = Field(
-        default=None, pattern=r"^https?://", description="base address that registered texts are fetched from instead"
+        default=None,
+        pattern=r"^https?://",
+        description="base address that registered texts are fetched from instead",
+        examples=["https://example.org/texts"],
     )
     validation: float = Field(default=0.1, ge=0, lt=1, description="share of the documents held out")
     seq_len: int = Field(default=512, ge=1, description="tokens of one batch row")

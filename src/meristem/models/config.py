@@ -51,9 +51,11 @@ class LayerConfig(ConfigSection):
 
     outside_identity: ClassVar = frozenset()
 
-    mixer: Annotated[str | None, Field(description="What mixes tokens in this layer.")] = None
-    rule: Annotated[str | None, Field(description="The rule of its memory.")] = None
-    retention: Annotated[str | None, Field(description="What becomes of its old memory.")] = None
+    mixer: Annotated[str | None, Field(description="What mixes tokens in this layer.", examples=["attention"])] = None
+    rule: Annotated[str | None, Field(description="The rule of its memory.", examples=["delta"])] = None
+    retention: Annotated[
+        str | None, Field(description="What becomes of its old memory.", examples=["elastic(alpha=5)"])
+    ] = None
     periods: Annotated[
         tuple[int, ...] | None,
         Field(description="Periods of its levels: of its chain where model.mlp is `levels`, else of its memory."),

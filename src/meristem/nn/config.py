@@ -257,11 +257,21 @@ class MemoryConfig(ConfigSection):
         str,
         Field(description="A name of the catalogue (`meristem plugins ls --kind memory`), such as titans(n_layers=2)."),
     ] = "titans"
-    structure: Annotated[str | None, Field(description="Where it is kept, in the place of the rule's own.")] = None
-    bias: Annotated[str | None, Field(description="What it is trained to do, as power(p=3).")] = None
-    retention: Annotated[str | None, Field(description="What becomes of old memory, as elastic(alpha=5).")] = None
-    update: Annotated[str | None, Field(description="How surprises become change, as implicit.")] = None
-    features: Annotated[str | None, Field(description="What is made of keys and queries first.")] = None
+    structure: Annotated[
+        str | None, Field(description="Where it is kept, in the place of the rule's own.", examples=["mlp"])
+    ] = None
+    bias: Annotated[
+        str | None, Field(description="What it is trained to do, as power(p=3).", examples=["power(p=3)"])
+    ] = None
+    retention: Annotated[
+        str | None, Field(description="What becomes of old memory, as elastic(alpha=5).", examples=["elastic(alpha=5)"])
+    ] = None
+    update: Annotated[
+        str | None, Field(description="How surprises become change, as implicit.", examples=["implicit"])
+    ] = None
+    features: Annotated[
+        str | None, Field(description="What is made of keys and queries first.", examples=["polynomial"])
+    ] = None
     reads: Annotated[
         Literal["after", "before"] | None, Field(description="Whether a token reads after or before it is written.")
     ] = None

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from meristem.checkpoint import migrate
 from meristem.checkpoint.config import CheckpointConfig
-from meristem.config import ConfigSection, Loaded, load
+from meristem.config import ConfigSection, Loaded, is_preset, load
 from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.device.config import DeviceConfig
 from meristem.distributed.config import DistributedConfig, require_shardable
@@ -145,16 +145,19 @@ def load_config(
 ) -> Loaded[Config]:
     """The tree of a preset, or of a YAML file, which is told by its ending or by a directory in its name.
 
+    overrides: more files too, each over those before it, and all of them under the settings.
     text: what the file says, where it was read already.
     """
-    is_file = not is_preset(preset_or_file)
+    words = list(overrides)
+    files = files_among(words)
+    first = [] if is_preset(preset_or_file) else [preset_or_file]
     return load(
         Config,
-        preset=None if is_file else preset_or_file,
-        file=Path(preset_or_file) if is_file else None,
+        preset=None if first else preset_or_file,
+        file=[Path(file) for file in (*first, *files)],
         text=text,
         environment=environment,
-        overrides=overrides,
+        overrides=[word for word in words if word not in files],
         read=migrate.settings,
     )
 
@@ -164,6 +167,6 @@ def config_of(directory: Path) -> Config:
     return load_config(str(directory / "config.yaml"), (), {}).tree
 
 
-def is_preset(preset_or_file: str) -> bool:
-    """Whether the text names a preset and no file."""
-    return Path(preset_or_file).suffix not in (".yaml", ".yml") and os.sep not in preset_or_file
+def files_among(words: Iterable[str]) -> list[str]:
+    """Of the words of a command line after the first, files and settings, those that name files."""
+    return [word for word in words if "=" not in word and not is_preset(word)]
