@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Final
 
 import torch
@@ -203,13 +204,22 @@ def rope_angles(keys_bshk: PastKeys, first: int = 0, *, period: int | None = Non
     Positions are from 0 again at every multiple of ``period``. The pair made of channel k and channel k + half the key
     width is turned by the angle position * base^(-2k / width).
     """
-    dtype = torch.promote_types(keys_bshk.dtype, torch.float32)
-    position_s = torch.arange(first, first + keys_bshk.shape[1], dtype=dtype, device=keys_bshk.device)
+    # A graph may not keep what was made under inference mode, nor may real and fake tensors meet.
+    is_real = type(keys_bshk) is torch.Tensor and not torch.compiler.is_compiling()
+    is_shared = is_real and not torch.is_grad_enabled()
+    make = _angles if is_shared else _angles.__wrapped__
+    return make(first, keys_bshk.shape[1], keys_bshk.shape[-1], period, keys_bshk.dtype, keys_bshk.device)
+
+
+@lru_cache(maxsize=8)
+def _angles(first: int, n: int, width: int, period: int | None, dtype: torch.dtype, device: torch.device) -> Turns:
+    """They depend on no weight, and are the same for every layer and every token once the span is full."""
+    wide = torch.promote_types(dtype, torch.float32)
+    position_s = torch.arange(first, first + n, dtype=wide, device=device)
     position_s = position_s if period is None else position_s % period
-    exponent_k = torch.arange(0, keys_bshk.shape[-1], 2, dtype=dtype, device=keys_bshk.device) / keys_bshk.shape[-1]
+    exponent_k = torch.arange(0, width, 2, dtype=wide, device=device) / width
     angle_sk = position_s[:, None] * ROTATION_BASE**-exponent_k
-    cos_shk = angle_sk.cos().to(keys_bshk.dtype)[:, None]
-    sin_shk = angle_sk.sin().to(keys_bshk.dtype)[:, None]
+    cos_shk, sin_shk = angle_sk.cos().to(dtype)[:, None], angle_sk.sin().to(dtype)[:, None]
     return torch.cat([cos_shk, cos_shk], dim=-1), torch.cat([-sin_shk, sin_shk], dim=-1)
 
 
