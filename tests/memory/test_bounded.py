@@ -37,7 +37,7 @@ def within(rule: Rule, wanted: dict[str, Tensor], usual_h: Tensor) -> Gates:
     most_h = most_momentum(rule, usual_h) if rule.update.has_momentum else None
     log_momentum_bth = wanted["momentum"].log() if rule.update.has_momentum else None
     kept = gates_within(rule, wanted["retain"].log(), wanted["write"], log_momentum_bth, most_h)
-    return Gates.from_logs(*kept)
+    return Gates(*kept[:3], log_retain_bth=kept.log_retain, log_momentum_bth=kept.log_momentum)
 
 
 def bound(rule: Rule, usual_h: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from meristem.errors import WrongValue
-from meristem.nn.attention import BLOCK, Attention
+from meristem.nn.attention import BLOCK, Attention, apply_rope, rope_angles
 
 
 def turned(keys_bshk):
@@ -171,3 +172,16 @@ def test_attention_compiles_into_one_graph(n_persistent):
 def test_heads_that_do_not_fit_the_width_are_refused(width, heads, rope):
     with pytest.raises(WrongValue, match=f"width {width} in {heads} heads.*Change the width"):
         Attention(width, heads, span=7, rope=rope)
+
+
+def test_angles_that_calls_without_gradients_share_stay_out_of_graphs_and_fake_tensors() -> None:
+    keys_bshk = torch.randn(1, 5, 2, 4)
+    with torch.inference_mode():
+        shared = rope_angles(keys_bshk)
+        assert rope_angles(keys_bshk)[0] is shared[0]
+    moving_bshk = keys_bshk.clone().requires_grad_()
+    apply_rope(moving_bshk, rope_angles(moving_bshk)).sum().backward()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = rope_angles(mode.from_tensor(keys_bshk))
+    assert isinstance(fake[0], FakeTensor)
+    assert torch.equal(rope_angles(keys_bshk)[1], shared[1])

@@ -47,8 +47,11 @@ the surprise in ``P' = r P - w / (1 - mu) (M k - v) k^T`` is measured at M; then
 steps, and it is not bounded. Measured at P it is bounded as P is, and another rule.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from meristem.memory.rule import Rule
 
@@ -67,7 +70,10 @@ SILU_SLOPE = 1.1
 SHARPNESS = 64
 """Limits are soft, so that a gate at its limit still learns: half of it is 10^-20 off, the limit itself 1 %."""
 
-TINY = 1e-30
+SOFT = 40.0
+"""Above it softplus is its argument, to the last digit of float64."""
+
+TINY, LOG_NOTHING = 1e-30, -1e4
 
 
 def curvature(rule: Rule) -> float | None:
@@ -93,26 +99,40 @@ def most_momentum(rule: Rule, usual: Tensor) -> Tensor:
     return least + (most - least) * usual.sqrt() if _is_coasting(rule) else torch.full_like(usual, most)
 
 
-def within(
-    rule: Rule, log_retain: Tensor, write: Tensor, log_momentum: Tensor | None, most: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``log_retain``, ``write`` and ``log_momentum`` inside the region, of any shape.
+class Bounded(NamedTuple):
+    """Gates inside the region; of retain and momentum the logarithms as well."""
+
+    retain: Tensor
+    write: Tensor
+    momentum: Tensor | None
+    log_retain: Tensor
+    log_momentum: Tensor | None
+
+
+def within(rule: Rule, log_retain: Tensor, write: Tensor, log_momentum: Tensor | None, most: Tensor | None) -> Bounded:
+    """Gates of any shape inside the region, in few operations: a session that speaks does this at every token.
 
     most: m, for a rule with momentum.
     """
+    momentum, steep = None, curvature(rule)
     if rule.has_retain:
         log_retain = -torch.hypot(log_retain, FADE * write)
+    retain = log_retain.exp()
     if log_momentum is not None and most is not None:
-        log_momentum = _least(log_momentum, most.log() + log_retain if _is_coasting(rule) else most.log())
-    steep = curvature(rule)
-    if steep is None:
-        return log_retain, write, log_momentum
-    room = 1 + log_retain.exp()
-    if log_momentum is not None and most is not None:
-        room = (1 - most) * (room - 2 / most * log_momentum.exp())
-    # Rounding may leave a hair below 0 where momentum is at its own limit.
-    limit = (OVERSHOOT / steep * room).clamp_min(TINY)
-    return log_retain, _least(write.clamp_min(TINY).log(), limit.log()).exp(), log_momentum
+        log_most = most.log() + log_retain if _is_coasting(rule) else most.log()
+        # A retain of 0 has no logarithm to compare with.
+        log_momentum = log_momentum - _excess(log_momentum - log_most.clamp_min(LOG_NOTHING))
+        momentum = log_momentum.exp()
+    if steep is not None:
+        if momentum is None or most is None:
+            limit = OVERSHOOT / steep * (1 + retain)
+        else:
+            room = OVERSHOOT / steep * (1 - most)
+            limit = torch.addcmul(torch.addcmul(room, room, retain), room / most, momentum, value=-2)
+        # Rounding may leave a hair below 0 where momentum is at its own limit.
+        share = write / limit.clamp_min(TINY)
+        write = write / _excess(share.clamp_min(TINY).log()).exp()
+    return Bounded(retain, write, momentum, log_retain, log_momentum)
 
 
 def _is_coasting(rule: Rule) -> bool:
@@ -120,6 +140,6 @@ def _is_coasting(rule: Rule) -> bool:
     return rule.update.name == "momentum"
 
 
-def _least(log_value: Tensor, log_limit: Tensor) -> Tensor:
-    """The lesser of both, smooth where they meet and never above either."""
-    return -torch.logaddexp(-SHARPNESS * log_value, -SHARPNESS * log_limit) / SHARPNESS
+def _excess(log_share: Tensor) -> Tensor:
+    """The logarithm by which a value has to shrink that is so many times its limit: smooth, and never too little."""
+    return functional.softplus(log_share, SHARPNESS, threshold=SOFT)

@@ -77,10 +77,10 @@ def join_rows(states: Sequence[State]) -> State:
 
 def is_mixed(state: State) -> bool:
     """Whether rows of this state differ in what they have read."""
-    return any(
-        is_mixed(leaf) if isinstance(leaf, dict) else isinstance(leaf, torch.Tensor) and _is_count(leaf)
-        for leaf in state.values()
-    )
+    for leaf in state.values():
+        if is_mixed(leaf) if isinstance(leaf, dict) else isinstance(leaf, torch.Tensor) and _is_count(leaf):
+            return True
+    return False
 
 
 def alike_rows(state: State) -> list[tuple[list[int], State]]:

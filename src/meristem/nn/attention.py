@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Final
 
 import torch
@@ -86,8 +87,10 @@ class Attention(nn.Module):
     def _mix(self, query_bthk: Queries, keys_bshk: PastKeys, values_bshv: PastValues) -> Values:
         still_bthk, n_read = query_bthk, keys_bshk.shape[1]
         if self.rope:
-            query_bthk = rotate(query_bthk, n_read - query_bthk.shape[1])
-            keys_bshk = rotate(keys_bshk)
+            cos_shk, sin_shk = rope_angles(keys_bshk)
+            first = n_read - query_bthk.shape[1]
+            query_bthk = apply_rope(query_bthk, (cos_shk[first:], sin_shk[first:]))
+            keys_bshk = apply_rope(keys_bshk, (cos_shk, sin_shk))
         if self.persistent_gd is None:
             return windowed(query_bthk, keys_bshk, values_bshv, self.span)
         _, pinned_bghk, pinned_bghv = self.project(self.persistent_gd[None])
@@ -113,14 +116,17 @@ def windowed(
     The keys end where the queries end and may begin before them; queries are scaled already. Queries are cut into
     blocks. Each block looks at its own keys and at those up to a span before it, gathered by copying; what lies outside
     is masked. This is written out because torch's fused kernel gains nothing from a mask on the CPU: at t = 512 and
-    span 64 it is 1.8 times as fast as that in fp32 and 3.7 times in bf16. Only fresh unbounded attention is fused.
+    span 64 it is 1.8 times as fast as that in fp32 and 3.7 times in bf16. What needs no mask of its own is fused: fresh
+    unbounded attention, and one token alone.
 
     pinned: keys_ghk and values_ghv that every query sees besides.
     """
     n_time, n_read = query_bthk.shape[1], keys_bshk.shape[1]
-    if span is None and n_time == n_read and pinned is None:
+    is_fresh, is_last = span is None and n_time == n_read, n_time == 1 and n_read <= (span or n_read)
+    if pinned is None and (is_fresh or is_last):
         query_bhtk, keys_bhsk, values_bhsv = (x.transpose(1, 2) for x in (query_bthk, keys_bshk, values_bshv))
-        mixed_bhtv = F.scaled_dot_product_attention(query_bhtk, keys_bhsk, values_bhsv, is_causal=True, scale=1.0)
+        is_causal = n_time > 1
+        mixed_bhtv = F.scaled_dot_product_attention(query_bhtk, keys_bhsk, values_bhsv, is_causal=is_causal, scale=1.0)
         return mixed_bhtv.transpose(1, 2)
     span = n_read if span is None else span
     width = n_time if n_read <= span else min(n_time, span, BLOCK)
@@ -192,23 +198,28 @@ class _Blocks:
         return F.pad(keys_bshk, (0, 0, 0, 0, front, back)) if front or back else keys_bshk
 
 
-def rotate(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) -> PastKeys:
-    """Keys at the positions ``first``, ``first + 1``, ..., from 0 again at every multiple of ``period``.
-
-    The pair made of channel k and channel k + half the key width is turned by the angle position * base^(-2k / width).
-    """
-    return apply_rope(keys_bshk, rope_angles(keys_bshk, first, period=period))
-
-
 def rope_angles(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) -> Turns:
-    """By how much ``turned`` turns such keys: what many keys at the same positions share."""
-    dtype = torch.promote_types(keys_bshk.dtype, torch.float32)
-    position_s = torch.arange(first, first + keys_bshk.shape[1], dtype=dtype, device=keys_bshk.device)
+    """By how much ``apply_rope`` turns keys at the positions ``first``, ``first + 1``, ...: what many keys share.
+
+    Positions are from 0 again at every multiple of ``period``. The pair made of channel k and channel k + half the key
+    width is turned by the angle position * base^(-2k / width).
+    """
+    # A graph may not keep what was made under inference mode, nor may real and fake tensors meet.
+    is_real = type(keys_bshk) is torch.Tensor and not torch.compiler.is_compiling()
+    is_shared = is_real and not torch.is_grad_enabled()
+    make = _angles if is_shared else _angles.__wrapped__
+    return make(first, keys_bshk.shape[1], keys_bshk.shape[-1], period, keys_bshk.dtype, keys_bshk.device)
+
+
+@lru_cache(maxsize=8)
+def _angles(first: int, n: int, width: int, period: int | None, dtype: torch.dtype, device: torch.device) -> Turns:
+    """They depend on no weight, and are the same for every layer and every token once the span is full."""
+    wide = torch.promote_types(dtype, torch.float32)
+    position_s = torch.arange(first, first + n, dtype=wide, device=device)
     position_s = position_s if period is None else position_s % period
-    exponent_k = torch.arange(0, keys_bshk.shape[-1], 2, dtype=dtype, device=keys_bshk.device) / keys_bshk.shape[-1]
+    exponent_k = torch.arange(0, width, 2, dtype=wide, device=device) / width
     angle_sk = position_s[:, None] * ROTATION_BASE**-exponent_k
-    cos_shk = angle_sk.cos().to(keys_bshk.dtype)[:, None]
-    sin_shk = angle_sk.sin().to(keys_bshk.dtype)[:, None]
+    cos_shk, sin_shk = angle_sk.cos().to(dtype)[:, None], angle_sk.sin().to(dtype)[:, None]
     return torch.cat([cos_shk, cos_shk], dim=-1), torch.cat([-sin_shk, sin_shk], dim=-1)
 
 

@@ -59,10 +59,8 @@ def _factors(recall: "NeuralMemory", logs_bh11: dict[str, Tensor]) -> dict[str, 
         write_bh11 = gates.write_limit * write_bh11
     if log_momentum_bh11 is not None and gates.is_scaled:
         write_bh11 = torch.addcmul(write_bh11, write_bh11, log_momentum_bh11.exp(), value=-1)
-    most_h11 = None if most_h is None else most_h[:, None, None]
-    log_retain_bh11 = logs_bh11.get("retain", torch.zeros(()))
-    log_retain_bh11, write_bh11, log_momentum_bh11 = within(
-        recall.rule, log_retain_bh11, write_bh11, log_momentum_bh11, most_h11
-    )
-    moving = {} if log_momentum_bh11 is None else {"momentum": log_momentum_bh11.exp()}
-    return {"retain": log_retain_bh11.exp(), "write": write_bh11} | moving
+    most_h11 = None if most_h is None else most_h.view(-1, 1, 1)
+    log_retain_bh11 = logs_bh11["retain"] if recall.rule.has_retain else torch.zeros_like(write_bh11)
+    kept = within(recall.rule, log_retain_bh11, write_bh11, log_momentum_bh11, most_h11)
+    moving = {} if kept.momentum is None else {"momentum": kept.momentum}
+    return {"retain": kept.retain, "write": kept.write} | moving

@@ -73,15 +73,20 @@ class GateMap(KeepsFloat32):
             if "momentum" in raw:
                 log_momentum_bth = functional.logsigmoid(raw["momentum"])
                 write_bth = write_bth * (-raw["momentum"]).sigmoid() if self.is_scaled else write_bth
-            log_retain_bth, write_bth, log_momentum_bth = within(
-                self.rule, log_retain_bth, write_bth, log_momentum_bth, self.most_momentum()
-            )
+            kept = within(self.rule, log_retain_bth, write_bth, log_momentum_bth, self.most_momentum())
             others: dict[str, Tensor | None] = {
                 "threshold_bth": functional.softplus(raw["threshold"]) if "threshold" in raw else None,
                 "weight_bth": raw["weight"].sigmoid() if "weight" in raw else None,
                 "code_bthg": None if self.code is None else self.code(hidden_btd).unflatten(-1, (self.heads, -1)),
             }
-            return Gates.from_logs(log_retain_bth, write_bth, log_momentum_bth, **others)
+            return Gates(
+                kept.retain,
+                kept.write,
+                kept.momentum,
+                log_retain_bth=kept.log_retain,
+                log_momentum_bth=kept.log_momentum,
+                **others,
+            )
 
     def most_momentum(self) -> Tensor | None:
         """The greatest momentum of each head, one for all tokens: about the root of what it is by itself."""
