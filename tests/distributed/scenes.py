@@ -21,9 +21,8 @@ from meristem.device.config import DeviceConfig
 from meristem.distributed.agreement import Agreement, Change, fingerprint
 from meristem.distributed.config import DistributedConfig
 from meristem.distributed.engine import Engine, alone, replicated, sharded
-from meristem.distributed.mesh import Ranks, joined
 from meristem.distributed.shards import local
-from meristem.distributed.sync import Sync, size_bytes
+from meristem.distributed.world import World, joined
 from meristem.errors import AgreementFailed
 from meristem.memory.state import State, detach, flatten
 from meristem.models.build import build as build_model
@@ -67,53 +66,53 @@ KINDS = (
 )
 
 
-def train(ranks: Ranks, folder: Path) -> dict[str, Any]:
+def train(world: World, folder: Path) -> dict[str, Any]:
     """Every kind, one after the other: what was exchanged and measured in each step."""
-    return {kind.name: _train(kind, ranks, folder) for kind in KINDS}
+    return {kind.name: _train(kind, world, folder) for kind in KINDS}
 
 
-def _train(kind: Kind, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    model, sync = _model(getattr(torch, kind.dtype)), Sync(ranks)
+def _train(kind: Kind, world: World, folder: Path) -> dict[str, Any]:
+    model = _model(getattr(torch, kind.dtype))
     slow = [parameter for period, level in levels(model).items() if period > 1 for parameter in level]
-    engine = _engine(kind, model, sync, slow)
+    engine = _engine(kind, model, world, slow)
     optimizer = build_optimizer(model, OptimConfig(lr=0.01, grad_clip=0.5))
-    optimizer.reduce = None if ranks.size == 1 else sync.sum
-    stream = _stream(folder, kind.order).share(ranks.rank, ranks.size)
-    cursor, memory, told = stream.start(), None, []
+    optimizer.reduce = None if world.size == 1 else world.all_reduce
+    stream = _stream(folder, kind.order).share(world.rank, world.size)
+    cursor, memory, steps = stream.start(), None, []
     for step in range(N_STEPS):
         batches = []
         for _ in range(kind.accumulate):
             batch, cursor = stream.next(cursor)
             batches.append(batch)
-        sync.traffic.take()
+        world.traffic.take()
         written = _written_bytes()
-        loss, memory = _backward(engine, batches, memory, ranks.size)
-        if kind.is_spoilt and step == SPOILT and ranks.rank == ranks.size - 1:
+        loss, memory = _backward(engine, batches, memory, world.size)
+        if kind.is_spoilt and step == SPOILT and world.rank == world.size - 1:
             next(parameter.grad for parameter in slow if parameter.grad is not None).fill_(float("nan"))
         pulse = optimizer.clock.pulse()
         update = optimizer.step(loss)
         optimizer.zero_grad()
         numbers = [update.loss, update.norm, update.is_skipped]
-        told.append(
+        steps.append(
             {
-                "traffic": sync.traffic.take(),
+                "traffic": world.traffic.take(),
                 "written_bytes": _written_bytes() - written,
                 "pulse": pulse,
                 "numbers": [float(number) for number in numbers if number is not None],
             }
         )
     trees = {"trained": _whole(model), "memory": {k: v for k, v in flatten(memory or {}).items() if _is_tensor(v)}}
-    optimizer.gather_pending(is_first=ranks.is_first)
+    optimizer.gather_pending(is_first=world.is_first)
     trees["waiting"] = {n: optimizer.pending[p] for n, p in model.named_parameters() if p in optimizer.pending}
     with engine.whole():
         trees["read"] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        trees["answer"] = {"logits": model(torch.arange(2 * ranks.rank + 5)[None])[0].detach()}
+        trees["answer"] = {"logits": model(torch.arange(2 * world.rank + 5)[None])[0].detach()}
     optimizer.flush()
     trees["flushed"] = _whole(model)
     for name, tree in trees.items():
-        save_file({key: leaf.contiguous() for key, leaf in tree.items()}, _path(folder, kind, name, ranks.rank))
-    sizes = {str(period): sum(map(size_bytes, level)) for period, level in optimizer.levels.items()}
-    return {"steps": told, "sizes": sizes, "fingerprint": fingerprint(trees["flushed"])}
+        save_file({key: leaf.contiguous() for key, leaf in tree.items()}, _path(folder, kind, name, world.rank))
+    sizes = {str(period): sum(each.nbytes for each in level) for period, level in optimizer.levels.items()}
+    return {"steps": steps, "sizes": sizes, "fingerprint": fingerprint(trees["flushed"])}
 
 
 def _model(dtype: torch.dtype) -> nn.Module:
@@ -123,12 +122,12 @@ def _model(dtype: torch.dtype) -> nn.Module:
     return build_model(model, MemoryConfig(head_dim=4), 256, random_seed=3).to(dtype)
 
 
-def _engine(kind: Kind, model: nn.Module, sync: Sync, slow: list[nn.Parameter]) -> Engine:
-    if sync.ranks.size == 1:
+def _engine(kind: Kind, model: nn.Module, world: World, slow: list[nn.Parameter]) -> Engine:
+    if world.size == 1:
         return alone(model)
     if kind.engine == "sharded":
-        return sharded(model, sync, slow=slow)
-    return replicated(model, sync, slow=slow, leaves_out=kind.order == "sequential")
+        return sharded(model, world, slow=slow)
+    return replicated(model, world, slow=slow, leaves_out=kind.order == "sequential")
 
 
 def _stream(folder: Path, order: str) -> Stream:
@@ -174,11 +173,15 @@ def _written_bytes() -> int:
     return int(lines["wchar"])
 
 
-def agree(ranks: Ranks, folder: Path, *, misses: str = "") -> dict[str, Any]:
+def _agreement(world: World) -> Agreement:
+    return Agreement(world.rank, world.size, world.store, timeout_s=WAITS_S)
+
+
+def agree(world: World, folder: Path, *, misses: str = "") -> dict[str, Any]:
     """Orders one after the other; in the second, what ``misses`` says happens in the last process."""
-    agreement = Agreement(ranks, timeout_s=WAITS_S)
+    agreement = _agreement(world)
     held = [0]
-    is_odd = ranks.rank == ranks.size - 1
+    is_odd = world.rank == world.size - 1
 
     def plan(order: bytes) -> str:
         if is_odd and misses == "answer" and order == b"second":
@@ -199,22 +202,22 @@ def agree(ranks: Ranks, folder: Path, *, misses: str = "") -> dict[str, Any]:
     def undo() -> None:
         held.pop()
 
-    told = []
+    outcomes = []
     for word in (b"first", b"second", b"third"):
         try:
-            outcome = agreement.together(word if ranks.is_first else b"", Change(plan, apply, undo))
+            outcome = agreement.commit(word if world.is_first else b"", Change(plan, apply, undo))
         except AgreementFailed as error:
-            told.append({"error": str(error), "held": list(held)})
+            outcomes.append({"error": str(error), "held": list(held)})
             break
-        told.append({"order": outcome.order.decode(), "against": outcome.against, "held": list(held)})
-    return {"told": told}
+        outcomes.append({"order": outcome.order.decode(), "against": outcome.against, "held": list(held)})
+    return {"outcomes": outcomes}
 
 
-def decider(ranks: Ranks, folder: Path) -> dict[str, Any]:
+def decider(world: World, folder: Path) -> dict[str, Any]:
     """The first process dies after it has given an order; the others can neither plan nor wait for ever."""
 
     def plan(order: bytes) -> str:
-        if ranks.is_first:
+        if world.is_first:
             os.kill(os.getpid(), signal.SIGKILL)
         return "plan"
 
@@ -225,25 +228,25 @@ def decider(ranks: Ranks, folder: Path) -> dict[str, Any]:
         return ""
 
     try:
-        Agreement(ranks, timeout_s=WAITS_S).together(b"order", Change(plan, apply, applied.clear))
+        _agreement(world).commit(b"order", Change(plan, apply, applied.clear))
     except AgreementFailed as error:
         return {"error": str(error), "applied": len(applied)}
     return {}
 
 
-def meet(ranks: Ranks, folder: Path) -> dict[str, Any]:
+def meet(world: World, folder: Path) -> dict[str, Any]:
     """Barriers, values that must be the same, numbers of all, a process that does not come, and store keys."""
-    agreement, sync = Agreement(ranks, timeout_s=WAITS_S), Sync(ranks)
+    agreement = _agreement(world)
     agreement.require_same("settings", "alike")
     for number in range(50):
         agreement.barrier(f"step {number}")
-    n_keys = ranks.store.num_keys() if ranks.store else 0
-    gathered = sync.gather([ranks.rank, 0.5])
-    tensors = [torch.full((3,), 1.0 + ranks.rank), torch.ones(2, dtype=torch.float64), torch.tensor(2.0)]
-    sync.sum(tensors, "period 8")
+    n_keys = world.store.num_keys() if world.store else 0
+    gathered = world.all_gather_numbers([world.rank, 0.5])
+    tensors = [torch.full((3,), 1.0 + world.rank), torch.ones(2, dtype=torch.float64), torch.tensor(2.0)]
+    world.all_reduce(tensors, "period 8")
     errors = []
-    for what, found in (("settings", str(ranks.rank)), ("late", "")):
-        if what == "late" and not ranks.is_first:
+    for what, found in (("settings", str(world.rank)), ("late", "")):
+        if what == "late" and not world.is_first:
             time.sleep(1.5 * WAITS_S)
         try:
             agreement.require_same(what, found)
@@ -253,25 +256,25 @@ def meet(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "n_keys": n_keys,
         "gathered": gathered,
         "sums": [tensor.tolist() for tensor in tensors],
-        "traffic": sync.traffic.take(),
+        "traffic": world.traffic.take(),
         "errors": errors,
     }
 
 
-def killed(ranks: Ranks, folder: Path) -> dict[str, Any]:
+def killed(world: World, folder: Path) -> dict[str, Any]:
     """The last process dies in the middle of a step; the others raise instead of waiting."""
-    model, sync = _model(torch.float32), Sync(ranks)
+    model = _model(torch.float32)
     slow = [parameter for period, level in levels(model).items() if period > 1 for parameter in level]
-    engine = replicated(model, sync, slow=slow, leaves_out=False)
-    stream = _stream(folder, "shuffled").share(ranks.rank, ranks.size)
+    engine = replicated(model, world, slow=slow, leaves_out=False)
+    stream = _stream(folder, "shuffled").share(world.rank, world.size)
     cursor, began = stream.start(), time.monotonic()
     try:
         for step in itertools.count():
             batch, cursor = stream.next(cursor)
-            if step == 2 and ranks.rank == ranks.size - 1:
+            if step == 2 and world.rank == world.size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             began = time.monotonic()
-            _backward(engine, [batch], None, ranks.size)
+            _backward(engine, [batch], None, world.size)
             model.zero_grad()
     except AgreementFailed as error:
         return {"error": str(error), "step": step, "seconds": time.monotonic() - began}
@@ -401,6 +404,6 @@ def play(scene: str, folder: Path, **more: Any) -> None:
         found = run(folder, **more)
         (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
         return
-    with joined(DistributedConfig(timeout_s=20), DeviceConfig(device="cpu")) as ranks:
-        found = SCENES[scene](ranks, folder, **more)
-        (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
+    with joined(DistributedConfig(timeout_s=20), DeviceConfig(device="cpu")) as world:
+        found = SCENES[scene](world, folder, **more)
+        (folder / f"{world.rank}.json").write_text(json.dumps(found))

@@ -10,19 +10,18 @@ from hypothesis import strategies as st
 
 from distributed.processes import Stage
 from meristem.distributed.agreement import Agreement, Change, Outcome
-from meristem.distributed.mesh import Ranks
 from meristem.errors import AgreementFailed
 
 
-def told(stage: Stage, folder: Any, misses: str) -> tuple[list[int], list[list[dict[str, Any]]]]:
-    """The codes of two processes that were given three orders, and what those that are left tell of each."""
+def outcomes(stage: Stage, folder: Any, misses: str) -> tuple[list[int], list[list[dict[str, Any]]]]:
+    """The codes of two processes that were given three orders, and what those that are left found of each."""
     played = stage.play(2, "agree", folder, misses=misses)
-    return played.codes, [played.found(rank)["told"] for rank, code in enumerate(played.codes) if not code]
+    return played.codes, [played.found(rank)["outcomes"] for rank, code in enumerate(played.codes) if not code]
 
 
 def test_ka7_all_apply_and_come_out_alike(stage, tmp_path):
     """Order and plan of the first; the same hash in both after each."""
-    codes, (first, second) = told(stage, tmp_path, "")
+    codes, (first, second) = outcomes(stage, tmp_path, "")
     assert codes == [0, 0] and first == second
     assert [(each["order"], each["held"]) for each in first] == [
         ("first", [0, 1]),
@@ -41,14 +40,14 @@ def test_ka7_all_apply_and_come_out_alike(stage, tmp_path):
 )
 def test_ka7_a_dropped_answer_means_nobody_applies(stage, tmp_path, misses, why):
     """Late, unwilling or of another plan: both say why, nobody applied, and the next order goes through."""
-    codes, (first, second) = told(stage, tmp_path, misses)
+    codes, (first, second) = outcomes(stage, tmp_path, misses)
     assert codes == [0, 0] and first == second
     assert first[1] == {"order": "second", "against": [why], "held": [0, 1]}
     assert first[2] == {"order": "third", "against": [], "held": [0, 1, 2]}
 
 
 def test_ka7_other_results_are_undone_everywhere(stage, tmp_path):
-    codes, (first, second) = told(stage, tmp_path, "result")
+    codes, (first, second) = outcomes(stage, tmp_path, "result")
     assert codes == [0, 0] and first == second and len(first) == 2
     assert "did not come out alike, and what they did was undone: process 1 has other" in first[1]["error"]
     assert first[1]["held"] == [0, 1]
@@ -57,7 +56,7 @@ def test_ka7_other_results_are_undone_everywhere(stage, tmp_path):
 @pytest.mark.fault
 def test_ka7_killed_before_its_answer(stage, tmp_path):
     """The one that is left learns who is missing, and is as it was."""
-    codes, (first,) = told(stage, tmp_path, "life before")
+    codes, (first,) = outcomes(stage, tmp_path, "life before")
     assert codes == [0, -9]
     assert first[1] == {"order": "second", "against": ["process 1 did not answer within 2 s"], "held": [0, 1]}
 
@@ -65,7 +64,7 @@ def test_ka7_killed_before_its_answer(stage, tmp_path):
 @pytest.mark.fault
 def test_ka7_killed_while_it_applies(stage, tmp_path):
     """The one that is left has applied, learns that the other did not come through, and takes it back."""
-    codes, (first,) = told(stage, tmp_path, "life within")
+    codes, (first,) = outcomes(stage, tmp_path, "life within")
     assert codes == [0, -9]
     assert "was undone: process 1 did not answer within 2 s" in first[1]["error"]
     assert first[1]["held"] == [0, 1]
@@ -102,11 +101,11 @@ def test_meetings(stage, tmp_path):
 
 
 def test_alone_everything_is_agreed():
-    agreement, done = Agreement(Ranks(), timeout_s=1), []
+    agreement, done = Agreement(0, 1, timeout_s=1), []
     agreement.barrier("start")
-    outcome = agreement.together(b"order", Change(lambda order: "plan", lambda order: done.append(order) or "", list))
+    outcome = agreement.commit(b"order", Change(lambda order: "plan", lambda order: done.append(order) or "", list))
     assert outcome == Outcome(True, b"order") and done == [b"order"]
-    assert not agreement.together(b"order", Change(lambda order: 1 / 0, lambda order: "", list)).is_applied
+    assert not agreement.commit(b"order", Change(lambda order: 1 / 0, lambda order: "", list)).is_applied
 
 
 MOODS = ("willing", "willing", "refuses", "plans otherwise", "fails", "comes out otherwise")
@@ -132,7 +131,7 @@ def live(rounds: list[list[str]], timeout_s: float) -> list[list[int]]:
     """The orders that last in each of three processes, here threads around one store."""
     store, held = dist.HashStore(), [[], [], []]
     lives = [
-        threading.Thread(target=_live, args=(Ranks(rank, 3, store=store), rounds, held[rank], timeout_s))
+        threading.Thread(target=_live, args=(Agreement(rank, 3, store, timeout_s=timeout_s), rank, rounds, held[rank]))
         for rank in range(3)
     ]
     for thread in lives:
@@ -142,14 +141,13 @@ def live(rounds: list[list[str]], timeout_s: float) -> list[list[int]]:
     return held
 
 
-def _live(ranks: Ranks, rounds: list[list[str]], held: list[int], timeout_s: float) -> None:
-    agreement = Agreement(ranks, timeout_s=timeout_s)
+def _live(agreement: Agreement, rank: int, rounds: list[list[str]], held: list[int]) -> None:
     for number, moods in enumerate(rounds):
-        mood = moods[ranks.rank]
+        mood = moods[rank]
         if mood == "absent":
             return
         try:
-            agreement.together(str(number).encode(), _change(ranks.rank, mood, held))
+            agreement.commit(str(number).encode(), _change(rank, mood, held))
         except AgreementFailed:
             return
 

@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from distributed.test_train import SETTINGS, losses, run, saved
 from meristem.distributed.launch import _ended
-from meristem.distributed.mesh import launched_rank, require_not_launched
+from meristem.distributed.world import launched_rank, require_not_launched
 from meristem.errors import WrongValue
 from meristem.models.load import load
 from recipes.small import overrides, write_text

@@ -57,7 +57,7 @@ def _trained(config: "Config", run_dir: Path | None, resume: str, *, no_plan: bo
     """Train in this process, which may be one of several; of these the first speaks for all."""
     from dataclasses import asdict
 
-    from meristem.distributed.mesh import launched_rank, written_down
+    from meristem.distributed.world import launched_rank, recorded_errors
     from meristem.recipes.pretrain import pretrain
     from meristem.sinks.console import Console
 
@@ -66,7 +66,7 @@ def _trained(config: "Config", run_dir: Path | None, resume: str, *, no_plan: bo
         place = _place(config, run_dir, resume)
         run_dir = run_dir and place  # where none was given the run chooses, which knows whether it was started again
     planned = None if no_plan or not is_first else _looked_ahead(config, view)
-    with written_down():
+    with recorded_errors():
         result = pretrain(config, run_dir=run_dir, resume=resume, view=view, planned=planned)
     if as_json and is_first:
         json_line(asdict(result))
@@ -88,7 +88,7 @@ def _place(config: "Config", run_dir: Path | None, resume: str) -> Path:
 def _launched(config: "Config", words: list[str], n_processes: int, run_dir: Path | None, resume: str) -> int:
     """Train in several processes, each of which is this command without ``--nproc``."""
     from meristem.distributed.launch import launch
-    from meristem.distributed.mesh import require_not_launched
+    from meristem.distributed.world import require_not_launched
     from meristem.runs.resume import after_restart
 
     require_not_launched()
@@ -102,8 +102,8 @@ def _launched(config: "Config", words: list[str], n_processes: int, run_dir: Pat
         command,
         n_processes,
         config.distributed,
-        tell=lambda text: typer.secho(f"warning: {text}", fg="yellow", err=True),
-        answer=partial(typer.echo, nl=False) if "--json" in words else None,
+        on_restart=lambda text: typer.secho(f"warning: {text}", fg="yellow", err=True),
+        on_output=partial(typer.echo, nl=False) if "--json" in words else None,
     )
 
 

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from meristem.distributed.agreement import lost_process
 from meristem.distributed.config import DistributedConfig
-from meristem.distributed.mesh import Ranks
-from meristem.distributed.sync import CONTROL, Sync, lost_process, size_bytes
+from meristem.distributed.world import CONTROL, World
 from meristem.errors import ConflictingKeys
 
 EVERY_STEP: Final = "period 1"
@@ -34,7 +34,7 @@ PARAMETERS: Final = "parameters"
 class Engine:
     """How a model is called so that its gradients are those of all processes.
 
-    model: what to call; it takes and gives what the model itself does. sync: exchanges of what is no gradient.
+    model: what to call; it takes and gives what the model itself does. world: exchanges of what is no gradient.
     micro_batch: around forward and backward of one; given whether it is the last of its step, after which alone
         gradients are summed.
     scale_loss: from a loss to what gradients are taken of; the optimizer's.
@@ -44,27 +44,27 @@ class Engine:
     model: nn.Module
     micro_batch: Callable[[bool], AbstractContextManager[None]]
     whole: Callable[[], AbstractContextManager[None]]
-    sync: Sync
+    world: World
     scale_loss: Callable[[Tensor], Tensor] = lambda loss: loss
 
 
 def alone(model: nn.Module) -> Engine:
     """A single process: the model as it is."""
-    return Engine(model, lambda is_last: nullcontext(), nullcontext, Sync(Ranks()))
+    return Engine(model, lambda is_last: nullcontext(), nullcontext, World())
 
 
 def engine_for(
-    model: nn.Module, config: DistributedConfig, sync: Sync, *, slow: Collection[nn.Parameter], leaves_out: bool
+    model: nn.Module, config: DistributedConfig, world: World, *, slow: Collection[nn.Parameter], leaves_out: bool
 ) -> Engine:
-    """The engine that ``part`` asks for; see ``replicated`` and ``sharded``."""
-    if sync.ranks.size == 1:
+    """The engine that ``config`` asks for; see ``replicated`` and ``sharded``."""
+    if world.size == 1:
         return alone(model)
-    return (
-        sharded(model, sync, slow=slow) if config.shard else replicated(model, sync, slow=slow, leaves_out=leaves_out)
-    )
+    if config.shard:
+        return sharded(model, world, slow=slow)
+    return replicated(model, world, slow=slow, leaves_out=leaves_out)
 
 
-def replicated(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter], leaves_out: bool) -> Engine:
+def replicated(model: nn.Module, world: World, *, slow: Collection[nn.Parameter], leaves_out: bool) -> Engine:
     """Every process holds all parameters. They become those of the first process, but for ``slow``.
 
     slow: parameters that do not move every step.
@@ -80,9 +80,9 @@ def replicated(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter], 
     n_fast = sum(parameter.requires_grad and id(parameter) not in left for parameter in model.parameters())
 
     def add_up(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-        sync.traffic.add(EVERY_STEP, size_bytes(bucket.buffer()))
+        world.traffic.add(EVERY_STEP, bucket.buffer().nbytes)
         if bucket.is_last() and leaves_out:
-            sync.traffic.add(CONTROL, n_fast * torch.int32.itemsize)  # which parameters had a gradient
+            world.traffic.add(CONTROL, n_fast * torch.int32.itemsize)  # which parameters had a gradient
         work = dist.all_reduce(bucket.buffer(), async_op=True)
         summed: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
         return summed
@@ -91,13 +91,14 @@ def replicated(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter], 
 
     @contextlib.contextmanager
     def micro_batch(is_last: bool) -> Iterator[None]:
-        with lost_process("the sum of gradients", sync.ranks), nullcontext() if is_last else wrapped.no_sync():
+        lost = lost_process("the sum of gradients", world.rank, world.size)
+        with lost, nullcontext() if is_last else wrapped.no_sync():
             yield
 
-    return Engine(wrapped, micro_batch, nullcontext, sync)
+    return Engine(wrapped, micro_batch, nullcontext, world)
 
 
-def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> Engine:
+def sharded(model: nn.Module, world: World, *, slow: Collection[nn.Parameter]) -> Engine:
     """Every process holds a part of each parameter, but for ``slow``; a block is whole only while it works.
 
     The parameters of the model are others afterwards, so that this comes before the optimizer. Raises ConflictingKeys
@@ -116,7 +117,7 @@ def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> 
             "bf16 all the same), or distributed.shard=false.",
             path="device.param_dtype",
         )
-    mesh = init_device_mesh(next(model.parameters()).device.type, (sync.ranks.size,))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
     blocks = getattr(model, "blocks", None)
     for module in [*(blocks if isinstance(blocks, nn.ModuleList) else []), model]:
         # Before those of FSDP, which let go of what is whole.
@@ -126,8 +127,8 @@ def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> 
     for part in parts:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
-        part.set_custom_all_gather(_CountedGather(sync))  # type: ignore[arg-type]
-        part.set_custom_reduce_scatter(_CountedScatter(sync))  # type: ignore[arg-type]
+        part.set_custom_all_gather(_CountedGather(world))  # type: ignore[arg-type]
+        part.set_custom_reduce_scatter(_CountedScatter(world))  # type: ignore[arg-type]
     # It warns of an operation in place on what a block gives; the models add out of place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     (root,) = (part for part in parts if part is model)
@@ -135,12 +136,12 @@ def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> 
     @contextlib.contextmanager
     def micro_batch(is_last: bool) -> Iterator[None]:
         root.set_requires_gradient_sync(is_last)
-        with lost_process("the sum of gradients", sync.ranks):
+        with lost_process("the sum of gradients", world.rank, world.size):
             yield
 
     @contextlib.contextmanager
     def whole() -> Iterator[None]:
-        with lost_process("the gathering of parameters", sync.ranks):
+        with lost_process("the gathering of parameters", world.rank, world.size):
             root.set_reshard_after_forward(False)
             for part in parts:
                 part.unshard()
@@ -152,7 +153,7 @@ def sharded(model: nn.Module, sync: Sync, *, slow: Collection[nn.Parameter]) -> 
             root.set_reshard_after_forward(True)
             root.set_reshard_after_forward(False, recurse=False)
 
-    return Engine(model, micro_batch, whole, sync)
+    return Engine(model, micro_batch, whole, world)
 
 
 def _with_own_bytes(found: Any) -> Any:
@@ -170,8 +171,8 @@ def _with_own_bytes(found: Any) -> Any:
 class _Counted:
     """How FSDP2 gets room for what it sends."""
 
-    def __init__(self, sync: Sync) -> None:
-        self._traffic = sync.traffic
+    def __init__(self, world: World) -> None:
+        self._traffic = world.traffic
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -183,7 +184,7 @@ class _CountedGather(_Counted):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        self._traffic.add(PARAMETERS, size_bytes(output_tensor))
+        self._traffic.add(PARAMETERS, output_tensor.nbytes)
         work: dist.Work | None = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
         return work
 
@@ -194,7 +195,7 @@ class _CountedScatter(_Counted):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
-        self._traffic.add(EVERY_STEP, size_bytes(input_tensor))
+        self._traffic.add(EVERY_STEP, input_tensor.nbytes)
         work: dist.Work | None = dist.reduce_scatter_single(
             output_tensor, input_tensor, op=op, group=group, async_op=async_op
         )

@@ -33,24 +33,24 @@ def launch(
     n_processes: int,
     config: DistributedConfig,
     *,
-    tell: Callable[[str], None],
-    answer: Callable[[str], None] | None = None,
+    on_restart: Callable[[str], None],
+    on_output: Callable[[str], None] | None = None,
 ) -> int:
     """The exit code of what was run in so many processes; a signal to this one reaches all of them, once.
 
     command: words after the interpreter, given how often all were started again. Only the first process writes to
         stdout.
-    answer: given what that one wrote to stdout when all have ended for good; None lets it write there by itself.
-    tell: hears why all are started again, as they are where one was killed or left the others without an answer: what
-        failed for a reason of its own, as wrong settings, would fail again. torchrun by itself starts all of it again.
+    on_output: given what that one wrote to stdout when all have ended for good; None lets it write there by itself.
+    on_restart: given why all are started again, as they are where one was killed or left the others without an answer:
+        what failed for a reason of its own, as wrong settings, would fail again. torchrun by itself starts all again.
     Raises AgreementFailed where ``distributed.max_restarts`` are used up.
     """
     for n_restarts in range(config.max_restarts + 1):
-        code, lost = _once(command(n_restarts), n_processes, answer)
+        code, lost = _once(command(n_restarts), n_processes, on_output)
         if lost is None:
             return code
         if n_restarts < config.max_restarts:
-            tell(f"{lost}. All start again from the last checkpoint ({n_restarts + 1} of {config.max_restarts})")
+            on_restart(f"{lost}. All start again from the last checkpoint ({n_restarts + 1} of {config.max_restarts})")
     raise AgreementFailed(
         f"{lost}, and all {n_processes} were started again {config.max_restarts} times (distributed.max_restarts). Its "
         f"own output, or the system's log, says why it ends. The same command goes on from the last checkpoint.",
@@ -58,10 +58,10 @@ def launch(
     )
 
 
-def _once(words: Sequence[str], n_processes: int, answer: Callable[[str], None] | None) -> tuple[int, str | None]:
+def _once(words: Sequence[str], n_processes: int, on_output: Callable[[str], None] | None) -> tuple[int, str | None]:
     """The exit code of all; and which process was lost, if that is why they ended."""
-    first = 0 if answer else 1
-    with _as_it_was(n_processes), tempfile.TemporaryDirectory(prefix="meristem-") as logs:
+    first = 0 if on_output else 1
+    with _signals_restored(n_processes), tempfile.TemporaryDirectory(prefix="meristem-") as logs:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -80,9 +80,9 @@ def _once(words: Sequence[str], n_processes: int, answer: Callable[[str], None] 
             code = INTERRUPTED
         except ChildFailedError as error:
             code, lost = _ended(error.failures)
-        if answer and lost is None:
-            for said in Path(logs).glob("**/0/stdout.log"):
-                answer(said.read_text())
+        if on_output and lost is None:
+            for log in Path(logs).glob("**/0/stdout.log"):
+                on_output(log.read_text())
     return code, lost
 
 
@@ -104,13 +104,13 @@ def _ended(failures: dict[int, ProcessFailure]) -> tuple[int, str | None]:
 
 
 def _message(failure: ProcessFailure) -> str:
-    """What the process wrote down of its error (``mesh.written_down``): the name of its type, then its text."""
-    told = failure.error_file_data.get("message", "") if isinstance(failure.error_file_data, dict) else ""
-    return str(told.get("message", "") if isinstance(told, dict) else told).split(":")[0]
+    """What the process recorded of its error (``world.recorded_errors``): the name of its type, then its text."""
+    error = failure.error_file_data.get("message", "") if isinstance(failure.error_file_data, dict) else ""
+    return str(error.get("message", "") if isinstance(error, dict) else error).split(":")[0]
 
 
 @contextlib.contextmanager
-def _as_it_was(n_processes: int) -> Iterator[None]:
+def _signals_restored(n_processes: int) -> Iterator[None]:
     """The cores shared out among the processes, unless somebody did; and signals go where they went, afterwards."""
     # Its warnings tell of every signal that is handed on.
     logger = logging.getLogger("torch.distributed.elastic")

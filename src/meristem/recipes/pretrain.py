@@ -16,8 +16,7 @@ from meristem.device.lost import answering
 from meristem.device.resolve import NAMES, Device, resolve
 from meristem.distributed.agreement import fingerprint
 from meristem.distributed.config import require_alone
-from meristem.distributed.mesh import joined, own_device
-from meristem.distributed.team import Team
+from meristem.distributed.world import joined, own_device
 from meristem.errors import OutOfDeviceBytes
 from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.evaluate.report import Sample
@@ -92,11 +91,11 @@ def pretrain(
     make_job: in place of ``prepare_job``; a drill has one that breaks something of what that gives.
     The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint from which it can go on.
     """
-    with joined(config.distributed, config.device) as ranks:
-        team = Team.of(ranks, timeout_s=config.distributed.timeout_s)
-        directory = Path(team.told("run directory", str(run_dir or directory_for(config, resume, ranks.n_restarts))))
-        resume = team.told("resume", after_restart(resume, directory, ranks.n_restarts))
-        with opened(config, directory, view or Console(), is_new=resume == "never", team=team) as run:
+    with joined(config.distributed, config.device) as world:
+        place = str(run_dir or directory_for(config, resume, world.n_restarts))
+        directory = Path(world.broadcast("run directory", place))
+        resume = world.broadcast("resume", after_restart(resume, directory, world.n_restarts))
+        with opened(config, directory, view or Console(), is_new=resume == "never", world=world) as run:
             checkpoint = checkpoint_to_resume(run, resume)
             job = (make_job or prepare_job)(run, config, checkpoint)
             safety = begin(run, job, resume, checkpoint)
@@ -110,8 +109,8 @@ def pretrain(
 
 def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     """Text -> tokenizer -> corpus -> windows -> stream; and the model with its optimizer, on the device."""
-    team = run.team
-    require_alone(team.ranks.size, config.aggregate.how)
+    world = run.world
+    require_alone(world.size, config.aggregate.how)
     if config.run.deterministic:
         be_deterministic()
     device = _device(run, config, checkpoint)
@@ -131,14 +130,14 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
         order=config.data.order,
         documents=config.data.documents,
         random_seed=config.run.seed,
-    ).share(team.ranks.rank, team.ranks.size)
+    ).share(world.rank, world.size)
     topology = topology_of(checkpoint) if checkpoint else ()
     model = build(config.model, config.memory, corpus.tokenizer.vocab_size, config.run.seed, topology)
     if checkpoint:
         require_same(config, corpus.tokenizer, checkpoint)
         put_saved_weights(model, checkpoint)
     model = model.to(device=device.device, dtype=device.param_dtype)
-    team.require_same(
+    world.require_same(
         {
             "settings": lambda: config_fingerprint(config),
             "text": lambda: corpus.fingerprint,
@@ -153,12 +152,12 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
 
 def _device(run: Run, config: Config, checkpoint: Checkpoint | None) -> Device:
     """The device of this process; what ``auto`` measures, the first has measured for all."""
-    team, part = run.team, from_checkpoint(own_device(run.team.ranks, config.device), checkpoint)
-    if team.ranks.is_first:
+    world, part = run.world, from_checkpoint(own_device(run.world, config.device), checkpoint)
+    if world.is_first:
         device = resolve(part, run.emit)
-        team.told("dtype", NAMES[device.dtype])
+        world.broadcast("dtype", NAMES[device.dtype])
         return device
-    return resolve(part.model_copy(update={"dtype": team.told("dtype", "")}), run.emit)
+    return resolve(part.model_copy(update={"dtype": world.broadcast("dtype", "")}), run.emit)
 
 
 def _show_preparing(run: Run, done_bytes: int, total_bytes: int | None) -> None:
@@ -170,7 +169,7 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Saf
     """Put the job where it goes on; an event says where, and readers then know which records were abandoned."""
     corpus, config, safety = job.corpus, job.config, Safety()
     if checkpoint:
-        saved = Contents.of(checkpoint).of_process(run.team.ranks, config.data.batch_size)
+        saved = Contents.of(checkpoint).of_process(run.world, config.data.batch_size)
         safety = restore(job, saved, run.emit)
     start = job.state.progress
     run.adopt(config)
@@ -198,7 +197,7 @@ def train(run: Run, job: Job, shelter: Recovery) -> bool:
     with interruptible() as is_asked, traces as trace:
 
         def is_asked_to_stop() -> bool:
-            return run.team.any(is_asked())
+            return run.world.any(is_asked())
 
         is_interrupted = is_asked_to_stop()
         while not job.state.progress.is_over(config.train) and not is_interrupted:
@@ -255,7 +254,7 @@ def evaluate_and_save(
     """Evaluate and save after a sound step, where either is due."""
     metrics: dict[str, float] = {}
     progress = job.state.progress
-    if evaluation.is_due(progress) and not run.team.first(shelter.should_skip_eval()):
+    if evaluation.is_due(progress) and not run.world.broadcast_number(shelter.should_skip_eval()):
         found = measure(run, job, job.config.eval.n_windows)
         shelter.evaluated(progress.step, found.nats)
         metrics, log.held_out = ranked(found), found.bits_per_byte
@@ -280,7 +279,7 @@ def measure(run: Run, job: Job, n_windows: int, task: str | None = None) -> Like
             loss=cross_entropy,
         )
     # All read the same, and may sum it in another order; what is made of it has to be the same.
-    found = replace(found, total_nats=run.team.first(found.total_nats))
+    found = replace(found, total_nats=run.world.broadcast_number(found.total_nats))
     figures = {"nats": found.nats, "bits_per_byte": found.bits_per_byte}
     run.records.metrics(progress.step, progress.tokens, job.stream.epoch(progress.cursor), "val", figures, task)
     payload = figures | {"task": task, "n_tokens": found.n_tokens, "n_bytes": found.n_bytes}
@@ -302,7 +301,7 @@ def is_best(run: Run, config: Config, shelter: Recovery, metrics: dict[str, floa
     best = best_so_far(run, config)
     is_better = best is None or (value < best.value if config.checkpoint.direction == "min" else value > best.value)
     # Only the first knows what is on the disk by now.
-    return bool(run.team.first(is_better))
+    return bool(run.world.broadcast_number(is_better))
 
 
 def stop(run: Run, job: Job, shelter: Recovery) -> Result:
@@ -323,9 +322,9 @@ def finish(run: Run, job: Job, shelter: Recovery) -> Result:
     path = shelter.save(reason="final", metrics=metrics)
     found = measure(run, job, part.n_windows_end, task="end")
     with job.engine.whole():
-        samples = write_samples(run, job) if run.team.ranks.is_first else ()
+        samples = write_samples(run, job) if run.world.is_first else ()
     shelter.wait()
-    if not run.team.ranks.is_first:
+    if not run.world.is_first:
         run.end("finished", 0)
         return Result("finished", run.directory, path, progress.step, progress.tokens, progress.seconds_used)
     report = write_report(run, job, found, samples)

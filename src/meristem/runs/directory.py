@@ -19,8 +19,7 @@ from meristem.checkpoint.atomic import write_atomic
 from meristem.checkpoint.run import End, RunLock, RunManifest
 from meristem.config import fingerprint, identity
 from meristem.device.describe import describe
-from meristem.distributed.mesh import Ranks
-from meristem.distributed.team import Team
+from meristem.distributed.world import World
 from meristem.errors import ConfigError, RunError, exit_code
 from meristem.events import Event
 from meristem.runs.config import Config, config_of
@@ -40,8 +39,8 @@ LATEST = "latest"
 class Run:
     """The directory and everything that writes into it.
 
-    is_first: nothing was run in it before. team: the processes that make the run; each has a directory of its own, that
-        of the first is the run's, and it alone writes ``checkpoints``.
+    is_first: nothing was run in it before. world: the processes that make the run; each has a directory of its own,
+        that of the first is the run's, and it alone writes ``checkpoints``.
     """
 
     directory: Path
@@ -49,7 +48,7 @@ class Run:
     manifest: RunManifest
     emitter: Emitter
     view: Console
-    team: Team
+    world: World
     checkpoints: Path
 
     @property
@@ -108,16 +107,16 @@ def opened(
     *,
     is_new: bool,
     sinks: Mapping[str, Sink] | None = None,
-    team: Team | None = None,
+    world: World | None = None,
 ) -> Iterator[Run]:
     """Hold a run directory while the block runs; however the block ends, the directory says how.
 
     is_new: refuse a directory that holds a run already.
     sinks: by name, what is shown every record besides the files and ``view``. They are closed at the end.
-    team: the processes of the run; any but the first hold a directory within that of the run, and show nothing.
+    world: the processes of the run; any but the first hold a directory within that of the run, and show nothing.
     """
-    team, checkpoints = team or Team.of(Ranks()), directory / "checkpoints"
-    rank = None if team.ranks.size == 1 else team.ranks.rank
+    world, checkpoints = world or World(), directory / "checkpoints"
+    rank = None if world.size == 1 else world.rank
     if rank:
         directory, view = directory / RANKS / str(rank), Console(screen=rich.console.Console(quiet=True))
         is_new = False
@@ -129,7 +128,7 @@ def opened(
         rotate_size_bytes = config.sinks.rotate_mib << 20
         records = Records(directory, manifest.content["id"], rotate_size_bytes=rotate_size_bytes, rank=rank)
         emitter = Emitter(records, sinks, screen=view.show)
-        run = Run(directory, is_first, manifest, emitter, view, team, checkpoints)
+        run = Run(directory, is_first, manifest, emitter, view, world, checkpoints)
         view.through(partial(run.emitter.later, SCREEN), run.emit)
         try:
             if is_first:

@@ -15,7 +15,7 @@ from meristem.checkpoint.saver import Saver
 from meristem.checkpoint.snapshots import Snapshot, SnapshotBuffer
 from meristem.device.limits import available_bytes
 from meristem.distributed.shards import is_part, local_by_name
-from meristem.distributed.team import Team
+from meristem.distributed.world import World
 from meristem.errors import Halted, RollbackFailed
 from meristem.events import Event
 from meristem.models.topology import from_json
@@ -116,7 +116,7 @@ class Recovery:
 
     def save(self, *, reason: str, metrics: dict[str, float]) -> Path:
         """Have a checkpoint written beside the training, which waits for no more than one copy in memory."""
-        self._job.optimizer.gather_pending(is_first=self._run.team.ranks.is_first)
+        self._job.optimizer.gather_pending(is_first=self._run.world.is_first)
         taken, progress = self.snapshot("save"), self._job.state.progress
         if self._ring and taken:
             saved, held = Contents(taken.trees, taken.values), self._ring.pinned(taken)
@@ -124,7 +124,7 @@ class Recovery:
             saved, held = contents(self._job, self.safety, self._probe()), None
         saved = gathered(self._job, saved)
         path = self._run.checkpoints / f"step-{progress.step:08d}"
-        if not self._run.team.ranks.is_first:
+        if not self._run.world.is_first:
             return path
         seq, number = self._run.records.seq, 0
 
@@ -147,7 +147,7 @@ class Recovery:
     def snapshot(self, tag: str) -> Snapshot | None:
         """A snapshot of the run as it is; None where none are kept."""
         self._is_due = False
-        self._run.team.require_alike(weight for weight in self._job.model.parameters() if not is_part(weight))
+        self._run.world.require_alike(weight for weight in self._job.model.parameters() if not is_part(weight))
         if self._ring is None:
             return None
         probe_nats = self._probe()
@@ -241,7 +241,7 @@ class Recovery:
 
         Each phase is one of all processes, by the clock of the first: all come to the same state, or to none.
         """
-        team = self._run.team
+        world = self._run.world
         found = _Found(self._job, self._run, self._probe)
         snapshot = self._ring.latest(is_valid=True) if self._ring else None
         fast: dict[str, Callable[[], str]] = {
@@ -255,10 +255,10 @@ class Recovery:
             "optimizer": found.put_rest,
             "verify": found.confirm,
         }
-        tiers = [_tier("full", full, FULL, self._config.full_deadline_s, team)]
-        if team.any(snapshot is not None):
-            tiers.insert(0, _tier("fast", fast, FAST, self._config.fast_deadline_s, team))
-        return found, rollback.restore(tiers, team.clock)
+        tiers = [_tier("full", full, FULL, self._config.full_deadline_s, world)]
+        if world.any(snapshot is not None):
+            tiers.insert(0, _tier("fast", fast, FAST, self._config.fast_deadline_s, world))
+        return found, rollback.restore(tiers, world.clock)
 
     def _probe(self) -> float:
         """Nats per target on a little held-out text, read with a fresh memory."""
@@ -288,16 +288,16 @@ class Recovery:
 
 
 def _tier(
-    name: TierName, acts: Mapping[str, Callable[[], str]], usual_s: Mapping[str, float], deadline_s: float, team: Team
+    name: TierName, acts: Mapping[str, Callable[[], str]], usual_s: Mapping[str, float], deadline_s: float, world: World
 ) -> Tier:
     """A tier whose phases are those of all processes; they share ``deadline_s`` in the proportion of ``usual_s``."""
     scale = deadline_s / sum(usual_s.values())
-    phases = {phase: partial(_together, team, phase, act) for phase, act in acts.items()}
+    phases = {phase: partial(_in_all, world, phase, act) for phase, act in acts.items()}
     return Tier(name, phases, {phase: seconds * scale for phase, seconds in usual_s.items()}, deadline_s)
 
 
-def _together(team: Team, phase: str, act: Callable[[], str], deadline: Deadline) -> None:
-    team.act(phase, act)
+def _in_all(world: World, phase: str, act: Callable[[], str], deadline: Deadline) -> None:
+    world.act(phase, act)
 
 
 class _Found:
@@ -320,7 +320,7 @@ class _Found:
             raise RollbackFailed(
                 f"{self._run.checkpoints} holds no whole checkpoint that was saved while the run was sound."
             )
-        self._saved = Contents.of(checkpoint).of_process(self._run.team.ranks, self._job.config.data.batch_size)
+        self._saved = Contents.of(checkpoint).of_process(self._run.world, self._job.config.data.batch_size)
         return f"step {checkpoint.step}"
 
     def put(self) -> str:
@@ -358,12 +358,12 @@ class _Found:
 
 def _snapshot_buffer(config: RollbackConfig, job: Job, run: Run) -> SnapshotBuffer | None:
     """Room for snapshots, as many as were asked for, or as fit."""
-    weights, team = local_by_name(job.model.state_dict()), run.team
+    weights, world = local_by_name(job.model.state_dict()), run.world
     capacity_bytes = sum(tensor.nbytes + 64 for tensor in weights.values()) + expected_bytes(job.optimizer) + 2**16
-    free_bytes = available_bytes() // team.ranks.n_local
+    free_bytes = available_bytes() // world.n_local
     count = n_snapshots(config, capacity_bytes, free_bytes)
     # The machines of a run need not have the same room, and all go back the same way.
-    count = int(min(least for (least,) in team.sync.gather([count])))
+    count = int(min(least for (least,) in world.all_gather_numbers([count])))
     max_bytes = most_bytes(config, free_bytes)
     if config.snapshots is None and count < USUAL:
         payload = {"snapshots": count, "capacity_bytes": capacity_bytes, "max_bytes": max_bytes}

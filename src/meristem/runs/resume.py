@@ -21,8 +21,8 @@ from meristem.device.config import DeviceConfig
 from meristem.device.random import random_state, restore_random_state
 from meristem.device.resolve import NAMES, Device
 from meristem.distributed.engine import Engine
-from meristem.distributed.mesh import Ranks
 from meristem.distributed.shards import as_part_of, is_part, local_by_name, whole
+from meristem.distributed.world import World
 from meristem.errors import CheckpointMismatch, NoCheckpoint, TokenizerMismatch
 from meristem.events import Emit, Event
 from meristem.memory.state import State, as_tensors, flatten, from_tensors, join_rows, map_tensors, take_rows
@@ -89,15 +89,15 @@ class Contents:
         counted = {"step": checkpoint.step, "tokens": checkpoint.manifest["tokens"] or 0}
         return cls(trees, values | {"progress": counted | values.get("progress", {})})
 
-    def of_process(self, ranks: Ranks, n_rows: int) -> Self:
+    def of_process(self, world: World, n_rows: int) -> Self:
         """What of it one of some processes goes on from: its share of ``n_rows``; and what waits the first offers."""
-        if ranks.size == 1:
+        if world.size == 1:
             return self
         trees = dict(self.trees)
         if "memory" in trees:
-            start, stop = (rank * n_rows // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+            start, stop = (rank * n_rows // world.size for rank in (world.rank, world.rank + 1))
             trees["memory"] = as_tensors(take_rows(from_tensors(trees["memory"]), start, stop))
-        if not ranks.is_first:
+        if not world.is_first:
             trees["optim"] = {
                 name: torch.zeros_like(tensor) if name.endswith(f"/{optim_state.PENDING}") else tensor
                 for name, tensor in trees["optim"].items()
@@ -155,11 +155,11 @@ def checkpoint_to_resume(run: Run, resume: str) -> Checkpoint | None:
 
     Of several processes the first chooses for all.
     """
-    if not run.team.ranks.is_first:
-        told = run.team.told("checkpoint", "")
-        return store.open_checkpoint(Path(told)) if told else None
+    if not run.world.is_first:
+        path = run.world.broadcast("checkpoint", "")
+        return store.open_checkpoint(Path(path)) if path else None
     found = _found(run, resume)
-    run.team.told("checkpoint", str(found.path) if found else "")
+    run.world.broadcast("checkpoint", str(found.path) if found else "")
     return found
 
 
@@ -221,8 +221,8 @@ def gathered(job: Job, saved: Contents) -> Contents:
 
     What waits in the optimizer must have been pooled before (``Outer.pool``).
     """
-    sync = job.engine.sync
-    if sync.ranks.size == 1:
+    world = job.engine.world
+    if world.size == 1:
         return saved
     trees = dict(saved.trees)
     if any(is_part(parameter) for parameter in job.model.parameters()):
@@ -230,14 +230,14 @@ def gathered(job: Job, saved: Contents) -> Contents:
         for tree, tensors in held.items():
             # One after the other, and on the host: a device has no room for all of them.
             full = ((name, whole(tensor)) for name, tensor in tensors.items())
-            trees[tree] = {name: tensor.to("cpu", copy=True) for name, tensor in full if sync.ranks.is_first}
+            trees[tree] = {name: tensor.to("cpu", copy=True) for name, tensor in full if world.is_first}
     if "memory" in trees:
-        told = {
-            name: sync.collect(leaf, "memory")
+        gathered_rows = {
+            name: world.all_gather(leaf, "memory")
             for name, leaf in flatten(job.state.progress.memory or {}).items()
             if isinstance(leaf, torch.Tensor)
         }
-        each: list[State] = [{name: rows[rank] for name, rows in told.items()} for rank in range(sync.ranks.size)]
+        each: list[State] = [{name: rows[rank] for name, rows in gathered_rows.items()} for rank in range(world.size)]
         trees["memory"] = {**trees["memory"], **as_tensors(join_rows(each))}
     return replace(saved, trees=trees)
 
@@ -246,7 +246,7 @@ def write(
     run: Run, job: Job, progress: Progress, saved: Contents, *, reason: str, metrics: dict[str, float], seq: int
 ) -> Path:
     """Write one checkpoint, then let go of what retention does not keep. May run beside the training it is of."""
-    config, tokenizer, n_ranks = job.config, job.corpus.tokenizer, run.team.ranks.size
+    config, tokenizer, n_ranks = job.config, job.corpus.tokenizer, run.world.size
     path = store.save(
         run.checkpoints,
         step=progress.step,

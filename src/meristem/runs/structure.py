@@ -31,12 +31,12 @@ def trainable(
     engine = engine_for(
         model,
         config.distributed,
-        run.team.sync,
+        run.world,
         slow=[parameter for period, level in levels(model).items() if period > 1 for parameter in level],
         # A memory that is carried on gives no gradient to what it began from.
         leaves_out=config.data.order == "sequential",
     )
     optimizer = build_optimizer(model, config.optim)
     optimizer.loss_scale = LossScale(device.device) if device.dtype == torch.float16 else None
-    optimizer.reduce = None if run.team.ranks.size == 1 else run.team.sync.sum
+    optimizer.reduce = None if run.world.size == 1 else run.world.all_reduce
     return TrainingState(model, optimizer, engine, progress, topology)

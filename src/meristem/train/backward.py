@@ -76,9 +76,9 @@ def backward(
             reason = str(error).splitlines()[0] if str(error) else "no reason given"
         # Outside the block that caught it: the error holds on to every tensor of the pass that failed.
         make_room(model, device)
-        n_ranks = engine.sync.ranks.size
+        n_ranks = engine.world.size
         if n_micro_batches >= n_rows or n_ranks > 1:
-            what = "one row" if n_ranks == 1 else f"the {n_rows} rows of process {engine.sync.ranks.rank}"
+            what = "one row" if n_ranks == 1 else f"the {n_rows} rows of process {engine.world.rank}"
             raise OutOfDeviceBytes(
                 f"forward and backward of {what} do not fit on {device.device}: {reason}. "
                 f"{'' if n_ranks == 1 else 'Start more processes, lower data.batch_size, or: '}"
@@ -110,7 +110,7 @@ def _attempt(
     by: AggregateConfig,
 ) -> tuple[torch.Tensor, State | None, dict[str, list[torch.Tensor | None]]]:
     """The loss, the memory, and by objective the gradients that are still to be settled."""
-    n_ranks = engine.sync.ranks.size
+    n_ranks = engine.world.size
     n_targets = max(1, n_ranks * sum(batch.n_targets for batch in batches))
     told = []
     gathered: dict[str, list[torch.Tensor | None]] = {}

@@ -99,7 +99,7 @@ def steps(
         set_rates(optimizer, schedule(done) * now.easing())
         with record_function("data"):
             batches, cursor = _take(stream, now.cursor, config.grad_accum_steps)
-        n_targets = engine.sync.ranks.size * sum(batch.n_targets for batch in batches)
+        n_targets = engine.world.size * sum(batch.n_targets for batch in batches)
         taught = backward(
             state.model,
             batches,
@@ -132,8 +132,8 @@ def steps(
             readings, unread = _read(now.step, unread), []
             now = _count(now, readings, config.max_nonfinite)
         seconds = time.perf_counter() - began
-        told = engine.sync.gather([seconds, sum(batch.n_bytes for batch in batches)])
-        each_s, each_bytes = zip(*told, strict=True)
+        of_ranks = engine.world.all_gather_numbers([seconds, sum(batch.n_bytes for batch in batches)])
+        each_s, each_bytes = zip(*of_ranks, strict=True)
         now = replace(now, seconds_used=now.seconds_used + max(each_s))
         held.state = replace(state, progress=now)
         yield Step(
@@ -177,12 +177,12 @@ def _move(
             raise
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
     # Where one process could not, the others have moved weights for nothing and go back with it.
-    is_moved = not any(failed for (failed,) in engine.sync.gather([update is None]))
+    is_moved = not engine.world.any(update is None)
     if update is not None and is_moved:
         ratio = _largest_ratio(before, weights) if weights else torch.full_like(loss, _UNMEASURED)
-        if is_measured and engine.sync.ranks.size > 1:
-            most = [math.inf if math.isnan(each) else each for (each,) in engine.sync.gather([float(ratio)])]
-            ratio = torch.full_like(loss, max(most))
+        if is_measured and engine.world.size > 1:
+            every = engine.world.all_gather_numbers([float(ratio)])
+            ratio = torch.full_like(loss, max(math.inf if math.isnan(each) else each for (each,) in every))
         return update, ratio
     make_room(engine.model, device)
     raise OutOfDeviceBytes(

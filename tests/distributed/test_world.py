@@ -5,14 +5,14 @@ import torch
 
 from meristem.device.config import DeviceConfig
 from meristem.distributed.config import DistributedConfig, require_shardable
-from meristem.distributed.mesh import Ranks, joined, own_device
+from meristem.distributed.world import World, joined, own_device
 from meristem.errors import AgreementFailed, CapabilityError, ConflictingKeys, WrongValue
 
 
 @pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "RANK": "0"}])
 def test_alone_there_is_nothing_to_join(environment):
-    with joined(DistributedConfig(), DeviceConfig(), environment) as ranks:
-        assert ranks == Ranks(0, 1) and ranks.is_first
+    with joined(DistributedConfig(), DeviceConfig(), environment) as world:
+        assert world == World(0, 1) and world.is_first
         assert not torch.distributed.is_initialized()
 
 
@@ -40,10 +40,10 @@ def test_more_processes_than_gpus_are_refused():
 
 def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    third = Ranks(2, 4, local_rank=2)
+    third = World(2, 4, local_rank=2)
     assert {own_device(third, DeviceConfig(device=name)).device for name in ("auto", "cuda")} == {"cuda:2"}
     assert own_device(third, DeviceConfig(device="cpu")).device == "cpu"
-    assert own_device(Ranks(), DeviceConfig(device="cuda:1")).device == "cuda:1"
+    assert own_device(World(), DeviceConfig(device="cuda:1")).device == "cuda:1"
     with pytest.raises(ConflictingKeys, match="device.device is cuda:1, one GPU, and there are 4 processes"):
         own_device(third, DeviceConfig(device="cuda:1"))
 
