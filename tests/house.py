@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def module(name: str, text: str, is_package: bool = False) -> Module:
     return Module(name, text, ast.parse(text), is_package)
 
 
+@functools.cache
 def modules(folder: Path, prefix: str) -> list[Module]:
     """Every source file below ``folder``, which holds the package ``prefix``."""
     found = []

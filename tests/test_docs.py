@@ -33,6 +33,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
     """In order, in a copy of the tracked files, with the environment that this test itself runs in."""

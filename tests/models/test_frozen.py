@@ -135,7 +135,7 @@ def test_persistent_tokens_are_written_into_a_fresh_memory_also_of_a_frozen_read
     torch.testing.assert_close(state["layer"]["0"]["recall"]["memory"], written["memory"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["lm-mac-4-each", "lm-mag-4-pooled"])
+@pytest.mark.parametrize("name", ["lm-mac-4-each", "lm-mag-2-pooled"])
 def test_a_state_from_before_frozen_tokens_were_counted_reads_on(name):
     model, tokens_bt = grown(name), ids(2)
     _, state = model(tokens_bt[:, :7])

@@ -1,4 +1,4 @@
-"""Every composition with every rule at one, two and four levels keeps the laws that a leak or a lost state breaks."""
+"""A rule of each structure in every composition, with and without levels, and every rule alone: nothing leaks."""
 
 from itertools import product
 
@@ -10,12 +10,15 @@ from meristem.memory.named import rules
 from meristem.models.build import build
 from meristem.models.config import ModelConfig
 from meristem.nn.config import MemoryConfig
-from zoo import preset
+from zoo import KINDS, preset
 
 N_TIME, VOCABULARY = 11, 29
-PERIODS = {1: None, 2: (1, 3), 4: (1, 2, 3, 5)}
+PERIODS = {1: None, 4: (1, 2, 3, 5)}
 COMPOSITIONS = ("mag", "mac", "mal", "memory")
-GRID = [*product(COMPOSITIONS, rules.names(), PERIODS)]
+GRID = [
+    *product(COMPOSITIONS, KINDS, PERIODS),
+    *(("memory", rule, 1) for rule in sorted(set(rules.names()) - set(KINDS))),
+]
 
 
 def settings(composition, rule, n_levels):

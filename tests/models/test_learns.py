@@ -12,11 +12,7 @@ from meristem.models.build import build
 from meristem.models.config import ModelConfig
 from meristem.nn.config import MemoryConfig
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif("'slow' not in config.getoption('markexpr')", reason="minutes each; run with -m slow"),
-]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 N_STEPS, N_ROWS, WINDOW = 272, 16, 256
 

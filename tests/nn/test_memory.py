@@ -315,8 +315,7 @@ def test_delta_inside_mag_teaches_projections_and_gates() -> None:
         assert float((p.grad * along).sum()) == pytest.approx(float((above - below) / 2e-5), rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("'slow' not in config.getoption('markexpr')", reason="seconds, and many; run with -m slow")
+@pytest.mark.long
 def test_delta_inside_mag_trains_for_a_thousand_steps() -> None:
     """S0-M3: every loss is finite, and the last are far below the first."""
     model_part, memory_part = ZOO["preset-delta-mag"]

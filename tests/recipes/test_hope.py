@@ -19,6 +19,8 @@ from meristem.sinks.records import history
 from meristem.train.loss import cross_entropy
 from recipes.small import TEXT, config, write_text
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 HOPE = (
     *("model.mlp_dim=16", "model.levels.count=4", "model.levels.periods=[1, 2, 4, 8]", "tokenizer.kind=byte"),

@@ -20,6 +20,7 @@ def learned(task, **settings):
     return learn(model, task, **({"steps": 3, "batch": 5, "rate": 0.01, "random_seed": 0, "device": CPU} | settings))
 
 
+@pytest.mark.slow
 def test_two_layers_of_attention_learn_to_look_up():
     """Who knows the values of the window but not whose they are is right once in four; induction is right always."""
     found = learned(Associative(16, 15, 4), steps=600, batch=64, rate=0.004)

@@ -25,6 +25,8 @@ from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import Records, history
 from recipes.small import config, write_text
 
+pytestmark = pytest.mark.fault
+
 DAY = datetime.timedelta(days=1)
 SETTINGS = ("train.steps=24", "checkpoint.every=3", "checkpoint.best=0", "eval.every=1000", "eval.n_samples=0")
 IN_A_HURRY = ("train.log_every=3", "checkpoint.every=1000000", "checkpoint.every_s=0.2", "eval.every_s=0.3")

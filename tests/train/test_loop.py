@@ -337,8 +337,8 @@ WAITING = (
 
 UNASKED = (
     *("preset-hope", "preset-hope-attention", "preset-titans-mac", "preset-titans-mag", "preset-titans-mal"),
-    *("lm-mac-4-pooled", "lm-mac-4-each", "lm-mac-shares", "lm-levels-pooled", "lm-self_reference-mlp"),
-    *("lm-mag-kept-gated", "lm-mag-kept-soup", "lm-mag-frequency-output", "lm-mag-frequency-write"),
+    *("lm-mag-2-pooled", "lm-mac-4-each", "lm-levels-pooled", "lm-self_reference-mlp-adaptive-squared"),
+    *("lm-mag-kept-soup", "lm-mag-frequency-output", "lm-mag-frequency-write"),
 )
 """Models of the zoo that have every composition, level and kept memory between them."""
 
