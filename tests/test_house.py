@@ -27,6 +27,7 @@ FLOORS = (
 SIDEWAYS = {
     ("config", "errors"): "the ground stands on one error tree",
     ("plugins", "errors"): "the ground stands on one error tree",
+    ("optim", "memory"): "Newton-Schulz stands once, with the kernels",
     ("bench", "recipes"): "what is measured is a recipe's work",
     ("drills", "recipes"): "a drill breaks something of a recipe",
 }
@@ -37,7 +38,6 @@ EXCEPTIONS: dict[str, str] = {}
 UNCALLED = {
     "meristem.config.text.ignore_aliases": "yaml calls it",
     "meristem.memory.structure.setup_context": "torch.autograd calls it",
-    "meristem.memory.kernels.titans_triton.run_chunks_backward": "the name of its kernel is put together",
     "meristem.distributed.agreement.barrier": "growth meets there before it changes the structure",
 }
 """What nothing in the package names, and why it stays."""
