@@ -6,6 +6,7 @@
 import ast
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ FORBIDDEN_WORDS = {
     "Trainer",
 }
 FORBIDDEN_MODULES = {"utils", "util", "common", "helpers", "helper", "misc"}
+GROWTH = "A part for growth: nothing calls it yet."
+"""Stands in the docstring of a module that waits for growth."""
+REGISTERED = {"command", "callback", "model_validator", "field_validator"}
+"""Decorators that hand a function on to a library, which calls it."""
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -273,6 +278,40 @@ def private_places(name: str, text: str) -> list[str]:
     )
     lines = enumerate(text.splitlines(), start=1)
     return [f"{name}:{number}: {line.strip()[:100]}" for number, line in lines if pattern.search(line)]
+
+
+def uncalled(sources: Iterable[Module]) -> dict[str, str]:
+    """Public functions, methods and classes that nothing outside their own definition names, by module and name.
+
+    A module for growth may wait for its callers, but may not outlive its mark: once other modules import it, the mark
+    has to go.
+    """
+    sources = list(sources)
+    waiting = {source.name for source in sources if GROWTH in (ast.get_docstring(source.tree) or "")}
+    words = Counter(word for source in sources for word in re.findall(r"\w+", source.text))
+    found = {}
+    for source in sources:
+        if source.name in waiting:
+            continue
+        for _, target in imports(source):
+            found |= {
+                name: f"imported by {source.name}, yet marked"
+                for name in waiting
+                if f"{target}.".startswith(f"{name}.")
+            }
+        for node in ast.walk(source.tree):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name[0] == "_":
+                continue
+            used_by = {
+                part.attr if isinstance(part, ast.Attribute) else part.id
+                for decorator in node.decorator_list
+                for part in ast.walk(decorator)
+                if isinstance(part, ast.Attribute | ast.Name)
+            }
+            inside = re.findall(rf"\b{node.name}\b", ast.get_source_segment(source.text, node) or "")
+            if words[node.name] <= len(inside) and not used_by & REGISTERED:
+                found[f"{source.name}.{node.name}"] = "nothing in the package names it"
+    return found
 
 
 def _functions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:

@@ -27,12 +27,20 @@ FLOORS = (
 SIDEWAYS = {
     ("config", "errors"): "the ground stands on one error tree",
     ("plugins", "errors"): "the ground stands on one error tree",
+    ("optim", "memory"): "Newton-Schulz stands once, with the kernels",
     ("bench", "recipes"): "what is measured is a recipe's work",
     ("drills", "recipes"): "a drill breaks something of a recipe",
 }
 
 EXCEPTIONS: dict[str, str] = {}
 """What may go over a ceiling, and why; a key ends in what is measured: ``meristem.room.file.function:lines``."""
+
+UNCALLED = {
+    "meristem.config.text.ignore_aliases": "yaml calls it",
+    "meristem.memory.structure.setup_context": "torch.autograd calls it",
+    "meristem.distributed.agreement.barrier": "growth meets there before it changes the structure",
+}
+"""What nothing in the package names, and why it stays."""
 
 FILLED_INITS = {
     "meristem": "the lazy names load and Session",
@@ -78,6 +86,23 @@ def test_ceilings() -> None:
 )
 def test_package_is_free_of(check: Check) -> None:
     hold(check, PACKAGE)
+
+
+def test_everything_is_called_or_waits_for_growth() -> None:
+    """What only tests call leaves the package, or its module says that growth will call it, and the log lists it."""
+    assert house.uncalled(PACKAGE).keys() == UNCALLED.keys()
+    log = (ROOT / "dev" / "LOG.md").read_text(encoding="utf-8")
+    waiting = [source.name for source in PACKAGE if house.GROWTH in source.text]
+    assert waiting and [name for name in waiting if name.removeprefix("meristem.").replace(".", "/") not in log] == []
+
+
+def test_what_only_tests_call_is_noticed() -> None:
+    alone = planted("def lonely():\n    return lonely()\n\n\ndef used(): pass\n\n\nused()")
+    assert house.uncalled([alone]) == {"meristem.memory.planted.lonely": "nothing in the package names it"}
+    waiting = planted(f'"""Later.\n\n{house.GROWTH}\n"""\ndef lonely(): pass')
+    assert house.uncalled([waiting]) == {}
+    caller = planted("from meristem.memory.planted import lonely", "meristem.memory.caller")
+    assert list(house.uncalled([waiting, caller])) == ["meristem.memory.planted"]
 
 
 def test_no_import_hooks() -> None:

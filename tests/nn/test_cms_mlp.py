@@ -6,10 +6,11 @@ from torch.nn import functional
 
 from meristem.errors import ConflictingKeys
 from meristem.memory.state import flatten
-from meristem.nn.cms_mlp import CMSMLP, build_cms_mlp, cms_mlp_from
+from meristem.nn.cms_mlp import CMSMLP, build_cms_mlp
 from meristem.nn.config import CMSConfig
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.nn.norm import RMSNorm
+from meristem.nn.promotion import cms_mlp_from
 from meristem.optim.groups import levels
 from meristem.optim.period_clock import Clock
 from zoo import grown, ids

@@ -1,14 +1,12 @@
 """Benchmarks as pictures: the training speed of every rule in every form, and what an ablation found."""
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from meristem.bench.trial import Figures
-from meristem.checkpoint.atomic import write_atomic
-from meristem.errors import MissingExtra
+from meristem.evaluate.picture import empty_figure, write_figure
 
 COLOURS: Final = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#d62728", "#17becf", "#bcbd22")
 """One for every form, in the order of their names; more forms go round."""
@@ -25,7 +23,7 @@ def plot_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
     colours = dict(zip(sorted({found["form"] for found in bars}), COLOURS * len(bars), strict=False))
     n_forms = {rule: len({found["form"] for found in bars if found["rule"] == rule}) for rule in rules}
     height = 1.5 + 0.17 * sum(n + 1 for n in n_forms.values())
-    figure = _figure(path, 1.5 + 6.5 * len(panels), height)
+    figure = empty_figure(path, 1.5 + 6.5 * len(panels), height)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         _draw_panel(axes, [found for found in bars if (found["width"], found["n_time"]) == panel], n_forms, colours)
         axes.set_title(f"width {panel[0]}, windows of {panel[1]:,} tokens", fontsize="medium")
@@ -33,12 +31,12 @@ def plot_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
     figure.legend(
         handles=handles, loc="outside upper center", ncols=min(len(colours), 5 * len(panels)), fontsize="small"
     )
-    _write(path, figure)
+    write_figure(path, figure)
 
 
 def plot_ablation(path: Path, found: Mapping[str, Sequence[Figures]]) -> None:
     """Write the mean held-out curves of all variants, and beside them every end with the mean over starts, as a PNG."""
-    figure = _figure(path, 11, max(4.0, 1.5 + 0.35 * len(found)))
+    figure = empty_figure(path, 11, max(4.0, 1.5 + 0.35 * len(found)))
     curves, ends = figure.subplots(1, 2)
     for place, (name, starts) in enumerate(found.items()):
         colour, style = f"C{place % 10}", ("-", "--", ":")[place // 10 % 3]
@@ -56,28 +54,7 @@ def plot_ablation(path: Path, found: Mapping[str, Sequence[Figures]]) -> None:
     ends.set_xlim(min(all_bits) - room, max(all_bits) + room / 4)
     ends.set_xlabel("bits per byte at the end; a point for every start\n(the axis does not begin at 0)")
     curves.legend(fontsize="x-small")
-    _write(path, figure)
-
-
-def _write(path: Path, figure: Any) -> None:
-    png = io.BytesIO()
-    figure.canvas.print_png(png)
-    write_atomic(path, png.getvalue())
-
-
-def _figure(path: Path, width: float, height: float) -> Any:
-    """An empty figure with a canvas and without pyplot: no global state, no display, nothing left behind."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as cause:
-        raise MissingExtra(
-            f"matplotlib is not installed, so {path.name} cannot be drawn. Run: pip install 'meristem[plot]'",
-            extra="plot",
-        ) from cause
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    write_figure(path, figure)
 
 
 def _draw_panel(

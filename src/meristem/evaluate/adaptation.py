@@ -95,11 +95,6 @@ class Adaptation:
         """The same in bits per byte."""
         return self.first.bits_per_byte - self.second.bits_per_byte
 
-    @property
-    def kept_bits_per_byte(self) -> float:
-        """Bits per byte that the second reading costs less where the memory is kept than where it is reset."""
-        return self.whole.bits_per_byte - self.again.bits_per_byte
-
     def figures(self) -> dict[str, float]:
         """By name, as they are printed."""
         return {

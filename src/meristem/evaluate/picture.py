@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from meristem.checkpoint.atomic import write_atomic
 from meristem.errors import MissingExtra
@@ -15,16 +16,7 @@ def draw_loss(
     path: Path, training: Sequence[Point], held_out: Sequence[Point], baselines: Sequence[tuple[str, float]]
 ) -> None:
     """Write the two curves over tokens as a PNG, with the compressors as level lines."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as cause:
-        raise MissingExtra(
-            f"matplotlib is not installed, so {path.name} cannot be drawn. Run: pip install 'meristem[plot]'",
-            extra="plot",
-        ) from cause
-    # Figure and canvas without pyplot: no global state, no display, nothing left behind.
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = empty_figure(path, 8, 4.5)
     axes = figure.add_subplot()
     axes.plot(*_columns(training), linewidth=0.8, alpha=0.6, label="training batches")
     axes.plot(*_columns(held_out), marker="o", markersize=4, label="held-out text")
@@ -34,9 +26,29 @@ def draw_loss(
     axes.set_ylabel("bits per byte")
     axes.set_ylim(0, _top(training))
     axes.legend(fontsize="small")
+    write_figure(path, figure)
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure as a PNG, whole or not at all."""
     png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
+    figure.canvas.print_png(png)
     write_atomic(path, png.getvalue())
+
+
+def empty_figure(path: Path, width: float, height: float) -> Any:
+    """An empty figure with a canvas and without pyplot: no global state, no display, nothing left behind."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as cause:
+        raise MissingExtra(
+            f"matplotlib is not installed, so {path.name} cannot be drawn. Run: pip install 'meristem[plot]'",
+            extra="plot",
+        ) from cause
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _columns(points: Sequence[Point]) -> tuple[list[int], list[float]]:

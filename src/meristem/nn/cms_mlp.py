@@ -1,6 +1,5 @@
 """Feed-forward layers on each other whose weights are stepped at different speeds (Nested Learning 2512.24695)."""
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meristem.errors import ConflictingKeys
 from meristem.memory.state import State, rows_apart
 from meristem.nn.config import CMSConfig
 from meristem.nn.mlp import Feedforward
@@ -99,26 +97,3 @@ class CMSMLP(nn.Module):
 def build_cms_mlp(width: int, hidden: int, config: CMSConfig) -> CMSMLP:
     """A fresh chain; each level is pre-norm, expand, GELU, project."""
     return CMSMLP([(RMSNorm(width), Feedforward(width, hidden, functional.gelu)) for _ in range(config.count)], config)
-
-
-def cms_mlp_from(layers: Sequence[tuple[nn.Module, nn.Module]], config: CMSConfig) -> CMSMLP:
-    """A chain that adds to a hidden vector exactly what these trained layers added one after the other.
-
-    layers: norm and feed-forward of each, in the order in which a transformer runs ``x + feedforward(norm(x))``. They
-    are copied, norms included. While no level is stepped, the chain returns what that transformer returned (Nested
-    Learning, section 7.3). Raises ConflictingKeys where the settings mean another function of x.
-    """
-    reasons = {
-        f"there are {len(layers)} layers for a count of {config.count}": len(layers) == config.count,
-        "the variant 'independent' gives all levels the same vector": config.variant == "chained",
-        "pooled tokens give slow levels a mean": config.tokens == "each",
-    }
-    found = [reason for reason, is_met in reasons.items() if not is_met]
-    if found:
-        raise ConflictingKeys(
-            f"these settings of model.levels cannot return what the given layers return: {'; '.join(found)}. "
-            f"Set count={len(layers)}, variant=chained and tokens=each.",
-            reasons=found,
-        )
-    copied = [copy.deepcopy(layer) for layer in layers]
-    return CMSMLP(copied if config.order == "fastest" else copied[::-1], config)

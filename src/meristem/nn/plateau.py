@@ -1,4 +1,6 @@
-"""When levels should be promoted: values that are fed with gradient norms and say when it is time (memory.md 6.7)."""
+"""When levels should be promoted: values that are fed with gradient norms and say when it is time (memory.md 6.7).
+A part for growth: nothing calls it yet.
+"""
 
 import statistics
 from dataclasses import dataclass, replace

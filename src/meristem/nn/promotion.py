@@ -1,4 +1,5 @@
 """Levels that are added to a trained module: a fresh fast one below, or a fresh slow one on top (memory.md 6.7).
+A part for growth: nothing calls it yet.
 
 Nothing is changed: a new module comes back, with the names under which the old parameters are found in it, so that an
 optimizer can keep its moments. What a level is given afresh, and vectors with one number per level, are not named. The
@@ -7,13 +8,14 @@ fresh level draws from torch's generator; call inside a named stream.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from meristem.errors import ConflictingKeys
 from meristem.memory.forms.by_chunk import finished
 from meristem.memory.state import State
 from meristem.nn.auxiliary import AUXILIARY
@@ -197,3 +199,26 @@ def _with_one_more(part: Settings) -> Settings:
     if resets:
         changes["reset_after"] = [*resets, resets[-1]]
     return type(part).model_validate(part.model_dump() | changes)
+
+
+def cms_mlp_from(layers: Sequence[tuple[nn.Module, nn.Module]], config: CMSConfig) -> CMSMLP:
+    """A chain that adds to a hidden vector exactly what these trained layers added one after the other.
+
+    layers: norm and feed-forward of each, in the order in which a transformer runs ``x + feedforward(norm(x))``. They
+    are copied, norms included. While no level is stepped, the chain returns what that transformer returned (Nested
+    Learning, section 7.3). Raises ConflictingKeys where the settings mean another function of x.
+    """
+    reasons = {
+        f"there are {len(layers)} layers for a count of {config.count}": len(layers) == config.count,
+        "the variant 'independent' gives all levels the same vector": config.variant == "chained",
+        "pooled tokens give slow levels a mean": config.tokens == "each",
+    }
+    found = [reason for reason, is_met in reasons.items() if not is_met]
+    if found:
+        raise ConflictingKeys(
+            f"these settings of model.levels cannot return what the given layers return: {'; '.join(found)}. "
+            f"Set count={len(layers)}, variant=chained and tokens=each.",
+            reasons=found,
+        )
+    copied = [copy.deepcopy(layer) for layer in layers]
+    return CMSMLP(copied if config.order == "fastest" else copied[::-1], config)

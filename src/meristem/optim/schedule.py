@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from meristem.errors import ConflictingKeys
+from meristem.errors import ConflictingKeys, WrongValue
 from meristem.optim.config import ScheduleConfig, Shape
+from meristem.optim.kinds import Group
 from meristem.optim.multi_period import MultiPeriodOptimizer
-from meristem.optim.view import rate_of
 
 
 @dataclass(frozen=True)
@@ -90,3 +90,15 @@ SHAPES: Final[dict[Shape, Callable[[float, ScheduleConfig], float]]] = {
     "step": _step,
 }
 """``schedule.shape`` to the factor where ``done`` of its course, in [0, 1], is run."""
+
+
+def rate_of(group: Group) -> float:
+    """The highest rate of a group, which the schedule scales. Raises WrongValue where it has none."""
+    if "rate" not in group:
+        name = group.get("name", "without a name")
+        raise WrongValue(
+            f"group {name} of the optimizer has no rate; found {', '.join(sorted(group))}. Give it the highest rate "
+            f"that the schedule shall scale, as group['rate'].",
+            group=name,
+        )
+    return float(group["rate"])

@@ -1,4 +1,6 @@
-"""What an optimizer has gathered for a model, given to one over the model that has grown out of it (memory.md 6.7)."""
+"""What an optimizer has gathered for a model, given to one over the model that has grown out of it (memory.md 6.7).
+A part for growth: nothing calls it yet.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace

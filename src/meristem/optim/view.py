@@ -1,4 +1,6 @@
-"""The groups of an optimizer as others may see them, and the one way to change one while a run goes on."""
+"""The groups of an optimizer as others may see them, and the one way to change one while a run goes on.
+A part for growth: nothing calls it yet.
+"""
 
 import math
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ from meristem.errors import WrongValue
 from meristem.events import Emit, Event
 from meristem.optim.kinds import Group
 from meristem.optim.multi_period import MultiPeriodOptimizer
+from meristem.optim.schedule import rate_of
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,6 @@ def edit(
     changed = {key: [_plain(getattr(before, key)), _plain(value)] for key, value in given.items()}
     emit(Event("optimizer.edited", {"group": name, "changed": changed}))
     return _record(group)
-
-
-def rate_of(group: Group) -> float:
-    """The highest rate of a group, which the schedule scales. Raises WrongValue where it has none."""
-    if "rate" not in group:
-        name = group.get("name", "without a name")
-        raise WrongValue(
-            f"group {name} of the optimizer has no rate; found {', '.join(sorted(group))}. Give it the highest rate "
-            f"that the schedule shall scale, as group['rate'].",
-            group=name,
-        )
-    return float(group["rate"])
 
 
 def _record(group: Group) -> GroupRecord:

@@ -1,4 +1,5 @@
 """One place for deadline, retry, giving up and telemetry, whichever make of worker does the work.
+A part for growth: nothing calls it yet.
 
     outcome = attempt("score", lambda deadline: worker.call(SCORE, plan, deadline.left_s), patience, breaker)
     breaker = outcome.breaker

@@ -157,7 +157,7 @@ def _run_chunks(
 ) -> Solved:
     if kernel is not None:
         given = inverse_nhcs, weights.probe_nhcl, weights.write_nhcl, weights.carry_nhll
-        entering_nhkv, new_nhcv, last_hkv = kernel.walk(key_nhck, value_nhcv, first_hkv, given)
+        entering_nhkv, new_nhcv, last_hkv = kernel.run_chunks(key_nhck, value_nhcv, first_hkv, given)
         return Solved(new_nhcv, inverse_nhcs, torch.cat([entering_nhkv, last_hkv[None]]))
     passing, news = [first_hkv], []
     for n, (key_hck, new_hcv) in enumerate(zip(key_nhck, value_nhcv, strict=True)):
@@ -184,7 +184,9 @@ def _run_chunks_backward(
     read_nhkv = _spread(weights.read_nhcl, query_nhck).mT @ d_read_nhcv
     if kernel is not None:
         given = solved.inverse_nhcs, weights.probe_nhcl, weights.write_nhcl, weights.carry_nhll
-        d_leaving_nhkv, d_value_nhcv, d_first_hkv = kernel.walk_back(key_nhck, d_new_nhcv, d_last_hkv, read_nhkv, given)
+        d_leaving_nhkv, d_value_nhcv, d_first_hkv = kernel.run_chunks_backward(
+            key_nhck, d_new_nhcv, d_last_hkv, read_nhkv, given
+        )
         return d_value_nhcv, torch.cat([d_first_hkv[None], d_leaving_nhkv])
     d_passing, d_values = [d_last_hkv], []
     for n in reversed(range(len(key_nhck))):

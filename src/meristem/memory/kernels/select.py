@@ -57,7 +57,7 @@ def choose_loop(key_nhck: Float[Tensor, "n h c k"], value_nhcv: Float[Tensor, "n
 
 
 def loop_kernel(key_nhck: Float[Tensor, "n h c k"], value_nhcv: Float[Tensor, "n h c v"]) -> ModuleType | None:
-    """The module whose ``walk`` and ``walk_back`` run the chunk loop; None where plain tensor code does."""
+    """The module whose ``run_chunks`` and ``run_chunks_backward`` run the chunk loop, or None for plain tensor code."""
     if choose_loop(key_nhck, value_nhcv) == "reference":
         return None
     from meristem.memory.kernels import titans_triton
