@@ -15,8 +15,8 @@ from meristem.memory.state import clone, flatten
 from meristem.memory.update import updates
 from meristem.models.build import build
 from meristem.nn.config import MemoryConfig
+from meristem.nn.decode import can_decode
 from meristem.nn.memory import MemoryLayer
-from meristem.nn.neural_memory import can_decode
 from meristem.nn.rule import rule_of
 from meristem.plugins import spelled
 from zoo import VOCABULARY, ZOO, grown, ids, preset

@@ -20,9 +20,10 @@ from meristem.memory.rule import write
 from meristem.memory.state import State, clone, flatten, size_bytes, unflatten
 from meristem.memory.structure import Live
 from meristem.nn.config import MemoryCacheConfig, MemoryConfig
+from meristem.nn.decode import can_decode
 from meristem.nn.memory import MemoryLayer
 from meristem.nn.memory_cache import MemoryCache, Shares, with_cache
-from meristem.nn.neural_memory import NeuralMemory, can_decode
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.norm import RMSNorm
 from meristem.serve import store
 

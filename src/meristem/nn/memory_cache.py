@@ -22,8 +22,9 @@ from meristem.memory.forms.frozen_chunk import memory_read
 from meristem.memory.state import Memory, State, full_precision, rows_apart
 from meristem.memory.structure import Live, Pairs, Pullback, Structure, Weights
 from meristem.nn.config import MemoryConfig
+from meristem.nn.decode import can_decode, decode_heads
 from meristem.nn.gates import GateMap
-from meristem.nn.neural_memory import NeuralMemory, can_decode, decode_heads
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.token_pooling import spans
 from meristem.shapes import Hidden, Keys, Queries, Values
 
