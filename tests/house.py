@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from meristem import shapes
@@ -109,6 +110,23 @@ def wrong_floors(
         elif floor_of[room] >= floor_of[source.room]:
             found.append(source.at(node, f"floor {floor_of[source.room]} imports {target} of floor {floor_of[room]}"))
     return found
+
+
+def circles(sources: list[Module]) -> list[str]:
+    """A way through modules that leads back to where it began; empty where there is none."""
+    names = {source.name for source in sources}
+
+    def imported(target: str) -> str:
+        while target and target not in names:
+            target = target.rpartition(".")[0]
+        return target
+
+    graph = {source.name: {imported(target) for _, target in imports(source)} - {source.name} for source in sources}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def too_large(source: Module) -> dict[str, str]:

@@ -13,7 +13,7 @@ from meristem.config import ConfigSection
 
 FLOORS = (
     ("errors", "events", "config", "plugins"),
-    ("shapes", "device", "worker", "checkpoint", "bus", "sinks"),
+    ("shapes", "linalg", "device", "worker", "checkpoint", "bus", "sinks"),
     ("memory", "optim", "data", "safety", "distributed"),
     ("nn",),
     ("models", "adapters"),
@@ -68,6 +68,11 @@ def hold(check: Check, sources: list[house.Module]) -> None:
 def test_floors() -> None:
     """Imports go down only, at any depth of a function and in the texts of registries too."""
     hold(lambda source: house.wrong_floors(source, FLOORS, SIDEWAYS), PACKAGE)
+
+
+def test_no_circles() -> None:
+    """No two modules import each other, directly or through others, at any depth of a function or for types alone."""
+    assert house.circles(PACKAGE) == []
 
 
 def test_ceilings() -> None:
@@ -249,6 +254,26 @@ def test_planted_import_is_found(text: str, name: str, message: str) -> None:
 )
 def test_downward_import_is_allowed(text: str, name: str, is_package: bool) -> None:
     assert house.wrong_floors(planted(text, name, is_package), FLOORS, SIDEWAYS) == []
+
+
+@pytest.mark.parametrize(
+    "text, is_found",
+    [
+        ("from meristem.memory.second import x", True),
+        ("from . import second", True),
+        ("def late():\n    from meristem.memory.third import x", True),
+        ("if TYPE_CHECKING:\n    from meristem.memory.third import X", True),
+        ("from meristem.memory.fourth import x", False),
+    ],
+)
+def test_planted_circle_is_found(text: str, is_found: bool) -> None:
+    others = {
+        "second": "from meristem.memory.third import x",
+        "third": "from meristem.memory.first import x",
+        "fourth": "",
+    }
+    sources = [planted(text, f"meristem.memory.{name}") for name, text in ({"first": text} | others).items()]
+    assert bool(house.circles(sources)) is is_found
 
 
 DEEP = """

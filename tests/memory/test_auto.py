@@ -15,7 +15,7 @@ from meristem.memory.state import flatten
 from meristem.memory.structure import matrix
 from meristem.memory.update import deep_momentum, momentum
 from meristem.nn.config import MemoryConfig
-from meristem.nn.memory import NeuralMemory
+from meristem.nn.neural_memory import NeuralMemory
 
 DECLARED = {
     **dict.fromkeys(("titans_mlp", "moneta", "yaad", "memora", "trellis", "omega_net", "ftrl"), "frozen_chunk"),

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from memory.inputs import HEADS, window
 from meristem.errors import WrongValue
+from meristem.linalg import newton_schulz
 from meristem.memory import Rule, named, scan
 from meristem.memory.bias import (
     SHARPNESS,
@@ -31,7 +32,6 @@ from meristem.memory.bias import (
 )
 from meristem.memory.features import elu1, exponential, features, fourier, identity, polynomial
 from meristem.memory.gates import RowGates
-from meristem.memory.kernels.newton_schulz import newton_schulz
 from meristem.memory.retention import (
     Retention,
     bounded,

@@ -14,7 +14,7 @@ from meristem.memory.rule import read
 from meristem.memory.state import flatten, unflatten
 from meristem.models.online import frozen
 from meristem.nn.gates import GateMap
-from meristem.nn.recall import initial_state
+from meristem.nn.memory import initial_state
 from meristem.nn.self_reference import SelfReference
 from zoo import N_TIME, ZOO, ids, moved, small, small_memory
 

@@ -15,7 +15,7 @@ from meristem.models.build import build
 from meristem.models.config import ModelConfig
 from meristem.models.load import load
 from meristem.nn.config import MemoryConfig
-from meristem.nn.memory import NeuralMemory
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.plugins import spelled
 from zoo import ids
 

@@ -14,8 +14,8 @@ from meristem.nn.auxiliary import AUXILIARY, auxiliary
 from meristem.nn.cms_memory import CMSMemory
 from meristem.nn.config import LevelsConfig, MemoryConfig
 from meristem.nn.frequency import BLOCK, running_mean
-from meristem.nn.memory import NeuralMemory
-from meristem.nn.recall import build_memory
+from meristem.nn.memory import build_memory
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.optim.period_clock import Clock
 
 WIDTH = 12

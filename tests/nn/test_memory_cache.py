@@ -21,8 +21,9 @@ from meristem.memory.state import State, clone, flatten, size_bytes, unflatten
 from meristem.memory.structure import Live
 from meristem.nn.config import MemoryCacheConfig, MemoryConfig
 from meristem.nn.decode import can_decode
-from meristem.nn.memory import MemoryLayer, NeuralMemory
+from meristem.nn.memory import MemoryLayer
 from meristem.nn.memory_cache import MemoryCache, Shares, with_cache
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.norm import RMSNorm
 from meristem.serve import store
 

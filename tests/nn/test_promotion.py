@@ -9,10 +9,10 @@ from meristem.memory.state import flatten
 from meristem.nn.cms_memory import CMSMemory
 from meristem.nn.cms_mlp import CMSMLP, build_cms_mlp
 from meristem.nn.config import CMSConfig, MemoryConfig
-from meristem.nn.memory import NeuralMemory
+from meristem.nn.memory import build_memory
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.plateau import Plateau, Quiet
 from meristem.nn.promotion import carry_state, push_up, push_up_chain, stack_up, stack_up_chain
-from meristem.nn.recall import build_memory
 
 WIDTH = 12
 LEVELS = [

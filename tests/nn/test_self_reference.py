@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from meristem.errors import ConflictingKeys
+from meristem.linalg import unit
 from meristem.memory import Gates, named
 from meristem.memory import scan as scan_rule
 from meristem.memory.state import clone, flatten
 from meristem.memory.structure import Live, Matrix, Mlp, Pairs, outer
 from meristem.models.build import build
 from meristem.nn.config import MemoryConfig, SelfReferenceConfig
-from meristem.nn.self_chunk import GATES, unit
-from meristem.nn.self_decode import can_decode
-from meristem.nn.self_reference import SelfReference
+from meristem.nn.self_chunk import GATES
+from meristem.nn.self_reference import SelfReference, can_decode
 from meristem.nn.self_scan import Meaning, descended, scan
 from meristem.runs.config import load_config
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from meristem.errors import WrongValue
-from meristem.memory.kernels.newton_schulz import newton_schulz
+from meristem.linalg import newton_schulz
 from meristem.optim.adamuon import AdaMuon
 from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build

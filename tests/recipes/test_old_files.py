@@ -17,7 +17,7 @@ from meristem.errors import CheckpointMismatch, CheckpointTooNew
 from meristem.events import silent
 from meristem.models.generate import Sampling
 from meristem.models.load import load
-from meristem.nn.memory import NeuralMemory
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.recipes.pretrain import pretrain
 from meristem.runs.config import Config, load_config
 from meristem.runs.resume import Contents

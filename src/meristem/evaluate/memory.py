@@ -14,8 +14,8 @@ from meristem.memory.forms.frozen_chunk import overshoot
 from meristem.memory.state import State, flatten
 from meristem.models.online import LEARNED
 from meristem.nn.gates import GateMap
-from meristem.nn.memory import NeuralMemory
 from meristem.nn.memory_cache import MemoryCache
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.shapes import Hidden, Tokens
 
 CARRIED = ("momentum", "anchor", "deep", "span", "reset")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from meristem.errors import WrongValue
+from meristem.linalg import unit
 from meristem.memory.gates import RowGates
 from meristem.memory.state import Memory, beside
 from meristem.plugins import Registry
@@ -266,23 +267,20 @@ def sphere(scope: Literal["row", "matrix"] = "row", *, is_tangent: bool = True) 
     """
     axes = (-1,) if scope == "row" else (-2, -1)
 
-    def unit(weight: Tensor) -> Tensor:
-        return weight / (weight.square().sum(dim=axes, keepdim=True) + TINY).sqrt()
-
     def apply(memory: Memory, change: Memory, gates: RowGates) -> Memory:
         after = {}
         for name, part in change.items():
             old = memory[name]
             if is_tangent:
                 part = part - old * (old * part).sum(dim=axes, keepdim=True)
-            after[name] = unit(old + part)
+            after[name] = unit(old + part, axes)
         return after
 
     def first(drawn: Tensor) -> Tensor:
         # A matrix of zeros has no direction.
-        return unit(torch.where(drawn.square().sum(dim=axes, keepdim=True) > 0, drawn, torch.randn_like(drawn)))
+        return unit(torch.where(drawn.square().sum(dim=axes, keepdim=True) > 0, drawn, torch.randn_like(drawn)), axes)
 
-    return Retention("sphere", apply, first=first, settle=unit, has_retain=False)
+    return Retention("sphere", apply, first=first, settle=partial(unit, axes=axes), has_retain=False)
 
 
 retentions: Registry[Callable[..., Retention]] = Registry(

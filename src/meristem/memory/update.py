@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from meristem.linalg import newton_schulz
 from meristem.memory.gates import RowGates
-from meristem.memory.kernels.newton_schulz import newton_schulz
 from meristem.memory.retention import per_head
 from meristem.memory.state import Memory, beside
 from meristem.memory.structure import Surprise, outer

@@ -21,10 +21,9 @@ from meristem.nn.config import MemoryConfig
 from meristem.nn.mac import MemoryAsContext
 from meristem.nn.mag import MemoryAsGate
 from meristem.nn.mal import MemoryAsLayer
-from meristem.nn.memory import MemoryLayer
+from meristem.nn.memory import MemoryLayer, build_memory
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.nn.norm import RMSNorm
-from meristem.nn.recall import build_memory
 from meristem.nn.self_reference import SelfReference
 from meristem.plugins import Registry
 from meristem.shapes import Hidden, Logits, Tokens

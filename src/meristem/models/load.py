@@ -18,7 +18,7 @@ from meristem.models.build import build
 from meristem.models.config import ModelConfig
 from meristem.models.topology import Topology, from_json
 from meristem.nn.config import MemoryConfig
-from meristem.nn.memory import NeuralMemory, RandomMap
+from meristem.nn.neural_memory import NeuralMemory, RandomMap
 from meristem.nn.precision import float32_ids
 from meristem.nn.token_pooling import wide
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from meristem.memory.state import detach as detach
     from meristem.nn.documents import reset_mask as reset_mask
-    from meristem.nn.memory import NeuralMemory as NeuralMemory
+    from meristem.nn.neural_memory import NeuralMemory as NeuralMemory
 
 __all__ = ["NeuralMemory", "detach", "reset_mask"]
 
 _LATER = {
-    "NeuralMemory": "meristem.nn.memory",
+    "NeuralMemory": "meristem.nn.neural_memory",
     "detach": "meristem.memory.state",
     "reset_mask": "meristem.nn.documents",
 }

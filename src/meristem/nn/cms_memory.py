@@ -19,7 +19,7 @@ from meristem.memory.forms.by_chunk import finished
 from meristem.memory.state import State, rows_apart
 from meristem.nn.config import LevelsConfig, MemoryConfig
 from meristem.nn.frequency import Frequency
-from meristem.nn.memory import NeuralMemory
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.norm import RMSNorm
 from meristem.nn.token_pooling import Groups, group_means, hold, spans, wide
 from meristem.shapes import Gate, Hidden

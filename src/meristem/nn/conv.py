@@ -7,14 +7,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from meristem.linalg import inverse_length, precise, unit
 from meristem.memory.state import Memory
 from meristem.shapes import Hidden
 
 NOISE = 0.02
 """Deviation of the first weights from the identity tap."""
-
-TINY = 1e-12
-"""Added to the squared length of a vector that is made a unit, so that zero stays zero."""
 
 
 class CausalConv(nn.Module):
@@ -87,7 +85,7 @@ class FilteredVectors(torch.autograd.Function):
         found = list(_parted(functional.silu(_filtered(padded_bsd, weight_dc)), parts))
         for index in range(n_units):
             vector_bthk = precise(found[index])
-            found[index] = vector_bthk * inverse_length(vector_bthk)
+            found[index] = unit(vector_bthk)
         return tuple(found)
 
     @staticmethod
@@ -112,16 +110,6 @@ def _found_back(mixed_btd: Tensor, sent: tuple[Tensor, ...], parts: tuple[int, i
 def _parted(found_btd: Tensor, parts: tuple[int, int]) -> tuple[Tensor, ...]:
     """The channels as vectors, so many and of so many heads."""
     return found_btd.unflatten(-1, (*parts, -1)).unbind(2)
-
-
-def precise(vector: Tensor) -> Tensor:
-    """In float32 what is of half precision."""
-    return vector.float() if vector.dtype in (torch.bfloat16, torch.float16) else vector
-
-
-def inverse_length(vector: Tensor) -> Tensor:
-    """What makes a vector one of length one."""
-    return (torch.linalg.vector_norm(vector, dim=-1, keepdim=True).square() + TINY).rsqrt()
 
 
 def _unit_back(vector_bthk: Tensor, d_unit_bthk: Tensor) -> Tensor:

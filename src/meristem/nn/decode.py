@@ -1,25 +1,40 @@
-"""A memory that answers one token: what ``NeuralMemory`` does in a fourth of the time, for rules of the linear family.
+"""A memory that reads one token: what ``NeuralMemory`` does in a fourth of the time, for rules of the linear family.
 
-A session that speaks reads one token after another, and there the cost is the number of operations, not their size.
+A session that generates reads one token after another, and there the cost is the number of operations, not their size.
 Nothing here is learned or decided: the same numbers, fewer calls.
 """
 
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from meristem.linalg import unit
 from meristem.memory.forms.exact_chunk import one_token
 from meristem.memory.region import within
+from meristem.memory.rule import Rule
 from meristem.memory.state import State
+from meristem.nn.conv import CausalConv
+from meristem.nn.gates import GateMap
 from meristem.shapes import Hidden
 
-if TYPE_CHECKING:
-    from meristem.nn.memory import NeuralMemory
+
+@runtime_checkable
+class Decodable(Protocol):
+    """What is read here of a ``NeuralMemory``."""
+
+    heads: int
+    is_plain: bool
+    qkv: nn.Linear
+    conv: CausalConv
+    gates: GateMap
+
+    @property
+    def rule(self) -> Rule: ...
 
 
-def can_decode(recall: "NeuralMemory", hidden_btd: Hidden, state: State | None) -> bool:
+def can_decode(recall: Decodable, hidden_btd: Hidden, state: State | None) -> bool:
     """One token, in full precision, outside training, and a rule with a memory of one matrix."""
     if hidden_btd.shape[1] != 1 or state is None or torch.is_grad_enabled() or not recall.is_plain:
         return False
@@ -28,21 +43,19 @@ def can_decode(recall: "NeuralMemory", hidden_btd: Hidden, state: State | None) 
     return is_full and not is_cast and "unfinished" not in state["memory"]
 
 
-def decode(recall: "NeuralMemory", hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
+def decode(recall: Decodable, hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
     """What the memory answers to one token, and the state after it; the state that came in stays as it was."""
     read_bh1v, _, after = decode_heads(recall, hidden_btd, state)
     return read_bh1v.view(hidden_btd.shape[0], 1, -1), after
 
 
-def decode_heads(recall: "NeuralMemory", hidden_btd: Hidden, state: State) -> tuple[Tensor, Tensor, State]:
+def decode_heads(recall: Decodable, hidden_btd: Hidden, state: State) -> tuple[Tensor, Tensor, State]:
     """The same head by head, ``b h 1 v``, and the query that each head asked with, ``b h 1 k``."""
     rule, memory = recall.rule, state["memory"]
     padded_bsd = torch.cat([state["conv"]["tail_bsd"], functional.linear(hidden_btd, recall.qkv.weight)], dim=1)
     mixed_bd = functional.silu((padded_bsd.mT * recall.conv.weight_dc).sum(dim=-1))
     vectors_blhk = mixed_bd.view(mixed_bd.shape[0], 3, recall.heads, -1)
-    pair_blhk = vectors_blhk[:, :2]
-    scale_blh1 = (pair_blhk.square().sum(dim=-1, keepdim=True) + 1e-12).rsqrt()
-    query_bh1k, key_bh1k = (pair_blhk * scale_blh1).unsqueeze(-2).unbind(1)
+    query_bh1k, key_bh1k = unit(vectors_blhk[:, :2]).unsqueeze(-2).unbind(1)
     log_blh11 = functional.logsigmoid(functional.linear(hidden_btd, recall.gates.weight_hd, recall.gates.bias_h))
     log_blh11 = log_blh11.view(mixed_bd.shape[0], -1, recall.heads, 1, 1)
     factors_bh11 = _factors(recall, dict(zip(recall.gates.names, log_blh11.unbind(1), strict=True)))
@@ -51,7 +64,7 @@ def decode_heads(recall: "NeuralMemory", hidden_btd: Hidden, state: State) -> tu
     return read_bh1v, query_bh1k, {"memory": after, "conv": {"tail_bsd": padded_bsd[:, 1:]}}
 
 
-def _factors(recall: "NeuralMemory", logs_bh11: dict[str, Tensor]) -> dict[str, Tensor]:
+def _factors(recall: Decodable, logs_bh11: dict[str, Tensor]) -> dict[str, Tensor]:
     """The gates of a token, of the logarithms of their sigmoids, as ``GateMap`` makes them."""
     gates, write_bh11 = recall.gates, logs_bh11["write"].exp()
     log_momentum_bh11, most_h = logs_bh11.get("momentum"), gates.most_momentum()

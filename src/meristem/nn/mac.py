@@ -12,7 +12,7 @@ from meristem.memory.state import State, rows_apart
 from meristem.nn.attention import Attention, Turns, apply_rope, rope_angles
 from meristem.nn.combine import COMBINATIONS
 from meristem.nn.config import MemoryConfig
-from meristem.nn.recall import build_memory
+from meristem.nn.memory import build_memory
 from meristem.nn.token_pooling import spans
 from meristem.shapes import Hidden, Keys, Queries, Values
 

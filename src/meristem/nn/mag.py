@@ -6,7 +6,7 @@ from meristem.memory.state import State
 from meristem.nn.attention import Attention
 from meristem.nn.combine import COMBINATIONS
 from meristem.nn.config import MemoryConfig
-from meristem.nn.recall import build_memory, initial_state
+from meristem.nn.memory import build_memory, initial_state
 from meristem.shapes import Hidden
 
 

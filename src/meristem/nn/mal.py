@@ -5,8 +5,7 @@ from torch import nn
 from meristem.memory.state import State
 from meristem.nn.attention import Attention
 from meristem.nn.config import MemoryConfig
-from meristem.nn.memory import MemoryLayer
-from meristem.nn.recall import build_memory, initial_state
+from meristem.nn.memory import MemoryLayer, build_memory, initial_state
 from meristem.shapes import Hidden
 
 

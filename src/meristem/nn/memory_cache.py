@@ -24,7 +24,7 @@ from meristem.memory.structure import Live, Pairs, Pullback, Structure, Weights
 from meristem.nn.config import MemoryConfig
 from meristem.nn.decode import can_decode, decode_heads
 from meristem.nn.gates import GateMap
-from meristem.nn.memory import NeuralMemory
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.token_pooling import spans
 from meristem.shapes import Hidden, Keys, Queries, Values
 

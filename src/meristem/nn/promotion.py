@@ -22,7 +22,7 @@ from meristem.nn.auxiliary import AUXILIARY
 from meristem.nn.cms_memory import CMSMemory
 from meristem.nn.cms_mlp import CMSMLP, CMSMLPLevel
 from meristem.nn.config import PERIODS, CMSConfig, LevelsConfig, MemoryConfig
-from meristem.nn.memory import NeuralMemory
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.norm import RMSNorm
 from meristem.shapes import Hidden
 

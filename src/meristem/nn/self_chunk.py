@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from meristem.device.tf32 import exact_products
+from meristem.linalg import solve_unit_lower
 from meristem.memory.state import full_precision
-from meristem.nn.conv import inverse_length
 
 GATES = ("rate", "retain")
 """Memories that say one number."""
@@ -135,7 +135,7 @@ class Substituted(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         system_cs, rows = inputs
         with exact_products():
-            solved = torch.linalg.solve_triangular(system_cs, rows, upper=False, unitriangular=True)
+            solved = solve_unit_lower(system_cs, rows)
         ctx.save_for_backward(system_cs, solved)
         return solved
 
@@ -194,8 +194,3 @@ def chunk_form(made: Projections) -> ChunkForm:
         arriving_c1=((last - total).exp() * made.rate)[..., None],
         kept_11=last.exp()[..., None],
     )
-
-
-def unit(rows: Tensor) -> Tensor:
-    """Rows of length one."""
-    return rows * inverse_length(rows)

@@ -7,11 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from meristem.linalg import unit
 from meristem.memory.bias import dot, squared
 from meristem.memory.gates import LOG_FLOOR
 from meristem.memory.state import Memory
 from meristem.memory.structure import Live, Pairs, Structure, outer
-from meristem.nn.self_chunk import GATES, unit
+from meristem.nn.self_chunk import GATES
 
 Rows = Float[Tensor, "b h t k"]
 HeadBias = Float[Tensor, " h"]

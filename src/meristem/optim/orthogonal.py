@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from meristem.memory.kernels.newton_schulz import newton_schulz
+from meristem.linalg import newton_schulz
 
 
 def orthogonal(matrices: Sequence[Tensor], n_steps: int = 5) -> list[Tensor]:

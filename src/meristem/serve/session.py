@@ -24,7 +24,7 @@ from meristem.memory.state import State, as_tensors, from_tensors, size_bytes
 from meristem.models.generate import Sampling, choose
 from meristem.models.load import numbers, of_today
 from meristem.models.online import Learn, online_reader
-from meristem.nn.memory import NeuralMemory
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.self_reference import SelfReference
 from meristem.serve import store
 from meristem.train.loss import cross_entropy

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import torch
 
+from meristem.linalg import newton_schulz
 from meristem.memory.forms.by_chunk import ByChunk, Window, run_chunks
 from meristem.memory.forms.decay import decay_between
 from meristem.memory.forms.frozen_chunk import decay_at_rate_one, frozen_step
 from meristem.memory.gates import Gates
-from meristem.memory.kernels.newton_schulz import newton_schulz
 from meristem.memory.rule import Rule
 from meristem.memory.state import Memory, State
 from meristem.memory.structure import Live, Pairs

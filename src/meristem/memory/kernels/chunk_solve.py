@@ -27,6 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from meristem.linalg import solve_unit_lower
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -219,10 +221,9 @@ def sooner(rows: Float[Tensor, "n h c ..."]) -> Float[Tensor, "n h c ..."]:
 
 
 def _invert(strict_nhcs: Tensor) -> Tensor:
-    """(I + strict)^-1 by substitution: a product of powers would lose all digits when keys are alike."""
+    """``(I + strict)^-1``."""
     identity_cs = torch.eye(strict_nhcs.shape[-1], dtype=strict_nhcs.dtype, device=strict_nhcs.device)
-    sides_nhcs = identity_cs.expand_as(strict_nhcs)
-    return torch.linalg.solve_triangular(strict_nhcs, sides_nhcs, upper=False, unitriangular=True)
+    return solve_unit_lower(strict_nhcs, identity_cs.expand_as(strict_nhcs))
 
 
 def _spread(weight_nhcl: Tensor, vector_nhck: Tensor) -> Tensor:

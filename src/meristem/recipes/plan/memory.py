@@ -15,7 +15,7 @@ from meristem.memory.rule import Rule
 from meristem.memory.structure import matrix, structures
 from meristem.memory.update import plain, updates
 from meristem.nn.config import MemoryConfig
-from meristem.nn.memory import NeuralMemory
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.plugins import Registry
 from meristem.recipes.plan.report import Fit, FormRow, FormRun, MemoryFigures
 
