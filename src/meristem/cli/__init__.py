@@ -12,9 +12,7 @@ from meristem import __version__
 from meristem.cli import answer, bench, chat, checkpoint, config, data, doctor, evaluate, plugins, runs, sample, train
 from meristem.errors import MeristemError, WrongValue
 
-app = typer.Typer(
-    add_completion=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
-)
+app = typer.Typer(rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
 
 
 @app.callback(invoke_without_command=True)
@@ -30,6 +28,7 @@ def meristem(
       meristem train titans-mag data.source=book.txt
       meristem chat runs/book
       meristem doctor
+      meristem --install-completion
     """
     if version:
         typer.echo(__version__)
@@ -64,7 +63,9 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except (BrokenPipeError, SystemExit):  # typer makes the second of the first
+    except (BrokenPipeError, SystemExit) as ended:  # typer makes the second of the first
+        if isinstance(ended, SystemExit) and not ended.code:  # what a shell asked for was told
+            return 0
         sys.stdout, sys.stderr = streams
         return answer.NOBODY_READS
     except (MeristemError, typer.TyperException) as error:

@@ -16,6 +16,7 @@ from typing import Annotated, Final, TypeVar
 import typer
 
 from meristem import __version__
+from meristem.cli import complete
 from meristem.errors import UNEXPECTED, MeristemError, exit_code
 from meristem.events import Event
 
@@ -24,12 +25,18 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[FILE|KEY=VALUE]...",
+        autocompletion=complete.settings,
         help="More YAML files, the last wins; settings, as data.seq_len=256.",
         show_default=False,
     ),
 ]
 Preset = Annotated[
-    str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset (see `config presets`) or a YAML file.")
+    str,
+    typer.Argument(
+        metavar="PRESET_OR_FILE",
+        autocompletion=complete.presets,
+        help="A preset (see `config presets`) or a YAML file.",
+    ),
 ]
 T = TypeVar("T")
 

@@ -5,11 +5,24 @@ from typing import Annotated, Literal
 
 import typer
 
+from meristem.cli import complete
 from meristem.cli.answer import Json, answer, columns, pairs, tell
 
 app = typer.Typer(help="Look at checkpoints, compare, check and thin them out.")
-Place = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run directory for its newest one.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or its checkpoints directory.")]
+Place = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CKPT",
+        autocompletion=complete.run_directories,
+        help="A checkpoint, or a run directory for its newest one.",
+    ),
+]
+Run = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", autocompletion=complete.run_directories, help="A run directory, or its checkpoints directory."
+    ),
+]
 
 
 @app.command()

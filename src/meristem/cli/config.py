@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from meristem.cli import complete
 from meristem.cli.answer import Json, Overrides, Preset, answer, columns
 
 app = typer.Typer(help="Show the settings of a preset or file, and what may be set.")
@@ -62,7 +63,12 @@ def _leaf(tree: object, key: str) -> object:
 
 @app.command()
 def explain(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="A setting, as data.seq_len, or a section, as data.")],
+    key: Annotated[
+        str,
+        typer.Argument(
+            metavar="KEY", autocompletion=complete.keys, help="A setting, as data.seq_len, or a section, as data."
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Say what a setting means and takes, who sets it, and whether another value makes another run.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meristem.cli import complete
 from meristem.cli.answer import Json, answer, columns, pairs, progress_bytes, size, tell
 from meristem.errors import DataError, ManifestMismatch
 
@@ -27,7 +28,9 @@ def prepare(
     settings: Annotated[
         list[str],
         typer.Argument(
-            metavar="[PRESET_OR_FILE] KEY=VALUE", help="As for `meristem train`; the data and tokenizer keys."
+            metavar="[PRESET_OR_FILE] KEY=VALUE",
+            autocompletion=complete.presets_and_settings,
+            help="As for `meristem train`; the data and tokenizer keys.",
         ),
     ],
     as_json: Json = False,

@@ -8,11 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
+from meristem.cli import complete
 from meristem.cli.answer import Json, answer, columns, pairs, tell
 from meristem.errors import MeristemError, RunError
 
 app = typer.Typer(help="List runs, look at them, compare them, export their metrics.")
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Run = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        autocompletion=complete.run_directories,
+        help="A run directory.",
+    ),
+]
 
 
 @app.command()

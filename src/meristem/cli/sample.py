@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from meristem.cli import complete
 from meristem.cli.answer import Json, json_line, tell, write_text
 from meristem.errors import WrongValue
 
@@ -15,7 +16,12 @@ if TYPE_CHECKING:
     from meristem.serve.session import Session
 
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run directory for its newest one.")
+    Path,
+    typer.Argument(
+        metavar="CKPT",
+        autocompletion=complete.run_directories,
+        help="A checkpoint, or a run directory for its newest one.",
+    ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")]
 Temperature = Annotated[

@@ -174,7 +174,7 @@ def _file_lineage(
     above: tuple[Path, ...] = (),
 ) -> list[FileSettings]:
     """A file after what its line ``base:`` names. above: the files that build on this one, the first of them first."""
-    if path.resolve() in [each.resolve() for each in above]:
+    if os.path.realpath(path) in map(os.path.realpath, above):
         way = " -> ".join(map(str, (*above, path)))
         raise ConfigError(f"config files build on each other: {way}. Remove 'base:' from one.", path=str(path))
     if above and not path.is_file():
