@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memory.inputs import window
-from meristem.memory import named, rule, run
+from memory.inputs import named, window
+from meristem.memory import rule, run
 from meristem.memory.forms import accepting, read_trusted, run_trusted, tnt
 from meristem.memory.named import rules
 from meristem.memory.rule import read
