@@ -104,15 +104,15 @@ def test_a_failure_at_the_end_hides_no_other():
 def test_what_is_read_is_held_from_the_submission_on():
     """Were it held only when the thread begins to write, the next snapshot might already lie in its place."""
     trees = {"model": {"a": torch.ones(64, dtype=torch.uint8)}}
-    ring = SnapshotBuffer(n_snapshots=2, capacity_bytes=needed_bytes(trees), max_bytes=1 << 10)
+    buffer = SnapshotBuffer(n_snapshots=2, capacity_bytes=needed_bytes(trees), max_bytes=1 << 10)
 
     def take(step):
         trees["model"]["a"].fill_(step)
-        return ring.take(trees, {}, step=step, tag="save", is_valid=True)
+        return buffer.take(trees, {}, step=step, tag="save", is_valid=True)
 
     gate, saver = Gate(), Saver()
     snapshot = take(1)
-    saver.submit(gate, done=ignore, reading=ring.pinned(snapshot))
+    saver.submit(gate, done=ignore, reading=buffer.pinned(snapshot))
     for step in range(2, 6):
         take(step)
     assert snapshot.trees["model"]["a"].eq(1).all()
@@ -120,40 +120,40 @@ def test_what_is_read_is_held_from_the_submission_on():
     saver.wait()
     for step in range(6, 8):
         take(step)
-    assert snapshot not in ring.snapshots()
+    assert snapshot not in buffer.snapshots()
 
 
 @pytest.mark.parametrize("broken", ["write", "thread"])
 def test_what_is_read_is_let_go_whatever_fails(monkeypatch, broken):
     """A failed write, or no thread to write in, leaves nothing held."""
     trees = {"model": {"a": torch.ones(3)}}
-    ring, saver = SnapshotBuffer(n_snapshots=1, capacity_bytes=64, max_bytes=64), Saver()
-    snapshot = ring.take(trees, {}, step=1, tag="save", is_valid=True)
+    buffer, saver = SnapshotBuffer(n_snapshots=1, capacity_bytes=64, max_bytes=64), Saver()
+    snapshot = buffer.take(trees, {}, step=1, tag="save", is_valid=True)
     if broken == "thread":
         monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises((OSError, RuntimeError), match="broken"):
-        saver.submit(fail, done=ignore, reading=ring.pinned(snapshot))
+        saver.submit(fail, done=ignore, reading=buffer.pinned(snapshot))
         saver.wait()
     monkeypatch.undo()
     saver.wait()
-    assert ring.take(trees, {}, step=2, tag="save", is_valid=True) is ring.latest()
+    assert buffer.take(trees, {}, step=2, tag="save", is_valid=True) is buffer.latest()
 
 
 def test_a_checkpoint_from_the_ring_is_that_of_its_step(tmp_path):
     """The weights move on while it is written; on the disk is what they were, to the bit."""
     weight = torch.zeros(1 << 20)
     trees = {"model": {"w": weight}}
-    ring = SnapshotBuffer(n_snapshots=2, capacity_bytes=needed_bytes(trees), max_bytes=1 << 24)
+    buffer = SnapshotBuffer(n_snapshots=2, capacity_bytes=needed_bytes(trees), max_bytes=1 << 24)
     with Saver() as saver:
         for step in range(1, 6):
             weight.fill_(step)
-            taken = ring.take(trees, {"step": step}, step=step, tag="save", is_valid=True)
+            taken = buffer.take(trees, {"step": step}, step=step, tag="save", is_valid=True)
 
             def write(taken=taken):
                 named = {"trees": taken.trees, "values": taken.values}
                 return save(tmp_path, step=taken.step, files={}, header={}, **named)
 
-            saver.submit(write, done=ignore, reading=ring.pinned(taken))
+            saver.submit(write, done=ignore, reading=buffer.pinned(taken))
             weight.fill_(-1)
     assert [entry.step for entry in entries(tmp_path)] == [1, 2, 3, 4, 5]
     for entry in entries(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from meristem.checkpoint import snapshots as rings
+from meristem.checkpoint import snapshots as snapshots_module
 from meristem.checkpoint.snapshots import ALIGNMENT_BYTES, SnapshotBuffer, copy_into, needed_bytes
 from meristem.checkpoint.store import open_checkpoint, save
 from meristem.errors import CapabilityError, CheckpointMismatch, ConfigError, QueueFull, SnapshotTooLarge
@@ -42,12 +42,12 @@ def filled(number, n_bytes=64):
     return {"model": {"a": torch.full((n_bytes,), number, dtype=torch.uint8)}}
 
 
-def take(ring, number, *, is_valid=True, n_bytes=64):
-    return ring.take(filled(number, n_bytes), {"number": number}, step=number, tag="interval", is_valid=is_valid)
+def take(buffer, number, *, is_valid=True, n_bytes=64):
+    return buffer.take(filled(number, n_bytes), {"number": number}, step=number, tag="interval", is_valid=is_valid)
 
 
-def steps(ring):
-    return [snapshot.step for snapshot in ring.snapshots()]
+def steps(buffer):
+    return [snapshot.step for snapshot in buffer.snapshots()]
 
 
 def same_bits(a, b):
@@ -100,9 +100,9 @@ def test_la3_a_changed_topology_is_refused_until_it_is_undone():
     """Both snapshots stay what they were; what does not fit is named, and nothing is touched."""
     before = {"model": {"a": torch.ones(3), "b": torch.ones(5)}}
     after = {"model": {"a": torch.full((3,), 2.0), "seed": torch.full((7,), 2.0)}, "garden": {}}
-    ring = ring_for(after)
-    first = ring.take(before, {}, step=1, tag="interval", is_valid=True)
-    second = ring.take(after, {}, step=2, tag="surgery", is_valid=True)
+    buffer = ring_for(after)
+    first = buffer.take(before, {}, step=1, tag="interval", is_valid=True)
+    second = buffer.take(after, {}, step=2, tag="surgery", is_valid=True)
     with pytest.raises(
         CheckpointMismatch, match=r"'b' is absent and was float32 \[5\]; 'seed' is float32 \[7\] and was"
     ):
@@ -110,7 +110,7 @@ def test_la3_a_changed_topology_is_refused_until_it_is_undone():
     assert after["model"]["a"].tolist() == [2.0] * 3
     copy_into(before["model"], first.trees["model"])
     assert list(second.trees) == ["model", "garden"] and second.trees["model"]["seed"].tolist() == [2.0] * 7
-    third = ring.take(before, {}, step=3, tag="interval", is_valid=True)
+    third = buffer.take(before, {}, step=3, tag="interval", is_valid=True)
     assert [list(snapshot.trees["model"]) for snapshot in (second, third)] == [["a", "seed"], ["a", "b"]]
 
 
@@ -129,8 +129,8 @@ def test_every_tensor_comes_back_to_the_bit(kinds, seed):
         bits = (tensor % 2 == 0) if dtype == torch.bool else tensor.to(BYTES.get(dtype, dtype)).view(dtype)
         tree[f"t{number}"] = bits.transpose(0, -1) if is_turned and shape else bits
     trees = {"all": tree, "none": {}}
-    ring = ring_for(trees, n_snapshots=1)
-    taken = ring.take(trees, {}, step=1, tag="interval", is_valid=True).trees["all"]
+    buffer = ring_for(trees, n_snapshots=1)
+    taken = buffer.take(trees, {}, step=1, tag="interval", is_valid=True).trees["all"]
     assert taken.keys() == tree.keys() and all(same_bits(taken[name], tree[name]) for name in tree)
     places = [(tensor.data_ptr(), tensor.nbytes) for tensor in taken.values() if tensor.nbytes]
     assert all(place % ALIGNMENT_BYTES == 0 for place, _ in places)
@@ -144,7 +144,7 @@ def test_every_tensor_comes_back_to_the_bit(kinds, seed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_tensors_come_back_to_the_bit(monkeypatch, dtype, n_threads):
     """Above torch's grain threads of our own copy: odd sizes, cut into uneven pieces, beside small and turned ones."""
-    monkeypatch.setattr(rings, "_PIECE_BYTES", 70_001)
+    monkeypatch.setattr(snapshots_module, "_PIECE_BYTES", 70_001)
     monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
     tensor = torch.randint(-(2**62), 2**62, (257, 129), generator=torch.Generator().manual_seed(7))
     bits = (tensor % 2 == 0) if dtype == torch.bool else tensor.to(BYTES.get(dtype, dtype)).view(dtype)
@@ -243,11 +243,11 @@ def test_values_cannot_be_changed_before_or_after():
 )
 def test_what_the_store_refuses_the_ring_refuses(trees, values, message):
     """In the same words and at once, not later in the thread that writes; the ring is as it was."""
-    ring = ring_for(filled(0), n_snapshots=1)
-    take(ring, 1)
+    buffer = ring_for(filled(0), n_snapshots=1)
+    take(buffer, 1)
     with pytest.raises(ValueError, match=message):
-        ring.take(trees, values, step=2, tag="interval", is_valid=True)
-    assert steps(ring) == [1]
+        buffer.take(trees, values, step=2, tag="interval", is_valid=True)
+    assert steps(buffer) == [1]
 
 
 def test_too_many_bytes_are_refused_before_any_is_taken():
@@ -267,104 +267,107 @@ def test_too_many_bytes_are_refused_before_any_is_taken():
 
 def test_a_buffer_grows_within_the_budget_and_is_counted():
     """What has grown is taken in a larger buffer; beyond the budget it is refused, and what was there stays."""
-    ring = SnapshotBuffer(n_snapshots=2, capacity_bytes=64, max_bytes=320)
-    take(ring, 1)
-    assert (ring.n_enlarged, ring.size_bytes) == (0, 128)
-    large = take(ring, 2, n_bytes=192)
-    assert (ring.n_enlarged, ring.size_bytes) == (1, 256)
+    buffer = SnapshotBuffer(n_snapshots=2, capacity_bytes=64, max_bytes=320)
+    take(buffer, 1)
+    assert (buffer.n_enlarged, buffer.size_bytes) == (0, 128)
+    large = take(buffer, 2, n_bytes=192)
+    assert (buffer.n_enlarged, buffer.size_bytes) == (1, 256)
     with pytest.raises(SnapshotTooLarge, match=r"2 snapshots in memory, 192 bytes each, take 384 bytes in all"):
-        take(ring, 3, n_bytes=192)
-    assert steps(ring) == [1, 2] and (ring.n_enlarged, ring.size_bytes) == (1, 256)
-    assert large.trees["model"]["a"].eq(2).all() and ring.snapshots()[0].trees["model"]["a"].eq(1).all()
+        take(buffer, 3, n_bytes=192)
+    assert steps(buffer) == [1, 2] and (buffer.n_enlarged, buffer.size_bytes) == (1, 256)
+    assert large.trees["model"]["a"].eq(2).all() and buffer.snapshots()[0].trees["model"]["a"].eq(1).all()
 
 
 def test_the_last_good_one_outlives_any_number_of_bad_ones():
     """However often a sick run is snapshotted, the place to go back to is still there."""
-    ring = ring_for(filled(0))
-    good = take(ring, 1)
+    buffer = ring_for(filled(0))
+    good = take(buffer, 1)
     for number in range(2, 9):
-        take(ring, number, is_valid=False)
-        assert ring.latest() is good and ring.latest(is_valid=False).step == number
+        take(buffer, number, is_valid=False)
+        assert buffer.latest() is good and buffer.latest(is_valid=False).step == number
     assert good.trees["model"]["a"].eq(1).all()
-    ring.discard(good)
-    assert ring.latest() is None
+    buffer.discard(good)
+    assert buffer.latest() is None
 
 
 def test_abandoned_steps_are_forgotten():
     """After going back to step 2 what was taken later belongs to a future that never came."""
-    ring = ring_for(filled(0), n_snapshots=3)
+    buffer = ring_for(filled(0), n_snapshots=3)
     for number in (1, 2, 3):
-        take(ring, number)
-    assert ring.drop_after(2) == 1 and steps(ring) == [1, 2]
-    take(ring, 7)
-    assert steps(ring) == [1, 2, 7]
+        take(buffer, number)
+    assert buffer.drop_after(2) == 1 and steps(buffer) == [1, 2]
+    take(buffer, 7)
+    assert steps(buffer) == [1, 2, 7]
 
 
 def test_a_held_snapshot_is_overwritten_by_none():
     """Another one goes in its place, though it be the newest valid one; when all are held it is said."""
-    ring = ring_for(filled(0))
-    first, second = take(ring, 1), take(ring, 2)
-    with ring.pinned(first):
-        take(ring, 3)
-        assert steps(ring) == [1, 3] and first.trees["model"]["a"].eq(1).all()
-        with ring.pinned(ring.latest()), pytest.raises(QueueFull, match="all 2 .* being read.*rollback.snapshots to 3"):
-            take(ring, 4)
-        assert steps(ring) == [1, 3]
-    with pytest.raises(ValueError, match="overwritten or dropped step 2"), ring.pinned(second):
+    buffer = ring_for(filled(0))
+    first, second = take(buffer, 1), take(buffer, 2)
+    with buffer.pinned(first):
+        take(buffer, 3)
+        assert steps(buffer) == [1, 3] and first.trees["model"]["a"].eq(1).all()
+        with (
+            buffer.pinned(buffer.latest()),
+            pytest.raises(QueueFull, match="all 2 .* being read.*rollback.snapshots to 3"),
+        ):
+            take(buffer, 4)
+        assert steps(buffer) == [1, 3]
+    with pytest.raises(ValueError, match="overwritten or dropped step 2"), buffer.pinned(second):
         pass
 
 
 def test_a_dropped_snapshot_is_read_to_its_end():
     """Going back while a checkpoint is written: what it reads stays as it is, and is no place to go back to."""
-    ring = ring_for(filled(0))
-    late = take(ring, 5)
-    with ring.pinned(late):
-        ring.drop_after(1)
-        take(ring, 2)
-        take(ring, 3)
-        assert steps(ring) == [3] and late.trees["model"]["a"].eq(5).all()
-    take(ring, 4)
-    assert steps(ring) == [3, 4]
+    buffer = ring_for(filled(0))
+    late = take(buffer, 5)
+    with buffer.pinned(late):
+        buffer.drop_after(1)
+        take(buffer, 2)
+        take(buffer, 3)
+        assert steps(buffer) == [3] and late.trees["model"]["a"].eq(5).all()
+    take(buffer, 4)
+    assert steps(buffer) == [3, 4]
 
 
 def test_a_failing_copy_costs_no_other_snapshot(monkeypatch):
     """The one that was to be overwritten is gone; the newest valid one is not."""
-    ring = ring_for(filled(0))
-    take(ring, 1)
-    take(ring, 2)
+    buffer = ring_for(filled(0))
+    take(buffer, 1)
+    take(buffer, 2)
 
     def fail(*_args, **_kwargs):
         raise RuntimeError("device lost")
 
     monkeypatch.setattr(torch, "_foreach_copy_", fail)
     with pytest.raises(RuntimeError, match="device lost"):
-        take(ring, 3)
+        take(buffer, 3)
     monkeypatch.undo()
-    assert steps(ring) == [2]
-    take(ring, 4)
-    assert steps(ring) == [2, 4]
+    assert steps(buffer) == [2]
+    take(buffer, 4)
+    assert steps(buffer) == [2, 4]
 
 
 def test_a_reader_never_sees_two_steps_in_one_snapshot():
     """A thread takes as fast as it can while another reads what it holds: every byte is of the step that it says."""
-    n_bytes, ring = 1 << 16, ring_for(filled(0, 1 << 16), n_snapshots=2)
+    n_bytes, buffer = 1 << 16, ring_for(filled(0, 1 << 16), n_snapshots=2)
     is_over, torn, n_read = threading.Event(), [], 0
 
     def taking():
         number = 0
         while not is_over.is_set():
             number += 1
-            take(ring, number % 251, n_bytes=n_bytes)
+            take(buffer, number % 251, n_bytes=n_bytes)
 
     taker = threading.Thread(target=taking)
     taker.start()
     try:
         while n_read < 300:
-            snapshot = ring.latest()
+            snapshot = buffer.latest()
             if snapshot is None:
                 continue
             try:
-                with ring.pinned(snapshot):
+                with buffer.pinned(snapshot):
                     for _ in range(3):
                         low, high = snapshot.trees["model"]["a"].aminmax()
                         torn += [] if int(low) == int(high) == snapshot.step else [(int(low), int(high), snapshot.step)]
@@ -390,10 +393,10 @@ def test_tensors_of_an_accelerator_come_back():
     device = torch.accelerator.current_accelerator()
     weight = torch.zeros(1 << 20, device=device)
     trees = {"model": {"w": weight, "host": torch.ones(3)}}
-    ring = ring_for(trees, is_pinned=True)
+    buffer = ring_for(trees, is_pinned=True)
     for number in range(1, 9):
         weight.add_(1)
-        taken = ring.take(trees, {}, step=number, tag="interval", is_valid=True)
+        taken = buffer.take(trees, {}, step=number, tag="interval", is_valid=True)
         assert taken.trees["model"]["w"].is_pinned() and taken.trees["model"]["w"].eq(number).all()
     weight.fill_(-1)
     copy_into(trees["model"], taken.trees["model"])
@@ -441,14 +444,14 @@ class SnapshotBufferMachine(RuleBasedStateMachine):
     @initialize(n_snapshots=st.integers(1, 4), size=st.integers(0, 3), room=st.integers(0, 6))
     def begin(self, n_snapshots, size, room):
         max_bytes = 64 * (n_snapshots * size + room)
-        self.ring = SnapshotBuffer(n_snapshots=n_snapshots, capacity_bytes=64 * size, max_bytes=max_bytes)
+        self.buffer = SnapshotBuffer(n_snapshots=n_snapshots, capacity_bytes=64 * size, max_bytes=max_bytes)
         self.naive = NaiveBuffer(n_snapshots, 64 * size, max_bytes)
 
     @rule(target=snapshots, number=st.integers(0, 250), is_valid=st.booleans(), size=st.integers(0, 5))
     def take(self, number, is_valid, size):
         expected = self.naive.take(number, is_valid, 64 * size)
         try:
-            snapshot = take(self.ring, number, is_valid=is_valid, n_bytes=64 * size)
+            snapshot = take(self.buffer, number, is_valid=is_valid, n_bytes=64 * size)
         except QueueFull:
             assert expected == "full"
             return multiple()
@@ -461,7 +464,7 @@ class SnapshotBufferMachine(RuleBasedStateMachine):
     @rule(target=holds, taken=snapshots)
     def hold(self, taken):
         snapshot, entry = taken
-        holding = self.ring.pinned(snapshot)
+        holding = self.buffer.pinned(snapshot)
         places = [place for place in self.naive.places if place["entry"] is entry]
         if not places:
             with pytest.raises(ValueError, match="overwritten or dropped"):
@@ -486,13 +489,13 @@ class SnapshotBufferMachine(RuleBasedStateMachine):
     @rule(step=st.integers(0, 250))
     def drop_after(self, step):
         late = [place for place in self.naive.places if place["entry"] and place["entry"]["step"] > step]
-        assert self.ring.drop_after(step) == len(late)
+        assert self.buffer.drop_after(step) == len(late)
         for place in late:
             place["entry"] = None
 
     @rule(taken=snapshots)
     def discard(self, taken):
-        self.ring.discard(taken[0])
+        self.buffer.discard(taken[0])
         for place in self.naive.places:
             place["entry"] = None if place["entry"] is taken[1] else place["entry"]
 
@@ -500,14 +503,14 @@ class SnapshotBufferMachine(RuleBasedStateMachine):
     def the_same_is_there(self):
         if not hasattr(self, "ring"):
             return
-        found, expected = self.ring.snapshots(), self.naive.entries
+        found, expected = self.buffer.snapshots(), self.naive.entries
         assert len(found) == len(expected)
         for snapshot, entry in zip(found, expected, strict=True):
             self.check(snapshot, entry)
         valid = [snapshot for snapshot in found if snapshot.is_valid]
-        assert self.ring.latest() is (valid[-1] if valid else None)
-        assert self.ring.latest(is_valid=False) is (found[-1] if found else None)
-        assert self.ring.size_bytes == sum(place["size"] for place in self.naive.places) <= self.naive.max_bytes
+        assert self.buffer.latest() is (valid[-1] if valid else None)
+        assert self.buffer.latest(is_valid=False) is (found[-1] if found else None)
+        assert self.buffer.size_bytes == sum(place["size"] for place in self.naive.places) <= self.naive.max_bytes
 
     def check(self, snapshot, entry):
         tensor = snapshot.trees["model"]["a"]

@@ -220,12 +220,12 @@ def test_rows_of_a_batch_never_meet(name: str, form: str) -> None:
     """Law 8: turning the rows turns reads and memory with them, and nothing else."""
     rule = named(name)
     inputs = window(rule, 19, batch=3)
-    turned = {key: x.roll(1, dims=0) for key, x in inputs.leaves().items()}
-    gates = Gates(**{key: turned.get(key) for key in vars(inputs.gates)})
-    memory = {key: turned[key] for key in inputs.memory}
+    rotated = {key: x.roll(1, dims=0) for key, x in inputs.leaves().items()}
+    gates = Gates(**{key: rotated.get(key) for key in vars(inputs.gates)})
+    memory = {key: rotated[key] for key in inputs.memory}
     read_bthv, after = run(rule, *inputs.arguments(), form=form, chunk=8)
     turned_bthv, turned_after = run(
-        rule, memory, turned["keys"], turned["values"], turned["queries"], gates, form=form, chunk=8
+        rule, memory, rotated["keys"], rotated["values"], rotated["queries"], gates, form=form, chunk=8
     )
     torch.testing.assert_close(turned_bthv, read_bthv.roll(1, dims=0), rtol=0, atol=1e-12)
     rolled = {key: x if isinstance(x, int) else x.roll(1, dims=0) for key, x in flatten(after).items()}

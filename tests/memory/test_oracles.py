@@ -94,16 +94,16 @@ def test_a_chunk_flows_as_in_fla() -> None:
     inputs, expected = case("fla_core", "given"), case("fla_core", "titans_chunk")
     gates = (inputs[name].movedim(1, 2) for name in ("retain_bth", "momentum_bth", "write_bth"))
     retain_bhc, momentum_bhc, write_bhc = gates
-    flowing = compute_decay(retain_bhc.log(), momentum_bhc.log(), write_bhc)
+    decay = compute_decay(retain_bhc.log(), momentum_bhc.log(), write_bhc)
     found = {
-        "kept_bhc": flowing.entering_nhcl[..., 0],
-        "kept_bh": flowing.carry_nhll[..., 0, 0],
-        "joined_bhc": flowing.entering_nhcl[..., 1],
-        "joined_bh": flowing.carry_nhll[..., 0, 1],
-        "arriving_bhs": flowing.write_nhcl[..., 0],
-        "reach_bhcs": flowing.intra_nhcs,
-        "moving_bh": flowing.carry_nhll[..., 1, 1],
-        "moved_bhs": flowing.write_nhcl[..., 1],
+        "kept_bhc": decay.entering_nhcl[..., 0],
+        "kept_bh": decay.carry_nhll[..., 0, 0],
+        "joined_bhc": decay.entering_nhcl[..., 1],
+        "joined_bh": decay.carry_nhll[..., 0, 1],
+        "arriving_bhs": decay.write_nhcl[..., 0],
+        "reach_bhcs": decay.intra_nhcs,
+        "moving_bh": decay.carry_nhll[..., 1, 1],
+        "moved_bhs": decay.write_nhcl[..., 1],
     }
     torch.testing.assert_close(found, expected, **DOUBLE)
 

@@ -913,9 +913,9 @@ def test_orthogonal_momentum_keeps_directions_and_levels_lengths() -> None:
     found, after = moved_by(orthogonal_momentum(), row_gates(rate=0.2, keep=0.6))
     before = 0.3 * drawn(2, HEADS, 5, 7, random_seed=7)
     torch.testing.assert_close(after[MOMENTUM], 0.6 * before + outer(surprise_rows()))
-    turned, lengths, directions = torch.linalg.svd(after[MOMENTUM], full_matrices=False)
+    rotated, lengths, directions = torch.linalg.svd(after[MOMENTUM], full_matrices=False)
     assert (lengths[..., -1] / lengths.norm(dim=-1)).min() > 0.01
-    levelled = turned.mT @ (-found / 0.2) @ directions.mT
+    levelled = rotated.mT @ (-found / 0.2) @ directions.mT
     level = levelled.diagonal(dim1=-2, dim2=-1)
     assert 0.65 < level.min() and level.max() < 1.2
     torch.testing.assert_close(levelled, torch.diag_embed(level), rtol=0, atol=1e-10)
@@ -944,9 +944,9 @@ def test_an_update_with_momentum_asks_for_its_gate(name: str) -> None:
 
 def of_spectrum(lengths: Tensor, n_rows: int, n_columns: int) -> Tensor:
     """A matrix with these singular values and random directions."""
-    turned = torch.linalg.qr(drawn(n_rows, len(lengths))).Q
+    rotated = torch.linalg.qr(drawn(n_rows, len(lengths))).Q
     directions = torch.linalg.qr(drawn(n_columns, len(lengths), random_seed=1)).Q
-    return turned @ torch.diag(lengths) @ directions.mT
+    return rotated @ torch.diag(lengths) @ directions.mT
 
 
 SHAPES = [(32, 32), (16, 48), (48, 16)]
@@ -967,8 +967,8 @@ def test_newton_schulz_levels_the_spectrum(n_rows: int, n_columns: int) -> None:
     found = newton_schulz(given)
     lengths = torch.linalg.svdvals(found)
     assert 0.65 < lengths.min() and lengths.max() < 1.2
-    turned, _, directions = torch.linalg.svd(given, full_matrices=False)
-    away = turned.mT @ found @ directions.mT
+    rotated, _, directions = torch.linalg.svd(given, full_matrices=False)
+    away = rotated.mT @ found @ directions.mT
     torch.testing.assert_close(away, torch.diag(away.diagonal()), rtol=0, atol=1e-9)
 
 

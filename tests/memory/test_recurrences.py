@@ -269,11 +269,11 @@ def atlas(rule: Rule, memory: Memory, tokens: list[Token], chunk: int) -> Outcom
     for index, token in enumerate(tokens):
         before, start = live, live if index % chunk == 0 else start
         moving = per_matrix(floored(token.momentum)) * moving + span.surprise({name: start}, token)[name]
-        turned = moving / (moving.square().sum(dim=(-2, -1), keepdim=True) + 1e-30).sqrt()
+        rotated = moving / (moving.square().sum(dim=(-2, -1), keepdim=True) + 1e-30).sqrt()
         for _ in range(5):
-            square = turned @ turned.mT
-            turned = 3.4445 * turned - 4.7750 * square @ turned + 2.0315 * square @ square @ turned
-        live = per_matrix(floored(token.retain)) * live - per_matrix(token.write) * turned
+            square = rotated @ rotated.mT
+            rotated = 3.4445 * rotated - 4.7750 * square @ rotated + 2.0315 * square @ square @ rotated
+        live = per_matrix(floored(token.retain)) * live - per_matrix(token.write) * rotated
         span.goes_on(token)
         reads.append(recalled(rule, {name: before if rule.reads == "before" else live}, token.query))
     return torch.stack(reads, dim=1), {name: live, "matrix_momentum_bhkv": moving} | span.carried()
@@ -286,13 +286,13 @@ def tnt(rule: Rule, memory: Memory, tokens: list[Token], chunk: int) -> Outcome:
     first = {name: memory[name] for name in names}
     reads, memory = [], memory | {beside(name, "reset"): weight for name, weight in first.items()}
     for begin in range(0, len(tokens), chunk):
-        part, turned = tokens[begin : begin + chunk], []
+        part, rotated = tokens[begin : begin + chunk], []
         for index, token in enumerate(part):
             shown = [x.key * (x.key * token.query).sum(dim=-1, keepdim=True) for x in part[: index + 1]]
-            turned.append(replace(token, query=torch.stack(shown).sum(dim=0)))
+            rotated.append(replace(token, query=torch.stack(shown).sum(dim=0)))
         momenta = {beside(name, "momentum"): torch.zeros_like(weight) for name, weight in first.items()}
         local = first | (momenta if rule.update.name == "momentum" else {})
-        read_locally, _ = frozen(rule, local, turned, 16)
+        read_locally, _ = frozen(rule, local, rotated, 16)
         read_globally, memory = frozen(rule, memory, part, chunk, is_stale=True)
         reads.append(read_globally + read_locally)
     return torch.cat(reads, dim=1), memory

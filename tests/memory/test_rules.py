@@ -288,15 +288,15 @@ def test_yaad_with_a_high_threshold_is_the_squared_rule() -> None:
 
 @pytest.mark.parametrize("name", ["lattice", "lattice_encode", "lattice_similarity"])
 def test_slots_keep_their_length_and_their_order_means_nothing(name: str) -> None:
-    """S1-M10: rows of length 1, steps beside the slots; slots and codes turned together leave every read."""
+    """S1-M10: rows of length 1, steps beside the slots; slots and codes rotated together leave every read."""
     rule = named(name)
     inputs = window(rule, 21)
     read_bthv, after = scan(rule, *inputs.arguments())
     lengths = after["slots_bhgk"].norm(dim=-1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-6)
-    turned = {"slots_bhgk": inputs.memory["slots_bhgk"].roll(3, dims=2)}
+    rotated = {"slots_bhgk": inputs.memory["slots_bhgk"].roll(3, dims=2)}
     gates = replace(inputs.gates, code_bthg=inputs.gates.code_bthg.roll(3, dims=-1))
-    turned_bthv, _ = scan(rule, turned, inputs.keys_bthk, inputs.values_bthv, inputs.queries_bthk, gates)
+    turned_bthv, _ = scan(rule, rotated, inputs.keys_bthk, inputs.values_bthv, inputs.queries_bthk, gates)
     torch.testing.assert_close(turned_bthv, read_bthv)
 
 

@@ -10,7 +10,7 @@ from meristem.errors import WrongValue
 from meristem.nn.attention import BLOCK, Attention, apply_rope, rope_angles
 
 
-def turned(keys_bshk):
+def rotated(keys_bshk):
     """Rotary positions, written with complex numbers."""
     keys_bshk = keys_bshk.to(torch.promote_types(keys_bshk.dtype, torch.float32))
     n_time, key_width = keys_bshk.shape[1], keys_bshk.shape[-1]
@@ -36,7 +36,7 @@ def dense(attention, hidden_btd):
     now_t = torch.arange(hidden_btd.shape[1])
     age_ts = now_t[:, None] - now_t
     is_seen_ts = (age_ts >= 0) & (age_ts < (attention.span or math.inf))
-    turn = turned if attention.rope else lambda x: x
+    turn = rotated if attention.rope else lambda x: x
     score_bhts = torch.einsum("bthk,bshk->bhts", turn(query_bthk), turn(key_bshk)).masked_fill(~is_seen_ts, -math.inf)
     if attention.persistent_gd is not None:
         _, first_ghk, first_ghv = parts(attention.persistent_gd)

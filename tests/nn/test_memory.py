@@ -299,9 +299,9 @@ def test_delta_inside_mag_teaches_projections_and_gates() -> None:
         return torch.nn.functional.cross_entropy(model(tokens_bt)[0].flatten(0, 1), targets_bt.flatten())
 
     loss().backward()
-    taught = {path: p for path, p in model.named_parameters() if "recall.qkv" in path or "recall.gates" in path}
-    assert len(taught) == 3 * 2, "projections, and weights and biases of the gates, of two layers"
-    for path, p in taught.items():
+    trained = {path: p for path, p in model.named_parameters() if "recall.qkv" in path or "recall.gates" in path}
+    assert len(trained) == 3 * 2, "projections, and weights and biases of the gates, of two layers"
+    for path, p in trained.items():
         assert p.grad is not None
         n_kinds = 3 if "qkv" in path else 2
         assert all(part.any() for part in p.grad.chunk(n_kinds)), "query, key and value; write and retain"

@@ -110,8 +110,8 @@ def test_groups_of_every_model(name):
             assert {id(p) in decayed for p in group["params"]} == {group["weight_decay"] > 0}
             assert group["lr"] == part.lr * part.level_rate(group["period"])
         for matrices in optimizer.parts[1:]:
-            turned = names(model, [p for group in matrices.param_groups for p in group["params"]])
-            assert turned and not [it for it in turned if any(word in it for word in (*SPARED, "head"))]
+            rotated = names(model, [p for group in matrices.param_groups for p in group["params"]])
+            assert rotated and not [it for it in rotated if any(word in it for word in (*SPARED, "head"))]
 
 
 def test_the_nearest_module_with_a_period_wins():

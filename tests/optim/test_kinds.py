@@ -38,9 +38,9 @@ def after(make, given, start):
 def test_orthogonal_is_newton_schulz_of_each():
     """In one stack or alone, tall or wide, and as the memory's own; singular values end within [.65, 1.2]."""
     matrices = [*gradients(3, 5, 7), *gradients(2, 7, 4), torch.zeros(5, 7, dtype=torch.float64)]
-    for matrix, turned in zip(matrices, orthogonal(matrices), strict=True):
-        torch.testing.assert_close(turned, newton_schulz(matrix), rtol=0, atol=1e-12)
-        singular = torch.linalg.svdvals(turned)
+    for matrix, rotated in zip(matrices, orthogonal(matrices), strict=True):
+        torch.testing.assert_close(rotated, newton_schulz(matrix), rtol=0, atol=1e-12)
+        singular = torch.linalg.svdvals(rotated)
         assert not matrix.any() or (0.65 < singular.min() and singular.max() < 1.2)
 
 
@@ -51,9 +51,9 @@ def test_adamuon_is_the_written_update(is_raw):
     weight, momentum, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for gradient in given:
         momentum = 0.9 * momentum + gradient
-        turned = newton_schulz(momentum if is_raw else momentum.sign())
-        square = 0.8 * square + 0.2 * (gradient if is_raw else turned) ** 2
-        direction = turned / (square.sqrt() + 1e-8)
+        rotated = newton_schulz(momentum if is_raw else momentum.sign())
+        square = 0.8 * square + 0.2 * (gradient if is_raw else rotated) ** 2
+        direction = rotated / (square.sqrt() + 1e-8)
         direction = 0.2 * math.sqrt(5 * 7) * direction / direction.norm()
         weight = weight - 0.01 * (direction + 0.3 * weight)
     settings = {"rate": 0.01, "momentum": 0.9, "beta": 0.8, "weight_decay": 0.3, "is_raw": is_raw}

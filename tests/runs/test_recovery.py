@@ -155,8 +155,8 @@ def test_damaged_snapshot_leads_to_the_disk(text, tmp_path):
     def change(job: Job) -> Job:
         take = SnapshotBuffer.take
 
-        def damaged(ring: SnapshotBuffer, *given: Any, **named: Any) -> Any:
-            snapshot = take(ring, *given, **named)
+        def damaged(buffer: SnapshotBuffer, *given: Any, **named: Any) -> Any:
+            snapshot = take(buffer, *given, **named)
             if named["tag"] != "save":
                 list(snapshot.trees["model"].values())[-1].view(-1)[0] += 1
             return snapshot

@@ -29,7 +29,7 @@ def batch(random_seed: int, *, starts: bool) -> Batch:
     return Batch(rows[:, :-1], rows[:, 1:], n_targets=ROWS * 8, n_bytes=ROWS * 8, starts=starts)
 
 
-def taught(model: nn.Module, n_micro_batches: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor | int], int]:
+def trained(model: nn.Module, n_micro_batches: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor | int], int]:
     """The loss, the gradients and the memory after a step of two batches, the second of which goes on."""
     model.zero_grad()
     done = backward(
@@ -49,8 +49,8 @@ def taught(model: nn.Module, n_micro_batches: int) -> tuple[Tensor, dict[str, Te
 def test_parts_of_a_batch_teach_what_the_whole_does(name):
     """Cut into three uneven parts, a step has the same loss, gradients and memory."""
     model = grown(name)
-    loss, gradients, memory, _ = taught(model, 1)
-    cut_loss, cut_gradients, cut_memory, _ = taught(model, 3)
+    loss, gradients, memory, _ = trained(model, 1)
+    cut_loss, cut_gradients, cut_memory, _ = trained(model, 3)
     torch.testing.assert_close(cut_loss, loss, **ROUNDING)
     torch.testing.assert_close(cut_gradients, gradients, **ROUNDING)
     torch.testing.assert_close(cut_memory, memory, rtol=0, atol=1e-10)
@@ -79,10 +79,10 @@ class Narrow(nn.Module):
 def test_out_of_room_is_tried_again_in_smaller_parts(where):
     """Nothing of the attempts that failed is left, and the number of parts is told for the next step."""
     model = grown("preset-titans-mag")
-    loss, gradients, memory, n_micro_batches = taught(model, 1)
+    loss, gradients, memory, n_micro_batches = trained(model, 1)
     assert n_micro_batches == 1
     narrow = Narrow(model, 2, where)
-    cut_loss, cut_gradients, cut_memory, n_micro_batches = taught(narrow, 1)
+    cut_loss, cut_gradients, cut_memory, n_micro_batches = trained(narrow, 1)
     assert n_micro_batches == 4
     torch.testing.assert_close(cut_loss, loss, **ROUNDING)
     named = {f"model.{name}": gradient for name, gradient in gradients.items()}
@@ -95,7 +95,7 @@ def test_a_row_that_does_not_fit_is_told():
     with pytest.raises(
         OutOfDeviceBytes, match=r"one row do not fit on cpu: no room for another 2 GiB. Lower data\.seq_len"
     ):
-        taught(narrow, 1)
+        trained(narrow, 1)
     assert all(parameter.grad is None for parameter in narrow.parameters())
 
 
@@ -105,7 +105,7 @@ def test_other_errors_pass():
             raise RuntimeError("shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        taught(Broken(2, 2), 1)
+        trained(Broken(2, 2), 1)
 
 
 REAL = """

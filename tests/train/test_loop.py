@@ -423,7 +423,7 @@ def test_resuming_levels_changes_nothing(corpus, cut):
 def test_losses_of_layers_are_taught_and_not_told(corpus):
     """S3-M5: without a budget the gate of a learned frequency hears the text alone, with one it hears that as well."""
 
-    def taught(budget: float) -> tuple[Tensor, float | None]:
+    def trained(budget: float) -> tuple[Tensor, float | None]:
         levels = {"count": 2, "frequency": "output", "budget": budget}
         part = MemoryConfig.model_validate({"head_dim": 8, "levels": levels})
         model = build(ModelConfig(dim=16, n_layers=1, mixer="memory"), part, 256, random_seed=3)
@@ -435,7 +435,7 @@ def test_losses_of_layers_are_taught_and_not_told(corpus):
         (step,) = run(model, stream_of(corpus, batch=2), limit(steps=1))
         return torch.cat([gradient.flatten() for gradient in heard]), step.loss_nats
 
-    (alone, told), (held, told_again) = taught(0.0), taught(100.0)
+    (alone, told), (held, told_again) = trained(0.0), trained(100.0)
     assert told == told_again
     assert (held - alone).norm() > 0.01
 

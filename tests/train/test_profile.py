@@ -37,7 +37,7 @@ from meristem.train.state import Held
 CPU = torch.device("cpu")
 
 
-class Told:
+class Recorded:
     """Keeps the events."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Told:
 
 
 def work(
-    n_steps: int, config: ProfileConfig, directory: Path | None, emit: Told, device: torch.device = CPU
+    n_steps: int, config: ProfileConfig, directory: Path | None, emit: Recorded, device: torch.device = CPU
 ) -> list[int]:
     """Steps that leave a mark with their number; gives those that wrote something."""
     wrote = []
@@ -85,7 +85,7 @@ def marks(trace: Path) -> list[int]:
 )
 def test_l17_exactly_the_steps_that_were_asked_for(tmp_path, wait, warmup, n_active, repeat, windows):
     """Wait, warm up, trace, and that so often; then never again, however long the run goes on."""
-    part, emit = ProfileConfig(steps=n_active, wait=wait, warmup=warmup, repeat=repeat), Told()
+    part, emit = ProfileConfig(steps=n_active, wait=wait, warmup=warmup, repeat=repeat), Recorded()
     wrote = work(20, part, tmp_path, emit)
     assert wrote == [window[-1] for window in windows]
     traces = sorted(tmp_path.glob("*.json"))
@@ -104,7 +104,7 @@ def test_l17_exactly_the_steps_that_were_asked_for(tmp_path, wait, warmup, n_act
 @pytest.mark.parametrize(("n_steps", "n_recorded"), [(1, 0), (4, 0), (5, 1), (6, 2)])
 def test_l17_a_window_that_is_cut_short_says_so(tmp_path, n_steps, n_recorded):
     """What was traced by then is written all the same."""
-    emit = Told()
+    emit = Recorded()
     work(n_steps, ProfileConfig(steps=3), tmp_path, emit)
     assert emit.named("profile.cut_short") == [{"recorded_steps": n_recorded, "wanted_steps": 3, "at_step": n_steps}]
     traces = list(tmp_path.glob("*.json"))
@@ -114,7 +114,7 @@ def test_l17_a_window_that_is_cut_short_says_so(tmp_path, n_steps, n_recorded):
 
 def test_off_does_nothing(tmp_path):
     """No directory, no events, no tracer."""
-    emit = Told()
+    emit = Recorded()
     assert work(3, ProfileConfig(), None, emit) == work(3, ProfileConfig(), tmp_path / "profile", emit) == []
     assert emit.events == [] and not (tmp_path / "profile").exists()
 
@@ -159,7 +159,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def trained(
-    corpus: Corpus, config: ProfileConfig, directory: Path | None, emit: Told
+    corpus: Corpus, config: ProfileConfig, directory: Path | None, emit: Recorded
 ) -> tuple[list[object], list[Tensor]]:
     """Losses and norms of a real run of eight steps, and the weights it ended at."""
     device = resolve(DeviceConfig(device="cpu", dtype="fp32", threads=1), silent)
@@ -187,7 +187,7 @@ def hinder(how: str, directory: Path) -> None:
 @pytest.mark.parametrize("how", ["no directory", "trace", "table"])
 def test_l18_a_failing_exporter_changes_nothing_but_is_told(corpus, tmp_path, how):
     """The same losses and weights to the bit without tracing, with it, and with tracing that fails."""
-    plain, fine, failing = Told(), Told(), Told()
+    plain, fine, failing = Recorded(), Recorded(), Recorded()
     part, place = ProfileConfig(steps=3, repeat=2, warmup=1), tmp_path / "profile"
     hinder(how, place)
     without, weights = trained(corpus, ProfileConfig(), None, plain)
@@ -206,7 +206,7 @@ def test_l18_a_failing_exporter_changes_nothing_but_is_told(corpus, tmp_path, ho
 def test_l18_a_disk_that_is_full_is_told(tmp_path):
     """Torch tells the terminal alone that it wrote nothing; here by a limit on the size of a file. No piece stays."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    emit = Told()
+    emit = Recorded()
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
     try:
         with profiled(ProfileConfig(steps=1, wait=0), tmp_path, CPU, emit) as tick:
@@ -223,7 +223,7 @@ def test_l18_a_disk_that_is_full_is_told(tmp_path):
 
 def test_l18_an_old_trace_does_not_pass_for_a_new_one(tmp_path):
     (tmp_path / "step-000002.json").write_text("of an earlier run")
-    work(2, ProfileConfig(steps=1, wait=0), tmp_path, Told())
+    work(2, ProfileConfig(steps=1, wait=0), tmp_path, Recorded())
     assert marks(tmp_path / "step-000002.json") == [2]
 
 
@@ -234,7 +234,7 @@ def test_l18_a_tracer_that_cannot_start_is_told(tmp_path, monkeypatch):
         raise RuntimeError("another tool traces this process")
 
     for method, what in (("start", "starting"), ("step", "tracing"), ("stop", "stopping")):
-        emit = Told()
+        emit = Recorded()
         with monkeypatch.context() as patched:
             patched.setattr(torch.profiler.profile, method, refuse)
             assert work(6, ProfileConfig(steps=1, wait=0), tmp_path, emit) == ([2] if method == "stop" else [])
@@ -244,7 +244,7 @@ def test_l18_a_tracer_that_cannot_start_is_told(tmp_path, monkeypatch):
 
 def test_an_error_of_training_passes_through(tmp_path):
     """What was traced until then is written."""
-    emit = Told()
+    emit = Recorded()
     with pytest.raises(ZeroDivisionError), profiled(ProfileConfig(steps=3, wait=0), tmp_path, CPU, emit) as tick:
         for step in range(1, 5):
             tick(step)
@@ -258,7 +258,7 @@ def test_an_error_of_training_passes_through(tmp_path):
 def test_l19_what_cannot_be_traced_is_left_out_and_told(tmp_path, monkeypatch, name):
     """A torch that can trace the CPU alone traces a run on another device there, and says so."""
     monkeypatch.setattr(torch.profiler, "supported_activities", lambda: {torch.profiler.ProfilerActivity.CPU})
-    emit = Told()
+    emit = Recorded()
     work(2, ProfileConfig(steps=1, wait=0), tmp_path, emit, torch.device(name))
     kind = name.partition(":")[0]
     assert emit.named("profile.limited") == [{"device": name, "missing": kind, "traced": ["cpu"]}]
@@ -269,7 +269,7 @@ def test_l19_what_cannot_be_traced_is_left_out_and_told(tmp_path, monkeypatch, n
 def test_l19_what_can_be_traced_is(monkeypatch):
     both = {torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA}
     monkeypatch.setattr(torch.profiler, "supported_activities", lambda: both)
-    emit = Told()
+    emit = Recorded()
     assert set(activities(torch.device("cuda:0"), emit)) == both
     assert activities(CPU, emit) == (torch.profiler.ProfilerActivity.CPU,)
     assert emit.events == []
@@ -280,11 +280,11 @@ def test_l21_a_directory_is_needed(tmp_path):
     with pytest.raises(
         ConfigError, match=r"profile.steps is 1, but there is no directory.*Set profile.directory"
     ) as no:
-        work(1, ProfileConfig(steps=1), None, Told())
+        work(1, ProfileConfig(steps=1), None, Recorded())
     assert no.value.fields == {"path": "profile.directory", "value": None}
     part = ProfileConfig(steps=1, wait=0, directory=tmp_path / "mine")
     for given in (None, tmp_path / "yours"):
-        work(2, part, given, Told())
+        work(2, part, given, Recorded())
     assert (tmp_path / "mine" / "step-000002.json").is_file() and not (tmp_path / "yours").exists()
 
 

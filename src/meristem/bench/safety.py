@@ -12,7 +12,7 @@ from meristem.bench.measure import Row
 from meristem.recipes.pretrain import begin, prepare_job, training_steps
 from meristem.runs.config import load_config
 from meristem.runs.directory import opened
-from meristem.runs.recovery import recovery
+from meristem.runs.recovery import recovering
 from meristem.sinks.console import Console
 
 N_STEPS: Final = 100
@@ -28,11 +28,11 @@ def safety(n_repeats: int) -> Iterator[Row]:
         opened(config, Path(place) / "run", Console(json=True), is_new=True) as run,
     ):
         job = prepare_job(run, config, None)
-        with recovery(run, job, begin(run, job, "never", None)) as shelter:
+        with recovering(run, job, begin(run, job, "never", None)) as recovery:
             watched_s = step_s = 0.0
             for step in training_steps(job):
                 began = time.perf_counter()
-                shelter.check(step)
+                recovery.check(step)
                 watched_s += time.perf_counter() - began
                 step_s += step.seconds
                 if step.progress.step % N_STEPS:
@@ -40,9 +40,9 @@ def safety(n_repeats: int) -> Iterator[Row]:
                 # The first interval is the warm-up of everything.
                 if step.progress.step > N_STEPS:
                     shares.append(watched_s / step_s)
-                    saves.append(_seconds(partial(shelter.save, reason="interval", metrics={})))
-                    shelter.wait()
-                    copies.append(_seconds(partial(shelter.snapshot, "interval")))
+                    saves.append(_seconds(partial(recovery.save, reason="interval", metrics={})))
+                    recovery.wait()
+                    copies.append(_seconds(partial(recovery.snapshot, "interval")))
                 watched_s = step_s = 0.0
     share, save, copy = statistics.median(shares), statistics.median(saves), statistics.median(copies)
     note = f"one snapshot in {N_STEPS} steps; each step watched"

@@ -28,11 +28,11 @@ def snapshots(n_repeats: int) -> Iterator[Row]:
     trees = _trees()
     capacity_bytes = needed_bytes(trees)
     touched = medians({"ring": timed(lambda: _ring(capacity_bytes))}, n_repeats=n_repeats, n_warm=0)
-    ring = _ring(capacity_bytes)
+    buffer = _ring(capacity_bytes)
     plain, target = (torch.empty(size_bytes, dtype=torch.uint8).fill_(fill) for fill in (1, 0))
     candidates = {
-        "snapshot": timed(lambda: ring.take(trees, {}, step=1, tag="bench", is_valid=True)),
-        "restore": timed(lambda: _restore(trees, ring)),
+        "snapshot": timed(lambda: buffer.take(trees, {}, step=1, tag="bench", is_valid=True)),
+        "restore": timed(lambda: _restore(trees, buffer)),
         "plain": timed(lambda: target.copy_(plain)),
     }
     seconds = medians(candidates, n_repeats=n_repeats, n_warm=1)
@@ -59,7 +59,7 @@ def _ring(capacity_bytes: int) -> SnapshotBuffer:
     return SnapshotBuffer(n_snapshots=1, capacity_bytes=capacity_bytes, max_bytes=capacity_bytes)
 
 
-def _restore(trees: Mapping[str, Mapping[str, Tensor]], ring: SnapshotBuffer) -> None:
-    for snapshot in ring.snapshots():
+def _restore(trees: Mapping[str, Mapping[str, Tensor]], buffer: SnapshotBuffer) -> None:
+    for snapshot in buffer.snapshots():
         for name, saved in snapshot.trees.items():
             copy_into(trees[name], saved)

@@ -31,7 +31,7 @@ class CMSMemory(nn.Module):
     Every token hears all levels. c: 1 each, 1 / sqrt(their number), or a learned softmax, uniform at the start. a is 1
     unless the frequency of a level is learned (``nn.frequency``).
 
-    is_asked: ``look`` mixes with a learned softmax of its own where answers are mixed so (memory.md 5.3).
+    is_asked: ``read`` mixes with a learned softmax of its own where answers are mixed so (memory.md 5.3).
     State: the number of tokens read, how many of them by a frozen reader, what each level carries, and what the learned
     frequencies carry.
     """

@@ -57,10 +57,10 @@ class MemoryAsContext(nn.Module):
     @rows_apart
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         state = self._fresh(hidden_btd) if state is None else state
-        parts, whole = self._cut(hidden_btd, state["keys_bshk"].shape[1])
+        segments, whole = self._cut(hidden_btd, state["keys_bshk"].shape[1])
         attended, recalled = [], []
-        for part in parts:
-            attended_btd, recalled_btd, state = self._read(part, whole, state)
+        for segment in segments:
+            attended_btd, recalled_btd, state = self._read(segment, whole, state)
             attended.append(attended_btd)
             recalled.append(recalled_btd)
         combined_btd = self.combine(torch.cat(attended, dim=1), torch.cat(recalled, dim=1), hidden_btd)
@@ -75,17 +75,17 @@ class MemoryAsContext(nn.Module):
         empty = hidden_btd.new_zeros(batch, 0, self.attention.heads, width // self.attention.heads)
         return dict.fromkeys(SEEN, empty)
 
-    def _cut(self, hidden_btd: Hidden, n_read: int) -> tuple[list["Part"], "Whole"]:
+    def _cut(self, hidden_btd: Hidden, n_read: int) -> tuple[list["Segment"], "Whole"]:
         """The window in segments, ``n_read`` tokens of the first read before; what does not wait for a memory is done
         here for all of them at once."""
         still_bthk, key_bthk, value_bthv = self.attention.project(hidden_btd)
         query_bthk = still_bthk = still_bthk / math.sqrt(still_bthk.shape[-1])
         sizes = [stop - begin for begin, stop in spans(n_read, hidden_btd.shape[1], self.segment)]
-        turned: list[Turns | None] = [None] * len(sizes)
+        rotated: list[Turns | None] = [None] * len(sizes)
         if self.attention.rope:
             by = rope_angles(still_bthk, n_read, period=self.segment)
             query_bthk, key_bthk = apply_rope(still_bthk, by), apply_rope(key_bthk, by)
-            turned = list(zip(*(x.split(sizes) for x in by), strict=True))
+            rotated = list(zip(*(x.split(sizes) for x in by), strict=True))
         pinned: list[Tensor | None] = [None] * len(sizes)
         pinned_ghv = None
         if self.attention.persistent_gd is not None:
@@ -96,42 +96,42 @@ class MemoryAsContext(nn.Module):
         longest = min(self.segment, n_read + hidden_btd.shape[1])
         is_later_ts = torch.ones(longest, longest, dtype=torch.bool, device=hidden_btd.device).triu(1)
         cut = [x.split(sizes, dim=1) for x in (self.ask(hidden_btd), query_bthk, key_bthk, value_bthv)]
-        parts = [Part(*x) for x in zip(*cut, pinned, turned, strict=True)]
-        return parts, Whole(self.attention.qkv.weight[hidden_btd.shape[-1] :], pinned_ghv, is_later_ts)
+        segments = [Segment(*x) for x in zip(*cut, pinned, rotated, strict=True)]
+        return segments, Whole(self.attention.qkv.weight[hidden_btd.shape[-1] :], pinned_ghv, is_later_ts)
 
-    def _read(self, part: "Part", whole: "Whole", state: State) -> tuple[Hidden, Hidden, State]:
+    def _read(self, segment: "Segment", whole: "Whole", state: State) -> tuple[Hidden, Hidden, State]:
         """What tokens of one segment gather, what the memory recalls when that is written, and the state after them."""
         n_read, heads = state["keys_bshk"].shape[1], self.attention.heads
-        both_btd = functional.linear(self.recall.read(part.asked_btd, state["start"]), whole.weight_fd)
+        both_btd = functional.linear(self.recall.read(segment.asked_btd, state["start"]), whole.weight_fd)
         context_key_bthk, context_value_bthv = both_btd.unflatten(-1, (2, heads, -1)).unbind(2)
-        if part.by is not None:
-            context_key_bthk = apply_rope(context_key_bthk, part.by)
-        new = (part.key_bthk, part.value_bthv, context_key_bthk, context_value_bthv)
+        if segment.by is not None:
+            context_key_bthk = apply_rope(context_key_bthk, segment.by)
+        new = (segment.key_bthk, segment.value_bthv, context_key_bthk, context_value_bthv)
         seen = {name: torch.cat([state[name], x], dim=1) if n_read else x for name, x in zip(SEEN, new, strict=True)}
-        attended_btd = self._attend(part, whole, seen)
+        attended_btd = self._attend(segment, whole, seen)
         read = self.recall if self.is_writing else self.recall.forward_frozen
         recalled_btd, recall = read(attended_btd, state["recall"])
         if n_read + attended_btd.shape[1] == self.segment:
             return attended_btd, recalled_btd, {"recall": recall, "start": recall, **self._empty(attended_btd)}
         return attended_btd, recalled_btd, {"recall": recall, "start": state["start"], **seen}
 
-    def _attend(self, part: "Part", whole: "Whole", seen: State) -> Hidden:
+    def _attend(self, segment: "Segment", whole: "Whole", seen: State) -> Hidden:
         """Each query sees the persistent vectors, and in its segment what came before it and itself, twice."""
-        n_read, n_time = seen["keys_bshk"].shape[1], part.query_bthk.shape[1]
+        n_read, n_time = seen["keys_bshk"].shape[1], segment.query_bthk.shape[1]
         keys_bshk = torch.cat([seen["context_keys_bshk"], seen["keys_bshk"]], dim=1)
         values = [seen["context_values_bshv"], seen["values_bshv"]]
-        score_bhts = torch.einsum("bthk,bshk->bhts", part.query_bthk, keys_bshk)
+        score_bhts = torch.einsum("bthk,bshk->bhts", segment.query_bthk, keys_bshk)
         if n_time > 1:
             is_later_ts = whole.is_later_ts[n_read - n_time : n_read, :n_read]
             score_bhts = score_bhts.masked_fill(is_later_ts.repeat(1, 2), -math.inf)
-        if part.pinned_bhtg is not None and whole.pinned_ghv is not None:
-            score_bhts = torch.cat([part.pinned_bhtg, score_bhts], dim=-1)
+        if segment.pinned_bhtg is not None and whole.pinned_ghv is not None:
+            score_bhts = torch.cat([segment.pinned_bhtg, score_bhts], dim=-1)
             values = [whole.pinned_ghv.expand(len(score_bhts), -1, -1, -1), *values]
         mixed_bthv: Values = torch.einsum("bhts,bshv->bthv", score_bhts.softmax(-1), torch.cat(values, dim=1))
         return mixed_bthv.flatten(2)
 
 
-class Part(NamedTuple):
+class Segment(NamedTuple):
     """A segment or what a window holds of one. ``by``: its turns; pinned_bhtg: scores of the persistent vectors."""
 
     asked_btd: Hidden

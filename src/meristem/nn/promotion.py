@@ -26,19 +26,19 @@ from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.norm import RMSNorm
 from meristem.shapes import Hidden
 
-Made = TypeVar("Made", CMSMemory, CMSMLP)
+Levels = TypeVar("Levels", CMSMemory, CMSMLP)
 Settings = TypeVar("Settings", LevelsConfig, CMSConfig)
 
 
 @dataclass(frozen=True)
-class Grown(Generic[Made]):
+class Grown(Generic[Levels]):
     """A module with one level more.
 
     names: of a parameter before, to its name now, for all that were taken over as they were.
     moved: of a level before, to its number now.
     """
 
-    module: Made
+    module: Levels
     names: Mapping[str, str]
     moved: Mapping[int, int]
 

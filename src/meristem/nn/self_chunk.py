@@ -53,7 +53,7 @@ class WriteSystem(Protocol):
     """The writes ``M <- M (retain - rate a a^T) + rate w a^T`` of the rows of a chunk, each made after the other."""
 
     @property
-    def made(self) -> Projections: ...
+    def projections(self) -> Projections: ...
 
     def new(self, wanted: Tensor, recalled: Tensor) -> Tensor:
         """What each key is found to lack: ``wanted`` w less what it recalls just before its token is written.
@@ -62,7 +62,7 @@ class WriteSystem(Protocol):
         """
         ...
 
-    def met(self, recalled: Tensor, asked: Tensor, address: Tensor, new: Tensor) -> Tensor:
+    def recalled_before(self, recalled: Tensor, asked: Tensor, address: Tensor, new: Tensor) -> Tensor:
         """What each query recalls just before its token is written: ``recalled`` from the memory that enters."""
         ...
 
@@ -86,7 +86,7 @@ class ChunkForm:
     entering memory in the one that leaves.
     """
 
-    made: Projections
+    projections: Projections
     before_c1: Tensor
     reach_cs: Tensor
     system_cs: Tensor
@@ -104,7 +104,7 @@ class ChunkForm:
     def new(self, wanted: Tensor, recalled: Tensor) -> Tensor:
         return self.solve(torch.addcmul(wanted, self.before_c1, recalled, value=-1))
 
-    def met(self, recalled: Tensor, asked: Tensor, address: Tensor, new: Tensor) -> Tensor:
+    def recalled_before(self, recalled: Tensor, asked: Tensor, address: Tensor, new: Tensor) -> Tensor:
         return torch.addcmul((self.reach_cs * (asked @ address.mT)) @ new, self.before_c1, recalled)
 
     def after(self, memory: Tensor, address: Tensor, new: Tensor) -> Tensor:
@@ -123,9 +123,9 @@ class ChunkForm:
 
     def unbound(self) -> "list[ChunkForm]":
         """The chunks that lie behind each other in front."""
-        made, *weights = (x for x in vars(self).values() if x is not None)
-        mades = (Projections(*x) for x in zip(*(x.unbind() for x in vars(made).values()), strict=True))
-        return [ChunkForm(*x) for x in zip(mades, *(x.unbind() for x in weights), strict=True)]
+        projections, *weights = (x for x in vars(self).values() if x is not None)
+        each = (Projections(*x) for x in zip(*(x.unbind() for x in vars(projections).values()), strict=True))
+        return [ChunkForm(*x) for x in zip(each, *(x.unbind() for x in weights), strict=True)]
 
 
 class Substituted(torch.autograd.Function):
@@ -153,14 +153,14 @@ class Substituted(torch.autograd.Function):
 class TokenForm:
     """The write of a single row: nothing was written before it, and there is nothing to solve."""
 
-    made: Projections
+    projections: Projections
     retain_h11: Tensor
     rate_h11: Tensor
 
     def new(self, wanted: Tensor, recalled: Tensor) -> Tensor:
         return wanted - recalled
 
-    def met(self, recalled: Tensor, asked: Tensor, address: Tensor, new: Tensor) -> Tensor:
+    def recalled_before(self, recalled: Tensor, asked: Tensor, address: Tensor, new: Tensor) -> Tensor:
         return recalled
 
     def after(self, memory: Tensor, address: Tensor, new: Tensor) -> Tensor:
@@ -169,28 +169,30 @@ class TokenForm:
     def repeated(self, count: int) -> "TokenForm":
         if count == 1:
             return self
-        return TokenForm(self.made, *(x.repeat_interleave(count, dim=0) for x in (self.retain_h11, self.rate_h11)))
+        return TokenForm(
+            self.projections, *(x.repeat_interleave(count, dim=0) for x in (self.retain_h11, self.rate_h11))
+        )
 
 
-def write_system(made: Projections) -> ChunkForm | TokenForm:
+def write_system(projections: Projections) -> ChunkForm | TokenForm:
     """The writes of a chunk or of a part of one; of many, where chunks lie in front."""
-    if made.key.shape[-2] == 1:
-        return TokenForm(made, made.log_retain.exp()[..., None], made.rate[..., None])
-    return chunk_form(made)
+    if projections.key.shape[-2] == 1:
+        return TokenForm(projections, projections.log_retain.exp()[..., None], projections.rate[..., None])
+    return chunk_form(projections)
 
 
-def chunk_form(made: Projections) -> ChunkForm:
+def chunk_form(projections: Projections) -> ChunkForm:
     """The system of a chunk, or of many behind each other in front."""
-    total = made.log_retain.cumsum(dim=-1)
-    entering, last = total - made.log_retain, total[..., -1:]
+    total = projections.log_retain.cumsum(dim=-1)
+    entering, last = total - projections.log_retain, total[..., -1:]
     # Above the diagonal the difference is positive, would overflow, and is cut off afterwards.
     factor_cs = (entering[..., :, None] - total[..., None, :]).clamp(max=0.0).exp().tril(-1)
-    reach_cs = factor_cs * made.rate[..., None, :]
+    reach_cs = factor_cs * projections.rate[..., None, :]
     return ChunkForm(
-        made=made,
+        projections=projections,
         before_c1=entering.exp()[..., None],
         reach_cs=reach_cs,
-        system_cs=reach_cs * (made.key @ made.key.mT),
-        arriving_c1=((last - total).exp() * made.rate)[..., None],
+        system_cs=reach_cs * (projections.key @ projections.key.mT),
+        arriving_c1=((last - total).exp() * projections.rate)[..., None],
         kept_11=last.exp()[..., None],
     )

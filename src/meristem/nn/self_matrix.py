@@ -42,12 +42,12 @@ class Matrices:
         """The values of ``first`` beside each other."""
         return {"matrix_bhkv": torch.cat([values[f"{name}_hkv"] for name in self.names], dim=-1)[None]}
 
-    def look(self, weights: Memory, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def project(self, weights: Memory, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """What the memories of vectors make of rows, and what those of gates do, ``h c l``."""
         recalled = rows @ weights["matrix_bhkv"]
         width, vectors = rows.shape[-1], [name for name in self.names if name not in GATES]
-        made = dict(zip(vectors, recalled.split(width, dim=-1), strict=False))
-        return made, recalled[..., len(vectors) * width :].unflatten(-1, (len(GATES), width)).mean(dim=-1)
+        projections = dict(zip(vectors, recalled.split(width, dim=-1), strict=False))
+        return projections, recalled[..., len(vectors) * width :].unflatten(-1, (len(GATES), width)).mean(dim=-1)
 
     def write(self, start: Memory, live: Memory, rows: WriteSystem) -> Memory:
         """The memories after the rows of a chunk, or of a part of it.
@@ -55,40 +55,40 @@ class Matrices:
         start: as they were when the chunk began, which make the values. live: as the rows before have left them.
         """
         new, _ = self._new(start, live, rows)
-        return {"matrix_bhkv": rows.after(live["matrix_bhkv"], rows.made.key, new)}
+        return {"matrix_bhkv": rows.after(live["matrix_bhkv"], rows.projections.key, new)}
 
     def read(self, start: Memory, live: Memory, rows: WriteSystem) -> tuple[Tensor, Memory]:
         """What each query recalls just before its token is written, and the memory after the rows."""
-        new, asked = self._new(start, live, rows)[0], rows.made.query
-        read = rows.met(asked @ live["matrix_bhkv"], asked, rows.made.key, new)
-        return read, {"matrix_bhkv": rows.after(live["matrix_bhkv"], rows.made.key, new)}
+        new, asked = self._new(start, live, rows)[0], rows.projections.query
+        read = rows.recalled_before(asked @ live["matrix_bhkv"], asked, rows.projections.key, new)
+        return read, {"matrix_bhkv": rows.after(live["matrix_bhkv"], rows.projections.key, new)}
 
     def read_chunks(self, live: Memory, chunks: ChunkForm) -> tuple[Tensor, Memory]:
         """``read`` of whole chunks behind each other, ``n h c``: two products in order for each, the rest at once.
 
         What is new in a chunk is affine in the memory that enters it: ``N = P M^T + F``.
         """
-        made = chunks.made
-        probe_nhck = -chunks.before_c1 * made.key
+        projections = chunks.projections
+        probe_nhck = -chunks.before_c1 * projections.key
         if self.is_squared:
-            probe_nhck = probe_nhck - made.key
+            probe_nhck = probe_nhck - projections.key
         if self.is_generated:
-            probe_nhck = probe_nhck + made.value
+            probe_nhck = probe_nhck + projections.value
         probe_nhck = chunks.solve(probe_nhck)
-        given_nhcv = None if self.is_generated else chunks.solve(made.value)
-        arriving_nhck = chunks.arriving_c1 * made.key
+        given_nhcv = None if self.is_generated else chunks.solve(projections.value)
+        arriving_nhck = chunks.arriving_c1 * projections.key
         entering_nhkv, last_hkv = RunChunks.apply(
             probe_nhck, given_nhcv, arriving_nhck, chunks.kept_11, live["matrix_bhkv"]
         )
-        mixing_nhcs = chunks.reach_cs * (made.query @ made.key.mT)
-        read_nhcv = torch.addcmul(mixing_nhcs @ probe_nhck, chunks.before_c1, made.query) @ entering_nhkv
+        mixing_nhcs = chunks.reach_cs * (projections.query @ projections.key.mT)
+        read_nhcv = torch.addcmul(mixing_nhcs @ probe_nhck, chunks.before_c1, projections.query) @ entering_nhkv
         if given_nhcv is not None:
             read_nhcv = read_nhcv + mixing_nhcs @ given_nhcv
         return read_nhcv.transpose(0, 1).flatten(1, 2), {"matrix_bhkv": last_hkv}
 
     def _new(self, start: Memory, live: Memory, rows: WriteSystem) -> tuple[Tensor, Tensor]:
         """What is new in each value, and what is recalled for its key."""
-        key, value = rows.made.key, rows.made.value
+        key, value = rows.projections.key, rows.projections.value
         recalled = key @ live["matrix_bhkv"]
         if self.is_generated:
             wanted = (value - key if self.is_squared else value) @ start["matrix_bhkv"]

@@ -63,56 +63,58 @@ class Networks:
         numbers = tuple(name for name in self.names if name in GATES)
         return {"out_bhfv": vectors} | ({"gate_bhfv": numbers} if numbers else {})
 
-    def look(self, weights: Memory, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def project(self, weights: Memory, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """What the memories of vectors make of rows, and what those of gates do, ``h c l``."""
         answers = self._answers(weights, rows, self._apart(functional.gelu(rows @ weights["in_bhkf"])))
         vectors = self._layers["out_bhfv"]
-        made = answers["out_bhfv"].unflatten(0, (-1, len(vectors))).unbind(1)
-        return dict(zip(vectors, made, strict=True)), answers["gate_bhfv"].view(len(rows), len(GATES), -1).mT
+        projections = answers["out_bhfv"].unflatten(0, (-1, len(vectors))).unbind(1)
+        return dict(zip(vectors, projections, strict=True)), answers["gate_bhfv"].view(len(rows), len(GATES), -1).mT
 
     def write(self, start: Memory, live: Memory, rows: WriteSystem) -> Memory:
         """The memories after the rows of a chunk, or of a part of it.
 
         start: as they were when the chunk began. live: as the rows before have left them.
         """
-        seen = self._seen(start, rows.made, self._probes(rows.made))
+        seen = self._seen(start, rows.projections, self._probes(rows.projections))
         return self._written(live, rows, seen, self._new(start, live, rows, seen))
 
     def read(self, start: Memory, live: Memory, rows: WriteSystem) -> tuple[Tensor, Memory]:
         """What each query recalls just before its token is written, and the memory after the rows."""
-        seen, asked = self._seen(start, rows.made, self._probes(rows.made)), rows.made.query
+        seen, asked = self._seen(start, rows.projections, self._probes(rows.projections)), rows.projections.query
         new_hcf = self._new(start, live, rows, seen)
-        asked_hcf = functional.gelu(rows.met(asked @ live["in_bhkf"], asked, rows.made.key, new_hcf))
+        asked_hcf = functional.gelu(rows.recalled_before(asked @ live["in_bhkf"], asked, rows.projections.key, new_hcf))
         written = seen.hidden["out_bhfv"], seen.lacking["out_bhfv"]
-        read = asked + rows.met(asked_hcf @ live["out_bhfv"], asked_hcf, *written)
+        read = asked + rows.recalled_before(asked_hcf @ live["out_bhfv"], asked_hcf, *written)
         return read, self._written(live, rows, seen, new_hcf)
 
     def read_chunks(self, live: Memory, chunks: ChunkForm) -> tuple[Tensor, Memory]:
         """``read`` of whole chunks behind each other, ``n h c``: writes in order, reads at once."""
         entering, news, hidden, lacking = [], [], [], []
-        probes = self._probes(chunks.made).unbind()
+        probes = self._probes(chunks.projections).unbind()
         for chunk, probe_hck in zip(chunks.inverted().unbound(), probes, strict=True):
             entering.append(live)
-            seen = self._seen(live, chunk.made, probe_hck)
+            seen = self._seen(live, chunk.projections, probe_hck)
             news.append(chunk.new(seen.lacking_hcf, seen.reached_hcf))
             hidden.append(seen.hidden["out_bhfv"])
             lacking.append(seen.lacking["out_bhfv"])
             live = self._written(live, chunk, seen, news[-1])
         in_nhkf, out_nhfv = (torch.stack([x[name] for x in entering]) for name in ("in_bhkf", "out_bhfv"))
-        asked_nhck = chunks.made.query
-        met_nhcf = chunks.met(asked_nhck @ in_nhkf, asked_nhck, chunks.made.key, torch.stack(news))
-        asked_nhcf = functional.gelu(met_nhcf)
+        asked_nhck = chunks.projections.query
+        recalled_nhcf = chunks.recalled_before(
+            asked_nhck @ in_nhkf, asked_nhck, chunks.projections.key, torch.stack(news)
+        )
+        asked_nhcf = functional.gelu(recalled_nhcf)
         written = torch.stack(hidden), torch.stack(lacking)
-        read_nhcv = asked_nhck + chunks.met(asked_nhcf @ out_nhfv, asked_nhcf, *written)
+        read_nhcv = asked_nhck + chunks.recalled_before(asked_nhcf @ out_nhfv, asked_nhcf, *written)
         return read_nhcv.transpose(0, 1).flatten(1, 2), live
 
-    def _probes(self, made: Projections) -> Tensor:
+    def _probes(self, projections: Projections) -> Tensor:
         """The rows that the memories at a chunk's start are asked for: keys, and values where they make their own."""
-        return torch.cat([made.key, made.value], dim=-2) if self.is_generated else made.key
+        return torch.cat([projections.key, projections.value], dim=-2) if self.is_generated else projections.key
 
-    def _seen(self, start: Memory, made: Projections, probes: Tensor) -> _Seen:
+    def _seen(self, start: Memory, projections: Projections, probes: Tensor) -> _Seen:
         """Gradients of a chunk's rows at the memories that begin it."""
-        key, value = made.key, made.value
+        key, value = projections.key, projections.value
         sizes = [key.shape[-2], probes.shape[-2] - key.shape[-2]]
         reached = probes @ start["in_bhkf"]
         split = {layer: x.split(sizes, dim=-2) for layer, x in self._apart(functional.gelu(reached)).items()}
@@ -141,11 +143,11 @@ class Networks:
 
     def _new(self, start: Memory, live: Memory, rows: WriteSystem, seen: _Seen) -> Tensor:
         """What is new at each hidden layer: the probe is the live layer's, the gradient that of the chunk's start."""
-        reached_hcf = seen.reached_hcf if start is live else rows.made.key @ live["in_bhkf"]
+        reached_hcf = seen.reached_hcf if start is live else rows.projections.key @ live["in_bhkf"]
         return rows.new(seen.lacking_hcf, reached_hcf)
 
     def _written(self, live: Memory, rows: WriteSystem, seen: _Seen, new_hcf: Tensor) -> Memory:
-        written = {"in_bhkf": rows.after(live["in_bhkf"], rows.made.key, new_hcf)}
+        written = {"in_bhkf": rows.after(live["in_bhkf"], rows.projections.key, new_hcf)}
         for layer, names in self._layers.items():
             written[layer] = rows.repeated(len(names)).after(live[layer], seen.hidden[layer], seen.lacking[layer])
         return written

@@ -39,7 +39,7 @@ class Memories(Protocol):
 
     def joined(self, values: Mapping[str, Tensor]) -> Memory: ...
 
-    def look(self, weights: Memory, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]: ...
+    def project(self, weights: Memory, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]: ...
 
     def write(self, start: Memory, live: Memory, rows: WriteSystem) -> Memory: ...
 
@@ -128,9 +128,9 @@ class SelfReference(KeepsFloat32):
 
     def fresh(self, batch: int) -> State:
         """Every memory at its learned first value."""
-        state: State = {"n_tokens": 0, "asked": _begun(_expanded(self.memory.joined(self.values), batch))}
+        state: State = {"n_tokens": 0, "asked": _first(_expanded(self.memory.joined(self.values), batch))}
         if not self.is_static:
-            state["makers"] = _begun(_expanded(self.makers.joined(self.values), batch))
+            state["makers"] = _first(_expanded(self.makers.joined(self.values), batch))
         return state
 
     def recall(self, rows: Tensor, queries: Tensor | None, memory: State) -> tuple[Tensor, State]:
@@ -144,10 +144,10 @@ class SelfReference(KeepsFloat32):
         batch = len(rows) // self.heads
         after: State = {"n_tokens": n_before + n_time}
         if self.is_static:
-            made = self._made(_folded(_expanded(self.makers.joined(self.values), batch)), rows, queries)
+            projections = self._projections(_folded(_expanded(self.makers.joined(self.values), batch)), rows, queries)
         else:
-            made, after["makers"] = self._make(rows, queries, memory)
-        read, after["asked"] = self._ask(made, memory["asked"], n_before)
+            projections, after["makers"] = self._make(rows, queries, memory)
+        read, after["asked"] = self._read_memory(projections, memory["asked"], n_before)
         return read, after
 
     def _frozen(self, rows: Tensor, queries: Tensor | None, memory: State) -> Tensor:
@@ -156,8 +156,10 @@ class SelfReference(KeepsFloat32):
             start = _folded(_expanded(self.makers.joined(self.values), len(rows) // self.heads))
         else:
             start, _ = _running(memory["makers"], memory["n_tokens"] % self.chunk_other == 0)
-        made, live = self._made(start, rows, queries), _folded(memory["asked"]["live"])
-        void = replace(made, log_retain=torch.zeros_like(made.log_retain), rate=torch.zeros_like(made.rate))
+        projections, live = self._projections(start, rows, queries), _folded(memory["asked"]["live"])
+        void = replace(
+            projections, log_retain=torch.zeros_like(projections.log_retain), rate=torch.zeros_like(projections.rate)
+        )
         return self.memory.read(live, live, write_system(void))[0]
 
     def _make(self, rows: Tensor, queries: Tensor | None, memory: State) -> tuple[Projections, State]:
@@ -167,27 +169,27 @@ class SelfReference(KeepsFloat32):
         parts = []
         for begin, stop in spans(n_before, rows.shape[1], chunk):
             asked = None if queries is None else queries[:, begin:stop]
-            parts.append(self._made(start, rows[:, begin:stop], asked))
+            parts.append(self._projections(start, rows[:, begin:stop], asked))
             live = self.makers.write(start, live, write_system(parts[-1]))
             start = live if (n_before + stop) % chunk == 0 else start
         return Projections.joined(parts), _kept(start, live, len(rows) // self.heads)
 
-    def _made(self, makers: Memory, rows: Tensor, queries: Tensor | None) -> Projections:
-        made, gates_htl = self.makers.look(makers, rows)
+    def _projections(self, makers: Memory, rows: Tensor, queries: Tensor | None) -> Projections:
+        projections, gates_htl = self.makers.project(makers, rows)
         gates_htl = gates_htl + self.bias_hl.repeat(len(rows) // self.heads, 1)[:, None]
         log_retain_ht = functional.logsigmoid(gates_htl[..., 1]).clamp_min(LOG_FLOOR)
         rate_ht = self.eta_scale * functional.softplus(gates_htl[..., 0])
         return Projections(
-            key=unit(made["key"]),
-            value=unit(made["value"]) if self.unit_value else made["value"],
-            query=unit(made["query"]) if queries is None else queries,
+            key=unit(projections["key"]),
+            value=unit(projections["value"]) if self.unit_value else projections["value"],
+            query=unit(projections["query"]) if queries is None else queries,
             log_retain=log_retain_ht,
             rate=rate_ht,
         )
 
-    def _ask(self, made: Projections, memory: State, n_before: int) -> tuple[Tensor, State]:
+    def _read_memory(self, projections: Projections, memory: State, n_before: int) -> tuple[Tensor, State]:
         """What the memory answers to each token before it is written, and the memory after them."""
-        n_time, chunk = made.key.shape[1], self.chunk_memory
+        n_time, chunk = projections.key.shape[1], self.chunk_memory
         start, live = _running(memory, n_before % chunk == 0)
         reads, at = [], 0
         for begin, stop in spans(n_before, n_time, chunk):
@@ -195,13 +197,13 @@ class SelfReference(KeepsFloat32):
                 continue
             if chunk > 1 and stop - begin == chunk:
                 at = begin + (n_time - begin) // chunk * chunk
-                read, live = self.memory.read_chunks(live, chunk_form(made.window(begin, at).chunks(chunk)))
+                read, live = self.memory.read_chunks(live, chunk_form(projections.window(begin, at).chunks(chunk)))
                 start = live
             else:
-                read, live = self.memory.read(start, live, write_system(made.window(begin, stop)))
+                read, live = self.memory.read(start, live, write_system(projections.window(begin, stop)))
                 start = live if (n_before + stop) % chunk == 0 else start
             reads.append(read)
-        batch = len(made.key) // self.heads
+        batch = len(projections.key) // self.heads
         return torch.cat(reads, dim=1) if len(reads) > 1 else reads[0], _kept(start, live, batch)
 
     def _heads(self, mixed_btd: Hidden) -> Tensor:
@@ -219,7 +221,7 @@ def _folded(weights: Memory) -> Memory:
     return {name: x.flatten(0, 1) for name, x in weights.items()}
 
 
-def _begun(weights: Memory) -> State:
+def _first(weights: Memory) -> State:
     return {"start": weights, "live": weights}
 
 
@@ -233,7 +235,7 @@ def _kept(start: Memory, live: Memory, batch: int) -> State:
     """What is carried to the next window; a chunk that begins has one value under both names."""
     after = {name: x.unflatten(0, (batch, -1)) for name, x in live.items()}
     if start is live:
-        return _begun(after)
+        return _first(after)
     return {"start": {name: x.unflatten(0, (batch, -1)) for name, x in start.items()}, "live": after}
 
 

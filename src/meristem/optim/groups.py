@@ -24,12 +24,12 @@ def build(model: nn.Module, config: OptimConfig) -> MultiPeriodOptimizer:
     matrices: list[Group] = []
     rest: list[Group] = []
     for period, parameters in every_level.items():
-        turned = [each for each in parameters if id(each) in decayed - is_end]
+        orthogonalised = [each for each in parameters if id(each) in decayed - is_end]
         shrunk = [each for each in parameters if id(each) in decayed & is_end]
         plain = [each for each in parameters if id(each) not in decayed]
         rate = config.lr * config.level_rate(period)
         common = {"lr": rate, "rate": rate, "period": period}
-        for speed, own in _by_speed(model, turned).items():
+        for speed, own in _by_speed(model, orthogonalised).items():
             group = common | {"name": f"level:{period}:matrix", "params": own, "weight_decay": config.weight_decay}
             of_speed = {"name": f"level:{period}:matrix:{speed}", "every": speed}
             matrices.append(group if speed is None else group | of_speed)

@@ -29,7 +29,7 @@ from meristem.runs.config import Config
 from meristem.runs.directory import Run, directory_for, opened
 from meristem.runs.interrupt import interruptible
 from meristem.runs.logging import Interval, Log
-from meristem.runs.recovery import Recovery, recovery
+from meristem.runs.recovery import Recovery, recovering
 from meristem.runs.report import go_on, write_report, write_samples
 from meristem.runs.resume import (
     Contents,
@@ -102,9 +102,9 @@ def pretrain(
             if planned and planned.training:
                 predicted = {"peak_bytes": planned.needed_bytes, "flops_per_token": planned.training.flops_per_token}
                 run.manifest.update(plan={"predicted": predicted, "measured": None})
-            with answering(job.device.device), recovery(run, job, safety) as shelter:
-                is_interrupted = train(run, job, shelter)
-                return stop(run, job, shelter) if is_interrupted else finish(run, job, shelter)
+            with answering(job.device.device), recovering(run, job, safety) as recovery:
+                is_interrupted = train(run, job, recovery)
+                return stop(run, job, recovery) if is_interrupted else finish(run, job, recovery)
 
 
 def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
@@ -186,7 +186,7 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Saf
     return safety
 
 
-def train(run: Run, job: Job, shelter: Recovery) -> bool:
+def train(run: Run, job: Job, recovery: Recovery) -> bool:
     """Step until a limit is reached, going back where the run is not sound. Whether it was asked to stop before."""
     config, used_s = job.config, job.state.progress.seconds_used
     log = Log(run, job)
@@ -202,16 +202,16 @@ def train(run: Run, job: Job, shelter: Recovery) -> bool:
         is_interrupted = is_asked_to_stop()
         while not job.state.progress.is_over(config.train) and not is_interrupted:
             trouble: RollbackReason | None = None
-            for trouble in train_until_trouble(job, shelter, log):
+            for trouble in train_until_trouble(job, recovery, log):
                 for path in trace(job.state.progress.step):
                     run.view.note(f"profile: {path}")
                 if trouble is None:
-                    evaluate_and_save(run, job, shelter, log, evaluation=evaluation, saving=saving)
+                    evaluate_and_save(run, job, recovery, log, evaluation=evaluation, saving=saving)
                 is_interrupted = is_asked_to_stop()
                 if is_interrupted:
                     break
             if trouble:
-                shelter.roll_back(reason=trouble.reason, n_micro_batches=trouble.n_micro_batches)
+                recovery.roll_back(reason=trouble.reason, n_micro_batches=trouble.n_micro_batches)
                 log.rolled_back()
         is_interrupted = is_asked_to_stop()
     run.view.stop()
@@ -226,12 +226,12 @@ class RollbackReason:
     n_micro_batches: int | None = None
 
 
-def train_until_trouble(job: Job, shelter: Recovery, log: Log) -> Iterator[RollbackReason | None]:
+def train_until_trouble(job: Job, recovery: Recovery, log: Log) -> Iterator[RollbackReason | None]:
     """Steps, each watched: what is wrong after it, which ends them, or None; all are sound where a limit is reached."""
     try:
         for step in training_steps(job):
             log.take(step)
-            reason = shelter.check(step)
+            reason = recovery.check(step)
             yield RollbackReason(reason) if reason else None
             if reason:
                 return
@@ -249,19 +249,19 @@ def training_steps(job: Job) -> Iterator[Step]:
 
 
 def evaluate_and_save(
-    run: Run, job: Job, shelter: Recovery, log: Log, *, evaluation: Interval, saving: Interval
+    run: Run, job: Job, recovery: Recovery, log: Log, *, evaluation: Interval, saving: Interval
 ) -> None:
     """Evaluate and save after a sound step, where either is due."""
     metrics: dict[str, float] = {}
     progress = job.state.progress
-    if evaluation.is_due(progress) and not run.world.broadcast_number(shelter.should_skip_eval()):
+    if evaluation.is_due(progress) and not run.world.broadcast_number(recovery.should_skip_eval()):
         found = measure(run, job, job.config.eval.n_windows)
-        shelter.evaluated(progress.step, found.nats)
+        recovery.evaluated(progress.step, found.nats)
         metrics, log.held_out = ranked(found), found.bits_per_byte
-    if is_best(run, job.config, shelter, metrics):
-        shelter.save(reason="best", metrics=metrics)
+    if is_best(run, job.config, recovery, metrics):
+        recovery.save(reason="best", metrics=metrics)
     elif saving.is_due(progress):
-        shelter.save(reason="interval", metrics=metrics)
+        recovery.save(reason="interval", metrics=metrics)
 
 
 def measure(run: Run, job: Job, n_windows: int, task: str | None = None) -> Likelihood:
@@ -292,38 +292,38 @@ def ranked(found: Likelihood) -> dict[str, float]:
     return {"val/nats": found.nats, "val/bits_per_byte": found.bits_per_byte}
 
 
-def is_best(run: Run, config: Config, shelter: Recovery, metrics: dict[str, float]) -> bool:
+def is_best(run: Run, config: Config, recovery: Recovery, metrics: dict[str, float]) -> bool:
     """Whether something was measured, and nothing that is saved is better."""
     value = metrics.get(config.checkpoint.metric)
     if value is None:
         return False
-    shelter.wait()
+    recovery.wait()
     best = best_so_far(run, config)
     is_better = best is None or (value < best.value if config.checkpoint.direction == "min" else value > best.value)
     # Only the first knows what is on the disk by now.
     return bool(run.world.broadcast_number(is_better))
 
 
-def stop(run: Run, job: Job, shelter: Recovery) -> Result:
+def stop(run: Run, job: Job, recovery: Recovery) -> Result:
     """Leave an interrupted run so that it can go on."""
-    path = shelter.save(reason="signal", metrics={})
-    shelter.wait()
+    path = recovery.save(reason="signal", metrics={})
+    recovery.wait()
     run.end("interrupted", 130)
     progress = job.state.progress
     run.view.note(f"Interrupted at step {progress.step}. The same command goes on from there.")
     return Result("interrupted", run.directory, path, progress.step, progress.tokens, progress.seconds_used)
 
 
-def finish(run: Run, job: Job, shelter: Recovery) -> Result:
+def finish(run: Run, job: Job, recovery: Recovery) -> Result:
     """Use up what waits, save, read more of the held-out text than before, let the model write, and report."""
     job.optimizer.flush()
     part, progress = job.config.eval, job.state.progress
     metrics = ranked(measure(run, job, part.n_windows))
-    path = shelter.save(reason="final", metrics=metrics)
+    path = recovery.save(reason="final", metrics=metrics)
     found = measure(run, job, part.n_windows_end, task="end")
     with job.engine.whole():
         samples = write_samples(run, job) if run.world.is_first else ()
-    shelter.wait()
+    recovery.wait()
     if not run.world.is_first:
         run.end("finished", 0)
         return Result("finished", run.directory, path, progress.step, progress.tokens, progress.seconds_used)

@@ -375,10 +375,10 @@ def _snapshot_buffer(config: RollbackConfig, job: Job, run: Run) -> SnapshotBuff
 
 
 @contextlib.contextmanager
-def recovery(run: Run, job: Job, safety: Safety) -> Iterator[Recovery]:
+def recovering(run: Run, job: Job, safety: Safety) -> Iterator[Recovery]:
     """A shelter for the run while the block lasts."""
-    shelter = Recovery(run, job, safety)
+    recovery = Recovery(run, job, safety)
     try:
-        yield shelter
+        yield recovery
     finally:
-        shelter.close()
+        recovery.close()

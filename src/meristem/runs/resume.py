@@ -219,7 +219,7 @@ def contents(job: Job, safety: Safety, probe_nats: float) -> Contents:
 def gathered(job: Job, saved: Contents) -> Contents:
     """What was just saved of this process, as that of the run. All processes must call; alone it is the same.
 
-    What waits in the optimizer must have been pooled before (``Outer.pool``).
+    What waits in the optimizer must have been pooled before (``MultiPeriodOptimizer.gather_pending``).
     """
     world = job.engine.world
     if world.size == 1:

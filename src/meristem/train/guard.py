@@ -158,14 +158,14 @@ class Baseline:
 class History:
     """A reading and what it is held against.
 
-    usual: None where nothing can be compared: too little was seen, or the reading itself is not finite.
+    baseline: None where nothing can be compared: too little was seen, or the reading itself is not finite.
     uniform_nats: the loss of a guess that gives every token the same chance; None where there is no such thing.
     n_skipped: of the last ``SKIPPED_SPAN`` steps, those that were skipped.
     """
 
     reading: StepStats
     config: GuardConfig
-    usual: Baseline | None
+    baseline: Baseline | None
     uniform_nats: float | None
     n_skipped: int = 0
 
@@ -185,100 +185,102 @@ class Detector:
     is_anomaly: bool = True
 
 
-def _nonfinite(sight: History) -> Figures | None:
+def _nonfinite(history: History) -> Figures | None:
     """Loss or gradient is infinite or no number."""
-    reading = sight.reading
+    reading = history.reading
     return None if reading.is_finite else {"loss_nats": reading.loss_nats, "grad_norm": reading.grad_norm}
 
 
-def _skipped(sight: History) -> Figures | None:
+def _skipped(history: History) -> Figures | None:
     """Too many of the last steps were skipped, though never so many in a row: what is wrong comes back each time."""
     limit = SKIPPED_SHARE * SKIPPED_SPAN
-    if not sight.reading.is_skipped or sight.n_skipped <= limit:
+    if not history.reading.is_skipped or history.n_skipped <= limit:
         return None
-    return {"n_skipped": sight.n_skipped, "n_skipped_limit": limit, "n_steps": SKIPPED_SPAN}
+    return {"n_skipped": history.n_skipped, "n_skipped_limit": limit, "n_steps": SKIPPED_SPAN}
 
 
-def _divergence(sight: History) -> Figures | None:
+def _divergence(history: History) -> Figures | None:
     """The loss is far above the usual, measured in what is usual around it, and by its size.
 
     z = 0.6745 (loss - median) / MAD, with the median of the distances from the median (MAD), which a few wild values
     do not move. The second condition leaves alone a quiet run that becomes a little less quiet.
     """
-    usual, loss = sight.usual, sight.reading.loss_nats
-    if usual is None:
+    baseline, loss = history.baseline, history.reading.loss_nats
+    if baseline is None:
         return None
-    robust_z = _NORMAL_MAD * (loss - usual.median_nats) / usual.spread_nats
-    limit_nats = sight.config.times_median * usual.median_nats
-    if not (robust_z > sight.config.z and loss > limit_nats):
+    robust_z = _NORMAL_MAD * (loss - baseline.median_nats) / baseline.spread_nats
+    limit_nats = history.config.times_median * baseline.median_nats
+    if not (robust_z > history.config.z and loss > limit_nats):
         return None
     return {
         "loss_nats": loss,
         "loss_limit_nats": limit_nats,
         "robust_z": robust_z,
-        "robust_z_limit": sight.config.z,
-        "median_nats": usual.median_nats,
-        "spread_nats": usual.spread_nats,
+        "robust_z_limit": history.config.z,
+        "median_nats": baseline.median_nats,
+        "spread_nats": baseline.spread_nats,
     }
 
 
-def _collapse(sight: History) -> Figures | None:
+def _collapse(history: History) -> Figures | None:
     """The loss is that of a model that has forgotten everything, and it had been much lower.
 
     Growth.md 19 has it panic at once. Where a batch is a single row, one that holds a table of numbers costs just as
     much: of 3,000 such steps on the default text of this package seven did, and nothing was wrong. A model that has
     really forgotten everything costs it three times in a row.
     """
-    usual, uniform, loss = sight.usual, sight.uniform_nats, sight.reading.loss_nats
-    if usual is None or uniform is None or usual.mean_nats >= sight.config.collapse_from * uniform:
+    baseline, uniform, loss = history.baseline, history.uniform_nats, history.reading.loss_nats
+    if baseline is None or uniform is None or baseline.mean_nats >= history.config.collapse_from * uniform:
         return None
-    margin_nats = sight.config.collapse * uniform
+    margin_nats = history.config.collapse * uniform
     if abs(loss - uniform) >= margin_nats:
         return None
-    return {"loss_nats": loss, "uniform_nats": uniform, "margin_nats": margin_nats, "mean_nats": usual.mean_nats}
+    return {"loss_nats": loss, "uniform_nats": uniform, "margin_nats": margin_nats, "mean_nats": baseline.mean_nats}
 
 
-def _gradient(sight: History) -> Figures | None:
+def _gradient(history: History) -> Figures | None:
     """The gradient is many times the usual.
 
     The usual norm has a floor as the loss has: where most batches have nothing left to teach, the one that has is many
     times the median and yet small beside the norms at which steps are clipped.
     """
-    usual, norm = sight.usual, sight.reading.grad_norm
-    if usual is None:
+    baseline, norm = history.baseline, history.reading.grad_norm
+    if baseline is None:
         return None
-    limit = sight.config.gradient_times * max(usual.norm, sight.config.gradient_floor)
+    limit = history.config.gradient_times * max(baseline.norm, history.config.gradient_floor)
     return {"grad_norm": norm, "grad_norm_limit": limit} if norm > limit else None
 
 
-def _severe(sight: History) -> Figures | None:
+def _severe(history: History) -> Figures | None:
     """The loss is so many times the usual that waiting for a second such step would only do harm.
 
     And more than a uniform guess costs. Below that a text of another kind may be all there is to it: after a memory of
     hundreds of equal lines an ordinary one costs many times as much. Divergence waits for three of these.
     """
-    usual, loss = sight.usual, sight.reading.loss_nats
-    if usual is None:
+    baseline, loss = history.baseline, history.reading.loss_nats
+    if baseline is None:
         return None
-    floor_nats = max(usual.median_nats, sight.config.floor_nats)
-    limit_nats = max(sight.config.severe * floor_nats, sight.uniform_nats or 0.0)
+    floor_nats = max(baseline.median_nats, history.config.floor_nats)
+    limit_nats = max(history.config.severe * floor_nats, history.uniform_nats or 0.0)
     return {"loss_nats": loss, "severe_limit_nats": limit_nats} if loss > limit_nats else None
 
 
-def _update(sight: History) -> Figures | None:
+def _update(history: History) -> Figures | None:
     """A step moved some tensor by a large share of what it was."""
-    ratio, limit = sight.reading.update_ratio, sight.config.update_ratio
+    ratio, limit = history.reading.update_ratio, history.config.update_ratio
     return {"update_ratio": ratio, "update_ratio_limit": limit} if ratio is not None and not ratio <= limit else None
 
 
 DETECTORS: Final = (
-    Detector("nonfinite", _nonfinite, lambda sight: sight.config.nonfinite_steps if sight.reading.is_skipped else 1),
-    Detector("skipped", _skipped, lambda sight: 1),
-    Detector("divergence", _divergence, lambda sight: sight.config.in_row),
-    Detector("collapse", _collapse, lambda sight: sight.config.in_row),
-    Detector("gradient", _gradient, lambda sight: sight.config.gradient_in_row),
-    Detector("severe", _severe, lambda sight: 1),
-    Detector("update", _update, lambda sight: None, is_anomaly=False),
+    Detector(
+        "nonfinite", _nonfinite, lambda history: history.config.nonfinite_steps if history.reading.is_skipped else 1
+    ),
+    Detector("skipped", _skipped, lambda history: 1),
+    Detector("divergence", _divergence, lambda history: history.config.in_row),
+    Detector("collapse", _collapse, lambda history: history.config.in_row),
+    Detector("gradient", _gradient, lambda history: history.config.gradient_in_row),
+    Detector("severe", _severe, lambda history: 1),
+    Detector("update", _update, lambda history: None, is_anomaly=False),
 )
 """Growth.md 19, but for the wide form of divergence, which is too lax for language models near their floor."""
 
@@ -304,10 +306,10 @@ def observe(
         return guard, Verdict("ok", reading.step)
     skipped = tuple(step for step in guard.skipped if 0 < reading.step - step < SKIPPED_SPAN)
     skipped += (reading.step,) if reading.is_skipped else ()
-    sight = History(
+    history = History(
         reading, config, Baseline.of(guard, config) if reading.is_finite else None, uniform_nats, len(skipped)
     )
-    found = {detector: figures for detector in DETECTORS if (figures := detector.finds(sight)) is not None}
+    found = {detector: figures for detector in DETECTORS if (figures := detector.finds(history)) is not None}
     in_row = {} if reading.is_finite else dict(guard.in_row)
     in_row |= {detector.name: guard.in_row.get(detector.name, 0) + 1 for detector in found}
     after = replace(guard, in_row=in_row, skipped=skipped)
@@ -317,20 +319,20 @@ def observe(
             losses=(*guard.losses, reading.loss_nats)[-config.span :],
             norms=(*guard.norms, reading.grad_norm)[-config.span :],
         )
-    return after, _verdict(sight, found, in_row)
+    return after, _verdict(history, found, in_row)
 
 
-def _verdict(sight: History, found: Mapping[Detector, Figures], in_row: Mapping[str, int]) -> Verdict:
+def _verdict(history: History, found: Mapping[Detector, Figures], in_row: Mapping[str, int]) -> Verdict:
     figures: dict[str, float] = {}
     is_panic = False
     for detector, seen in found.items():
         figures |= seen
-        panics_at = detector.panics_at(sight)
+        panics_at = detector.panics_at(history)
         if panics_at is not None:
             figures |= {f"{detector.name}.in_row": in_row[detector.name], f"{detector.name}.panics_at": panics_at}
             is_panic = is_panic or in_row[detector.name] >= panics_at
     level: Literal["ok", "warn", "panic"] = "panic" if is_panic else "warn" if found else "ok"
-    return Verdict(level, sight.reading.step, tuple(detector.name for detector in found), figures)
+    return Verdict(level, history.reading.step, tuple(detector.name for detector in found), figures)
 
 
 def observe_held_out(guard: Guard, config: GuardConfig, step: int, nats: float) -> tuple[Guard, Verdict]:

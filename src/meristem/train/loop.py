@@ -100,7 +100,7 @@ def steps(
         with record_function("data"):
             batches, cursor = _take(stream, now.cursor, config.grad_accum_steps)
         n_targets = engine.world.size * sum(batch.n_targets for batch in batches)
-        taught = backward(
+        result = backward(
             state.model,
             batches,
             now.memory,
@@ -112,9 +112,9 @@ def steps(
         )
         is_measured = (now.step + 1) % config.measure_updates_every == 0
         with record_function("optimizer"):
-            update, ratio = _move(engine, optimizer, taught.loss, device, is_measured=is_measured)
+            update, ratio = _move(engine, optimizer, result.loss, device, is_measured=is_measured)
         optimizer.zero_grad()
-        loss = taught.loss if update.loss is None else update.loss
+        loss = result.loss if update.loss is None else update.loss
         is_rescaled = torch.zeros_like(loss) if update.is_rescaled is None else update.is_rescaled
         unread.append(torch.stack([loss, update.norm, update.is_skipped, is_rescaled, ratio]))
         now = replace(
@@ -122,13 +122,13 @@ def steps(
             cursor=cursor,
             step=now.step + 1,
             tokens=now.tokens + n_targets,
-            memory=taught.memory,
-            n_micro_batches=taught.n_micro_batches,
+            memory=result.memory,
+            n_micro_batches=result.n_micro_batches,
         )
         is_logged = now.step % config.log_every == 0
         readings: tuple[StepStats, ...] = ()
         # On the CPU reading costs nothing. A memory that is carried on must not stay spoilt until the next record.
-        if is_logged or taught.loss.is_cpu or not batches[-1].starts:
+        if is_logged or result.loss.is_cpu or not batches[-1].starts:
             readings, unread = _read(now.step, unread), []
             now = _count(now, readings, config.max_nonfinite)
         seconds = time.perf_counter() - began
@@ -144,7 +144,7 @@ def steps(
             n_targets=n_targets,
             n_bytes=int(sum(each_bytes)),
             is_logged=is_logged,
-            conflict=taught.conflict,
+            conflict=result.conflict,
             each_s=each_s,
         )
 

@@ -64,15 +64,15 @@ def _part(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates
     rows = moved.rows(0, n_tokens)
     pairs = Pairs(key_bhck, value_bhcv, rows.code_bhcg)
     plain_rule = replace(rule, update=plain())
-    (flowing,) = decay_at_rate_one(plain_rule, moved, n_tokens)
-    step = frozen_step(plain_rule, memory, pairs, rows, flowing, start=begun["start"])
-    moving = step.moving(flowing)
+    (decay,) = decay_at_rate_one(plain_rule, moved, n_tokens)
+    step = frozen_step(plain_rule, memory, pairs, rows, decay, start=begun["start"])
+    moving = step.moving(decay)
     kept_bhcs, kept_bhc = decay_between(gates.log_retain().movedim(1, 2))
     write_bhc11 = gates.write_bth.movedim(1, 2)[..., None, None]
     held: Memory = {}
     after: Memory = {}
     for name, (addresses, gradients) in step.factors.items():
-        entering_bhc11 = step.flowing.entering_nhcl[..., 0, None, None]
+        entering_bhc11 = step.decay.entering_nhcl[..., 0, None, None]
         momenta_bhckv = torch.einsum("bhcs,bhsk,bhsv->bhckv", moving.intra_bhcs, addresses, gradients)
         momenta_bhckv = momenta_bhckv + entering_bhc11 * memory[momentum_name(name)][:, :, None]
         steps = write_bhc11 * newton_schulz(momenta_bhckv)
@@ -82,7 +82,7 @@ def _part(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates
     if rule.reads == "before":
         held = {name: torch.cat([memory[name][:, :, None], x[:, :, :-1]], dim=2) for name, x in held.items()}
     # Every token has weights of its own, as heads have.
-    met = Live({name: x.flatten(1, 2) for name, x in held.items()})
-    read_bh1v = rule.structure.recall(met, query_bhck.flatten(1, 2)[:, :, None])
+    read_from = Live({name: x.flatten(1, 2) for name, x in held.items()})
+    read_bh1v = rule.structure.recall(read_from, query_bhck.flatten(1, 2)[:, :, None])
     read_bhcv = read_bh1v[:, :, 0].unflatten(1, query_bhck.shape[1:3])
     return read_bhcv.movedim(1, 2), memory | after | step.remembered, begun

@@ -156,8 +156,8 @@ class WholeChunks(torch.autograd.Function):
         # Chosen once: the way back may run on another thread, or after ``force_reference`` has ended.
         ctx.kernel = loop_kernel(key_nhck, value_nhcv)
         ctx.looks, ctx.reads_before = looks, reads_before
-        flowing = compute_decay_from(Logs(*logs), between)
-        weights = _weights(flowing, scale_nhc, looks, reads_before)
+        decay = compute_decay_from(Logs(*logs), between)
+        weights = _weights(decay, scale_nhc, looks, reads_before)
         with exact_products():
             read_nhcv, solved = solve((key_nhck, query_nhck), value_nhcv, weights, first_hkv, ctx.kernel)
         ctx.save_for_backward(key_nhck, query_nhck, *logs, scale_nhc, *solved)
@@ -169,31 +169,31 @@ class WholeChunks(torch.autograd.Function):
         key_nhck, query_nhck, *logs, scale_nhc, new_nhcv, inverse_nhcs, passing_nhkv = ctx.saved_tensors
         # The engine may call this under the caller's autocast; memories keep their precision backwards as well.
         with full_precision(d_read_nhcv.device), exact_products():
-            flowing = compute_decay_from(Logs(*logs), between)
-            weights = _weights(flowing, scale_nhc, ctx.looks, ctx.reads_before)
+            decay = compute_decay_from(Logs(*logs), between)
+            weights = _weights(decay, scale_nhc, ctx.looks, ctx.reads_before)
             solved = Solved(new_nhcv, inverse_nhcs, passing_nhkv)
             d_vectors, d_weights, d_first_hkv = solve_back(
                 (key_nhck, query_nhck), weights, solved, d_read_nhcv.contiguous(), d_last_hkv, ctx.kernel
             )
-            d_flow, d_scale_nhc = _weights_back(flowing, d_weights, scale_nhc, ctx.looks, ctx.reads_before)
-            del flowing, weights, d_weights
+            d_flow, d_scale_nhc = _weights_back(decay, d_weights, scale_nhc, ctx.looks, ctx.reads_before)
+            del decay, weights, d_weights
             d_logs = decay_backward(Logs(*logs), d_flow)
         return *d_vectors, *d_logs, None, d_scale_nhc, d_first_hkv, None, None
 
 
-def _weights(flowing: Decay, scale_nhc: Tensor | None, looks: Looks, reads_before: bool) -> Weights:
+def _weights(decay: Decay, scale_nhc: Tensor | None, looks: Looks, reads_before: bool) -> Weights:
     """The weights of ``solve``."""
     probe_nhcl = None
     if looks != "never":
-        probe_nhcl = flowing.entering_before()
+        probe_nhcl = decay.entering_before()
         if looks == "start":
             probe_nhcl = functional.pad(torch.ones_like(probe_nhcl[..., :1]), (0, probe_nhcl.shape[-1] - 1))
         probe_nhcl = probe_nhcl if scale_nhc is None else probe_nhcl * scale_nhc[..., None]
     return Weights(
-        intra_nhcs=flowing.intra_nhcs,
-        read_nhcl=flowing.entering_before() if reads_before else flowing.entering_nhcl,
-        write_nhcl=flowing.write_nhcl,
-        carry_nhll=flowing.carry_nhll,
+        intra_nhcs=decay.intra_nhcs,
+        read_nhcl=decay.entering_before() if reads_before else decay.entering_nhcl,
+        write_nhcl=decay.write_nhcl,
+        carry_nhll=decay.carry_nhll,
         probe_nhcl=probe_nhcl,
         scale_nhc=scale_nhc,
         is_solved=looks == "token",
@@ -202,7 +202,7 @@ def _weights(flowing: Decay, scale_nhc: Tensor | None, looks: Looks, reads_befor
 
 
 def _weights_back(
-    flowing: Decay, d_weights: Weights, scale_nhc: Tensor | None, looks: Looks, reads_before: bool
+    decay: Decay, d_weights: Weights, scale_nhc: Tensor | None, looks: Looks, reads_before: bool
 ) -> tuple[Decay, Tensor | None]:
     """The gradients of the flow and of the scale."""
     d_entering_nhcl = sooner(d_weights.read_nhcl) if reads_before else d_weights.read_nhcl
@@ -211,7 +211,7 @@ def _weights_back(
         d_scale_nhc = None if scale_nhc is None else d_probe_nhcl[..., 0]
     elif d_probe_nhcl is not None:
         if scale_nhc is not None:
-            d_scale_nhc = d_scale_nhc + torch.linalg.vecdot(d_probe_nhcl, flowing.entering_before())
+            d_scale_nhc = d_scale_nhc + torch.linalg.vecdot(d_probe_nhcl, decay.entering_before())
             d_probe_nhcl = d_probe_nhcl * scale_nhc[..., None]
         d_entering_nhcl = d_entering_nhcl + sooner(d_probe_nhcl)
     return Decay(d_entering_nhcl, d_weights.intra_nhcs, d_weights.write_nhcl, d_weights.carry_nhll), d_scale_nhc

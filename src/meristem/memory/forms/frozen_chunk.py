@@ -112,8 +112,8 @@ def _part(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates
     n_time = window[0].shape[1]
     if n_time == 1 and "passes" not in begun:
         return _one_token(rule, memory, begun, window, gates)
-    ((chunk, flowing),) = _cut_up(rule, window, gates, n_time)
-    read_bhcv, memory, begun = _go_on(rule, memory, begun, chunk, flowing)
+    ((chunk, decay),) = _cut_up(rule, window, gates, n_time)
+    read_bhcv, memory, begun = _go_on(rule, memory, begun, chunk, decay)
     return read_bhcv.movedim(1, 2), memory, begun
 
 
@@ -128,8 +128,8 @@ def _one_token(rule: Rule, memory: Memory, begun: State, window: Window, gates: 
         change = {name: begun["change"][name] + part for name, part in change.items()}
         stored, begun = _retained(rule, begun, change, rows)
         after = memory | stored | carried
-    met = (memory if rule.reads == "before" else after) if is_moving(rule) else start
-    return read(rule, met, query_bhk)[:, None], after, begun
+    read_from = (memory if rule.reads == "before" else after) if is_moving(rule) else start
+    return read(rule, read_from, query_bhk)[:, None], after, begun
 
 
 def _in_order(
@@ -140,9 +140,9 @@ def _in_order(
     n_passes: how often the surprises of a chunk are taken anew, at the weights that its tokens met.
     """
     reads = []
-    for each, flowing in _cut_up(rule, window, gates, chunk):
+    for each, decay in _cut_up(rule, window, gates, chunk):
         begun = _begin(rule, memory, window, min(n_passes, chunk - 1))
-        read_bhcv, memory, _ = _go_on(rule, memory, begun, each, flowing)
+        read_bhcv, memory, _ = _go_on(rule, memory, begun, each, decay)
         reads.append(read_bhcv)
     return torch.cat(reads, dim=2).movedim(1, 2), memory
 
@@ -158,26 +158,26 @@ class ChunkRows(NamedTuple):
 def _cut_up(rule: Rule, window: Window, gates: Gates, chunk: int) -> Iterator[tuple[ChunkRows, Decay]]:
     """The tokens of every chunk, and how what they write flows, were it written at rate 1."""
     windows = zip(*(_heads_first(x, chunk).unbind(2) for x in window), _rows(gates, chunk), strict=True)
-    for (key_bhck, value_bhcv, query_bhck, rows), flowing in zip(
+    for (key_bhck, value_bhcv, query_bhck, rows), decay in zip(
         windows, decay_at_rate_one(rule, gates, chunk), strict=True
     ):
-        yield ChunkRows(Pairs(key_bhck, value_bhcv, rows.code_bhcg), query_bhck, rows), flowing
+        yield ChunkRows(Pairs(key_bhck, value_bhcv, rows.code_bhcg), query_bhck, rows), decay
 
 
-def _go_on(rule: Rule, memory: Memory, begun: State, part: ChunkRows, flowing: Decay) -> tuple[Tensor, Memory, State]:
+def _go_on(rule: Rule, memory: Memory, begun: State, part: ChunkRows, decay: Decay) -> tuple[Tensor, Memory, State]:
     """The next tokens of a chunk: reads, the memory, and what the chunk carries."""
     pairs, query_bhck, rows = part
     passes = [*begun.get("passes", {}).values(), memory if rule.retention.is_linear else memory | begun["change"]]
-    earlier = _earlier(flowing) if len(passes) > 1 or rule.reads == "before" else flowing
-    step = frozen_step(rule, passes[0], pairs, rows, flowing, start=begun["start"])
+    earlier = _earlier(decay) if len(passes) > 1 or rule.reads == "before" else decay
+    step = frozen_step(rule, passes[0], pairs, rows, decay, start=begun["start"])
     if len(passes) > 1:
         lives: State = {}
         for index, live in enumerate(passes[1:]):
             lives[str(index)] = step.after(rule)
-            step = frozen_step(rule, live, pairs, rows, flowing, met=step.moving(earlier))
+            step = frozen_step(rule, live, pairs, rows, decay, read_from=step.moving(earlier))
         begun = begun | {"passes": lives}
-    met = step.moving(flowing if rule.reads == "after" else earlier) if is_moving(rule) else Live(step.weights)
-    read_bhcv = rule.structure.recall(met, query_bhck)
+    read_from = step.moving(decay if rule.reads == "after" else earlier) if is_moving(rule) else Live(step.weights)
+    read_bhcv = rule.structure.recall(read_from, query_bhck)
     if rule.retention.is_linear:
         after = step.after(rule)
     else:
@@ -211,17 +211,17 @@ class FrozenStep:
     memory: Memory
     weights: Memory
     factors: Surprise
-    flowing: Decay
+    decay: Decay
     rate_bhc: Tensor
     counts_bhs: Tensor | None
     remembered: Memory
 
-    def moving(self, flowing: Decay) -> "Moving":
+    def moving(self, decay: Decay) -> "Moving":
         """The weights as each token meets them, where what it meets flows so."""
-        reach_bhcs = flowing.intra_nhcs * self.rate_bhc[..., None, :]
+        reach_bhcs = decay.intra_nhcs * self.rate_bhc[..., None, :]
         if self.counts_bhs is not None:
             reach_bhcs = reach_bhcs @ self._band(self.counts_bhs) * self.counts_bhs[..., None, :]
-        return Moving(self.memory, self.factors, flowing.entering_nhcl, reach_bhcs)
+        return Moving(self.memory, self.factors, decay.entering_nhcl, reach_bhcs)
 
     def after(self, rule: Rule) -> Memory:
         """What is stored after the rows, and the momentum with it, where the retention only scales what is stored."""
@@ -229,14 +229,14 @@ class FrozenStep:
 
     def summed(self) -> Memory:
         """What flows into the stored tensors and the momentum, added up."""
-        arriving_bhsl = self.flowing.write_nhcl * self.rate_bhc[..., None]
+        arriving_bhsl = self.decay.write_nhcl * self.rate_bhc[..., None]
         if self.counts_bhs is not None:
             arriving_bhsl = (self._band(self.counts_bhs).mT @ arriving_bhsl) * self.counts_bhs[..., None]
         after: Memory = {}
         for name, factor in self.factors.items():
             names = _stored(name, arriving_bhsl)
             stored = [self.memory[source] for source in names]
-            left = FrozenWrite.apply(*factor, arriving_bhsl, self.flowing.carry_nhll, *stored)
+            left = FrozenWrite.apply(*factor, arriving_bhsl, self.decay.carry_nhll, *stored)
             after |= dict(zip(names, left, strict=True))
         return after
 
@@ -277,16 +277,16 @@ def frozen_step(
     memory: Memory,
     pairs: Pairs,
     rows: RowGates,
-    flowing: Decay,
+    decay: Decay,
     *,
     start: Memory | None = None,
-    met: Weights | None = None,
+    read_from: Weights | None = None,
 ) -> FrozenStep:
     """Surprises of all rows, and how they flow into the memory.
 
     start: the stored tensors at which the surprises are taken; None: those of ``memory``.
-    met: the weights as the rows met them, in the place of ``start``.
-    flowing: at write rate 1, as ``flow_at_rate_one`` gives it.
+    read_from: the weights as the rows met them, in the place of ``start``.
+    decay: at write rate 1, as ``flow_at_rate_one`` gives it.
     """
     start = memory if start is None else start
     counts_bhs: Tensor | None = None
@@ -295,16 +295,16 @@ def frozen_step(
         pairs, counts_bhs, remembered = _looking_back(memory, pairs, rows)
     weights = rule.weights(start)
     probed = Scaled(weights, rows.retain_bhc[..., None]) if rule.probe == "warm" else Live(weights)
-    recalled, target, pull = rule.structure.vjp(met or probed, pairs)
+    recalled, target, pull = rule.structure.vjp(read_from or probed, pairs)
     factors = pull(rule.bias.gradient(recalled, target, rows.threshold_bhc))
     rate_bhc = rows.write_bhc
     if rule.update.erase or rule.update.rate(rate_bhc, pairs.key_bhck) is not rate_bhc:
         (name,) = rule.structure.weights
         addresses, gradients = factors[name]
-        erased = (met or Live(start)).matmul(name, addresses)
+        erased = (read_from or Live(start)).matmul(name, addresses)
         factors = {name: (addresses, gradients + rule.update.erase * erased)}
         rate_bhc = rule.update.rate(rate_bhc, addresses)
-    return FrozenStep(memory, weights, factors, flowing, rate_bhc, counts_bhs, remembered)
+    return FrozenStep(memory, weights, factors, decay, rate_bhc, counts_bhs, remembered)
 
 
 def decay_at_rate_one(rule: Rule, gates: Gates, chunk: int) -> list[Decay]:
@@ -323,15 +323,15 @@ def _decaying(rule: Rule, gates: Gates, chunk: int) -> Decay:
     return compute_decay(log_retain_bhnc, log_momentum_bhnc, torch.ones_like(log_retain_bhnc))
 
 
-def _earlier(flowing: Decay) -> Decay:
+def _earlier(decay: Decay) -> Decay:
     """The flow up to the token before."""
-    entering_nhcl, reach_nhcs = flowing.before()
-    return replace(flowing, entering_nhcl=entering_nhcl, intra_nhcs=reach_nhcs)
+    entering_nhcl, reach_nhcs = decay.before()
+    return replace(decay, entering_nhcl=entering_nhcl, intra_nhcs=reach_nhcs)
 
 
-def _unbind(flowing: Decay) -> list[Decay]:
+def _unbind(decay: Decay) -> list[Decay]:
     """The flow of every chunk, of flows ``b h n``."""
-    return [Decay(*parts) for parts in zip(*(x.unbind(2) for x in vars(flowing).values()), strict=True)]
+    return [Decay(*parts) for parts in zip(*(x.unbind(2) for x in vars(decay).values()), strict=True)]
 
 
 def _heads_first(x: Tensor, chunk: int) -> Tensor:
@@ -393,8 +393,8 @@ def overshoot(rule: Rule, keys_bthk: Keys, gates: Gates, chunk: int) -> Tensor:
     n_whole = keys_bthk.shape[1] // chunk * chunk
     whole = gates.window(0, n_whole).to(torch.float32)
     write_nhc = cut(rule.update.rate(whole.write_bth, address_bthk[:, :n_whole]), chunk)
-    flowing = decay_of(rule, whole, write_nhc, n_whole)
-    root_nhc1 = (abs(rule.slope or 0.0) * flowing.write_nhcl[..., :1]).clamp(min=0).sqrt()
+    decay = decay_of(rule, whole, write_nhc, n_whole)
+    root_nhc1 = (abs(rule.slope or 0.0) * decay.write_nhcl[..., :1]).clamp(min=0).sqrt()
     weighed_nhck = root_nhc1 * cut(address_bthk[:, :n_whole], chunk)
     return torch.linalg.eigvalsh(weighed_nhck @ weighed_nhck.mT)[..., -1]
 

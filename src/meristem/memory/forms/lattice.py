@@ -68,8 +68,8 @@ def _part(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates
     if rule.reads == "before":
         held_bhcgk = torch.cat([memory["slots_bhgk"][:, :, None], held_bhcgk[:, :, :-1]], dim=2)
     # Every token has slots of its own, as heads have.
-    met = Live({"slots_bhgk": held_bhcgk.flatten(1, 2)})
-    read_bh1k = rule.structure.recall(met, query_bhck.flatten(1, 2)[:, :, None])
+    read_from = Live({"slots_bhgk": held_bhcgk.flatten(1, 2)})
+    read_bh1k = rule.structure.recall(read_from, query_bhck.flatten(1, 2)[:, :, None])
     read_bhck = read_bh1k[:, :, 0].unflatten(1, query_bhck.shape[1:3])
     return read_bhck.movedim(1, 2), after, begun
 

@@ -48,7 +48,7 @@ def _written_again(carried: State, rule: Rule, form: str, chunk: int) -> State:
 
 
 def _as_wide_as(rule: Rule, memory: Memory, keys_bthk: torch.Tensor) -> torch.Tensor:
-    """Keys without the channels that ``nn.kept`` joined to them, in souped memories of networks and slots."""
+    """Keys without the channels that ``nn.memory_cache`` joined to them, in souped memories of networks and slots."""
     if rule.structure.kind in ("matrix", "vector"):
         return keys_bthk
     name = rule.structure.weights[0]

@@ -141,7 +141,7 @@ def _globally(rule: Rule, start: Memory, memory: Memory, part: Window, gates: Ga
     """What the global memory, as the chunk began, answers to tokens of it; and what they leave in it."""
     key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in part)
     rows = gates.rows(0, key_bhck.shape[2])
-    (flowing,) = decay_at_rate_one(rule, gates, key_bhck.shape[2])
-    step = frozen_step(rule, memory, Pairs(key_bhck, value_bhcv, rows.code_bhcg), rows, flowing, start=start)
+    (decay,) = decay_at_rate_one(rule, gates, key_bhck.shape[2])
+    step = frozen_step(rule, memory, Pairs(key_bhck, value_bhcv, rows.code_bhcg), rows, decay, start=start)
     read_bhcv = rule.structure.recall(Live(rule.weights(start)), query_bhck)
     return read_bhcv.movedim(1, 2), memory | step.after(rule)

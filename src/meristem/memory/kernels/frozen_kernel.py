@@ -112,12 +112,12 @@ def _write_backward(d_left: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor,
     address_nsi, gradient_nsj, arriving_nsl, carried_nll, *stored = inputs
     is_narrow = _is_narrow(address_nsi, gradient_nsj)
     narrow_nsi, wide_nsj = (address_nsi, gradient_nsj) if is_narrow else (gradient_nsj, address_nsi)
-    turned = d_left if is_narrow else [d_left_nij.mT for d_left_nij in d_left]
+    rotated = d_left if is_narrow else [d_left_nij.mT for d_left_nij in d_left]
     weights = (-arriving_nsl).split(1, dim=-1)
-    pulled = [wide_nsj @ d_left_nij.mT for d_left_nij in turned]
+    pulled = [wide_nsj @ d_left_nij.mT for d_left_nij in rotated]
     d_weights = [(pulled_nsi * narrow_nsi).sum(dim=-1) for pulled_nsi in pulled]
-    d_wide_nsj = (weights[0] * narrow_nsi) @ turned[0]
-    for weight_ns1, d_left_nij in zip(weights[1:], turned[1:], strict=True):
+    d_wide_nsj = (weights[0] * narrow_nsi) @ rotated[0]
+    for weight_ns1, d_left_nij in zip(weights[1:], rotated[1:], strict=True):
         d_wide_nsj = d_wide_nsj.baddbmm_(weight_ns1 * narrow_nsi, d_left_nij)
     sides = _weighed_sum(weights, pulled), d_wide_nsj
     carried = carried_nll[..., None, None]
