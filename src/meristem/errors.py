@@ -226,4 +226,6 @@ def exit_code(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return 130
-    return RunError.exit_code if isinstance(error, (OSError, MemoryError)) else UNEXPECTED
+    # Torch has no type of its own for what the CPU's allocator refuses.
+    is_refused = isinstance(error, (OSError, MemoryError)) or "can't allocate memory" in str(error)
+    return RunError.exit_code if is_refused else UNEXPECTED

@@ -163,7 +163,7 @@ WRITING = ("file", "below-file", "not-writable", "long", "very-long", "nul", "lo
 def test_gr8_a_run_that_has_no_place(way, kind, places, capfd, tmp_path):
     """One sentence, before any work: neither a plan is made nor a text prepared."""
     path = str(places[kind])
-    words = ["--run-dir", path] if way == "--run-dir" else [f"run.dir='{path}'"]
+    words = ["--run-dir", path] if way == "--run-dir" else [f"run.dir={path}"]
     code, err = answer_to(["train", "titans-mag", *words], capfd)
     assert code == (2 if kind == "nul" else 3)
     assert err.count("\n") == 1

@@ -43,7 +43,7 @@ def grown(name):
 def void(monkeypatch):
     """Gates under which a token changes no memory: retain 1, write rate 0, momentum 0; and a scan without writes, for
     retentions that are more than a factor."""
-    gates_of, made_of = GateMap.forward, SelfReference._made
+    gates_of, made_of = GateMap.forward, SelfReference._projections
 
     def gates(self, hidden_btd):
         found = gates_of(self, hidden_btd)
@@ -63,7 +63,7 @@ def void(monkeypatch):
     def start():
         monkeypatch.setattr(tnt, "solved", unshown)
         monkeypatch.setattr(GateMap, "forward", gates)
-        monkeypatch.setattr(SelfReference, "_made", made)
+        monkeypatch.setattr(SelfReference, "_projections", made)
         monkeypatch.setattr(rule, "write", lambda rule, memory, *inputs: memory)
 
     return start

@@ -158,7 +158,7 @@ def test_cx6_2_sinks_are_closed_after_sigterm_before_training(text, tmp_path, sh
     tracker = Tracker()
     show_to({"tracker": tracker})
 
-    def prepare(*_arguments):
+    def prepare(*_arguments, **_more):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 

@@ -71,7 +71,6 @@ def write(out: Path, config: AblationConfig, planned: Sequence[Trial], done: Map
         "outcomes": [outcome.to_json() for outcome in outcomes],
         "sentences": list(sentences(config, outcomes)),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out.with_suffix(".json"), orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
     write_atomic(out, text.encode())
     return report

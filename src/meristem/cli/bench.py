@@ -184,6 +184,7 @@ def ablation(
     from meristem.bench.study import study
     from meristem.checkpoint.atomic import require_replaceable
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     require_replaceable(out)
     say = (lambda line: None) if as_json else typer.echo
     known = study(config, out, jobs=jobs, say=say)

@@ -48,6 +48,7 @@ def evaluate(
         typer.Option(
             "--max-windows",
             min=1,
+            max=1_000_000,
             help=f"Windows to read; by default the whole held-out text, or {N_WINDOWS} of each task of recall. "
             "Documents of adaptation; by default 32.",
             show_default=False,

@@ -68,7 +68,8 @@ def small_disk(place: Path) -> Iterator[Disk]:
     try:
         yield Disk(place, "tmpfs", lambda left_bytes: _fill(ballast, left_bytes), lambda: ballast.unlink())
     finally:
-        subprocess.run(["umount", str(place)], check=True, capture_output=True)
+        # Lazily: a checkpoint that was opened there keeps its files open until the last reference to it is gone.
+        subprocess.run(["umount", "--lazy", str(place)], check=True, capture_output=True)
 
 
 def _fill(ballast: Path, left_bytes: int) -> None:

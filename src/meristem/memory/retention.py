@@ -267,20 +267,23 @@ def sphere(scope: Literal["row", "matrix"] = "row", *, is_tangent: bool = True) 
     """
     axes = (-1,) if scope == "row" else (-2, -1)
 
+    def settle(weight: Tensor) -> Tensor:
+        return unit(weight, axes).to(weight.dtype)
+
     def apply(memory: Memory, change: Memory, gates: RowGates) -> Memory:
         after = {}
         for name, part in change.items():
             old = memory[name]
             if is_tangent:
                 part = part - old * (old * part).sum(dim=axes, keepdim=True)
-            after[name] = unit(old + part, axes)
+            after[name] = settle(old + part)
         return after
 
     def first(drawn: Tensor) -> Tensor:
         # A matrix of zeros has no direction.
-        return unit(torch.where(drawn.square().sum(dim=axes, keepdim=True) > 0, drawn, torch.randn_like(drawn)), axes)
+        return settle(torch.where(drawn.square().sum(dim=axes, keepdim=True) > 0, drawn, torch.randn_like(drawn)))
 
-    return Retention("sphere", apply, first=first, settle=partial(unit, axes=axes), has_retain=False)
+    return Retention("sphere", apply, first=first, settle=settle, has_retain=False)
 
 
 retentions: Registry[Callable[..., Retention]] = Registry(

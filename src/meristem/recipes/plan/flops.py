@@ -25,6 +25,7 @@ ZERO = (
     *("fill", "zero_", "copy", "_to_copy", "cat", "stack", "repeat", "roll", "flip", "constant_pad", "tril", "triu"),
     *("index", "masked_", "gather", "scatter", "select", "slice", "split", "unsafe_split", "_unsafe_view"),
     *("embedding", "unfold_backward", "squeeze", "unsqueeze", "transpose", "t_", "diag", "sort", "topk", "arg"),
+    "softplus",
     *(
         "max",
         "min",
