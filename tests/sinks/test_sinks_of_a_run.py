@@ -174,11 +174,19 @@ def screen_of(descriptor: int) -> Console:
     return Console(screen=rich.console.Console(file=os.fdopen(descriptor, "w"), force_terminal=True, width=80))
 
 
-def test_closed_terminal_changes_nothing(text, plain, tmp_path, show_to):
+def test_closed_terminal_changes_nothing(text, plain, tmp_path, monkeypatch):
     """The terminal goes away in the middle of training: one warning in the records, and the run ends as it would."""
     ours, terminal = os.openpty()
-    show_to({"tracker": Tracker(lambda: os.close(ours))})
-    result = run(text, tmp_path / "run", view=screen_of(terminal))
+    view, open_ends = screen_of(terminal), [ours]
+    update = view.update
+
+    def closing(*fields, loss=None, **more):
+        if loss is not None and open_ends:
+            os.close(open_ends.pop())
+        update(*fields, loss=loss, **more)
+
+    monkeypatch.setattr(view, "update", closing)
+    result = run(text, tmp_path / "run", view=view)
     assert_same(result, plain)
     (failed,) = events(result.run_dir, "sink.failed")
     assert failed["payload"]["sink"] == "console" and "Input/output error" in failed["payload"]["cause"]
