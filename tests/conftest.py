@@ -1,6 +1,7 @@
 """One thread per test process, and none that spins: the workers would wait for each other at every barrier."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -8,6 +9,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What a shell starts with & or nohup ignores these, and so do its children: they would reach no process of a test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
