@@ -15,8 +15,8 @@ PUBLIC = {
     },
     "backward": {"CPU_IS_FULL", "BackwardResult", "backward", "is_out_of_room", "make_room"},
     "emergency": {
-        *("Emergency", "Level", "raised", "quiet", "downgraded", "cleared"),
-        *("PER_MINUTE", "Clock", "Counts", "Signal", "Signals", "Sink"),
+        *("Emergency", "Level", "raised", "quiet", "downgraded"),
+        *("PER_MINUTE", "Clock", "Signal", "Signals"),
         *("FILE", "SharedLevel", "read_shared"),
     },
     "guard": {

@@ -64,7 +64,7 @@ class Recovery:
         self._uniform_nats = math.log(job.corpus.tokenizer.vocab_size)
         self._ring = _snapshot_buffer(self._config, job, run)
         self._saver, self._journal = Saver(), Journal(run.directory / "journal")
-        self._signals = Signals({"records": lambda signal: run.emit(signal.event)}, emit=run.emit)
+        self._signals = Signals(run.emit)
         self._level = SharedLevel(run.directory / FILE)
         self._level.write(safety.emergency)
         if self._journal.n_cut_bytes:
@@ -81,7 +81,7 @@ class Recovery:
         try:
             self._saver.close()
         finally:
-            self._signals.drain()
+            self._signals.flush(is_end=True)
             self._journal.close()
             self._level.close()
 
