@@ -10,8 +10,6 @@ import threading
 import time
 from pathlib import Path
 
-from meristem.worker.message import Result
-
 
 def echo(payload):
     return payload
@@ -24,6 +22,11 @@ def pid(payload):
 def sleep(seconds):
     time.sleep(seconds)
     return seconds
+
+
+def tell_and_nap(payload):
+    Path(payload["place"]).touch()
+    return sleep(payload["seconds"])
 
 
 def tell_and_sleep(place):
@@ -76,10 +79,6 @@ def give_infinite(payload):
 def shout(text):
     print(text, flush=True)
     return len(text)
-
-
-def doubled(payload, tensors):
-    return Result(sorted(tensors), {name: 2 * tensor for name, tensor in tensors.items()})
 
 
 def locked_metadata(place):

@@ -9,7 +9,7 @@ from meristem.errors import BreakerOpen, WorkerError, WorkerTimeout
 from meristem.worker.attempt import Patience, attempt, in_thread
 from meristem.worker.breaker import Breaker
 from meristem.worker.deadline import Deadline
-from meristem.worker.process import Backoff, Worker
+from meristem.worker.process import Worker
 
 FAILS = "worker.endpoints:fails_first"
 FAULTS = {"slow": WorkerTimeout, "hang": WorkerTimeout, "raise": WorkerError, "wrong type": WorkerError}
@@ -18,20 +18,20 @@ GIVE_UP, RETRY, INSIST = Patience(0.3, 1, 0.05), Patience(0.3, 2, 0.05), Patienc
 
 @pytest.fixture(scope="module")
 def worker():
-    with Worker("test", n_spare=2, backoff=Backoff(first_s=0.02, most_s=0.05)) as worker:
+    with Worker("test", n_spare=2) as worker:
         worker.ready(60)
         yield worker
 
 
 @pytest.fixture
-def by_process(worker, tmp_path, eventually):
+def by_process(worker, tmp_path):
     """A call that fails a number of times, in a process."""
-    eventually(lambda: len(worker.health(5).pids) == 3)
+    worker.ready(60)
     (tmp_path / "tries").mkdir()
 
     def make(fault: str, n_failures: int):
         payload = {"folder": str(tmp_path / "tries"), "fault": fault, "n_failures": n_failures}
-        return lambda deadline: worker.call(FAILS, payload, deadline.left_s, expects=float).value
+        return lambda deadline: worker.call(FAILS, payload, deadline.left_s, expects=float)
 
     return make
 

@@ -72,7 +72,7 @@ def _checked_apart(worker: "Worker", reference: str, origin: "Origin", load_s: f
     where = f"the {origin.kind} '{origin.name}' of {origin.distribution} {origin.version} ({origin.entry_point})"
     worker.ready(START_S)
     try:
-        found = worker.call(CHECKED, {"registry": reference, "origin": asdict(origin)}, load_s, expects=dict).value
+        found = worker.call(CHECKED, {"registry": reference, "origin": asdict(origin)}, load_s, expects=dict)
     except WorkerDied as error:
         cause = f"{where} ends the process that loads it: {error.fields['cause']}. Update or uninstall it."
         return Finding(origin, error="WorkerDied", cause=cause)

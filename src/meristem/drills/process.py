@@ -219,19 +219,14 @@ def hanging_worker(drill: Drill, place: Path) -> Seen:
         except WorkerTimeout as error:
             late, pid = str(error), cast(int, error.fields["pid"])
         seconds = time.monotonic() - began
-        answer = worker.call("math:sqrt", 9, PATIENCE_S).value
-        deadline_s = time.monotonic() + PATIENCE_S
-        while "n_restarts" not in worker.counts and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        counts = worker.counts
+        answer = worker.call("math:sqrt", 9, PATIENCE_S)
     checks = {
         "the call ends at its deadline, as WorkerTimeout": bool(late) and seconds < 0.5 + 1.0,
         "its process is gone": pid is not None and not _is_there(pid),
         "the next call is answered": answer == 3,
-        "a new process takes its place, which is told": counts.get("n_restarts") == 1
-        and [event.name for event in events] == ["worker.restarted"],
+        "a new process takes its place, which is told": [event.name for event in events] == ["worker.restarted"],
     }
-    return Seen(checks, {"message": late, "seconds": round(seconds, 3), "counts": counts})
+    return Seen(checks, {"message": late, "seconds": round(seconds, 3)})
 
 
 def _is_there(pid: int) -> bool:

@@ -4,18 +4,42 @@ It imports little, so that it is ready soon; a call imports what it needs, and t
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
+import struct
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, BinaryIO
 
 import orjson
 
-from meristem.worker.message import LENGTHS, Result, message, tensors_of
+LENGTH = struct.Struct("<Q")
+_PLAIN = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
+
+
+def message(head: Mapping[str, Any]) -> bytes:
+    """What a worker and its process say to each other: the length of some JSON, and the JSON. No pickle.
+
+    Raises TypeError for what JSON cannot hold: other types, keys that are no text, numbers that are not finite.
+    """
+    body = orjson.dumps(head, option=_PLAIN)
+    # orjson writes null for a number that is not finite; the other side would take it for an answer of None.
+    if b"null" in body and not _is_finite(head):
+        raise TypeError("a number is infinite or not a number; send it as a text")
+    return LENGTH.pack(len(body)) + body
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_finite(inner) for inner in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_is_finite(inner) for inner in value)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def serve(messages: int, lifeline: int, imports: Sequence[str]) -> None:
@@ -30,43 +54,27 @@ def serve(messages: int, lifeline: int, imports: Sequence[str]) -> None:
         os.dup2(2, 1)
     line = socket.socket(fileno=messages)
     calls = line.makefile("rb")
-    _send(line, _answer(lambda: [import_module(name).__name__ for name in imports]))
-    while True:
-        try:
-            call, packed = _next(calls)
-        except EOFError:
-            return
-        _send(line, _answer(lambda call=call, packed=packed: _called(call, packed)))  # type: ignore[misc]
+    line.sendall(_answer(lambda: [import_module(name).__name__ for name in imports]))
+    while (call := _next(calls)) is not None:
+        line.sendall(_answer(partial(_called, call)))
 
 
-def endpoint(name: str) -> Callable[..., Any]:
-    """The function that the text ``package.module:function`` names."""
-    module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(import_module(module), function)
-    return found
+def _called(call: dict[str, Any]) -> object:
+    """What the function that the text ``package.module:function`` names gives."""
+    module, _, function = call["endpoint"].partition(":")
+    return getattr(import_module(module), function)(call["payload"])
 
 
-def echo(payload: object) -> object:
-    """Give back what came: the endpoint of a health check."""
-    return payload
-
-
-def _called(call: dict[str, Any], packed: bytes) -> object:
-    function = endpoint(call["endpoint"])
-    return function(call["payload"], tensors_of(packed)) if packed else function(call["payload"])
-
-
-def _answer(work: Callable[[], object]) -> list[bytes]:
+def _answer(work: Callable[[], object]) -> bytes:
     """The message that says what ``work`` gave or raised."""
     try:
         value = work()
     except BaseException as cause:  # noqa: BLE001 - foreign code may raise anything, SystemExit too; that is its answer
-        return message({"raised": _raised(cause)}, {})
-    result = value if isinstance(value, Result) else Result(value)
+        return message({"raised": _raised(cause)})
     try:
-        return message({"value": result.value}, result.tensors)
+        return message({"value": value})
     except Exception as cause:  # noqa: BLE001 - the value came from foreign code and may fail in its own ways
-        return message({"wrong": f"{type(result.value).__name__} ({_raised(cause)['cause']})"}, {})
+        return message({"wrong": f"{type(value).__name__} ({_raised(cause)['cause']})"})
 
 
 def _raised(cause: BaseException) -> dict[str, str]:
@@ -79,22 +87,14 @@ def _raised(cause: BaseException) -> dict[str, str]:
     return {name: text.encode(errors="backslashreplace").decode() for name, text in texts.items()}
 
 
-def _next(calls: BinaryIO) -> tuple[dict[str, Any], bytes]:
-    n_body, n_packed = LENGTHS.unpack(_exactly(calls, LENGTHS.size))
-    call: dict[str, Any] = orjson.loads(_exactly(calls, n_body))
-    return call, _exactly(calls, n_packed)
-
-
-def _exactly(calls: BinaryIO, n_bytes: int) -> bytes:
-    found = calls.read(n_bytes)
-    if len(found) < n_bytes:
-        raise EOFError
-    return found
-
-
-def _send(line: socket.socket, pieces: list[bytes]) -> None:
-    for piece in pieces:
-        line.sendall(piece)
+def _next(calls: BinaryIO) -> dict[str, Any] | None:
+    """The next call; None when the other side says no more."""
+    try:
+        head = calls.read(LENGTH.size)
+        body = calls.read(*LENGTH.unpack(head)) if len(head) == LENGTH.size else b""
+    except ConnectionError:
+        return None
+    return orjson.loads(body) if body else None
 
 
 def _end_with_parent(lifeline: int) -> None:
