@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,16 +13,11 @@ class Saver:
 
     What fails there is raised once in the thread that trains, at its next call of whichever method; at the end of the
     block or in ``close`` at the latest. Nothing is thrown away: the process does not end before a write has.
-
-    waited_s: seconds that ``submit`` has waited for the write before, since the disk was slower than the saves.
-    clock: monotonic seconds.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self.waited_s = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -49,11 +43,7 @@ class Saver:
             here, before anything can overwrite the snapshot, and left by the thread.
         Raises what the one before has failed with; then nothing is begun.
         """
-        if self._thread is not None:
-            began = self._clock()
-            self._join()
-            self.waited_s += self._clock() - began
-        self._raise_failure()
+        self.wait()
         held = contextlib.ExitStack()
         if reading is not None:
             held.enter_context(reading)

@@ -10,7 +10,6 @@ One thread takes snapshots; another may read one, as long as it holds it.
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,19 +47,15 @@ class Snapshot:
 
     tag: why it was taken, as ``interval`` or ``save``.
     is_valid: the guard was quiet then, so that this is a place to go back to.
-    probe_nats: what the probe lost then; after going back it must lose exactly that again.
     trees: tensors on the CPU that lie in the buffer of the ring; to be copied from, never to be changed.
     values: each look at one gives a new copy.
-    seconds: what taking it took.
     """
 
     step: int
     tag: str
     is_valid: bool
-    probe_nats: float | None
     trees: Trees
     values: Mapping[str, object]
-    seconds: float
 
 
 class _Values(Mapping[str, object]):
@@ -145,59 +140,36 @@ class SnapshotBuffer:
         self._slots = [_Slot(capacity_bytes, is_pinned) for _ in range(n_snapshots)]
         self._lock = threading.Lock()
         self._n_taken = 0
-        self.n_enlarged = 0
-        """How often a buffer was too small: each time cost the first touch of a new one, in the middle of training."""
 
     @property
     def size_bytes(self) -> int:
         """What all buffers take, full or not."""
         return sum(slot.size_bytes for slot in self._slots)
 
-    def take(
-        self,
-        trees: Trees,
-        values: Mapping[str, object],
-        *,
-        step: int,
-        tag: str,
-        is_valid: bool,
-        probe_nats: float | None = None,
-    ) -> Snapshot:
+    def take(self, trees: Trees, values: Mapping[str, object], *, step: int, tag: str, is_valid: bool) -> Snapshot:
         """Copy everything into the buffer that can best be spared, and give what is then in it.
 
         SnapshotTooLarge where that buffer would have to grow beyond ``max_bytes``, and QueueFull where all are held,
         leave the ring as it was. Whatever else fails costs the spared snapshot and no other.
         """
-        began = time.perf_counter()
         frozen = _Values(values)
         sources = [_checked(name, tensor) for tree in trees.values() for name, tensor in tree.items()]
         size_bytes = needed_bytes(trees)
         slot = self._spare(size_bytes)
         if slot.size_bytes < size_bytes:
-            self.n_enlarged += 1
             slot.make_room(size_bytes)
         slot.lay_out(trees)
         _copy(slot.tensors, sources)
-        snapshot = Snapshot(
-            step=step,
-            tag=tag,
-            is_valid=is_valid,
-            probe_nats=probe_nats,
-            trees=slot.trees,
-            values=frozen,
-            seconds=time.perf_counter() - began,
-        )
+        snapshot = Snapshot(step=step, tag=tag, is_valid=is_valid, trees=slot.trees, values=frozen)
         with self._lock:
             self._n_taken += 1
             slot.order, slot.snapshot = self._n_taken, snapshot
         return snapshot
 
-    def latest(self, *, is_valid: bool = True) -> Snapshot | None:
-        """The one taken last of the valid ones, or with ``is_valid=False`` of all."""
-        for snapshot in reversed(self.snapshots()):
-            if snapshot.is_valid or not is_valid:
-                return snapshot
-        return None
+    def latest(self) -> Snapshot | None:
+        """The one taken last of the valid ones."""
+        with self._lock:
+            return self._latest()
 
     def snapshots(self) -> tuple[Snapshot, ...]:
         """All that are here, in the order in which they were taken."""
@@ -229,16 +201,12 @@ class SnapshotBuffer:
                 slot.snapshot = None
         return len(late)
 
-    def discard(self, snapshot: Snapshot) -> None:
-        """Forget one that proved to be no place to go back to. Nothing happens if it is gone already."""
-        with self._lock:
-            slot = self._slot_of(snapshot)
-            if slot is not None:
-                slot.snapshot = None
-
     def _by_age(self) -> tuple[Snapshot, ...]:
         by_age = sorted(self._slots, key=lambda slot: slot.order)
         return tuple(slot.snapshot for slot in by_age if slot.snapshot is not None)
+
+    def _latest(self) -> Snapshot | None:
+        return next((snapshot for snapshot in reversed(self._by_age()) if snapshot.is_valid), None)
 
     def _slot_of(self, snapshot: Snapshot) -> _Slot | None:
         return next((slot for slot in self._slots if slot.snapshot is snapshot), None)
@@ -257,7 +225,7 @@ class SnapshotBuffer:
             if empty:
                 spared = max(empty, key=lambda slot: slot.size_bytes)
             else:
-                kept = next((snapshot for snapshot in reversed(self._by_age()) if snapshot.is_valid), None)
+                kept = self._latest()
                 spared = min(free, key=lambda slot: (slot.snapshot is kept, slot.order))
             grown_bytes = self.size_bytes - spared.size_bytes + max(size_bytes, spared.size_bytes)
             if grown_bytes > self._max_bytes:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from meristem.errors import WrongValue
-from meristem.optim.nonfinite import moving, settle
+from meristem.optim.nonfinite import SkippingOptimizer, settle
 from meristem.optim.orthogonal import orthogonal
 
 ALIGNED: Final = 0.2
 """Root mean square of a step at rate 1: about that of AdamW, so that both can share a rate."""
 
 
-class AdaMuon(torch.optim.Optimizer):
+class AdaMuon(SkippingOptimizer):
     """Of a matrix W of m rows and n columns with gradient G, at rate η, momentum μ, decay λ::
 
         M <- μ M + G                O = NS(sign M)
@@ -41,12 +41,6 @@ class AdaMuon(torch.optim.Optimizer):
         flat = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.dim() != 2]
         if flat:
             raise WrongValue(f"AdaMuon takes matrices only; found the shapes {flat}. Give the others to AdamW.")
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        for group, parameters, gradients in moving(self):
-            self._move(parameters, gradients, group, found_inf)
 
     def _move(
         self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any], found_inf: Tensor | None

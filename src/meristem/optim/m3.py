@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from meristem.optim.nonfinite import moving, settle
+from meristem.optim.nonfinite import SkippingOptimizer, settle
 from meristem.optim.orthogonal import orthogonal
 
 EMA_PERIODS: Final = (1, 8, 64, 512)
@@ -14,7 +14,7 @@ EMA_KEPT: Final = (0.9, 0.95, 0.99, 0.999)
 EMA_WRITTEN: Final = (0.1, 0.05, 0.01, 0.001)
 
 
-class M3(torch.optim.Optimizer):
+class M3(SkippingOptimizer):
     """A fast momentum m₁ of every gradient g and a slow one m₂ of what f steps gathered; at rate η, decay λ::
 
         m₁ <- m₁ + β₁ g        V <- V + β₂ g²        b <- b + g
@@ -39,12 +39,6 @@ class M3(torch.optim.Optimizer):
     ) -> None:
         names = {"lr": rate, "betas": betas, "alpha": alpha, "every": every, "eps": eps, "weight_decay": weight_decay}
         super().__init__(parameters, names)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        for group, parameters, gradients in moving(self):
-            self._move(parameters, gradients, group, found_inf)
 
     def _move(
         self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any], found_inf: Tensor | None
@@ -73,7 +67,7 @@ class M3(torch.optim.Optimizer):
             settle([state["slow_direction"] for state in due], _directions(slow), found_inf)
 
 
-class EmaM3(torch.optim.Optimizer):
+class EmaM3(SkippingOptimizer):
     """Decaying momenta at several periods, their sum the step: ``w <- w (1 - η λ) - η Σ S``.
 
     Every ``period`` steps ``S <- kept S + written (b + g)`` and b <- 0, where b gathered the gradients between. With
@@ -92,12 +86,6 @@ class EmaM3(torch.optim.Optimizer):
     ) -> None:
         scales = tuple(zip(periods, kept, written, strict=True))
         super().__init__(parameters, {"lr": rate, "scales": scales, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        for group, parameters, gradients in moving(self):
-            self._move(parameters, gradients, group, found_inf)
 
     def _move(
         self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any], found_inf: Tensor | None

@@ -19,6 +19,21 @@ def moving(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], l
             yield group, [parameter for parameter, _ in pairs], [gradient for _, gradient in pairs]
 
 
+class SkippingOptimizer(torch.optim.Optimizer):
+    """An optimizer whose step moves one group after the other, by ``_move``, and honours ``found_inf``."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        for group, parameters, gradients in moving(self):
+            self._move(parameters, gradients, group, found_inf)
+
+    def _move(
+        self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any], found_inf: Tensor | None
+    ) -> None:
+        raise NotImplementedError
+
+
 def settle(held: Sequence[Tensor], new: Sequence[Tensor], found_inf: Tensor | None) -> None:
     """Write ``new`` into ``held`` unless ``found_inf`` is 1; then ``held`` stays to the bit, whatever ``new`` is."""
     if found_inf is not None:
