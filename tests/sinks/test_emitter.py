@@ -20,7 +20,7 @@ from meristem.sinks.jsonl import read_records
 from meristem.sinks.queue import RateLimit
 from meristem.sinks.records import Records
 
-QUICK = RateLimit(batch_s=0.01, rest_s=0.01, longest_rest_s=0.02, close_s=0.3)
+QUICK = RateLimit(rest_s=0.01, longest_rest_s=0.02, close_s=0.3)
 
 
 class Tracker:
@@ -89,19 +89,6 @@ def test_la5_every_record_reaches_every_sink_in_order_with_what_all_share(tmp_pa
         assert (told[name].status, told[name].dropped) == ("ok", 0)
 
 
-def test_la5_records_for_sinks_are_batched(tmp_path):
-    """Normal records wait for each other, so that the thread is woken once for many of them."""
-    tracker = Tracker()
-    emitter = Emitter(Records(tmp_path, "r"), {"t": tracker}, pace=RateLimit(batch_s=0.15))
-    begun_s = time.monotonic()
-    for number in range(20):
-        emitter.emit(Event(f"e{number}"))
-    wait_for(lambda: len(tracker.got) == 20)
-    end(emitter)
-    assert tracker.at_s[0] - begun_s >= 0.15
-    assert tracker.at_s[-1] - tracker.at_s[0] < 0.1
-
-
 def test_la5_slow_sink_does_not_slow_the_run(tmp_path):
     """A sink that takes 50 ms for a record costs the run as much as one that takes none."""
 
@@ -127,7 +114,7 @@ def test_la5_dropped_count_is_reported_and_critical_passes(tmp_path):
     """With a sink that hangs and a queue that is full, what was dropped is told to the last one; critical stays."""
     tracker = Tracker(is_open=False)
     records = Records(tmp_path, "r")
-    emitter = Emitter(records, {"t": tracker}, pace=RateLimit(n_waiting=10, batch_s=0.0))
+    emitter = Emitter(records, {"t": tracker}, pace=RateLimit(n_waiting=10))
     emitter.emit(Event("first", {}, "warning"))
     tracker.is_called.wait()
     for step in range(50):
@@ -149,9 +136,7 @@ def test_la5_losses_are_told_while_the_run_goes_on(tmp_path):
     """Not only at the end: with the first event after a minute by a clock that is given."""
     now = [100.0]
     tracker = Tracker(is_open=False)
-    emitter = Emitter(
-        Records(tmp_path, "r"), {"t": tracker}, pace=RateLimit(n_waiting=1, batch_s=0.0), clock=lambda: now[0]
-    )
+    emitter = Emitter(Records(tmp_path, "r"), {"t": tracker}, pace=RateLimit(n_waiting=1), clock=lambda: now[0])
     emitter.emit(Event("first", {}, "warning"))
     tracker.is_called.wait()
     for _ in range(4):
@@ -230,19 +215,6 @@ def test_ka2_critical_within_50_ms_in_order_though_the_queue_is_full(tmp_path):
     assert [number for number, _ in criticals] == list(range(12))
     assert max(at_s - then_s for (_, at_s), then_s in zip(criticals, emitted_s, strict=True)) < 0.05
     end(emitter)
-
-
-def test_ka2_critical_wakes_a_sink_that_waits_for_a_batch(tmp_path):
-    """A batch that would go in a minute does not hold it up; what waited goes after it."""
-    tracker = Tracker()
-    emitter = Emitter(Records(tmp_path, "r"), {"t": tracker}, pace=RateLimit(batch_s=60))
-    emitter.emit(Event("checkpoint.saved"))
-    begun_s = time.monotonic()
-    emitter.emit(Event("emergency.raised", {}, "critical"))
-    wait_for(lambda: tracker.got)
-    assert tracker.at_s[0] - begun_s < 0.05
-    end(emitter)
-    assert tracker.names() == ["emergency.raised", "checkpoint.saved"]
 
 
 def test_ka2_critical_is_on_the_disk_when_emit_returns(tmp_path, monkeypatch):
@@ -417,7 +389,7 @@ def test_la5_written_is_delivered_limited_or_dropped(tmp_path_factory, script, n
     place = tmp_path_factory.mktemp("run")
     tracker = Tracker()
     records = Records(place, "r")
-    emitter = Emitter(records, {"t": tracker}, pace=RateLimit(n_waiting=n_waiting, batch_s=0.001), minor_per_minute=3)
+    emitter = Emitter(records, {"t": tracker}, pace=RateLimit(n_waiting=n_waiting), minor_per_minute=3)
     for step, kind in enumerate(script):
         if kind == "metrics":
             records.metrics(step, 0, 0.0, "train", {})

@@ -10,7 +10,7 @@ from typing import Any
 
 from meristem.errors import SinkError
 from meristem.events import Event
-from meristem.sinks.queue import Call, RateLimit, SinkQueue, Status, Urgency
+from meristem.sinks.queue import Call, RateLimit, SinkQueue, Status
 from meristem.sinks.records import Records
 
 Sink = Callable[[Mapping[str, Any]], None]
@@ -23,8 +23,6 @@ MINOR_PER_MINUTE = 60
 
 TELL_EVERY_S = 60.0
 """Seconds between two events that tell what sinks did not get."""
-
-_URGENCY: dict[object, Urgency] = {"critical": "critical", "error": "soon", "warning": "soon"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Emitter:
     The files are complete whatever the sinks do, and every record in them carries run, step, ``seq`` and rank. Each
     sink has a bounded queue and a thread; what it did not get is counted and told at most once in ``TELL_EVERY_S``,
     as ``sink.dropped`` and, where a name came too often, ``events.limited``. A critical event is on the disk when
-    ``emit`` returns and passes every queue, batch and limit (growth.md 26, 27).
+    ``emit`` returns and passes every queue and limit (growth.md 26, 27).
 
     sinks: by name, in the order in which they are closed.
     screen: one more sink, ``SCREEN``, which is shown only what is more than information and is closed last.
@@ -113,7 +111,7 @@ class Emitter:
 
     def later(self, name: str, call: Call) -> None:
         """Have a call made on the thread of that sink, after the records that it was shown before."""
-        self._boxes[name].put(call, "soon")
+        self._boxes[name].put(call)
 
     def close(self) -> tuple[SinkRecord, ...]:
         """End the sinks one after the other, each within its time, and say what became of them.
@@ -132,10 +130,9 @@ class Emitter:
         severity = record.get("severity")
         if not self._boxes or (severity in ("debug", "info") and not self._limit.passes(record["name"])):
             return
-        urgency = _URGENCY.get(severity, "normal")
         for name, box in self._boxes.items():
-            if name != SCREEN or urgency != "normal":
-                box.put(partial(self._sinks[name], record), urgency)
+            if name != SCREEN or severity in ("warning", "error", "critical"):
+                box.put(partial(self._sinks[name], record), is_critical=severity == "critical")
 
     def _tell_losses(self) -> None:
         for event in self._losses():

@@ -10,7 +10,6 @@ from typing import Literal
 from meristem.events import Emit, Event, silent
 
 Call = Callable[[], None]
-Urgency = Literal["normal", "soon", "critical"]
 Status = Literal["ok", "failed", "hung"]
 
 
@@ -18,15 +17,13 @@ Status = Literal["ok", "failed", "hung"]
 class RateLimit:
     """How a listener is served; times in seconds.
 
-    n_waiting: calls that may wait. Of normal ones, what comes beyond that is dropped and counted.
-    batch_s: how long a normal call may wait for others, so that the thread is not woken for each of them.
+    n_waiting: calls that may wait. What comes beyond that is dropped and counted.
     rest_s, longest_rest_s: how long a listener that failed is left alone, doubled at every further failure.
     n_retries: further tries of a call that failed, before it is dropped and counted.
     close_s: how long the end of a run waits for one listener.
     """
 
     n_waiting: int = 10_000
-    batch_s: float = 0.25
     rest_s: float = 1.0
     longest_rest_s: float = 600.0
     n_retries: int = 3
@@ -36,8 +33,8 @@ class RateLimit:
 class SinkQueue:
     """Makes the calls to one listener on a thread of its own: critical ones first, each kind in its order.
 
-    Critical calls are never dropped, and wait neither for a batch nor for the rest after a failure. The first failure
-    is the warning ``sink.failed``; what was lost by failures and by a full queue is counted alike.
+    Critical calls are never dropped, and do not wait for the rest after a failure. The first failure is the warning
+    ``sink.failed``; what was lost by failures and by a full queue is counted alike.
     close: called on that thread after the last call.
     """
 
@@ -49,34 +46,25 @@ class SinkQueue:
         self._changed = threading.Condition()
         self._critical: deque[Call] = deque()
         self._normal: deque[Call] = deque()
-        self._due_s, self._rest_until_s, self._rest_s = 0.0, 0.0, 0.0
+        self._rest_until_s, self._rest_s = 0.0, 0.0
         self._n_tries = 0
         self._has_failed = self._is_closing = False
         self._thread = threading.Thread(target=self._serve, name=f"sink-{name}", daemon=True)
         self._thread.start()
 
-    def put(self, call: Call, urgency: Urgency = "normal") -> None:
-        """Have the call made later: with others, as soon as it is its turn, or before all others.
+    def put(self, call: Call, *, is_critical: bool = False) -> None:
+        """Have the call made later: when it is its turn, or before all others.
 
         What comes after ``close`` is no loss, and not counted.
         """
         with self._changed:
             if self._is_closing:
                 return
-            if urgency != "critical" and len(self._normal) >= self._pace.n_waiting:
+            if not is_critical and len(self._normal) >= self._pace.n_waiting:
                 self.n_dropped += 1
                 return
-            if urgency == "critical":
-                self._critical.append(call)
-                self._changed.notify()
-                return
-            self._normal.append(call)
-            if urgency == "soon":
-                self._due_s = 0.0
-                self._changed.notify()
-            elif len(self._normal) == 1:
-                self._due_s = time.monotonic() + self._pace.batch_s
-                self._changed.notify()
+            (self._critical if is_critical else self._normal).append(call)
+            self._changed.notify()
 
     def close(self) -> None:
         """Make the calls that wait, and end; a listener that hangs is left behind after ``close_s``, as a warning."""
@@ -115,7 +103,7 @@ class SinkQueue:
             while True:
                 if self._critical:
                     return self._critical.popleft()
-                wait_s = max(self._due_s, self._rest_until_s) - time.monotonic()
+                wait_s = self._rest_until_s - time.monotonic()
                 if self._normal and (self._is_closing or wait_s <= 0):
                     return self._normal.popleft()
                 if self._is_closing:
