@@ -23,6 +23,9 @@ from typing import ClassVar, Final
 UNEXPECTED: Final = 70
 """The exit code of an error that nobody foresaw: a fault of this program or of a plugin."""
 
+CPU_IS_FULL: Final = "can't allocate memory"
+"""What torch says in a plain RuntimeError where a CPU has no room; on accelerators it has a type for it."""
+
 
 class MeristemError(Exception):
     """An error that the user can mend. ``fields`` holds what a program needs: paths, names, numbers."""
@@ -226,6 +229,5 @@ def exit_code(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return 130
-    # Torch has no type of its own for what the CPU's allocator refuses.
-    is_refused = isinstance(error, (OSError, MemoryError)) or "can't allocate memory" in str(error)
+    is_refused = isinstance(error, (OSError, MemoryError)) or CPU_IS_FULL in str(error)
     return RunError.exit_code if is_refused else UNEXPECTED

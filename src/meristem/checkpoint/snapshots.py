@@ -166,10 +166,12 @@ class SnapshotBuffer:
             slot.order, slot.snapshot = self._n_taken, snapshot
         return snapshot
 
-    def latest(self) -> Snapshot | None:
-        """The one taken last of the valid ones."""
-        with self._lock:
-            return self._latest()
+    def latest(self, *, is_valid: bool = True) -> Snapshot | None:
+        """The one taken last of the valid ones, or with ``is_valid=False`` of all."""
+        for snapshot in reversed(self.snapshots()):
+            if snapshot.is_valid or not is_valid:
+                return snapshot
+        return None
 
     def snapshots(self) -> tuple[Snapshot, ...]:
         """All that are here, in the order in which they were taken."""
@@ -205,9 +207,6 @@ class SnapshotBuffer:
         by_age = sorted(self._slots, key=lambda slot: slot.order)
         return tuple(slot.snapshot for slot in by_age if slot.snapshot is not None)
 
-    def _latest(self) -> Snapshot | None:
-        return next((snapshot for snapshot in reversed(self._by_age()) if snapshot.is_valid), None)
-
     def _slot_of(self, snapshot: Snapshot) -> _Slot | None:
         return next((slot for slot in self._slots if slot.snapshot is snapshot), None)
 
@@ -225,7 +224,7 @@ class SnapshotBuffer:
             if empty:
                 spared = max(empty, key=lambda slot: slot.size_bytes)
             else:
-                kept = self._latest()
+                kept = next((snapshot for snapshot in reversed(self._by_age()) if snapshot.is_valid), None)
                 spared = min(free, key=lambda slot: (slot.snapshot is kept, slot.order))
             grown_bytes = self.size_bytes - spared.size_bytes + max(size_bytes, spared.size_bytes)
             if grown_bytes > self._max_bytes:

@@ -243,7 +243,7 @@ class Recovery:
         """
         world = self._run.world
         found = _Found(self._job, self._run, self._probe)
-        snapshot = self._ring.latest() if self._ring else None
+        snapshot = self._ring.latest(is_valid=True) if self._ring else None
         fast: dict[str, Callable[[], str]] = {
             "prepare": partial(found.choose, snapshot),
             "commit": found.put,
