@@ -114,7 +114,8 @@ def test_check_goes_through_all(site: Path) -> None:
     install(site, "silent", "g_silent", "def rule(): pass\n", kind, {"silent": "g_silent:rule"})
     install(site, "twin-a", "g_twin_a", "MERISTEM_API = 1\ndef rule(): pass\n", kind, {"twin": "g_twin_a:rule"})
     install(site, "twin-b", "g_twin_b", "MERISTEM_API = 1\ndef rule(): pass\n", kind, {"twin": "g_twin_b:rule"})
-    findings = Registry(kind, {"own": len, "lost": "posixpath:nothing"}).check()
+    registry = Registry(kind, {"own": len, "lost": "posixpath:nothing"})
+    findings = [registry.check(origin) for origin in registry.origins()]
     assert [(found.origin.distribution, found.origin.name, found.error) for found in findings] == [
         ("broken", "broken", "PluginError"),
         ("good", "good", ""),
@@ -132,7 +133,7 @@ def test_one_entry_is_checked_as_all_are(site: Path) -> None:
     kind = "test7"
     install(site, "late", "l_late", "MERISTEM_API = 1\nrule = 3\n", kind, {"own": "l_late:rule", "far": "l_late:no"})
     registry = Registry(kind, {"own": "posixpath:join"})
-    found = {(origin.name, origin.is_ours): registry.check_one(origin).error for origin in registry.origins()}
+    found = {(origin.name, origin.is_ours): registry.check(origin).error for origin in registry.origins()}
     assert found == {("own", True): "", ("own", False): "PluginError", ("far", False): "PluginError"}
 
 

@@ -122,11 +122,7 @@ class Registry(Generic[T]):
         theirs = [self._origin(entry) for found in self._discovered().values() for entry in found]
         return sorted(ours + theirs, key=lambda origin: (origin.name, origin.distribution))
 
-    def check(self) -> list[Finding]:
-        """Import every entry and say which of them cannot be used, and why."""
-        return [self.check_one(origin) for origin in self.origins()]
-
-    def check_one(self, origin: Origin) -> Finding:
+    def check(self, origin: Origin) -> Finding:
         """Import the entry that ``origins`` lists as ``origin`` and say whether, and why, it cannot be used."""
         try:
             if origin.is_ours or origin.name not in self._entries:
@@ -193,7 +189,7 @@ def checked(entry: Mapping[str, Any]) -> dict[str, object]:
     entry: ``registry`` as ``module:attribute``, and the ``origin`` of the entry in it.
     """
     registry = cast(Registry[object], _imported(entry["registry"]))
-    return registry.check_one(Origin(**entry["origin"])).to_json()
+    return registry.check(Origin(**entry["origin"])).to_json()
 
 
 def _imported(reference: str) -> object:

@@ -1,7 +1,7 @@
 """`meristem bench`: how fast it is here and what its parts are worth, each figure measured against another."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -78,88 +78,34 @@ def memory(
     _speeds(("memory",), repeats, as_json, layers=(width, window), picture=picture)
 
 
-@app.command()
-def model(repeats: Repeats = 5, as_json: Json = False) -> None:
-    """Measure training of the default model against a transformer. Exit code 1 when a target is missed.
+_MISSED: Final = "Exit code 1 when a target is missed."
+_SECTIONS: Final = {
+    "model": f"Measure training of the default model against a transformer. {_MISSED}",
+    "compositions": f"""Measure training with a memory as context, gate and layer. {_MISSED}
 
-    \b
-    Examples:
-      meristem bench model
-    """
-    _speeds(("model",), repeats, as_json)
+Two layers, windows of 512 tokens, whole steps; a transformer of the same width and depth takes turns with them.""",
+    "hope": f"Measure training and decoding of hope, memories written. {_MISSED}",
+    "levels": f"Measure what four levels cost over one in training. {_MISSED}",
+    "decode": f"Measure how fast a session writes. {_MISSED}",
+    "snapshot": f"""Measure snapshots in memory, and what they and the guard cost. {_MISSED}
 
-
-@app.command()
-def compositions(repeats: Repeats = 5, as_json: Json = False) -> None:
-    """Measure training with a memory as context, gate and layer. Exit code 1 when a target is missed.
-
-    Two layers, windows of 512 tokens, whole steps; a transformer of the same width and depth takes turns with them.
-
-    \b
-    Examples:
-      meristem bench compositions
-    """
-    _speeds(("compositions",), repeats, as_json)
+How long a run of 100 million parameters with moments waits for a snapshot and for the way back, and the share of the
+machine's copy bandwidth that is (this needs 6 GB of RAM); then the share of the steps of the default preset that guard,
+events and snapshots take, and how long a save keeps it waiting.""",
+    "start": f"Measure how long the program takes to answer. {_MISSED}",
+}
+"""What is measured by a verb of its own and without more choices: its help."""
 
 
-@app.command()
-def hope(repeats: Repeats = 5, as_json: Json = False) -> None:
-    """Measure training and decoding of hope, memories written. Exit code 1 when a target is missed.
+def _verb(name: str) -> Callable[..., None]:
+    def measured(repeats: Repeats = 5, as_json: Json = False) -> None:
+        _speeds((name,), repeats, as_json)
 
-    \b
-    Examples:
-      meristem bench hope --repeats 9
-    """
-    _speeds(("hope",), repeats, as_json)
+    return measured
 
 
-@app.command()
-def levels(repeats: Repeats = 5, as_json: Json = False) -> None:
-    """Measure what four levels cost over one in training. Exit code 1 when a target is missed.
-
-    \b
-    Examples:
-      meristem bench levels --json
-    """
-    _speeds(("levels",), repeats, as_json)
-
-
-@app.command()
-def decode(repeats: Repeats = 5, as_json: Json = False) -> None:
-    """Measure how fast a session writes. Exit code 1 when a target is missed.
-
-    \b
-    Examples:
-      meristem bench decode --repeats 3 --json
-    """
-    _speeds(("decode",), repeats, as_json)
-
-
-@app.command()
-def snapshot(repeats: Repeats = 5, as_json: Json = False) -> None:
-    """Measure snapshots in memory, and what they and the guard cost. Exit code 1 when a target is missed.
-
-    How long a run of 100 million parameters with moments waits for a snapshot and for the way back, and the share of
-    the machine's copy bandwidth that is (this needs 6 GB of RAM); then the share of the steps of the default preset
-    that guard, events and snapshots take, and how long a save keeps it waiting.
-
-    \b
-    Examples:
-      meristem bench snapshot
-      meristem bench snapshot --repeats 9 --json
-    """
-    _speeds(("snapshot",), repeats, as_json)
-
-
-@app.command()
-def start(repeats: Repeats = 5, as_json: Json = False) -> None:
-    """Measure how long the program takes to answer. Exit code 1 when a target is missed.
-
-    \b
-    Examples:
-      meristem bench start
-    """
-    _speeds(("start",), repeats, as_json)
+for _name, _help in _SECTIONS.items():
+    app.command(_name, help=f"{_help}\n\n\b\nExample:\n  meristem bench {_name} --repeats 9 --json")(_verb(_name))
 
 
 @app.command()

@@ -54,13 +54,13 @@ def findings(kind: str | None = None, load_s: float = LOAD_S) -> "list[Finding]"
     entries = [(text, registry, origin) for text, registry in found.items() for origin in registry.origins()]
     theirs = [text for text, _, origin in entries if not origin.is_ours]
     if not theirs:
-        return [registry.check_one(origin) for _, registry, origin in entries]
+        return [registry.check(origin) for _, registry, origin in entries]
     from meristem.worker.process import Worker
 
     rooms = sorted({text.partition(":")[0] for text in theirs})
     with Worker("plugins", imports=rooms, n_spare=0, emit=tell) as worker:
         return [
-            registry.check_one(origin) if origin.is_ours else _checked_apart(worker, text, origin, load_s)
+            registry.check(origin) if origin.is_ours else _checked_apart(worker, text, origin, load_s)
             for text, registry, origin in entries
         ]
 
