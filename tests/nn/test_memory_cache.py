@@ -548,7 +548,7 @@ def test_a_layer_learns_with_it_and_its_figures_are_those_of_the_running_memory(
     ],
 )
 def test_a_setting_that_nothing_reads_is_refused(settings: dict[str, Any], key: str) -> None:
-    with pytest.raises(DeadKey, match=rf"memory\.cache\.{key} is .*memory\.cache\.read=.*Remove it"):
+    with pytest.raises(DeadKey, match=rf"memory\.cache\.{key} is .*memory\.cache\.read=.*Remove the key"):
         MemoryCacheConfig.model_validate(settings)
 
 

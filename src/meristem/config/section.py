@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from meristem.config.kinds import require_numbers
+from meristem.errors import DeadKey
 
 
 class ConfigSection(BaseModel):
@@ -27,6 +28,23 @@ class ConfigSection(BaseModel):
     def _numbers_are_numbers(cls, value: object, info: ValidationInfo) -> object:
         require_numbers(cls.model_fields[str(info.field_name)], value)
         return value
+
+    def refuse_dead(self, section: str, reads: frozenset[str], why: str, choice: str, *, who: str = "it") -> None:
+        """Raise DeadKey where a key that is not in ``reads`` has another value than its default.
+
+        section: the dotted path of this section. why, choice: of the message; ``choice`` is the key that decides what
+        is read. who: what reads the others.
+        """
+        fields = type(self).model_fields
+        dead = [key for key in fields if key not in reads and getattr(self, key) != fields[key].default]
+        if dead:
+            found = ", ".join(f"{section}.{key} is {getattr(self, key)!r}" for key in dead)
+            raise DeadKey(
+                f"{found}, but {why}; {who} reads {', '.join(sorted(reads))}. Remove the key, or choose another "
+                f"{choice}.",
+                path=f"{section}.{dead[0]}",
+                value=getattr(self, dead[0]),
+            )
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A copy with some values replaced; pydantic's own would take a key that does not exist without a word."""

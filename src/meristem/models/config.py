@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from meristem.config import ConfigSection
-from meristem.errors import ConflictingKeys, DeadKey
+from meristem.errors import ConflictingKeys
 from meristem.nn.config import CMSConfig
 
 READS: Final = {
@@ -141,14 +141,8 @@ class ModelConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _has_no_dead_key(self) -> Self:
-        for key, field in type(self).model_fields.items():
-            if key not in self.reads | {"name"} and getattr(self, key) != field.default:
-                raise DeadKey(
-                    f"model.{key} is {getattr(self, key)!r}, but this model does not read it; {self._described} reads "
-                    f"{', '.join(sorted(self.reads))}. Remove the key, or choose another model.name.",
-                    path=f"model.{key}",
-                    value=getattr(self, key),
-                )
+        reads, why = self.reads | {"name"}, "this model does not read it"
+        self.refuse_dead("model", reads, why, "model.name", who=self._described)
         return self
 
     @model_validator(mode="after")

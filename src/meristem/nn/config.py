@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from meristem.config import ConfigSection
-from meristem.errors import ConflictingKeys, DeadKey
+from meristem.errors import ConflictingKeys
 
 
 class MemoryCacheConfig(ConfigSection):
@@ -37,14 +37,8 @@ class MemoryCacheConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _has_no_dead_key(self) -> Self:
-        for key, field in type(self).model_fields.items():
-            if key not in self.reads and getattr(self, key) != field.default:
-                raise DeadKey(
-                    f"memory.cache.{key} is {getattr(self, key)!r}, and with memory.cache.read={self.read} nothing "
-                    f"reads it, only {', '.join(sorted(self.reads))}. Remove it, or choose another memory.cache.read.",
-                    path=f"memory.cache.{key}",
-                    value=getattr(self, key),
-                )
+        why = f"nothing reads it with memory.cache.read={self.read}"
+        self.refuse_dead("memory.cache", self.reads, why, "memory.cache.read")
         return self
 
     @model_validator(mode="after")
@@ -152,15 +146,10 @@ class LevelsConfig(ConfigSection):
         alone = frozenset({"count", "periods", "reset_after"})
         keys = alone if self.count == 1 else frozenset(type(self).model_fields)
         keys = keys - {"anneal", "budget"} if self.frequency == "fixed" else keys
-        for key, field in type(self).model_fields.items():
-            if key not in keys and getattr(self, key) != field.default:
-                raise DeadKey(
-                    f"memory.levels.{key} is {getattr(self, key)!r}, and nothing reads it with a count of {self.count} "
-                    f"and frequency '{self.frequency}', which read {', '.join(sorted(keys))}. Remove the key, or raise "
-                    f"memory.levels.count, or choose another memory.levels.frequency.",
-                    path=f"memory.levels.{key}",
-                    value=getattr(self, key),
-                )
+        why = f"nothing reads it with a count of {self.count} and frequency '{self.frequency}'"
+        self.refuse_dead(
+            "memory.levels", keys, why, "memory.levels.count or memory.levels.frequency", who="such a memory"
+        )
         return self
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from meristem.config import ConfigSection
 from meristem.config.mistakes import nearest_words
-from meristem.errors import ConflictingKeys, DeadKey, WrongValue
+from meristem.errors import ConflictingKeys, WrongValue
 
 EVERY_KIND: Final = frozenset({"name", "lr", "weight_decay", "grad_clip", "level_rates"})
 ADAMW: Final = frozenset({"beta1", "beta2", "eps", "level_betas"})
@@ -98,7 +98,7 @@ class OptimConfig(ConfigSection):
     @model_validator(mode="after")
     def _has_no_dead_key(self) -> Self:
         also = " with m3_ema" if self.m3_ema and self.name == "m3" else ""
-        _refuse_dead(self, "optim", self.reads, f"optim.name '{self.name}'{also} does not read it", "optim.name")
+        self.refuse_dead("optim", self.reads, f"optim.name '{self.name}'{also} does not read it", "optim.name")
         return self
 
 
@@ -146,7 +146,7 @@ class ScheduleConfig(ConfigSection):
     @model_validator(mode="after")
     def _has_no_dead_key(self) -> Self:
         why = f"a schedule of shape '{self.shape}' with unit '{self.unit}' and warmup {self.warmup} does not read it"
-        _refuse_dead(self, "schedule", self.reads, why, "schedule.shape or schedule.unit")
+        self.refuse_dead("schedule", self.reads, why, "schedule.shape or schedule.unit")
         return self
 
     @model_validator(mode="after")
@@ -166,16 +166,3 @@ class ScheduleConfig(ConfigSection):
                 value=self.floor,
             )
         return self
-
-
-def _refuse_dead(config: ConfigSection, section: str, reads: frozenset[str], why: str, choice: str) -> None:
-    """Raise DeadKey where a key that is not in ``reads`` was given another value than its default."""
-    fields = type(config).model_fields
-    dead = [key for key in fields if key not in reads and getattr(config, key) != fields[key].default]
-    if dead:
-        found = ", ".join(f"{section}.{key} is {getattr(config, key)!r}" for key in dead)
-        raise DeadKey(
-            f"{found}, but {why}; it reads {', '.join(sorted(reads))}. Remove the key, or choose another {choice}.",
-            path=f"{section}.{dead[0]}",
-            value=getattr(config, dead[0]),
-        )
