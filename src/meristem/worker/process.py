@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -109,6 +109,12 @@ class Worker:
         """The answer to a question; to none, what all processes said when they were ready."""
         if not self._turn.acquire(timeout=max(deadline.left_s, 0)):
             raise self._overdue(endpoint, seconds, "in the queue", None)
+        with ExitStack() as ends:
+            ends.callback(self._turn.release)
+            ends.callback(self._fill)
+            return self._answered(endpoint, question, deadline, seconds)
+
+    def _answered(self, endpoint: str, question: bytes, deadline: Deadline, seconds: float) -> dict[str, Any]:
         process, phase, answer = self._processes[0], "waiting for a process", dict[str, Any]()
         try:
             for place in range(1 if question else self._n_processes):
@@ -138,10 +144,12 @@ class Worker:
         except BaseException:  # an interrupt of the caller ends the call
             process.end(f"{endpoint} was stopped")
             raise
-        finally:
-            with suppress(OSError):  # at the next call it is tried again
-                self._living(self._processes.index(process))
-            self._turn.release()
+
+    def _fill(self) -> None:
+        """Replace what was lost; what cannot be started now is tried again at the next call."""
+        with suppress(OSError):
+            for place in range(self._n_processes):
+                self._living(place)
 
     def _living(self, place: int) -> "_Process":
         """The process at that place; another in place of one that is gone, which comes last."""
