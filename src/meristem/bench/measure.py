@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 
@@ -30,16 +30,7 @@ class Row:
         return self.measured >= self.target if self.sense == ">=" else self.measured <= self.target
 
     def to_json(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "measured": self.measured,
-            "unit": self.unit,
-            "target": self.target,
-            "sense": self.sense,
-            "is_met": self.is_met,
-            "note": self.note,
-            "figures": dict(self.figures),
-        }
+        return asdict(self) | {"is_met": self.is_met}
 
 
 Timed = Callable[[], float]

@@ -7,16 +7,9 @@ import typer
 
 from meristem.cli import complete
 from meristem.cli.answer import Json, answer, columns, pairs, tell
+from meristem.cli.sample import Checkpoint
 
 app = typer.Typer(help="Look at checkpoints, compare, check and thin them out.")
-Place = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CKPT",
-        autocompletion=complete.run_directories,
-        help="A checkpoint, or a run directory for its newest one.",
-    ),
-]
 Run = Annotated[
     Path,
     typer.Argument(
@@ -51,7 +44,7 @@ def ls(run: Run, as_json: Json = False) -> None:
 
 
 @app.command()
-def show(checkpoint: Place, as_json: Json = False) -> None:
+def show(checkpoint: Checkpoint, as_json: Json = False) -> None:
     """Print what a checkpoint says about itself.
 
     \b
@@ -64,7 +57,7 @@ def show(checkpoint: Place, as_json: Json = False) -> None:
 
 
 @app.command()
-def verify(checkpoint: Place, as_json: Json = False) -> None:
+def verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
     """Compare every file of a checkpoint with its hash; exit code 1 names those that differ.
 
     \b
@@ -82,7 +75,7 @@ def verify(checkpoint: Place, as_json: Json = False) -> None:
 
 
 @app.command()
-def diff(first: Place, second: Place, as_json: Json = False) -> None:
+def diff(first: Checkpoint, second: Checkpoint, as_json: Json = False) -> None:
     """Say in what two checkpoints differ; exit code 1 when they do.
 
     \b
@@ -103,7 +96,7 @@ def diff(first: Place, second: Place, as_json: Json = False) -> None:
 
 @app.command()
 def pin(
-    checkpoint: Place,
+    checkpoint: Checkpoint,
     remove: Annotated[bool, typer.Option("--remove", help="Take the pin away.")] = False,
     as_json: Json = False,
 ) -> None:

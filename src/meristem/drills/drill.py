@@ -1,7 +1,7 @@
 """What a drill is, and what it comes to."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
@@ -52,13 +52,5 @@ class Outcome:
 
     def to_json(self) -> dict[str, object]:
         """Plain values."""
-        return {
-            "name": self.name,
-            "fault": self.fault,
-            "expected": self.expected,
-            "is_as_expected": self.is_as_expected,
-            "checks": dict(self.seen.checks),
-            "told": dict(self.seen.told),
-            "error": self.error,
-            "seconds": round(self.seconds, 2),
-        }
+        figures = {"is_as_expected": self.is_as_expected, "seconds": round(self.seconds, 2)}
+        return {name: value for name, value in vars(self).items() if name != "seen"} | asdict(self.seen) | figures

@@ -55,14 +55,7 @@ class Report:
 
     def to_json(self) -> dict[str, object]:
         """The plain values, as for the payload of an event."""
-        return {
-            "rate": self.rate,
-            "level": self.level,
-            "cosines": self.cosines,
-            "shares": self.shares,
-            "worst": list(self.worst),
-            "is_idle": self.is_idle,
-        }
+        return vars(self) | {"level": self.level, "worst": list(self.worst)}
 
 
 @dataclass(frozen=True)

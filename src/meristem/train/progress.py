@@ -50,16 +50,7 @@ class Progress:
 
     def to_json(self) -> dict[str, object]:
         """The plain values; the memory is tensors and is saved beside them."""
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds_used": self.seconds_used,
-            "n_nonfinite": self.n_nonfinite,
-            "n_nonfinite_in_row": self.n_nonfinite_in_row,
-            "ease": self.ease,
-            "eased_until": self.eased_until,
-            "n_micro_batches": self.n_micro_batches,
-        }
+        return {name: value for name, value in vars(self).items() if name not in ("cursor", "memory")}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], cursor: Cursor, memory: State | None) -> "Progress":
