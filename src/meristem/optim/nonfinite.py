@@ -4,6 +4,7 @@ Torch's fused optimizers leave everything untouched where their attribute ``foun
 What stands here gives the same to the others.
 """
 
+import abc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ def moving(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], l
             yield group, [parameter for parameter, _ in pairs], [gradient for _, gradient in pairs]
 
 
-class SkippingOptimizer(torch.optim.Optimizer):
-    """An optimizer whose step moves one group after the other, by ``_move``, and honours ``found_inf``."""
+class SkippingOptimizer(torch.optim.Optimizer, abc.ABC):
+    """An optimizer whose step moves one group after the other and honours ``found_inf``."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -28,10 +29,11 @@ class SkippingOptimizer(torch.optim.Optimizer):
         for group, parameters, gradients in moving(self):
             self._move(parameters, gradients, group, found_inf)
 
+    @abc.abstractmethod
     def _move(
         self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any], found_inf: Tensor | None
     ) -> None:
-        raise NotImplementedError
+        """Move the parameters of one group by their gradients; where ``found_inf`` is 1, change nothing."""
 
 
 def settle(held: Sequence[Tensor], new: Sequence[Tensor], found_inf: Tensor | None) -> None:
