@@ -132,6 +132,16 @@ def test_spoilt_weights_come_back(text, tmp_path):
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
 
 
+def test_accelerator_goes_back_where_steps_are_read_together(text, tmp_path, monkeypatch):
+    """Issue 9, 2.6: ten skipped steps that are read at once end no run that can go back."""
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    more = ("train.log_every=20", "rollback.snapshot_every=20")
+    result = run(text, tmp_path / "run", *more, change=at_call(23, spoil_weights))
+    (back,) = events(tmp_path / "run", "rollback.done")
+    assert (back["panicked_at"], back["resumed_from"]) == (40, 20)
+    assert (result.status, result.step) == ("finished", 50)
+
+
 def test_without_the_guard_it_does_not(text, tmp_path):
     """What the tests above would miss, were it not for the guard."""
     run(text, tmp_path / "run", "guard.is_on=false", change=spoilt(range(32, 35)))

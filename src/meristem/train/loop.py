@@ -84,7 +84,8 @@ def steps(
     schedule: where the run stands to the factor on the highest rate of each group in the step that follows.
     Which parameters move in a step, and how they are clipped, is the optimizer's affair, as is what waits at the end.
     A step whose loss or gradient is not finite changes neither weights nor moments, and the memory begins afresh after
-    it; ``part.max_nonfinite`` such steps in a row raise NonFinite (on an accelerator at the next step that is read).
+    it; ``config.max_nonfinite`` such steps in a row raise NonFinite, after the step that reads the last of them was
+    yielded: on an accelerator some are read together, and whoever watches hears of all before the run ends.
     Where the device runs out of room, batches are cut into smaller parts from then on (``backward``); OutOfDeviceBytes
     with ``where="step"`` says that it happened while weights were moved, which must then be brought back.
     Of several processes each makes the same step of its own rows, and yields the same but for its own memory.
@@ -127,10 +128,11 @@ def steps(
         )
         is_logged = now.step % config.log_every == 0
         readings: tuple[StepStats, ...] = ()
+        failure: NonFinite | None = None
         # On the CPU reading costs nothing. A memory that is carried on must not stay spoilt until the next record.
         if is_logged or result.loss.is_cpu or not batches[-1].starts:
             readings, unread = _read(now.step, unread), []
-            now = _count(now, readings, config.max_nonfinite)
+            now, failure = _count(now, readings, config.max_nonfinite)
         seconds = time.perf_counter() - began
         of_ranks = engine.world.all_gather_numbers([seconds, sum(batch.n_bytes for batch in batches)])
         each_s, each_bytes = zip(*of_ranks, strict=True)
@@ -147,6 +149,9 @@ def steps(
             conflict=result.conflict,
             each_s=each_s,
         )
+        # Only now: a guard that hears of the same steps may go back instead, and then asks for no step from here.
+        if failure:
+            raise failure
 
 
 def _take(stream: Stream, cursor: Cursor, n_batches: int) -> tuple[list[Batch], Cursor]:
@@ -218,22 +223,23 @@ def _read(last_step: int, unread: list[torch.Tensor]) -> tuple[StepStats, ...]:
     )
 
 
-def _count(now: Progress, readings: tuple[StepStats, ...], most: int) -> Progress:
-    """Progress after the steps that were read; too many skipped in a row end the run.
+def _count(now: Progress, readings: tuple[StepStats, ...], most: int) -> tuple[Progress, NonFinite | None]:
+    """Progress after the steps that were read; and what ends the run, where ``most`` of them were skipped in a row.
 
     A step that was skipped to lower the loss scale is none of them: the next one is made at half of it.
     """
+    failure = None
     for reading in readings:
         if reading.is_rescaled:
             continue
         in_row = now.n_nonfinite_in_row + 1 if reading.is_skipped else 0
         now = replace(now, n_nonfinite=now.n_nonfinite + int(reading.is_skipped), n_nonfinite_in_row=in_row)
         if in_row >= most:
-            raise NonFinite(
-                f"loss or gradient was not finite in {in_row} steps in a row, up to step {now.step}; "
+            failure = failure or NonFinite(
+                f"loss or gradient was not finite in {in_row} steps in a row, up to step {reading.step}; "
                 f"{most} end a run (train.max_nonfinite). Lower optim.lr or optim.grad_clip, or set device.dtype=fp32.",
-                step=now.step,
+                step=reading.step,
                 count=in_row,
             )
     is_spoilt = now.n_nonfinite_in_row or not math.isfinite(readings[-1].loss_nats)
-    return replace(now, memory=None) if is_spoilt else now
+    return (replace(now, memory=None) if is_spoilt else now), failure
