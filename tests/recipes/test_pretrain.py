@@ -112,7 +112,7 @@ def test_bad_steps_end_the_run_with_its_checkpoints_intact(settings, tmp_path, i
     """A rate that cannot work: each bad step is an event, the run fails with the exit code of training."""
     wild = settings.optim.model_copy(update={"lr": 1e30, "grad_clip": None})
     train = settings.train.model_copy(update={"max_nonfinite": 4})
-    guard = settings.guard.model_copy(update={"is_on": is_guarded})
+    guard = settings.guard.model_copy(update={"enabled": is_guarded})
     changes = {"optim": wild, "train": train, "guard": guard}
     with pytest.raises(error, match=match):
         pretrain(settings.model_copy(update=changes), run_dir=tmp_path / "wild")

@@ -388,7 +388,7 @@ def test_accelerator_tells_of_skipped_steps_before_they_end_the_run(corpus, read
     config, heard = limit(steps=8, log_every=log_every, max_nonfinite=2), []
     with pytest.raises(NonFinite, match="in 2 steps in a row, up to step 2"):
         for step in steps(held, stream, lambda _: 1.0, config=config, device=DEVICE):
-            heard += [stats.step for stats in step.readings if stats.is_skipped]
+            heard += [each.step for each in step.stats if each.is_skipped]
     assert heard == [1, 2]
 
 

@@ -82,6 +82,7 @@ def pretrain(
     view: Console | None = None,
     planned: PlanReport | None = None,
     make_job: Callable[[Run, Config, Checkpoint | None], Job] | None = None,
+    time_scale: float = 1.0,
 ) -> Result:
     """Train a language model as ``config`` says.
 
@@ -89,6 +90,7 @@ def pretrain(
     resume: ``auto``, ``must``, ``never``, or a checkpoint to go on from (``checkpoint_to_resume``).
     planned: what the plan said; run.json keeps it beside what the run then took.
     make_job: in place of ``prepare_job``; a drill has one that breaks something of what that gives.
+    time_scale: a factor on the deadlines of going back (``Recovery``).
     The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint from which it can go on.
     """
     with joined(config.distributed, config.device) as world:
@@ -102,7 +104,7 @@ def pretrain(
             if planned and planned.training:
                 predicted = {"peak_bytes": planned.needed_bytes, "flops_per_token": planned.training.flops_per_token}
                 run.manifest.update(plan={"predicted": predicted, "measured": None})
-            with answering(job.device.device), recovering(run, job, safety) as recovery:
+            with answering(job.device.device), recovering(run, job, safety, time_scale) as recovery:
                 is_interrupted = train(run, job, recovery)
                 return stop(run, job, recovery) if is_interrupted else finish(run, job, recovery)
 

@@ -15,7 +15,6 @@ from meristem.checkpoint.saver import Saver
 from meristem.checkpoint.snapshots import Snapshot, SnapshotBuffer
 from meristem.device.limits import available_bytes
 from meristem.distributed.shards import is_part, local_by_name
-from meristem.distributed.world import World
 from meristem.errors import Halted, RollbackFailed
 from meristem.events import Event
 from meristem.models.topology import from_json
@@ -40,8 +39,7 @@ from meristem.train.guard import Verdict, observe, observe_held_out
 from meristem.train.loop import Step
 from meristem.train.loss import cross_entropy
 from meristem.train.progress import Progress
-from meristem.train.rollback import FAST, FULL, USUAL, Attempt, Tier, TierName, most_bytes, n_snapshots
-from meristem.worker.deadline import Deadline
+from meristem.train.rollback import FAST, FULL, MOST_IN_ROW, USUAL, Attempt, Tier, TierName, most_bytes, n_snapshots
 
 PROBE_TOKENS: Final = 128
 """Held-out tokens whose loss is kept with every state: after going back to it they must cost the same again."""
@@ -49,16 +47,20 @@ PROBE_TOKENS: Final = 128
 QUIET_STEPS: Final = 200
 """Steps without a verdict after which the emergency level falls by one."""
 
+EASE: Final = 0.5
+"""The factor on the rate of the steps after a panic, where it is lower (growth.md 20)."""
+
 
 class Recovery:
     """The guard, the snapshots and the checkpoints of one run while it trains.
 
     safety: how sound the run is; saved with it.
+    time_scale: a factor on the deadlines of going back, for machines on which nothing can be timed.
     """
 
-    def __init__(self, run: Run, job: Job, safety: Safety) -> None:
-        self._run, self._job, self.safety = run, job, safety
-        self._config, self._guard_part = job.config.rollback, job.config.guard
+    def __init__(self, run: Run, job: Job, safety: Safety, time_scale: float = 1.0) -> None:
+        self._run, self._job, self.safety, self._time_scale = run, job, safety, time_scale
+        self._config = job.config.rollback
         window = job.corpus.tokens("val")[: min(PROBE_TOKENS, job.config.data.seq_len + 1)]
         self._probe_bt = torch.from_numpy(window.astype("int64"))[None]
         self._uniform_nats = math.log(job.corpus.tokenizer.vocab_size)
@@ -89,20 +91,20 @@ class Recovery:
         """Why the run must go back, or None; and a snapshot where one is due."""
         self._saver.poll()
         self._signals.flush()
-        for reading in step.readings:
-            guard, verdict = observe(self.safety.guard, self._guard_part, reading, uniform_nats=self._uniform_nats)
+        for stats in step.stats:
+            guard, verdict = observe(self.safety.guard, self._job.config.guard, stats, uniform_nats=self._uniform_nats)
             self.safety = replace(self.safety, guard=guard)
             self._heed(verdict)
             if verdict.level == "panic":
                 return ", ".join(verdict.detectors)
         self._is_due |= step.progress.step % self._config.snapshot_every == 0
-        if self._is_due and step.readings:
+        if self._is_due and step.stats:
             self.snapshot("interval")
         return None
 
     def evaluated(self, step: int, nats: float) -> None:
         """Hear what the held-out text cost."""
-        guard, verdict = observe_held_out(self.safety.guard, self._guard_part, step, nats)
+        guard, verdict = observe_held_out(self.safety.guard, self._job.config.guard, step, nats)
         self.safety = replace(self.safety, guard=guard)
         if verdict.level != "ok":
             self._heed(verdict)
@@ -167,7 +169,7 @@ class Recovery:
         """
         self._saver.wait()
         now = self._job.state.progress
-        rollbacks = self.safety.rollbacks.panicked(now.step, sound_after=self._config.sound_after)
+        rollbacks = self.safety.rollbacks.panicked(now.step)
         number = self._journal.begin("rollback", {"step": now.step, "reason": reason})
         try:
             found, attempts = self._restored()
@@ -201,7 +203,7 @@ class Recovery:
         if self._ring:
             self._ring.drop_after(then.step)
         self.snapshot("rollback")
-        if rollbacks.n_in_row >= self._config.most_in_row:
+        if rollbacks.n_in_row >= MOST_IN_ROW:
             self._halt(then, now, rollbacks.n_in_row)
 
     def _halt(self, then: Progress, now: Progress, n_in_row: int) -> None:
@@ -219,21 +221,26 @@ class Recovery:
     def _changed(
         self, now: Progress, then: Progress, n_in_row: int, n_micro_batches: int | None
     ) -> tuple[Progress, dict[str, object]]:
-        """Where the run goes on, and what is different from the first time. The time that was used stays used."""
+        """Where the run goes on, and what is different from the first time. The time that was used stays used.
+
+        The second time in a row as many batches more are skipped as lie between two snapshots: going back has brought
+        the run so far, and no farther. The rate is lower for as many steps, until there is another place to go back to.
+        """
         then = replace(then, seconds_used=now.seconds_used)
         if n_micro_batches is not None:
             return replace(then, n_micro_batches=n_micro_batches), {"n_micro_batches": n_micro_batches}
         changed: dict[str, object] = {}
         change = "both" if n_in_row > 1 else self._config.change
         if change in ("skip", "both"):
-            more = self._config.skip_more if n_in_row > 1 else 0
+            more = self._config.snapshot_every if n_in_row > 1 else 0
             cursor = replace(now.cursor, position=now.cursor.position + more)
             changed["skipped_batches"] = [then.cursor.position, cursor.position]
             # The memory knows the text before the gap, and not that which follows it.
             then = replace(then, cursor=cursor, memory=None)
         if change in ("ease", "both"):
-            changed |= {"rate_factor": self._config.ease, "until_step": then.step + self._config.ease_steps}
-            then = replace(then, ease=self._config.ease, eased_until=then.step + self._config.ease_steps)
+            until_step = then.step + self._config.snapshot_every
+            changed |= {"rate_factor": EASE, "until_step": until_step}
+            then = replace(then, ease=EASE, eased_until=until_step)
         return then, changed
 
     def _restored(self) -> tuple["_Found", tuple[Attempt, ...]]:
@@ -244,21 +251,22 @@ class Recovery:
         world = self._run.world
         found = _Found(self._job, self._run, self._probe)
         snapshot = self._ring.latest(is_valid=True) if self._ring else None
-        fast: dict[str, Callable[[], str]] = {
-            "prepare": partial(found.choose, snapshot),
-            "commit": found.put,
-            "confirm": found.confirm,
-        }
+        fast = {"prepare": partial(found.choose, snapshot), "commit": found.put, "confirm": found.confirm}
         full = {
             "load": found.load,
             "model": found.put_weights,
             "optimizer": found.put_rest,
             "verify": found.confirm,
         }
-        tiers = [_tier("full", full, FULL, self._config.full_deadline_s, world)]
+        tiers = [self._tier("full", full, FULL)]
         if world.any(snapshot is not None):
-            tiers.insert(0, _tier("fast", fast, FAST, self._config.fast_deadline_s, world))
+            tiers.insert(0, self._tier("fast", fast, FAST))
         return found, rollback.restore(tiers, world.clock)
+
+    def _tier(self, name: TierName, acts: Mapping[str, Callable[[], str]], budgets_s: Mapping[str, float]) -> Tier:
+        """A tier whose phases are those of all processes."""
+        phases = {phase: partial(self._run.world.act, phase, act) for phase, act in acts.items()}
+        return Tier(name, phases, self._time_scale * sum(budgets_s.values()))
 
     def _probe(self) -> float:
         """Nats per target on a little held-out text, read with a fresh memory."""
@@ -285,19 +293,6 @@ class Recovery:
         level = self._signals.send(level, origin=origin, reason=reason)
         self.safety = replace(self.safety, emergency=raised(self.safety.emergency, level, reason=reason, origin=origin))
         self._level.write(self.safety.emergency)
-
-
-def _tier(
-    name: TierName, acts: Mapping[str, Callable[[], str]], usual_s: Mapping[str, float], deadline_s: float, world: World
-) -> Tier:
-    """A tier whose phases are those of all processes; they share ``deadline_s`` in the proportion of ``usual_s``."""
-    scale = deadline_s / sum(usual_s.values())
-    phases = {phase: partial(_in_all, world, phase, act) for phase, act in acts.items()}
-    return Tier(name, phases, {phase: seconds * scale for phase, seconds in usual_s.items()}, deadline_s)
-
-
-def _in_all(world: World, phase: str, act: Callable[[], str], deadline: Deadline) -> None:
-    world.act(phase, act)
 
 
 class _Found:
@@ -375,9 +370,9 @@ def _snapshot_buffer(config: RollbackConfig, job: Job, run: Run) -> SnapshotBuff
 
 
 @contextlib.contextmanager
-def recovering(run: Run, job: Job, safety: Safety) -> Iterator[Recovery]:
-    """A shelter for the run while the block lasts."""
-    recovery = Recovery(run, job, safety)
+def recovering(run: Run, job: Job, safety: Safety, time_scale: float = 1.0) -> Iterator[Recovery]:
+    """The recovery of the run while the block lasts; ``time_scale`` as in ``Recovery``."""
+    recovery = Recovery(run, job, safety, time_scale)
     try:
         yield recovery
     finally:

@@ -34,7 +34,7 @@ class Step:
     """What one optimizer step was.
 
     progress: where the run stands after it; all that is needed to go on from here besides weights and moments.
-    readings: what was measured, of every step since the last one that was read, this one last. Empty where it was left
+    stats: what was measured, of every step since the last one that was read, this one last. Empty where it was left
         on the device: an accelerator is read only on steps that log, so that it never waits for the host.
     seconds: of the slowest process. n_targets, n_bytes: those of all processes.
     conflict: how far the objectives of the step disagree, where they were told apart; still on the device.
@@ -42,7 +42,7 @@ class Step:
     """
 
     progress: Progress
-    readings: tuple[StepStats, ...]
+    stats: tuple[StepStats, ...]
     rate: float
     seconds: float
     n_targets: int
@@ -54,12 +54,12 @@ class Step:
     @property
     def loss_nats(self) -> float | None:
         """Per target; None where it was not read."""
-        return self.readings[-1].loss_nats if self.readings else None
+        return self.stats[-1].loss_nats if self.stats else None
 
     @property
     def grad_norm(self) -> float | None:
         """Before clipping; None where it was not read."""
-        return self.readings[-1].grad_norm if self.readings else None
+        return self.stats[-1].grad_norm if self.stats else None
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -127,12 +127,12 @@ def steps(
             n_micro_batches=result.n_micro_batches,
         )
         is_logged = now.step % config.log_every == 0
-        readings: tuple[StepStats, ...] = ()
+        stats: tuple[StepStats, ...] = ()
         failure: NonFinite | None = None
         # On the CPU reading costs nothing. A memory that is carried on must not stay spoilt until the next record.
         if is_logged or result.loss.is_cpu or not batches[-1].starts:
-            readings, unread = _read(now.step, unread), []
-            now, failure = _count(now, readings, config.max_nonfinite)
+            stats, unread = _read(now.step, unread), []
+            now, failure = _count(now, stats, config.max_nonfinite)
         seconds = time.perf_counter() - began
         of_ranks = engine.world.all_gather_numbers([seconds, sum(batch.n_bytes for batch in batches)])
         each_s, each_bytes = zip(*of_ranks, strict=True)
@@ -140,7 +140,7 @@ def steps(
         held.state = replace(state, progress=now)
         yield Step(
             progress=now,
-            readings=readings,
+            stats=stats,
             rate=optimizer.param_groups[0]["lr"],
             seconds=max(each_s),
             n_targets=n_targets,
@@ -223,23 +223,23 @@ def _read(last_step: int, unread: list[torch.Tensor]) -> tuple[StepStats, ...]:
     )
 
 
-def _count(now: Progress, readings: tuple[StepStats, ...], most: int) -> tuple[Progress, NonFinite | None]:
+def _count(now: Progress, stats: tuple[StepStats, ...], most: int) -> tuple[Progress, NonFinite | None]:
     """Progress after the steps that were read; and what ends the run, where ``most`` of them were skipped in a row.
 
     A step that was skipped to lower the loss scale is none of them: the next one is made at half of it.
     """
     failure = None
-    for reading in readings:
-        if reading.is_rescaled:
+    for each in stats:
+        if each.is_rescaled:
             continue
-        in_row = now.n_nonfinite_in_row + 1 if reading.is_skipped else 0
-        now = replace(now, n_nonfinite=now.n_nonfinite + int(reading.is_skipped), n_nonfinite_in_row=in_row)
+        in_row = now.n_nonfinite_in_row + 1 if each.is_skipped else 0
+        now = replace(now, n_nonfinite=now.n_nonfinite + int(each.is_skipped), n_nonfinite_in_row=in_row)
         if in_row >= most:
             failure = failure or NonFinite(
-                f"loss or gradient was not finite in {in_row} steps in a row, up to step {reading.step}; "
+                f"loss or gradient was not finite in {in_row} steps in a row, up to step {each.step}; "
                 f"{most} end a run (train.max_nonfinite). Lower optim.lr or optim.grad_clip, or set device.dtype=fp32.",
-                step=reading.step,
+                step=each.step,
                 count=in_row,
             )
-    is_spoilt = now.n_nonfinite_in_row or not math.isfinite(readings[-1].loss_nats)
+    is_spoilt = now.n_nonfinite_in_row or not math.isfinite(stats[-1].loss_nats)
     return (replace(now, memory=None) if is_spoilt else now), failure
