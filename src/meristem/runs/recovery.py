@@ -251,7 +251,7 @@ class Recovery:
         world = self._run.world
         found = _Found(self._job, self._run, self._probe)
         snapshot = self._ring.latest(is_valid=True) if self._ring else None
-        fast = {"prepare": partial(found.choose, snapshot), "commit": found.put, "confirm": found.confirm}
+        fast = {"prepare": lambda: found.choose(snapshot), "commit": found.put, "confirm": found.confirm}
         full = {
             "load": found.load,
             "model": found.put_weights,

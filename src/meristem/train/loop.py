@@ -76,24 +76,22 @@ def steps(
     device: Device,
     aggregate: AggregateConfig = _PLAIN,
 ) -> Iterator[Step]:
-    """Train on from where ``held.state`` is until a limit of ``part`` is reached, yielding after every step.
+    """Train on from where ``held.state`` is until a limit of ``config`` is reached, yielding after every step.
 
     held: what the state is taken from before each step; its progress is put back after it. Another state may be put in
         its place in between: the next step is then one of that.
-    aggregate: how gradients of several objectives become one.
     schedule: where the run stands to the factor on the highest rate of each group in the step that follows.
+    aggregate: how gradients of several objectives become one.
     Which parameters move in a step, and how they are clipped, is the optimizer's affair, as is what waits at the end.
     A step whose loss or gradient is not finite changes neither weights nor moments, and the memory begins afresh after
-    it; ``config.max_nonfinite`` such steps in a row raise NonFinite, after the step that reads the last of them was
-    yielded: on an accelerator some are read together, and whoever watches hears of all before the run ends.
+    it; ``config.max_nonfinite`` such steps in a row raise NonFinite, after a step was yielded that tells of them.
     Where the device runs out of room, batches are cut into smaller parts from then on (``backward``); OutOfDeviceBytes
     with ``where="step"`` says that it happened while weights were moved, which must then be brought back.
     Of several processes each makes the same step of its own rows, and yields the same but for its own memory.
     """
     unread: list[torch.Tensor] = []
     while not held.state.progress.is_over(config):
-        began = time.perf_counter()
-        state = held.state
+        began, state = time.perf_counter(), held.state
         optimizer, now = state.optimizer, state.progress
         engine = replace(state.engine, scale_loss=optimizer.scale_loss)
         done = ScheduleProgress(share=now.share(config), step=now.step, tokens=now.tokens)
@@ -115,9 +113,7 @@ def steps(
         with record_function("optimizer"):
             update, ratio = _move(engine, optimizer, result.loss, device, is_measured=is_measured)
         optimizer.zero_grad()
-        loss = result.loss if update.loss is None else update.loss
-        is_rescaled = torch.zeros_like(loss) if update.is_rescaled is None else update.is_rescaled
-        unread.append(torch.stack([loss, update.norm, update.is_skipped, is_rescaled, ratio]))
+        unread.append(_measured(result.loss, update, ratio))
         now = replace(
             now,
             cursor=cursor,
@@ -149,8 +145,7 @@ def steps(
             conflict=result.conflict,
             each_s=each_s,
         )
-        # Only now: a guard that hears of the same steps may go back instead, and then asks for no step from here.
-        if failure:
+        if failure:  # only now: whoever heard of the same steps may have gone back instead
             raise failure
 
 
@@ -205,6 +200,13 @@ def _largest_ratio(before: list[torch.Tensor], after: Sequence[torch.Tensor]) ->
         least = torch.tensor([1e-3 * weight.numel() ** 0.5 for weight in before], device=sizes.device)
         torch._foreach_sub_(before, list(after))
         return (torch.stack(torch._foreach_norm(before)) / sizes.maximum(least)).max().float()
+
+
+def _measured(loss: torch.Tensor, update: Update, ratio: torch.Tensor) -> torch.Tensor:
+    """What ``_read`` reads of one step, still on the device."""
+    loss = loss if update.loss is None else update.loss
+    is_rescaled = torch.zeros_like(loss) if update.is_rescaled is None else update.is_rescaled
+    return torch.stack([loss, update.norm, update.is_skipped, is_rescaled, ratio])
 
 
 def _read(last_step: int, unread: list[torch.Tensor]) -> tuple[StepStats, ...]:
