@@ -13,7 +13,7 @@ PUBLIC = {
         *("Conflict", "Gradients", "HIGH", "JUMP", "Report", "WARN"),
         *("changes", "combine", "gather", "keep_graphs", "settle", "total"),
     },
-    "backward": {"CPU_IS_FULL", "BackwardResult", "backward", "is_out_of_room", "make_room"},
+    "backward": {"BackwardResult", "backward", "make_room"},
     "emergency": {
         *("Emergency", "Level", "raised", "quiet", "downgraded", "cleared"),
         *("PER_MINUTE", "Clock", "Counts", "Signal", "Signals", "Sink"),
@@ -25,7 +25,7 @@ PUBLIC = {
         *("LEAST_SHARE", "IN_ROW", "TIMES_MEDIAN", "FLOOR_NATS", "TIMES_SEVERE", "COLLAPSE", "COLLAPSE_FROM"),
         *("TIMES_NORM", "FLOOR_NORM", "UPDATE_RATIO", "HELD_OUT_SPAN", "HELD_OUT_MARGIN_NATS", "HELD_OUT_IN_ROW"),
     },
-    "loop": {"Step", "steps"},
+    "loop": {"MOVING", "Step", "steps"},
     "loss": {"cross_entropy"},
     "config": {
         *(

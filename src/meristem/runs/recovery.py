@@ -14,6 +14,7 @@ from meristem.checkpoint.journal import Journal
 from meristem.checkpoint.saver import Saver
 from meristem.checkpoint.snapshots import Snapshot, SnapshotBuffer
 from meristem.device.limits import available_bytes
+from meristem.device.room import room_for
 from meristem.distributed.shards import is_part, local_by_name
 from meristem.errors import Halted, RollbackFailed
 from meristem.events import Event
@@ -124,7 +125,8 @@ class Recovery:
             saved, held = Contents(taken.trees, taken.values), self._ring.pinned(taken)
         else:
             saved, held = contents(self._job, self.safety, self._probe()), None
-        saved = gathered(self._job, saved)
+        with room_for("a checkpoint", self._job.device.device):
+            saved = gathered(self._job, saved)
         path = self._run.checkpoints / f"step-{progress.step:08d}"
         if not self._run.world.is_first:
             return path
@@ -264,14 +266,16 @@ class Recovery:
         return found, rollback.restore(tiers, world.clock)
 
     def _tier(self, name: TierName, acts: Mapping[str, Callable[[], str]], budgets_s: Mapping[str, float]) -> Tier:
-        """A tier whose phases are those of all processes."""
-        phases = {phase: partial(self._run.world.act, phase, act) for phase, act in acts.items()}
+        """A tier whose phases are those of all processes, and which fails where there is no room for one."""
+        room = room_for("going back", self._job.device.device)
+        phases = {phase: partial(self._run.world.act, phase, room(act)) for phase, act in acts.items()}
         return Tier(name, phases, self._time_scale * sum(budgets_s.values()))
 
     def _probe(self) -> float:
         """Nats per target on a little held-out text, read with a fresh memory."""
-        tokens_bt, targets_bt = self._job.device.move(self._probe_bt[:, :-1], self._probe_bt[:, 1:])
-        with torch.no_grad(), self._job.engine.whole(), self._job.device.autocast():
+        device, engine = self._job.device, self._job.engine
+        with room_for("the probe", device.device), torch.no_grad(), engine.whole(), device.autocast():
+            tokens_bt, targets_bt = device.move(self._probe_bt[:, :-1], self._probe_bt[:, 1:])
             logits_bto, _ = self._job.model(tokens_bt, None)
             return float(cross_entropy(logits_bto, targets_bt)) / targets_bt.numel()
 

@@ -11,17 +11,21 @@ from torch.profiler import record_function
 
 from meristem.data.stream import Batch, Cursor, Stream
 from meristem.device.resolve import Device
+from meristem.device.room import is_out_of_room, no_room
 from meristem.distributed.engine import Engine
 from meristem.distributed.shards import local
-from meristem.errors import NonFinite, OutOfDeviceBytes
+from meristem.errors import NonFinite
 from meristem.optim.multi_period import MultiPeriodOptimizer, Update
 from meristem.optim.schedule import ScheduleProgress, set_rates
 from meristem.train.aggregate import Conflict
-from meristem.train.backward import backward, is_out_of_room, make_room
+from meristem.train.backward import backward, make_room
 from meristem.train.config import AggregateConfig, TrainConfig
 from meristem.train.guard import StepStats
 from meristem.train.progress import Progress
 from meristem.train.state import Holder
+
+MOVING: Final = "moving the weights"
+"""Where there was no room, if weights may have been moved already and must be brought back."""
 
 _PLAIN: Final = AggregateConfig()
 
@@ -86,7 +90,7 @@ def steps(
     A step whose loss or gradient is not finite changes neither weights nor moments, and the memory begins afresh after
     it; ``config.max_nonfinite`` such steps in a row raise NonFinite, after a step was yielded that tells of them.
     Where the device runs out of room, batches are cut into smaller parts from then on (``backward``); OutOfDeviceBytes
-    with ``where="step"`` says that it happened while weights were moved, which must then be brought back.
+    with ``where=MOVING`` says that it happened while weights were moved, which must then be brought back.
     Of several processes each makes the same step of its own rows, and yields the same but for its own memory.
     """
     unread: list[torch.Tensor] = []
@@ -167,31 +171,26 @@ def _move(
     Where processes hold parts of weights, each part counts as a weight.
     """
     trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad] if is_measured else []
-    weights = [weight for parameter in trained if (weight := local(parameter)).numel()]
-    before = [weight.detach().clone() for weight in weights]
-    reason, update = "", None
+    cause, moved = "", None
     try:
+        weights = [weight for parameter in trained if (weight := local(parameter)).numel()]
+        before = [weight.detach().clone() for weight in weights]
         update = optimizer.step(loss)
+        moved = update, _largest_ratio(before, weights) if weights else torch.full_like(loss, _UNMEASURED)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_room(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        cause = str(error)
     # Where one process could not, the others have moved weights for nothing and go back with it.
-    is_moved = not engine.world.any(update is None)
-    if update is not None and is_moved:
-        ratio = _largest_ratio(before, weights) if weights else torch.full_like(loss, _UNMEASURED)
-        if is_measured and engine.world.size > 1:
-            every = engine.world.all_gather_numbers([float(ratio)])
-            ratio = torch.full_like(loss, max(math.inf if math.isnan(each) else each for (each,) in every))
-        return update, ratio
-    make_room(engine.model, device)
-    raise OutOfDeviceBytes(
-        f"no room is left on {device.device} to move the weights: {reason or 'in another process'}. Lower "
-        f"data.batch_size or the size of the model.",
-        where="step",
-        device=str(device.device),
-        reason=reason,
-    )
+    if engine.world.any(moved is None) or moved is None:
+        make_room(engine.model, device)
+        advice = "Lower data.batch_size or the size of the model."
+        raise no_room(MOVING, device.device, cause or "in another process", advice)
+    update, ratio = moved
+    if is_measured and engine.world.size > 1:
+        every = engine.world.all_gather_numbers([float(ratio)])
+        ratio = torch.full_like(loss, max(math.inf if math.isnan(each) else each for (each,) in every))
+    return update, ratio
 
 
 def _largest_ratio(before: list[torch.Tensor], after: Sequence[torch.Tensor]) -> torch.Tensor:
