@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from meristem.checkpoint import store
+from meristem.checkpoint import snapshots, store
 from meristem.checkpoint.run import read
-from meristem.drills.training import ask_too_much
-from meristem.errors import OutOfDeviceBytes
+from meristem.drills.training import NEVER_FITS_BYTES, ask_too_much
+from meristem.errors import OutOfDeviceBytes, SnapshotTooLarge
 from meristem.events import silent
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.recipes import pretrain as recipe
@@ -122,8 +122,31 @@ def test_one_row_of_held_out_text_does_not_fit(text, tmp_path, monkeypatch):
     assert newest is not None and newest.step == 6
 
 
-def backs(place: Path) -> list[dict[str, Any]]:
-    return [event["payload"] for event in read_records(place / "events.ndjson") if event["name"] == "rollback.done"]
+@pytest.mark.parametrize("asked", [(), ("rollback.snapshots=2",)], ids=["open", "asked"])
+@pytest.mark.parametrize("moment", ["start", "later"])
+def test_the_system_has_no_room_for_a_snapshot(text, tmp_path, monkeypatch, asked, moment):
+    """Where a number was asked for that is an error; else the run goes on with fewer, and saves all the same."""
+    monkeypatch.setattr(recovery, "available_bytes", lambda: 2**60)
+    if moment == "start":
+        monkeypatch.setattr(recovery, "expected_bytes", lambda _: NEVER_FITS_BYTES)
+    else:
+        usual, count = snapshots.needed_bytes, itertools.count(1)
+        monkeypatch.setattr(
+            snapshots, "needed_bytes", lambda trees: NEVER_FITS_BYTES if next(count) > 3 else usual(trees)
+        )
+    if asked:
+        with pytest.raises(SnapshotTooLarge, match="the system gives no .* bytes for a snapshot in memory"):
+            run(text, tmp_path / "run", *asked)
+        return
+    assert run(text, tmp_path / "run").step == 20
+    told = events(tmp_path / "run", "rollback.fewer_snapshots")
+    assert [event.get("step") for event in told] == ([None] if moment == "start" else [8, 10, 12, 15, 16, 18, 20, 20])
+    newest = store.newest(tmp_path / "run/checkpoints", silent)
+    assert newest is not None and newest.step == 20
+
+
+def events(place: Path, name: str) -> list[dict[str, Any]]:
+    return [event["payload"] for event in read_records(place / "events.ndjson") if event["name"] == name]
 
 
 def test_measuring_how_far_weights_move_goes_back_as_a_step_does(text, tmp_path, monkeypatch):
@@ -136,7 +159,7 @@ def test_measuring_how_far_weights_move_goes_back_as_a_step_does(text, tmp_path,
 
     monkeypatch.setattr(loop, "local", full)
     assert run(text, tmp_path / "run").step == 20
-    (back,) = backs(tmp_path / "run")
+    (back,) = events(tmp_path / "run", "rollback.done")
     assert back["resumed_from"] == 8 and back["changed"] == {"n_micro_batches": 2}
 
 
@@ -145,7 +168,7 @@ def test_no_room_to_go_back_leads_to_the_next_way(text, tmp_path, monkeypatch):
     full_at(monkeypatch, recovery, "put_back_weights", 1)
     full_at(monkeypatch, loop, "local", 1)
     assert run(text, tmp_path / "run").step == 20
-    (back,) = backs(tmp_path / "run")
+    (back,) = events(tmp_path / "run", "rollback.done")
     fast, full = back["attempts"]
     assert "no room is left on cpu for going back" in fast["failure"]
     assert (full["tier"], full["failure"], back["resumed_from"]) == ("full", None, 8)

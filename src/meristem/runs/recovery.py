@@ -16,7 +16,7 @@ from meristem.checkpoint.snapshots import Snapshot, SnapshotBuffer
 from meristem.device.limits import available_bytes
 from meristem.device.room import room_for
 from meristem.distributed.shards import is_part, local_by_name
-from meristem.errors import Halted, RollbackFailed
+from meristem.errors import Halted, RollbackFailed, SnapshotTooLarge
 from meristem.events import Event
 from meristem.models.topology import from_json
 from meristem.optim.state import expected_bytes
@@ -121,10 +121,11 @@ class Recovery:
         """Have a checkpoint written beside the training, which waits for no more than one copy in memory."""
         self._job.optimizer.gather_pending(is_first=self._run.world.is_first)
         taken, progress = self.snapshot("save"), self._job.state.progress
+        held = None
         if self._ring and taken:
             saved, held = Contents(taken.trees, taken.values), self._ring.pinned(taken)
         else:
-            saved, held = contents(self._job, self.safety, self._probe()), None
+            saved = contents(self._job, self.safety, self._probe())
         with room_for("a checkpoint", self._job.device.device):
             saved = gathered(self._job, saved)
         path = self._run.checkpoints / f"step-{progress.step:08d}"
@@ -143,13 +144,13 @@ class Recovery:
             done=lambda path: self._journal.commit(number, {"checkpoint": path.name}),
             reading=held,
         )
-        if not self._ring:
+        if held is None:
             # Without a copy in memory the tensors in use are written, and must not change meanwhile.
             self._saver.wait()
         return path
 
     def snapshot(self, tag: str) -> Snapshot | None:
-        """A snapshot of the run as it is; None where none are kept."""
+        """A snapshot of the run as it is; None where none are kept, or there is no room and none were asked for."""
         self._is_due = False
         self._run.world.require_alike(weight for weight in self._job.model.parameters() if not is_part(weight))
         if self._ring is None:
@@ -157,7 +158,13 @@ class Recovery:
         probe_nats = self._probe()
         saved, step = contents(self._job, self.safety, probe_nats), self._job.state.progress.step
         is_valid = self.safety.guard.is_quiet and math.isfinite(probe_nats)
-        return self._ring.take(saved.trees, saved.values, step=step, tag=tag, is_valid=is_valid)
+        try:
+            return self._ring.take(saved.trees, saved.values, step=step, tag=tag, is_valid=is_valid)
+        except SnapshotTooLarge as error:
+            if self._config.snapshots is not None:
+                raise
+            self._run.emit(Event("rollback.fewer_snapshots", {"step": step, "reason": str(error)}, "warning"))
+            return None
 
     def wait(self) -> None:
         """Until every checkpoint is on the disk; raises what kept one from getting there."""
@@ -364,13 +371,22 @@ def _snapshot_buffer(config: RollbackConfig, job: Job, run: Run) -> SnapshotBuff
     # The machines of a run need not have the same room, and all go back the same way.
     count = int(min(least for (least,) in world.all_gather_numbers([count])))
     max_bytes = most_bytes(config, free_bytes)
+    is_pinned, buffer = job.device.device.type == "cuda", None
+    try:
+        if count:
+            buffer = SnapshotBuffer(
+                n_snapshots=count, capacity_bytes=capacity_bytes, max_bytes=max_bytes, is_pinned=is_pinned
+            )
+    except SnapshotTooLarge:
+        if config.snapshots is not None:
+            raise
+    # What one process is refused the others do without, as all go back the same way.
+    if world.any(buffer is None):
+        count, buffer = 0, None
     if config.snapshots is None and count < USUAL:
         payload = {"snapshots": count, "capacity_bytes": capacity_bytes, "max_bytes": max_bytes}
         run.emit(Event("rollback.fewer_snapshots", payload, "warning"))
-    if count == 0:
-        return None
-    is_pinned = job.device.device.type == "cuda"
-    return SnapshotBuffer(n_snapshots=count, capacity_bytes=capacity_bytes, max_bytes=max_bytes, is_pinned=is_pinned)
+    return buffer
 
 
 @contextlib.contextmanager

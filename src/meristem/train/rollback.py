@@ -33,7 +33,7 @@ USUAL: Final = 3
 """Snapshots that are kept where nothing else was asked for: one to go back to, one before it, one being written."""
 
 SOUND_AFTER: Final = 200
-"""Steps after a panic that end a row of them: longer than the guard remembers, so that nothing of it is left."""
+"""Steps after a panic that end a row of them: as many as those among which the guard counts skipped ones."""
 
 MOST_IN_ROW: Final = 3
 """Panics in a row that stop the run: what the first two changed has not helped (growth.md 20)."""
