@@ -79,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         runs = {f"clean {seed}": run(Path(place), n_steps, seed=seed) for seed in range(3)}
         runs["guarded"] = run(Path(place), n_steps, first=first)
-        runs["unguarded"] = run(Path(place), n_steps, "guard.is_on=false", first=first)
+        runs["unguarded"] = run(Path(place), n_steps, "guard.enabled=false", first=first)
     clean = [runs[f"clean {seed}"]["bits_per_byte"] for seed in range(3)]
     noise = statistics.stdev(clean)
     found = {"steps": n_steps, "first_spoilt": first, "n_spoilt": N_SPOILT, "noise": noise, "runs": runs}

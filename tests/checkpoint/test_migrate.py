@@ -1,5 +1,7 @@
 """What an earlier version saved becomes today's section by section; what a later one saved is refused by name."""
 
+from pathlib import Path
+
 import orjson
 import pytest
 import torch
@@ -10,8 +12,9 @@ from meristem.checkpoint.run import RunManifest
 from meristem.checkpoint.run import read as read_run
 from meristem.checkpoint.store import newest, open_checkpoint, save
 from meristem.config import canonical, read_yaml
-from meristem.errors import CheckpointTooNew, RunError
+from meristem.errors import CheckpointTooNew, RunError, UnknownKey
 from meristem.events import silent
+from meristem.runs.config import Config, load_config
 
 SETTINGS = {section: {} for section in migrate.FIRST_SETTINGS} | {"optim": {"lr": 0.1, "betas": {"first": 0.9}}}
 
@@ -96,6 +99,20 @@ def test_saved_settings_get_the_keys_of_today(monkeypatch):
     assert second == SETTINGS | {"third": True}
     with pytest.raises(CheckpointTooNew, match=r"a.yaml: its section 'config.yaml' is of version 4; .* up to 3"):
         migrate.settings("version: 4\n", "a.yaml")
+
+
+def test_guard_and_rollback_keep_eight_keys():
+    """Issue 9, 4.4. Settings that a run saved with the others are still those of that run; typed, each is a mistake."""
+    text = (Path(__file__).parents[1] / "fixtures/e97c871/titans-mag/config.yaml").read_text()
+    then, now = read_yaml(text), migrate.settings(text.replace("is_on: true", "is_on: false"), "a.yaml")
+    assert sorted(now["guard"]) == ["enabled", "nonfinite_steps", "span", "z"] and now["guard"]["enabled"] is False
+    assert sorted(now["rollback"]) == ["change", "max_bytes", "snapshot_every", "snapshots"]
+    Config.model_validate(now)
+    gone = [(part, key) for part in ("guard", "rollback") for key in then[part] if key not in now[part]]
+    assert len(gone) == 22
+    for part, key in gone:
+        with pytest.raises(UnknownKey, match=f"unknown key '{part}.{key}' .*(has the keys|Did you mean)"):
+            load_config("titans-mag", [f"{part}.{key}=1"], {})
 
 
 def test_settings_that_a_person_wrote_are_taken_as_they_are(monkeypatch):

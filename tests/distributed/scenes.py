@@ -315,6 +315,7 @@ def run(
         resume=resume,
         view=Console(json=True),
         make_job=make_job,
+        time_scale=120,  # as many processes as there are here share few cores
     )
     weights = fingerprint({name: local(tensor) for name, tensor in jobs[0].model.state_dict().items()})
     return {"status": result.status, "step": result.step, "nats": result.nats, "weights": weights}

@@ -100,8 +100,8 @@ def test_a_run_goes_on_in_another_number_of_processes(stage, tmp_path, kind, num
 @pytest.mark.parametrize("tier", ["fast", "full"])
 def test_s2_l21_all_go_back_together(stage, tmp_path, kind, tier):
     """One process finds no number in three steps: both skip them, go back to the same step, and go on."""
-    more = ["train.steps=20", "rollback.snapshot_every=4", "eval.every=100", "rollback.full_deadline_s=60"]
-    more += ["rollback.fast_deadline_s=60", f"rollback.snapshots={3 if tier == 'fast' else 0}"]
+    more = ["train.steps=20", "rollback.snapshot_every=4", "eval.every=100"]
+    more += [f"rollback.snapshots={3 if tier == 'fast' else 0}"]
     played = run(stage, 2, tmp_path, *KINDS[kind], *more, breaks="spoilt:1:10")
     assert played.found(0)["step"] == played.found(1)["step"] == 20
     own = (tmp_path / "run", tmp_path / "run/ranks/1")
@@ -142,7 +142,7 @@ def test_a_killed_process_ends_the_others_and_all_go_on(stage, tmp_path, fault):
     Started again, they end with the losses of a run that nobody disturbed.
     """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    more = ("train.steps=14", "distributed.timeout_s=3", "rollback.full_deadline_s=60", "rollback.fast_deadline_s=60")
+    more = ("train.steps=14", "distributed.timeout_s=3")
     run(stage, 2, whole, *more).found()
     played = run(stage, 2, broken, *more, breaks=f"{fault}:1:9")
     assert played.codes == [1, -9]
@@ -166,7 +166,7 @@ def test_s2_processes_that_went_apart_are_found(stage, tmp_path):
 
 def test_s2_no_room_in_one_process_sends_all_back(stage, tmp_path):
     """The others have moved weights that it has not: all go back, and cut batches smaller from then on."""
-    more = ("train.steps=12", "rollback.snapshot_every=4", "rollback.fast_deadline_s=60", "eval.every=100")
+    more = ("train.steps=12", "rollback.snapshot_every=4", "eval.every=100")
     played = run(stage, 2, tmp_path, *more, breaks="full:1:6")
     assert played.found(0)["weights"] == played.found(1)["weights"]
     for place in (tmp_path / "run", tmp_path / "run/ranks/1"):

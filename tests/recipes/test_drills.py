@@ -83,7 +83,7 @@ def test_a_run_that_is_not_protected_fails_its_drill(tmp_path, monkeypatch):
     """The drills see a difference: without the guard, weights that are spoilt stay so."""
     from meristem.drills import scene
 
-    monkeypatch.setattr(scene, "SETTINGS", (*scene.SETTINGS, "guard.is_on=false"))
+    monkeypatch.setattr(scene, "SETTINGS", (*scene.SETTINGS, "guard.enabled=false"))
     outcome = run_drill(drills.get("nan-weight"), tmp_path)
     assert not outcome.is_as_expected
     assert outcome.seen.told["error"] == "NonFinite"

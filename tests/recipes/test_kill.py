@@ -42,11 +42,9 @@ GUARDED = (
     *STATEFUL,
     f"train.steps={N_GUARDED}",
     "optim.lr=0.03",
-    "guard.n_least=6",
     "guard.span=12",
     "rollback.snapshots=2",
     "rollback.snapshot_every=4",
-    "rollback.ease_steps=5",
     "eval.n_samples=0",
 )
 """A run that goes back. Snapshots are of the steps at which checkpoints are, so that a process which has only these

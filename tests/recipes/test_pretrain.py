@@ -106,13 +106,13 @@ def test_best_and_last_checkpoints_stay(settings, result):
 
 @pytest.mark.parametrize(
     ("is_guarded", "error", "match", "in_rows"),
-    [(False, NonFinite, "4 end a run", [1, 2, 3]), (True, Halted, "went back 3 times in a row", [1, 2, 3] * 3)],
+    [(False, NonFinite, "4 end a run", [1, 2, 3, 4]), (True, Halted, "went back 3 times in a row", [1, 2, 3] * 3)],
 )
 def test_bad_steps_end_the_run_with_its_checkpoints_intact(settings, tmp_path, is_guarded, error, match, in_rows):
     """A rate that cannot work: each bad step is an event, the run fails with the exit code of training."""
     wild = settings.optim.model_copy(update={"lr": 1e30, "grad_clip": None})
     train = settings.train.model_copy(update={"max_nonfinite": 4})
-    guard = settings.guard.model_copy(update={"is_on": is_guarded})
+    guard = settings.guard.model_copy(update={"enabled": is_guarded})
     changes = {"optim": wild, "train": train, "guard": guard}
     with pytest.raises(error, match=match):
         pretrain(settings.model_copy(update=changes), run_dir=tmp_path / "wild")

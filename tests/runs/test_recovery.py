@@ -30,7 +30,6 @@ SOON = (
     "checkpoint.every=1000",
     "optim.lr=0.02",
     "rollback.snapshot_every=5",
-    "rollback.skip_more=4",
 )
 """A model that has learnt enough after thirty steps to be hurt by noise, and a snapshot every five."""
 
@@ -116,7 +115,7 @@ def test_second_panic_in_a_row_skips_more_and_lowers_the_rate(text, tmp_path):
     run(text, tmp_path / "run", change=spoilt(range(32, 41)))
     first, second = events(tmp_path / "run", "rollback.done")
     assert first["changed"] == {"skipped_batches": [30, 35]}
-    assert second["changed"] == {"skipped_batches": [35, 42], "rate_factor": 0.5, "until_step": 130}
+    assert second["changed"] == {"skipped_batches": [35, 43], "rate_factor": 0.5, "until_step": 35}
     rates = {record["step"]: record["metrics"]["rate"] for record in history(tmp_path / "run")
              if record["split"] == "train"}  # fmt: skip
     assert rates[31] < 0.6 * rates[30]
@@ -132,9 +131,19 @@ def test_spoilt_weights_come_back(text, tmp_path):
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
 
 
+def test_accelerator_goes_back_where_steps_are_read_together(text, tmp_path, monkeypatch):
+    """Issue 9, 2.6: ten skipped steps that are read at once end no run that can go back."""
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    more = ("train.log_every=20", "rollback.snapshot_every=20")
+    result = run(text, tmp_path / "run", *more, change=at_call(23, spoil_weights))
+    (back,) = events(tmp_path / "run", "rollback.done")
+    assert (back["panicked_at"], back["resumed_from"]) == (40, 20)
+    assert (result.status, result.step) == ("finished", 50)
+
+
 def test_without_the_guard_it_does_not(text, tmp_path):
     """What the tests above would miss, were it not for the guard."""
-    run(text, tmp_path / "run", "guard.is_on=false", change=spoilt(range(32, 35)))
+    run(text, tmp_path / "run", "guard.enabled=false", change=spoilt(range(32, 35)))
     assert events(tmp_path / "run", "rollback.done") == []
     kept = losses(tmp_path / "run")
     assert max(kept[step] for step in range(33, 36)) > 1.5 * kept[30]
@@ -233,7 +242,7 @@ def test_snapshots_that_do_not_fit(text, tmp_path):
 @pytest.mark.parametrize("snapshots", ["0", "2"])
 def test_guarded_run_is_the_unguarded_one_where_nothing_is_wrong(text, tmp_path, snapshots):
     """Bit for bit: watching changes nothing."""
-    run(text, tmp_path / "off", "guard.is_on=false", "rollback.snapshots=0")
+    run(text, tmp_path / "off", "guard.enabled=false", "rollback.snapshots=0")
     run(text, tmp_path / "on", f"rollback.snapshots={snapshots}")
     assert losses(tmp_path / "on") == losses(tmp_path / "off")
 

@@ -131,12 +131,12 @@ def test_a_scale_that_is_too_large_is_halved_and_no_fault_of_the_run():
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     made = trained(model, TO_FP16, optimizer=optimizer, n_steps=1)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    (reading,) = made[0].readings
-    assert reading.is_skipped and reading.is_rescaled and optimizer.loss_scale.scale == 2.0**39
-    assert observe(Guard(), GuardConfig(), reading, uniform_nats=None)[0] == Guard()
+    (stats,) = made[0].stats
+    assert stats.is_skipped and stats.is_rescaled and optimizer.loss_scale.scale == 2.0**39
+    assert observe(Guard(), GuardConfig(), stats, uniform_nats=None)[0] == Guard()
     assert made[0].progress.memory is not None
     made = trained(model, TO_FP16, optimizer=optimizer, n_steps=40, start=made[0].progress)
-    n_skipped = sum(step.readings[0].is_skipped for step in made)
+    n_skipped = sum(step.stats[0].is_skipped for step in made)
     assert n_skipped > 5 and made[-1].progress.n_nonfinite == 0
     assert optimizer.loss_scale.scale == 2.0 ** (39 - n_skipped)
     assert losses(made)[-1] < losses(made)[0]

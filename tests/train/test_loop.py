@@ -379,6 +379,19 @@ def test_accelerator_counts_bad_steps_at_the_next_record(corpus, reads):
         run(Poisoned({1, 2}, math.nan), stream_of(corpus, batch=3), limit(steps=8, log_every=4, max_nonfinite=2))
 
 
+@pytest.mark.parametrize("log_every", [1, 4, 8])
+def test_accelerator_tells_of_skipped_steps_before_they_end_the_run(corpus, reads, log_every):
+    """Issue 9, 2.6: whoever watches hears of each skipped step, however many are read together, and may go back."""
+    held = Held.alone(model := Poisoned({1, 2}, math.nan), build_optimizer(model, OptimConfig()), None)
+    stream = stream_of(corpus, batch=3)
+    held.state = replace(held.state, progress=Progress(cursor=stream.start()))
+    config, heard = limit(steps=8, log_every=log_every, max_nonfinite=2), []
+    with pytest.raises(NonFinite, match="in 2 steps in a row, up to step 2"):
+        for step in steps(held, stream, lambda _: 1.0, config=config, device=DEVICE):
+            heard += [each.step for each in step.stats if each.is_skipped]
+    assert heard == [1, 2]
+
+
 def test_accelerator_drops_a_spoilt_memory_at_once(corpus, reads):
     """A memory that is carried on is worth a read per step: one bad window must not spoil the next four."""
     stream = stream_of(corpus, batch=3, order="sequential")

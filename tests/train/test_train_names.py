@@ -13,7 +13,7 @@ PUBLIC = {
         *("Conflict", "Gradients", "HIGH", "JUMP", "Report", "WARN"),
         *("changes", "combine", "gather", "keep_graphs", "settle", "total"),
     },
-    "backward": {"CPU_IS_FULL", "BackwardResult", "backward", "is_out_of_room", "make_room"},
+    "backward": {"BackwardResult", "backward", "make_room"},
     "emergency": {
         *("Emergency", "Level", "raised", "quiet", "downgraded"),
         *("PER_MINUTE", "Clock", "Signal", "Signals"),
@@ -22,8 +22,10 @@ PUBLIC = {
     "guard": {
         *("StepStats", "Guard", "Verdict", "observe", "observe_held_out"),
         *("SKIPPED_SPAN", "SKIPPED_SHARE", "DETECTORS", "Detector", "Figures", "History", "Baseline"),
+        *("LEAST_SHARE", "IN_ROW", "TIMES_MEDIAN", "FLOOR_NATS", "TIMES_SEVERE", "COLLAPSE", "COLLAPSE_FROM"),
+        *("TIMES_NORM", "FLOOR_NORM", "UPDATE_RATIO", "HELD_OUT_SPAN", "HELD_OUT_MARGIN_NATS", "HELD_OUT_IN_ROW"),
     },
-    "loop": {"Step", "steps"},
+    "loop": {"MOVING", "Step", "steps"},
     "loss": {"cross_entropy"},
     "config": {
         *(
@@ -41,7 +43,7 @@ PUBLIC = {
     "state": {"Held", "Holder", "TrainingState"},
     "rollback": {
         *("Tier", "TierName", "Act", "Attempt", "restore", "Rollbacks", "Latency"),
-        *("FAST", "FULL", "BOUNDS_S", "USUAL", "n_snapshots", "most_bytes"),
+        *("FAST", "FULL", "BOUNDS_S", "USUAL", "SOUND_AFTER", "MOST_IN_ROW", "n_snapshots", "most_bytes"),
     },
 }
 

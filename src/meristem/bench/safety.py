@@ -16,7 +16,7 @@ from meristem.runs.recovery import recovering
 from meristem.sinks.console import Console
 
 N_STEPS: Final = 100
-"""One interval of ``rollback.snapshot_every``: each repetition has one snapshot and as many readings as steps."""
+"""One interval of ``rollback.snapshot_every``: each repetition has one snapshot and as many verdicts as steps."""
 
 
 def safety(n_repeats: int) -> Iterator[Row]:

@@ -91,6 +91,20 @@ NEW_KEYS: Final = {
 }
 """Keys of version 1 of the settings, and what they are called since."""
 
+GUARD_KEYS: Final = {
+    "guard.is_on": "guard.enabled",
+    **dict.fromkeys(
+        f"guard.{key}"
+        for key in "n_least times_median floor_nats in_row severe collapse collapse_from gradient_times gradient_floor "
+        "gradient_in_row update_ratio held_out_span held_out_margin held_out_in_row".split()
+    ),
+    **dict.fromkeys(
+        f"rollback.{key}"
+        for key in "fast_deadline_s full_deadline_s skip_more ease ease_steps sound_after most_in_row".split()
+    ),
+}
+"""Keys of the guard and of going back in version 3 of the settings; most of them are constants since."""
+
 SCANNED: Final = re.compile(r"titans_mlp|titans\(|moneta|yaad|memora|trellis|atlas|omega_net|ftrl|lattice")
 """Rules that version 1 of the settings ran token by token where ``memory.form`` was ``auto``."""
 
@@ -119,7 +133,7 @@ def _key(old: str, new: str) -> Migration:
 
 SECTIONS: Final[Mapping[str, tuple[Migration, ...]]] = {
     "run.json": (),
-    "config.yaml": (moved(NEW_KEYS), _as_scan),
+    "config.yaml": (moved(NEW_KEYS), _as_scan, moved(GUARD_KEYS)),
     "manifest.json": (_with_versions,),
     "model.safetensors": tuple(renamed(words) for words in WEIGHT_NAMES),
     "optim.safetensors": tuple(renamed(words) for words in WEIGHT_NAMES),

@@ -240,7 +240,7 @@ def spike(drill: Drill, place: Path) -> Seen:
     scene, steps = Scene.at(place), f"train.steps={LONG}"
     clean = scene.run("clean", steps).held_out_nats()
     ended = scene.run("run", steps, breaks=garble(STRETCH))
-    bare = scene.run("bare", steps, "guard.is_on=false", breaks=garble(STRETCH))
+    bare = scene.run("bare", steps, "guard.enabled=false", breaks=garble(STRETCH))
     guarded, unguarded = ended.held_out_nats(), bare.held_out_nats()
     returns = ended.events("rollback.done")
     checks = {

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import torch
 
 from meristem.data.corpus import Corpus
-from meristem.data.stream import held_out
+from meristem.data.stream import Batch, held_out
 from meristem.device.resolve import Device
+from meristem.device.room import cut_to_fit, empty_cache
 from meristem.memory.state import State
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -66,11 +67,30 @@ def likelihood(
 
     Every token but the first of a document is predicted once.
     max_windows: read that many, evenly spread over the split and the same ones every time; None reads all.
+    Where the device has no room for ``batch`` windows, fewer are read at a time from then on; OutOfDeviceBytes where
+    one does not fit.
     """
-    parts = []
+    found, n_pieces = [], 1
+
+    def read(held: Batch, n_pieces: int) -> tuple[float, int]:
+        """The nats of a batch that is read in so many parts, and their number."""
+        nats = 0.0
+        n_cuts = min(n_pieces, len(held.tokens_bt))
+        for rows in zip(held.tokens_bt.tensor_split(n_cuts), held.targets_bt.tensor_split(n_cuts), strict=True):
+            tokens_bt, targets_bt = device.move(*rows)
+            with device.autocast():
+                logits_bto, _ = reader(tokens_bt, None)
+            nats += float(loss(logits_bto, targets_bt))
+        return nats, n_pieces
+
     for held in held_out(corpus, split, window=window, batch=batch, max_windows=max_windows):
-        tokens_bt, targets_bt = device.move(held.tokens_bt, held.targets_bt)
-        with device.autocast():
-            logits_bto, _ = reader(tokens_bt, None)
-        parts.append(Likelihood(float(loss(logits_bto, targets_bt)), held.n_targets, held.n_bytes))
-    return reduce(add, parts)
+        nats, n_pieces = cut_to_fit(
+            "an evaluation of one row",
+            partial(read, held),
+            n_pieces,
+            most=len(held.tokens_bt),
+            release=partial(empty_cache, device.device),
+            device=device.device,
+        )
+        found.append(Likelihood(nats, held.n_targets, held.n_bytes))
+    return reduce(add, found)

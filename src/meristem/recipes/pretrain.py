@@ -14,6 +14,7 @@ from meristem.device.allocator import peak_bytes
 from meristem.device.determinism import be_deterministic
 from meristem.device.lost import answering
 from meristem.device.resolve import NAMES, Device, resolve
+from meristem.device.room import room_for
 from meristem.distributed.agreement import fingerprint
 from meristem.distributed.config import require_alone
 from meristem.distributed.world import joined, own_device
@@ -47,7 +48,7 @@ from meristem.runs.resume import (
 from meristem.runs.structure import trainable
 from meristem.sinks.console import Console
 from meristem.train.aggregate import keep_graphs
-from meristem.train.loop import Step, steps
+from meristem.train.loop import MOVING, Step, steps
 from meristem.train.loss import cross_entropy
 from meristem.train.profile import profiled
 from meristem.train.progress import Progress
@@ -82,6 +83,7 @@ def pretrain(
     view: Console | None = None,
     planned: PlanReport | None = None,
     make_job: Callable[[Run, Config, Checkpoint | None], Job] | None = None,
+    time_scale: float = 1.0,
 ) -> Result:
     """Train a language model as ``config`` says.
 
@@ -89,6 +91,7 @@ def pretrain(
     resume: ``auto``, ``must``, ``never``, or a checkpoint to go on from (``checkpoint_to_resume``).
     planned: what the plan said; run.json keeps it beside what the run then took.
     make_job: in place of ``prepare_job``; a drill has one that breaks something of what that gives.
+    time_scale: a factor on the deadlines of going back (``Recovery``).
     The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint from which it can go on.
     """
     with joined(config.distributed, config.device) as world:
@@ -102,7 +105,12 @@ def pretrain(
             if planned and planned.training:
                 predicted = {"peak_bytes": planned.needed_bytes, "flops_per_token": planned.training.flops_per_token}
                 run.manifest.update(plan={"predicted": predicted, "measured": None})
-            with answering(job.device.device), recovering(run, job, safety) as recovery:
+            device = job.device.device
+            with (
+                answering(device),
+                room_for("the run", device),
+                recovering(run, job, safety, time_scale) as recovery,
+            ):
                 is_interrupted = train(run, job, recovery)
                 return stop(run, job, recovery) if is_interrupted else finish(run, job, recovery)
 
@@ -132,11 +140,12 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
         random_seed=config.run.seed,
     ).share(world.rank, world.size)
     topology = topology_of(checkpoint) if checkpoint else ()
-    model = build(config.model, config.memory, corpus.tokenizer.vocab_size, config.run.seed, topology)
-    if checkpoint:
-        require_same(config, corpus.tokenizer, checkpoint)
-        put_saved_weights(model, checkpoint)
-    model = model.to(device=device.device, dtype=device.param_dtype)
+    with room_for("the model", device.device):
+        model = build(config.model, config.memory, corpus.tokenizer.vocab_size, config.run.seed, topology)
+        if checkpoint:
+            require_same(config, corpus.tokenizer, checkpoint)
+            put_saved_weights(model, checkpoint)
+        model = model.to(device=device.device, dtype=device.param_dtype)
     world.require_same(
         {
             "settings": lambda: config_fingerprint(config),
@@ -147,7 +156,9 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     if config.aggregate.how != "mean":
         keep_graphs()
     start = Progress(cursor=stream.start())
-    return Job(config, device, corpus, stream, trainable(model, run, config, device, progress=start, topology=topology))
+    with room_for("the optimizer", device.device):
+        state = trainable(model, run, config, device, progress=start, topology=topology)
+    return Job(config, device, corpus, stream, state)
 
 
 def _device(run: Run, config: Config, checkpoint: Checkpoint | None) -> Device:
@@ -170,7 +181,8 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Saf
     corpus, config, safety = job.corpus, job.config, Safety()
     if checkpoint:
         saved = Contents.of(checkpoint).of_process(run.world, config.data.batch_size)
-        safety = restore(job, saved, run.emit)
+        with room_for("what was saved", job.device.device):
+            safety = restore(job, saved, run.emit)
     start = job.state.progress
     run.adopt(config)
     run.manifest.update(dataset_fingerprint=corpus.fingerprint, tokenizer_fingerprint=corpus.tokenizer.fingerprint)
@@ -236,7 +248,7 @@ def train_until_trouble(job: Job, recovery: Recovery, log: Log) -> Iterator[Roll
             if reason:
                 return
     except OutOfDeviceBytes as error:
-        if error.fields.get("where") != "step":
+        if error.fields.get("where") != MOVING:
             raise
         yield RollbackReason(str(error), n_micro_batches=2 * job.state.progress.n_micro_batches)
 
@@ -267,7 +279,7 @@ def evaluate_and_save(
 def measure(run: Run, job: Job, n_windows: int, task: str | None = None) -> Likelihood:
     """Read held-out text and record how well it was predicted."""
     progress = job.state.progress
-    with job.engine.whole():
+    with room_for("an evaluation", job.device.device), job.engine.whole():
         found = likelihood(
             job.model,
             job.corpus,
@@ -316,12 +328,13 @@ def stop(run: Run, job: Job, recovery: Recovery) -> Result:
 
 def finish(run: Run, job: Job, recovery: Recovery) -> Result:
     """Use up what waits, save, read more of the held-out text than before, let the model write, and report."""
-    job.optimizer.flush()
+    with room_for("the gradients that wait", job.device.device):
+        job.optimizer.flush()
     part, progress = job.config.eval, job.state.progress
     metrics = ranked(measure(run, job, part.n_windows))
     path = recovery.save(reason="final", metrics=metrics)
     found = measure(run, job, part.n_windows_end, task="end")
-    with job.engine.whole():
+    with room_for("samples", job.device.device), job.engine.whole():
         samples = write_samples(run, job) if run.world.is_first else ()
     recovery.wait()
     if not run.world.is_first:

@@ -5,6 +5,7 @@ from typing import Final
 
 import torch
 
+from meristem.device.room import room_for
 from meristem.evaluate.levels import Dormancy, level_figures
 from meristem.evaluate.memory import memory_figures
 from meristem.events import Event, Severity
@@ -113,7 +114,8 @@ class Log:
         now = step.progress
         seconds = now.seconds_used - self._recorded.seconds_used
         self._tokens_per_s = (now.tokens - self._recorded.tokens) / seconds
-        with self._job.engine.whole(), self._job.device.autocast():
+        device = self._job.device
+        with room_for("figures of the memory", device.device), self._job.engine.whole(), device.autocast():
             self._memory = memory_figures(self._job.model, self._probe_bt)
             levels = level_figures(self._job.model, self._probe_bt)
         metrics = {

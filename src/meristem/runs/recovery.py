@@ -14,9 +14,9 @@ from meristem.checkpoint.journal import Journal
 from meristem.checkpoint.saver import Saver
 from meristem.checkpoint.snapshots import Snapshot, SnapshotBuffer
 from meristem.device.limits import available_bytes
+from meristem.device.room import room_for
 from meristem.distributed.shards import is_part, local_by_name
-from meristem.distributed.world import World
-from meristem.errors import Halted, RollbackFailed
+from meristem.errors import Halted, RollbackFailed, SnapshotTooLarge
 from meristem.events import Event
 from meristem.models.topology import from_json
 from meristem.optim.state import expected_bytes
@@ -40,8 +40,7 @@ from meristem.train.guard import Verdict, observe, observe_held_out
 from meristem.train.loop import Step
 from meristem.train.loss import cross_entropy
 from meristem.train.progress import Progress
-from meristem.train.rollback import FAST, FULL, USUAL, Attempt, Tier, TierName, most_bytes, n_snapshots
-from meristem.worker.deadline import Deadline
+from meristem.train.rollback import FAST, FULL, MOST_IN_ROW, USUAL, Attempt, Tier, TierName, most_bytes, n_snapshots
 
 PROBE_TOKENS: Final = 128
 """Held-out tokens whose loss is kept with every state: after going back to it they must cost the same again."""
@@ -49,16 +48,20 @@ PROBE_TOKENS: Final = 128
 QUIET_STEPS: Final = 200
 """Steps without a verdict after which the emergency level falls by one."""
 
+EASE: Final = 0.5
+"""The factor on the rate of the steps after a panic, where it is lower (growth.md 20)."""
+
 
 class Recovery:
     """The guard, the snapshots and the checkpoints of one run while it trains.
 
     safety: how sound the run is; saved with it.
+    time_scale: a factor on the deadlines of going back, for machines on which nothing can be timed.
     """
 
-    def __init__(self, run: Run, job: Job, safety: Safety) -> None:
-        self._run, self._job, self.safety = run, job, safety
-        self._config, self._guard_part = job.config.rollback, job.config.guard
+    def __init__(self, run: Run, job: Job, safety: Safety, time_scale: float = 1.0) -> None:
+        self._run, self._job, self.safety, self._time_scale = run, job, safety, time_scale
+        self._config = job.config.rollback
         window = job.corpus.tokens("val")[: min(PROBE_TOKENS, job.config.data.seq_len + 1)]
         self._probe_bt = torch.from_numpy(window.astype("int64"))[None]
         self._uniform_nats = math.log(job.corpus.tokenizer.vocab_size)
@@ -89,20 +92,20 @@ class Recovery:
         """Why the run must go back, or None; and a snapshot where one is due."""
         self._saver.poll()
         self._signals.flush()
-        for reading in step.readings:
-            guard, verdict = observe(self.safety.guard, self._guard_part, reading, uniform_nats=self._uniform_nats)
+        for stats in step.stats:
+            guard, verdict = observe(self.safety.guard, self._job.config.guard, stats, uniform_nats=self._uniform_nats)
             self.safety = replace(self.safety, guard=guard)
             self._heed(verdict)
             if verdict.level == "panic":
                 return ", ".join(verdict.detectors)
         self._is_due |= step.progress.step % self._config.snapshot_every == 0
-        if self._is_due and step.readings:
+        if self._is_due and step.stats:
             self.snapshot("interval")
         return None
 
     def evaluated(self, step: int, nats: float) -> None:
         """Hear what the held-out text cost."""
-        guard, verdict = observe_held_out(self.safety.guard, self._guard_part, step, nats)
+        guard, verdict = observe_held_out(self.safety.guard, self._job.config.guard, step, nats)
         self.safety = replace(self.safety, guard=guard)
         if verdict.level != "ok":
             self._heed(verdict)
@@ -118,11 +121,13 @@ class Recovery:
         """Have a checkpoint written beside the training, which waits for no more than one copy in memory."""
         self._job.optimizer.gather_pending(is_first=self._run.world.is_first)
         taken, progress = self.snapshot("save"), self._job.state.progress
+        held = None
         if self._ring and taken:
             saved, held = Contents(taken.trees, taken.values), self._ring.pinned(taken)
         else:
-            saved, held = contents(self._job, self.safety, self._probe()), None
-        saved = gathered(self._job, saved)
+            saved = contents(self._job, self.safety, self._probe())
+        with room_for("a checkpoint", self._job.device.device):
+            saved = gathered(self._job, saved)
         path = self._run.checkpoints / f"step-{progress.step:08d}"
         if not self._run.world.is_first:
             return path
@@ -139,13 +144,13 @@ class Recovery:
             done=lambda path: self._journal.commit(number, {"checkpoint": path.name}),
             reading=held,
         )
-        if not self._ring:
+        if held is None:
             # Without a copy in memory the tensors in use are written, and must not change meanwhile.
             self._saver.wait()
         return path
 
     def snapshot(self, tag: str) -> Snapshot | None:
-        """A snapshot of the run as it is; None where none are kept."""
+        """A snapshot of the run as it is; None where none are kept, or there is no room and none were asked for."""
         self._is_due = False
         self._run.world.require_alike(weight for weight in self._job.model.parameters() if not is_part(weight))
         if self._ring is None:
@@ -153,7 +158,13 @@ class Recovery:
         probe_nats = self._probe()
         saved, step = contents(self._job, self.safety, probe_nats), self._job.state.progress.step
         is_valid = self.safety.guard.is_quiet and math.isfinite(probe_nats)
-        return self._ring.take(saved.trees, saved.values, step=step, tag=tag, is_valid=is_valid)
+        try:
+            return self._ring.take(saved.trees, saved.values, step=step, tag=tag, is_valid=is_valid)
+        except SnapshotTooLarge as error:
+            if self._config.snapshots is not None:
+                raise
+            self._run.emit(Event("rollback.fewer_snapshots", {"step": step, "reason": str(error)}, "warning"))
+            return None
 
     def wait(self) -> None:
         """Until every checkpoint is on the disk; raises what kept one from getting there."""
@@ -167,7 +178,7 @@ class Recovery:
         """
         self._saver.wait()
         now = self._job.state.progress
-        rollbacks = self.safety.rollbacks.panicked(now.step, sound_after=self._config.sound_after)
+        rollbacks = self.safety.rollbacks.panicked(now.step)
         number = self._journal.begin("rollback", {"step": now.step, "reason": reason})
         try:
             found, attempts = self._restored()
@@ -201,7 +212,7 @@ class Recovery:
         if self._ring:
             self._ring.drop_after(then.step)
         self.snapshot("rollback")
-        if rollbacks.n_in_row >= self._config.most_in_row:
+        if rollbacks.n_in_row >= MOST_IN_ROW:
             self._halt(then, now, rollbacks.n_in_row)
 
     def _halt(self, then: Progress, now: Progress, n_in_row: int) -> None:
@@ -219,21 +230,26 @@ class Recovery:
     def _changed(
         self, now: Progress, then: Progress, n_in_row: int, n_micro_batches: int | None
     ) -> tuple[Progress, dict[str, object]]:
-        """Where the run goes on, and what is different from the first time. The time that was used stays used."""
+        """Where the run goes on, and what is different from the first time. The time that was used stays used.
+
+        The second time in a row as many batches more are skipped as lie between two snapshots: going back has brought
+        the run so far, and no farther. The rate is lower for as many steps, until there is another place to go back to.
+        """
         then = replace(then, seconds_used=now.seconds_used)
         if n_micro_batches is not None:
             return replace(then, n_micro_batches=n_micro_batches), {"n_micro_batches": n_micro_batches}
         changed: dict[str, object] = {}
         change = "both" if n_in_row > 1 else self._config.change
         if change in ("skip", "both"):
-            more = self._config.skip_more if n_in_row > 1 else 0
+            more = self._config.snapshot_every if n_in_row > 1 else 0
             cursor = replace(now.cursor, position=now.cursor.position + more)
             changed["skipped_batches"] = [then.cursor.position, cursor.position]
             # The memory knows the text before the gap, and not that which follows it.
             then = replace(then, cursor=cursor, memory=None)
         if change in ("ease", "both"):
-            changed |= {"rate_factor": self._config.ease, "until_step": then.step + self._config.ease_steps}
-            then = replace(then, ease=self._config.ease, eased_until=then.step + self._config.ease_steps)
+            until_step = then.step + self._config.snapshot_every
+            changed |= {"rate_factor": EASE, "until_step": until_step}
+            then = replace(then, ease=EASE, eased_until=until_step)
         return then, changed
 
     def _restored(self) -> tuple["_Found", tuple[Attempt, ...]]:
@@ -244,26 +260,29 @@ class Recovery:
         world = self._run.world
         found = _Found(self._job, self._run, self._probe)
         snapshot = self._ring.latest(is_valid=True) if self._ring else None
-        fast: dict[str, Callable[[], str]] = {
-            "prepare": partial(found.choose, snapshot),
-            "commit": found.put,
-            "confirm": found.confirm,
-        }
+        fast = {"prepare": lambda: found.choose(snapshot), "commit": found.put, "confirm": found.confirm}
         full = {
             "load": found.load,
             "model": found.put_weights,
             "optimizer": found.put_rest,
             "verify": found.confirm,
         }
-        tiers = [_tier("full", full, FULL, self._config.full_deadline_s, world)]
+        tiers = [self._tier("full", full, FULL)]
         if world.any(snapshot is not None):
-            tiers.insert(0, _tier("fast", fast, FAST, self._config.fast_deadline_s, world))
+            tiers.insert(0, self._tier("fast", fast, FAST))
         return found, rollback.restore(tiers, world.clock)
+
+    def _tier(self, name: TierName, acts: Mapping[str, Callable[[], str]], budgets_s: Mapping[str, float]) -> Tier:
+        """A tier whose phases are those of all processes, and which fails where there is no room for one."""
+        room = room_for("going back", self._job.device.device)
+        phases = {phase: partial(self._run.world.act, phase, room(act)) for phase, act in acts.items()}
+        return Tier(name, phases, self._time_scale * sum(budgets_s.values()))
 
     def _probe(self) -> float:
         """Nats per target on a little held-out text, read with a fresh memory."""
-        tokens_bt, targets_bt = self._job.device.move(self._probe_bt[:, :-1], self._probe_bt[:, 1:])
-        with torch.no_grad(), self._job.engine.whole(), self._job.device.autocast():
+        device, engine = self._job.device, self._job.engine
+        with room_for("the probe", device.device), torch.no_grad(), engine.whole(), device.autocast():
+            tokens_bt, targets_bt = device.move(self._probe_bt[:, :-1], self._probe_bt[:, 1:])
             logits_bto, _ = self._job.model(tokens_bt, None)
             return float(cross_entropy(logits_bto, targets_bt)) / targets_bt.numel()
 
@@ -285,19 +304,6 @@ class Recovery:
         level = self._signals.send(level, origin=origin, reason=reason)
         self.safety = replace(self.safety, emergency=raised(self.safety.emergency, level, reason=reason, origin=origin))
         self._level.write(self.safety.emergency)
-
-
-def _tier(
-    name: TierName, acts: Mapping[str, Callable[[], str]], usual_s: Mapping[str, float], deadline_s: float, world: World
-) -> Tier:
-    """A tier whose phases are those of all processes; they share ``deadline_s`` in the proportion of ``usual_s``."""
-    scale = deadline_s / sum(usual_s.values())
-    phases = {phase: partial(_in_all, world, phase, act) for phase, act in acts.items()}
-    return Tier(name, phases, {phase: seconds * scale for phase, seconds in usual_s.items()}, deadline_s)
-
-
-def _in_all(world: World, phase: str, act: Callable[[], str], deadline: Deadline) -> None:
-    world.act(phase, act)
 
 
 class _Found:
@@ -365,19 +371,28 @@ def _snapshot_buffer(config: RollbackConfig, job: Job, run: Run) -> SnapshotBuff
     # The machines of a run need not have the same room, and all go back the same way.
     count = int(min(least for (least,) in world.all_gather_numbers([count])))
     max_bytes = most_bytes(config, free_bytes)
+    is_pinned, buffer = job.device.device.type == "cuda", None
+    try:
+        if count:
+            buffer = SnapshotBuffer(
+                n_snapshots=count, capacity_bytes=capacity_bytes, max_bytes=max_bytes, is_pinned=is_pinned
+            )
+    except SnapshotTooLarge:
+        if config.snapshots is not None:
+            raise
+    # What one process is refused the others do without, as all go back the same way.
+    if world.any(buffer is None):
+        count, buffer = 0, None
     if config.snapshots is None and count < USUAL:
         payload = {"snapshots": count, "capacity_bytes": capacity_bytes, "max_bytes": max_bytes}
         run.emit(Event("rollback.fewer_snapshots", payload, "warning"))
-    if count == 0:
-        return None
-    is_pinned = job.device.device.type == "cuda"
-    return SnapshotBuffer(n_snapshots=count, capacity_bytes=capacity_bytes, max_bytes=max_bytes, is_pinned=is_pinned)
+    return buffer
 
 
 @contextlib.contextmanager
-def recovering(run: Run, job: Job, safety: Safety) -> Iterator[Recovery]:
-    """A shelter for the run while the block lasts."""
-    recovery = Recovery(run, job, safety)
+def recovering(run: Run, job: Job, safety: Safety, time_scale: float = 1.0) -> Iterator[Recovery]:
+    """The recovery of the run while the block lasts; ``time_scale`` as in ``Recovery``."""
+    recovery = Recovery(run, job, safety, time_scale)
     try:
         yield recovery
     finally:

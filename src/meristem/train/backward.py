@@ -1,6 +1,7 @@
 """From the batches of a step to gradients, in as few pieces as the device has room for."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -8,16 +9,13 @@ from torch.profiler import record_function
 
 from meristem.data.stream import Batch
 from meristem.device.resolve import Device
+from meristem.device.room import SMALLER_MODEL, cut_to_fit, empty_cache
 from meristem.distributed.engine import Engine, alone
-from meristem.errors import OutOfDeviceBytes
 from meristem.memory.state import State, join_rows, map_tensors, take_rows
 from meristem.nn.auxiliary import auxiliary
 from meristem.train.aggregate import Conflict, gather, settle, total
 from meristem.train.config import AggregateConfig
 from meristem.train.loss import cross_entropy
-
-CPU_IS_FULL = "can't allocate memory"
-"""What torch says in a plain RuntimeError where a CPU has no room; on accelerators it has a type for it."""
 
 
 @dataclass(frozen=True)
@@ -62,43 +60,29 @@ def backward(
     row does not fit; and in one of several processes at once, since the others already wait for its gradients.
     """
     engine = engine or alone(model)
-    n_rows = max(batch.tokens_bt.shape[0] for batch in batches)
-    while True:
-        try:
-            loss, after, gathered = _attempt(engine, batches, memory, device, min(n_micro_batches, n_rows), by)
-            drawn = torch.Generator().manual_seed(step)
-            return BackwardResult(
-                loss, after, n_micro_batches, settle(model, gathered, by, drawn) if gathered else None
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_room(error):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else "no reason given"
-        # Outside the block that caught it: the error holds on to every tensor of the pass that failed.
-        make_room(model, device)
-        n_ranks = engine.world.size
-        if n_micro_batches >= n_rows or n_ranks > 1:
-            what = "one row" if n_ranks == 1 else f"the {n_rows} rows of process {engine.world.rank}"
-            raise OutOfDeviceBytes(
-                f"forward and backward of {what} do not fit on {device.device}: {reason}. "
-                f"{'' if n_ranks == 1 else 'Start more processes, lower data.batch_size, or: '}"
-                "Lower data.seq_len, model.dim or model.n_layers, or choose another device.device.",
-                device=str(device.device),
-                reason=reason,
-            )
-        n_micro_batches *= 2
+    n_rows, n_ranks = max(batch.tokens_bt.shape[0] for batch in batches), engine.world.size
 
+    def attempt(n_pieces: int) -> BackwardResult:
+        loss, after, gathered = _attempt(engine, batches, memory, device, min(n_pieces, n_rows), by)
+        drawn = torch.Generator().manual_seed(step)
+        return BackwardResult(loss, after, n_pieces, settle(model, gathered, by, drawn) if gathered else None)
 
-def is_out_of_room(error: BaseException) -> bool:
-    """Whether this says that the device has no room left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or CPU_IS_FULL in str(error)
+    rows = "one row" if n_ranks == 1 else f"the {n_rows} rows of process {engine.world.rank}"
+    return cut_to_fit(
+        f"forward and backward of {rows}",
+        attempt,
+        n_micro_batches,
+        most=n_rows if n_ranks == 1 else 1,
+        release=partial(make_room, model, device),
+        device=device.device,
+        advice=SMALLER_MODEL if n_ranks == 1 else f"Start more processes, lower data.batch_size, or: {SMALLER_MODEL}",
+    )
 
 
 def make_room(model: nn.Module, device: Device) -> None:
     """Let go of gradients, and of what the device keeps for later."""
     model.zero_grad()
-    if device.device.type == "cuda":
-        torch.cuda.empty_cache()
+    empty_cache(device.device)
 
 
 def _attempt(

@@ -69,9 +69,7 @@ class TrainConfig(ConfigSection):
 class RollbackConfig(ConfigSection):
     """How a run goes back to an earlier state of itself after the guard panics, and what is different afterwards."""
 
-    outside_identity: ClassVar = frozenset(
-        {"snapshots", "max_bytes", "snapshot_every", "fast_deadline_s", "full_deadline_s", "most_in_row"}
-    )
+    outside_identity: ClassVar = frozenset({"snapshots", "max_bytes", "snapshot_every"})
 
     snapshots: int | None = Field(
         default=None,
@@ -82,20 +80,11 @@ class RollbackConfig(ConfigSection):
         default=None, gt=0, description="bytes that they may take; null: a quarter of what is free at the start"
     )
     snapshot_every: int = Field(default=100, ge=1, description="steps between two of them; one more at every save")
-    fast_deadline_s: float = Field(default=0.5, gt=0, description="seconds for going back to a state in memory")
-    full_deadline_s: float = Field(default=12.0, gt=0, description="seconds for going back to a checkpoint")
     change: Literal["skip", "ease", "both"] = Field(
         default="skip",
-        description="what is different afterwards: the text that was read since is skipped, the rate is lower for a "
-        "while, or both; a second time in a row it is both",
+        description="what is different afterwards: the text that was read since is skipped, the rate is lower for "
+        "snapshot_every steps, or both; a second time in a row it is both",
     )
-    skip_more: int = Field(
-        default=100, ge=0, description="batches skipped beyond those that were read, from the second time in a row on"
-    )
-    ease: float = Field(default=0.5, gt=0, lt=1, description="the factor on the rate then")
-    ease_steps: int = Field(default=100, ge=1, description="and for how many steps")
-    sound_after: int = Field(default=200, ge=1, description="steps after a panic that end a row of them")
-    most_in_row: int = Field(default=3, ge=1, description="panics in a row that stop the run")
 
     @model_validator(mode="after")
     def _can_turn(self) -> "RollbackConfig":
@@ -107,52 +96,16 @@ class RollbackConfig(ConfigSection):
 class GuardConfig(ConfigSection):
     """When a step, or what is measured on held-out text, counts as a sign that the run is going wrong.
 
-    What is usual is the median over the last ``span`` sound steps, and the median distance from it.
+    What is usual is the median over the last ``span`` sound steps, and the median distance from it. The limits of the
+    single detectors are constants beside them (``train/guard.py``).
     """
 
     outside_identity: ClassVar = frozenset()
 
-    is_on: bool = Field(default=True, description="whether steps are looked at")
+    enabled: bool = Field(default=True, description="whether steps are checked")
     span: int = Field(default=50, ge=5, description="sound steps that the usual is taken from")
-    n_least: int = Field(default=20, ge=3, description="of them, how many there must be before anything is compared")
     nonfinite_steps: int = Field(default=3, ge=1, description="skipped steps in a row, not finite, that are a panic")
     z: float = Field(default=6.0, gt=0, description="divergence: robust distances that the loss lies above the usual")
-    times_median: float = Field(default=1.5, ge=1, description="divergence: and times the usual loss that it is")
-    floor_nats: float = Field(
-        default=0.05, gt=0, description="least distance and least loss that count as usual, for runs near a loss of 0"
-    )
-    in_row: int = Field(default=3, ge=1, description="divergence, collapse: such steps in a row that are a panic")
-    severe: float = Field(
-        default=15.0, gt=1, description="times the usual loss that are a panic at once, above that of a uniform guess"
-    )
-    collapse: float = Field(
-        default=0.065, gt=0, lt=1, description="collapse: distance from the loss of a uniform guess, as a share of it"
-    )
-    collapse_from: float = Field(
-        default=0.6, gt=0, lt=1, description="collapse: share of that loss which the mean had fallen below before"
-    )
-    gradient_times: float = Field(default=20.0, gt=1, description="times the usual gradient norm that are a spike")
-    gradient_floor: float = Field(
-        default=0.01, ge=0, description="least gradient norm that counts as usual, for runs that have converged"
-    )
-    gradient_in_row: int = Field(default=3, ge=1, description="spikes in a row that are a panic")
-    update_ratio: float = Field(
-        default=0.1, gt=0, description="share of itself by which a tensor may move in one step before it is told"
-    )
-    held_out_span: int = Field(default=5, ge=3, description="evaluations through which a line is drawn to the next")
-    held_out_margin: float = Field(
-        default=0.05, gt=0, description="nats by which an evaluation may lie above it, and above the best of them"
-    )
-    held_out_in_row: int = Field(default=2, ge=1, description="such evaluations in a row before it is told")
-
-    @model_validator(mode="after")
-    def _can_speak(self) -> "GuardConfig":
-        if self.n_least > self.span:
-            raise ValueError(
-                f"guard.n_least is {self.n_least}, but only guard.span = {self.span} steps are kept, so that nothing "
-                "would ever be compared; lower guard.n_least or raise guard.span"
-            )
-        return self
 
 
 class SourceWeights(ConfigSection):

@@ -1,8 +1,8 @@
 """Whether a run is still sound: each step is held against those just before it, and what is odd is named.
 
-guard, verdict = observe(guard, part, reading, uniform_nats=math.log(vocab_size))
+guard, verdict = observe(guard, config, stats, uniform_nats=math.log(vocab_size))
 
-A guard is a value, the history that steps are compared with. Readings that are odd never enter it: they would raise
+A guard is a value, the history that steps are compared with. Steps that are odd never enter it: they would raise
 what counts as usual until nothing were odd any more. What a panic leads to is not decided here (growth.md 19, 20).
 """
 
@@ -20,6 +20,22 @@ Figures: TypeAlias = Mapping[str, float]
 
 _NORMAL_MAD: Final = 0.6745
 """The median distance from the median of a normal distribution, in standard deviations."""
+
+# Limits of the detectors: growth.md 19, with floors for runs that have converged. They are no settings: they do not
+# depend on model or text, and what does is in ``GuardConfig``.
+LEAST_SHARE: Final = 0.4  # of guard.span, that must have been seen before anything is compared: 20 steps of 50
+IN_ROW: Final = 3  # odd steps that are a panic: one or two may be a strange batch
+TIMES_MEDIAN: Final = 1.5  # the usual loss that a divergence is at least: a quiet run may become a little less quiet
+FLOOR_NATS: Final = 0.05  # least distance and least loss that count as usual, for runs near a loss of 0
+TIMES_SEVERE: Final = 15.0  # the usual loss, that are a panic at once
+COLLAPSE: Final = 0.065  # distance from the loss of a uniform guess, as a share of it
+COLLAPSE_FROM: Final = 0.6  # share of that loss which the mean had fallen below: who knew nothing forgets nothing
+TIMES_NORM: Final = 20.0  # the usual gradient norm, that are a spike
+FLOOR_NORM: Final = 0.01  # least gradient norm that counts as usual, for runs that have converged
+UPDATE_RATIO: Final = 0.1  # share of itself by which a tensor may move in one step before it is told
+HELD_OUT_SPAN: Final = 5  # evaluations through which a line is drawn to the next
+HELD_OUT_MARGIN_NATS: Final = 0.05  # by which an evaluation may lie above it, and above the best of them
+HELD_OUT_IN_ROW: Final = 2  # such evaluations before it is told: one may be noise of a few windows
 
 SKIPPED_SPAN: Final = 200
 """Steps, the present one last, in which skipped ones are counted wherever they lie."""
@@ -55,9 +71,9 @@ class StepStats:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to think of one reading.
+    """What to think of one step.
 
-    level: ``warn`` for whatever is odd, so that no reading is kept out of the history in silence; ``panic`` where going
+    level: ``warn`` for whatever is odd, so that no step is kept out of the history in silence; ``panic`` where going
         on would harm the run.
     detectors: those that speak. figures: what they saw; ``name.in_row`` and ``name.panics_at`` where they count.
     """
@@ -76,10 +92,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Guard:
-    """What later readings are compared with.
+    """What later steps are compared with.
 
-    losses, norms: of the last sound readings, newest last.
-    in_row: for how many readings without a break a detector has spoken; those that are silent are left out.
+    losses, norms: of the last sound steps, newest last.
+    in_row: for how many steps without a break a detector has spoken; those that are silent are left out.
     held_out: (step, nats) of the last sound evaluations; n_held_out_above: those since that lay too high.
     skipped: those of the last ``SKIPPED_SPAN`` steps that were skipped, newest last.
     """
@@ -127,11 +143,11 @@ class Guard:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the last sound readings had in common.
+    """What the last sound steps had in common.
 
-    spread_nats: the median distance from the median, but never below ``guard.floor_nats``. A run that has learned its
+    spread_nats: the median distance from the median, but never below ``FLOOR_NATS``. A run that has learned its
     text by heart has losses of thousandths of a nat that differ by less, and any stumble would be hundreds of spreads
-    away. What counts there is not how unusual a rise is but whether it matters; with the defaults it takes 0.44 nats.
+    away. What counts there is not how unusual a rise is but whether it matters; at ``guard.z`` = 6 it takes 0.44 nats.
     """
 
     median_nats: float
@@ -141,14 +157,14 @@ class Baseline:
 
     @classmethod
     def of(cls, guard: Guard, config: GuardConfig) -> Self | None:
-        """None while there are too few readings to speak of what is usual."""
+        """None while there are too few steps to speak of what is usual."""
         losses = guard.losses[-config.span :]
-        if len(losses) < config.n_least:
+        if len(losses) < max(3, round(LEAST_SHARE * config.span)):
             return None
         median = statistics.median(losses)
         return cls(
             median_nats=median,
-            spread_nats=max(statistics.median([abs(loss - median) for loss in losses]), config.floor_nats),
+            spread_nats=max(statistics.median([abs(loss - median) for loss in losses]), FLOOR_NATS),
             mean_nats=sum(losses) / len(losses),
             norm=statistics.median(guard.norms[-config.span :]),
         )
@@ -156,14 +172,14 @@ class Baseline:
 
 @dataclass(frozen=True)
 class History:
-    """A reading and what it is held against.
+    """A step and what it is held against.
 
-    baseline: None where nothing can be compared: too little was seen, or the reading itself is not finite.
+    baseline: None where nothing can be compared: too little was seen, or the step itself is not finite.
     uniform_nats: the loss of a guess that gives every token the same chance; None where there is no such thing.
     n_skipped: of the last ``SKIPPED_SPAN`` steps, those that were skipped.
     """
 
-    reading: StepStats
+    stats: StepStats
     config: GuardConfig
     baseline: Baseline | None
     uniform_nats: float | None
@@ -172,11 +188,11 @@ class History:
 
 @dataclass(frozen=True)
 class Detector:
-    """One way in which a reading can be odd.
+    """One way in which a step can be odd.
 
     finds: what was seen, or None where nothing is odd.
-    panics_at: the readings in a row that make a panic; None for a detector that only warns.
-    is_anomaly: the reading stays out of the history. True for all that can panic.
+    panics_at: how many in a row are a panic; None for a detector that only warns.
+    is_anomaly: the step stays out of the history. True for all that can panic.
     """
 
     name: str
@@ -187,14 +203,14 @@ class Detector:
 
 def _nonfinite(history: History) -> Figures | None:
     """Loss or gradient is infinite or no number."""
-    reading = history.reading
-    return None if reading.is_finite else {"loss_nats": reading.loss_nats, "grad_norm": reading.grad_norm}
+    stats = history.stats
+    return None if stats.is_finite else {"loss_nats": stats.loss_nats, "grad_norm": stats.grad_norm}
 
 
 def _skipped(history: History) -> Figures | None:
     """Too many of the last steps were skipped, though never so many in a row: what is wrong comes back each time."""
     limit = SKIPPED_SHARE * SKIPPED_SPAN
-    if not history.reading.is_skipped or history.n_skipped <= limit:
+    if not history.stats.is_skipped or history.n_skipped <= limit:
         return None
     return {"n_skipped": history.n_skipped, "n_skipped_limit": limit, "n_steps": SKIPPED_SPAN}
 
@@ -205,11 +221,11 @@ def _divergence(history: History) -> Figures | None:
     z = 0.6745 (loss - median) / MAD, with the median of the distances from the median (MAD), which a few wild values
     do not move. The second condition leaves alone a quiet run that becomes a little less quiet.
     """
-    baseline, loss = history.baseline, history.reading.loss_nats
+    baseline, loss = history.baseline, history.stats.loss_nats
     if baseline is None:
         return None
     robust_z = _NORMAL_MAD * (loss - baseline.median_nats) / baseline.spread_nats
-    limit_nats = history.config.times_median * baseline.median_nats
+    limit_nats = TIMES_MEDIAN * baseline.median_nats
     if not (robust_z > history.config.z and loss > limit_nats):
         return None
     return {
@@ -229,10 +245,10 @@ def _collapse(history: History) -> Figures | None:
     much: of 3,000 such steps on the default text of this package seven did, and nothing was wrong. A model that has
     really forgotten everything costs it three times in a row.
     """
-    baseline, uniform, loss = history.baseline, history.uniform_nats, history.reading.loss_nats
-    if baseline is None or uniform is None or baseline.mean_nats >= history.config.collapse_from * uniform:
+    baseline, uniform, loss = history.baseline, history.uniform_nats, history.stats.loss_nats
+    if baseline is None or uniform is None or baseline.mean_nats >= COLLAPSE_FROM * uniform:
         return None
-    margin_nats = history.config.collapse * uniform
+    margin_nats = COLLAPSE * uniform
     if abs(loss - uniform) >= margin_nats:
         return None
     return {"loss_nats": loss, "uniform_nats": uniform, "margin_nats": margin_nats, "mean_nats": baseline.mean_nats}
@@ -244,10 +260,10 @@ def _gradient(history: History) -> Figures | None:
     The usual norm has a floor as the loss has: where most batches have nothing left to teach, the one that has is many
     times the median and yet small beside the norms at which steps are clipped.
     """
-    baseline, norm = history.baseline, history.reading.grad_norm
+    baseline, norm = history.baseline, history.stats.grad_norm
     if baseline is None:
         return None
-    limit = history.config.gradient_times * max(baseline.norm, history.config.gradient_floor)
+    limit = TIMES_NORM * max(baseline.norm, FLOOR_NORM)
     return {"grad_norm": norm, "grad_norm_limit": limit} if norm > limit else None
 
 
@@ -257,42 +273,42 @@ def _severe(history: History) -> Figures | None:
     And more than a uniform guess costs. Below that a text of another kind may be all there is to it: after a memory of
     hundreds of equal lines an ordinary one costs many times as much. Divergence waits for three of these.
     """
-    baseline, loss = history.baseline, history.reading.loss_nats
+    baseline, loss = history.baseline, history.stats.loss_nats
     if baseline is None:
         return None
-    floor_nats = max(baseline.median_nats, history.config.floor_nats)
-    limit_nats = max(history.config.severe * floor_nats, history.uniform_nats or 0.0)
+    floor_nats = max(baseline.median_nats, FLOOR_NATS)
+    limit_nats = max(TIMES_SEVERE * floor_nats, history.uniform_nats or 0.0)
     return {"loss_nats": loss, "severe_limit_nats": limit_nats} if loss > limit_nats else None
 
 
 def _update(history: History) -> Figures | None:
     """A step moved some tensor by a large share of what it was."""
-    ratio, limit = history.reading.update_ratio, history.config.update_ratio
+    ratio, limit = history.stats.update_ratio, UPDATE_RATIO
     return {"update_ratio": ratio, "update_ratio_limit": limit} if ratio is not None and not ratio <= limit else None
 
 
 DETECTORS: Final = (
     Detector(
-        "nonfinite", _nonfinite, lambda history: history.config.nonfinite_steps if history.reading.is_skipped else 1
+        "nonfinite", _nonfinite, lambda history: history.config.nonfinite_steps if history.stats.is_skipped else 1
     ),
-    Detector("skipped", _skipped, lambda history: 1),
-    Detector("divergence", _divergence, lambda history: history.config.in_row),
-    Detector("collapse", _collapse, lambda history: history.config.in_row),
-    Detector("gradient", _gradient, lambda history: history.config.gradient_in_row),
-    Detector("severe", _severe, lambda history: 1),
-    Detector("update", _update, lambda history: None, is_anomaly=False),
+    Detector("skipped", _skipped, lambda _: 1),
+    Detector("divergence", _divergence, lambda _: IN_ROW),
+    Detector("collapse", _collapse, lambda _: IN_ROW),
+    Detector("gradient", _gradient, lambda _: IN_ROW),
+    Detector("severe", _severe, lambda _: 1),
+    Detector("update", _update, lambda _: None, is_anomaly=False),
 )
 """Growth.md 19, but for the wide form of divergence, which is too lax for language models near their floor."""
 
 
 def observe(
-    guard: Guard, config: GuardConfig, reading: StepStats, *, uniform_nats: float | None
+    guard: Guard, config: GuardConfig, stats: StepStats, *, uniform_nats: float | None
 ) -> tuple[Guard, Verdict]:
     """Take one step into account.
 
     uniform_nats: the logarithm of the number of tokens; None where a uniform guess means nothing.
 
-    A step that is not finite warns, and is a panic only when ``part.nonfinite_steps`` follow each other. Growth.md 19
+    A step that is not finite warns, and is a panic only when ``config.nonfinite_steps`` follow each other. Growth.md 19
     has it panic at once, for it thinks of weights that are spoilt. Here the optimizer skips such a step, so that
     weights and moments are to the bit what they were; going back would restore what is there already, and one bad batch
     in an hour is no reason to lose a hundred steps (platform.md 7). Steps that go on being skipped learn nothing, and
@@ -302,22 +318,22 @@ def observe(
     It ends no row of another detector either: what it would have been is not known. A step that only lowered the loss
     scale is not taken into account at all.
     """
-    if not config.is_on or reading.is_rescaled:
-        return guard, Verdict("ok", reading.step)
-    skipped = tuple(step for step in guard.skipped if 0 < reading.step - step < SKIPPED_SPAN)
-    skipped += (reading.step,) if reading.is_skipped else ()
+    if not config.enabled or stats.is_rescaled:
+        return guard, Verdict("ok", stats.step)
+    skipped = tuple(step for step in guard.skipped if 0 < stats.step - step < SKIPPED_SPAN)
+    skipped += (stats.step,) if stats.is_skipped else ()
     history = History(
-        reading, config, Baseline.of(guard, config) if reading.is_finite else None, uniform_nats, len(skipped)
+        stats, config, Baseline.of(guard, config) if stats.is_finite else None, uniform_nats, len(skipped)
     )
     found = {detector: figures for detector in DETECTORS if (figures := detector.finds(history)) is not None}
-    in_row = {} if reading.is_finite else dict(guard.in_row)
+    in_row = {} if stats.is_finite else dict(guard.in_row)
     in_row |= {detector.name: guard.in_row.get(detector.name, 0) + 1 for detector in found}
     after = replace(guard, in_row=in_row, skipped=skipped)
     if not any(detector.is_anomaly for detector in found):
         after = replace(
             after,
-            losses=(*guard.losses, reading.loss_nats)[-config.span :],
-            norms=(*guard.norms, reading.grad_norm)[-config.span :],
+            losses=(*guard.losses, stats.loss_nats)[-config.span :],
+            norms=(*guard.norms, stats.grad_norm)[-config.span :],
         )
     return after, _verdict(history, found, in_row)
 
@@ -332,37 +348,37 @@ def _verdict(history: History, found: Mapping[Detector, Figures], in_row: Mappin
             figures |= {f"{detector.name}.in_row": in_row[detector.name], f"{detector.name}.panics_at": panics_at}
             is_panic = is_panic or in_row[detector.name] >= panics_at
     level: Literal["ok", "warn", "panic"] = "panic" if is_panic else "warn" if found else "ok"
-    return Verdict(level, history.reading.step, tuple(detector.name for detector in found), figures)
+    return Verdict(level, history.stats.step, tuple(detector.name for detector in found), figures)
 
 
 def observe_held_out(guard: Guard, config: GuardConfig, step: int, nats: float) -> tuple[Guard, Verdict]:
     """Take one evaluation into account; it can warn and never panics.
 
-    Too high is what lies by ``part.held_out_margin`` above the line of least squares through the evaluations before,
+    Too high is what lies by ``HELD_OUT_MARGIN_NATS`` above the line of least squares through the evaluations before,
     and above the lowest of them: a curve that flattens always lies above its line, and that alone is no step back.
     A loss that rises slowly takes the line with it; that is told by which checkpoint is the best. What lay too high
     draws no line. Of evaluations that are not finite the first is told.
     """
-    if not config.is_on:
+    if not config.enabled:
         return guard, Verdict("ok", step)
-    before = tuple(point for point in guard.held_out if point[0] < step)[-config.held_out_span :]
-    limit_nats = _held_out_limit(before, config, step)
+    before = tuple(point for point in guard.held_out if point[0] < step)[-HELD_OUT_SPAN:]
+    limit_nats = _held_out_limit(before, step)
     if math.isfinite(nats) and (limit_nats is None or nats <= limit_nats):
-        held_out = (*before, (step, nats))[-config.held_out_span :]
+        held_out = (*before, (step, nats))[-HELD_OUT_SPAN:]
         return replace(guard, held_out=held_out, n_held_out_above=0), Verdict("ok", step)
     n_above = guard.n_held_out_above + 1
     after = replace(guard, n_held_out_above=n_above)
-    if math.isfinite(nats) and n_above < config.held_out_in_row:
+    if math.isfinite(nats) and n_above < HELD_OUT_IN_ROW:
         return after, Verdict("ok", step)
     figures = {"held_out_nats": nats, "held_out.in_row": n_above}
     figures |= {} if limit_nats is None else {"held_out_limit_nats": limit_nats}
     return after, Verdict("warn", step, ("held_out",), figures)
 
 
-def _held_out_limit(before: tuple[tuple[int, float], ...], config: GuardConfig, step: int) -> float | None:
+def _held_out_limit(before: tuple[tuple[int, float], ...], step: int) -> float | None:
     """The most that an evaluation at ``step`` may be; None while there are fewer than three to draw a line through."""
     if len(before) < 3:
         return None
     slope, offset = statistics.linear_regression([point[0] for point in before], [point[1] for point in before])
     lowest = min(nats for _, nats in before)
-    return max(offset + slope * step, lowest) + config.held_out_margin
+    return max(offset + slope * step, lowest) + HELD_OUT_MARGIN_NATS

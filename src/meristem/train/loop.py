@@ -11,17 +11,21 @@ from torch.profiler import record_function
 
 from meristem.data.stream import Batch, Cursor, Stream
 from meristem.device.resolve import Device
+from meristem.device.room import is_out_of_room, no_room
 from meristem.distributed.engine import Engine
 from meristem.distributed.shards import local
-from meristem.errors import NonFinite, OutOfDeviceBytes
+from meristem.errors import NonFinite
 from meristem.optim.multi_period import MultiPeriodOptimizer, Update
 from meristem.optim.schedule import ScheduleProgress, set_rates
 from meristem.train.aggregate import Conflict
-from meristem.train.backward import backward, is_out_of_room, make_room
+from meristem.train.backward import backward, make_room
 from meristem.train.config import AggregateConfig, TrainConfig
 from meristem.train.guard import StepStats
 from meristem.train.progress import Progress
 from meristem.train.state import Holder
+
+MOVING: Final = "moving the weights"
+"""Where there was no room, if weights may have been moved already and must be brought back."""
 
 _PLAIN: Final = AggregateConfig()
 
@@ -34,7 +38,7 @@ class Step:
     """What one optimizer step was.
 
     progress: where the run stands after it; all that is needed to go on from here besides weights and moments.
-    readings: what was measured, of every step since the last one that was read, this one last. Empty where it was left
+    stats: what was measured, of every step since the last one that was read, this one last. Empty where it was left
         on the device: an accelerator is read only on steps that log, so that it never waits for the host.
     seconds: of the slowest process. n_targets, n_bytes: those of all processes.
     conflict: how far the objectives of the step disagree, where they were told apart; still on the device.
@@ -42,7 +46,7 @@ class Step:
     """
 
     progress: Progress
-    readings: tuple[StepStats, ...]
+    stats: tuple[StepStats, ...]
     rate: float
     seconds: float
     n_targets: int
@@ -54,12 +58,12 @@ class Step:
     @property
     def loss_nats(self) -> float | None:
         """Per target; None where it was not read."""
-        return self.readings[-1].loss_nats if self.readings else None
+        return self.stats[-1].loss_nats if self.stats else None
 
     @property
     def grad_norm(self) -> float | None:
         """Before clipping; None where it was not read."""
-        return self.readings[-1].grad_norm if self.readings else None
+        return self.stats[-1].grad_norm if self.stats else None
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -76,23 +80,22 @@ def steps(
     device: Device,
     aggregate: AggregateConfig = _PLAIN,
 ) -> Iterator[Step]:
-    """Train on from where ``held.state`` is until a limit of ``part`` is reached, yielding after every step.
+    """Train on from where ``held.state`` is until a limit of ``config`` is reached, yielding after every step.
 
     held: what the state is taken from before each step; its progress is put back after it. Another state may be put in
         its place in between: the next step is then one of that.
-    aggregate: how gradients of several objectives become one.
     schedule: where the run stands to the factor on the highest rate of each group in the step that follows.
+    aggregate: how gradients of several objectives become one.
     Which parameters move in a step, and how they are clipped, is the optimizer's affair, as is what waits at the end.
     A step whose loss or gradient is not finite changes neither weights nor moments, and the memory begins afresh after
-    it; ``part.max_nonfinite`` such steps in a row raise NonFinite (on an accelerator at the next step that is read).
+    it; ``config.max_nonfinite`` such steps in a row raise NonFinite, after a step was yielded that tells of them.
     Where the device runs out of room, batches are cut into smaller parts from then on (``backward``); OutOfDeviceBytes
-    with ``where="step"`` says that it happened while weights were moved, which must then be brought back.
+    with ``where=MOVING`` says that it happened while weights were moved, which must then be brought back.
     Of several processes each makes the same step of its own rows, and yields the same but for its own memory.
     """
     unread: list[torch.Tensor] = []
     while not held.state.progress.is_over(config):
-        began = time.perf_counter()
-        state = held.state
+        began, state = time.perf_counter(), held.state
         optimizer, now = state.optimizer, state.progress
         engine = replace(state.engine, scale_loss=optimizer.scale_loss)
         done = ScheduleProgress(share=now.share(config), step=now.step, tokens=now.tokens)
@@ -114,9 +117,7 @@ def steps(
         with record_function("optimizer"):
             update, ratio = _move(engine, optimizer, result.loss, device, is_measured=is_measured)
         optimizer.zero_grad()
-        loss = result.loss if update.loss is None else update.loss
-        is_rescaled = torch.zeros_like(loss) if update.is_rescaled is None else update.is_rescaled
-        unread.append(torch.stack([loss, update.norm, update.is_skipped, is_rescaled, ratio]))
+        unread.append(_measured(result.loss, update, ratio))
         now = replace(
             now,
             cursor=cursor,
@@ -126,11 +127,12 @@ def steps(
             n_micro_batches=result.n_micro_batches,
         )
         is_logged = now.step % config.log_every == 0
-        readings: tuple[StepStats, ...] = ()
+        stats: tuple[StepStats, ...] = ()
+        failure: NonFinite | None = None
         # On the CPU reading costs nothing. A memory that is carried on must not stay spoilt until the next record.
         if is_logged or result.loss.is_cpu or not batches[-1].starts:
-            readings, unread = _read(now.step, unread), []
-            now = _count(now, readings, config.max_nonfinite)
+            stats, unread = _read(now.step, unread), []
+            now, failure = _count(now, stats, config.max_nonfinite)
         seconds = time.perf_counter() - began
         of_ranks = engine.world.all_gather_numbers([seconds, sum(batch.n_bytes for batch in batches)])
         each_s, each_bytes = zip(*of_ranks, strict=True)
@@ -138,7 +140,7 @@ def steps(
         held.state = replace(state, progress=now)
         yield Step(
             progress=now,
-            readings=readings,
+            stats=stats,
             rate=optimizer.param_groups[0]["lr"],
             seconds=max(each_s),
             n_targets=n_targets,
@@ -147,6 +149,8 @@ def steps(
             conflict=result.conflict,
             each_s=each_s,
         )
+        if failure:  # only now: whoever heard of the same steps may have gone back instead
+            raise failure
 
 
 def _take(stream: Stream, cursor: Cursor, n_batches: int) -> tuple[list[Batch], Cursor]:
@@ -167,31 +171,26 @@ def _move(
     Where processes hold parts of weights, each part counts as a weight.
     """
     trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad] if is_measured else []
-    weights = [weight for parameter in trained if (weight := local(parameter)).numel()]
-    before = [weight.detach().clone() for weight in weights]
-    reason, update = "", None
+    cause, moved = "", None
     try:
+        weights = [weight for parameter in trained if (weight := local(parameter)).numel()]
+        before = [weight.detach().clone() for weight in weights]
         update = optimizer.step(loss)
+        moved = update, _largest_ratio(before, weights) if weights else torch.full_like(loss, _UNMEASURED)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_room(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        cause = str(error)
     # Where one process could not, the others have moved weights for nothing and go back with it.
-    is_moved = not engine.world.any(update is None)
-    if update is not None and is_moved:
-        ratio = _largest_ratio(before, weights) if weights else torch.full_like(loss, _UNMEASURED)
-        if is_measured and engine.world.size > 1:
-            every = engine.world.all_gather_numbers([float(ratio)])
-            ratio = torch.full_like(loss, max(math.inf if math.isnan(each) else each for (each,) in every))
-        return update, ratio
-    make_room(engine.model, device)
-    raise OutOfDeviceBytes(
-        f"no room is left on {device.device} to move the weights: {reason or 'in another process'}. Lower "
-        f"data.batch_size or the size of the model.",
-        where="step",
-        device=str(device.device),
-        reason=reason,
-    )
+    if engine.world.any(moved is None) or moved is None:
+        make_room(engine.model, device)
+        advice = "Lower data.batch_size or the size of the model."
+        raise no_room(MOVING, device.device, cause or "in another process", advice)
+    update, ratio = moved
+    if is_measured and engine.world.size > 1:
+        every = engine.world.all_gather_numbers([float(ratio)])
+        ratio = torch.full_like(loss, max(math.inf if math.isnan(each) else each for (each,) in every))
+    return update, ratio
 
 
 def _largest_ratio(before: list[torch.Tensor], after: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -200,6 +199,13 @@ def _largest_ratio(before: list[torch.Tensor], after: Sequence[torch.Tensor]) ->
         least = torch.tensor([1e-3 * weight.numel() ** 0.5 for weight in before], device=sizes.device)
         torch._foreach_sub_(before, list(after))
         return (torch.stack(torch._foreach_norm(before)) / sizes.maximum(least)).max().float()
+
+
+def _measured(loss: torch.Tensor, update: Update, ratio: torch.Tensor) -> torch.Tensor:
+    """What ``_read`` reads of one step, still on the device."""
+    loss = loss if update.loss is None else update.loss
+    is_rescaled = torch.zeros_like(loss) if update.is_rescaled is None else update.is_rescaled
+    return torch.stack([loss, update.norm, update.is_skipped, is_rescaled, ratio])
 
 
 def _read(last_step: int, unread: list[torch.Tensor]) -> tuple[StepStats, ...]:
@@ -218,22 +224,23 @@ def _read(last_step: int, unread: list[torch.Tensor]) -> tuple[StepStats, ...]:
     )
 
 
-def _count(now: Progress, readings: tuple[StepStats, ...], most: int) -> Progress:
-    """Progress after the steps that were read; too many skipped in a row end the run.
+def _count(now: Progress, stats: tuple[StepStats, ...], most: int) -> tuple[Progress, NonFinite | None]:
+    """Progress after the steps that were read; and what ends the run, where ``most`` of them were skipped in a row.
 
     A step that was skipped to lower the loss scale is none of them: the next one is made at half of it.
     """
-    for reading in readings:
-        if reading.is_rescaled:
+    failure = None
+    for each in stats:
+        if each.is_rescaled:
             continue
-        in_row = now.n_nonfinite_in_row + 1 if reading.is_skipped else 0
-        now = replace(now, n_nonfinite=now.n_nonfinite + int(reading.is_skipped), n_nonfinite_in_row=in_row)
+        in_row = now.n_nonfinite_in_row + 1 if each.is_skipped else 0
+        now = replace(now, n_nonfinite=now.n_nonfinite + int(each.is_skipped), n_nonfinite_in_row=in_row)
         if in_row >= most:
-            raise NonFinite(
-                f"loss or gradient was not finite in {in_row} steps in a row, up to step {now.step}; "
+            failure = failure or NonFinite(
+                f"loss or gradient was not finite in {in_row} steps in a row, up to step {each.step}; "
                 f"{most} end a run (train.max_nonfinite). Lower optim.lr or optim.grad_clip, or set device.dtype=fp32.",
-                step=now.step,
+                step=each.step,
                 count=in_row,
             )
-    is_spoilt = now.n_nonfinite_in_row or not math.isfinite(readings[-1].loss_nats)
-    return replace(now, memory=None) if is_spoilt else now
+    is_spoilt = now.n_nonfinite_in_row or not math.isfinite(stats[-1].loss_nats)
+    return (replace(now, memory=None) if is_spoilt else now), failure

@@ -8,7 +8,6 @@ from typing import Any, Final, Literal, Self, TypeAlias
 
 from meristem.errors import MeristemError, RollbackFailed, SnapshotTooLarge
 from meristem.train.config import RollbackConfig
-from meristem.worker.deadline import Deadline
 
 TierName = Literal["fast", "full"]
 
@@ -33,29 +32,23 @@ BOUNDS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 12.0, 30.0)
 USUAL: Final = 3
 """Snapshots that are kept where nothing else was asked for: one to go back to, one before it, one being written."""
 
-Act: TypeAlias = Callable[[Deadline], None]
-"""One phase. It may look at the deadline between two pieces of work, and raises what makes its tier fail."""
+SOUND_AFTER: Final = 200
+"""Steps after a panic that end a row of them: as many as those among which the guard counts skipped ones."""
+
+MOST_IN_ROW: Final = 3
+"""Panics in a row that stop the run: what the first two changed has not helped (growth.md 20)."""
+
+Act: TypeAlias = Callable[[], None]
+"""One phase. It raises what makes its tier fail."""
 
 
 @dataclass(frozen=True)
 class Tier:
-    """One way back: what it does, in order, and how long it may take.
-
-    phases: name to what it does. budgets_s: name to seconds; those of phases that are not done here are slack.
-    """
+    """One way back: what it does, in order (name to act), and how many seconds it may take in all."""
 
     name: TierName
     phases: Mapping[str, Act]
-    budgets_s: Mapping[str, float]
     deadline_s: float
-
-    def __post_init__(self) -> None:
-        total_s = sum(self.budgets_s.values())
-        if abs(total_s - self.deadline_s) > 1e-9 or not self.phases.keys() <= self.budgets_s.keys():
-            raise ValueError(
-                f"tier {self.name}: phases {list(self.phases)} of {total_s} s in all against a deadline of "
-                f"{self.deadline_s} s; expected a budget for each phase, and that they add up to the deadline"
-            )
 
 
 @dataclass(frozen=True)
@@ -108,9 +101,9 @@ class Rollbacks:
     last_step: int | None = None
     latencies: Mapping[TierName, Latency] = field(default_factory=lambda: {"fast": Latency(), "full": Latency()})
 
-    def panicked(self, step: int, *, sound_after: int) -> Self:
-        """With a panic at ``step`` more; ``sound_after`` steps since the last one begin a new row."""
-        is_new = self.last_step is None or step - self.last_step > sound_after
+    def panicked(self, step: int) -> Self:
+        """With a panic at ``step`` more; ``SOUND_AFTER`` steps since the last one begin a new row."""
+        is_new = self.last_step is None or step - self.last_step > SOUND_AFTER
         return replace(self, n=self.n + 1, n_in_row=1 if is_new else self.n_in_row + 1, last_step=step)
 
     def observed(self, attempts: Sequence[Attempt]) -> Self:
@@ -141,7 +134,7 @@ class Rollbacks:
 def n_snapshots(config: RollbackConfig, each_bytes: int, free_bytes: int) -> int:
     """How many snapshots of ``each_bytes`` a run keeps: as many as were asked for, or as fit, at most ``USUAL``.
 
-    free_bytes: of the machine; a quarter of it may be used where ``part`` gives no limit. Raises SnapshotTooLarge where
+    free_bytes: of the machine; a quarter of it may be used where ``config`` gives no limit. Raises SnapshotTooLarge if
     the number that was asked for does not fit.
     """
     max_bytes = most_bytes(config, free_bytes)
@@ -187,25 +180,25 @@ def restore(tiers: Sequence[Tier], clock: Callable[[], float] = time.monotonic) 
 
 def _attempt(tier: Tier, clock: Callable[[], float], *, is_last: bool) -> Attempt:
     started_at = clock()
-    deadline = Deadline(started_at + tier.deadline_s, clock)
+    deadline_at = started_at + tier.deadline_s
     phases: list[tuple[str, float]] = []
     tripped_at: float | None = None
     failure: str | None = None
     for name, act in tier.phases.items():
         began = clock()
-        if tripped_at is None and began >= deadline.at_s:
+        if tripped_at is None and began >= deadline_at:
             tripped_at = began
         if tripped_at is not None and not is_last:
             failure = f"{tripped_at - started_at:.3f} s had passed before '{name}', of {tier.deadline_s} s"
             break
         try:
-            act(deadline)
+            act()
         except (MeristemError, OSError) as error:
             failure = f"'{name}': {error}"
             break
         finally:
             phases.append((name, clock() - began))
     ended = clock()
-    if tripped_at is None and ended > deadline.at_s:
+    if tripped_at is None and ended > deadline_at:
         tripped_at = ended
-    return Attempt(tier.name, started_at, deadline.at_s, ended - started_at, tuple(phases), tripped_at, failure)
+    return Attempt(tier.name, started_at, deadline_at, ended - started_at, tuple(phases), tripped_at, failure)
