@@ -6,10 +6,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from meristem.errors import OutOfDeviceBytes
-
-CPU_IS_FULL: Final = "can't allocate memory"
-"""What torch says in a plain RuntimeError where a CPU has no room; on accelerators it has a type for it."""
+from meristem.errors import CPU_IS_FULL, OutOfDeviceBytes
 
 SMALLER_MODEL: Final = "Lower data.seq_len, model.dim or model.n_layers, or choose another device.device."
 """What helps where no batch can be cut."""
