@@ -83,7 +83,7 @@ _SECTIONS: Final = {
     "model": f"Measure training of the default model against a transformer. {_MISSED}",
     "compositions": f"""Measure training with a memory as context, gate and layer. {_MISSED}
 
-Two layers, windows of 512 tokens, whole steps; a transformer of the same width and depth takes turns with them.""",
+Two layers, sequences of 512 tokens, whole steps, interleaved with a transformer of the same width and depth.""",
     "hope": f"Measure training and decoding of hope, memories written. {_MISSED}",
     "levels": f"Measure what four levels cost over one in training. {_MISSED}",
     "decode": f"Measure how fast a session writes. {_MISSED}",
@@ -92,7 +92,7 @@ Two layers, windows of 512 tokens, whole steps; a transformer of the same width 
 How long a run of 100 million parameters with moments waits for a snapshot and for the way back, and the share of the
 machine's copy bandwidth that is (this needs 6 GB of RAM); then the share of the steps of the default preset that guard,
 events and snapshots take, and how long a save keeps it waiting.""",
-    "start": f"Measure how long the program takes to answer. {_MISSED}",
+    "start": f"Measure how long the program takes to start. {_MISSED}",
 }
 """What is measured by a verb of its own and without more choices: its help."""
 

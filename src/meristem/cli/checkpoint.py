@@ -9,7 +9,7 @@ from meristem.cli import complete
 from meristem.cli.answer import Json, answer, columns, pairs, tell
 from meristem.cli.sample import Checkpoint
 
-app = typer.Typer(help="Look at checkpoints, compare, check and thin them out.")
+app = typer.Typer(help="List checkpoints, compare, check and thin them out.")
 Run = Annotated[
     Path,
     typer.Argument(

@@ -223,7 +223,7 @@ def hanging_worker(drill: Drill, place: Path) -> Seen:
     checks = {
         "the call ends at its deadline, as WorkerTimeout": bool(late) and seconds < 0.5 + 1.0,
         "its process is gone": pid is not None and not _is_there(pid),
-        "the next call is answered": answer == 3,
+        "the next call returns": answer == 3,
         "a new process takes its place, which is told": [event.name for event in events] == ["worker.restarted"],
     }
     return Seen(checks, {"message": late, "seconds": round(seconds, 3)})
