@@ -185,6 +185,37 @@ def unpickling(source: Module) -> list[str]:
     return found
 
 
+NAMES_A_GPU = frozenset(
+    "synchronize memory_allocated max_memory_allocated memory_reserved max_memory_reserved memory_stats mem_get_info "
+    "reset_peak_memory_stats get_device_properties get_device_name get_device_capability get_rng_state current_stream "
+    "default_stream Stream device set_device".split()
+)
+"""Calls of ``torch.cuda`` and ``torch.accelerator`` that mean the current device where they are not told which."""
+
+MEANS_ANOTHER = frozenset({"get_rng_state_all", "set_rng_state_all", "manual_seed_all", "seed_all", "current_device"})
+"""Calls that mean every GPU, or the one that this thread happens to be at."""
+
+
+def others_gpus(source: Module) -> list[str]:
+    """Ways to a GPU that another process uses: ``cuda`` without a number, or a call that names no device."""
+    found = []
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        room, _, name = called.rpartition(".")
+        given = [*node.args, *(keyword.value for keyword in node.keywords)]
+        of_gpu = room.removeprefix("torch.") in ("cuda", "accelerator")
+        is_bare = (of_gpu and name in NAMES_A_GPU and not given) or (name == "cuda" and not given)
+        # The first arguments that may be a device; an error has a field of that name.
+        places = node.args[:1] if name == "to" or (called == "torch.device" and len(given) == 1) else []
+        places = places + [each.value for each in node.keywords if each.arg in ("device", "map_location")]
+        is_first = not name.endswith("Error") and any(ast.unparse(each) == "'cuda'" for each in places)
+        if is_bare or is_first or (of_gpu and name in MEANS_ANOTHER):
+            found.append(source.at(node, ast.unparse(node)))
+    return found
+
+
 def import_hooks(source: Module) -> list[str]:
     """jaxtyping's import hook and its bare decorator: both break under torch.compile (platform.md 3.2)."""
     found = []

@@ -86,11 +86,28 @@ def test_ceilings() -> None:
 
 @pytest.mark.parametrize(
     "check",
-    [house.bad_names, house.unfinished, house.unpickling, house.postponed_annotations],
+    [house.bad_names, house.unfinished, house.unpickling, house.postponed_annotations, house.others_gpus],
     ids=lambda c: c.__name__,
 )
 def test_package_is_free_of(check: Check) -> None:
     hold(check, PACKAGE)
+
+
+def test_a_way_to_the_gpu_of_another_process_is_noticed() -> None:
+    for wrong in (
+        "torch.cuda.synchronize()",
+        "torch.accelerator.synchronize()",
+        "torch.cuda.max_memory_allocated()",
+        "torch.cuda.get_rng_state_all()",
+        "torch.cuda.current_device()",
+        "torch.device('cuda')",
+        "torch.zeros(3, device='cuda')",
+        "model.to('cuda')",
+        "model.cuda()",
+    ):
+        assert len(house.others_gpus(planted(wrong))) == 1, wrong
+    right = "torch.cuda.synchronize(device)\ntorch.device('cuda', rank)\nmodel.to(device)\ntorch.cuda.empty_cache()"
+    assert house.others_gpus(planted(right)) == []
 
 
 def test_everything_is_called_or_waits_for_growth() -> None:

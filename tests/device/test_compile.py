@@ -12,6 +12,8 @@ from meristem.device.config import DeviceConfig
 from meristem.errors import CapabilityError
 from meristem.events import silent
 
+CPU = torch.device("cpu")
+
 
 class Block(nn.Module):
     """A class of its own: torch does not trace a bare nn.Sequential that is compiled itself."""
@@ -38,7 +40,7 @@ class Stack(nn.Module):
 def test_off_by_default():
     """Nothing is compiled unless asked for, and then nothing is said."""
     events = []
-    compile_blocks(nn.Linear(2, 3), DeviceConfig(), events.append)
+    compile_blocks(nn.Linear(2, 3), DeviceConfig(), CPU, events.append)
     assert events == []
 
 
@@ -46,14 +48,14 @@ def test_off_by_default():
 def test_model_without_blocks_is_an_error(model):
     """What has no blocks cannot be compiled by blocks; the message says which key to change."""
     with pytest.raises(CapabilityError, match="lists no blocks to compile. Set device.compile to false"):
-        compile_blocks(model, DeviceConfig(compile=True), silent)
+        compile_blocks(model, DeviceConfig(compile=True), CPU, silent)
 
 
 def test_missing_compiler_is_an_error(monkeypatch):
     """Without a C++ compiler the error comes now, not in the middle of the first step."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(CapabilityError, match="needs a C\\+\\+ compiler"):
-        compile_blocks(Stack(1), DeviceConfig(compile=True), silent)
+        compile_blocks(Stack(1), DeviceConfig(compile=True), CPU, silent)
 
 
 @pytest.mark.compiled
@@ -72,7 +74,7 @@ def test_compiled_blocks_agree(monkeypatch):
     plain, compiled = Stack(3), Stack(3)
     compiled.load_state_dict(plain.state_dict())
     events = []
-    compile_blocks(compiled, DeviceConfig(compile=True), events.append)
+    compile_blocks(compiled, DeviceConfig(compile=True), CPU, events.append)
     assert events[0].payload["compiled_blocks"] == 3
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     hidden_bd = torch.randn(5, 3, requires_grad=True)

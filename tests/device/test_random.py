@@ -91,3 +91,30 @@ def test_state_of_an_absent_accelerator_is_said(monkeypatch):
     events = []
     restore_random_state(values, {**tensors, "cuda:0": tensors["cpu"], "mps": tensors["cpu"]}, events.append)
     assert [(e.name, e.payload["left_out"]) for e in events] == [("degraded", ["cuda:0", "mps"])]
+
+
+def test_the_generator_of_another_gpu_is_left_alone(monkeypatch):
+    """Of four GPUs a process keeps and puts back the state of its own, whichever had it when it was saved."""
+    states = {torch.device("cuda", index): torch.tensor([index], dtype=torch.uint8) for index in range(4)}
+    touched = []
+
+    def read(device="cuda"):
+        touched.append(device)
+        return states[device]
+
+    def put(state, device="cuda"):
+        touched.append(device)
+        states[device] = state
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", read)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put)
+    first, third = torch.device("cuda", 0), torch.device("cuda", 2)
+    values, tensors = random_state(first)
+    assert tensors.keys() == {"cpu", "cuda"} and touched == [first]
+    restore_random_state(values, tensors, device=third)
+    by_number = {"cpu": tensors["cpu"], "cuda:0": torch.tensor([7]), "cuda:1": torch.tensor([8])}
+    restore_random_state(values, by_number, device=third)
+    assert touched == [first, third, third]
+    assert [int(state) for state in states.values()] == [0, 1, 7, 3]

@@ -197,3 +197,14 @@ def test_parts_need_no_torch():
     code = f"import sys, {rooms}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_the_gpu_that_was_chosen_is_that_of_calls_which_name_none(monkeypatch):
+    """A pinned buffer or an emptied cache names no GPU; without this it would start the first one beside it."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(resolving, "probe", lambda *given: chosen.append("probe"))
+    resolve(DeviceConfig(device="cuda:1", dtype="fp32"), silent)
+    assert chosen == [torch.device("cuda", 1), "probe"]

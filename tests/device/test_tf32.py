@@ -69,6 +69,7 @@ def test_solves_are_exact_both_ways_where_tf32_is_allowed(name, monkeypatch):
 def card(monkeypatch):
     """A CUDA card as far as choosing goes; its probe is that of the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(resolving, "probe", lambda *args: None)
 

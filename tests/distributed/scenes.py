@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
@@ -21,7 +25,7 @@ from meristem.device.config import DeviceConfig
 from meristem.distributed.agreement import Agreement, Change, fingerprint
 from meristem.distributed.config import DistributedConfig
 from meristem.distributed.engine import Engine, alone, replicated, sharded
-from meristem.distributed.shards import local
+from meristem.distributed.shards import local, whole
 from meristem.distributed.world import World, joined
 from meristem.errors import AgreementFailed
 from meristem.memory.state import State, detach, flatten
@@ -126,7 +130,7 @@ def _engine(kind: Kind, model: nn.Module, world: World, slow: list[nn.Parameter]
     if world.size == 1:
         return alone(model)
     if kind.engine == "sharded":
-        return sharded(model, world, slow=slow)
+        return sharded(model, world, device=torch.device("cpu"), slow=slow)
     return replicated(model, world, slow=slow, leaves_out=kind.order == "sequential")
 
 
@@ -303,9 +307,12 @@ def run(
     fault, rank, step = (*breaks.split(":"), "", "", "")[:3]
     is_here = fault and rank == os.environ.get("RANK", "0")
     jobs: list[Any] = []
+    made: dict[str, Any] = {}
 
     def make_job(*given: Any) -> Any:
-        job = prepare_job(*given)
+        with Living() as living:
+            job = prepare_job(*given)
+        made.update(_made(job.model), peak_bytes=living.peak_bytes)
         jobs.append(FAULTS[fault](job, int(step)) if is_here else job)
         return jobs[-1]
 
@@ -318,7 +325,56 @@ def run(
         time_scale=120,  # as many processes as there are here share few cores
     )
     weights = fingerprint({name: local(tensor) for name, tensor in jobs[0].model.state_dict().items()})
-    return {"status": result.status, "step": result.step, "nats": result.nats, "weights": weights}
+    return {"status": result.status, "step": result.step, "nats": result.nats, "weights": weights, "made": made}
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all numbers of the host that live while it lasts, by their storages; and the most at once.
+
+    States of random generators are no numbers: they are uint8.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._now_bytes = self.peak_bytes = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = operation(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if type(leaf) in (Tensor, nn.Parameter) and leaf.is_cpu and leaf.is_floating_point():
+                self._follow(leaf.untyped_storage())
+        return found
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        address, n_bytes = storage._cdata, storage.nbytes()
+        if address in self._alive:
+            return
+
+        def gone(_: object) -> None:
+            del self._alive[address]
+            self._now_bytes -= n_bytes
+
+        self._alive[address] = weakref.ref(storage, gone)
+        self._now_bytes += n_bytes
+        self.peak_bytes = max(self.peak_bytes, self._now_bytes)
+
+
+def _made(model: nn.Module) -> dict[str, Any]:
+    """What was made: all of its tensors, those that are saved, and how large its parts are here and in full."""
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    full = {name: whole(tensor) for name, tensor in tensors.items()}
+    part_of: Counter[str] = Counter()
+    for name, tensor in full.items():
+        part_of[".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""] += tensor.nbytes
+    return {
+        "tensors": fingerprint(full),
+        "saved": fingerprint({name: full[name] for name in model.state_dict()}),
+        "held_bytes": sum(local(tensor).nbytes for tensor in tensors.values()),
+        "whole_bytes": sum(part_of.values()),
+        "block_bytes": max(part_of.values()),
+        "tensor_bytes": max(tensor.nbytes for tensor in full.values()),
+    }
 
 
 def _spoilt(job: Any, step: int) -> Any:

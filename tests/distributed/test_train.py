@@ -8,6 +8,7 @@ import torch
 
 from distributed.processes import Played, Stage
 from meristem.checkpoint.store import Checkpoint, find
+from meristem.distributed.agreement import fingerprint
 from meristem.events import silent
 from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import history
@@ -71,6 +72,28 @@ def test_two_processes_equal_one(stage, tmp_path, kind):
         assert single.keys() == both.keys()
         for name, tensor in single.items():
             torch.testing.assert_close(both[name], tensor, rtol=1e-3, atol=TOLERANCE)
+
+
+@pytest.mark.fault
+def test_weights_are_made_in_parts(stage, tmp_path):
+    """Each of two processes makes its part of what one makes whole, to the bit, also of what was saved by another
+    number; and it holds no more at once than its part, a block, and the factors of a tensor which is being drawn.
+    """
+    small = ("model.n_layers=8", "model.dim=24", "tokenizer.kind=byte", "train.steps=1", "distributed.shard=true")
+    one, two = (run(stage, n_ranks, tmp_path / str(n_ranks), *small) for n_ranks in (1, 2))
+    whole, *parts = (one.found()["made"], *(two.found(rank)["made"] for rank in (0, 1)))
+    assert {made["tensors"] for made in parts} == {whole["tensors"]}
+    resumed = {}
+    for before, after in ((1, 2), (2, 1)):
+        weights = fingerprint(saved(tmp_path / str(before)).tree("model"))
+        again = run(stage, after, tmp_path / str(before), *small, "train.steps=2", resume="must")
+        resumed[after] = [again.found(rank)["made"] for rank in range(after)]
+        assert {made["saved"] for made in resumed[after]} == {weights} != {whole["saved"]}
+    # What is mapped from a file counts as living, and takes no room that the system could not have back.
+    for made, mapped_bytes in [(made, 0) for made in parts] + [(made, whole["whole_bytes"]) for made in resumed[2]]:
+        drawing_bytes = made["block_bytes"] + 2 * made["tensor_bytes"]
+        assert made["peak_bytes"] <= made["held_bytes"] + drawing_bytes + mapped_bytes
+        assert made["held_bytes"] + drawing_bytes < made["whole_bytes"] == whole["whole_bytes"]
 
 
 @pytest.mark.parametrize("kind", ["reading_on", "sharded_reading_on"])

@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from meristem.device.config import DeviceConfig
+from meristem.device.resolve import own_gpu
 from meristem.distributed.config import DistributedConfig, require_shardable
 from meristem.distributed.world import World, joined, own_device
 from meristem.errors import AgreementFailed, CapabilityError, ConflictingKeys, WrongValue
+from meristem.models.build import build
+from meristem.train.loss import cross_entropy
+from zoo import VOCABULARY, ZOO
 
 
 @pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "RANK": "0"}])
@@ -46,6 +52,37 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     assert own_device(World(), DeviceConfig(device="cuda:1")).device == "cuda:1"
     with pytest.raises(ConflictingKeys, match="device.device is cuda:1, one GPU, and there are 4 processes"):
         own_device(third, DeviceConfig(device="cuda:1"))
+    assert [own_gpu(DeviceConfig(device=name), 2) for name in ("auto", "cuda", "cuda:1", "cpu", "mps")] == [
+        *(2, 2, 1),
+        *(None, None),
+    ]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_whatever_a_model_makes_is_where_its_tokens_are(name):
+    """Forward and backward on tensors without bytes: nothing is made by default on the host, or on the first GPU.
+
+    Torch has no tensors of a GPU with a number where there is no CUDA; ``meta`` stands for any device but the host.
+    """
+    model = build(*ZOO[name], VOCABULARY, random_seed=3).to("meta")
+    with Places() as places:
+        tokens_bt = torch.zeros(2, 9, dtype=torch.int64, device="meta")
+        logits_bto, _ = model(tokens_bt)
+        cross_entropy(logits_bto, tokens_bt).backward()
+    assert places.found == {"meta"}
+
+
+class Places(TorchFunctionMode):
+    """Notes on which devices the results of all calls of torch are."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.found |= {str(leaf.device) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        return result
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamuon", "adamuon_raw", "m3", "sgd"])

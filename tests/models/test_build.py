@@ -1,17 +1,21 @@
 """From settings to a model, and what is refused on the way."""
 
 import inspect
+from functools import partial
+from itertools import chain
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from meristem.errors import ConflictingKeys, DeadKey, ShapeError, WrongValue
-from meristem.models.build import build
+from meristem.models.build import build, drawn
 from meristem.models.config import READS, ModelConfig
+from meristem.models.init import seeded
 from meristem.models.lm import mixers
 from meristem.nn.config import MemoryConfig
-from zoo import SMALL_MEMORY, ZOO, grown, ids
+from zoo import SMALL_MEMORY, VOCABULARY, ZOO, grown, ids
 
 
 def test_an_unknown_model_is_answered_with_the_nearest():
@@ -156,3 +160,37 @@ def test_a_mixer_can_be_registered():
         assert model(ids(2, 7))[0].shape == (2, 7, 29)
     finally:
         del mixers._entries["past"]
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(chain(model.named_parameters(), model.named_buffers()))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_model_is_drawn_block_by_block(name):
+    """To the bit as it is built at once, buffers too that are not saved; nothing twice, and no block with another."""
+    make = partial(build, *ZOO[name], VOCABULARY, random_seed=3)
+    model = make()
+    whole, n_blocks = tensors(model), len(getattr(model, "blocks", ()))
+    found = list(drawn(make, n_blocks))
+    assert len(found) == len(whole) and all(torch.equal(tensor, whole[name]) for name, tensor in found)
+    blocks = [name.split(".")[1] for name, _ in found if name.startswith("blocks.")]
+    assert blocks == sorted(blocks, key=int) and len(set(blocks)) == n_blocks
+
+
+def test_random_maps_and_foreign_models_are_drawn_too():
+    """What draws under numbers of its own, or past all named streams, is still drawn once and whole."""
+    memory = MemoryConfig(rule="delta", head_dim=8, features="fourier(n_features=12)")
+    mapped = partial(build, ModelConfig(dim=16, n_layers=2, mixer="memory"), memory, VOCABULARY, random_seed=3)
+
+    def foreign() -> nn.Module:
+        torch.manual_seed(5)
+        model = nn.Module()
+        model.blocks = nn.ModuleList([nn.Linear(2, 3)])
+        with seeded(3, "pairs", 0, 1):
+            model.pair = nn.Linear(3, 2)
+        return model
+
+    for make, n_blocks in ((mapped, 2), (foreign, 1)):
+        whole, found = tensors(make()), dict(drawn(make, n_blocks))
+        assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)

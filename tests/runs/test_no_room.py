@@ -21,7 +21,7 @@ from meristem.events import silent
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.recipes import pretrain as recipe
 from meristem.recipes.pretrain import Result, prepare_job, pretrain
-from meristem.runs import logging, recovery
+from meristem.runs import logging, recovery, structure
 from meristem.runs.resume import Job
 from meristem.sinks.console import Console
 from meristem.sinks.jsonl import read_records
@@ -58,8 +58,8 @@ def full_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *calls: int)
 
 
 PLACES = {
-    "the model": (recipe, "build", 1, None),
-    "the optimizer": (recipe, "trainable", 1, None),
+    "the model": (structure, "build", 1, None),
+    "the optimizer": (structure, "trainable", 1, None),
     "the probe": (recovery, "cross_entropy", 4, 6),
     "figures of the memory": (logging, "memory_figures", 2, 8),
     "a checkpoint": (recovery, "gathered", 2, 6),

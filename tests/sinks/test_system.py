@@ -102,12 +102,11 @@ def fake_nvml(**changes):
 
 @pytest.fixture
 def one_gpu(monkeypatch):
-    """torch as it answers on a machine with one card."""
+    """torch as it answers a process that uses the third card."""
     torch = pytest.importorskip("torch")
     for name, answer in {
         "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "mem_get_info": lambda _: (700, 1000),
+        "mem_get_info": {2: (700, 1000)}.__getitem__,
         "memory_allocated": lambda _: 200,
         "memory_reserved": lambda _: 250,
         "max_memory_allocated": lambda _: 240,
@@ -120,8 +119,9 @@ def test_gpu_through_nvml(records, monkeypatch, one_gpu):
     """With NVML the card is found by its identity, units are ours, and a reading it lacks is null."""
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
     events = []
-    reading = SystemSampler(records, 10.0, emit=events.append).read()
+    reading = SystemSampler(records, 10.0, emit=events.append, gpu=2).read()
     (card,) = reading["gpus"]
+    assert card["index"] == 2
     assert reading["gpu_source"] == "nvml"
     assert (card["used_bytes"], card["total_bytes"], card["allocated"], card["peak"]) == (300, 1000, 200, 240)
     assert (card["util"], card["power_w"], card["energy_j"], card["temp_c"]) == (83, 251.5, None, 61)
@@ -138,7 +138,7 @@ def test_gpu_without_nvml(records, monkeypatch, one_gpu, nvml):
     """Without NVML torch's own counts remain, and the lack is one event."""
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     events = []
-    reading = SystemSampler(records, 10.0, emit=events.append).read()
+    reading = SystemSampler(records, 10.0, emit=events.append, gpu=2).read()
     assert reading["gpu_source"] == "torch"
     assert (reading["gpus"][0]["allocated"], reading["gpus"][0]["util"]) == (200, None)
     assert [(e.name, e.payload["source"]) for e in events] == [("degraded", "torch")]

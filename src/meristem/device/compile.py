@@ -11,8 +11,8 @@ from meristem.errors import CapabilityError
 from meristem.events import Emit, Event
 
 
-def compile_blocks(model: nn.Module, config: DeviceConfig, emit: Emit) -> None:
-    """Compile each block that ``model.blocks`` lists, if ``part`` asks for it. Parameters and their names stay.
+def compile_blocks(model: nn.Module, config: DeviceConfig, device: torch.device, emit: Emit) -> None:
+    """Compile each block that ``model.blocks`` lists, if ``config`` asks for it. Parameters and their names stay.
 
     Equal blocks share one compilation; a whole model would be compiled anew for every change.
     """
@@ -26,7 +26,7 @@ def compile_blocks(model: nn.Module, config: DeviceConfig, emit: Emit) -> None:
             reason="no blocks",
         )
     compiler = os.environ.get("CXX")
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    on_cpu = device.type == "cpu"
     if on_cpu and not any(shutil.which(name) for name in ([compiler] if compiler else ["g++", "clang++", "c++"])):
         raise CapabilityError(
             "compiling for the CPU needs a C++ compiler, and none was found (g++, clang++, c++). "

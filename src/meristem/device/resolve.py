@@ -52,6 +52,7 @@ def resolve(config: DeviceConfig, emit: Emit) -> Device:
     name = available()[0] if config.device == "auto" else _present(config.device)
     device = torch.device(name)
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # a call that names no GPU would else start the first one
         allow_tf32(config.tf32)
     parameters = DTYPES[config.param_dtype]
     if config.dtype == "auto":
@@ -69,6 +70,17 @@ def resolve(config: DeviceConfig, emit: Emit) -> Device:
         )
     )
     return Device(device, parameters, compute)
+
+
+def own_gpu(config: DeviceConfig, local_rank: int = 0) -> int | None:
+    """The number of the one GPU that a process uses, of all on its machine; None where it uses none.
+
+    local_rank: which of the processes on its machine it is.
+    """
+    kind, _, index = config.device.partition(":")
+    if kind not in ("auto", "cuda") or not torch.cuda.is_available():
+        return None
+    return int(index) if index else local_rank
 
 
 def available() -> list[str]:

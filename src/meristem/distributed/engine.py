@@ -54,13 +54,19 @@ def alone(model: nn.Module) -> Engine:
 
 
 def engine_for(
-    model: nn.Module, config: DistributedConfig, world: World, *, slow: Collection[nn.Parameter], leaves_out: bool
+    model: nn.Module,
+    config: DistributedConfig,
+    world: World,
+    *,
+    device: torch.device,
+    slow: Collection[nn.Parameter],
+    leaves_out: bool,
 ) -> Engine:
-    """The engine that ``config`` asks for; see ``replicated`` and ``sharded``."""
+    """The engine that ``config`` asks for, on the device of this process; see ``replicated`` and ``sharded``."""
     if world.size == 1:
         return alone(model)
     if config.shard:
-        return sharded(model, world, slow=slow)
+        return sharded(model, world, device=device, slow=slow)
     return replicated(model, world, slow=slow, leaves_out=leaves_out)
 
 
@@ -98,11 +104,12 @@ def replicated(model: nn.Module, world: World, *, slow: Collection[nn.Parameter]
     return Engine(wrapped, micro_batch, nullcontext, world)
 
 
-def sharded(model: nn.Module, world: World, *, slow: Collection[nn.Parameter]) -> Engine:
+def sharded(model: nn.Module, world: World, *, device: torch.device, slow: Collection[nn.Parameter]) -> Engine:
     """Every process holds a part of each parameter, but for ``slow``; a block is whole only while it works.
 
-    The parameters of the model are others afterwards, so that this comes before the optimizer. Raises ConflictingKeys
-    where they are of several dtypes, which FSDP2 does not take.
+    A model on ``meta`` gets room on ``device`` for what this process holds of it, in which nothing is written yet
+    (``shards.fill``). The parameters of the model are others afterwards, so that this comes before the optimizer.
+    Raises ConflictingKeys where they are of several dtypes, which FSDP2 does not take.
     """
     # A second that a process alone does not have to wait.
     from torch.distributed.device_mesh import init_device_mesh
@@ -117,12 +124,14 @@ def sharded(model: nn.Module, world: World, *, slow: Collection[nn.Parameter]) -
             "bf16 all the same), or distributed.shard=false.",
             path="device.param_dtype",
         )
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
+    mesh = init_device_mesh(device.type, (world.size,))
     blocks = getattr(model, "blocks", None)
     for module in [*(blocks if isinstance(blocks, nn.ModuleList) else []), model]:
         # Before those of FSDP, which let go of what is whole.
         module.register_forward_hook(lambda module, given, found: _with_own_bytes(found))
         fully_shard(module, mesh=mesh, ignored_params=ignored)
+    if next(model.parameters()).is_meta:
+        model.to_empty(device=device)
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_gradient_divide_factor(1.0)

@@ -3,10 +3,15 @@
 A checkpoint holds every tensor in full, whatever the number of processes that made it or go on from it.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from meristem.distributed.agreement import fingerprint
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -53,3 +58,17 @@ def as_part_of(owner: Tensor, saved: Tensor) -> Tensor:
 def local_by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What this process holds of each."""
     return {name: local(tensor) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Copy parameters and buffers that come whole, one by one, into what this process holds of them.
+
+    Gives a SHA-256 over all that came, which is the same in processes that were given the same.
+    """
+    held = dict(chain(model.named_parameters(), model.named_buffers()))
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(fingerprint({name: tensor}).encode())
+        local(held[name]).copy_(local(as_part_of(held[name], tensor)))
+    return digest.hexdigest()

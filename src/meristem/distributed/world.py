@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from meristem.device.config import DeviceConfig
+from meristem.device.resolve import own_gpu
 from meristem.distributed.agreement import Agreement, Change, checksum, lost_process
 from meristem.distributed.config import DistributedConfig
 from meristem.errors import AgreementFailed, CapabilityError, ConflictingKeys, MeristemError, WrongValue
@@ -234,9 +235,11 @@ def joined(
         # The table outlives processes that are started again: what those before them wrote must not be read.
         store = PrefixStore(_rendezvous_id(store, rank, size, config.timeout_s), store)
         # Numbers of the host always go by gloo: reading them from an accelerator would make it wait.
-        carriers = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
+        carriers, gpu = "gloo", None
+        if backend == "nccl":
+            carriers, gpu = "cpu:gloo,cuda:nccl", torch.device("cuda", local_rank)
         own = PrefixStore("torch", store)
-        dist.init_process_group(carriers, store=own, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(carriers, store=own, rank=rank, world_size=size, timeout=timeout, device_id=gpu)
     except (dist.DistError, RuntimeError) as cause:
         raise AgreementFailed(
             f"process {environment['RANK']} of {environment['WORLD_SIZE']} did not meet all others at "
@@ -276,7 +279,8 @@ def _rendezvous_id(store: Store, rank: int, size: int, timeout_s: float) -> str:
 
 def own_device(world: World, config: DeviceConfig) -> DeviceConfig:
     """The device of this process: of several on a machine with GPUs, each takes its own."""
-    if world.size == 1 or not _wants_gpu(config):
+    index = own_gpu(config, world.local_rank)
+    if world.size == 1 or index is None:
         return config
     if config.device.startswith("cuda:"):
         raise ConflictingKeys(
@@ -285,14 +289,14 @@ def own_device(world: World, config: DeviceConfig) -> DeviceConfig:
             path="device.device",
             value=config.device,
         )
-    return config.model_copy(update={"device": f"cuda:{world.local_rank}"})
+    return config.model_copy(update={"device": f"cuda:{index}"})
 
 
 def _backend(config: DistributedConfig, device: DeviceConfig, local_rank: int) -> str:
     """The backend, tried as far as can be without the others."""
     backend = config.backend
     if backend == "auto":
-        backend = "nccl" if _wants_gpu(device) else "gloo"
+        backend = "gloo" if own_gpu(device, local_rank) is None else "nccl"
     if backend == "gloo":
         return backend
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -305,10 +309,6 @@ def _backend(config: DistributedConfig, device: DeviceConfig, local_rank: int) -
         )
     torch.cuda.set_device(local_rank)
     return backend
-
-
-def _wants_gpu(config: DeviceConfig) -> bool:
-    return torch.cuda.is_available() and (config.device == "auto" or config.device.startswith("cuda"))
 
 
 def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,10 +1,12 @@
 """From settings to a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 
-from torch import nn
+from torch import Tensor, nn
 
 from meristem.models.config import ModelConfig
+from meristem.models.init import only_part
 from meristem.models.topology import Topology, changed
 from meristem.nn.config import MemoryConfig
 from meristem.plugins import Registry
@@ -30,3 +32,26 @@ def build(
     topology: changes of structure that the model of these settings has gone through since.
     """
     return changed(models.get(model.name)(model, memory, vocabulary, random_seed), topology)
+
+
+def drawn(make: Callable[[], nn.Module], n_blocks: int) -> Iterator[tuple[str, Tensor]]:
+    """First parameters and buffers with their names, to the bit those of ``make()``, and at most one block at once.
+
+    make: ``build`` with its arguments. n_blocks: how many ``model.blocks`` lists.
+    First comes what is in no block, then block after block. For each the model is made once, all else of it in shapes
+    only, which takes a few milliseconds per block. What is drawn under other indices than those of a block comes last.
+    """
+    seen: set[str] = set()
+    is_whole = False
+    for part in ((), *((block,) for block in range(n_blocks)), None):
+        if is_whole:
+            return
+        with only_part(part):
+            model = make()
+        tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+        found = {name: tensor.detach() for name, tensor in tensors.items() if not (tensor.is_meta or name in seen)}
+        seen |= found.keys()
+        is_whole = seen == tensors.keys()
+        del model, tensors
+        while found:  # nothing of it is held on to while the next part is drawn
+            yield found.popitem()

@@ -89,10 +89,21 @@ def topology_of(checkpoint: Checkpoint) -> Topology:
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     """Copy the saved weights into a model, whose parameters stay where they are and take the saved precision; what a
-    model keeps in float32 is never narrower.
+    model keeps in float32 is never narrower. Raises what ``fitting`` does.
+    """
+    weights = fitting(model, weights, checkpoint)
+    stays = float32_ids(model)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(wide(weights[name].dtype) if id(parameter) in stays else weights[name].dtype)
+    model.load_state_dict(weights)
 
-    Names and shapes must be those of the model; all that differ are listed in one error. Random maps of features, which
-    were not saved up to e97c871, are those that the model drew: they follow from the seed in its configuration.
+
+def fitting(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The saved weights under the names of the model, which may be in shapes only.
+
+    Names and shapes must be those of the model; all that differ are listed in one CheckpointMismatch. Random maps of
+    features, which were not saved up to e97c871, are those that the model drew: they follow from the seed in its
+    configuration.
     """
     drawn = {
         f"{path}.{name}": buffer
@@ -100,9 +111,9 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Che
         if isinstance(module, RandomMap)
         for name, buffer in module.named_buffers()
     }
-    weights = drawn | dict(weights)
+    whole = drawn | dict(weights)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in whole.items()}
     differences = [
         f"{name}: saved {found.get(name, 'not at all')}, expected {wanted.get(name, 'nothing')}"
         for name in sorted(wanted.keys() | found.keys())
@@ -116,7 +127,4 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Che
             step=checkpoint.step,
             differences=differences,
         )
-    stays = float32_ids(model)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(wide(weights[name].dtype) if id(parameter) in stays else weights[name].dtype)
-    model.load_state_dict(weights)
+    return whole

@@ -15,14 +15,12 @@ from meristem.device.determinism import be_deterministic
 from meristem.device.lost import answering
 from meristem.device.resolve import NAMES, Device, resolve
 from meristem.device.room import room_for
-from meristem.distributed.agreement import fingerprint
 from meristem.distributed.config import require_alone
 from meristem.distributed.world import joined, own_device
 from meristem.errors import OutOfDeviceBytes
 from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.evaluate.report import Sample
 from meristem.events import Event
-from meristem.models.build import build
 from meristem.models.load import topology_of
 from meristem.optim.schedule import rate_factor
 from meristem.recipes.plan.report import PlanReport
@@ -41,11 +39,10 @@ from meristem.runs.resume import (
     changed,
     checkpoint_to_resume,
     from_checkpoint,
-    put_saved_weights,
     require_same,
     restore,
 )
-from meristem.runs.structure import trainable
+from meristem.runs.structure import fresh
 from meristem.sinks.console import Console
 from meristem.train.aggregate import keep_graphs
 from meristem.train.loop import MOVING, Step, steps
@@ -140,24 +137,21 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
         random_seed=config.run.seed,
     ).share(world.rank, world.size)
     topology = topology_of(checkpoint) if checkpoint else ()
-    with room_for("the model", device.device):
-        model = build(config.model, config.memory, corpus.tokenizer.vocab_size, config.run.seed, topology)
-        if checkpoint:
-            require_same(config, corpus.tokenizer, checkpoint)
-            put_saved_weights(model, checkpoint)
-        model = model.to(device=device.device, dtype=device.param_dtype)
-    world.require_same(
-        {
-            "settings": lambda: config_fingerprint(config),
-            "text": lambda: corpus.fingerprint,
-            "weights": lambda: fingerprint(model.state_dict()),
-        }
+    if checkpoint:
+        require_same(config, corpus.tokenizer, checkpoint)
+    world.require_same({"settings": lambda: config_fingerprint(config), "text": lambda: corpus.fingerprint})
+    state, weights = fresh(
+        run,
+        config,
+        device,
+        vocabulary=corpus.tokenizer.vocab_size,
+        progress=Progress(cursor=stream.start()),
+        topology=topology,
+        checkpoint=checkpoint,
     )
+    world.require_same({"weights": lambda: weights})
     if config.aggregate.how != "mean":
         keep_graphs()
-    start = Progress(cursor=stream.start())
-    with room_for("the optimizer", device.device):
-        state = trainable(model, run, config, device, progress=start, topology=topology)
     return Job(config, device, corpus, stream, state)
 
 

@@ -19,6 +19,7 @@ from meristem.checkpoint.atomic import write_atomic
 from meristem.checkpoint.run import End, RunLock, RunManifest
 from meristem.config import fingerprint, identity
 from meristem.device.describe import describe
+from meristem.device.resolve import own_gpu
 from meristem.distributed.world import World
 from meristem.errors import ConfigError, RunError, exit_code
 from meristem.events import Event
@@ -134,7 +135,8 @@ def opened(
             if is_first:
                 run.adopt(config)
             _link_latest(config, directory)
-            sampler = SystemSampler(records, config.sinks.system_every_s, emit=run.emit)
+            gpu = own_gpu(config.device, world.local_rank)
+            sampler = SystemSampler(records, config.sinks.system_every_s, emit=run.emit, gpu=gpu)
             with manifest.beating(run.emit), sampler:
                 yield run
         except BaseException as error:

@@ -32,7 +32,7 @@ from meristem.runs.resume import (
     restore,
     write,
 )
-from meristem.runs.structure import rebuilt, trainable
+from meristem.runs.structure import fresh
 from meristem.train import rollback
 from meristem.train.config import RollbackConfig
 from meristem.train.emergency import FILE, Level, SharedLevel, Signals, downgraded, quiet, raised
@@ -338,8 +338,8 @@ class _Found:
         topology = from_json(self._saved.values.get("topology", []))
         if topology != job.state.topology:
             vocabulary = job.corpus.tokenizer.vocab_size
-            model = rebuilt(job.config, job.device, vocabulary=vocabulary, topology=topology)
-            job.state = trainable(model, run, job.config, job.device, progress=job.state.progress, topology=topology)
+            start = job.state.progress
+            job.state, _ = fresh(run, job.config, job.device, vocabulary=vocabulary, progress=start, topology=topology)
         put_back_weights(job, self._saved.trees["model"])
         return "weights"
 

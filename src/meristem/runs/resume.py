@@ -196,7 +196,7 @@ def contents(job: Job, safety: Safety, probe_nats: float) -> Contents:
     """Everything that the future of this process depends on; tensors are those in use, and not copies."""
     progress = job.state.progress
     memory = as_tensors(progress.memory or {}) if job.config.data.order == "sequential" else {}
-    random_values, random_tensors = random_state()
+    random_values, random_tensors = random_state(job.device.device)
     trees: dict[str, Mapping[str, torch.Tensor]] = {
         "model": local_by_name(job.model.state_dict()),
         "optim": local_by_name(optim_state.tensors(job.model, job.optimizer)),
@@ -317,7 +317,7 @@ def restore(job: Job, saved: Contents, emit: Emit) -> Safety:
     cursor = Cursor.from_json(job.stream.start().to_json() | saved.values.get("cursor", {}))
     job.stream.next(cursor)  # refuses another text or another order now, also where no step is left to make
     optim_state.restore(job.model, job.optimizer, _in_parts(job.model, saved.trees.get("optim", {})), emit)
-    restore_random_state(saved.values.get("random", {}), saved.trees.get("random", {}), emit)
+    restore_random_state(saved.values.get("random", {}), saved.trees.get("random", {}), emit, device=job.device.device)
     memory: State | None = None
     if "memory" in saved.trees:
         found = from_tensors(saved.trees["memory"])

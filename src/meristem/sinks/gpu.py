@@ -1,4 +1,4 @@
-"""Readings of the GPUs that torch uses: through NVML where it loads, else what torch itself counts."""
+"""Readings of the GPU that this process uses: through NVML where it loads, else what torch itself counts."""
 
 import importlib
 import sys
@@ -31,11 +31,15 @@ _THROTTLES = {
 
 
 class Gpus:
-    """The GPUs of this process, none when torch has not started one. ``source`` says who reads them."""
+    """The GPU of this process, none when it uses none. ``source`` says who reads it.
 
-    def __init__(self, emit: Emit) -> None:
+    index: its number. To read any other one would start that one too, and take some of its memory.
+    """
+
+    def __init__(self, index: int | None, emit: Emit) -> None:
         torch = sys.modules.get("torch")
-        self._cuda = torch.cuda if torch is not None and torch.cuda.is_available() else None
+        self._index = index
+        self._cuda = torch.cuda if torch is not None and index is not None else None
         self._nvml: Any = None
         self.source: Source = "none"
         if self._cuda is None:
@@ -50,10 +54,8 @@ class Gpus:
             self._nvml, self.source = pynvml, "nvml"
 
     def read(self) -> list[dict[str, Any]]:
-        """One reading of each GPU (spec 17.3)."""
-        if self._cuda is None:
-            return []
-        return [self._read_one(index) for index in range(self._cuda.device_count())]
+        """One reading of each GPU that is read (spec 17.3)."""
+        return [] if self._cuda is None or self._index is None else [self._read_one(self._index)]
 
     def _read_one(self, index: int) -> dict[str, Any]:
         cuda: Any = self._cuda

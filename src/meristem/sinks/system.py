@@ -18,6 +18,7 @@ class SystemSampler:
 
     figures: asked at each reading for ``tokens_per_s``, ``data_wait_fraction`` and ``mfu``, which the machine
     does not know.
+    gpu: the number of the one that this process uses, if any.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class SystemSampler:
         *,
         emit: Emit = silent,
         figures: Callable[[], Mapping[str, float | None]] = dict,
+        gpu: int | None = None,
     ) -> None:
         self._records = records
         self._every_s = every_s
@@ -35,7 +37,7 @@ class SystemSampler:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system-sampler", daemon=True)
         self._machine = _Machine()
-        self._gpus = Gpus(emit)
+        self._gpus = Gpus(gpu, emit)
 
     def __enter__(self) -> Self:
         self._thread.start()
