@@ -65,7 +65,7 @@ def module(name: str, text: str, is_package: bool = False) -> Module:
 
 @functools.cache
 def modules(folder: Path, prefix: str) -> list[Module]:
-    """Every source file below ``folder``, which holds the package ``prefix``."""
+    """Every source file below ``folder``, which holds the package ``prefix``; read once per process."""
     found = []
     for path in sorted(folder.rglob("*.py")):
         parts = [prefix, *path.relative_to(folder).with_suffix("").parts]

@@ -141,8 +141,9 @@ class ModelConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _has_no_dead_key(self) -> Self:
+        reads = self.reads | {"name"}
         for key, field in type(self).model_fields.items():
-            if key not in self.reads | {"name"} and getattr(self, key) != field.default:
+            if key not in reads and getattr(self, key) != field.default:
                 raise DeadKey(
                     f"model.{key} is {getattr(self, key)!r}, but this model does not read it; {self._described} reads "
                     f"{', '.join(sorted(self.reads))}. Remove the key, or choose another model.name.",
