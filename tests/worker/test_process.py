@@ -56,6 +56,7 @@ def test_t18_a_call_that_sleeps_is_really_stopped(full, running):
     assert time.perf_counter() - begun_s < 1.0
 
 
+@pytest.mark.fault
 def test_t18_code_that_never_yields_is_stopped_with_all_it_started(full, gone, running, tmp_path):
     """The interpreter's lock held for ever, and processes started on the way."""
     for endpoint in ("tell_and_keep_lock", "tell_and_sleep"):
@@ -280,6 +281,7 @@ def test_a_restart_draws_no_number_of_the_run(worker):
     assert random.getstate() == before
 
 
+@pytest.mark.fault
 def test_an_interrupted_caller_takes_the_process_with_it(full, gone, eventually, tmp_path):
     """Ctrl-C in the main thread: the call does not go on behind the user's back."""
     place = tmp_path / "pids"
