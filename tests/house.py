@@ -43,12 +43,15 @@ UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "m
 
 @dataclass(frozen=True)
 class Module:
-    """One source file: its dotted name, its text and its syntax tree."""
+    """One source file: its dotted name, its text and its syntax tree, which is made when it is asked for."""
 
     name: str
     text: str
-    tree: ast.Module
     is_package: bool = False
+
+    @functools.cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
 
     @property
     def room(self) -> str:
@@ -59,19 +62,15 @@ class Module:
         return f"{self.name}:{getattr(node, 'lineno', 1)}: {what}"
 
 
-def module(name: str, text: str, is_package: bool = False) -> Module:
-    return Module(name, text, ast.parse(text), is_package)
-
-
 @functools.cache
 def modules(folder: Path, prefix: str) -> list[Module]:
-    """Every source file below ``folder``, which holds the package ``prefix``."""
+    """Every source file below ``folder``, which holds the package ``prefix``; read once per process."""
     found = []
     for path in sorted(folder.rglob("*.py")):
         parts = [prefix, *path.relative_to(folder).with_suffix("").parts]
         is_package = parts[-1] == "__init__"
         found.append(
-            module(".".join(parts[:-1] if is_package else parts), path.read_text(encoding="utf-8"), is_package)
+            Module(".".join(parts[:-1] if is_package else parts), path.read_text(encoding="utf-8"), is_package)
         )
     return found
 

@@ -92,13 +92,17 @@ class Loader(SourceFileLoader):
 
 def decorated(tree: ast.Module, is_strict: bool) -> ast.Module:
     """The tree with ``__checked__`` innermost on each function, and rank checks after assignments when strict."""
-    return ast.fix_missing_locations(_Decorator(is_strict).visit(tree))
+    return _Decorator(is_strict).visit(tree)
 
 
 class _Decorator(ast.NodeTransformer):
     def __init__(self, is_strict: bool) -> None:
         self.is_strict = is_strict
         self.depth = 0
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        """No expression holds a function or an assignment to decorate."""
+        return node if isinstance(node, ast.expr) else super().generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         self.depth += 1

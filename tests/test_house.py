@@ -231,7 +231,7 @@ for name in {names!r}:
 
 
 def planted(text: str, name: str = "meristem.memory.planted", is_package: bool = False) -> house.Module:
-    return house.module(name, text, is_package)
+    return house.Module(name, text, is_package)
 
 
 @pytest.mark.parametrize(

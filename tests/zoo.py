@@ -1,5 +1,6 @@
 """Every model of the package at small sizes, different for different axes; the law tests run over it."""
 
+import functools
 from collections.abc import Iterator
 from importlib import resources
 
@@ -21,17 +22,15 @@ SMALL_MEMORY = {"head_dim": 4, "chunk": 3}
 KINDS = ("titans", "titans_mlp", "trellis")
 """A rule of each structure: a matrix, a network, slots. What holds of every rule is tested on the rule itself."""
 SLOWER = [
-    ({"mixer": "mag", "combine": "additive"}, [1, 3], "pooled"),
-    ({"mixer": "mac"}, [1, 2, 3, 5], "each"),
-    ({"mixer": "mal", "is_residual": False}, [1, 3], "each"),
+    ({"mixer": "mac", "n_persistent_tokens": 3}, [1, 2, 3, 5], "each"),
+    ({"mixer": "mal", "is_residual": False, "n_persistent_tokens": 3}, [1, 3], "each"),
     ({"mixer": "memory"}, [1, 2, 5], "pooled"),
 ]
 """Models, the periods of their memories, and which tokens the slower ones read."""
 SMALL_CHUNKS = {"chunk_memory": 2, "chunk_other": 4}
 SELF_REFERENCES = [
     {"setting": "static"},
-    {"structure": "mlp", "setting": "adaptive", "loss": "squared"},
-    {"adaptive_query": True, "loss": "squared"},
+    {"structure": "mlp", "setting": "adaptive", "loss": "squared", "adaptive_query": True},
 ]
 
 
@@ -47,6 +46,7 @@ def small_memory(settings: dict[str, object]) -> MemoryConfig:
     return MemoryConfig.model_validate(settings | SMALL_MEMORY | chunks)
 
 
+@functools.cache
 def preset(name: str) -> dict[str, dict[str, object]]:
     """What a preset says about its model and memory, and where it is silent, what the one it builds on says."""
     text = (resources.files("meristem.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -66,14 +66,8 @@ def _entries() -> Iterator[tuple[str, ModelConfig, MemoryConfig]]:
         yield f"lm-{mixer}", small({"mixer": mixer}), small_memory({})
     for rule in KINDS:
         yield f"lm-memory-{rule}", small({"mixer": "memory"}), small_memory({"rule": rule})
-    yield (
-        "lm-persistent",
-        small({"mixer": "attention", "n_persistent_tokens": 3, "mlp": "gelu", "tied": True}),
-        small_memory({}),
-    )
-    for mixer in ("mag", "mac", "mal"):
-        yield f"lm-{mixer}-persistent", small({"mixer": mixer, "n_persistent_tokens": 3}), small_memory({})
-    yield "lm-mag-projected", small({"combine": "projected"}), small_memory({})
+    persistent = small({"mixer": "attention", "n_persistent_tokens": 3, "mlp": "gelu", "tied": True})
+    yield "lm-persistent", persistent.model_copy(update={"sliding_window": None}), small_memory({})
     hybrid = [{"mixer": "memory", "rule": "yaad"}, {"mixer": "attention"}]
     yield "lm-hybrid-attention", small({"layers": hybrid, "aggregate": "attention"}), small_memory({})
     kept = {"rule": "titans_mlp", "form": "frozen_chunk", "cache": {"read": "soup", "length": 4}}
@@ -82,16 +76,16 @@ def _entries() -> Iterator[tuple[str, ModelConfig, MemoryConfig]]:
         levels = {"count": 3, "periods": [1, 2, 5], "tokens": tokens}
         yield f"lm-levels-{tokens}", small({"mixer": "attention", "mlp": "levels", "levels": levels}), small_memory({})
     for chosen in SELF_REFERENCES:
-        name = "-".join(str(word) for word in chosen.values())
-        yield f"lm-self_reference-{name}", small({"mixer": "self_reference"}), small_memory({"self_reference": chosen})
+        name = f"lm-self_reference-{chosen['setting']}"
+        yield name, small({"mixer": "self_reference"}), small_memory({"self_reference": chosen})
     for model, periods, tokens in SLOWER:
         slower = {"count": len(periods), "periods": periods, "tokens": tokens}
         yield f"lm-{model['mixer']}-{len(periods)}-{tokens}", small(model), small_memory({"levels": slower})
-    for tokens, frequency in (("pooled", "output"), ("each", "write")):
+    for combine, tokens, frequency in (("additive", "pooled", "output"), ("projected", "each", "write")):
         learned = {"count": 2, "periods": [1, 3], "mix": "softmax", "tokens": tokens, "frequency": frequency}
         levels = {"rule": "gated_delta", "levels": learned}
-        yield f"lm-mag-frequency-{frequency}", small({"mixer": "mag"}), small_memory(levels)
-    yield "lm-full", small({"mixer": "attention"}).model_copy(update={"sliding_window": None}), small_memory({})
+        model = {"mixer": "mag", "combine": combine, "n_persistent_tokens": 3}
+        yield f"lm-mag-frequency-{frequency}", small(model), small_memory(levels)
     yield "charformer-pre", small({"name": "charformer", "order": "pre", "positions": "learned"}), small_memory({})
 
 
@@ -109,8 +103,24 @@ ZOO = _distinct()
 
 
 def grown(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """One model of the zoo, its weights moved off their first values."""
-    return moved(*ZOO[name], dtype)
+    """One model of the zoo, its weights moved off their first values; the same for all tests of a process.
+
+    A test that changes its model makes its own by ``moved``.
+    """
+    model, first = _shared(name, dtype)
+    assert _marks(model) == first, f"{name} was changed by a test before this one; it has to make its own by zoo.moved"
+    return model
+
+
+@functools.cache
+def _shared(name: str, dtype: torch.dtype) -> tuple[nn.Module, list[object]]:
+    model = moved(*ZOO[name], dtype)
+    return model, _marks(model)
+
+
+def _marks(model: nn.Module) -> list[object]:
+    """What changes with a model: its weights in place, their dtype, and gradients that were gathered."""
+    return [(x._version, x.dtype, x.requires_grad, x.grad is None) for x in model.parameters()]
 
 
 def moved(model_part: ModelConfig, memory_part: MemoryConfig, dtype: torch.dtype = torch.float64) -> nn.Module:

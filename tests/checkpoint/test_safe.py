@@ -122,7 +122,7 @@ def versions(source):
 def decisions(source):
     """Every comparison, or question to a text, that has the version of torch in it."""
     for node in ast.walk(source.tree):
-        if isinstance(node, ast.Compare) and any(True for _ in versions(house.module("a", ast.unparse(node), False))):
+        if isinstance(node, ast.Compare) and any(True for _ in versions(house.Module("a", ast.unparse(node), False))):
             yield node
 
 
@@ -147,7 +147,7 @@ def test_l1_one_minimum_torch_no_version_branches():
     ],
 )
 def test_l1_a_planted_branch_is_found(text, n_looks, n_decisions):
-    source = house.module("meristem.memory.planted", text, False)
+    source = house.Module("meristem.memory.planted", text, False)
     assert (len(list(versions(source))), len(list(decisions(source)))) == (n_looks, n_decisions)
 
 

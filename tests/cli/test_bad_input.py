@@ -365,10 +365,16 @@ def _hints(function):
     return typing.get_type_hints(inspect.unwrap(function), vars(sys.modules[function.__module__])).values()
 
 
-@pytest.mark.parametrize("closed, code", [("<&-", 0), (">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 3)])
-def test_gr8_streams_that_are_closed(closed, code, finished):
+ENCODE, SHOW = "data tokenizer encode", "runs show"
+
+
+@pytest.mark.parametrize(
+    "verb, closed, code",
+    [(ENCODE, "<&-", 0), (SHOW, ">&-", 0), (SHOW, "2>&-", 0), (SHOW, ">&- 2>&-", 0), (SHOW, ">/dev/full", 3)],
+)
+def test_gr8_streams_that_are_closed(verb, closed, code, finished):
     """A stream that is not there takes nothing and gives nothing; one that is full is said on the other."""
-    command = f"'{sys.executable}' -m meristem data tokenizer encode '{finished}' --json {closed}"
+    command = f"'{sys.executable}' -m meristem {verb} '{finished}' --json {closed}"
     done = subprocess.run(["sh", "-c", command], input="Ada", capture_output=True, text=True, check=False)
     assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
 

@@ -61,6 +61,7 @@ def saved_last(directory):
     return int((runs.read(directory)["checkpoints"]["last"] or "step-0").removeprefix("step-"))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     "words",
     [

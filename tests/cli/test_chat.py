@@ -127,6 +127,7 @@ def read_until(stream, mark: bytes, timeout_s: float = 60) -> bytes:
     return found
 
 
+@pytest.mark.fault
 def test_ctrl_c_stops_the_reply_and_not_the_program(finished):
     """A reply without end is stopped; the next line is answered; the program ends as asked."""
     chat = subprocess.Popen(
@@ -151,6 +152,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(finished):
         chat.communicate()
 
 
+@pytest.mark.fault
 def test_ctrl_c_between_replies_ends_with_130(finished):
     """Where there is nothing to stop, the program is."""
     chat = subprocess.Popen(

@@ -60,6 +60,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rules, "_plugins", None)
 
 
+@pytest.mark.fault
 def test_ta2_a_plugin_that_hangs_or_crashes_is_a_finding(answered, foreign):
     """Each in its own way; the others are loaded all the same, in an order and with fields that do not change."""
     begun_s = time.perf_counter()

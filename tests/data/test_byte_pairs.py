@@ -86,6 +86,7 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+@pytest.mark.fault
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 def test_gr7_ctrl_c_ends_the_learning(letters):
     learner, child = started(letters)

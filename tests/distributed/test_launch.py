@@ -49,10 +49,9 @@ def _environment() -> dict[str, str]:
 
 
 def wait_for(process: subprocess.Popen[str], path: Path) -> None:
-    """Until ``path`` is there."""
-    until = time.monotonic() + 60
+    """Until ``path`` is there, however busy the machine; only the time of the whole test is limited."""
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < until
+        assert process.poll() is None
         time.sleep(0.02)
 
 
@@ -84,12 +83,13 @@ def test_s2_a_killed_process_is_started_again(stage, tmp_path):
     load(tmp_path / "broken/run")
 
 
+@pytest.mark.fault
 def test_ctrl_c_leaves_a_run_that_goes_on(stage, tmp_path):
     """130, one answer, a checkpoint; and one process makes the rest."""
     process = started(PROGRAM, tmp_path, "--nproc", "2", "train.steps=10000")
     wait_for(process, tmp_path / "run/checkpoints/step-00000003")
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate()
     assert process.returncode == 130
     told = json.loads(out)
     assert told["status"] == "interrupted" and told["step"] == saved(tmp_path).step
@@ -97,10 +97,11 @@ def test_ctrl_c_leaves_a_run_that_goes_on(stage, tmp_path):
     assert found["step"] == told["step"] + 2
 
 
+@pytest.mark.fault
 def test_what_was_asked_wrongly_is_not_started_again(tmp_path):
     """Seven rows for two processes: one answer with the code of settings, and no second start."""
     process = started(PROGRAM, tmp_path, "--nproc", "2", "data.batch_size=7")
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate()
     assert process.returncode == 2, (tmp_path / "err").read_text()
     assert "2 processes cannot share them evenly" in json.loads(out)["error"]["message"]
     assert "start again" not in (tmp_path / "err").read_text()

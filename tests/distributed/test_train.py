@@ -14,6 +14,8 @@ from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import history
 from recipes.small import overrides, write_text
 
+pytestmark = pytest.mark.fault  # whole runs in processes of their own; test_training.py holds the law for steps
+
 TOLERANCE = 1e-5
 """Largest difference of a weight to one process: sums over rows are rounded in another order."""
 
@@ -157,7 +159,6 @@ def test_what_each_process_did_is_recorded(stage, tmp_path):
     assert not (tmp_path / "run/ranks/1/checkpoints").exists() and not (tmp_path / "run/ranks/1/report.md").exists()
 
 
-@pytest.mark.fault
 @pytest.mark.parametrize("fault", ["struck", "lost"])
 def test_a_killed_process_ends_the_others_and_all_go_on(stage, tmp_path, fault):
     """Killed in the middle of a step, or of going back together: the other one ends too, and says that it was left.

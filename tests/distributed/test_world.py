@@ -28,6 +28,7 @@ def test_half_an_environment_is_refused():
             pass
 
 
+@pytest.mark.fault
 def test_others_that_do_not_come_are_named_with_the_address(monkeypatch):
     given = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in given.items():

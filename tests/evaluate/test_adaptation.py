@@ -14,7 +14,7 @@ from meristem.errors import CorpusTooShort
 from meristem.evaluate.adaptation import Adaptation, Documents, adaptation, documents
 from meristem.evaluate.likelihood import Likelihood
 from meristem.models.online import online_reader
-from zoo import VOCABULARY, ZOO, grown
+from zoo import VOCABULARY, ZOO, moved
 
 CPU = Device(torch.device("cpu"), torch.float64, torch.float32)
 IDS = 11
@@ -86,7 +86,7 @@ def random_documents(n_rows=5, length=19):
 @pytest.mark.parametrize("piece, batch", [(1, 5), (3, 2), (100, 1)])
 def test_pieces_and_batches_add_up_to_the_whole(name, piece, batch):
     """The halves together are the document read at once, each token in one of them; cut however."""
-    model, chosen = grown(name), random_documents()
+    model, chosen = moved(*ZOO[name]), random_documents()
     found = measured(model, chosen, piece=piece, batch=batch)
     with torch.no_grad():
         logits_bto, _ = model(chosen.tokens_bt[:, :-1], None)
@@ -102,19 +102,19 @@ HALVES = (slice(0, 9), slice(9, 19))
 
 def test_attention_alone_reads_the_same_with_and_without_a_memory():
     """Nothing of it is written: bitwise."""
-    model, chosen = grown("preset-attention"), random_documents()
+    model, chosen = moved(*ZOO["preset-attention"]), random_documents()
     assert measured(online_reader(model, "none", nats_of), chosen) == measured(model, chosen)
 
 
 def test_a_memory_that_writes_reads_otherwise_than_one_that_does_not():
-    model, chosen = grown("preset-titans-mag"), random_documents()
+    model, chosen = moved(*ZOO["preset-titans-mag"]), random_documents()
     assert measured(online_reader(model, "none", nats_of), chosen) != measured(model, chosen)
 
 
 @pytest.mark.parametrize("name", [name for name, (m, _) in ZOO.items() if m.name == "lm" and m.mlp == "levels"][:2])
 def test_levels_learn_one_document_at_a_time(name):
     """Each from the weights of the model, whatever was read before: the sum of documents measured alone."""
-    reader, chosen = online_reader(grown(name), "levels", nats_of), random_documents(n_rows=2, length=150)
+    reader, chosen = online_reader(moved(*ZOO[name]), "levels", nats_of), random_documents(n_rows=2, length=150)
     alone = [
         measured(reader, Documents(chosen.tokens_bt[row : row + 1], chosen.bytes_bt[row : row + 1]), 40, 1)
         for row in range(2)

@@ -46,7 +46,7 @@ def outcome(rule: Rule, inputs: Window, form: str, chunk: int) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("name, form", EXACT)
-@pytest.mark.parametrize("n_time, chunk", [(1, 64), (7, 3), (33, 8), (64, 16), (67, 64)])
+@pytest.mark.parametrize("n_time, chunk", [(1, 64), (7, 3), (16, 8), (67, 64)])
 def test_form_agrees_with_scan(name: str, form: str, n_time: int, chunk: int) -> None:
     """S1-M4, S1-M5, S1-M6, S1-M18, S1-M21: reads, memory, momentum and gradients, at any chunk, in every order."""
     for rule in variants(named(name)):

@@ -1,7 +1,6 @@
 """How often a block is compiled: levels that fire at different times must not be compiled anew at every step."""
 
 import pytest
-from torch._dynamo.utils import counters
 
 from meristem.memory.state import detach
 from meristem.models.build import build
@@ -40,6 +39,8 @@ def hope(count):
 )
 def test_k_levels_are_at_most_k_and_two_graphs(settings, n_levels):
     """Fresh windows are one graph. Where states are carried on, whichever levels fire, k + 2 are the most."""
+    from torch._dynamo.utils import counters
+
     model = build(*settings, VOCABULARY, random_seed=3)
     for block in model.blocks:
         block.compile(backend="eager")

@@ -7,14 +7,14 @@ from meristem.errors import CapabilityError, ShapeError
 from meristem.memory.state import flatten
 from meristem.models.online import OnlineLearner, frozen, online_reader
 from meristem.train.loss import cross_entropy
-from zoo import ZOO, grown, ids
+from zoo import ZOO, ids, moved
 
 LEVELS = [name for name, (model, _) in ZOO.items() if model.name == "lm" and model.mlp == "levels"]
 CHUNK = 4
 
 
 def learning(name, **choice):
-    return OnlineLearner(grown(name), cross_entropy, chunk=CHUNK, **choice)
+    return OnlineLearner(moved(*ZOO[name]), cross_entropy, chunk=CHUNK, **choice)
 
 
 def weights_of(model):
@@ -24,7 +24,7 @@ def weights_of(model):
 @pytest.mark.parametrize("name", ZOO)
 def test_a_memory_that_stands_still_is_never_written(name):
     """S3b-M3: what a frozen session would change stays as it was, whatever the rule."""
-    reader, tokens_bt = frozen(grown(name)), ids(2)
+    reader, tokens_bt = frozen(moved(*ZOO[name])), ids(2)
     _, before = reader(tokens_bt[:, :5])
     _, after = reader(tokens_bt[:, 5:], before)
     held = {path: leaf for path, leaf in flatten(before).items() if ".memory." in path and "unfinished" not in path}
@@ -34,12 +34,12 @@ def test_a_memory_that_stands_still_is_never_written(name):
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name.startswith(("lm-m", "preset-titans"))])
 def test_a_memory_that_learns_says_something_else_than_one_that_stands_still(name):
-    model, tokens_bt = grown(name), ids(2)
+    model, tokens_bt = moved(*ZOO[name]), ids(2)
     assert not torch.allclose(model(tokens_bt)[0], frozen(model)(tokens_bt)[0])
 
 
 def test_a_still_reader_shares_the_weights():
-    model = grown("preset-titans-mag")
+    model = moved(*ZOO["preset-titans-mag"])
     assert {id(p) for p in model.parameters()} == {id(p) for p in frozen(model).parameters()}
     assert model.blocks[0].mixer.is_writing
 
@@ -100,7 +100,7 @@ def test_a_step_is_clipped_to_the_rate():
 
 
 def test_learning_lowers_the_loss_of_a_text_that_repeats():
-    model = grown("lm-levels-each").float()
+    model = moved(*ZOO["lm-levels-each"]).float()
     tokens_bt = (torch.arange(400)[None] * 7) % 5
     reader = OnlineLearner(model, cross_entropy, rate=0.1, chunk=8)
 
@@ -119,4 +119,4 @@ def test_two_texts_at_once_are_refused():
 
 def test_a_model_without_levels_is_refused():
     with pytest.raises(CapabilityError, match="no feed-forward levels.*model.mlp=levels"):
-        online_reader(grown("preset-titans-mag"), "levels", cross_entropy)
+        online_reader(moved(*ZOO["preset-titans-mag"]), "levels", cross_entropy)

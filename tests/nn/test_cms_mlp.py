@@ -13,7 +13,7 @@ from meristem.nn.norm import RMSNorm
 from meristem.nn.promotion import cms_mlp_from
 from meristem.optim.groups import levels
 from meristem.optim.period_clock import Clock
-from zoo import grown, ids
+from zoo import ZOO, ids, moved
 
 WIDTH, HIDDEN = 12, 17
 PERIODS = (1, 3, 5)
@@ -159,7 +159,7 @@ def test_a_chain_of_trained_layers_is_those_layers(maker, order):
 @pytest.mark.parametrize("name", ["preset-attention", "lm-persistent"])
 def test_a_level_from_a_model_is_its_feed_forward_bitwise(name):
     """S3b-S20, second half: a block of attention and a chain at rate zero returns what the transformer's block did."""
-    model = grown(name)
+    model = moved(*ZOO[name])
     block, hidden_btd = model.blocks[0], model.embedding(ids(2)).detach()
     module = cms_mlp_from([(block.mlp_norm, block.mlp)], CMSConfig(count=1))
     mixed_btd = hidden_btd + block.mixer(block.mixer_norm(hidden_btd))[0]

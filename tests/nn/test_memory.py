@@ -19,7 +19,7 @@ from meristem.nn.decode import can_decode
 from meristem.nn.memory import MemoryLayer
 from meristem.nn.rule import rule_of
 from meristem.plugins import spelled
-from zoo import VOCABULARY, ZOO, grown, ids, preset
+from zoo import VOCABULARY, ZOO, ids, moved, preset
 
 WIDTH = 32
 PAIRS = [(name, form) for name in rules.names() for form in accepting(named(name)) if form != "associative"]
@@ -293,7 +293,7 @@ def test_a_memory_in_low_precision_does_not_drift(name: str) -> None:
 
 def test_delta_inside_mag_teaches_projections_and_gates() -> None:
     """S0-M3: their gradients are not 0 and are those of differences along any direction, in float64."""
-    model, tokens_bt, targets_bt = grown("preset-delta-mag"), ids(2), ids(2, random_seed=17)
+    model, tokens_bt, targets_bt = moved(*ZOO["preset-delta-mag"]), ids(2), ids(2, random_seed=17)
 
     def loss() -> torch.Tensor:
         return torch.nn.functional.cross_entropy(model(tokens_bt)[0].flatten(0, 1), targets_bt.flatten())

@@ -489,6 +489,7 @@ def test_no_tensor_of_time_times_key_times_value(name: str, form: str, read: str
 
 
 @pytest.mark.compiled
+@pytest.mark.slow
 @pytest.mark.parametrize("read", ["gated", "sparse"])
 def test_it_is_one_graph(read: str) -> None:
     """Fresh and with a state; every number of kept memories up to the limit has a graph of its own."""

@@ -173,7 +173,7 @@ def require_equal(module, found, expected):
 
 
 @every_setting
-@pytest.mark.parametrize("n_time", [1, 7, 33])
+@pytest.mark.parametrize("n_time", [1, 9])
 def test_chunks_of_one_token_are_the_scan(settings, n_time):
     """S3b-S15, S3b-S12: reads, memories and gradients of the equations, token by token."""
     module, hidden_btd = layer(chunk_memory=1, chunk_other=1, **settings), drawn(n_time)
@@ -186,7 +186,7 @@ def test_chunks_of_one_token_are_the_scan(settings, n_time):
 @pytest.mark.parametrize("chunks", [(2, 4), (6, 2), (7, 1), (8, 64)], ids=str)
 def test_chunks_are_the_loop_over_their_tokens(settings, chunks):
     """S3b-S15, S4-M11: the solve is exact at any two sizes, and no gradient is blocked on the way."""
-    module, hidden_btd = layer(chunk_memory=chunks[0], chunk_other=chunks[1], **settings), drawn(17)
+    module, hidden_btd = layer(chunk_memory=chunks[0], chunk_other=chunks[1], **settings), drawn(13)
     require_equal(module, asked(module, hidden_btd), inner_loop(module, hidden_btd))
 
 

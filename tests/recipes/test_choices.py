@@ -4,6 +4,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from meristem.bench.learn import learn
@@ -63,6 +64,7 @@ def first_biases(model: torch.nn.Module) -> list[torch.Tensor]:
     return [value for name, value in model.state_dict().items() if name.endswith("gates.bias_h")]
 
 
+@pytest.mark.slow
 def test_two_levels_are_no_worse_than_one():
     """S1-M2: both converge, the second level costs nothing (L2 <= 1.05 L1), and each level tells of its gates."""
     one, two = LevelsConfig(), LevelsConfig(count=2, periods=PERIODS)
@@ -94,6 +96,7 @@ def test_two_levels_are_no_worse_than_one():
     )
 
 
+@pytest.mark.slow
 def test_delta_descent_and_plain_descent_both_converge():
     """S4-M10: one word of the settings apart, from three starts each; the losses are told."""
     found = {}

@@ -79,9 +79,9 @@ def fed(model, *texts: str, **settings) -> Session:
 
 
 def test_feeding_is_the_raw_forward(model):
-    """A hundred texts fed one by one leave the state, logits and surprise of a hundred calls of the model."""
+    """Forty texts fed one by one leave the state, logits and surprise of forty calls of the model."""
     session, state, last_bo, nats, told = Session(model, TOKENIZER), None, None, 0.0, 0.0
-    for index in range(100):
+    for index in range(40):
         text = f"{index * 7919} {'ab' * (index % 5)}"
         ids = list(text.encode())
         with torch.no_grad():
@@ -145,14 +145,14 @@ def test_a_session_that_read_nothing_writes(model):
 
 
 def test_a_saved_session_goes_on(model, tmp_path):
-    """Fifty texts, restored, and fifty more are a hundred; a reply draws the same tokens."""
+    """Twenty texts, restored, and twenty more are forty; a reply draws the same tokens."""
     whole, session = Session(model, TOKENIZER, random_seed=3), Session(model, TOKENIZER, random_seed=3)
-    for index in range(50):
+    for index in range(20):
         whole.feed(f"{index}ab")
         session.feed(f"{index}ab")
     session.save(tmp_path / "ada.session")
     session = Session.load(tmp_path / "ada.session", model, TOKENIZER)
-    for index in range(50):
+    for index in range(20):
         whole.feed(f"{index}cd")
         session.feed(f"{index}cd")
     assert session.generate(17) == whole.generate(17)

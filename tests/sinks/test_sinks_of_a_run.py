@@ -108,6 +108,7 @@ def test_cx6_1_sink_that_raises_on_every_call_changes_nothing(text, plain, tmp_p
     assert scalars == [(r["step"], r["split"], r["metrics"]) for r in read_records(result.run_dir / "metrics.ndjson")]
 
 
+@pytest.mark.fault
 def test_cx6_1_sink_that_hangs_costs_the_run_its_end_time(text, plain, tmp_path, show_to):
     """From its first call on it never answers; the run trains on and waits two seconds for it at the end."""
     begun_s = time.monotonic()
@@ -207,6 +208,7 @@ def fill(terminal: str) -> None:
     os.close(filling)
 
 
+@pytest.mark.fault
 def test_terminal_that_takes_nothing_holds_nothing_up(text, plain, tmp_path):
     """A terminal that nobody reads, as one stopped with Ctrl-S: writing to it would block for ever."""
     ours, terminal = os.openpty()

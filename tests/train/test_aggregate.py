@@ -471,10 +471,10 @@ def read_once_and_twice(model: nn.Module) -> dict[str, list[Tensor | None]]:
 
 
 @pytest.mark.compiled
-def test_compiled_blocks_are_read_twice(monkeypatch):
+@functorch_config.patch(donated_buffer=True)
+def test_compiled_blocks_are_read_twice():
     """With ``keep_graphs`` a compiled model gives each source the gradient that it has when it is not compiled, also
     after a backward for a single source; without, the compiler's own backward refuses."""
-    monkeypatch.setattr(functorch_config, "donated_buffer", True)
     model = Squeezed()
     model.compile(backend="aot_eager")
     with pytest.raises(RuntimeError, match="donated buffers"):

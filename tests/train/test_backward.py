@@ -16,7 +16,7 @@ from meristem.events import silent
 from meristem.memory.state import flatten
 from meristem.train.backward import backward
 from meristem.train.config import AggregateConfig
-from zoo import ZOO, grown, ids
+from zoo import ZOO, ids, moved
 
 DEVICE = resolve(DeviceConfig(device="cpu", dtype="fp32", threads=1), silent)
 ROWS = 5
@@ -48,7 +48,7 @@ def trained(model: nn.Module, n_micro_batches: int) -> tuple[Tensor, dict[str, T
 @pytest.mark.parametrize("name", ZOO)
 def test_parts_of_a_batch_teach_what_the_whole_does(name):
     """Cut into three uneven parts, a step has the same loss, gradients and memory."""
-    model = grown(name)
+    model = moved(*ZOO[name])
     loss, gradients, memory, _ = trained(model, 1)
     cut_loss, cut_gradients, cut_memory, _ = trained(model, 3)
     torch.testing.assert_close(cut_loss, loss, **ROUNDING)
@@ -78,7 +78,7 @@ class Narrow(nn.Module):
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_out_of_room_is_tried_again_in_smaller_parts(where):
     """Nothing of the attempts that failed is left, and the number of parts is told for the next step."""
-    model = grown("preset-titans-mag")
+    model = moved(*ZOO["preset-titans-mag"])
     loss, gradients, memory, n_micro_batches = trained(model, 1)
     assert n_micro_batches == 1
     narrow = Narrow(model, 2, where)
@@ -91,7 +91,7 @@ def test_out_of_room_is_tried_again_in_smaller_parts(where):
 
 
 def test_a_row_that_does_not_fit_is_told():
-    narrow = Narrow(grown("preset-chargru"), 0, "forward")
+    narrow = Narrow(moved(*ZOO["preset-chargru"]), 0, "forward")
     with pytest.raises(
         OutOfDeviceBytes, match=r"on cpu for .* one row: no room for another 2 GiB. Lower data\.seq_len"
     ):

@@ -337,7 +337,7 @@ WAITING = (
 
 UNASKED = (
     *("preset-hope", "preset-hope-attention", "preset-titans-mac", "preset-titans-mag", "preset-titans-mal"),
-    *("lm-mag-2-pooled", "lm-mac-4-each", "lm-levels-pooled", "lm-self_reference-mlp-adaptive-squared"),
+    *("lm-memory-3-pooled", "lm-mac-4-each", "lm-levels-pooled", "lm-self_reference-adaptive"),
     *("lm-mag-kept-soup", "lm-mag-frequency-output", "lm-mag-frequency-write"),
 )
 """Models of the zoo that have every composition, level and kept memory between them."""
