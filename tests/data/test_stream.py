@@ -186,7 +186,7 @@ def test_a_text_shorter_than_a_window_says_what_to_do(make):
     corpus = make("tiny", [5])
     with pytest.raises(
         CorpusTooShort,
-        match="'tiny' holds 5 tokens .* a window of 5 needs at least 6. Add text, or set data.seq_len to 4",
+        match="'tiny' holds 5 tokens .* a sequence of 5 needs at least 6. Add text, or set data.seq_len to 4",
     ):
         stream(corpus)
     assert stream(corpus, window=4).n_windows == 1
@@ -202,7 +202,7 @@ def test_a_window_longer_than_every_document_says_so(corpus):
 def test_more_rows_than_windows_cannot_read_on(make):
     corpus = make("short", [9])
     with pytest.raises(
-        CorpusTooShort, match="has 1 windows of 5 .* one for each of 3 rows.*data.batch_size to 1 or less"
+        CorpusTooShort, match="has 1 sequences of 5 .* one for each of 3 rows.*data.batch_size to 1 or less"
     ):
         stream(corpus, order="sequential")
 

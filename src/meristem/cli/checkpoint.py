@@ -1,4 +1,4 @@
-"""`meristem checkpoint`: look at checkpoints, compare, check and thin them out; no model is built for any of it."""
+"""`meristem checkpoint`: list checkpoints, compare, check and thin them out; no model is built for any of it."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +8,7 @@ import typer
 from meristem.cli import complete
 from meristem.cli.answer import Json, answer, columns, pairs, tell
 
-app = typer.Typer(help="Look at checkpoints, compare, check and thin them out.")
+app = typer.Typer(help="List checkpoints, compare, check and thin them out.")
 Place = Annotated[
     Path,
     typer.Argument(

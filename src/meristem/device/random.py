@@ -43,7 +43,7 @@ def random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def restore_random_state(values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], emit: Emit = silent) -> None:
     """Put all global generators back where ``random_state`` found them.
 
-    A generator of which nothing was kept stays as it is. The state of an accelerator that is not here is left out, as
+    A generator of which nothing was saved stays as it is. The state of an accelerator that is not here is left out, as
     the event ``degraded``: a run may go on elsewhere.
     """
     python, numpy_state = values.get("python"), values.get("numpy")

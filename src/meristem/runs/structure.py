@@ -1,4 +1,4 @@
-"""A model with what trains it: made when a run begins, and again where a run goes back to another structure."""
+"""A model with what trains it: made when a run begins, and again where a run rolls back to another structure."""
 
 import torch
 from torch import nn
