@@ -258,7 +258,7 @@ def keep(found: dict[str, Any], name: str, kind: str) -> None:
 
 
 def main() -> None:
-    # Before torch's profiler is first asked for a peak: it would write a line whenever it starts and stops.
+    # Before torch's profiler first measures a peak: it would write a line whenever it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     found = begun()
     for kind in MEASURED:

@@ -162,7 +162,7 @@ def test_ids_that_no_tokenizer_gave_are_refused(corpus):
     """As from a disk that gives other bytes than those whose hash was compared when the files were opened."""
     known = types.SimpleNamespace(byte_lengths=corpus.tokenizer.byte_lengths[:100])
     made = stream(dataclasses.replace(corpus, tokenizer=known))
-    with pytest.raises(ManifestMismatch, match=r"gave the id \d+, and its tokenizer has 100 entries.*Look at the disk"):
+    with pytest.raises(ManifestMismatch, match=r"gave the id \d+, and its tokenizer has 100 entries.*Check the disk"):
         take(made, made.batches_per_epoch)
 
 

@@ -1,4 +1,4 @@
-"""How long a run waits for a snapshot in memory and for the way back, beside one plain copy of as many bytes."""
+"""How long a run waits for a snapshot in memory and for a restore, beside one plain copy of as many bytes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Final

@@ -139,7 +139,7 @@ def decode(repeats: Repeats = 5, as_json: Json = False) -> None:
 def snapshot(repeats: Repeats = 5, as_json: Json = False) -> None:
     """Measure snapshots in memory, and what they and the guard cost. Exit code 1 when a target is missed.
 
-    How long a run of 100 million parameters with moments waits for a snapshot and for the way back, and the share of
+    How long a run of 100 million parameters with moments waits for a snapshot and for a restore, and the share of
     the machine's copy bandwidth that is (this needs 6 GB of RAM); then the share of the steps of the default preset
     that guard, events and snapshots take, and how long a save keeps it waiting.
 

@@ -175,7 +175,7 @@ class Stream:
         if largest >= n_known:
             raise ManifestMismatch(
                 f"corpus '{self._corpus.name}' gave the id {largest}, and its tokenizer has {n_known} entries: its "
-                f"files were read wrongly. Look at the disk, prepare the text again and resume the run.",
+                f"files were read wrongly. Check the disk, prepare the text again and resume the run.",
                 path=str(self._corpus.path),
                 found=largest,
                 expected=n_known,

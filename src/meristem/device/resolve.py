@@ -57,7 +57,7 @@ def resolve(config: DeviceConfig, emit: Emit) -> Device:
     if config.dtype == "auto":
         compute, why = _best_compute(device, parameters)
     else:
-        compute, why = DTYPES[config.dtype], "asked for"
+        compute, why = DTYPES[config.dtype], "configured"
     probe(device, parameters, compute)
     keeps_memory = device.type == "cpu" and keep_freed_memory()
     chosen = {"device": name, "param_dtype": NAMES[parameters], "dtype": NAMES[compute], "why": why}

@@ -385,7 +385,7 @@ DRILLS: Final = (
     ),
     Drill(
         "terminated",
-        "the process is told to end (SIGTERM, Ctrl-C)",
+        "the process gets a signal to end (SIGTERM, Ctrl-C)",
         "ends after the step in progress, with a checkpoint of it",
         "the same command goes on, and no step is made twice",
         130,

@@ -175,7 +175,7 @@ class Recovery:
             self._journal.undo(number, str(error))
             self._raise_level(Level.HALT, "rollback_failed", "rollback")
             raise
-        # What was skipped before the snapshot led to this way back; counted again it would lead to the next one.
+        # What was skipped before the snapshot led to this rollback; counted again it would lead to the next one.
         guard = found.safety.guard if n_micro_batches is not None else replace(found.safety.guard, skipped=())
         self.safety = Safety(guard, rollbacks.observed(attempts), self.safety.emergency)
         then, changed = self._changed(now, self._job.state.progress, rollbacks.n_in_row, n_micro_batches)

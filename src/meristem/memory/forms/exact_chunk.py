@@ -153,7 +153,7 @@ class WholeChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         key_nhck, value_nhcv, query_nhck, *logs, scale_nhc, first_hkv, probed_at, reads_before = inputs
-        # Chosen once: the way back may run on another thread, or after ``force_reference`` has ended.
+        # Chosen once: the backward pass may run on another thread, or after ``force_reference`` has ended.
         ctx.kernel = loop_kernel(key_nhck, value_nhcv)
         ctx.probed_at, ctx.reads_before = probed_at, reads_before
         decay = compute_decay_from(Logs(*logs), between)

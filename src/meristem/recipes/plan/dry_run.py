@@ -259,7 +259,7 @@ def _snapshots(draft: Draft) -> SnapshotFigures:
 
 
 def _session(draft: Draft) -> SessionFigures:
-    """A prompt of a window less one token: where a window bounds the model, the token after it still finds room."""
+    """A prompt of one token less than a sequence: where the length is bounded, the token after it still finds room."""
     n_prompt = max(1, draft.config.data.seq_len - 1)
     takes_line = draft.step.is_certain or _forward(draft, n_prompt) > MOST_OPERATIONS
     lengths = tuple(draft.step.samples) if draft.step.is_fitted and takes_line else (n_prompt,)

@@ -64,7 +64,7 @@ def measure(rehearse: Rehearse, window: int, n_operations: Callable[[int], int])
     The lengths are doubled until three of them lie on one line. Where that never happens, as with dense attention, the
     full step is rehearsed, or where even that would take too long, the last line is taken as uncertain.
 
-    n_operations: about how many a rehearsal of a window takes.
+    n_operations: about how many a rehearsal of a sequence takes.
     """
     if n_operations(window) <= MOST_OPERATIONS:
         return combine({window: rehearse(window)}, window)

@@ -159,7 +159,7 @@ class MemoryFigures(ConfigSection):
 
 
 class SnapshotFigures(ConfigSection):
-    """The states that a run keeps in memory to go back to: how many, and the bytes of each."""
+    """The states that a run keeps in memory for rollback: how many, and the bytes of each."""
 
     count: int
     each_bytes: int
