@@ -86,12 +86,12 @@ def head(found: dict[str, Any]) -> Iterator[str]:
     yield (
         f"**Speed** is that of one memory layer, projections included: width {WIDTH}, one row of {N_TIME} tokens, "
         "float32, the preset's heads and chunks; training is forward and backward. `scan` is measured over "
-        f"{bench.SCANNED} tokens and scaled, which flatters it; *over scan* compares whole windows of "
+        f"{bench.SCANNED} tokens and scaled, which flatters it; *over scan* compares whole sequences of "
         f"{bench.COMPARED:,} tokens. **State** is what a session keeps for such a layer. **Recall** is the share of "
         f"right answers after {TRAINING['steps']} steps on `{TASK.name}` (batch {TRAINING['batch']}, AdamW at "
         f"{TRAINING['rate']}, random seed {TRAINING['random_seed']}): {TASK.n_pairs} pairs among {TASK.vocabulary} ids "
-        f"in windows of {TASK.window} tokens, one layer of width {MODEL.dim}, {N_HELD_OUT} windows held out. Who "
-        f"knows the values of a window but not whose they are is right in {1 / TASK.n_pairs:.1%} (1 / pairs). Rates, "
+        f"in sequences of {TASK.window} tokens, one layer of width {MODEL.dim}, {N_HELD_OUT} sequences held out. Who "
+        f"knows the values of a sequence but not whose they are is right in {1 / TASK.n_pairs:.1%} (1 / pairs). Rates, "
         "widths and steps that suit one rule do not suit all: this is one point of a curve, and no ranking. What a "
         "trained model recalls, `meristem eval --suite recall` says; `meristem bench memory` measures the speeds again."
     )
@@ -258,7 +258,7 @@ def keep(found: dict[str, Any], name: str, kind: str) -> None:
 
 
 def main() -> None:
-    # Before torch's profiler is first asked for a peak: it would write a line whenever it starts and stops.
+    # Before torch's profiler first measures a peak: it would write a line whenever it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     found = begun()
     for kind in MEASURED:

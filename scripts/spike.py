@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def run(place: Path, n_steps: int, *more: str, first: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """What one run came to: its curve, its last figure, and the times that it went back."""
+    """What one run came to: its curve, its last figure, and its number of rollbacks."""
     directory = place / f"{'clean' if first is None else 'spoilt'}-{seed}-{len(more)}"
     settings = [*SETTINGS, f"data.root={place}", f"train.steps={n_steps}", f"run.seed={seed}", *more]
     config = load_config("titans-mag", settings, {}).tree

@@ -14,7 +14,7 @@ _LATER = {"load": "meristem.models.load", "Session": "meristem.serve.session"}
 
 
 def __getattr__(name: str) -> object:
-    """Import ``load`` and ``Session`` when they are first asked for: they need torch, and much does not."""
+    """Import ``load`` and ``Session`` on first access: they need torch, and much does not."""
     if name not in _LATER:
         raise AttributeError(f"module 'meristem' has no attribute '{name}'")
     value = getattr(import_module(_LATER[name]), name)

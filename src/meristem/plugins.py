@@ -1,7 +1,7 @@
 """One registry for every kind of thing that can be chosen by name: rules, models, sources, sinks.
 
 Our own entries stand in the room that owns the kind. Other distributions add theirs through the entry-point group
-``meristem.<kind>``, in a module that says ``MERISTEM_API = <number>``. Nothing is imported until its name is asked for.
+``meristem.<kind>``, in a module that says ``MERISTEM_API = <number>``. Nothing is imported until its name is used.
 """
 
 import ast
@@ -184,7 +184,7 @@ class Registry(Generic[T]):
 
 
 def checked(entry: Mapping[str, Any]) -> dict[str, object]:
-    """The finding about one entry, asked for and given as JSON: for a process of its own.
+    """The finding about one entry, with arguments and result as JSON: for a process of its own.
 
     entry: ``registry`` as ``module:attribute``, and the ``origin`` of the entry in it.
     """

@@ -17,7 +17,7 @@ from torch.torch_version import TorchVersion
 from meristem.errors import CapabilityError
 
 OLDEST_TORCH: Final = "2.13"
-"""The one torch that the code is written for: nothing asks for a version, or for what a version has, a second time."""
+"""The one torch that the code is written for: nothing checks a version, or for what a version has, a second time."""
 
 if TorchVersion(torch.__version__) < OLDEST_TORCH:
     raise CapabilityError(
@@ -31,7 +31,7 @@ if TorchVersion(torch.__version__) < OLDEST_TORCH:
 LEGEND: Final = {
     "b": "batch",
     "t": "time",
-    "s": "time looked at",
+    "s": "time of keys",
     "d": "model width",
     "h": "heads",
     "k": "key width",

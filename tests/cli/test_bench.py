@@ -2,11 +2,11 @@
 
 import json
 
+from bench.ablations import listed
 from meristem.bench import stability, suite
 from meristem.bench.measure import Row
 from meristem.bench.stability import Cell
 from meristem.cli import run
-from recipes.ablations import listed
 
 
 def test_table_and_line(capsys):

@@ -109,11 +109,11 @@ def test_nothing_is_fetched_unless_told(server, tmp_path):
         ("wrong.txt", "its SHA-256 is .* registered is"),
         ("torn.txt", f"{len(TEXT) // 2} bytes came, {len(TEXT)} were expected|IncompleteRead"),
         ("long.txt", f"{len(TEXT) + 4} bytes came, {len(TEXT)} were expected"),
-        ("none.txt", "the server answered 404 Not here"),
+        ("none.txt", "the server returned 404 Not here"),
     ],
 )
 def test_another_file_is_refused_and_nothing_kept(server, tmp_path, name, message):
-    with pytest.raises(DataError, match=rf"cannot fetch .*{name}: ({message}).*Nothing was kept"):
+    with pytest.raises(DataError, match=rf"cannot fetch .*{name}: ({message}).*Nothing was saved"):
         available(told(tmp_path), "x", entry(f"{server}/{name}"))
     assert kept(tmp_path) == []
 

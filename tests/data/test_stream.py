@@ -162,7 +162,7 @@ def test_ids_that_no_tokenizer_gave_are_refused(corpus):
     """As from a disk that gives other bytes than those whose hash was compared when the files were opened."""
     known = types.SimpleNamespace(byte_lengths=corpus.tokenizer.byte_lengths[:100])
     made = stream(dataclasses.replace(corpus, tokenizer=known))
-    with pytest.raises(ManifestMismatch, match=r"gave the id \d+, and its tokenizer has 100 entries.*Look at the disk"):
+    with pytest.raises(ManifestMismatch, match=r"gave the id \d+, and its tokenizer has 100 entries.*Check the disk"):
         take(made, made.batches_per_epoch)
 
 
@@ -186,7 +186,7 @@ def test_a_text_shorter_than_a_window_says_what_to_do(make):
     corpus = make("tiny", [5])
     with pytest.raises(
         CorpusTooShort,
-        match="'tiny' holds 5 tokens .* a window of 5 needs at least 6. Add text, or set data.seq_len to 4",
+        match="'tiny' holds 5 tokens .* a sequence of 5 needs at least 6. Add text, or set data.seq_len to 4",
     ):
         stream(corpus)
     assert stream(corpus, window=4).n_windows == 1
@@ -202,7 +202,7 @@ def test_a_window_longer_than_every_document_says_so(corpus):
 def test_more_rows_than_windows_cannot_read_on(make):
     corpus = make("short", [9])
     with pytest.raises(
-        CorpusTooShort, match="has 1 windows of 5 .* one for each of 3 rows.*data.batch_size to 1 or less"
+        CorpusTooShort, match="has 1 sequences of 5 .* one for each of 3 rows.*data.batch_size to 1 or less"
     ):
         stream(corpus, order="sequential")
 

@@ -92,7 +92,7 @@ def test_auto_falls_back_when_bf16_fails(cpu_only, monkeypatch):
 def test_asked_for_is_what_runs(cpu_only, parameters, compute):
     """Inside ``autocast`` a product has the compute dtype whatever the parameters are kept in; outside, theirs."""
     if (parameters, compute) == ("bf16", "fp32"):
-        with pytest.raises(ValueError, match="kept in bf16 cannot be computed with in fp32"):
+        with pytest.raises(ValueError, match="stored in bf16 cannot be computed with in fp32"):
             DeviceConfig(param_dtype=parameters, dtype=compute)
         return
     device = resolve(DeviceConfig(device="cpu", param_dtype=parameters, dtype=compute), silent)

@@ -178,15 +178,15 @@ def test_questions_count_what_is_asked():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Associative(9, 99, 5), r"5 pairs need 10 ids, found a vocabulary of 9. Ask for 4 pairs or fewer"),
-        (lambda: Associative(99, 14, 5), r"5 pairs .* window of 15 tokens, found 14. Ask for 4 pairs or fewer"),
+        (lambda: Associative(9, 99, 5), r"5 pairs need 10 ids, found a vocabulary of 9. Set 4 pairs or fewer"),
+        (lambda: Associative(99, 14, 5), r"5 pairs .* sequence of 15 tokens, found 14. Set 4 pairs or fewer"),
         (lambda: Associative(99, 99, 0), r"n_pairs is 0, expected 1 or more. Set n_pairs to at least 1."),
         (lambda: Copying(2, 5), r"vocabulary is 2, expected 3 or more. Set vocabulary to at least 3."),
         (lambda: Copying(9, 0), r"n_copied is 0, expected 1 or more"),
         (lambda: Needle(2, 9, 5), r"vocabulary is 2, expected 3 or more"),
         (lambda: Needle(9, 9, 1), r"distance is 1, expected 2 or more"),
-        (lambda: Needle(9, 9, 9), r"window of 10 tokens, found 9. Set the distance to 8 or less"),
-        (lambda: suite(256, 15), r"need a window of 16 tokens, found 15. Set data.seq_len to 16 or more."),
+        (lambda: Needle(9, 9, 9), r"needs 10 tokens, found 9. Set the distance to 8 or less"),
+        (lambda: suite(256, 15), r"need a sequence of 16 tokens, found 15. Set data.seq_len to 16 or more."),
     ],
 )
 def test_what_cannot_be_asked_is_refused(make, message):

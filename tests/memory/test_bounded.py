@@ -113,7 +113,7 @@ def greatest(rule: Rule, attack: Attack, gates: Gates, piece: int = 1000) -> Ten
     for start in range(0, attack.keys_bthk.shape[1], piece):
         part = slice(start, start + piece)
         window = attack.keys_bthk[:, part], attack.values_bthv[:, part]
-        _, memory = run(rule, memory, *window, window[0], gates.window(start, start + piece), chunk=50)
+        _, memory = run(rule, memory, *window, window[0], gates.slice_time(start, start + piece), chunk=50)
         norms.append(memory[name].flatten(2).norm(dim=-1)[0])
     return torch.stack(norms).amax(dim=0)
 

@@ -232,7 +232,7 @@ REASONS: list[tuple[dict[str, Any], str]] = [
     ({"structure": mlp(2, 2), "retention": sphere()}, "'sphere' would fix the length of every row of an MLP"),
     ({"retention": sphere(), "bias": kl()}, "'sphere' bounds what is recalled, and the bias 'kl' needs logits"),
     ({"structure": mlp(2, 2), "bias": kl()}, "'kl' is not meant for an MLP"),
-    ({"structure": mlp(2, 2), "bias": dot()}, "'dot' does not look at the answer of an MLP"),
+    ({"structure": mlp(2, 2), "bias": dot()}, "'dot' does not depend on the output of an MLP"),
     ({"structure": slots(4), "update": implicit()}, "'implicit' solves one linear recall exactly"),
     ({"bias": absolute(), "update": implicit()}, "'implicit' is the exact step of the bias 'squared'"),
     ({"retention": simplex(), "probe": "warm"}, "the retention 'simplex' stores something else"),

@@ -471,10 +471,10 @@ def test_a_memory_of_another_rule_or_width_is_refused_with_every_difference() ->
     with pytest.raises(ShapeError, match=r"no 'matrix_bhkv'.*no 'matrix_momentum_bhkv'.*holds 'in_bhkf'.*rule.init"):
         run(rule, other, *inputs.arguments()[1:])
     wide = rule.init(3, 3, 6, 7, like=inputs.keys_bthk)
-    told = r"'matrix_bhkv' is \(3, 6, 7\).*expected \(3, 5, 7\).*holds 3 rows, the window has 2"
+    told = r"'matrix_bhkv' is \(3, 6, 7\).*expected \(3, 5, 7\).*holds 3 rows, the inputs have 2"
     with pytest.raises(ShapeError, match=told):
         run(rule, wide, *inputs.arguments()[1:])
-    with pytest.raises(ShapeError, match="asks for the gates momentum_bth"):
+    with pytest.raises(ShapeError, match="needs the gates momentum_bth"):
         run(rule, *inputs.arguments()[:4], replace(inputs.gates, momentum_bth=None))
 
 

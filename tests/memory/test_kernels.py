@@ -57,7 +57,7 @@ def chunks(case: str, dtype: torch.dtype, device: str = "cpu") -> Chunks:
     Those of delta are square and lie transposed, which nobody may notice.
     """
     n, h, c, k, v = (5, 3, 16, 16, 16) if case == "delta" else (5, 3, 32, 16, 64)
-    n_levels, looks, solves = CASES[case].values()
+    n_levels, probed_at, solves = CASES[case].values()
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
@@ -72,7 +72,7 @@ def chunks(case: str, dtype: torch.dtype, device: str = "cpu") -> Chunks:
         read_nhcl=placed(draw(n, h, c, n_levels)),
         write_nhcl=placed(0.5 * draw(n, h, c, n_levels)),
         carry_nhll=placed(0.5 * draw(n, h, n_levels, n_levels)),
-        probe_nhcl=placed(draw(n, h, c, n_levels).sigmoid()) if looks else None,
+        probe_nhcl=placed(draw(n, h, c, n_levels).sigmoid()) if probed_at else None,
         is_solved=bool(solves),
     )
     key_nhck, value_nhcv, query_nhck = map(placed, vectors)

@@ -154,8 +154,8 @@ def test_a_softmax_mix_is_uniform_at_first_and_sums_to_one():
 @pytest.mark.parametrize("mix, factor", [("sum", 1.0), ("inv_sqrt", 2**-0.5), ("softmax", 0.5)])
 def test_what_is_heard_is_the_weighted_sum_of_what_levels_answer(mix, factor):
     module, hidden_btd = module_of(part_of(count=2, periods=(1, 3), mix=mix), noise=0.0), text(11)
-    answers = [level(hidden_btd, level.init_state(hidden_btd), 0)[0] for level in module.level]
-    torch.testing.assert_close(module(hidden_btd)[0], factor * sum(answers), rtol=0, atol=1e-12)
+    outputs = [level(hidden_btd, level.init_state(hidden_btd), 0)[0] for level in module.level]
+    torch.testing.assert_close(module(hidden_btd)[0], factor * sum(outputs), rtol=0, atol=1e-12)
 
 
 def test_one_level_is_the_plain_memory():
@@ -198,8 +198,8 @@ def test_a_pooled_level_answers_the_mean_of_the_period_before(rule):
     )
     out_bnd, _ = level.recall(level.norm(means_bnd))
     heard = [out_bnd[:, t // period - 1] if t >= period else torch.zeros_like(out_bnd[:, 0]) for t in range(n_time)]
-    answer_btd, _ = level(hidden_btd, level.init_state(hidden_btd), 0)
-    torch.testing.assert_close(answer_btd, torch.stack(heard, dim=1), rtol=0, atol=1e-12)
+    output_btd, _ = level(hidden_btd, level.init_state(hidden_btd), 0)
+    torch.testing.assert_close(output_btd, torch.stack(heard, dim=1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["scan", "exact_chunk", "frozen_chunk"])
@@ -214,10 +214,12 @@ def test_a_delayed_level_answers_by_its_memory_at_the_last_boundary(form):
         memory, n_seen = recall.initial(2), t // period * period
         if n_seen:
             window = tuple(x[:, :n_seen] for x in (key_bthk, value_bthv, query_bthk))
-            _, memory = run_trusted(recall.rule, memory, window, gates.window(0, n_seen), form=form, chunk=recall.chunk)
+            _, memory = run_trusted(
+                recall.rule, memory, window, gates.slice_time(0, n_seen), form=form, chunk=recall.chunk
+            )
         heard.append(torch.einsum("bhkv,bhk->bhv", memory["matrix_bhkv"], query_bthk[:, t]))
-    answer_btd, _ = module.level[1](hidden_btd, module.level[1].init_state(hidden_btd), 0)
-    torch.testing.assert_close(answer_btd, torch.stack(heard, dim=1).flatten(2), rtol=0, atol=1e-10)
+    output_btd, _ = module.level[1](hidden_btd, module.level[1].init_state(hidden_btd), 0)
+    torch.testing.assert_close(output_btd, torch.stack(heard, dim=1).flatten(2), rtol=0, atol=1e-10)
 
 
 CASES = [
@@ -244,8 +246,8 @@ def test_a_text_may_be_cut_anywhere(rule, form, levels):
     for cuts in ([1] * 23, [5, 1, 17], [4, 19], [9, 3, 11]):
         state, parts = None, []
         for part_btd in hidden_btd.split(cuts, dim=1):
-            answer_btd, state = module(part_btd, state)
-            parts.append(answer_btd)
+            output_btd, state = module(part_btd, state)
+            parts.append(output_btd)
         torch.testing.assert_close(torch.cat(parts, dim=1), whole_btd, rtol=0, atol=1e-10)
         torch.testing.assert_close(flatten(state), flatten(last), rtol=0, atol=1e-10)
         cut = torch.autograd.grad(torch.cat(parts, dim=1).square().sum(), parameters)
@@ -258,12 +260,12 @@ def test_no_answer_knows_a_later_token(rule, form, levels, now):
     """By value and by gradient, at the end of a group and inside it (pitfall 2)."""
     module, hidden_btd = module_of(part_of(rule, form=form, count=3, periods=(1, 2, 5), **levels)), text(17)
     leaf_btd = hidden_btd.clone().requires_grad_()
-    answer_btd, _ = module(leaf_btd)
-    (upstream_btd,) = torch.autograd.grad(answer_btd[:, now].square().sum(), leaf_btd)
+    output_btd, _ = module(leaf_btd)
+    (upstream_btd,) = torch.autograd.grad(output_btd[:, now].square().sum(), leaf_btd)
     assert not upstream_btd[:, now + 1 :].any() and upstream_btd[:, now].any()
     others_btd = hidden_btd.clone()
     others_btd[:, now + 1] += 1
-    assert torch.equal(module(others_btd)[0][:, : now + 1], answer_btd[:, : now + 1])
+    assert torch.equal(module(others_btd)[0][:, : now + 1], output_btd[:, : now + 1])
 
 
 @pytest.mark.parametrize("levels", [{}, {"mix": "softmax"}, {"reset_after": (9, 3, 1)}], ids=str)
@@ -276,8 +278,8 @@ def test_slow_levels_may_pass_over_a_window_together(levels):
     for cuts in ([24], [8, 2, 14], [5, 1, 3, 15]):
         state, parts = None, []
         for part_btd in hidden_btd.split(cuts, dim=1):
-            answer_btd, state = module(part_btd, state)
-            parts.append(answer_btd)
+            output_btd, state = module(part_btd, state)
+            parts.append(output_btd)
         read_btd = torch.cat(parts, dim=1)
         outcomes.append(
             (read_btd, flatten(state), torch.autograd.grad(read_btd.square().sum(), list(module.parameters())))
@@ -294,8 +296,8 @@ def test_any_cut_at_all(cuts, tokens):
     whole_btd, last = module(hidden_btd)
     state, parts = None, []
     for part_btd in hidden_btd.split(cuts, dim=1):
-        answer_btd, state = module(part_btd, state)
-        parts.append(answer_btd)
+        output_btd, state = module(part_btd, state)
+        parts.append(output_btd)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole_btd, rtol=0, atol=1e-10)
     torch.testing.assert_close(flatten(state), flatten(last), rtol=0, atol=1e-10)
 
@@ -304,16 +306,16 @@ def test_any_cut_at_all(cuts, tokens):
 def test_looking_asks_what_the_next_token_would_hear(tokens):
     """``look`` writes nothing, sees a boundary that the count has reached, and mixes by logits of its own."""
     part = part_of(count=2, periods=(1, 4), tokens=tokens, mix="softmax")
-    module, hidden_btd = module_of(part, is_asked=True), text(8)
+    module, hidden_btd = module_of(part, is_queried=True), text(8)
     _, state = module(hidden_btd)
-    asked_btd = text(3, random_seed=5)
-    answers = [
-        level.recall.read(asked_btd, {"memory": state["level"][str(index)]["memory"]})
+    query_btd = text(3, random_seed=5)
+    outputs = [
+        level.recall.read(query_btd, {"memory": state["level"][str(index)]["memory"]})
         for index, level in enumerate(module.level)
     ]
     share_l = module.look_mix_l.softmax(0)
-    torch.testing.assert_close(module.read(asked_btd, state), share_l[0] * answers[0] + share_l[1] * answers[1])
-    module.read(asked_btd, state).sum().backward()
+    torch.testing.assert_close(module.read(query_btd, state), share_l[0] * outputs[0] + share_l[1] * outputs[1])
+    module.read(query_btd, state).sum().backward()
     assert module.look_mix_l.grad.any() and module.mix_l.grad is None
 
 
@@ -363,10 +365,10 @@ def test_a_level_that_helps_is_turned_on_more_often(frequency):
     """S3-M5, sign test: with y_l = -dL/dy, a step against the gradient raises p_l; with the sign turned it falls."""
     module = module_of(part_of("gated_delta", count=2, periods=(1, 3), tokens="each", frequency=frequency), noise=0.0)
     hidden_btd = text(24)
-    answer_btd = module.level[1](hidden_btd, module.level[1].init_state(hidden_btd), 0)[0].detach()
+    output_btd = module.level[1](hidden_btd, module.level[1].init_state(hidden_btd), 0)[0].detach()
     for sign in (1, -1):
         module.zero_grad()
-        module(hidden_btd)[0].backward(-sign * answer_btd)
+        module(hidden_btd)[0].backward(-sign * output_btd)
         assert sign * float(module.frequency.bias_l.grad) < 0
 
 
@@ -379,10 +381,10 @@ def test_a_gradient_of_p_is_what_the_level_would_have_said():
     )
     joined_btd, _ = module(hidden_btd)
     hook.remove()
-    answer_btd, _ = module.level[1](hidden_btd, module.level[1].init_state(hidden_btd), 0)
+    output_btd, _ = module.level[1](hidden_btd, module.level[1].init_state(hidden_btd), 0)
     (d_on_btl,) = torch.autograd.grad(joined_btd.square().sum() / 2, caught[0])
     assert 0 < float(caught[0].detach().mean()) < 1
-    torch.testing.assert_close(d_on_btl[..., 0], (joined_btd * answer_btd).sum(-1), rtol=0, atol=1e-10)
+    torch.testing.assert_close(d_on_btl[..., 0], (joined_btd * output_btd).sum(-1), rtol=0, atol=1e-10)
 
 
 def test_off_is_the_fixed_schedule():

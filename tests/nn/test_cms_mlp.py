@@ -88,15 +88,15 @@ def test_a_pooled_level_answers_the_mean_of_the_group_before(variant):
     now_btd, added_btd = hidden_btd, torch.zeros_like(hidden_btd)
     for index, (period, level) in enumerate(zip(PERIODS, module.level, strict=True)):
         seen_btd = now_btd if variant == "chained" else hidden_btd
-        answer_btd = torch.zeros_like(hidden_btd)
+        output_btd = torch.zeros_like(hidden_btd)
         for t in range(hidden_btd.shape[1]):
             begin = t // period * period - period
             if index == 0:
-                answer_btd[:, t] = level(seen_btd[:, t : t + 1])[:, 0]
+                output_btd[:, t] = level(seen_btd[:, t : t + 1])[:, 0]
             elif begin >= 0:
-                answer_btd[:, t] = level(seen_btd[:, begin : begin + period].mean(1, keepdim=True))[:, 0]
-        now_btd = now_btd + answer_btd
-        added_btd = added_btd + (1 if variant == "chained" else module.mix_l[index]) * answer_btd
+                output_btd[:, t] = level(seen_btd[:, begin : begin + period].mean(1, keepdim=True))[:, 0]
+        now_btd = now_btd + output_btd
+        added_btd = added_btd + (1 if variant == "chained" else module.mix_l[index]) * output_btd
     torch.testing.assert_close(module(hidden_btd)[0], added_btd, rtol=0, atol=1e-12)
 
 

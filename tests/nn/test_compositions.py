@@ -157,7 +157,7 @@ def test_a_segment_reads_the_memory_as_it_was_when_it_began():
     mac = met(made(MemoryAsContext, span=None, segment=SEGMENT))
     asked = []
     look = mac.recall.read
-    mac.recall.read = lambda asked_btd, state: asked.append(state["memory"]) or look(asked_btd, state)
+    mac.recall.read = lambda query_btd, state: asked.append(state["memory"]) or look(query_btd, state)
     _, state = mac(hidden())
     assert len(asked) == 4
     ends = [mac(hidden()[:, : SEGMENT * n])[1]["recall"]["memory"] for n in (1, 2, 3)]

@@ -104,8 +104,8 @@ def truth(module: MemoryCache, hidden_btd: Tensor) -> tuple[Tensor, list[tuple[T
             }
             reads.append(rule.structure.recall(Live(mixed), query_bh1k))
         else:
-            answers = [rule.structure.recall(Live(weights), query_bh1k) for weights, _ in candidates]
-            reads.append(torch.stack([g * answer for g, answer in zip(share, answers, strict=True)]).sum(0))
+            outputs = [rule.structure.recall(Live(weights), query_bh1k) for weights, _ in candidates]
+            reads.append(torch.stack([g * answer for g, answer in zip(share, outputs, strict=True)]).sum(0))
         if len(segment) == part.length:
             entry, segment = (rule.weights(memory), torch.stack(segment).mean(0), part.length), []
             while part.segments == "logarithmic" and kept and kept[-1][2] == entry[2]:
@@ -442,9 +442,9 @@ def test_a_fresh_segment_knows_the_others_only_by_what_was_kept() -> None:
 @pytest.mark.parametrize("name, read", list(itertools.product(["titans", "titans_mlp", "atlas"], READS)))
 def test_a_look_reads_all_memories_and_writes_none(name: str, read: str) -> None:
     """What ``look`` of one memory gives for each kept one, weighed; before anything is kept, that of the rule alone."""
-    module, asked_btd = made({"rule": name, "form": "scan", "cache": {"read": read}}), inputs(2, 5, random_seed=9)
+    module, query_btd = made({"rule": name, "form": "scan", "cache": {"read": read}}), inputs(2, 5, random_seed=9)
     _, state = module(inputs()[:, :2])
-    assert torch.equal(module.read(asked_btd, state), module.recall.read(asked_btd, state))
+    assert torch.equal(module.read(query_btd, state), module.recall.read(query_btd, state))
     _, state = module(inputs()[:, :8])
     kept, names = state["kept"], module.stacked
     memories = [state["memory"] | {name: kept[names[name]][:, n] for name in names} for n in range(2)]
@@ -452,18 +452,18 @@ def test_a_look_reads_all_memories_and_writes_none(name: str, read: str) -> None
     share_btn = torch.ones(2, 5, 3, dtype=torch.float64)
     if module.shares is not None:
         mean_btd = inputs()[:, 6:8].mean(1, keepdim=True).expand(-1, 5, -1)
-        share_btn = module.shares(asked_btd, mean_btd, kept["descriptor_bnd"])
+        share_btn = module.shares(query_btd, mean_btd, kept["descriptor_bnd"])
     if module.is_souped:
         each = []
         for t in range(5):
             share = [share_btn[:, t, n, None, None, None] for n in range(3)]
             mixed = {name: sum(g * memory[name] for g, memory in zip(share, memories, strict=True)) for name in names}
-            each.append(module.recall.read(asked_btd[:, t : t + 1], {"memory": state["memory"] | mixed}))
+            each.append(module.recall.read(query_btd[:, t : t + 1], {"memory": state["memory"] | mixed}))
         true_btd = torch.cat(each, dim=1)
     else:
-        answers = [module.recall.read(asked_btd, {"memory": memory}) for memory in memories]
-        true_btd = sum(share_btn[..., n, None] * answers[n] for n in range(3))
-    torch.testing.assert_close(module.read(asked_btd, state), true_btd, rtol=0, atol=1e-10)
+        outputs = [module.recall.read(query_btd, {"memory": memory}) for memory in memories]
+        true_btd = sum(share_btn[..., n, None] * outputs[n] for n in range(3))
+    torch.testing.assert_close(module.read(query_btd, state), true_btd, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("read", READS)

@@ -195,7 +195,7 @@ def test_nowhere_to_go_back_to(text, tmp_path):
 
 def test_what_does_not_help_halts_the_run(text, tmp_path):
     """Three panics in a row: level 4, exit code 5, and the state before the trouble is saved and can be resumed."""
-    with pytest.raises(Halted, match="went back 3 times in a row, the last time from step 33 to 30"):
+    with pytest.raises(Halted, match="rolled back 3 times in a row, the last time from step 33 to 30"):
         run(text, tmp_path / "run", change=spoilt(range(32, 1000)))
     assert read_shared(tmp_path / "run" / FILE).level == Level.HALT
     newest = store.newest(tmp_path / "run" / "checkpoints", silent)

@@ -1,4 +1,4 @@
-"""What each part of a model is worth: variants of one size read the same tokens from several starts.
+"""What each component of a model is worth: variants of one size read the same tokens from several starts.
 
 ``docs/ablation.yaml`` lists them. Every run is one of ``recipes.pretrain`` in a directory of its own, so that none is
 lost; what was measured of it goes into a file beside the page, and a run that stands there is not made again.
@@ -47,7 +47,7 @@ class AblationConfig(ConfigSection):
     seeds: Annotated[tuple[int, ...], Field(min_length=1, description="Random seeds, one run of a variant for each.")]
     same_size_as: Annotated[str, Field(description="The variant whose number of parameters all others are given.")]
     settings: Annotated[tuple[str, ...], Field(description="Settings of all variants, below their own.")] = ()
-    n_recall: Annotated[int, Field(ge=1, description="Windows of each task of recall.")] = 32
+    n_recall: Annotated[int, Field(ge=1, description="Sequences of each task of recall.")] = 32
     n_documents: Annotated[int, Field(ge=1, description="Documents read for adaptation.")] = 32
     variants: Annotated[dict[str, VariantConfig], Field(min_length=1, description="Name to what it is.")]
 
@@ -111,7 +111,7 @@ def finished(planned: Sequence[Trial], known: Sequence[Outcome]) -> dict[str, Ou
 def run_trials(planned: Sequence[Trial], *, jobs: int) -> Iterator[Outcome]:
     """The outcomes of all trials as they end: one after the other in this process, or in so many at once.
 
-    Raises KeyboardInterrupt once a trial was asked to stop; it has left a checkpoint and goes on from there next time.
+    Raises KeyboardInterrupt once a trial was interrupted; it has left a checkpoint and goes on from there next time.
     """
     if jobs == 1:
         for trial in planned:

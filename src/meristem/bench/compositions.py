@@ -1,6 +1,6 @@
 """What memories cost in whole models: as context, gate and layer, in HOPE, and at several speeds.
 
-Models of two layers on windows of 512 tokens, whole training steps in fp32, optimizer included.
+Models of two layers on sequences of 512 tokens, whole training steps in fp32, optimizer included.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,13 +13,13 @@ from meristem.bench.trained import N_TIME, decoding, n_parameters, sized, traini
 from meristem.runs.config import Config
 
 TITANS: Final = {64: 20_000, 128: 12_000, 256: 5_000}
-"""Width to the tokens/s that training with a titans memory has to reach."""
+"""Width to the tokens/s that training with a titans memory has to attain."""
 SHARE: Final = 0.45
 """Of a transformer's tokens/s."""
 HOPE: Final = {64: 5_000, 128: 3_000, 256: 1_000}
 HOPE_SPEAKS: Final = {64: 3_000, 128: 2_500, 256: 1_500}
 PACKAGE: Final = {64: 546, 128: 392, 256: 192}
-"""Tokens/s of training that the package ``nested-learning`` 0.2 was found to reach in its best variant."""
+"""Tokens/s of training that the package ``nested-learning`` 0.2 was found to attain in its best variant."""
 COST: Final = 1.3
 """Of a step with four levels over one with one."""
 N_SPOKEN: Final = 64
@@ -27,7 +27,8 @@ N_SPOKEN: Final = 64
 
 
 def compositions(n_repeats: int) -> Iterator[Row]:
-    """Training of mac, mag and mal with a titans memory, in turns with a transformer: full attention, all else equal.
+    """Training of mac, mag and mal with a titans memory, interleaved with a transformer: full attention, all else
+    equal.
 
     The transformer has no persistent vectors, which cost it torch's fused attention.
     """
@@ -45,7 +46,7 @@ def compositions(n_repeats: int) -> Iterator[Row]:
 
 
 def hope(n_repeats: int) -> Iterator[Row]:
-    """Training of hope, memories of one matrix and of two layers in turns; the targets are for a batch of one."""
+    """Training of hope, memories of one matrix and of two layers interleaved; the targets are for a batch of one."""
     for batch in (1, 8):
         for width, asked in HOPE.items():
             configs = {kind: _hope(width, kind) for kind in ("matrix", "mlp")}
@@ -54,14 +55,14 @@ def hope(n_repeats: int) -> Iterator[Row]:
                 is_asked = batch == 1 and kind == "matrix"
                 note = f"{n_parameters(configs[kind]):,} parameters"
                 if is_asked:
-                    note += f"; {measured / asked:.1f} times what is asked, {measured / PACKAGE[width]:.0f} times the "
+                    note += f"; {measured / asked:.1f} times the target, {measured / PACKAGE[width]:.0f} times the "
                     note += f"{PACKAGE[width]} of nested-learning 0.2"
                 name = f"hope, {kind}, width {width}, batch {batch}: training"
                 yield Row(name, measured, "tokens/s", asked if is_asked else None, note=note)
 
 
 def hope_decoding(n_repeats: int) -> Iterator[Row]:
-    """Tokens/s of hope as it speaks, its memories written: one reader on one thread, as a session decodes."""
+    """Tokens/s of hope as a session decodes, its memories written: batch of one, one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -14,7 +14,7 @@ from meristem.optim.schedule import ScheduleProgress, rate_factor, set_rates
 from meristem.train.loss import cross_entropy
 
 N_HELD_OUT: Final = 256
-"""Windows that a trained model is scored on."""
+"""Sequences that a trained model is scored on."""
 
 
 def learn(
@@ -22,9 +22,9 @@ def learn(
 ) -> RecallScore:
     """Train ``model``, in place, on questions of ``task`` that are new at every step; then score it on others.
 
-    AdamW and its schedule are those of a run at their defaults, with ``rate`` the highest rate. The random seed moves
-    the questions of training alone; those of the score are the same for every model, and no step draws from their seed.
-    The model must know every id of the task. A gradient that is not finite ends it with NonFinite.
+    AdamW and its schedule are those of a run at their defaults, with ``rate`` the highest learning rate. The random
+    seed moves the questions of training alone; those of the score are the same for every model, and no step draws from
+    their seed. The model must know every id of the task. A gradient that is not finite ends it with NonFinite.
     """
     model.to(device=device.device, dtype=device.param_dtype)
     optim, schedule = OptimConfig(lr=rate), ScheduleConfig()

@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: candidates take turns in one run, and medians are compared."""
+"""Timing that survives a noisy machine: candidates are interleaved in one run, and medians are compared."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: what was measured, beside what it has to be. ``target`` is None where there is nothing to reach.
+    """One figure: what was measured, beside what it has to be. ``target`` is None where there is none.
 
     figures: what was measured with it, for programs; people read the note.
     """
@@ -24,7 +24,7 @@ class Row:
 
     @property
     def is_met(self) -> bool | None:
-        """None where nothing was measured or nothing has to be reached."""
+        """None where nothing was measured or there is no target."""
         if self.measured is None or self.target is None:
             return None
         return self.measured >= self.target if self.sense == ">=" else self.measured <= self.target
@@ -49,7 +49,7 @@ def timed(step: Callable[[], object]) -> Timed:
 
 
 def medians(candidates: Mapping[str, Timed], *, n_repeats: int, n_warm: int = 2) -> dict[str, float]:
-    """Median seconds of every candidate. They take turns, so that what disturbs the machine disturbs all."""
+    """Median seconds of every candidate. They are interleaved, so that what disturbs the machine disturbs all."""
     for once in candidates.values():
         for _ in range(n_warm):
             once()

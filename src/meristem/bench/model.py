@@ -17,11 +17,12 @@ from meristem.runs.config import load_config
 from meristem.train.loss import cross_entropy
 
 N_TOKENS = 4096
-"""Tokens of one step: longer windows mean fewer rows, down to one."""
+"""Tokens of one step: longer sequences mean fewer rows, down to one."""
 
 
 def models(n_repeats: int) -> Iterator[Row]:
-    """Training tokens/s of titans-mag over those of a full-attention transformer of its width and depth, by window."""
+    """Training tokens/s of titans-mag over those of a full-attention transformer of its width and depth, by sequence
+    length."""
     config = load_config("titans-mag").tree
     ours = build(config.model, config.memory, 256, 0)
     part = config.model.model_copy(update={"mixer": "attention", "sliding_window": None})
@@ -36,12 +37,12 @@ def models(n_repeats: int) -> Iterator[Row]:
         target = 0.45 if n_time == 512 else None
         yield Row(f"titans-mag over transformer, T = {n_time}", ratio, "x", target, note=note)
         crossing = crossing or (n_time if ratio >= 1 else None)
-    note = "first window at which titans-mag trains faster"
+    note = "first sequence length at which titans-mag trains faster"
     yield Row("crossing", crossing, "tokens", 4096, "<=", note)
 
 
 def growth(n_repeats: int) -> Iterator[Row]:
-    """Peak bytes of a training step of titans-mag, by window: they must not grow faster than the window."""
+    """Peak bytes of a training step of titans-mag, by sequence length: they must not grow faster."""
     config = load_config("titans-mag").tree
     model = build(config.model, config.memory, 256, 0)
     peaks = {n_time: peak_bytes(_step(model, n_time, batch=1)) for n_time in (512, 1024, 2048, 4096)}

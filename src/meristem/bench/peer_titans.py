@@ -3,7 +3,7 @@
     python peer_titans.py titans CHUNK DEPTH THREADS
     python peer_titans.py gated_delta WIDTH IS_COMPILED THREADS
 
-makes one training step, prints ``ready PEAK_BYTES``, and then answers every line on stdin with the seconds of one such
+makes one training step, prints ``ready PEAK_BYTES``, and then, for every line on stdin, the seconds of one such
 step. It imports nothing of meristem.
 """
 

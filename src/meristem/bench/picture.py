@@ -13,7 +13,7 @@ COLOURS: Final = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564
 
 
 def plot_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
-    """Write training tokens a second as bars, a group for each rule, a panel for each width and window, as a PNG.
+    """Write training tokens a second as bars, a group for each rule, a panel for each width and length, as a PNG.
 
     figures: those of the rows of a benchmark; those that are no training speed of a rule are passed over.
     """
@@ -26,7 +26,7 @@ def plot_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
     figure = empty_figure(path, 1.5 + 6.5 * len(panels), height)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         _draw_panel(axes, [found for found in bars if (found["width"], found["n_time"]) == panel], n_forms, colours)
-        axes.set_title(f"width {panel[0]}, windows of {panel[1]:,} tokens", fontsize="medium")
+        axes.set_title(f"width {panel[0]}, sequences of {panel[1]:,} tokens", fontsize="medium")
     handles = [figure.axes[0].barh([0], [0], color=colour, label=form) for form, colour in colours.items()]
     figure.legend(
         handles=handles, loc="outside upper center", ncols=min(len(colours), 5 * len(panels)), fontsize="small"
@@ -60,7 +60,7 @@ def plot_ablation(path: Path, found: Mapping[str, Sequence[Figures]]) -> None:
 def _draw_panel(
     axes: Any, bars: Sequence[Mapping[str, Any]], n_forms: Mapping[str, int], colours: Mapping[str, str]
 ) -> None:
-    """The bars of one width and window; every rule has its place, whether all its forms were measured or not."""
+    """The bars of one width and length; every rule has its place, whether all its forms were measured or not."""
     place, ticks = 0.0, []
     for rule, n in n_forms.items():
         own = sorted((found for found in bars if found["rule"] == rule), key=lambda found: str(found["form"]))

@@ -1,8 +1,8 @@
 """Every rule in every form that takes it, as a layer: how fast it reads and trains, what it holds, what it leaves.
 
-One row a pair, all forms of a rule in turns. ``scan`` is slow, so the table runs it over a short window: its seconds
-and matrix products are scaled to the window asked for, its peak is continued from two short windows. Where other forms
-are held against it, it runs the whole window.
+One row a pair, all forms of a rule interleaved. ``scan`` is slow, so the table runs it over a short sequence: its
+seconds and matrix products are scaled to the given length, its peak is extrapolated from two short ones. Where other
+forms are compared with it, it runs the whole sequence.
 """
 
 import statistics
@@ -29,14 +29,14 @@ SCANNED: Final = 64
 """Tokens that ``scan`` is measured over."""
 
 LONGEST: Final = {"associative": 512}
-"""Windows beyond which a form is not run: this one holds a matrix per token."""
+"""Lengths beyond which a form is not run: this one holds a matrix per token."""
 
 COMPARED: Final = 1024
-"""The window in which a form is held against ``scan``, and the number of times it has to train faster."""
+"""The length at which a form is compared with ``scan``, and the number of times it has to train faster."""
 ASKED: Final = 10.0
 
 MOST_S: Final = 2.0
-"""Seconds for the turns of one rule in one window: slow rules take fewer turns."""
+"""Seconds for the turns of one rule at one length: slow rules take fewer turns."""
 
 LIMIT_SIZE: Final = 2048
 """Rows and columns of the matrices whose product is taken for the limit of the machine."""
@@ -90,7 +90,7 @@ def speeds(
 
 
 def matrix_limit(n_repeats: int) -> float:
-    """Operations a second of one large float32 matrix product: more than any rule can reach."""
+    """Operations a second of one large float32 matrix product: more than any rule can attain."""
     left, right = torch.rand(2, LIMIT_SIZE, LIMIT_SIZE)
     once = timed(lambda: torch.mm(left, right))
     once()
@@ -162,7 +162,7 @@ def _skipped(rule: str, form: str, name: str, unit: str) -> Row:
 
 
 class _Window:
-    """A memory layer with text to read; a gradient is asked of the text too, as inside a model."""
+    """A memory layer with text to read; the text needs a gradient too, as inside a model."""
 
     def __init__(self, rule: str, form: str, width: int, n_time: int) -> None:
         torch.manual_seed(0)
@@ -187,7 +187,7 @@ class _Window:
 
 
 def _peak(window: _Window, n_time: int) -> int:
-    """Peak bytes of a training step over ``n_time`` tokens, by the line through a shorter window and half of it."""
+    """Peak bytes of a training step over ``n_time`` tokens, by the line through a shorter length and half of it."""
     there = peak_bytes(window.train)
     if window.n_time == n_time:
         return there
@@ -198,9 +198,10 @@ def _peak(window: _Window, n_time: int) -> int:
 
 
 def _in_turns(candidates: Mapping[str, Timed], n_repeats: int) -> tuple[dict[str, float], int]:
-    """Median seconds of every candidate, and of how many turns: as many as asked for, or as there is time for.
+    """Median seconds of every candidate, and of how many turns: as many as given, or as there is time for.
 
-    The first turn warms up and tells how long one takes; where there is time for no other, it is the one that counts.
+    The first turn warms up and measures how long one takes; where there is time for no other, it is the one that
+    counts.
     """
 
     def turn() -> dict[str, float]:

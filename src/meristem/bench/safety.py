@@ -20,7 +20,8 @@ N_STEPS: Final = 100
 
 
 def safety(n_repeats: int) -> Iterator[Row]:
-    """The default preset, as it trains: seconds in the shelter over seconds of steps, and what a save takes of them."""
+    """The default preset, as it trains: seconds in ``Recovery`` over seconds of steps, and what a save takes of
+    them."""
     config = load_config("titans-mag", [f"train.steps={(n_repeats + 1) * N_STEPS}", "train.max_time=null"]).tree
     shares, saves, copies = [], [], []
     with (
@@ -45,7 +46,7 @@ def safety(n_repeats: int) -> Iterator[Row]:
                     copies.append(_seconds(partial(recovery.snapshot, "interval")))
                 watched_s = step_s = 0.0
     share, save, copy = statistics.median(shares), statistics.median(saves), statistics.median(copies)
-    note = f"one snapshot in {N_STEPS} steps; each step watched"
+    note = f"one snapshot in {N_STEPS} steps; each step checked"
     yield Row("guard, events and snapshots, share of the steps", 100 * share, "%", 3.0, "<=", note)
     yield Row("training waits for a save", 1e3 * save, "ms", note=f"a snapshot alone takes {1e3 * copy:.1f} ms")
     every_s = config.checkpoint.every_s or 60.0

@@ -1,4 +1,4 @@
-"""How long a run waits for a snapshot in memory and for the way back, beside one plain copy of as many bytes."""
+"""How long a run waits for a snapshot in memory and for a restore, beside one plain copy of as many bytes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Final
@@ -18,7 +18,7 @@ DEADLINE_MS: Final = 500.0
 
 
 def snapshots(n_repeats: int) -> Iterator[Row]:
-    """Milliseconds of first touch, snapshot and restore, and the share of the machine's copy bandwidth they reach."""
+    """Milliseconds of first touch, snapshot and restore, and the share of the machine's copy bandwidth they attain."""
     size_bytes = 3 * 4 * N_LAYERS * WIDTH * (HIDDEN + 1)
     free_bytes = available_bytes()
     if free_bytes < 5 * size_bytes:

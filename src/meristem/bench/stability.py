@@ -27,7 +27,7 @@ ENOUGH: Final = 0.8
 
 VOCABULARY: Final = 17
 PERIODS: Final = (1, 2, 4, 8)
-"""Short, so that the slowest level writes in every window."""
+"""Short, so that the slowest level writes in every sequence."""
 
 SIZES: Final = {"dim": 8, "n_layers": 1, "n_heads": 2, "mlp_dim": 16}
 LENGTH: Final = 16

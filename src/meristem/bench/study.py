@@ -56,7 +56,7 @@ def write(out: Path, config: AblationConfig, planned: Sequence[Trial], done: Map
     length = f"{tokens:,} tokens" if tokens else f"{planned[0].config.train.steps:,} steps"
     title = [
         f"Written by `meristem bench ablation` on {datetime.now(UTC):%Y-%m-%d}: the text `{data.source}`, {length} in "
-        f"windows of {data.seq_len}, random seeds {', '.join(map(str, config.seeds))}, one thread of "
+        f"sequences of {data.seq_len}, random seeds {', '.join(map(str, config.seeds))}, one thread of "
         f"{found['hardware']['cpu']} for each run."
     ]
     picture = out.with_suffix(".png")

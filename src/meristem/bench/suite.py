@@ -1,4 +1,4 @@
-"""Which figures there are, and how they are asked for."""
+"""Which figures there are, and how they are selected."""
 
 from collections.abc import Callable, Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""Small language models as they are trained and as they speak: presets at any width, candidates for ``medians``."""
+"""Small language models as they are trained and as they decode: presets at any width, candidates for ``medians``."""
 
 from collections.abc import Callable
 from typing import Final
@@ -15,7 +15,7 @@ from meristem.train.loss import cross_entropy
 
 VOCABULARY: Final = 256
 N_TIME: Final = 512
-"""Tokens of a window."""
+"""Tokens of a sequence."""
 
 
 def sized(preset: str, width: int, *overrides: str) -> Config:
@@ -24,7 +24,7 @@ def sized(preset: str, width: int, *overrides: str) -> Config:
 
 
 def training_step(config: Config, batch: int) -> Callable[[], object]:
-    """One whole step on ``batch`` windows: forward, loss, backward, clipping and the optimizer, as ``train.loop``."""
+    """One whole step on ``batch`` sequences: forward, loss, backward, clipping and the optimizer, as ``train.loop``."""
     model = build(config.model, config.memory, VOCABULARY, 0)
     optimizer = build_optimizer(model, config.optim)
     tokens_bt = torch.randint(VOCABULARY, (batch, N_TIME + 1), generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def training_step(config: Config, batch: int) -> Callable[[], object]:
 
 
 def decoding(config: Config, n_tokens: int, *, is_compiled: bool = False) -> Callable[[], object]:
-    """So many tokens, each chosen from what the one before was answered, memories written; every call goes on."""
+    """So many tokens, each chosen from the prediction after the one before, memories written; every call goes on."""
     model = build(config.model, config.memory, VOCABULARY, 0).eval()
     if is_compiled:
         model.compile()

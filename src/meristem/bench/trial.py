@@ -53,7 +53,7 @@ class Figures:
     """What was measured of a trained model.
 
     recall, chance: means over the tasks that fit, of right answers and of a guess. on, off: adaptation with the memory
-    written and with one that stands still, as ``evaluate.adaptation`` names the figures.
+    written and with a frozen one, as ``evaluate.adaptation`` names the figures.
     curve: tokens read, and bits per byte of held-out text there.
     """
 
@@ -99,7 +99,7 @@ class Outcome:
 def run_trial(trial: Trial) -> Outcome:
     """Train where the run stands, and measure it. What a person would see goes into ``<directory>.log``.
 
-    A run that could not be trained is an outcome as well. Raises KeyboardInterrupt where it was asked to stop.
+    A run that could not be trained is an outcome as well. Raises KeyboardInterrupt where it was interrupted.
     """
     trial.directory.parent.mkdir(parents=True, exist_ok=True)
     with trial.directory.with_suffix(".log").open("a", encoding="utf-8") as log:

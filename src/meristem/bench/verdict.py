@@ -14,7 +14,7 @@ CLEAR: Final = 2.0
 """A difference of fewer standard errors than this is called none."""
 
 NEAR_CHANCE: Final = 0.02
-"""Where no variant is right this much more often than a guess, recall tells nothing about it."""
+"""Where no variant is right this much more often than a guess, recall says nothing about it."""
 
 GAIN: Final = "gain_bits_per_byte"
 
@@ -43,7 +43,7 @@ def unpaired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Of two readings by the same models: the deviation of their differences."""
+    """Of two passes by the same models: the deviation of their differences."""
     apart = [a - b for a, b in zip(ours, theirs, strict=True)]
     error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
     return Difference(statistics.fmean(apart), error)
@@ -100,7 +100,7 @@ def page(
     """The whole document. title: lines on where, when and on what this was measured."""
     drawn = [f"![Bits per byte over the tokens read, and at the end]({picture})", ""] if picture else []
     lines = [
-        "# What each part of a model is worth",
+        "# What each component of a model is worth",
         "",
         *title,
         "",
@@ -112,8 +112,8 @@ def page(
         "",
         *drawn,
         "**Bits per byte** of held-out text; less is better. **Gain in the second half**: bits per byte by which the "
-        f"second half of a held-out document (its first {N_WINDOWS} windows) costs less than its first half; what "
-        "counts is how much more that is with the memory on than with one that stands still, for texts may become "
+        f"second half of a held-out document (its first {N_WINDOWS} sequences) costs less than its first half; what "
+        "counts is how much more that is with the memory on than with a frozen one, for texts may become "
         "easier by themselves. **Recall** is the mean over generated tasks. **State** is what one session carries.",
         "",
         "## What has an effect, and what has none",
@@ -146,7 +146,7 @@ def _while_reading(name: str, found: Sequence[Figures]) -> str:
         return f"`{name}`: it reads the same whether its memory is on or off; nothing of it is written while it reads."
     more = paired([f.on[GAIN] for f in found], [f.off[GAIN] for f in found])
     again = statistics.fmean(f.on["again_reset_bits_per_byte"] - f.on["again_kept_bits_per_byte"] for f in found)
-    second = f"A second reading with the memory kept costs {again:+.4f} bits per byte less than one with it reset."
+    second = f"A second pass with the memory carried over costs {again:+.4f} bits per byte less than one with it reset."
     if more.error is None:
         said = f"{more} bits per byte, of a single start; whether that is an effect cannot be said."
     elif not more.is_clear:

@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except (BrokenPipeError, SystemExit) as ended:  # typer makes the second of the first
-        if isinstance(ended, SystemExit) and not ended.code:  # what a shell asked for was told
+        if isinstance(ended, SystemExit) and not ended.code:  # the completion of a shell
             return 0
         sys.stdout, sys.stderr = streams
         return answer.NOBODY_READS
@@ -88,7 +88,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # Every byte of a pipe reaches the tokenizer as it is, a carriage return and half a character too.
+        # Every byte of a pipe goes to the tokenizer unchanged, a carriage return and half a character too.
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
     code = run(sys.argv[1:])
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):

@@ -1,6 +1,6 @@
-"""How a verb speaks: words and tables on a terminal, JSON under ``--json``, errors in one place.
+"""How a verb prints: words and tables on a terminal, JSON under ``--json``, errors in one place.
 
-stdout carries the answer and nothing else; whatever is said about the way there goes to stderr.
+stdout has the result and nothing else; all messages go to stderr.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""`meristem bench`: how fast it is here and what its parts are worth, each figure measured against another."""
+"""`meristem bench`: how fast it is here and what its components are worth, each figure measured against another."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ Picture = Annotated[
 
 @app.callback(invoke_without_command=True)
 def bench(context: typer.Context) -> None:
-    """Measure speeds on this machine, and what the parts of a model are worth. Alone it measures all speeds."""
+    """Measure speeds on this machine, and what the components of a model are worth. Alone it measures all speeds."""
     if context.invoked_subcommand is None:
         everything()
 
@@ -68,7 +68,7 @@ def memory(
 
     It ends with a table of every rule in every form that takes it: tokens/s of training and reading, bytes of state and
     peak, the share of the machine's matrix products, and how much faster than by its scan it trains. At one width and
-    one window it takes a few minutes.
+    one length it takes a few minutes.
 
     \b
     Examples:
@@ -120,7 +120,8 @@ def ablation(
     """Train variants of one size on the same tokens from several starts, and write what each is worth.
 
     The page gives bits per byte, recall, adaptation, tokens/s and bytes of a session, and says in plain words what has
-    an effect and what has none. What was measured goes into the JSON beside it: asked again, only what is missing runs.
+    an effect and what has none. What was measured goes into the JSON beside it: run again, it measures only what is
+    missing.
 
     \b
     Examples:
@@ -180,7 +181,7 @@ def _speeds(
     picture: Path | None = None,
 ) -> None:
     """The rows of these sections as they are measured, then all in one line."""
-    # torch's profiler, which sees the peaks, writes a line to stderr whenever it starts and stops, unless told before.
+    # torch's profiler, which sees the peaks, writes a line to stderr whenever it starts and stops, unless set before.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from meristem.bench.suite import measure, to_json
     from meristem.checkpoint.atomic import require_replaceable

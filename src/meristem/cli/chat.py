@@ -32,7 +32,7 @@ What you type is read by the model and changes its memory; then the model writes
 
 @dataclass
 class _Talk:
-    """The sessions of one chat, and the one that is spoken to; ``exchanges`` holds the turn before each exchange."""
+    """The sessions of one chat, and the current one; ``exchanges`` holds the turn before each exchange."""
 
     sessions: dict[str, "Session"]
     exchanges: dict[str, list[int]]

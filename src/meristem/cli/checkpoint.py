@@ -1,4 +1,4 @@
-"""`meristem checkpoint`: look at checkpoints, compare, check and thin them out; no model is built for any of it."""
+"""`meristem checkpoint`: list checkpoints, compare, check and thin them out; no model is built for any of it."""
 
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,4 +1,4 @@
-"""What a shell offers when a word is half typed. Nothing heavy is imported: an answer must come at once."""
+"""What a shell offers when a word is half typed. Nothing heavy is imported: completion must be fast."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`meristem data`: prepare texts, look at what is prepared, try a tokenizer."""
+"""`meristem data`: prepare texts, list what is prepared, try a tokenizer."""
 
 import os
 import sys
@@ -15,8 +15,8 @@ from meristem.errors import DataError, ManifestMismatch
 if TYPE_CHECKING:
     from meristem.data.tokenizer import Tokenizer
 
-app = typer.Typer(help="Prepare texts, look at what is prepared, try a tokenizer.")
-tokenizer_app = typer.Typer(help="Look at a tokenizer and try it.")
+app = typer.Typer(help="Prepare texts, list what is prepared, try a tokenizer.")
+tokenizer_app = typer.Typer(help="Show a tokenizer and try it.")
 app.add_typer(tokenizer_app, name="tokenizer")
 
 CorpusPath = Annotated[Path, typer.Argument(metavar="CORPUS", help="A prepared corpus, as `data ls` shows it.")]
@@ -35,7 +35,7 @@ def prepare(
     ],
     as_json: Json = False,
 ) -> None:
-    """Read a text, divide it, turn it into tokens; what `meristem train` with the same words would read.
+    """Read a text, divide it, tokenize it; what `meristem train` with the same words would read.
 
     \b
     Examples:
@@ -135,7 +135,7 @@ def verify(corpus: CorpusPath, as_json: Json = False) -> None:
 
 @app.command()
 def stats(corpus: CorpusPath, as_json: Json = False) -> None:
-    """Count documents, tokens and bytes, and say how well each part of a corpus packs.
+    """Count documents, tokens and bytes, and say how well each split of a corpus packs.
 
     \b
     Example:
@@ -203,7 +203,7 @@ def encode(
     text: Annotated[str | None, typer.Argument(help="The text; stdin when left out.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a text into ids.
+    """Encode a text as ids.
 
     \b
     Example:
@@ -219,7 +219,7 @@ def decode(
     ids: Annotated[list[int], typer.Argument(metavar="ID", help="The ids.")],
     as_json: Json = False,
 ) -> None:
-    """Turn ids into a text.
+    """Decode ids into a text.
 
     \b
     Example:

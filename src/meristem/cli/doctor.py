@@ -17,7 +17,7 @@ from meristem.errors import CapabilityError
 
 
 class Item(NamedTuple):
-    """One thing that was looked at: fit, fit with a drawback, or in the way."""
+    """One thing that was checked: fit, fit with a drawback, or in the way."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -41,7 +41,7 @@ def doctor(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Look at this machine: Python, torch, devices, room, extras, plugins. Exit code 1 when something is in the way.
+    """Check this machine: Python, torch, devices, room, extras, plugins. Exit code 1 when something is in the way.
 
     With --drill, cause a fault on purpose in a temporary directory; exit code 1 when the outcome is not the expected.
 

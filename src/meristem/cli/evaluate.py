@@ -20,7 +20,7 @@ VERSION: Final = "1"
 """Of the metrics: another number means that older figures do not compare."""
 
 N_WINDOWS: Final = 128
-"""Of each task of recall, unless asked otherwise."""
+"""Of each task of recall, unless given."""
 
 SMALLER_IS_BETTER: Final = ("nats", "perplexity", "bits_per_byte")
 """How the names of metrics end of which less is better; of a gain, as of an accuracy, more is."""
@@ -49,7 +49,7 @@ def evaluate(
             "--max-windows",
             min=1,
             max=1_000_000,
-            help=f"Windows to read; by default the whole held-out text, or {N_WINDOWS} of each task of recall. "
+            help=f"Sequences to read; by default the whole held-out text, or {N_WINDOWS} of each task of recall. "
             "Documents of adaptation; by default 32.",
             show_default=False,
         ),
@@ -66,10 +66,10 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: how well it predicts held-out text, what it recalls, or what it gains by reading.
 
-    likelihood gives nats per token, perplexity and bits per byte. recall asks for random ids that stood earlier in the
-    window (values of keys, a copied sequence, a needle at a distance), as far as data.seq_len and the vocabulary reach,
-    and gives the share of right answers and nats per answer. adaptation reads the beginnings of long documents, four
-    windows each: the second half against the first, and all of it a second time with the memory kept or reset.
+    likelihood gives nats per token, perplexity and bits per byte. recall tests random ids that stood earlier in the
+    window (values of keys, a copied sequence, a needle at a distance), as far as data.seq_len and the vocabulary allow,
+    and gives the share of right predictions and their nats. adaptation reads the beginnings of long documents, four
+    windows each: the second half against the first, and all of it a second time with the memory carried over or reset.
 
     \b
     Examples:
@@ -134,7 +134,7 @@ class _Loaded:
 
 
 def _likelihood(loaded: _Loaded, learn: Learn | None, max_windows: int | None) -> list[dict[str, Any]]:
-    """One task: every window from a fresh memory."""
+    """One task: every sequence from a fresh memory."""
     from meristem.evaluate.likelihood import likelihood
 
     config, how = loaded.config, loaded.reading(learn or "memory", loaded.config.eval.batch_size)

@@ -12,7 +12,7 @@ from meristem.cli import complete
 from meristem.cli.answer import Json, answer, columns, pairs, tell
 from meristem.errors import MeristemError, RunError
 
-app = typer.Typer(help="List runs, look at them, compare them, export their metrics.")
+app = typer.Typer(help="List runs, show them, compare them, export their metrics.")
 Run = Annotated[
     Path,
     typer.Argument(
@@ -74,7 +74,7 @@ def _last_step(run: Path) -> int | None:
 
 @app.command()
 def show(run: Run, as_json: Json = False) -> None:
-    """Print the manifest of a run, its last metrics, its emergency level and how often it went back.
+    """Print the manifest of a run, its last metrics, its emergency level and its number of rollbacks.
 
     \b
     Example:

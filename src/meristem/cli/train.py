@@ -26,7 +26,7 @@ def train(
         Path | None, typer.Option("--run-dir", help="Where the run is written; by default one under run.dir.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and stop, as `meristem plan` does.")] = False,
-    no_plan: Annotated[bool, typer.Option("--no-plan", help="Start without asking first whether it can work.")] = False,
+    no_plan: Annotated[bool, typer.Option("--no-plan", help="Start without a check whether it can work.")] = False,
     n_processes: Annotated[
         int, typer.Option("--nproc", min=1, help="Processes on this machine that share each batch.")
     ] = 1,
@@ -54,7 +54,7 @@ def train(
 
 
 def _trained(config: "Config", run_dir: Path | None, resume: str, *, no_plan: bool, as_json: bool) -> int:
-    """Train in this process, which may be one of several; of these the first speaks for all."""
+    """Train in this process, which may be one of several; of these only the first prints."""
     from dataclasses import asdict
 
     from meristem.distributed.world import launched_rank, recorded_errors

@@ -1,4 +1,4 @@
-"""Configuration: the base of every part, the layers of a tree, and its text."""
+"""Configuration: the base of every section, the layers of a tree, and its text."""
 
 from meristem.config.layers import Loaded, is_preset, load, preset_names, schema, size_names, sized, sources
 from meristem.config.section import ConfigSection

@@ -270,7 +270,7 @@ def _say(layer: Layer, root: type[ConfigSection], path: str, text: str, where: s
 
 
 def _replace(root: type[ConfigSection], layer: Layer) -> None:
-    """Make null in a layer what its keys stand in for (``Part.replaces``) and it does not set itself."""
+    """Make null in a layer what its keys stand in for (``ConfigSection.replaces``) and it does not set itself."""
     for path, value in list(layer.settings.items()):
         section, _, name = path.rpartition(".")
         parts = [kind for kind in kinds_of(root, section) if isinstance(kind, type) and issubclass(kind, ConfigSection)]

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a tree, told to a person: path, value, accepted, nearest, layer."""
+"""What pydantic found wrong with a tree, as a message: path, value, accepted, nearest, layer."""
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping

@@ -1,1 +1,1 @@
-"""From a text to batches: sources, tokenizers, prepared corpora, windows and the stream of batches."""
+"""From a text to batches: sources, tokenizers, prepared corpora, sequences and the stream of batches."""

@@ -24,7 +24,7 @@ class TokenizerConfig(ConfigSection):
 
 
 class DataConfig(ConfigSection):
-    """The text, its division, and the order in which windows are visited."""
+    """The text, its division, and the order in which sequences are read."""
 
     outside_identity: ClassVar = frozenset({"root", "download", "mirror"})
 
@@ -49,27 +49,27 @@ class DataConfig(ConfigSection):
     validation: float = Field(default=0.1, ge=0, lt=1, description="share of the documents held out")
     seq_len: int = Field(default=512, ge=1, description="tokens of one batch row")
     stride: int | None = Field(
-        default=None, ge=1, description="tokens between window starts; null: the window, or 1 when order is random"
+        default=None, ge=1, description="tokens between sequence starts; null: data.seq_len, or 1 when order is random"
     )
     batch_size: int = Field(default=8, ge=1, description="rows of a batch")
     order: Order = Field(
         default="shuffled",
-        description="shuffled: each window once per epoch; sequential: each row reads on; random: with replacement",
+        description="shuffled: each sequence once per epoch; sequential: each row reads on; random: with replacement",
     )
     documents: Documents = Field(
-        default="join", description="join: windows run on over the ends of documents; within: they never do"
+        default="join", description="join: sequences run on over the ends of documents; within: they never do"
     )
 
     @model_validator(mode="after")
     def _reads_on(self) -> Self:
         if self.order == "sequential" and self.documents == "within":
             raise ConflictingKeys(
-                "data.order=sequential carries a memory on from window to window, also over the end of a document; "
+                "data.order=sequential carries a memory on from sequence to sequence, also over the end of a document; "
                 "data.documents=within forbids that. Set data.documents=join, or data.order=shuffled."
             )
         if self.order == "sequential" and self.stride not in (None, self.seq_len):
             raise ConflictingKeys(
-                f"data.order=sequential reads every token once: its stride is the window, {self.seq_len}, "
+                f"data.order=sequential reads every token once: its stride is data.seq_len, {self.seq_len}, "
                 f"not {self.stride}. Leave data.stride out, or set data.order=shuffled."
             )
         return self

@@ -1,4 +1,4 @@
-"""Registered texts: fetched only when told to, and never used unless their hash is the registered one."""
+"""Registered texts: fetched only on request, and never used unless their hash is the registered one."""
 
 import hashlib
 import http.client
@@ -107,14 +107,14 @@ def _portions(url: str, entry: Registered) -> Iterator[bytes]:
             while portion := answer.read(_PORTION):
                 yield portion
     except urllib.error.HTTPError as cause:
-        raise _not_fetched(url, f"the server answered {cause.code} {cause.reason}", entry) from cause
+        raise _not_fetched(url, f"the server returned {cause.code} {cause.reason}", entry) from cause
     except (OSError, http.client.HTTPException) as cause:
         raise _not_fetched(url, f"{getattr(cause, 'reason', None) or cause}", entry) from cause
 
 
 def _not_fetched(url: str, found: str, entry: Registered) -> DataError:
     return DataError(
-        f"cannot fetch {url}: {found}. Nothing was kept. Try again, set data.mirror to a server that has {entry.file}, "
+        f"cannot fetch {url}: {found}. Nothing was saved. Retry, set data.mirror to a server that has {entry.file}, "
         f"or put the file in place yourself.",
         url=url,
         found=found,

@@ -54,7 +54,7 @@ def read(path: Path) -> bytes:
 
 
 class Numbers:
-    """Whole numbers in a file, each read when it is asked for.
+    """Whole numbers in a file, each read on access.
 
     They are not mapped. Where a mapped file is cut, whoever touches what is gone is killed by a signal that Python
     cannot catch, and no check before can rule that out; a read just comes back short, which is FileChanged.

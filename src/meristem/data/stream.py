@@ -58,11 +58,11 @@ class Stream:
     """The batches of a split, without end.
 
     batch: rows of a batch, those of all processes together (``share``).
-    stride: tokens between window starts; None for the window, or for 1 when order is random.
-    order: ``shuffled`` visits every window once per epoch; ``random`` draws with replacement; ``sequential`` lets each
+    stride: tokens between sequence starts; None for ``window``, or for 1 when order is random.
+    order: ``shuffled`` reads every sequence once per epoch; ``random`` draws with replacement; ``sequential`` lets each
     row read on through its own contiguous part and start over at its end, the part moved by some windows from epoch
     to epoch where the rows do not share the text evenly.
-    documents: ``join`` lets windows run over the ends of documents, ``within`` does not.
+    documents: ``join`` lets sequences run over the ends of documents, ``within`` does not.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Stream:
             raise _too_short(corpus, split, window, int(np.diff(spans.reshape(-1, 2)).max()))
         if order == "sequential" and self.n_windows < batch:
             raise CorpusTooShort(
-                f"corpus '{corpus.name}' has {self.n_windows} windows of {window} tokens in split '{split}'; "
+                f"corpus '{corpus.name}' has {self.n_windows} sequences of {window} tokens in split '{split}'; "
                 f"data.order=sequential needs one for each of {batch} rows. "
                 f"Add text, or set data.batch_size to {self.n_windows} or less.",
                 found=self.n_windows,
@@ -104,7 +104,7 @@ class Stream:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches until every window was seen once; the last may reach into the next epoch."""
+        """Batches until every sequence was read once; the last may reach into the next epoch."""
         if self._order == "sequential":
             return self.n_windows // self._batch
         return -(-self.n_windows // self._batch)
@@ -175,7 +175,7 @@ class Stream:
         if largest >= n_known:
             raise ManifestMismatch(
                 f"corpus '{self._corpus.name}' gave the id {largest}, and its tokenizer has {n_known} entries: its "
-                f"files were read wrongly. Look at the disk, prepare the text again and resume the run.",
+                f"files were read wrongly. Check the disk, prepare the text again and resume the run.",
                 path=str(self._corpus.path),
                 found=largest,
                 expected=n_known,
@@ -234,7 +234,7 @@ def held_out(corpus: Corpus, split: str, *, window: int, batch: int, max_windows
 def _too_short(corpus: Corpus, split: str, window: int, longest: int) -> CorpusTooShort:
     hint = f", or set data.seq_len to {longest - 1} or less" if longest > 1 else ""
     return CorpusTooShort(
-        f"corpus '{corpus.name}' holds {longest} tokens in the longest run of split '{split}'; a window of {window} "
+        f"corpus '{corpus.name}' holds {longest} tokens in the longest run of split '{split}'; a sequence of {window} "
         f"needs at least {window + 1}. Add text{hint}.",
         found=longest,
         expected=window + 1,

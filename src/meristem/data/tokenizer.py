@@ -130,10 +130,10 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[bytes]) -> Tokenizer:
-    """The tokenizer that ``part`` asks for, learned from ``texts`` where it learns: same texts, same file.
+    """The tokenizer of ``config``, learned from ``texts`` where it learns: same texts, same file.
 
     Byte pairs (Sennrich et al. 2016) start from all 256 bytes, so no text is unknown. A short text gives fewer
-    entries than ``part.vocab_size``.
+    entries than ``config.vocab_size``.
     """
     if config.kind == "byte":
         return byte_tokenizer()

@@ -1,4 +1,4 @@
-"""Windows of a token sequence by number, and a keyed order of them that needs no shuffled copy."""
+"""Sequences of a corpus by number, and a keyed order of them that needs no shuffled copy."""
 
 import hashlib
 from collections.abc import Sequence

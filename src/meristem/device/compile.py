@@ -12,7 +12,7 @@ from meristem.events import Emit, Event
 
 
 def compile_blocks(model: nn.Module, config: DeviceConfig, device: torch.device, emit: Emit) -> None:
-    """Compile each block that ``model.blocks`` lists, if ``config`` asks for it. Parameters and their names stay.
+    """Compile each block that ``model.blocks`` lists, if ``config`` says so. Parameters and their names stay.
 
     Equal blocks share one compilation; a whole model would be compiled anew for every change.
     """

@@ -15,7 +15,7 @@ class DeviceConfig(ConfigSection):
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     param_dtype: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="dtype in which parameters are kept; first memories, gates and an optimizer's moments stay fp32",
+        description="dtype in which parameters are stored; first memories, gates and an optimizer's moments stay fp32",
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="dtype of matrix products; fp16 brings a loss scale, and is what auto takes on older cards"
@@ -32,7 +32,7 @@ class DeviceConfig(ConfigSection):
     def _compute_is_no_finer(self) -> Self:
         if self.param_dtype == "bf16" and self.dtype in ("fp32", "fp16"):
             raise ValueError(
-                f"parameters kept in bf16 cannot be computed with in {self.dtype}; set compute to bf16 or auto, "
+                f"parameters stored in bf16 cannot be computed with in {self.dtype}; set compute to bf16 or auto, "
                 f"or parameters to fp32"
             )
         return self

@@ -1,4 +1,4 @@
-"""What a run says when its device stops answering."""
+"""What a run says when its device stops responding."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def answering(device: torch.device) -> Iterator[None]:
     except torch.AcceleratorError as cause:
         reason = str(cause).splitlines()[0] if str(cause) else "no reason given"
         raise DeviceLost(
-            f"{device} stopped answering: {reason}. What was saved before is whole: see that the device works "
+            f"{device} stopped responding: {reason}. What was saved before is whole: see that the device works "
             "(`meristem doctor`), then give the same command again, or choose another device.device; the run goes on "
             "from its last checkpoint.",
             device=str(device),

@@ -50,8 +50,8 @@ def restore_random_state(
 ) -> None:
     """Put all global generators back where ``random_state`` found them; that of an accelerator into ``device``.
 
-    A generator of which nothing was kept stays as it is. The state of an accelerator of another type is left out, as
-    the event ``degraded``: a run may go on elsewhere. Up to e97c871 the states of all GPUs were kept, by number; the
+    A generator of which nothing was saved stays as it is. The state of an accelerator of another type is left out, as
+    the event ``degraded``: a run may go on elsewhere. Up to e97c871 the states of all GPUs were saved, by number; the
     own one is taken, or the first where there were fewer.
     """
     python, numpy_state = values.get("python"), values.get("numpy")

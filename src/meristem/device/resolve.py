@@ -46,7 +46,7 @@ class Device:
 
 
 def resolve(config: DeviceConfig, emit: Emit) -> Device:
-    """The device and dtypes that ``part`` asks for, probed. The choice is the event ``capability.chosen``."""
+    """The device and dtypes of ``config``, probed. The choice is the event ``capability.chosen``."""
     # Torch counts the processors of the machine; more threads than a quota allows wait for each other, stopped in turn.
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), n_cpus()))
     name = available()[0] if config.device == "auto" else _present(config.device)
@@ -58,7 +58,7 @@ def resolve(config: DeviceConfig, emit: Emit) -> Device:
     if config.dtype == "auto":
         compute, why = _best_compute(device, parameters)
     else:
-        compute, why = DTYPES[config.dtype], "asked for"
+        compute, why = DTYPES[config.dtype], "configured"
     probe(device, parameters, compute)
     keeps_memory = device.type == "cpu" and keep_freed_memory()
     chosen = {"device": name, "param_dtype": NAMES[parameters], "dtype": NAMES[compute], "why": why}
@@ -105,7 +105,7 @@ def _present(name: str) -> str:
 def _best_compute(device: torch.device, parameters: torch.dtype) -> tuple[torch.dtype, str]:
     """The dtype of matrix products that ``auto`` means here, and why."""
     if parameters == torch.bfloat16:
-        return torch.bfloat16, "parameters are kept in bf16"
+        return torch.bfloat16, "parameters are stored in bf16"
     if device.type == "mps":
         return torch.float32, "bf16 is not chosen unasked on mps"
     if device.type == "cpu":
@@ -138,7 +138,7 @@ def has_bf16(device: torch.device) -> bool:
 def bf16_gain() -> float:
     """How many times faster than in fp32 one thread multiplies bf16 matrices on this CPU; measured once, 20 ms.
 
-    The best of several turns is taken, and fp32 and bf16 take turns: a busy machine then slows both alike.
+    The best of several repetitions is taken, and fp32 and bf16 are interleaved: a busy machine then slows both alike.
     """
     factor = torch.linspace(-1, 1, 512 * 512).reshape(512, 512)
     best_s = {torch.float32: float("inf"), torch.bfloat16: float("inf")}

@@ -228,7 +228,7 @@ def torn_record(drill: Drill, place: Path) -> Seen:
     again = scene.run("run")
     cut = sorted(event["path"] for event in again.events("degraded") if event["what"] == "torn end cut off")
     checks = {
-        "the torn ends are cut off, which is told": cut == ["events.ndjson", "journal", "metrics.ndjson"],
+        "the torn ends are cut off, which is an event": cut == ["events.ndjson", "journal", "metrics.ndjson"],
         **goes_on(again, truth, LAST_SAVED),
     }
     return Seen(checks, {"cut": cut, "exit_code": again.exit_code})
@@ -300,7 +300,7 @@ DRILLS: Final = (
         "flipped-byte",
         "one bit of a file of the newest checkpoint is another",
         "goes on from the checkpoint before it",
-        "`checkpoint.skipped` names the file; look after the disk",
+        "`checkpoint.skipped` names the file; check the disk",
         0,
         damaged(flip),
     ),

@@ -23,7 +23,7 @@ class Drill:
 
     fault: what is broken. does: what the run does about it. user: what the user sees, and has to do.
     exit_code: that of the run which meets the fault; None where it is killed and has none.
-    act: breaks it, in a directory of its own, and looks.
+    act: breaks it, in a directory of its own, and checks.
     """
 
     name: str

@@ -140,7 +140,7 @@ def killed_while_saving(drill: Drill, place: Path) -> Seen:
     left = [path.name for path in (victim.run_dir / "checkpoints").glob(".step-*")]
     checks = {
         "the process was killed in the middle of a save": code == -signal.SIGKILL and len(half) == 1,
-        "the journal tells of it, and it is undone": undone == ["save"],
+        "the journal shows it, and it is undone": undone == ["save"],
         "the half checkpoint is gone": not left,
         "the run goes on from the checkpoint before it": half == [f".step-{resumed[0] + SAVED_EVERY:08d}.partial"],
         "the same command ends as an undisturbed run, to the bit": again.exit_code == 0 and again.is_same_as(truth),
@@ -161,8 +161,8 @@ def killed_in_rollback(drill: Drill, place: Path) -> Seen:
     checks = {
         "the process was killed in the middle of a rollback": code == -signal.SIGKILL
         and [record.kind for record in found] == ["rollback"],
-        "the journal tells of it, and it is undone": undone == ["rollback"],
-        "the run goes back again, as an undisturbed one does": n_back[0] == n_back[1] >= 1,
+        "the journal shows it, and it is undone": undone == ["rollback"],
+        "the run rolls back again, as an undisturbed one does": n_back[0] == n_back[1] >= 1,
         "the same command ends as an undisturbed run, to the bit": again.exit_code == 0 and again.is_same_as(truth),
     }
     return Seen(checks, {"rollbacks": n_back[1], "steps": again.n_steps()})
@@ -173,7 +173,7 @@ def die() -> None:
 
     def breaks(run: Run, job: Job) -> Job:
         def hook(*_: object) -> None:
-            # Among what the model reads without being taught is the probe that ends a rollback.
+            # Among what the model reads without training is the probe that ends a rollback.
             if not torch.is_grad_enabled():
                 open_ones = journal.uncommitted(journal.read(run.directory / "journal"))
                 if any(record.kind == "rollback" for record in open_ones):
@@ -253,7 +253,7 @@ class Screen:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """Nothing is buffered."""
 
     def isatty(self) -> bool:
         """Lines, and no live view."""
@@ -279,7 +279,7 @@ def listened_to(make: Callable[[threading.Event], Callable[[], None]], status: s
         checks = {
             "the run ends as an undisturbed one, to the bit": ended.exit_code == 0 and ended.is_same_as(truth),
             "it was met, and not waited for": screen.n_writes > 0 and seconds < PATIENCE_S / 2,
-            "an event tells of the sink, once": len(failed) == 1,
+            "one event names the sink": len(failed) == 1,
             f"the manifest says what became of it: {status}": found == [status],
         }
         return Seen(checks, {"seconds": round(seconds, 1), "failed": failed})
@@ -319,7 +319,7 @@ def jumping(jumps: Callable[[], datetime.timedelta]) -> Iterator[None]:
 
 
 def clock_jump(drill: Drill, place: Path) -> Seen:
-    """The clock of the system goes back by a day in the middle of a run, and later on by two."""
+    """The clock of the system jumps back by a day in the middle of a run, and later on by two."""
     scene = Scene.at(place)
     truth = scene.run("truth")
     progress = {"step": 0}
@@ -341,7 +341,7 @@ def clock_jump(drill: Drill, place: Path) -> Seen:
     n_back = sum(after < before for before, after in zip(times, times[1:], strict=False))
     last = newest(ended.run_dir / "checkpoints", silent)
     checks = {
-        "the clock went back, and the records show it": n_back == 1,
+        "the clock jumped back, and the records show it": n_back == 1,
         "the numbers of the records go on all the same": _rises([record["seq"] for record in recorded]),
         "the newest checkpoint is the last one": last is not None and last.step == N_STEPS,
         "the run ends as an undisturbed one, to the bit": ended.exit_code == 0 and ended.is_same_as(truth),
@@ -373,14 +373,14 @@ DRILLS: Final = (
     Drill(
         "killed-in-rollback",
         "the process is killed in the middle of a rollback",
-        "the next process undoes it, comes to the same place from the last checkpoint and goes back again",
+        "the next process undoes it, comes to the same place from the last checkpoint and rolls back again",
         "`journal.undone`; the same command goes on, to the bit",
         None,
         killed_in_rollback,
     ),
     Drill(
         "terminated",
-        "the process is asked to end (SIGTERM, Ctrl-C)",
+        "the process gets a signal to end (SIGTERM, Ctrl-C)",
         "ends after the step in progress, with a checkpoint of it",
         "the same command goes on, and no step is made twice",
         130,
@@ -390,7 +390,7 @@ DRILLS: Final = (
         "hanging-worker",
         "a call in another process never comes back",
         "kills that process at the deadline of the call, and starts another",
-        "`WorkerTimeout` says what was waited for; what asked decides",
+        "`WorkerTimeout` says what was waited for; the caller decides",
         None,
         hanging_worker,
     ),
@@ -412,7 +412,7 @@ DRILLS: Final = (
     ),
     Drill(
         "clock-jump",
-        "the clock of the system goes back by a day, and later on by two",
+        "the clock of the system jumps back by a day, and later on by two",
         "goes on: nothing is decided by that clock",
         "records are ordered by `seq`, whatever their times say; nothing to do",
         0,

@@ -51,7 +51,7 @@ SETTINGS: Final = (
     f"checkpoint.every={SAVED_EVERY}",
     "checkpoint.every_s=null",
 )
-"""A model with a memory that is carried from window to window, and nothing that hangs on the clock."""
+"""A model with a memory that is carried from sequence to sequence, and nothing that hangs on the clock."""
 
 MakeJob = Callable[[Run, Config, Checkpoint | None], Job]
 Break = Callable[[Run, Job], Job]
@@ -151,7 +151,7 @@ class Scene:
 
 
 def quiet() -> Console:
-    """A screen that nobody looks at."""
+    """A screen that nobody sees."""
     return Console(screen=rich.console.Console(file=io.StringIO()))
 
 

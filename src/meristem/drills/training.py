@@ -16,13 +16,13 @@ from meristem.runs.directory import Run
 from meristem.runs.resume import Job
 
 AT: Final = 14
-"""The step, counted from 1, in which things break: late enough for the guard to know what is usual."""
+"""The step, counted from 1, in which things break: late enough for the guard to have a baseline."""
 
 LONG: Final = 40
 """Steps of a run in which the loss has flattened before the text is corrupt."""
 
 STRETCH: Final = range(27, 33)
-"""The batches, counted from 0, of a stretch of corrupt text in such a run; the guard panics twice in it."""
+"""The batches, counted from 0, of a section of corrupt text in such a run; the guard panics twice in it."""
 
 ROUNDING: Final = 1e-5
 """Largest share by which losses differ after 24 steps when sums were made in another order."""
@@ -189,7 +189,7 @@ def bad_batch(drill: Drill, place: Path) -> Seen:
     usual = ended.value("safety")["guard"]["losses"]
     checks = {
         "the guard names that step": warned == [at + 1],
-        "its loss is none of those that count as usual": len(usual) == 12 and ended.losses()[at + 1] not in usual,
+        "its loss is not in the baseline": len(usual) == 12 and ended.losses()[at + 1] not in usual,
         "nothing is rolled back": not ended.events("rollback.done"),
     }
     return Seen(finishes(ended, LONG) | checks, events_of(ended))
@@ -205,7 +205,7 @@ def skipped(breaks: Break, n: int = 1) -> Callable[[Drill, Path], Seen]:
         bad = ended.events("loss.nonfinite")
         steps = [event["step"] for event in bad]
         checks = {
-            "each bad step is skipped, counted and told": [event["count"] for event in bad] == list(range(1, n + 1)),
+            "each bad step is skipped and counted": [event["count"] for event in bad] == list(range(1, n + 1)),
             "weights and moments stay in it, to the bit, and move in all others": [
                 step for step, has_moved in enumerate(moved, start=1) if not has_moved
             ]
@@ -219,14 +219,14 @@ def skipped(breaks: Break, n: int = 1) -> Callable[[Drill, Path], Seen]:
 
 
 def rolled_back(breaks: Break, *settings: str, to: int, tier: str) -> Callable[[Drill, Path], Seen]:
-    """Something after which the run has to go back to an earlier step."""
+    """Something after which the run has to roll back to an earlier step."""
 
     def act(drill: Drill, place: Path) -> Seen:
         ended = Scene.at(place).run("run", *settings, breaks=breaks)
         returns = ended.events("rollback.done")
         first = returns[0] if returns else {}
         checks = {
-            f"the run goes back to step {to}": first.get("resumed_from") == to,
+            f"the run rolls back to step {to}": first.get("resumed_from") == to,
             f"by the {tier} tier": first.get("tier") == tier,
             "and skips the text that it read since": "skipped_batches" in first.get("changed", {}),
         }
@@ -236,7 +236,7 @@ def rolled_back(breaks: Break, *settings: str, to: int, tier: str) -> Callable[[
 
 
 def spike(drill: Drill, place: Path) -> Seen:
-    """A stretch of corrupt text, with the guard and without."""
+    """A section of corrupt text, with the guard and without."""
     scene, steps = Scene.at(place), f"train.steps={LONG}"
     clean = scene.run("clean", steps).held_out_nats()
     ended = scene.run("run", steps, breaks=garble(STRETCH))
@@ -244,9 +244,9 @@ def spike(drill: Drill, place: Path) -> Seen:
     guarded, unguarded = ended.held_out_nats(), bare.held_out_nats()
     returns = ended.events("rollback.done")
     checks = {
-        "the guard panics, and the run goes back before the stretch": bool(returns)
+        "the guard panics, and the run rolls back before the section": bool(returns)
         and returns[0]["resumed_from"] <= STRETCH.start,
-        "a second time in a row with a lower rate": [event["in_row"] for event in returns] == [1, 2]
+        "a second time in a row with a lower learning rate": [event["in_row"] for event in returns] == [1, 2]
         and "rate_factor" in returns[1]["changed"],
         "it ends nearer to the clean run than one without a guard": guarded - clean < 0.5 * (unguarded - clean),
     }
@@ -317,7 +317,7 @@ DRILLS: Final = (
     Drill(
         "nan-data",
         "one batch is corrupt text",
-        "trains on; the guard warns and keeps the loss out of what counts as usual",
+        "trains on; the guard warns and keeps the loss out of the baseline",
         "`guard.verdict` in events.ndjson names the step; nothing to do",
         0,
         bad_batch,
@@ -333,7 +333,7 @@ DRILLS: Final = (
     Drill(
         "nan-loss-stays",
         "the loss of three steps in a row is no number",
-        "goes back to the last sound snapshot in memory and skips the text that was read since",
+        "rolls back to the last sound snapshot in memory and skips the text that was read since",
         "`rollback.done` says from where to where and what was changed; nothing to do",
         0,
         rolled_back(spoil_output(range(AT, AT + 3), not_a_number), to=12, tier="fast"),
@@ -348,23 +348,23 @@ DRILLS: Final = (
     ),
     Drill(
         "nan-weight",
-        "one weight turns into no number",
-        "skips the steps that follow, then goes back to the last sound snapshot in memory",
+        "one weight becomes NaN",
+        "skips the steps that follow, then rolls back to the last sound snapshot in memory",
         "`loss.nonfinite`, then `rollback.done`; nothing to do",
         0,
         rolled_back(spoil_weight(AT), to=12, tier="fast"),
     ),
     Drill(
         "nan-weight-saved",
-        "one weight turns into no number just before a checkpoint, and no snapshots are kept in memory",
-        "goes back past that checkpoint to the last one whose probe loss is a number",
+        "one weight becomes NaN just before a checkpoint, and no snapshots are kept in memory",
+        "rolls back past that checkpoint to the last one whose probe loss is a number",
         "`rollback.done` with the tier `full`; nothing to do",
         0,
         rolled_back(spoil_weight(12), "rollback.snapshots=0", to=8, tier="full"),
     ),
     Drill(
         "nan-memory",
-        "the memory that is carried to the next window turns into no number",
+        "the memory that is carried to the next sequence becomes NaN",
         "skips the next step, after which the memory begins afresh",
         "`loss.nonfinite` with a count; nothing to do",
         0,
@@ -372,16 +372,16 @@ DRILLS: Final = (
     ),
     Drill(
         "spike",
-        "a stretch of the text is corrupt",
-        "the guard panics; the run goes back before the stretch and skips it, a second time in a row with a lower rate",
-        "`guard.verdict` and `rollback.done`; look at the text that was skipped",
+        "a section of the text is corrupt",
+        "the guard panics; the run rolls back before it and skips it, the second time with a lower learning rate",
+        "`guard.verdict` and `rollback.done`; check the text that was skipped",
         0,
         spike,
     ),
     Drill(
         "out-of-memory-forward",
         "the device has no room in a forward pass",
-        "cuts batches into twice as many parts, by rows, from then on: the same gradient in smaller sums",
+        "cuts batches into twice as many micro-batches, by rows, from then on: the same gradient in smaller sums",
         "`batch.split`; nothing to do, or lower data.batch_size to be faster",
         0,
         split(spoil_output(range(AT, AT + 1), ask_too_much)),
@@ -389,7 +389,7 @@ DRILLS: Final = (
     Drill(
         "out-of-memory-backward",
         "the device has no room in a backward pass",
-        "throws away what was gathered and cuts batches into twice as many parts from then on",
+        "throws away what was gathered and cuts batches into twice as many micro-batches from then on",
         "`batch.split`; nothing to do, or lower data.batch_size to be faster",
         0,
         split(spoil_gradient(AT, ask_too_much)),
@@ -397,7 +397,7 @@ DRILLS: Final = (
     Drill(
         "out-of-memory-step",
         "the device has no room while weights are moved",
-        "puts the last snapshot back, cuts batches into twice as many parts and reads the same text again",
+        "puts the last snapshot back, cuts batches into twice as many micro-batches and reads the same text again",
         "`rollback.done` with the new n_micro_batches; nothing to do, or lower data.batch_size to be faster",
         0,
         split_after_step,

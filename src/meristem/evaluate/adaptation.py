@@ -1,7 +1,7 @@
-"""What a reader gains from what it has read: the second half of a document against the first, and a second reading.
+"""What a reader gains from what it has read: the second half of a document against the first, and a second pass.
 
-The second half of a text need not be as hard as its first. What a memory brings is therefore told by two readings of
-the same documents, one with the memory and one without (``models.online``).
+The second half of a text need not be as hard as its first. What a memory brings is therefore measured by two passes
+over the same documents, one with the memory and one without (``models.online``).
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from meristem.memory.state import State
 from meristem.shapes import Tokens
 
 N_WINDOWS: Final = 4
-"""Windows of training that a document holds, unless asked otherwise: what is remembered over their ends counts too."""
+"""Training sequences that a document holds, unless given: what is remembered over their ends counts too."""
 
 N_DOCUMENTS: Final = 32
-"""Documents that are read, unless asked otherwise."""
+"""Documents that are read, unless given."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def documents(corpus: Corpus, split: str, *, length: int, most: int | None = Non
         raise CorpusTooShort(
             f"no document of split '{split}' of corpus '{corpus.name}' holds {length + 1} tokens; the longest has "
             f"{longest}. Add longer documents, or set data.seq_len to {max(1, (longest - 1) // N_WINDOWS)} or less: "
-            f"{N_WINDOWS} windows of a document are read.",
+            f"{N_WINDOWS} sequences of a document are read.",
             found=longest,
             expected=length + 1,
         )
@@ -69,7 +69,7 @@ class Adaptation:
     """The same documents by halves, and read once more in the same session.
 
     first, second: of every document its first half and the rest, read from a fresh memory. Together they are the whole.
-    again: the whole once more, the memory kept. With the memory reset between, a second reading is the first one.
+    again: the whole once more, the memory carried over. With the memory reset between, a second pass is the first one.
     """
 
     first: Likelihood
@@ -82,7 +82,7 @@ class Adaptation:
 
     @property
     def whole(self) -> Likelihood:
-        """The first reading, and the second one of a reader whose memory is reset between."""
+        """The first pass, and the second one of a reader whose memory is reset between."""
         return self.first + self.second
 
     @property
@@ -133,7 +133,7 @@ def adaptation(reader: Reader, chosen: Documents, *, piece: int, batch: int, dev
 def _read(
     reader: Reader, tokens_bt: Tokens, state: State | None, how: tuple[int, Device, Loss]
 ) -> tuple[float, State | None]:
-    """Nats of all tokens but the first, which is read and not asked for, and the state after all but the last."""
+    """Nats of all tokens but the first, which is read and not predicted, and the state after all but the last."""
     piece, device, loss = how
     total: Any = 0.0
     for start in range(0, tokens_bt.shape[1] - 1, piece):

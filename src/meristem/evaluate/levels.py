@@ -21,11 +21,11 @@ from meristem.shapes import Tokens
 def level_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, dict[str, float]]:
     """Figures of every level of ``model`` after it has read ``tokens_bt`` from a fresh start; none without levels.
 
-    Keyed by where the level stands in the state, as ``layer.0.recall.level.1``. share: of its answer in what is heard.
+    Keyed by where the level stands in the state, as ``layer.0.recall.level.1``. share: of its output in the sum.
     write_budget: what it writes per token, the mean write rate over the tokens from one write to the next. half_life:
-    tokens after which the mean retain factor leaves one half. rate: share of tokens at which a learned frequency turns
-    it on. memory_change: how far its memory moves in one fire of the second half of the text, relative to its size;
-    left out where it does not fire there. n_fires: in that half.
+    tokens after which the mean retain factor leaves one half. rate: share of tokens at which a learned frequency
+    switches it on. memory_change: how far its memory moves in one fire of the second half of the text, relative to its
+    size; left out where it does not fire there. n_fires: in that half.
     """
     modules = [module for module in model.modules() if isinstance(module, CMSMemory)]
     half = tokens_bt.shape[1] // 2
@@ -63,7 +63,7 @@ class Dormancy:
         return self.n_still >= self.patience
 
     def fed(self, figures: dict[str, float]) -> Self:
-        """With the figures of one more look at the level."""
+        """With the figures of one more measurement of the level."""
         n_fires = int(figures["n_fires"])
         if "memory_change" not in figures:
             return self

@@ -63,7 +63,7 @@ def likelihood(
     device: Device,
     loss: Loss,
 ) -> Likelihood:
-    """How well ``reader`` predicts the documents of a split, each window read from a fresh memory.
+    """How well ``reader`` predicts the documents of a split, each sequence read from a fresh memory.
 
     Every token but the first of a document is predicted once.
     max_windows: read that many, evenly spread over the split and the same ones every time; None reads all.

@@ -1,4 +1,4 @@
-"""What a memory can hold, asked by generated windows: associative recall, copying, a needle at a distance.
+"""What a memory can recall of generated sequences: associative recall, copying, a needle at a distance.
 
 A task is a value, and its questions are a pure function of it, their number and a random seed. Ids are just ids: they
 are drawn from the whole vocabulary and stand for nothing. A language model that was not trained on a task shows what it
@@ -26,7 +26,7 @@ DISTANCES: Final = (8, 32, 128, 512, 2048)
 """The sizes of the tasks in ``suite``: pairs, copied tokens, and tokens between a needle and its query."""
 
 SHORTEST: Final = 2 * LENGTHS[0]
-"""The shortest window in which every kind of task has a size that fits."""
+"""The shortest sequence in which every kind of task has a size that fits."""
 
 HELD_OUT: Final = 0
 """The random seed of the questions that models are compared by: the same ones for every model."""
@@ -34,19 +34,19 @@ HELD_OUT: Final = 0
 
 @dataclass(frozen=True)
 class Questions:
-    """Windows with the ids that are asked for; ``IGNORED`` where nothing is asked."""
+    """Sequences with their targets; ``IGNORED`` where there is none."""
 
     tokens_bt: Tokens
     targets_bt: Targets
 
     @property
     def n(self) -> int:
-        """How many answers are asked for."""
+        """How many targets there are."""
         return int((self.targets_bt != IGNORED).sum())
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all ids: who was asked the same can be compared."""
+        """SHA-256 of all ids: models with the same tasks can be compared."""
         return sha256(torch.stack([self.tokens_bt, self.targets_bt]).numpy().tobytes())
 
 
@@ -59,19 +59,19 @@ class Task(Protocol):
 
     @property
     def chance(self) -> float:
-        """The accuracy of a guess among all ids that can be an answer, made without having read the window."""
+        """The accuracy of a guess among all ids that can be a target, made without having read the sequence."""
 
     def questions(self, n_rows: int, random_seed: int) -> Questions:
-        """That many windows: the same ones for the same seed."""
+        """That many sequences: the same ones for the same seed."""
 
 
 @dataclass(frozen=True)
 class Associative:
-    """Pairs of a key and its value come first; then every key is asked for once, in random order among filler.
+    """Pairs of a key and its value come first; then every key is queried once, in random order among filler.
 
     The target at the place of a query is the value of its key. Keys are even ids and values odd ones, each at most once
-    in a row of pairs; filler, which also follows a query in place of its answer, is any id but a key of the row. Who
-    knows which values the window holds and not which belongs where is right once in ``n_pairs``.
+    in a row of pairs; filler, which also follows a query in place of its value, is any id but a key of the row. Who
+    knows which values the sequence holds and not which belongs where is right once in ``n_pairs``.
     Source: Arora et al. 2023 (Zoology, arXiv 2312.04927), multi-query associative recall. There the two alphabets are
     halves of the vocabulary, and queries come early by a power law; here their places are uniform over what is left.
     """
@@ -85,14 +85,14 @@ class Associative:
         if self.vocabulary < 2 * self.n_pairs:
             raise WrongValue(
                 f"{self.n_pairs} pairs need {2 * self.n_pairs} ids, found a vocabulary of {self.vocabulary}. "
-                f"Ask for {self.vocabulary // 2} pairs or fewer, or enlarge the vocabulary.",
+                f"Set {self.vocabulary // 2} pairs or fewer, or enlarge the vocabulary.",
                 found=self.vocabulary,
                 expected=2 * self.n_pairs,
             )
         if self.window < 3 * self.n_pairs:
             raise WrongValue(
-                f"{self.n_pairs} pairs and their queries need a window of {3 * self.n_pairs} tokens, found "
-                f"{self.window}. Ask for {self.window // 3} pairs or fewer, or widen the window.",
+                f"{self.n_pairs} pairs and their queries need a sequence of {3 * self.n_pairs} tokens, found "
+                f"{self.window}. Set {self.window // 3} pairs or fewer, or a longer sequence.",
                 found=self.window,
                 expected=3 * self.n_pairs,
             )
@@ -108,7 +108,7 @@ class Associative:
         return 1 / (self.vocabulary // 2)
 
     def questions(self, n_rows: int, random_seed: int) -> Questions:
-        """Windows with ``n_pairs`` questions each; s counts the pairs."""
+        """Sequences with ``n_pairs`` targets each; s counts the pairs."""
         generator = stream(random_seed, "recall.associative")
         n_pairs, n_even, n_odd = self.n_pairs, (self.vocabulary + 1) // 2, self.vocabulary // 2
         keys_bs = 2 * _distinct(n_rows, n_pairs, n_even, generator)
@@ -124,7 +124,7 @@ class Associative:
 
 @dataclass(frozen=True)
 class Copying:
-    """A random sequence and a separator, the last id of the vocabulary; from there on the sequence is asked for again.
+    """A random sequence and a separator, the last id of the vocabulary; from there on the sequence is the target again.
 
     x_1 .. x_n separator x_1 .. x_(n-1), each x any other id: at the separator and after it the target is the next x.
     Source: Jelassi et al. 2024 (Repeat After Me, arXiv 2402.01032), the copy task.
@@ -153,7 +153,7 @@ class Copying:
         return self.vocabulary - 1
 
     def questions(self, n_rows: int, random_seed: int) -> Questions:
-        """Windows of ``2 * n_copied`` tokens with ``n_copied`` questions each."""
+        """Sequences of ``2 * n_copied`` tokens with ``n_copied`` targets each."""
         generator = stream(random_seed, "recall.copying")
         copied_bt = torch.randint(self.separator, (n_rows, self.n_copied), generator=generator)
         separator_bt = torch.full((n_rows, 1), self.separator)
@@ -163,10 +163,10 @@ class Copying:
 
 @dataclass(frozen=True)
 class Needle:
-    """One pair hidden in random filler, and its key again as the last token of the window; the target is its value.
+    """One pair hidden in random filler, and its key again as the last token of the sequence; the target is its value.
 
     distance: tokens from the pair's key to the query, so 2 where the query follows the pair. Filler and value are any
-    id but the key: nothing but the key tells the pair from what surrounds it.
+    id but the key: nothing but the key distinguishes the pair from what surrounds it.
     """
 
     vocabulary: int
@@ -178,8 +178,8 @@ class Needle:
         _require_at_least("distance", self.distance, 2)
         if self.window <= self.distance:
             raise WrongValue(
-                f"a needle {self.distance} tokens before its query needs a window of {self.distance + 1} tokens, found "
-                f"{self.window}. Set the distance to {self.window - 1} or less, or widen the window.",
+                f"a needle {self.distance} tokens before its query needs {self.distance + 1} tokens, found "
+                f"{self.window}. Set the distance to {self.window - 1} or less, or a longer sequence.",
                 found=self.window,
                 expected=self.distance + 1,
             )
@@ -195,7 +195,7 @@ class Needle:
         return 1 / self.vocabulary
 
     def questions(self, n_rows: int, random_seed: int) -> Questions:
-        """Windows with one question each, at their end."""
+        """Sequences with one target each, at their end."""
         generator = stream(random_seed, "recall.needle")
         key_bt = torch.randint(self.vocabulary, (n_rows, 1), generator=generator)
         beyond_bt = torch.randint(1, self.vocabulary, (n_rows, self.window), generator=generator)
@@ -208,10 +208,11 @@ class Needle:
 
 
 def suite(vocabulary: int, window: int) -> tuple[Task, ...]:
-    """The tasks by which a trained model is measured: of each kind the sizes that fit its vocabulary and window."""
+    """The tasks by which a trained model is measured: of each kind the sizes that fit its vocabulary and sequence
+    length."""
     if window < SHORTEST:
         raise WrongValue(
-            f"the smallest tasks of recall need a window of {SHORTEST} tokens, found {window}. "
+            f"the smallest tasks of recall need a sequence of {SHORTEST} tokens, found {window}. "
             f"Set data.seq_len to {SHORTEST} or more.",
             found=window,
             expected=SHORTEST,
@@ -226,7 +227,7 @@ def suite(vocabulary: int, window: int) -> tuple[Task, ...]:
 
 @dataclass(frozen=True)
 class RecallScore:
-    """Of ``n`` answers asked for, how many had the highest logit, and the nats of all of them."""
+    """Of ``n`` targets, how many had the highest logit, and the nats of all of them."""
 
     n: int
     n_right: int
@@ -234,18 +235,19 @@ class RecallScore:
 
     @property
     def accuracy(self) -> float:
-        """The share of right answers."""
+        """The share of right predictions."""
         return self.n_right / self.n
 
     @property
     def nats(self) -> float:
-        """Nats per answer."""
+        """Nats per target."""
         return self.total_nats / self.n
 
 
 @torch.no_grad()
 def recall(reader: Reader, questions: Questions, *, batch: int, device: Device, loss: Loss) -> RecallScore:
-    """How many of the questions ``reader`` answers, each window read from a fresh memory, ``batch`` of them at once."""
+    """How many of the targets ``reader`` predicts, each sequence read from a fresh memory, ``batch`` of them at
+    once."""
     n_right, total_nats = 0, 0.0
     for rows in zip(questions.tokens_bt.split(batch), questions.targets_bt.split(batch), strict=True):
         tokens_bt, targets_bt = device.move(*rows)

@@ -25,7 +25,7 @@ class Bias:
 
     gradient: from recalled and target rows, and the threshold of each row or None, to d loss / d recalled.
     slope: a where the gradient is the affine ``a o - v``; None where it is not affine.
-    has_threshold: the loss turns at a threshold that the gates give.
+    has_threshold: the loss goes from quadratic to linear at a threshold, which is a gate.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Bias:
 
 
 def dot() -> Bias:
-    """Loss ``-<o, v>``: the write does not look at what the memory already holds."""
+    """Loss ``-<o, v>``: the write does not depend on what the memory already holds."""
     return Bias("dot", lambda recalled, target, _: -target, slope=0.0)
 
 

@@ -20,10 +20,10 @@ def conflicts(rule: Rule) -> list[str]:
         "the retention 'sphere' bounds what is recalled, and the bias 'kl' needs logits of any size: take 'squared'": (
             retention == "sphere" and bias == "kl"
         ),
-        "the bias 'kl' is not meant for an MLP, whose residual answer is no logit: take the structure 'matrix'": (
+        "the bias 'kl' is not meant for an MLP, whose residual output is no logit: take the structure 'matrix'": (
             bias == "kl" and kind == "mlp"
         ),
-        "the bias 'dot' does not look at the answer of an MLP, which then grows without end: take 'squared'": (
+        "the bias 'dot' does not depend on the output of an MLP, which then grows without end: take 'squared'": (
             bias == "dot" and kind == "mlp"
         ),
         f"the update '{update}' solves one linear recall exactly: take the structure 'matrix', or the update 'plain'": (

@@ -1,4 +1,4 @@
-"""What the gate layer tells a rule about each token."""
+"""What the gate layer gives a rule for each token."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from meristem.shapes import Code, Gate, RateRows
 
 LOG_FLOOR = -30.0
-"""exp(-30) = 9e-14: low enough to mean nothing is kept, high enough that differences of cumulative logs stay finite."""
+"""exp(-30) = 9e-14: small enough to count as 0, large enough that differences of cumulative logs stay finite."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class RowGates:
 
 @dataclass(frozen=True)
 class Gates:
-    """How much to keep, how strongly to write, and what else a rule asks of each token and head.
+    """How much to keep, how strongly to write, and what else a rule takes for each token and head.
 
-    retain_bth: factor in (0, 1] by which old memory is kept; 1 keeps all.
+    retain_bth: factor in (0, 1] by which old memory is scaled; 1 retains all.
     write_bth: write rate, >= 0.
     momentum_bth: in [0, 1); None where the rule has no momentum, which is not the same as 0.
-    threshold_bth: > 0, where a bias turns from square to straight.
+    threshold_bth: > 0, where a bias goes from quadratic to linear.
     weight_bth: how much the pair counts in the objectives of the tokens after it, for rules with a span.
     code_bthg: which slots a token addresses.
     log_retain_bth, log_momentum_bth: their logarithms, where the gate layer made those first; forms multiply many
@@ -73,8 +73,8 @@ class Gates:
         cut = {name: gate[:, start:stop].movedim(1, 2) for name, gate in named.items() if gate is not None}
         return RowGates(**cut)
 
-    def window(self, start: int, stop: int) -> "Gates":
-        """The gates of a part of the window."""
+    def slice_time(self, start: int, stop: int) -> "Gates":
+        """The gates of a slice of the sequence."""
         present = {name: gate for name, gate in vars(self).items() if gate is not None}
         return Gates(**{name: gate[:, start:stop] for name, gate in present.items()})
 

@@ -6,7 +6,7 @@ section 4), or momenta orthogonalised together (Atlas 2505.23735, section 5.2). 
 declares none; ``titans`` does for its networks.
 
 Each says how large its memory can become, for any unit keys, values up to ``|v|`` and gates that the gate layer can
-give: ``e`` is the fade of a write of rate 1 and m the greatest momentum of the head (``memory.region``).
+give: ``e`` is the decay by a write of rate 1 and m the greatest momentum of the head (``memory.region``).
 """
 
 from collections.abc import Callable

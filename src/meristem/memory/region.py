@@ -24,7 +24,7 @@ Both are means of x and z with weights that sum to at most ``exp(-e w)``; the re
 switched system needs: below ``write < 2 (1 + momentum)`` (memory.md 2.3) each setting is stable alone, and yet a write
 at momentum 0 that is followed by coasting at m multiplies x by ``1 - w / (1 - m)``, -9 at ``w = 1``, ``m = 0.9``.
 
-A write that does not look at the memory (``hebbian``, ``omega``) needs the first two lines alone: ``|x| <= (1 + e) |v|
+A write that does not read the memory (``hebbian``, ``omega``) needs the first two lines alone: ``|x| <= (1 + e) |v|
 / (e (1 - m))``.
 
 **Rules that are not linear.** Slots of length one (``lattice``) and weights on the simplex (``memora``) are bounded by
@@ -39,8 +39,8 @@ and grows no faster than ``sqrt(t)``.
 
 **What the fade is for.** At retain 1 not even the delta rule is bounded: with each key at a right angle to x, write 1
 and v = 1, ``x' = x + k`` and ``|x| = sqrt(t)``. (For finitely many keys it is bounded: Aharoni, Duchet & Wajnryb 1984,
-Successive projections on hyperplanes.) ``e`` asks of a head that writes at rate w to halve in ``45,426 / w`` tokens;
-one that does not write may keep all.
+Successive projections on hyperplanes.) By ``e`` a head that writes at rate w has a half-life of at most ``45,426 / w``
+tokens; one that does not write may keep all.
 
 **The average of a delta memory** does not replace this. ``M' = mu M + (1 - mu) P'`` is Titans at constant gates only if
 the surprise in ``P' = r P - w / (1 - mu) (M k - v) k^T`` is measured at M; then ``mu = 1`` for n tokens moves P by n
@@ -56,7 +56,7 @@ from torch.nn import functional
 from meristem.memory.rule import Rule
 
 FADE = 2.0**-16
-"""How fast a write of rate 1 fades the old memory at least."""
+"""How fast a write of rate 1 decays the old memory at least."""
 
 OVERSHOOT = 0.9
 """How much of twice the rate that corrects a residual at once may be written."""
@@ -79,8 +79,8 @@ TINY, LOG_NOTHING = 1e-30, -1e4
 def curvature(rule: Rule) -> float | None:
     """L: the greatest curvature of a token's loss along any direction, for unit keys and pairs that count at most once.
 
-    None where the write rate needs no limit below 1 (the rate is proximal, the write does not look, or the memory is
-    normalised), or none is known: networks, and features without a greatest length.
+    None where the write rate needs no limit below 1 (the rate is proximal, the write does not read the memory, or the
+    memory is normalised), or none is known: networks, and features without a greatest length.
     """
     if rule.bias.name != "squared" or rule.features.square is None:
         return None
@@ -91,7 +91,7 @@ def curvature(rule: Rule) -> float | None:
 
 
 def most_momentum(rule: Rule, usual: Tensor) -> Tensor:
-    """m of a head whose momentum is usually so: about its root, which leaves the most room for the write rate there.
+    """m of a head whose momentum is mostly ``usual``: about its root, which leaves most room for the write rate.
 
     Where momentum does not go on into the memory as it is, it only has to stay below 1.
     """
@@ -110,7 +110,7 @@ class Bounded(NamedTuple):
 
 
 def within(rule: Rule, log_retain: Tensor, write: Tensor, log_momentum: Tensor | None, most: Tensor | None) -> Bounded:
-    """Gates of any shape inside the region, in few operations: a session that speaks does this at every token.
+    """Gates of any shape inside the region, in few operations: a session that decodes does this at every token.
 
     most: m, for a rule with momentum.
     """

@@ -38,13 +38,13 @@ def _sum(memory: Memory, change: Memory, gates: RowGates) -> Memory:
 class Retention:
     """How old weights and a change become new weights.
 
-    weights: from what is stored to the weights that are read; first: from drawn weights to what is stored at first.
+    weights: from what is stored to the weights that are read; first: from initial weights to what is stored at first.
     is_mapped: the two differ.
     apply: what is stored after a write, from the whole memory, the change of every stored tensor and the gates.
     carry: first values of what it carries beside the weights.
     settle: brings what was learned, or ``retain * stored + change``, to the form in which it is stored; with
     ``is_linear`` that is all of ``apply``.
-    has_retain: the retain gate acts; without it the old memory is kept whole.
+    has_retain: the retain gate acts; without it the old memory is retained whole.
     """
 
     name: str
@@ -231,7 +231,7 @@ def power_norm(q: float = 4.0, mapped: Literal["paper", "mirror", "off"] = "pape
 def bregman(forward: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]) -> Retention:
     """``F'(W) <- retain F'(W) + change``: the caller's own mirror map F', elementwise, and its inverse.
 
-    The pair is tried on numbers from -4 to 4 (those that the inverse reaches). Raises WrongValue where it is none.
+    The pair is tried on numbers from -4 to 4 (the range of the inverse). Raises WrongValue where it is none.
     """
     stored = torch.linspace(-4, 4, 33, dtype=torch.float64)
     there = forward(inverse(stored))

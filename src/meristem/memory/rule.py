@@ -1,4 +1,4 @@
-"""A memory rule is a value made of four parts; ``scan`` is its one plain meaning."""
+"""A memory rule is a value made of four parts; ``scan`` is the reference for all forms."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -22,7 +22,7 @@ class Rule:
     """How a memory learns: structure x bias x retention x update (MIRAS 2504.13173, section 3).
 
     reads: whether the query of a token meets the memory after or before that token is written.
-    probe: whether the surprise is measured at the old memory ("cold") or at what is kept of it ("warm").
+    probe: whether the surprise is measured at the old memory ("cold") or at what is retained of it ("warm").
     span: how many pairs, the present one last, the surprise of a token is about (Atlas 2505.23735, eq. 9).
     features: what is made of keys and queries first.
     values: whether values are written as they are given, or mixed of key and value by a matrix that does not see the
@@ -65,7 +65,7 @@ class Rule:
         like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         key_width = self.features.width(key_width)
         drawn = self.structure.init(batch, heads, key_width, value_width, like)
-        # The rows of a batch begin alike, whatever a part draws.
+        # The rows of a batch begin alike, whatever is random in a component.
         stored = {name: self.retention.first(weight[:1]).expand_as(weight).clone() for name, weight in drawn.items()}
         memory = stored | self.retention.carry(stored) | self.update.carry(stored)
         if self.span > 1:
@@ -135,7 +135,7 @@ def change_by(
 
 
 def _remembered(memory: Memory, pairs: Pairs, gates: RowGates) -> tuple[Pairs, Tensor, Memory]:
-    """The pairs that the surprise is about, how much each counts, and those that the next token will look back at."""
+    """The pairs that the surprise is about, how much each counts, and those in the span of the next token."""
     if gates.weight_bhc is None:
         raise ValueError("a rule with a span needs weight gates; they are None. Pass Gates(weight_bth=...)")
     keys_bhck = torch.cat([memory["span_keys_bhck"], pairs.key_bhck], dim=2)

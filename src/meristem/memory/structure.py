@@ -1,8 +1,8 @@
 """Where a memory keeps what it knows, and how it recalls.
 
-A structure never touches its weights: it asks for products with them (``Weights``). With the weights of one moment it
+A structure never touches its weights: it calls for products with them (``Weights``). With the weights of one moment it
 is the plain meaning of a rule; with weights that change from row to row it is the same rule in a parallel form. Each
-surprise is a sum of outer products, one pair of vectors per row and weight tensor (memory.md 2.4), and is kept so.
+surprise is a sum of outer products, one pair of vectors per row and weight tensor (memory.md 2.4), and is stored so.
 
 Rows: ``_bhck``, one per token, c of them for every head.
 """
@@ -89,7 +89,7 @@ class Structure(Protocol):
         ...
 
     def recall(self, weights: Weights, query: Tensor) -> Tensor:
-        """What the memory answers to each query."""
+        """The memory's output for each query."""
         ...
 
     def vjp(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
@@ -257,7 +257,7 @@ class Slots:
     def init(self, batch: int, heads: int, key_width: int, value_width: int, like: Tensor) -> Memory:
         if key_width != value_width:
             raise WrongValue(
-                f"slots hold keys of width {key_width} and are asked for values of width {value_width}; expected one "
+                f"slots hold keys of width {key_width} and the values have width {value_width}; expected one "
                 f"width. Choose equal widths, or the structure 'two_slots'."
             )
         return {"slots_bhgk": _spread_out(batch, heads, self.n_slots, key_width, like)}
@@ -272,7 +272,7 @@ class Slots:
         code_bhcg = _code(pairs)
         if self.written == "decode":
             recalled_bhck = weights.matmul("slots_bhgk", code_bhcg)
-            # Both turned round, which is the same product: the code times the value less what was recalled is written,
+            # Both transposed, which is the same product: the code times the value less what was recalled is written,
             # and the lattice form bounds the first alone.
             return recalled_bhck, pairs.value_bhcv, lambda gradient: {"slots_bhgk": (-code_bhcg, -gradient)}
         recalled_bhcg = weights.matmul_t("slots_bhgk", pairs.key_bhck)
@@ -305,41 +305,41 @@ class TwoSlots:
         raise TypeError("two slots have no one matrix")
 
     def recall(self, weights: Weights, query: Tensor) -> Tensor:
-        reached_bhcg = functional.silu(weights.matmul_t("key_slots_bhgk", query))
-        read_bhcg = functional.layer_norm(reached_bhcg, reached_bhcg.shape[-1:])
+        preact_bhcg = functional.silu(weights.matmul_t("key_slots_bhgk", query))
+        read_bhcg = functional.layer_norm(preact_bhcg, preact_bhcg.shape[-1:])
         return self._squash(weights.matmul("value_slots_bhgv", read_bhcg))
 
     def vjp(self, weights: Weights, pairs: Pairs) -> tuple[Tensor, Tensor, Pullback]:
         code_bhcg = _code(pairs)
         written = {"key_slots_bhgk": pairs.key_bhck, "value_slots_bhgv": pairs.value_bhcv}
-        reached = {name: weights.matmul_t(name, rows) for name, rows in written.items()}
-        recalled = torch.cat([self._squash(reached_bhcg) for reached_bhcg in reached.values()], dim=-1)
+        preact = {name: weights.matmul_t(name, rows) for name, rows in written.items()}
+        recalled = torch.cat([self._squash(preact_bhcg) for preact_bhcg in preact.values()], dim=-1)
 
         def pull(gradient: Tensor) -> Surprise:
-            parts = zip(written.items(), reached.values(), gradient.chunk(2, dim=-1), strict=True)
-            return {name: (self._pull(reached_bhcg, part), rows) for (name, rows), reached_bhcg, part in parts}
+            parts = zip(written.items(), preact.values(), gradient.chunk(2, dim=-1), strict=True)
+            return {name: (self._pull(preact_bhcg, part), rows) for (name, rows), preact_bhcg, part in parts}
 
         return recalled, torch.cat([code_bhcg, code_bhcg], dim=-1), pull
 
-    def _squash(self, reached: Tensor) -> Tensor:
+    def _squash(self, preact: Tensor) -> Tensor:
         if self.squash == "identity":
-            return reached
-        curved = functional.silu(reached)
+            return preact
+        curved = functional.silu(preact)
         if self.squash == "ln_silu":
             return functional.layer_norm(curved, curved.shape[-1:])
         return curved / _norm(curved) if self.squash == "l2_silu" else curved
 
-    def _pull(self, reached: Tensor, gradient: Tensor) -> Tensor:
+    def _pull(self, preact: Tensor, gradient: Tensor) -> Tensor:
         if self.squash == "identity":
             return gradient
-        curved = functional.silu(reached)
+        curved = functional.silu(preact)
         if self.squash == "ln_silu":
             gradient = _pull_norm(curved, gradient)
         elif self.squash == "l2_silu":
             unit = curved / _norm(curved)
             gradient = (gradient - unit * (unit * gradient).sum(dim=-1, keepdim=True)) / _norm(curved)
-        sigmoid = reached.sigmoid()
-        return gradient * sigmoid * (1 + reached * (1 - sigmoid))
+        sigmoid = preact.sigmoid()
+        return gradient * sigmoid * (1 + preact * (1 - sigmoid))
 
 
 def matrix() -> Structure:
@@ -398,15 +398,15 @@ def _norm(rows: Tensor) -> Tensor:
 class Gelu(torch.autograd.Function):
     """``apply(a) -> (a Phi(a), Phi(a) + a phi(a))``: GELU and its slope, which share all that is slow in them.
 
-    Kept for the backward pass are a and the slope. It may be differentiated again.
+    Saved for the backward pass are a and the slope. It may be differentiated again.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(reached: Tensor) -> tuple[Tensor, Tensor]:
-        share = torch.erf(reached * 0.7071067811865476).add_(1).mul_(0.5)
-        return reached * share, torch.addcmul(share, reached, _bell(reached))
+    def forward(preact: Tensor) -> tuple[Tensor, Tensor]:
+        share = torch.erf(preact * 0.7071067811865476).add_(1).mul_(0.5)
+        return preact * share, torch.addcmul(share, preact, _bell(preact))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -416,17 +416,17 @@ class Gelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_curved: Tensor | None, d_slope: Tensor | None) -> Tensor | None:
-        reached, slope = ctx.saved_tensors
-        d_reached = None if d_curved is None else d_curved * slope
+        preact, slope = ctx.saved_tensors
+        d_preact = None if d_curved is None else d_curved * slope
         if d_slope is None:
-            return d_reached
-        bent = d_slope * _bell(reached) * (2 - reached.square())
-        return bent if d_reached is None else d_reached + bent
+            return d_preact
+        bent = d_slope * _bell(preact) * (2 - preact.square())
+        return bent if d_preact is None else d_preact + bent
 
 
-def _bell(reached: Tensor) -> Tensor:
+def _bell(preact: Tensor) -> Tensor:
     """The normal density."""
-    return torch.exp(-0.5 * reached.square()) * 0.3989422804014327
+    return torch.exp(-0.5 * preact.square()) * 0.3989422804014327
 
 
 def _pull_norm(rows: Tensor, gradient: Tensor) -> Tensor:

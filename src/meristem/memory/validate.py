@@ -1,4 +1,4 @@
-"""What a window and a memory must be before a rule may have them: checked once, where a caller hands them in."""
+"""What inputs and a memory must be before a rule runs on them: checked once, where a caller hands them in."""
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ def require_window(
     misfits = _misfits(rule, memory, keys_bthk, values_bthv) + _missing(rule, gates)
     if misfits:
         raise ShapeError(
-            f"this window does not fit the rule: {'; '.join(misfits)}. Make the memory with rule.init at these widths, "
-            f"and give the gates that the rule asks for.",
+            f"these inputs do not fit the rule: {'; '.join(misfits)}. Make the memory with rule.init at these widths, "
+            f"and give the gates that the rule needs.",
             misfits=misfits,
         )
     if keys_bthk.device.type == "cpu":
@@ -39,21 +39,21 @@ def _misfits(rule: Rule, memory: Memory, keys_bthk: Keys, values_bthv: Values) -
             misfits.append(f"'{name}' is {tuple(found)} for each row of the batch, expected {tuple(wanted)}")
         rows = memory[name].shape[0] if name in memory else batch
         if rows != batch:
-            misfits.append(f"'{name}' holds {rows} rows, the window has {batch}")
+            misfits.append(f"'{name}' holds {rows} rows, the inputs have {batch}")
     strange = [name for name in memory if name not in fresh and name != "unfinished" and "_reset_" not in name]
     return misfits + [f"the memory holds '{name}', which this rule does not know" for name in strange]
 
 
 def _missing(rule: Rule, gates: Gates) -> list[str]:
     n_codes = rule.structure.n_codes
-    asked = {
+    needed = {
         "momentum_bth": rule.update.has_momentum,
         "threshold_bth": rule.bias.has_threshold,
         "weight_bth": rule.span > 1,
         "code_bthg": n_codes > 0,
     }
-    absent = [name for name, is_asked in asked.items() if is_asked and getattr(gates, name) is None]
-    missing = [f"the rule asks for the gates {name}" for name in absent]
+    absent = [name for name, is_needed in needed.items() if is_needed and getattr(gates, name) is None]
+    missing = [f"the rule needs the gates {name}" for name in absent]
     if gates.code_bthg is not None and n_codes and gates.code_bthg.shape[-1] != n_codes:
         missing.append(f"code_bthg addresses {gates.code_bthg.shape[-1]} slots, the rule has {n_codes}")
     return missing

@@ -102,7 +102,7 @@ def sinusoids(window: int, width: int) -> Float[Tensor, "t d"]:
 
 
 def _unscale(*linears: nn.Linear) -> None:
-    """Weights and biases N(0, 1): a start at 26 nats, kept as the baseline of a lesson only."""
+    """Weights and biases N(0, 1): a start at 26 nats, only for the baseline of a lesson."""
     for linear in linears:
         nn.init.normal_(linear.weight)
         nn.init.normal_(linear.bias)

@@ -88,11 +88,11 @@ class ModelConfig(ConfigSection):
     ] = "mag"
     layers: Annotated[
         tuple[LayerConfig, ...],
-        Field(description="What layers have of their own, taken in turn: [{mixer: memory}, {mixer: attention}]."),
+        Field(description="What layers have of their own, used in rotation: [{mixer: memory}, {mixer: attention}]."),
     ] = ()
     pattern: Annotated[
         Literal["basic", "nested", "sequential", "independent", "hybrid"] | None,
-        Field(description="A way to deploy levels that the layers have to follow; null asks for none."),
+        Field(description="A way to deploy levels that the layers have to follow; null for none."),
     ] = None
     aggregate: Annotated[
         Literal["stack", "sum", "concat", "attention"],
@@ -103,7 +103,7 @@ class ModelConfig(ConfigSection):
         Field(description="How mag and mac make one of attention and memory."),
     ] = "gated"
     segment: Annotated[int, Field(ge=1, description="Tokens that attend to each other in mac.")] = 64
-    is_residual: Annotated[bool, Field(description="mal: attention reads the memory's answer plus its input.")] = True
+    is_residual: Annotated[bool, Field(description="mal: attention reads the memory's output plus its input.")] = True
     sliding_window: Annotated[int | None, Field(ge=1, description="Keys that attention sees; null for all before.")] = (
         64
     )
@@ -157,7 +157,7 @@ class ModelConfig(ConfigSection):
         if {"n_heads", "rope"} <= self.reads and self.rope and self.dim // self.n_heads % 2:
             raise ConflictingKeys(
                 f"model.dim {self.dim} in {self.n_heads} heads makes a key width of {self.dim // self.n_heads}, and "
-                f"rotary positions turn channels in pairs. Make it even, or set model.rope to false.",
+                f"rotary positions rotate channels in pairs. Make it even, or set model.rope to false.",
                 path="model.rope",
                 value=self.rope,
             )

@@ -22,7 +22,7 @@ class Sampling:
 
     temperature: divides the logits; 0, and what is closer to it than ``COLDEST``, takes the likeliest token.
     top_k: draw among the k likeliest; 0 among all.
-    top_p: draw among the likeliest that together hold this share, the one that reaches it included.
+    top_p: draw among the likeliest that together hold this share, the one that crosses it included.
     """
 
     temperature: float = 0.8

@@ -1,4 +1,4 @@
-"""Three ways to read: with a memory that stands still, with one that learns, or with levels that learn as well.
+"""Three ways to read: with a frozen memory, with one that learns, or with levels that learn as well.
 
 Each is called as a model is, ``reader(tokens_bt, state) -> (logits_bto, state)``; the model's weights never change.
 """
@@ -43,14 +43,14 @@ def online_reader(model: nn.Module, learn: Learn, loss: Loss) -> Callable[[Token
 def frozen(model: nn.Module) -> nn.Module:
     """The same model with memories that are read and never written. It shares the weights."
 
-    For a state S, however it came about, each token t of ``still(model)(tokens_bt, S)`` reads of every memory what the
+    For a state S, however it came about, each token t of ``frozen(model)(tokens_bt, S)`` reads of every memory what the
     learning model would read next at S if nothing were written: ``f(M, q_t)`` where that reads M as the tokens before
     left it, and the copy of the last border where it reads that (levels with tokens ``each``, the makers of a
-    self-reference). Kept memories are read as well. Borders that tokens of S have reached count, as they would for
-    the next token; tokens read here reach none: no memory is written, kept, replaced or begun afresh by them.
+    self-reference). Cached memories are read as well. Segment ends that tokens of S have completed count, as they would
+    for the next token; tokens read here complete none: no memory is written, cached, replaced or reset by them.
 
     All else moves on with each token: keys and values of attention, tails of convolutions, means over periods and
-    what slow levels last answered to these, and segments of MAC, where a new segment is given the memory as it
+    the last outputs of slow levels, and segments of MAC, where a new segment is given the memory as it
     stands. Persistent tokens are written into a fresh memory also here: they are weights of the model.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
@@ -113,11 +113,11 @@ class OnlineLearner:
             logits.append(logits_bto)
             learned = learned | {"tokens_bt": torch.cat([read_bt, piece_bt], dim=1)}
             if learned["tokens_bt"].shape[1] == self.chunk:
-                learned = self._taught(learned)
+                learned = self._stepped(learned)
             at = stop
         return torch.cat(logits, dim=1), (carried or {}) | {LEARNED: learned}
 
-    def _taught(self, learned: dict[str, Any]) -> dict[str, Any]:
+    def _stepped(self, learned: dict[str, Any]) -> dict[str, Any]:
         """What is learned once a chunk is full."""
         tokens_bt, n_tokens = learned["tokens_bt"], learned["n_tokens"] + self.chunk
         own, moved = dict(self.model.named_parameters()), _named(learned, "moved")

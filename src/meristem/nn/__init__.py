@@ -18,7 +18,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is public when it is first asked for: it needs torch, and the configuration in this room does not."""
+    """Import what is public on first access: it needs torch, and the configuration in this room does not."""
     if name not in _LATER:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'; it has {', '.join(__all__)}")
     value = getattr(import_module(_LATER[name]), name)

@@ -1,4 +1,4 @@
-"""Causal attention, over everything read so far or over a sliding span of it, with its keys and values as the state."""
+"""Causal attention, over everything read so far or over a sliding window, with its keys and values as the state."""
 
 import math
 from dataclasses import dataclass
@@ -26,14 +26,15 @@ Turns = tuple[Float[Tensor, "s 1 k"], Float[Tensor, "s 1 k"]]
 
 
 class Attention(nn.Module):
-    """Multi-head attention of each token to itself and the ``span - 1`` tokens before it, scaled by 1/sqrt(key width).
+    """Multi-head attention of each token to itself and the ``span - 1`` tokens before it (a sliding window of
+    ``span``), scaled by 1/sqrt(key width).
 
     span: None sees everything read so far, and the state then grows with it.
-    rope: turns queries and keys by their position (Su et al. 2104.09864): a score knows how far back its key lies.
+    rope: rotates queries and keys by their position (Su et al. 2104.09864): scores depend on distances.
     n_persistent: learned vectors in front of the text that every query sees, without a position (Titans 2501.00663,
     eq. 19).
 
-    State: the last span - 1 keys and values in order of time, keys not yet turned. Positions count from the first key
+    State: the last span - 1 keys and values in order of time, keys not yet rotated. Positions count from the first key
     of a call, for only their differences matter.
     """
 
@@ -74,12 +75,12 @@ class Attention(nn.Module):
         return mixed_bthv.flatten(2), state
 
     def project(self, hidden_btd: Hidden) -> tuple[Queries, Keys, Values]:
-        """Queries, keys and values of every head, neither scaled nor turned."""
+        """Queries, keys and values of every head, neither scaled nor rotated."""
         query_bthk, key_bthk, value_bthv = self.qkv(hidden_btd).unflatten(-1, (3, self.heads, -1)).unbind(2)
         return query_bthk, key_bthk, value_bthv
 
     def _ring(self, keys_bshk: PastKeys) -> Keys:
-        """What later tokens may still see; a copy, so that it does not keep the rest alive."""
+        """What later tokens may still see; a copy, so that it does not keep the rest in memory."""
         if self.span is None:
             return keys_bshk
         return keys_bshk[:, max(0, keys_bshk.shape[1] - self.span + 1) :].clone()
@@ -114,10 +115,10 @@ def windowed(
     """Each query sees ``span`` keys, the last of them its own; work and memory grow linearly with t.
 
     The keys end where the queries end and may begin before them; queries are scaled already. Queries are cut into
-    blocks. Each block looks at its own keys and at those up to a span before it, gathered by copying; what lies outside
-    is masked. This is written out because torch's fused kernel gains nothing from a mask on the CPU: at t = 512 and
-    span 64 it is 1.8 times as fast as that in fp32 and 3.7 times in bf16. What needs no mask of its own is fused: fresh
-    unbounded attention, and one token alone.
+    blocks. Each block attends to its own keys and to those up to a window before it, gathered by copying; what lies
+    outside is masked. This is written out because torch's fused kernel gains nothing from a mask on the CPU: at t = 512
+    and span 64 it is 1.8 times as fast as that in fp32 and 3.7 times in bf16. What needs no mask of its own is fused:
+    fresh unbounded attention, and one token alone.
 
     pinned: keys_ghk and values_ghv that every query sees besides.
     """
@@ -183,7 +184,7 @@ class _Blocks:
         return torch.cat(pieces, dim=3)
 
     def mask_ncs(self, score: Tensor, n_pinned: int) -> Tensor:
-        """0 where query c of block n may see key s, else -inf: for later keys, keys a span back, keys that are not."""
+        """0 where query c of block n may see key s, else -inf: for later keys, keys outside the window, and padding."""
         now_c = torch.arange(self.width, device=score.device)
         then_s = torch.arange(-self.reach, self.width, device=score.device)
         start_n = torch.arange(0, self.n_blocks * self.width, self.width, device=score.device)
@@ -199,10 +200,10 @@ class _Blocks:
 
 
 def rope_angles(keys_bshk: PastKeys, first: int = 0, *, period: int | None = None) -> Turns:
-    """By how much ``apply_rope`` turns keys at the positions ``first``, ``first + 1``, ...: what many keys share.
+    """The angles by which ``apply_rope`` rotates keys at the positions ``first``, ``first + 1``, ...
 
     Positions are from 0 again at every multiple of ``period``. The pair made of channel k and channel k + half the key
-    width is turned by the angle position * base^(-2k / width).
+    width is rotated by the angle position * base^(-2k / width).
     """
     # A graph may not keep what was made under inference mode, nor may real and fake tensors meet.
     is_real = type(keys_bshk) is torch.Tensor and not torch.compiler.is_compiling()
@@ -213,7 +214,7 @@ def rope_angles(keys_bshk: PastKeys, first: int = 0, *, period: int | None = Non
 
 @lru_cache(maxsize=8)
 def _angles(first: int, n: int, width: int, period: int | None, dtype: torch.dtype, device: torch.device) -> Turns:
-    """They depend on no weight, and are the same for every layer and every token once the span is full."""
+    """They depend on no weight, and are the same for every layer and every token once the window is full."""
     wide = torch.promote_types(dtype, torch.float32)
     position_s = torch.arange(first, first + n, dtype=wide, device=device)
     position_s = position_s if period is None else position_s % period
@@ -224,7 +225,7 @@ def _angles(first: int, n: int, width: int, period: int | None, dtype: torch.dty
 
 
 def apply_rope(keys_bshk: PastKeys, by: Turns) -> PastKeys:
-    """Keys turned."""
+    """Keys rotated."""
     cos_shk, sin_shk = by
     left_bshk, right_bshk = keys_bshk.chunk(2, dim=-1)
     return keys_bshk * cos_shk + torch.cat([right_bshk, left_bshk], dim=-1) * sin_shk

@@ -1,7 +1,7 @@
 """Memories side by side that learn at different speeds: a continuum memory system (Nested Learning 2512.24695).
 
 Level l has a period C_l in tokens, the fastest 1. It fires where the number of tokens read is a multiple of its period,
-and only then does what it learned become visible. The number is part of the state; whoever needs to know which levels
+and only then can what it learned be read. The number is part of the state; whoever needs to know which levels
 fire reads it before it moves on (memory.md 6.1, 6.3, 6.5, 6.8).
 """
 
@@ -26,29 +26,29 @@ from meristem.shapes import Gate, Hidden
 
 
 class CMSMemory(nn.Module):
-    """``y_t = sum_l c_l a_lt y_lt`` over the levels: what all memories answer to each token, faster and slower.
+    """``y_t = sum_l c_l a_lt y_lt`` over the levels, whose memories read the same tokens at different speeds.
 
-    Every token hears all levels. c: 1 each, 1 / sqrt(their number), or a learned softmax, uniform at the start. a is 1
+    Every token reads all levels. c: 1 each, 1 / sqrt(their number), or a learned softmax, uniform at the start. a is 1
     unless the frequency of a level is learned (``nn.frequency``).
 
-    is_asked: ``read`` mixes with a learned softmax of its own where answers are mixed so (memory.md 5.3).
+    is_queried: ``read`` mixes with a learned softmax of its own where outputs are mixed so (memory.md 5.3).
     State: the number of tokens read, how many of them by a frozen reader, what each level carries, and what the learned
     frequencies carry.
     """
 
-    def __init__(self, width: int, config: MemoryConfig, *, is_asked: bool = False) -> None:
+    def __init__(self, width: int, config: MemoryConfig, *, is_queried: bool = False) -> None:
         super().__init__()
-        self.width, self.config, self.is_asked = width, config, is_asked
+        self.width, self.config, self.is_queried = width, config, is_queried
         levels = config.levels
         self.level = nn.ModuleList(_level(width, config, level) for level in range(levels.count))
         is_learned = levels.joined_by == "softmax"
         self.mix_l = nn.Parameter(torch.zeros(levels.count)) if is_learned else None
-        self.look_mix_l = nn.Parameter(torch.zeros(levels.count)) if is_learned and is_asked else None
+        self.look_mix_l = nn.Parameter(torch.zeros(levels.count)) if is_learned and is_queried else None
         self.frequency = None if levels.frequency == "fixed" else Frequency(width, levels)
 
     @property
     def heads(self) -> int:
-        """How many heads the answer consists of."""
+        """How many heads the output consists of."""
         return next(level.recall.heads for _, level in self.named_levels())
 
     def init_state(self, hidden_btd: Hidden) -> State:
@@ -72,47 +72,47 @@ class CMSMemory(nn.Module):
         is_writing = self.config.levels.frequency == "write"
         stride = self._stride(count, hidden_btd.shape[1])
         seen_btd = hidden_btd if stride == 1 else _means(hidden_btd, stride)
-        answers: list[Tensor] = []
+        outputs: list[Tensor] = []
         for index, level in self.named_levels():
             if stride > 1 and isinstance(level, PooledTokens):
-                answer_btd, after["level"][str(index)] = level.of_means(
+                output_btd, after["level"][str(index)] = level.of_means(
                     seen_btd, state["level"][str(index)], count, stride
                 )
-                answers.append(answer_btd)
+                outputs.append(output_btd)
                 continue
             write_bt1 = on[index] if is_writing else None
             written = _counted(level, state)
-            answer_btd, after["level"][str(index)] = level(hidden_btd, state["level"][str(index)], written, write_bt1)
-            answers.append(answer_btd if is_writing or not on else (on[index] * answer_btd).to(answer_btd.dtype))
-        return self._joined(answers, self.mix_l, stride), after
+            output_btd, after["level"][str(index)] = level(hidden_btd, state["level"][str(index)], written, write_bt1)
+            outputs.append(output_btd if is_writing or not on else (on[index] * output_btd).to(output_btd.dtype))
+        return self._joined(outputs, self.mix_l, stride), after
 
     @rows_apart
     def forward_frozen(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
-        """The same of memories that are not written, whose periods stand still; means of tokens are read as ever."""
+        """The same of memories that are not written, whose periods are frozen; means of tokens are read as ever."""
         state = self.init_state(hidden_btd) if state is None else state
         n_time, on_btl = hidden_btd.shape[1], None
         after = state | {"count": state["count"] + n_time, "n_frozen": state.get("n_frozen", 0) + n_time, "level": {}}
         if self.frequency is not None:
             on_btl, after["frequency"] = self.frequency(hidden_btd, state["frequency"], state["count"])
-        answers: list[Tensor] = []
+        outputs: list[Tensor] = []
         for index, level in self.named_levels():
             carried, counted = state["level"][str(index)], _counted(level, state)
-            answer_btd, after["level"][str(index)] = level.forward_frozen(hidden_btd, carried, counted)
+            output_btd, after["level"][str(index)] = level.forward_frozen(hidden_btd, carried, counted)
             if on_btl is not None and index > 0 and self.config.levels.frequency == "output":
-                answer_btd = (on_btl[..., index - 1 : index] * answer_btd).to(answer_btd.dtype)
-            answers.append(answer_btd)
-        return self._joined(answers, self.mix_l), after
+                output_btd = (on_btl[..., index - 1 : index] * output_btd).to(output_btd.dtype)
+            outputs.append(output_btd)
+        return self._joined(outputs, self.mix_l), after
 
-    def read(self, asked_btd: Hidden, state: State) -> Hidden:
+    def read(self, query_btd: Hidden, state: State) -> Hidden:
         """What the memories, as they stand, recall of the given vectors, mixed; nothing is written."""
         carried = state["level"]
-        answers = [
-            level.read(asked_btd, carried[str(index)], _counted(level, state)) for index, level in self.named_levels()
+        outputs = [
+            level.read(query_btd, carried[str(index)], _counted(level, state)) for index, level in self.named_levels()
         ]
-        return self._joined(answers, self.mix_l if self.look_mix_l is None else self.look_mix_l)
+        return self._joined(outputs, self.mix_l if self.look_mix_l is None else self.look_mix_l)
 
     def shares(self) -> Tensor:
-        """c_l: how much of each level's answer is heard."""
+        """c_l: the weight of each level's output."""
         return self._shares_l(self.mix_l)
 
     def named_levels(self) -> Iterator[tuple[int, "Level"]]:
@@ -128,19 +128,19 @@ class CMSMemory(nn.Module):
 
     def _stride(self, count: int, n_time: int) -> int:
         """How many tokens slow levels may take together: those of the second level's period, where all others are
-        multiples of it, the window is one, and none has a gate of its own. They then pass over the window once."""
+        multiples of it, the sequence is one, and none has a gate of its own. They then pass over the sequence once."""
         levels = self.config.levels
         if levels.count < 3 or levels.tokens != "pooled" or self.frequency is not None or n_time == 0:
             return 1
         stride = levels.all_periods[1]
         return 1 if any(length % stride for length in (count, n_time, *levels.all_periods[1:])) else stride
 
-    def _joined(self, answers: list[Tensor], mix_l: Tensor | None, stride: int = 1) -> Hidden:
-        """The weighted sum. stride: tokens that hear one row of the slow levels' answers."""
-        if len(answers) == 1 and mix_l is None:
-            return answers[0]
-        share_l = None if mix_l is None else self._shares_l(mix_l).to(answers[0].dtype)
-        heard = [x.to(answers[0].dtype) for x in answers]
+    def _joined(self, outputs: list[Tensor], mix_l: Tensor | None, stride: int = 1) -> Hidden:
+        """The weighted sum. stride: tokens that read one row of the slow levels' outputs."""
+        if len(outputs) == 1 and mix_l is None:
+            return outputs[0]
+        share_l = None if mix_l is None else self._shares_l(mix_l).to(outputs[0].dtype)
+        heard = [x.to(outputs[0].dtype) for x in outputs]
         heard = heard if share_l is None else [share * x for share, x in zip(share_l, heard, strict=True)]
         slow_btd = heard[1] if len(heard) > 1 else heard[0]
         for slower_btd in heard[2:]:
@@ -148,9 +148,9 @@ class CMSMemory(nn.Module):
         if len(heard) == 1:
             return slow_btd
         joined_btd = heard[0] + (slow_btd if stride == 1 else slow_btd.repeat_interleave(stride, dim=1))
-        # In place: a window's worth of memory is slow to get.
+        # In place: a buffer of this size is slow to allocate.
         is_scaled = self.config.levels.joined_by == "inv_sqrt"
-        return joined_btd.div_(math.sqrt(len(answers))) if is_scaled else joined_btd
+        return joined_btd.div_(math.sqrt(len(outputs))) if is_scaled else joined_btd
 
 
 class EveryToken(nn.Module):
@@ -172,18 +172,18 @@ class EveryToken(nn.Module):
     def forward_frozen(self, hidden_btd: Hidden, state: State, count: int) -> tuple[Hidden, State]:
         return _recalled_frozen(self.recall, hidden_btd, state, count=count, reset_after=self.reset_after)
 
-    def read(self, asked_btd: Hidden, state: State, count: int) -> Hidden:
-        return self.recall.read(asked_btd, state)
+    def read(self, query_btd: Hidden, state: State, count: int) -> Hidden:
+        return self.recall.read(query_btd, state)
 
 
 class PooledTokens(nn.Module):
     """A level that is written once per period: the mean of the period's tokens, brought to unit size.
 
-    The tokens of the next period hear what the memory answered to that mean, ``out[floor(t / period) - 1]``; those of
-    the first hear 0 (memory.md 6.5). The fewer numbers a mean is made of, the larger it is; without the norm a slow
-    level would whisper.
+    The tokens of the next period get the memory's output for that mean, ``out[floor(t / period) - 1]``; those of
+    the first get 0 (memory.md 6.5). The more numbers a mean is made of, the smaller it is; without the norm a slow
+    level would add little.
 
-    State: the memory and the convolution's tail, the sum over the unfinished period, the last answer, and the number of
+    State: the memory and the convolution's tail, the sum over the unfinished period, the last output, and the number of
     means that a frozen reader read.
     """
 
@@ -223,8 +223,8 @@ class PooledTokens(nn.Module):
         held_btd, last_bd = hold(read_bnd, state["last_bd"], period=period, n_begun=n_begun, n_time=n_time)
         return held_btd, {**carried, "sum_bd": sum_bd * stride, "last_bd": last_bd, "n_frozen": n_frozen}
 
-    def read(self, asked_btd: Hidden, state: State, count: int) -> Hidden:
-        return self.recall.read(asked_btd, state)
+    def read(self, query_btd: Hidden, state: State, count: int) -> Hidden:
+        return self.recall.read(query_btd, state)
 
 
 class DelayedRead(nn.Module):
@@ -262,19 +262,19 @@ class DelayedRead(nn.Module):
                 self.recall.rule,
                 memory,
                 window,
-                gates.window(begin, stop),
+                gates.slice_time(begin, stop),
                 form=self.recall.form,
                 chunk=self.recall.chunk,
             )
-        answer_btd = torch.cat(reads, dim=1).flatten(2).to(value_bthv.dtype)
-        return answer_btd, {"memory": memory, "read": read, "conv": tail}
+        output_btd = torch.cat(reads, dim=1).flatten(2).to(value_bthv.dtype)
+        return output_btd, {"memory": memory, "read": read, "conv": tail}
 
     def forward_frozen(self, hidden_btd: Hidden, state: State, count: int) -> tuple[Hidden, State]:
         read_btd, after = self.recall.forward_frozen(hidden_btd, state | {"memory": self._read(state, count)})
         return read_btd, state | {"conv": after["conv"]}
 
-    def read(self, asked_btd: Hidden, state: State, count: int) -> Hidden:
-        return self.recall.read(asked_btd, {"memory": self._read(state, count)})
+    def read(self, query_btd: Hidden, state: State, count: int) -> Hidden:
+        return self.recall.read(query_btd, {"memory": self._read(state, count)})
 
     def _read(self, state: State, count: int) -> State:
         """The memory that the next token reads: where a period has just ended, what was written in it."""
@@ -343,7 +343,7 @@ def _only_where(gates: Gates, on_bt1: Tensor) -> Gates:
     on_bt1 = on_bt1.to(log_retain_bth.dtype)
     lost_bth = -on_bt1 * torch.expm1(log_retain_bth)
     kept_bth = 1 - on_bt1 + on_bt1 * log_retain_bth.exp()
-    # log1p is exact where little is lost, and infinite where all is lost; the sum is exact where little is kept.
+    # log1p is exact where little is lost, and infinite where all is lost; the sum is exact where little is left.
     is_little = lost_bth < 0.5
     log_bth = torch.where(
         is_little, torch.log1p(-lost_bth.where(is_little, 0.0)), kept_bth.where(~is_little, 1.0).log()
@@ -360,7 +360,7 @@ def _counted(level: Level, state: State) -> int:
 def _recalled_frozen(
     recall: NeuralMemory, hidden_btd: Hidden, state: State, *, count: int, reset_after: int | None
 ) -> tuple[Hidden, State]:
-    """What the memory that the vector after ``count`` would meet answers to all; it stays as it was."""
+    """The reads of all by the memory that the vector after ``count`` would read, which is unchanged."""
     is_over = reset_after is not None and count > 0 and count % reset_after == 0
     memory = recall.initial(len(hidden_btd)) if is_over else state["memory"]
     read_btd, after = recall.forward_frozen(hidden_btd, state | {"memory": memory})
@@ -370,7 +370,7 @@ def _recalled_frozen(
 def _recalled(
     recall: NeuralMemory, hidden_btd: Hidden, state: State, *, count: int, reset_after: int | None
 ) -> tuple[Hidden, State]:
-    """What ``recall`` answers after ``count`` vectors, begun afresh after every ``reset_after``."""
+    """What ``recall`` reads after ``count`` vectors, reset after every ``reset_after``."""
     if reset_after is None:
         read_btd, state = recall(hidden_btd, state)
         return read_btd, state

@@ -30,12 +30,12 @@ class CMSMLPLevel(nn.Module):
 class CMSMLP(nn.Module):
     """What all levels together add to the hidden vector x, which is given as it is, not normed (memory.md 6.2).
 
-    chained, eq. 70: ``x_(l+1) = x_l + MLP_l(norm_l(x_l))``; the answer is ``x_L - x_0``.
+    chained, eq. 70: ``x_(l+1) = x_l + MLP_l(norm_l(x_l))``; the output is ``x_L - x_0``.
     independent, eq. 74: ``sum_l w_l MLP_l(norm_l(x))`` with learned w, 1 / sqrt(L) at the start.
 
-    With pooled tokens level l reads the mean of every C_l tokens, and the tokens of the next C_l are given its answer;
-    those of the first are given 0. State: nothing, or the number of tokens read and, for each slow level, the sum over
-    its unfinished group and its last answer.
+    With pooled tokens level l reads the mean of every C_l tokens, and the tokens of the next C_l get its output;
+    those of the first get 0. State: nothing, or the number of tokens read and, for each slow level, the sum over
+    its unfinished group and its last output.
     """
 
     def __init__(self, layers: Sequence[tuple[nn.Module, nn.Module]], config: CMSConfig) -> None:
@@ -67,14 +67,14 @@ class CMSMLP(nn.Module):
         after: State = {"count": state["count"] + hidden_btd.shape[1], "level": {}} if state else {}
         now_btd, added_btd = hidden_btd, torch.zeros_like(hidden_btd)
         for index, level in self._ordered():
-            answer_btd, group = self._answer(index, level, now_btd, state)
+            output_btd, group = self._answer(index, level, now_btd, state)
             if group:
                 after["level"][str(index)] = group
             if self.mix_l is None:
-                now_btd = now_btd + answer_btd
+                now_btd = now_btd + output_btd
             else:
-                answer_btd = self.mix_l[index].to(answer_btd.dtype) * answer_btd
-            added_btd = added_btd + answer_btd
+                output_btd = self.mix_l[index].to(output_btd.dtype) * output_btd
+            added_btd = added_btd + output_btd
         return added_btd, after
 
     def _ordered(self) -> Iterator[tuple[int, CMSMLPLevel]]:
@@ -89,8 +89,8 @@ class CMSMLP(nn.Module):
         group, n_time = state["level"][str(index)], hidden_btd.shape[1]
         n_begun = state["count"] % level.period
         mean_bnd, sum_bd = group_means(hidden_btd, group["sum_bd"], period=level.period, n_begun=n_begun)
-        answer_bnd = level(mean_bnd.to(hidden_btd.dtype)).to(sum_bd.dtype) if mean_bnd.shape[1] else mean_bnd
-        held_btd, last_bd = hold(answer_bnd, group["last_bd"], period=level.period, n_begun=n_begun, n_time=n_time)
+        output_bnd = level(mean_bnd.to(hidden_btd.dtype)).to(sum_bd.dtype) if mean_bnd.shape[1] else mean_bnd
+        held_btd, last_bd = hold(output_bnd, group["last_bd"], period=level.period, n_begun=n_begun, n_time=n_time)
         return held_btd.to(hidden_btd.dtype), {"sum_bd": sum_bd, "last_bd": last_bd}
 
 

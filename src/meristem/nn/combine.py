@@ -30,7 +30,7 @@ class Gated(nn.Module):
     """``y * sigmoid(RMSNorm(m) + b)``, b per channel: the gate alone is normalised, and attention keeps its size.
 
     The default. With attention normalised as well (``Normalised``) what it has not learned yet is as loud as what it
-    has: 2.08 bits per byte where this reaches 1.96, after 700,000 tokens of ``titans-mag`` (dev/LOG.md).
+    has: 2.08 bits per byte where this has 1.96, after 700,000 tokens of ``titans-mag`` (dev/LOG.md).
     """
 
     def __init__(self, width: int, head_width: int) -> None:
@@ -69,7 +69,7 @@ class Sigmoid(nn.Module):
 
 
 class Additive(nn.Module):
-    """``y + RMSNorm(m) * sigmoid(W x + b)``, the norm per head. Sums without norm and gate reach norms of 800."""
+    """``y + RMSNorm(m) * sigmoid(W x + b)``, the norm per head. Sums without norm and gate grow to norms of 800."""
 
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()

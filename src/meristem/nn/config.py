@@ -9,21 +9,23 @@ from meristem.errors import ConflictingKeys
 
 
 class MemoryCacheConfig(ConfigSection):
-    """Whether the memories of earlier segments are kept, and how a token reads them beside the running one."""
+    """Whether the memories of earlier segments are cached, and how a token reads them beside the running one."""
 
     outside_identity: ClassVar = frozenset()
 
     read: Annotated[
         Literal["none", "sum", "gated", "soup", "sparse"],
-        Field(description="How kept memories are read: not kept; summed; weighed; as one mixed memory; a few of them."),
+        Field(
+            description="How cached memories are read: no cache; summed; weighed; as one mixed memory; a few of them."
+        ),
     ] = "none"
     segments: Annotated[
         Literal["constant", "logarithmic"],
         Field(description="One memory for each segment, or neighbours of one size joined: about log2 of their number."),
     ] = "constant"
-    length: Annotated[int, Field(ge=1, description="Tokens of a segment, at whose end the memory is kept.")] = 256
-    top: Annotated[int, Field(ge=1, description="Kept memories that a token of `sparse` reads.")] = 4
-    limit: Annotated[int, Field(ge=1, description="Most memories kept; the oldest is dropped first.")] = 16
+    length: Annotated[int, Field(ge=1, description="Tokens of a segment, at whose end the memory is cached.")] = 256
+    top: Annotated[int, Field(ge=1, description="Cached memories that a token of `sparse` reads.")] = 4
+    limit: Annotated[int, Field(ge=1, description="Most memories cached; the oldest is dropped first.")] = 16
     write: Annotated[
         Literal["continue", "fresh"],
         Field(description="Whether a segment goes on with the memory of the one before, or begins with a fresh one."),
@@ -101,7 +103,9 @@ class LevelsConfig(ConfigSection):
     ] = "pooled"
     mix: Annotated[
         Literal["auto", "sum", "inv_sqrt", "softmax"],
-        Field(description="How answers are joined; auto adds two levels and divides more by the root of their number."),
+        Field(
+            description="How outputs are combined; auto adds two levels and divides more by the root of their number."
+        ),
     ] = "auto"
     reset_after: Annotated[
         tuple[int, ...] | None,
@@ -109,7 +113,7 @@ class LevelsConfig(ConfigSection):
     ] = None
     frequency: Annotated[
         Literal["fixed", "output", "write"],
-        Field(description="Slow levels are always on; or a learned gate says when they speak; or when they write."),
+        Field(description="Slow levels are always on; or a learned gate says when they are read; or when they write."),
     ] = "fixed"
     anneal: Annotated[int, Field(ge=0, description="Tokens of a text before its learned gates begin to act.")] = 0
     budget: Annotated[float, Field(ge=0, description="Weight of the loss that holds learned gates at 1 / period.")] = (
@@ -203,7 +207,7 @@ class SelfReferenceConfig(ConfigSection):
     structure: Annotated[
         Literal["matrix", "mlp"], Field(description="One matrix per memory, solved exactly, or two layers.")
     ] = "matrix"
-    loss: Annotated[Literal["dot", "squared"], Field(description="What all memories are taught by.")] = "dot"
+    loss: Annotated[Literal["dot", "squared"], Field(description="The loss that all memories minimise.")] = "dot"
     adaptive_query: Annotated[bool, Field(description="Queries are made by a memory as well.")] = False
     chunk_memory: Annotated[
         int, Field(ge=1, le=128, description="Tokens for which the memory makes its values at one value of its own.")
@@ -216,7 +220,8 @@ class SelfReferenceConfig(ConfigSection):
         float, Field(gt=0, description="Tokens after which what was there at the start, keys included, is one half.")
     ] = 32768.0
     unit_value: Annotated[
-        bool, Field(description="Values of length one: without, memories that teach themselves grow without bound.")
+        bool,
+        Field(description="Values of length one: without, memories that generate their own values grow without bound."),
     ] = True
 
     @model_validator(mode="after")
@@ -247,7 +252,7 @@ class MemoryConfig(ConfigSection):
         Field(description="A name of the catalogue (`meristem plugins ls --kind memory`), such as titans(n_layers=2)."),
     ] = "titans"
     structure: Annotated[
-        str | None, Field(description="Where it is kept, in the place of the rule's own.", examples=["mlp"])
+        str | None, Field(description="What stores it, instead of the rule's own structure.", examples=["mlp"])
     ] = None
     bias: Annotated[
         str | None, Field(description="What it is trained to do, as power(p=3).", examples=["power(p=3)"])
@@ -270,7 +275,7 @@ class MemoryConfig(ConfigSection):
     form: Annotated[
         str,
         Field(
-            description="How a window is run; `auto` takes the fast exact form, else the one that the rule declares."
+            description="How a sequence is run; `auto` takes the fast exact form, else the one that the rule declares."
         ),
     ] = "auto"
     chunk: Annotated[int, Field(ge=1, le=128, description="Tokens that a chunk form takes together.")] = 32

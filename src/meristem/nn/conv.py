@@ -52,7 +52,7 @@ class CausalConv(nn.Module):
         """The inputs after those before them, and the state that they leave."""
         tail_bsd = (self.init_state(hidden_btd) if state is None else state)["tail_bsd"]
         padded_bsd = torch.cat([tail_bsd.to(hidden_btd.dtype), hidden_btd], dim=1)
-        # A copy, so that the state does not keep the whole window alive.
+        # A copy, so that the state does not keep the whole sequence in memory.
         return padded_bsd, {"tail_bsd": padded_bsd[:, hidden_btd.shape[1] :].clone()}
 
 
@@ -74,7 +74,7 @@ class ShortFilter(torch.autograd.Function):
 class FilteredVectors(torch.autograd.Function):
     """``apply(padded_bsd, weight_dc, (n_vectors, heads), n_units)``: as ``CausalConv.vectors`` has them.
 
-    The backward pass filters once more: only the inputs are kept, where autograd would keep all that is made of them.
+    The backward pass filters once more: only the inputs are saved, where autograd would save all intermediate results.
     """
 
     @staticmethod

@@ -44,13 +44,13 @@ def can_decode(recall: Decodable, hidden_btd: Hidden, state: State | None) -> bo
 
 
 def decode(recall: Decodable, hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
-    """What the memory answers to one token, and the state after it; the state that came in stays as it was."""
+    """The memory's output for one token, and the state after it; the state that came in is unchanged."""
     read_bh1v, _, after = decode_heads(recall, hidden_btd, state)
     return read_bh1v.view(hidden_btd.shape[0], 1, -1), after
 
 
 def decode_heads(recall: Decodable, hidden_btd: Hidden, state: State) -> tuple[Tensor, Tensor, State]:
-    """The same head by head, ``b h 1 v``, and the query that each head asked with, ``b h 1 k``."""
+    """The same head by head, ``b h 1 v``, and the query of each head, ``b h 1 k``."""
     rule, memory = recall.rule, state["memory"]
     padded_bsd = torch.cat([state["conv"]["tail_bsd"], functional.linear(hidden_btd, recall.qkv.weight)], dim=1)
     mixed_bd = functional.silu((padded_bsd.mT * recall.conv.weight_dc).sum(dim=-1))

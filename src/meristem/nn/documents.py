@@ -1,6 +1,6 @@
-"""Several documents in one window, and windows with padding: what a layer with a state reads of each by itself.
+"""Several documents in one sequence, and sequences with padding: what a layer with a state reads of each by itself.
 
-A document reads as if it stood alone: its tokens are taken out of the window, documents become rows of their own, and
+A document reads as if it were alone: its tokens are taken out of the sequence, documents become rows of their own, and
 what they read is put back. So the law holds for every rule and every form, gradients and convolutions included, and a
 padded token neither writes nor decays nor is counted, for the layer never meets it.
 """
@@ -17,15 +17,15 @@ from meristem.memory.state import State, join_rows, select_rows
 from meristem.shapes import Hidden
 
 Mask = Tensor
-"""``(b, t)`` of torch.bool, which is checked at the door."""
+"""``(b, t)`` of torch.bool, which is checked here."""
 Read = Callable[[Hidden, State | None], tuple[Hidden, State]]
 Begin = Callable[[Hidden], State]
 
 
 class Document(NamedTuple):
-    """The tokens of one document in a window, by their places in all rows behind each other.
+    """The tokens of one document in a sequence, by their places in all rows, concatenated.
 
-    goes_on: it began before this window. is_last: what it leaves is the state of its row.
+    goes_on: it began before this sequence. is_last: what it leaves is the state of its row.
     """
 
     row: int

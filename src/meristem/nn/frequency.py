@@ -1,4 +1,4 @@
-"""When a slow level speaks or writes, learned from what was read so far (memory.md 6.6)."""
+"""When a slow level is read or written, learned from what was read so far (memory.md 6.6)."""
 
 import math
 

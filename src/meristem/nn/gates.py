@@ -16,11 +16,11 @@ from meristem.shapes import Gate, Hidden
 
 
 class GateMap(KeepsFloat32):
-    """What a rule asks of each token and head, each a smooth bounded map of the hidden vector (memory.md 2.3).
+    """What a rule takes for each token and head, each a smooth bounded map of the hidden vector (memory.md 2.3).
 
     Weights start at 0, so that every token begins with the same gates: retain by its half-life H, ``2^(-1/H)``; write
     rate ``write``, never above ``write_limit``; momentum ``momentum``; threshold 1; weight of a pair ``sigmoid(2)``.
-    With momentum the write rate carries the factor ``1 - momentum``: a key that returns is then written once, not
+    With momentum the write rate carries the factor ``1 - momentum``: a key that recurs is then written once, not
     ``1 / (1 - momentum)`` times, which keeps the rule stable. Where the momentum is orthogonalised its length is always
     about one, and the factor would only make every step smaller. Codes are linear and start random. With a rank the
     map goes through so few numbers.

@@ -45,7 +45,7 @@ class MemoryAsContext(nn.Module):
             raise WrongValue(f"found a segment of {segment} tokens; expected 1 or more. Raise it.", value=segment)
         self.segment = segment
         self.attention = attention
-        self.recall = build_memory(width, config, is_asked=True)
+        self.recall = build_memory(width, config, is_queried=True)
         self.ask = nn.Linear(width, width, bias=False)
         self.combine = COMBINATIONS[combine](width, config.head_dim)
 
@@ -76,7 +76,7 @@ class MemoryAsContext(nn.Module):
         return dict.fromkeys(SEEN, empty)
 
     def _cut(self, hidden_btd: Hidden, n_read: int) -> tuple[list["Segment"], "Whole"]:
-        """The window in segments, ``n_read`` tokens of the first read before; what does not wait for a memory is done
+        """The sequence in segments, ``n_read`` tokens of the first read before; what does not wait for a memory is done
         here for all of them at once."""
         still_bthk, key_bthk, value_bthv = self.attention.project(hidden_btd)
         query_bthk = still_bthk = still_bthk / math.sqrt(still_bthk.shape[-1])
@@ -102,7 +102,7 @@ class MemoryAsContext(nn.Module):
     def _read(self, segment: "Segment", whole: "Whole", state: State) -> tuple[Hidden, Hidden, State]:
         """What tokens of one segment gather, what the memory recalls when that is written, and the state after them."""
         n_read, heads = state["keys_bshk"].shape[1], self.attention.heads
-        both_btd = functional.linear(self.recall.read(segment.asked_btd, state["start"]), whole.weight_fd)
+        both_btd = functional.linear(self.recall.read(segment.query_btd, state["start"]), whole.weight_fd)
         context_key_bthk, context_value_bthv = both_btd.unflatten(-1, (2, heads, -1)).unbind(2)
         if segment.by is not None:
             context_key_bthk = apply_rope(context_key_bthk, segment.by)
@@ -132,9 +132,10 @@ class MemoryAsContext(nn.Module):
 
 
 class Segment(NamedTuple):
-    """A segment or what a window holds of one. ``by``: its turns; pinned_bhtg: scores of the persistent vectors."""
+    """A segment or what a sequence holds of one. ``by``: its rotations; pinned_bhtg: scores of the persistent
+    vectors."""
 
-    asked_btd: Hidden
+    query_btd: Hidden
     query_bthk: Queries
     key_bthk: Keys
     value_bthv: Values
@@ -143,7 +144,7 @@ class Segment(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """What all segments of a window share: the projection of what is recalled, persistent values, and which of two
+    """What all segments of a sequence share: the projection of what is recalled, persistent values, and which of two
     tokens of a segment is later."""
 
     weight_fd: Tensor

@@ -11,7 +11,7 @@ from meristem.shapes import Hidden
 
 
 class MemoryAsGate(nn.Module):
-    """``o = (y x m) W``: attention y over a window, combined with what memory m recalls (``nn.combine``).
+    """``o = (y x m) W``: attention y over a sliding window, combined with what memory m recalls (``nn.combine``).
 
     They are combined before attention's output projection W, which mixes the heads. Persistent vectors, which every
     query sees, are written into a fresh memory first.

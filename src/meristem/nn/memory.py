@@ -17,19 +17,21 @@ from meristem.nn.norm import RMSNorm, inverse_size
 from meristem.shapes import Hidden
 
 
-def build_memory(width: int, config: MemoryConfig, *, is_asked: bool = False) -> NeuralMemory | MemoryCache | CMSMemory:
-    """A module ``(hidden_btd, state) -> (recalled_btd, state)``: one memory, kept ones beside it, or several levels.
+def build_memory(
+    width: int, config: MemoryConfig, *, is_queried: bool = False
+) -> NeuralMemory | MemoryCache | CMSMemory:
+    """A module ``(hidden_btd, state) -> (recalled_btd, state)``: one memory, one with a cache, or several levels.
 
-    is_asked: the layer also looks at the memory without writing; where answers of levels are mixed by learned shares,
+    is_queried: the layer also reads the memory without writing; where outputs of levels are mixed by learned shares,
     these have shares of their own.
     """
     if config.levels.count > 1 or config.levels.reset_after is not None:
-        return CMSMemory(width, config, is_asked=is_asked)
+        return CMSMemory(width, config, is_queried=is_queried)
     return with_cache(width, config)
 
 
 def initial_state(recall: nn.Module, persistent_gd: Float[Tensor, "g d"] | None, hidden_btd: Hidden) -> State | None:
-    """The state of a reader that has met the persistent vectors only; None, a fresh one, where there are none.
+    """The state after the persistent vectors only; None, a fresh one, where there are none.
 
     Memory reads and writes them in front of the text (Titans 2501.00663, eq. 19).
     """
@@ -48,7 +50,7 @@ class MemoryLayer(nn.Module):
     """False in a frozen reader (``models.online.frozen``)."""
 
     def __init__(self, width: int, config: MemoryConfig, recall: Any = None) -> None:
-        """recall: what is read in the place of a single memory, as ``build_memory`` composes it."""
+        """recall: what is read instead of a single memory, as ``build_memory`` composes it."""
         super().__init__()
         self.recall = NeuralMemory.from_config(width, config) if recall is None else recall
         self.norm = RMSNorm(config.head_dim)

@@ -73,7 +73,7 @@ class RandomMap(KeepsFloat32):
 
 
 class NeuralMemory(nn.Module):
-    """What a memory answers to each token, after that token was written into it (memory.md 5.1, up to the read).
+    """A memory's output for each token, after that token was written into it (memory.md 5.1, up to the read).
 
     Queries, keys and values, as far as the rule uses them, are linear in the hidden vector, mixed with the few tokens
     before by a short convolution, and passed through SiLU; queries and keys have unit length, without which the
@@ -102,7 +102,7 @@ class NeuralMemory(nn.Module):
         """
         dim: of the hidden vectors; n_heads divides it, and each head has a memory of its own.
         settings: other keys of ``memory`` in a configuration, such as ``form``, ``chunk``, ``conv``, ``half_life``.
-        dtype: of the projections; memories and gates are float32, or float64 where that is asked for.
+        dtype: of the projections; memories and gates are float32, or float64 if the input is.
         Raises WrongValue for settings that one memory does not read, ConflictingKeys for those that do not go together.
         """
         super().__init__()
@@ -135,7 +135,7 @@ class NeuralMemory(nn.Module):
         self.mix = ValueMix(self.heads, config.head_dim) if self.rule.values == "mixed" else None
         widths = config.head_dim, config.head_dim // self.channels
         self.initial = Initial(self.rule, self.heads * self.channels, widths, has_local=self.form == "tnt")
-        # What ``decode`` takes: all else goes token by token as windows do.
+        # What ``decode`` takes: all else goes token by token like sequences.
         is_exact = forms.get(self.form).is_exact
         is_usual = self.rule.structure.kind == "matrix" and self.rule.features.name == "identity" and self.mix is None
         is_usual = is_usual and self.channels == 1 and config.gate_rank is None
@@ -156,7 +156,7 @@ class NeuralMemory(nn.Module):
         reset_mask: Mask | None = None,
         padding_mask: Mask | None = None,
     ) -> tuple[Hidden, State]:
-        """What every token reads, after it was written, and the state after the window; None begins one.
+        """What every token reads, after it was written, and the state after the sequence; None begins one.
 
         reset_mask: ``(b, t)``, True where a document begins: it reads as if it stood alone, from a fresh memory
             (``nn.documents.reset_mask`` makes it of ``cu_seqlens``).
@@ -204,13 +204,13 @@ class NeuralMemory(nn.Module):
         """The state of a reader that has read nothing; ``hidden_btd`` gives batch, dtype and device."""
         return {"memory": self.initial(hidden_btd.shape[0]), "conv": self.conv.init_state(hidden_btd)}
 
-    def read(self, asked_btd: Hidden, state: State) -> Hidden:
+    def read(self, query_btd: Hidden, state: State) -> Hidden:
         """What the memory, as it stands, recalls of the given vectors; nothing is written."""
-        return self.read_state(self.to_queries(asked_btd), state["memory"]).flatten(2).to(asked_btd.dtype)
+        return self.read_state(self.to_queries(query_btd), state["memory"]).flatten(2).to(query_btd.dtype)
 
-    def to_queries(self, asked_btd: Hidden) -> Queries:
+    def to_queries(self, query_btd: Hidden) -> Queries:
         """Vectors as queries: one for every head, of length one where the rule's are."""
-        asked_bthk = asked_btd.unflatten(-1, (self.heads, -1))
+        asked_bthk = query_btd.unflatten(-1, (self.heads, -1))
         query_bthk = asked_bthk if self.mix is not None else unit(asked_bthk)
         return query_bthk.repeat_interleave(self.channels, dim=2)
 
@@ -219,20 +219,20 @@ class NeuralMemory(nn.Module):
         return self.gates(torch.zeros_like(self.qkv.weight[:1])[None]).retain_bth
 
     def read_state(self, query_bthk: Queries, memory: Memory) -> Values:
-        """What a memory recalls of queries, as it stands. A chunk that is not finished has not reached its weights."""
+        """What a memory recalls for queries, unwritten. A chunk that is not finished is not yet in its weights."""
         weights = self.rule.weights(memory)
         with full_precision(query_bthk.device):
             query_bhtk = self.rule.features.apply(query_bthk.to(next(iter(weights.values())).dtype)).movedim(1, 2)
             return self.rule.structure.recall(Live(weights), query_bhtk).movedim(1, 2)
 
     def project(self, hidden_btd: Hidden, tail: State | None) -> tuple[Queries, Keys, Values, State]:
-        """Queries, keys and values of a window as the rule takes them, and what the convolution carries on."""
+        """Queries, keys and values of a sequence as the rule takes them, and what the convolution carries on."""
         # Queries and keys stand before values.
         n_units = 0 if self.mix is not None else sum(name != "value" for name in self.used)
         sizes = {"n_vectors": len(self.used), "heads": self.heads, "n_units": n_units}
         found, tail = self.conv.project(self.qkv(hidden_btd), tail, **sizes)
         vectors = dict(zip(self.used, found, strict=True))
-        # A rule never looks at what it does not use, but its forms take three vectors all the same.
+        # A rule ignores what it does not use, but its forms take three vectors all the same.
         query_bthk, key_bthk, value_bthv = (vectors.get(name, found[0]) for name in ("query", "key", "value"))
         # Reads come back in the dtype of values: the model's, not that of units.
         value_bthv = value_bthv.to(tail["tail_bsd"].dtype)

@@ -11,8 +11,8 @@ from typing import Self
 class Plateau:
     """The gradient norm of the fastest level, smoothed, over its running peak, has stopped moving.
 
-    ``smoothed <- smoothed + weight (norm - smoothed)``; it is still when the deviation of the last ``window`` of these
-    over the peak, the tenth at either end left out, is below ``limit``; it is time after ``patience`` still values in a
+    ``smoothed <- smoothed + weight (norm - smoothed)``; it is flat when the deviation of the last ``window`` of these
+    over the peak, the tenth at either end left out, is below ``limit``; it is time after ``patience`` flat values in a
     row. After a promotion all begins afresh, and ``cooldown`` samples go by first.
     """
 

@@ -54,7 +54,7 @@ def push_up(
 ) -> Grown[CMSMemory]:
     """Level i becomes level i + 1, and takes its period; a fresh level 0 begins to learn.
 
-    part: the settings that ``memory`` was made with. gates: whether promoted levels keep their gates or begin with
+    config: the settings that ``memory`` was made with. gates: whether promoted levels keep their gates or begin with
     those of their new place.
     """
     n_levels = config.levels.count
@@ -117,9 +117,9 @@ def _with_memories(
     memory: NeuralMemory | CMSMemory, config: MemoryConfig, moved: Mapping[int, int], gates: Literal["carry", "default"]
 ) -> Grown[CMSMemory]:
     width = memory.width if isinstance(memory, CMSMemory) else memory.qkv.in_features
-    is_asked = isinstance(memory, CMSMemory) and memory.is_asked
+    is_queried = isinstance(memory, CMSMemory) and memory.is_queried
     grown_part = config.model_copy(update={"levels": _with_one_more(config.levels)})
-    module = CMSMemory(width, grown_part, is_asked=is_asked)
+    module = CMSMemory(width, grown_part, is_queried=is_queried)
     like = next(memory.parameters())
     module = module.to(device=like.device, dtype=like.dtype)
     old: Mapping[str, Tensor] = memory.state_dict()
@@ -147,7 +147,7 @@ def _move_frequency(
     moved: Mapping[int, int],
     periods: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> None:
-    """A learned frequency keeps what it looks for, and how far it is above or below its budget."""
+    """A learned frequency keeps its target, and how far it is above or below its budget."""
     if "frequency.bias_l" not in old:
         return
     for a, b in moved.items():

@@ -1,4 +1,4 @@
-"""What all memories of a self-reference share within a chunk: its keys, its gates, and how writes flow through it.
+"""What all memories of a self-reference share within a chunk: its keys, its gates, and how writes decay in it.
 
 Axes: h rows of the batch and heads folded together, with chunks n in front where many are treated at once.
 """
@@ -33,7 +33,7 @@ class Projections:
 
     @staticmethod
     def joined(parts: "list[Projections]") -> "Projections":
-        """Windows behind each other as one."""
+        """Sequences concatenated."""
         if len(parts) == 1:
             return parts[0]
         return Projections(*(torch.cat(x, dim=1) for x in zip(*(vars(part).values() for part in parts), strict=True)))
@@ -79,19 +79,19 @@ class WriteSystem(Protocol):
 class ChunkForm:
     """The writes of many rows at once (memory.md 4.3, with the probe cold and reads before writes).
 
-    With rows per token, what is new N solves ``D N = W - diag(before) K M^T``, ``D = I + reach * K K^T``.
+    With rows per token, what is new N solves ``D N = W - diag(before) K M^T``, ``D = I + intra * K K^T``.
 
-    before_c1: weight of the entering memory just before each token. reach_cs: weight there of what token s wrote, rate
-    included. system_cs: D below its diagonal. arriving_c1: weight with which what is new leaves. kept_11: of the
+    before_c1: weight of the entering memory just before each token. intra_cs: weight there of what token s wrote, rate
+    included. system_cs: D below its diagonal. write_c1: weight with which what is new leaves. carry_11: of the
     entering memory in the one that leaves.
     """
 
     projections: Projections
     before_c1: Tensor
-    reach_cs: Tensor
+    intra_cs: Tensor
     system_cs: Tensor
-    arriving_c1: Tensor
-    kept_11: Tensor
+    write_c1: Tensor
+    carry_11: Tensor
     inverse_cs: Tensor | None = None
 
     def solve(self, rows: Tensor) -> Tensor:
@@ -105,16 +105,16 @@ class ChunkForm:
         return self.solve(torch.addcmul(wanted, self.before_c1, recalled, value=-1))
 
     def recalled_before(self, recalled: Tensor, asked: Tensor, address: Tensor, new: Tensor) -> Tensor:
-        return torch.addcmul((self.reach_cs * (asked @ address.mT)) @ new, self.before_c1, recalled)
+        return torch.addcmul((self.intra_cs * (asked @ address.mT)) @ new, self.before_c1, recalled)
 
     def after(self, memory: Tensor, address: Tensor, new: Tensor) -> Tensor:
-        return torch.baddbmm(self.kept_11 * memory, (self.arriving_c1 * address).mT, new)
+        return torch.baddbmm(self.carry_11 * memory, (self.write_c1 * address).mT, new)
 
     def repeated(self, count: int) -> "ChunkForm":
         if count == 1:
             return self
-        arriving_c1, kept_11 = (x.repeat_interleave(count, dim=0) for x in (self.arriving_c1, self.kept_11))
-        return replace(self, arriving_c1=arriving_c1, kept_11=kept_11)
+        write_c1, carry_11 = (x.repeat_interleave(count, dim=0) for x in (self.write_c1, self.carry_11))
+        return replace(self, write_c1=write_c1, carry_11=carry_11)
 
     def inverted(self) -> "ChunkForm":
         """The same with D^-1 at hand, for many small chunks that are solved one by one."""
@@ -175,7 +175,7 @@ class TokenForm:
 
 
 def write_system(projections: Projections) -> ChunkForm | TokenForm:
-    """The writes of a chunk or of a part of one; of many, where chunks lie in front."""
+    """The writes of a chunk or of a slice of one; of many, where chunks lie in front."""
     if projections.key.shape[-2] == 1:
         return TokenForm(projections, projections.log_retain.exp()[..., None], projections.rate[..., None])
     return chunk_form(projections)
@@ -187,12 +187,12 @@ def chunk_form(projections: Projections) -> ChunkForm:
     entering, last = total - projections.log_retain, total[..., -1:]
     # Above the diagonal the difference is positive, would overflow, and is cut off afterwards.
     factor_cs = (entering[..., :, None] - total[..., None, :]).clamp(max=0.0).exp().tril(-1)
-    reach_cs = factor_cs * projections.rate[..., None, :]
+    intra_cs = factor_cs * projections.rate[..., None, :]
     return ChunkForm(
         projections=projections,
         before_c1=entering.exp()[..., None],
-        reach_cs=reach_cs,
-        system_cs=reach_cs * (projections.key @ projections.key.mT),
-        arriving_c1=((last - total).exp() * projections.rate)[..., None],
-        kept_11=last.exp()[..., None],
+        intra_cs=intra_cs,
+        system_cs=intra_cs * (projections.key @ projections.key.mT),
+        write_c1=((last - total).exp() * projections.rate)[..., None],
+        carry_11=last.exp()[..., None],
     )

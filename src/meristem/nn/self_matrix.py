@@ -21,8 +21,8 @@ class Matrices:
 
     They share keys and gates, so that one solve writes them all.
 
-    is_generated: the value that a memory is taught is what it makes of the token's value; else that value.
-    is_squared: it is taught by ``1/2 |M k - v|^2`` in the place of ``-<M k, v>``.
+    is_generated: the target of a memory is what it makes of the token's value; else that value.
+    is_squared: its loss is ``1/2 |M k - v|^2`` instead of ``-<M k, v>``.
     """
 
     names: tuple[str, ...]
@@ -50,7 +50,7 @@ class Matrices:
         return projections, recalled[..., len(vectors) * width :].unflatten(-1, (len(GATES), width)).mean(dim=-1)
 
     def write(self, start: Memory, live: Memory, rows: WriteSystem) -> Memory:
-        """The memories after the rows of a chunk, or of a part of it.
+        """The memories after the rows of a chunk, or of a slice of it.
 
         start: as they were when the chunk began, which make the values. live: as the rows before have left them.
         """
@@ -76,11 +76,11 @@ class Matrices:
             probe_nhck = probe_nhck + projections.value
         probe_nhck = chunks.solve(probe_nhck)
         given_nhcv = None if self.is_generated else chunks.solve(projections.value)
-        arriving_nhck = chunks.arriving_c1 * projections.key
+        write_nhck = chunks.write_c1 * projections.key
         entering_nhkv, last_hkv = RunChunks.apply(
-            probe_nhck, given_nhcv, arriving_nhck, chunks.kept_11, live["matrix_bhkv"]
+            probe_nhck, given_nhcv, write_nhck, chunks.carry_11, live["matrix_bhkv"]
         )
-        mixing_nhcs = chunks.reach_cs * (projections.query @ projections.key.mT)
+        mixing_nhcs = chunks.intra_cs * (projections.query @ projections.key.mT)
         read_nhcv = torch.addcmul(mixing_nhcs @ probe_nhck, chunks.before_c1, projections.query) @ entering_nhkv
         if given_nhcv is not None:
             read_nhcv = read_nhcv + mixing_nhcs @ given_nhcv
@@ -100,26 +100,26 @@ class Matrices:
 
 
 class RunChunks(torch.autograd.Function):
-    """``apply(probe, given, arriving, kept, first) -> (entering, last)``: the memory at the start of every chunk.
+    """``apply(probe, given, write, carry, first) -> (entering, last)``: the memory at the start of every chunk.
 
-    ``M' = kept M + arriving^T (probe M + given)`` from chunk to chunk, n in front; given may be None.
+    ``M' = carry M + write^T (probe M + given)`` from chunk to chunk, n in front; given may be None.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        probe_nhck, given_nhcv, arriving_nhck, kept_nh11, first_hkv = inputs
+        probe_nhck, given_nhcv, write_nhck, carry_nh11, first_hkv = inputs
         givens = [None] * len(probe_nhck) if given_nhcv is None else given_nhcv.unbind()
         passing_hkv, entering = first_hkv, []
-        steps = zip(probe_nhck.unbind(), givens, arriving_nhck.mT.unbind(), kept_nh11.unbind(), strict=True)
-        for probe_hck, given_hcv, arriving_hkc, kept_h11 in steps:
+        steps = zip(probe_nhck.unbind(), givens, write_nhck.mT.unbind(), carry_nh11.unbind(), strict=True)
+        for probe_hck, given_hcv, write_hkc, carry_h11 in steps:
             entering.append(passing_hkv)
             if given_hcv is None:
                 new_hcv = torch.bmm(probe_hck, passing_hkv)
             else:
                 new_hcv = torch.baddbmm(given_hcv, probe_hck, passing_hkv)
-            passing_hkv = torch.baddbmm(kept_h11 * passing_hkv, arriving_hkc, new_hcv)
+            passing_hkv = torch.baddbmm(carry_h11 * passing_hkv, write_hkc, new_hcv)
         entering_nhkv = torch.stack(entering)
-        ctx.save_for_backward(probe_nhck, given_nhcv, arriving_nhck, kept_nh11, entering_nhkv)
+        ctx.save_for_backward(probe_nhck, given_nhcv, write_nhck, carry_nh11, entering_nhkv)
         return entering_nhkv, passing_hkv
 
     @staticmethod
@@ -133,13 +133,13 @@ class RunChunks(torch.autograd.Function):
 def _run_chunks_backward(
     saved: tuple[Any, ...], d_entering_nhkv: Tensor, d_last_hkv: Tensor
 ) -> tuple[Tensor | None, ...]:
-    probe_nhck, given_nhcv, arriving_nhck, kept_nh11, entering_nhkv = saved
+    probe_nhck, given_nhcv, write_nhck, carry_nh11, entering_nhkv = saved
     d_passing_hkv, d_leaving, d_news = d_last_hkv, [], []
-    steps = [x.unbind() for x in (d_entering_nhkv, probe_nhck.mT, arriving_nhck, kept_nh11)]
-    for d_entering_hkv, probe_hkc, arriving_hck, kept_h11 in zip(*(reversed(step) for step in steps), strict=True):
+    steps = [x.unbind() for x in (d_entering_nhkv, probe_nhck.mT, write_nhck, carry_nh11)]
+    for d_entering_hkv, probe_hkc, write_hck, carry_h11 in zip(*(reversed(step) for step in steps), strict=True):
         d_leaving.append(d_passing_hkv)
-        d_news.append(torch.bmm(arriving_hck, d_passing_hkv))
-        d_passing_hkv = torch.addcmul(d_entering_hkv, kept_h11, d_passing_hkv)
+        d_news.append(torch.bmm(write_hck, d_passing_hkv))
+        d_passing_hkv = torch.addcmul(d_entering_hkv, carry_h11, d_passing_hkv)
         d_passing_hkv = torch.baddbmm(d_passing_hkv, probe_hkc, d_news[-1])
     d_leaving_nhkv, d_new_nhcv = torch.stack(d_leaving[::-1]), torch.stack(d_news[::-1])
     new_nhcv = probe_nhck @ entering_nhkv

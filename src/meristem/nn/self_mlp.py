@@ -16,11 +16,11 @@ from meristem.nn.self_matrix import NOISE
 class _Seen:
     """Rows of keys at the memories that begin a chunk.
 
-    reached: before the GELU. hidden: after it, by output layer. lacking: what the loss asks each output layer to add,
-    and the hidden layers, the gradients negated.
+    preact: before the GELU. hidden: after it, by output layer. lacking: what each output layer has to add to lower the
+    loss, and the hidden layers, the gradients negated.
     """
 
-    reached_hcf: Tensor
+    preact_hcf: Tensor
     hidden: dict[str, Tensor]
     lacking: dict[str, Tensor]
     lacking_hcf: Tensor
@@ -65,13 +65,13 @@ class Networks:
 
     def project(self, weights: Memory, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """What the memories of vectors make of rows, and what those of gates do, ``h c l``."""
-        answers = self._answers(weights, rows, self._apart(functional.gelu(rows @ weights["in_bhkf"])))
+        outputs = self._outputs(weights, rows, self._apart(functional.gelu(rows @ weights["in_bhkf"])))
         vectors = self._layers["out_bhfv"]
-        projections = answers["out_bhfv"].unflatten(0, (-1, len(vectors))).unbind(1)
-        return dict(zip(vectors, projections, strict=True)), answers["gate_bhfv"].view(len(rows), len(GATES), -1).mT
+        projections = outputs["out_bhfv"].unflatten(0, (-1, len(vectors))).unbind(1)
+        return dict(zip(vectors, projections, strict=True)), outputs["gate_bhfv"].view(len(rows), len(GATES), -1).mT
 
     def write(self, start: Memory, live: Memory, rows: WriteSystem) -> Memory:
-        """The memories after the rows of a chunk, or of a part of it.
+        """The memories after the rows of a chunk, or of a slice of it.
 
         start: as they were when the chunk began. live: as the rows before have left them.
         """
@@ -82,9 +82,9 @@ class Networks:
         """What each query recalls just before its token is written, and the memory after the rows."""
         seen, asked = self._seen(start, rows.projections, self._probes(rows.projections)), rows.projections.query
         new_hcf = self._new(start, live, rows, seen)
-        asked_hcf = functional.gelu(rows.recalled_before(asked @ live["in_bhkf"], asked, rows.projections.key, new_hcf))
+        query_hcf = functional.gelu(rows.recalled_before(asked @ live["in_bhkf"], asked, rows.projections.key, new_hcf))
         written = seen.hidden["out_bhfv"], seen.lacking["out_bhfv"]
-        read = asked + rows.recalled_before(asked_hcf @ live["out_bhfv"], asked_hcf, *written)
+        read = asked + rows.recalled_before(query_hcf @ live["out_bhfv"], query_hcf, *written)
         return read, self._written(live, rows, seen, new_hcf)
 
     def read_chunks(self, live: Memory, chunks: ChunkForm) -> tuple[Tensor, Memory]:
@@ -94,57 +94,57 @@ class Networks:
         for chunk, probe_hck in zip(chunks.inverted().unbound(), probes, strict=True):
             entering.append(live)
             seen = self._seen(live, chunk.projections, probe_hck)
-            news.append(chunk.new(seen.lacking_hcf, seen.reached_hcf))
+            news.append(chunk.new(seen.lacking_hcf, seen.preact_hcf))
             hidden.append(seen.hidden["out_bhfv"])
             lacking.append(seen.lacking["out_bhfv"])
             live = self._written(live, chunk, seen, news[-1])
         in_nhkf, out_nhfv = (torch.stack([x[name] for x in entering]) for name in ("in_bhkf", "out_bhfv"))
-        asked_nhck = chunks.projections.query
+        query_nhck = chunks.projections.query
         recalled_nhcf = chunks.recalled_before(
-            asked_nhck @ in_nhkf, asked_nhck, chunks.projections.key, torch.stack(news)
+            query_nhck @ in_nhkf, query_nhck, chunks.projections.key, torch.stack(news)
         )
-        asked_nhcf = functional.gelu(recalled_nhcf)
+        hidden_nhcf = functional.gelu(recalled_nhcf)
         written = torch.stack(hidden), torch.stack(lacking)
-        read_nhcv = asked_nhck + chunks.recalled_before(asked_nhcf @ out_nhfv, asked_nhcf, *written)
+        read_nhcv = query_nhck + chunks.recalled_before(hidden_nhcf @ out_nhfv, hidden_nhcf, *written)
         return read_nhcv.transpose(0, 1).flatten(1, 2), live
 
     def _probes(self, projections: Projections) -> Tensor:
-        """The rows that the memories at a chunk's start are asked for: keys, and values where they make their own."""
+        """The rows that are read of the memories at a chunk's start: keys, and values where they make their own."""
         return torch.cat([projections.key, projections.value], dim=-2) if self.is_generated else projections.key
 
     def _seen(self, start: Memory, projections: Projections, probes: Tensor) -> _Seen:
         """Gradients of a chunk's rows at the memories that begin it."""
         key, value = projections.key, projections.value
         sizes = [key.shape[-2], probes.shape[-2] - key.shape[-2]]
-        reached = probes @ start["in_bhkf"]
-        split = {layer: x.split(sizes, dim=-2) for layer, x in self._apart(functional.gelu(reached)).items()}
+        preact = probes @ start["in_bhkf"]
+        split = {layer: x.split(sizes, dim=-2) for layer, x in self._apart(functional.gelu(preact)).items()}
         of_key = {layer: x for layer, (x, _) in split.items()}
         if self.is_generated:
-            lacking = self._answers(start, value, {layer: x for layer, (_, x) in split.items()})
+            lacking = self._outputs(start, value, {layer: x for layer, (_, x) in split.items()})
         else:
             # A gate is to recall the mean of the value.
             goals = {"out_bhfv": value, "gate_bhfv": value.mean(dim=-1, keepdim=True)}
             lacking = {layer: goals[layer].repeat_interleave(len(x), 0) for layer, x in self._layers.items()}
         if self.is_squared:
-            recalled = self._answers(start, key, of_key)
+            recalled = self._outputs(start, key, of_key)
             lacking = {layer: goal - recalled[layer] for layer, goal in lacking.items()}
         pulled_hcf = self._beside({layer: x @ start[layer].mT for layer, x in lacking.items()})
-        reached_hcf = reached.split(sizes, dim=-2)[0]
-        return _Seen(reached_hcf, of_key, lacking, torch.ops.aten.gelu_backward(pulled_hcf, reached_hcf))
+        preact_hcf = preact.split(sizes, dim=-2)[0]
+        return _Seen(preact_hcf, of_key, lacking, torch.ops.aten.gelu_backward(pulled_hcf, preact_hcf))
 
-    def _answers(self, weights: Memory, rows: Tensor, hidden: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _outputs(self, weights: Memory, rows: Tensor, hidden: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the output layers say of hidden rows, vectors beside the rows themselves."""
         n_vectors = len(self._layers["out_bhfv"])
         added = rows if n_vectors == 1 else rows.repeat_interleave(n_vectors, dim=0)
-        answers = {"out_bhfv": torch.baddbmm(added, hidden["out_bhfv"], weights["out_bhfv"])}
+        outputs = {"out_bhfv": torch.baddbmm(added, hidden["out_bhfv"], weights["out_bhfv"])}
         if "gate_bhfv" in weights:
-            answers["gate_bhfv"] = hidden["gate_bhfv"] @ weights["gate_bhfv"]
-        return answers
+            outputs["gate_bhfv"] = hidden["gate_bhfv"] @ weights["gate_bhfv"]
+        return outputs
 
     def _new(self, start: Memory, live: Memory, rows: WriteSystem, seen: _Seen) -> Tensor:
         """What is new at each hidden layer: the probe is the live layer's, the gradient that of the chunk's start."""
-        reached_hcf = seen.reached_hcf if start is live else rows.projections.key @ live["in_bhkf"]
-        return rows.new(seen.lacking_hcf, reached_hcf)
+        preact_hcf = seen.preact_hcf if start is live else rows.projections.key @ live["in_bhkf"]
+        return rows.new(seen.lacking_hcf, preact_hcf)
 
     def _written(self, live: Memory, rows: WriteSystem, seen: _Seen, new_hcf: Tensor) -> Memory:
         written = {"in_bhkf": rows.after(live["in_bhkf"], rows.projections.key, new_hcf)}

@@ -54,19 +54,20 @@ STRUCTURES: Final[dict[str, Callable[[tuple[str, ...], bool, bool], Memories]]] 
 class SelfReference(KeepsFloat32):
     """Self-referential Titans: ``conv(x)`` -> makers -> memory -> norm, gate and projection (memory.md 7).
 
-    The makers are the memories M_k, M_v, M_eta, M_alpha, and M_q where the query adapts; the memory that is asked is
+    The makers are the memories M_k, M_v, M_eta, M_alpha, and M_q where the query adapts; the memory that is read is
     written with what they make. Each is read before it is written, and all are written by delta descent,
     ``M <- M (alpha - eta k k^T) - eta grad L`` (Nested Learning 2512.24695, eqs. 83-93). What a chunk is written with
     comes from the memories that begin it: ``chunk_other`` tokens for the makers, ``chunk_memory`` for the memory (eq.
     97). Heads are memories of their own, each of its own channels; the paper has one, ``head_width`` = width.
 
-    What teaches itself is multiplied by about ``alpha + eta (v k - 1)`` along k with every token. As printed, v is as
-    long as the root of the width, and one token said often ends in NaN; values of length one (``unit_value``) cannot
-    grow. What is left is that ``alpha`` fades all memories, keys included, hence the long ``half_life``.
+    A memory that makes its own values is multiplied by about ``alpha + eta (v k - 1)`` along k with every token. As
+    printed, v is as long as the root of the width, and one token said often ends in NaN; values of length one
+    (``unit_value``) cannot grow. What is left is that ``alpha`` fades all memories, keys included, hence the long
+    ``half_life``.
 
     State: the short convolution's tail, and under ``memory`` how many tokens were read and, of the makers that adapt
-    and of the memory that is asked, the values that began the unfinished chunk (``start``) and those that its tokens
-    have left (``live``). Fresh memories are learned parameters.
+    and of the memory that is read (``asked``), the values that began the unfinished chunk (``start``) and those that
+    its tokens have left (``live``). Fresh memories are learned parameters.
     """
 
     matrices: ClassVar = frozenset({"query.weight", "out.weight"})
@@ -134,7 +135,7 @@ class SelfReference(KeepsFloat32):
         return state
 
     def recall(self, rows: Tensor, queries: Tensor | None, memory: State) -> tuple[Tensor, State]:
-        """What the memory answers to each token, and all memories after them.
+        """The memory's output for each token, and all memories after them.
 
         rows: ``(b h) t k``, as all that is computed here. queries: of length one; None where a memory makes them.
         """
@@ -151,7 +152,7 @@ class SelfReference(KeepsFloat32):
         return read, after
 
     def _frozen(self, rows: Tensor, queries: Tensor | None, memory: State) -> Tensor:
-        """What memories that are not written answer: to each token what they would to the next."""
+        """Outputs of memories that are not written: for each token as for the next one."""
         if self.is_static:
             start = _folded(_expanded(self.makers.joined(self.values), len(rows) // self.heads))
         else:
@@ -188,7 +189,7 @@ class SelfReference(KeepsFloat32):
         )
 
     def _read_memory(self, projections: Projections, memory: State, n_before: int) -> tuple[Tensor, State]:
-        """What the memory answers to each token before it is written, and the memory after them."""
+        """The memory's output for each token before it is written, and the memory after them."""
         n_time, chunk = projections.key.shape[1], self.chunk_memory
         start, live = _running(memory, n_before % chunk == 0)
         reads, at = [], 0
@@ -232,7 +233,7 @@ def _running(memory: State, is_at_start: bool) -> tuple[Memory, Memory]:
 
 
 def _kept(start: Memory, live: Memory, batch: int) -> State:
-    """What is carried to the next window; a chunk that begins has one value under both names."""
+    """What is carried to the next sequence; a chunk that begins has one value under both names."""
     after = {name: x.unflatten(0, (batch, -1)) for name, x in live.items()}
     if start is live:
         return _first(after)
@@ -254,7 +255,7 @@ def can_decode(layer: SelfReference, hidden_btd: Hidden, state: State | None) ->
 
 
 def decode(layer: SelfReference, hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
-    """What the layer answers to one token, and the state after it; the state that came in stays as it was."""
+    """The layer's output for one token, and the state after it; the state that came in is unchanged."""
     batch, heads = len(hidden_btd), layer.heads
     query_dd: Tensor = layer.query.weight  # type: ignore[union-attr]
     memory, n_after = state["memory"], state["memory"]["n_tokens"] + 1

@@ -23,7 +23,7 @@ class Meaning:
     """What a self-reference is made of.
 
     structures: of each memory by name: key, value, rate, retain, memory, and query where it adapts. One layer or two.
-    is_static: only the memory that is asked is ever written.
+    is_static: only the memory that is read is ever written.
     rate_bias_h, retain_bias_h: what is added to what the memories of gates recall.
     """
 
@@ -42,7 +42,7 @@ class Meaning:
         return recalled.mean(dim=-1, keepdim=True) if name in GATES else recalled
 
     def goal(self, memories: dict[str, Memory], name: str, value: Tensor) -> Tensor:
-        """What a memory is taught for a token of that value; where it recalls one number only, the mean."""
+        """A memory's target for a token of that value; where it recalls one number only, the mean."""
         if self.is_generated:
             return self.structures[name].recall(Live(memories[name]), value)
         is_number = next(reversed(memories[name].values())).shape[-1] == 1
@@ -58,7 +58,7 @@ def scan(
     ``eta = scale softplus(M_eta x + b)``,
     ``alpha = sigmoid(M_alpha x + b)``, ``o = M_mem q``; then for every memory, also mem,
     ``M <- M (alpha - eta k k^T) - eta grad L(M; k, M v)``, with ``L = -<M k, v>`` or ``1/2 |M k - v|^2`` and its goal
-    held still (Nested Learning 2512.24695, eqs. 83-93; memory.md 7.1). In two layers ``k k^T`` acts on the first.
+    frozen (Nested Learning 2512.24695, eqs. 83-93; memory.md 7.1). In two layers ``k k^T`` acts on the first.
     """
     reads = []
     for t in range(rows_bhtk.shape[2]):

@@ -1,7 +1,7 @@
 """Groups of tokens that become one: what a slow level reads, and what it says until its next group has ended.
 
 Only finished groups are read, and only the tokens after a group hear of it: a mean handed to the tokens that it was
-made of would tell them what comes later (memory.md 6.5).
+made of would not be causal (memory.md 6.5).
 """
 
 import itertools
@@ -17,15 +17,15 @@ Row = Float[Tensor, "b d"]
 
 
 def spans(n_before: int, n_time: int, period: int) -> list[tuple[int, int]]:
-    """Where a window that begins after ``n_before`` tokens is cut: where a multiple of ``period`` has been read."""
+    """Where a sequence that begins after ``n_before`` tokens is cut: where a multiple of ``period`` has been read."""
     cuts = [*range(period - n_before % period, n_time, period), n_time]
     return list(itertools.pairwise([0, *cuts]))
 
 
 def group_means(hidden_btd: Hidden, sum_bd: Row, *, period: int, n_begun: int) -> tuple[Groups, Row]:
-    """The mean of every group that ends in this window, in the precision of ``sum_bd``, and the sum of the rest.
+    """The mean of every group that ends in this sequence, in the precision of ``sum_bd``, and the sum of the rest.
 
-    sum_bd: of the ``n_begun`` tokens of the group in which the window begins.
+    sum_bd: of the ``n_begun`` tokens of the group in which the sequence begins.
     """
     n_missing, n_time = (period - n_begun) % period, hidden_btd.shape[1]
     wide_btd = hidden_btd.to(sum_bd.dtype)
@@ -42,7 +42,8 @@ def group_means(hidden_btd: Hidden, sum_bd: Row, *, period: int, n_begun: int) -
 
 
 def _three(wide_btd: Hidden, n_first: int, n_last: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The window in three parts, uncut where two of them are empty: a gradient through a cut is a copy of the whole."""
+    """The sequence in three slices, uncut where two of them are empty: a gradient through a cut is a copy of the
+    whole."""
     n_time = wide_btd.shape[1]
     if not n_first and not n_last:
         return wide_btd[:, :0], wide_btd, wide_btd[:, :0]
@@ -51,21 +52,21 @@ def _three(wide_btd: Hidden, n_first: int, n_last: int) -> tuple[Tensor, Tensor,
 
 
 def hold(read_bnd: Groups, last_bd: Row, *, period: int, n_begun: int, n_time: int) -> tuple[Hidden, Row]:
-    """What every token of the window hears, ``out[floor(t / period) - 1]``, and what the next window hears first.
+    """What every token of the sequence gets, ``out[floor(t / period) - 1]``, and what the next sequence gets first.
 
-    read_bnd: one vector for each group that ended in the window; last_bd: that of the group that ended before it.
+    read_bnd: one vector for each group that ended in the sequence; last_bd: that of the group that ended before it.
     """
     if read_bnd.shape[1] == 0:
         return last_bd[:, None].expand(-1, n_time, -1), last_bd
     n_left = (n_begun + n_time) % period
     parts = [last_bd[:, None].to(read_bnd.dtype).expand(-1, period - n_begun, -1)] if n_begun else []
-    # Each answer but the last is heard for a whole period.
+    # Each output but the last is read for a whole period.
     whole_bnd = (
         read_bnd[:, :-1] if n_begun else torch.cat([last_bd[:, None].to(read_bnd.dtype), read_bnd[:, :-1]], dim=1)
     )
     parts += [whole_bnd.repeat_interleave(period, dim=1)] if whole_bnd.shape[1] else []
     parts += [read_bnd[:, -1:].expand(-1, n_left, -1)] if n_left else []
-    # A copy, so that the state does not keep the whole window alive.
+    # A copy, so that the state does not keep the whole sequence in memory.
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], read_bnd[:, -1].clone()
 
 

@@ -113,7 +113,7 @@ def pretrain(
 
 
 def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
-    """Text -> tokenizer -> corpus -> windows -> stream; and the model with its optimizer, on the device."""
+    """Text -> tokenizer -> corpus -> sequences -> stream; and the model with its optimizer, on the device."""
     world = run.world
     require_alone(world.size, config.aggregate.how)
     if config.run.deterministic:
@@ -193,7 +193,7 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Saf
 
 
 def train(run: Run, job: Job, recovery: Recovery) -> bool:
-    """Step until a limit is reached, going back where the run is not sound. Whether it was asked to stop before."""
+    """Step until a limit is reached, rolling back where the run is not sound. Whether it was interrupted before."""
     config, used_s = job.config, job.state.progress.seconds_used
     log = Log(run, job)
     evaluation = Interval(config.eval.every, config.eval.every_s, used_s)
@@ -226,14 +226,14 @@ def train(run: Run, job: Job, recovery: Recovery) -> bool:
 
 @dataclass(frozen=True)
 class RollbackReason:
-    """Why a run has to go back. n_micro_batches: how many a batch is cut into then, if that is the remedy."""
+    """Why a run has to roll back. n_micro_batches: how many a batch is cut into then, if that is the remedy."""
 
     reason: str
     n_micro_batches: int | None = None
 
 
 def train_until_trouble(job: Job, recovery: Recovery, log: Log) -> Iterator[RollbackReason | None]:
-    """Steps, each watched: what is wrong after it, which ends them, or None; all are sound where a limit is reached."""
+    """Steps, each checked: what is wrong after it, which ends them, or None; all are sound where a limit is reached."""
     try:
         for step in training_steps(job):
             log.take(step)

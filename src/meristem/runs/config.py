@@ -143,7 +143,7 @@ def load_config(
     *,
     text: str | None = None,
 ) -> Loaded[Config]:
-    """The tree of a preset, or of a YAML file, which is told by its ending or by a directory in its name.
+    """The tree of a preset, or of a YAML file, which is recognised by its ending or by a directory in its name.
 
     overrides: more files too, each over those before it, and all of them under the settings.
     text: what the file says, where it was read already.

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a question that the loop asks between two steps."""
+"""Ctrl-C, SIGTERM and SIGHUP as a flag that the loop reads between two steps."""
 
 import signal
 import threading
@@ -13,10 +13,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """While this lasts, the first signal only makes the given question answer yes; the second does what it always did.
+    """While this lasts, the first signal only sets the given flag; the second does what it always did.
 
     So the step in progress can end and be saved, and a run that hangs can still be stopped. Outside the main thread,
-    where Python takes no signals, the answer stays no.
+    where Python takes no signals, the flag stays unset.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -70,7 +70,7 @@ def rank_figures(each_s: list[tuple[float, ...]], n_targets: int) -> dict[str, f
 
 
 class Log:
-    """Takes every step: records those that log, tells of bad ones, keeps the screen alive."""
+    """Takes every step: records those that log, reports bad ones, keeps the screen alive."""
 
     def __init__(self, run: Run, job: Job) -> None:
         self._run, self._job = run, job
@@ -106,7 +106,7 @@ class Log:
 
     def rolled_back(self) -> None:
         """The run stands at an earlier step again."""
-        # The pace too counts from here: what the process began with may lie ahead again.
+        # The speed too counts from here: what the process began with may lie ahead again.
         self._start = self._before = self._recorded = self._job.state.progress
         self._shown, self._each_s = None, []
 
@@ -187,7 +187,7 @@ class Log:
         self._run.view.update(fields, progress=share, loss=self._shown)
 
     def _seconds_left(self, now: Progress, share: float) -> float:
-        """At the pace since this process began to train."""
+        """At the speed since this process began to train."""
         done = share - self._start.share(self._job.config.train)
         return max(0.0, (now.seconds_used - self._start.seconds_used) * (1 - share) / done)
 

@@ -1,4 +1,4 @@
-"""What keeps a run from being lost: a guard that watches it, snapshots and checkpoints, and the way back to them."""
+"""What keeps a run from being lost: a guard that checks it, snapshots and checkpoints, and rollback to them."""
 
 import contextlib
 import math
@@ -43,7 +43,7 @@ from meristem.train.progress import Progress
 from meristem.train.rollback import FAST, FULL, MOST_IN_ROW, USUAL, Attempt, Tier, TierName, most_bytes, n_snapshots
 
 PROBE_TOKENS: Final = 128
-"""Held-out tokens whose loss is kept with every state: after going back to it they must cost the same again."""
+"""Held-out tokens whose loss is saved with every state: after a rollback to it they must cost the same again."""
 
 QUIET_STEPS: Final = 200
 """Steps without a verdict after which the emergency level falls by one."""
@@ -89,7 +89,7 @@ class Recovery:
             self._level.close()
 
     def check(self, step: Step) -> str | None:
-        """Why the run must go back, or None; and a snapshot where one is due."""
+        """Why the run must roll back, or None; and a snapshot where one is due."""
         self._saver.poll()
         self._signals.flush()
         for stats in step.stats:
@@ -173,8 +173,8 @@ class Recovery:
     def roll_back(self, *, reason: str, n_micro_batches: int | None = None) -> None:
         """Put an earlier state of the run in place, with something changed so that it does not end here again.
 
-        n_micro_batches: what is changed is only into how many parts a batch is cut; the text is read again as it was.
-        Raises RollbackFailed where there is no way back, and Halted where going back has not helped.
+        n_micro_batches: only the number of micro-batches is changed; the text is read again as it was.
+        Raises RollbackFailed where no rollback is possible, and Halted where rollbacks have not helped.
         """
         self._saver.wait()
         now = self._job.state.progress
@@ -186,7 +186,7 @@ class Recovery:
             self._journal.undo(number, str(error))
             self._raise_level(Level.HALT, "rollback_failed", "rollback")
             raise
-        # What was skipped before the snapshot led to this way back; counted again it would lead to the next one.
+        # What was skipped before the snapshot led to this rollback; counted again it would lead to the next one.
         guard = found.safety.guard if n_micro_batches is not None else replace(found.safety.guard, skipped=())
         self.safety = Safety(guard, rollbacks.observed(attempts), self.safety.emergency)
         then, changed = self._changed(now, self._job.state.progress, rollbacks.n_in_row, n_micro_batches)
@@ -202,9 +202,9 @@ class Recovery:
             "latencies": self.safety.rollbacks.to_json()["latencies"],
         }
         self._run.emit(Event("rollback.done", payload))
-        told = ", ".join(f"{name} {value}" for name, value in changed.items())
         self._run.view.note(
-            f"went back from step {now.step} to {then.step} in {1000 * attempts[-1].seconds:.0f} ms ({reason}); {told}"
+            f"rolled back from step {now.step} to {then.step} in {1000 * attempts[-1].seconds:.0f} ms ({reason}); "
+            + ", ".join(f"{name} {value}" for name, value in changed.items())
         )
         self._journal.commit(number, {"resumed_from": then.step, "changed": changed})
         if any(attempt.is_violation for attempt in attempts):
@@ -220,7 +220,7 @@ class Recovery:
         self.save(reason="rollback", metrics={})
         self._saver.wait()
         raise Halted(
-            f"the run went back {n_in_row} times in a row, the last time from step {now.step} to {then.step}, and "
+            f"the run rolled back {n_in_row} times in a row, the last time from step {now.step} to {then.step}, and "
             f"what it did about it ({self._config.change}) did not help. The state of step {then.step} is saved. Look "
             "at guard.verdict in events.ndjson, lower optim.lr or mend the text, then resume.",
             step=then.step,
@@ -307,7 +307,7 @@ class Recovery:
 
 
 class _Found:
-    """The state that a run goes back to, put in place piece by piece."""
+    """The state that a run rolls back to, put in place piece by piece."""
 
     def __init__(self, job: Job, run: Run, probe: Callable[[], float]) -> None:
         self._job, self._run, self._probe = job, run, probe
@@ -355,7 +355,7 @@ class _Found:
         is_exact = self._job.device.device.type == "cpu"
         if found != expected and (is_exact or not math.isclose(found, expected, rel_tol=1e-4)):
             raise RollbackFailed(
-                f"after going back the probe costs {found} nats, and it cost {expected} when this state was taken.",
+                f"after the rollback the probe costs {found} nats, and it cost {expected} when this state was taken.",
                 found=found,
                 expected=expected,
             )
@@ -363,12 +363,12 @@ class _Found:
 
 
 def _snapshot_buffer(config: RollbackConfig, job: Job, run: Run) -> SnapshotBuffer | None:
-    """Room for snapshots, as many as were asked for, or as fit."""
+    """Room for snapshots, as many as are configured, or as fit."""
     weights, world = local_by_name(job.model.state_dict()), run.world
     capacity_bytes = sum(tensor.nbytes + 64 for tensor in weights.values()) + expected_bytes(job.optimizer) + 2**16
     free_bytes = available_bytes() // world.n_local
     count = n_snapshots(config, capacity_bytes, free_bytes)
-    # The machines of a run need not have the same room, and all go back the same way.
+    # The machines of a run need not have the same room, and all roll back the same way.
     count = int(min(least for (least,) in world.all_gather_numbers([count])))
     max_bytes = most_bytes(config, free_bytes)
     is_pinned, buffer = job.device.device.type == "cuda", None

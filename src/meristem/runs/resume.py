@@ -74,7 +74,7 @@ class Contents:
     """What of a run is saved, in memory and on disk alike: trees of tensors, and plain values.
 
     In memory each process saves what it holds: its rows of the memory, its own sums of gradients that wait, and of
-    tensors that are in parts its part. On disk is that of the run: ``gathered`` and ``of_process`` lead there and back.
+    tensors that are sharded its shard. On disk is that of the run: ``gathered`` and ``of_process`` lead there and back.
     """
 
     trees: Mapping[str, Mapping[str, torch.Tensor]]
@@ -308,7 +308,7 @@ def put_saved_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 def restore(job: Job, saved: Contents, emit: Emit) -> Safety:
     """Put moments, random streams, memory and position back, and say how sound the run was.
 
-    The weights come apart: a run that begins has them before its optimizer is made, one that goes back has both.
+    The weights come apart: a run that begins has them before its optimizer is made, one that rolls back has both.
     What was not saved is as in a run that begins; an event names it.
     """
     absent = [name for name in ("cursor", "optim", "random") if name not in {*saved.values, *saved.trees}]
@@ -328,7 +328,7 @@ def restore(job: Job, saved: Contents, emit: Emit) -> Safety:
 
 
 def put_back_weights(job: Job, weights: Mapping[str, torch.Tensor]) -> None:
-    """Give the model saved weights in place, each process its part where they are in parts."""
+    """Give the model saved weights in place, each process its shard where they are sharded."""
     live = job.model.state_dict()
     own = {name: as_part_of(live[name], tensor) if name in live else tensor for name, tensor in weights.items()}
     copy_into(local_by_name(live), local_by_name(own))

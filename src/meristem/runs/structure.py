@@ -1,4 +1,4 @@
-"""A model with what trains it: made when a run begins, and again where a run goes back to another structure."""
+"""A model with what trains it: made when a run begins, and again where a run rolls back to another structure."""
 
 from functools import partial
 from itertools import chain

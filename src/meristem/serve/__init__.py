@@ -1,1 +1,1 @@
-"""Doors to a trained model: sessions that remember, and the files that hold them."""
+"""Use of a trained model: sessions that remember, and the files that hold them."""

@@ -83,7 +83,7 @@ _FRESH: Final = _Moment(None, None, 0)
 class Session:
     """Reads, writes and remembers. The weights are shared with other sessions and never change.
 
-    learn: what changes while it reads. "none": nothing, and its memory answers as the model's first one; "memory"; or
+    learn: what changes while it reads. "none": nothing, and its memory reads as the model's initial one; "memory"; or
     "levels", feed-forward levels as well, in a copy of its own (``models.online``).
     """
 
@@ -120,7 +120,7 @@ class Session:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of what the session remembers, without the turns kept for ``rollback``."""
+        """Bytes of what the session remembers, without the turns saved for ``rollback``."""
         logits_bo = self._now.logits_bo
         return size_bytes(self._now.state or {}) + (0 if logits_bo is None else logits_bo.nbytes)
 
@@ -191,7 +191,7 @@ class Session:
         index = to.index if isinstance(to, Turn) else to
         if index not in self._turns:
             raise WrongValue(
-                f"turn {index} is not kept; this session can return to the turns {min(self._turns)} to {self.turn}.",
+                f"turn {index} is not saved; this session can return to the turns {min(self._turns)} to {self.turn}.",
                 key="to",
                 value=index,
             )
@@ -203,7 +203,7 @@ class Session:
         self._now, self._turns = _FRESH, {0: _FRESH}
 
     def memory(self) -> MemoryView:
-        """What is remembered now; looking changes nothing."""
+        """What is remembered now; nothing changes."""
         modules = {
             numbers(path): module
             for path, module in self.model.named_modules()
@@ -216,7 +216,7 @@ class Session:
     def save(self, path: Path | str) -> None:
         """Write all that the future of this session depends on into one file, whole or not at all.
 
-        The turns kept for ``rollback`` are not in it: a loaded session can return to the moment of saving and later.
+        The turns saved for ``rollback`` are not in it: a loaded session can return to the moment of saving and later.
         """
         leaves = as_tensors(self._now.state or {})
         tensors = {f"{store.INSIDE}{name}": leaf for name, leaf in leaves.items()}

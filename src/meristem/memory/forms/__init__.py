@@ -1,4 +1,4 @@
-"""The ways to run a rule over a window. ``scan`` is the meaning; the others say which rules they take and how exact
+"""The ways to run a rule over a sequence. ``scan`` is the meaning; the others say which rules they take and how exact
 they are."""
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 
 from meristem.errors import ConflictingKeys
 from meristem.memory.forms import associative, atlas, exact_chunk, frozen_chunk, lattice, tnt
-from meristem.memory.forms.by_chunk import Window, finished
+from meristem.memory.forms.by_chunk import Inputs, finished
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule, scan
 from meristem.memory.state import Memory, full_precision, map_tensors
@@ -20,7 +20,7 @@ from meristem.shapes import Keys, Queries, Values
 
 
 class RunWindow(Protocol):
-    """Write and read a whole window."""
+    """Write and read a whole sequence."""
 
     def __call__(
         self,
@@ -41,7 +41,7 @@ def _read(rule: Rule, memory: Memory, queries_bthk: Queries) -> Values:
 
 @dataclass(frozen=True)
 class Form:
-    """One way to run a rule over a window.
+    """One way to run a rule over a sequence.
 
     refusals: why the form cannot run a rule, as clauses about the rule; empty when it can.
     is_exact: reads and memory are those of ``scan``.
@@ -140,7 +140,7 @@ def run(
 
 
 def run_trusted(
-    rule: Rule, memory: Memory, window: Window, gates: Gates, *, form: str, chunk: int
+    rule: Rule, memory: Memory, inputs: Inputs, gates: Gates, *, form: str, chunk: int
 ) -> tuple[Values, Memory]:
     """``run`` for a caller that made rule, memory and gates itself, mixed what the rule mixes, and chose a form that
     takes them.
@@ -148,7 +148,7 @@ def run_trusted(
     The memory is float32, or float64 where the caller chose that, and everything that touches it is computed in that,
     whatever the autocast around this call. A narrower memory, as an old file may hold, is widened.
     """
-    keys_bthk, values_bthv, queries_bthk = window
+    keys_bthk, values_bthv, queries_bthk = inputs
     if memory[rule.structure.weights[0]].dtype in (torch.bfloat16, torch.float16):
         memory = map_tensors(lambda x: x.float() if x.is_floating_point() else x, memory)
     like = memory[rule.structure.weights[0]]

@@ -1,4 +1,4 @@
-"""The associative form: all memories of a window by a scan of logarithmic depth."""
+"""The associative form: all memories of a sequence by a scan of logarithmic depth."""
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ def associative(
     *,
     chunk: int = 64,
 ) -> tuple[Values, Memory]:
-    """Reads and the memory left behind, as ``scan`` gives them, for writes that do not look at the memory.
+    """Reads and the memory left behind, as ``scan`` gives them, for writes that do not read the memory.
 
     ``Z_t = C_t Z_(t-1) + U_t`` with memory and momentum stacked in Z; two of these are one of the same kind, and so
-    doubling distances joins all (Blelloch 1990; memory.md 4.6). It holds a matrix per token: for short windows and for
-    checks. chunk: has no effect.
+    doubling distances joins all (Blelloch 1990; memory.md 4.6). It holds a matrix per token: for short sequences and
+    for checks. chunk: has no effect.
     """
     name = rule.structure.weights[0]
     names = [name, momentum_name(name)][: 1 + rule.update.has_momentum]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from meristem.linalg import newton_schulz
-from meristem.memory.forms.by_chunk import ByChunk, Window, run_chunks
+from meristem.memory.forms.by_chunk import ByChunk, Inputs, run_chunks
 from meristem.memory.forms.decay import decay_between
 from meristem.memory.forms.frozen_chunk import decay_at_rate_one, frozen_step
 from meristem.memory.gates import Gates
@@ -44,21 +44,21 @@ def atlas(
     Span sums by a band, ``S_t`` and ``M_t`` by their decays, Newton-Schulz on all ``S_t`` of a chunk at once (Atlas
     2505.23735, section 5.2; memory.md 4.9).
     """
-    window = keys_bthk, values_bthv, queries_bthk
-    return run_chunks(ByChunk(_begin, _part), rule, memory, window, gates, min(chunk, MOST))
+    inputs = keys_bthk, values_bthv, queries_bthk
+    return run_chunks(ByChunk(_begin, _part), rule, memory, inputs, gates, min(chunk, MOST))
 
 
-def _begin(rule: Rule, memory: Memory, window: Window) -> State:
+def _begin(rule: Rule, memory: Memory, inputs: Inputs) -> State:
     return {"start": {name: memory[name] for name in rule.structure.weights}}
 
 
-def _part(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates) -> tuple[Values, Memory, State]:
-    key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in window)
+def _part(rule: Rule, memory: Memory, begun: State, inputs: Inputs, gates: Gates) -> tuple[Values, Memory, State]:
+    key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in inputs)
     n_tokens = key_bhck.shape[2]
     log_momentum_bth = gates.log_momentum()
     if log_momentum_bth is None:
         raise ValueError("a rule with momentum needs momentum gates; they are None. Pass Gates(momentum_bth=...)")
-    # The momenta alone: a memory kept by the momentum gate and written at rate 1.
+    # The momenta alone: a memory whose retain gate is the momentum gate, written at rate 1.
     others = {"weight_bth": gates.weight_bth, "threshold_bth": gates.threshold_bth, "code_bthg": gates.code_bthg}
     moved = Gates.from_logs(log_momentum_bth, torch.ones_like(gates.write_bth), **others)
     rows = moved.rows(0, n_tokens)

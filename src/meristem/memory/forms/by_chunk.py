@@ -1,9 +1,9 @@
-"""Forms that approximate inside a chunk: how they walk a window, and how a chunk survives the window's end.
+"""Forms that approximate inside a chunk: how they run over a sequence, and how a chunk continues in the next call.
 
-Where the window ends inside a chunk, the memory carries under ``unfinished`` what the rest of the chunk goes on from:
-the weights at its start, at which all its surprises are taken, and ``n_tokens``, how many of its tokens were read. The
-memory itself is the live copy, from which the recurrences run on. So a text may be cut anywhere without changing what
-is read (memory.md 4.4; law 3), no token is kept, and none is read twice.
+Where the sequence of a call ends inside a chunk, the memory carries under ``unfinished`` what the rest of the chunk
+goes on from: the weights at its start, at which all its surprises are taken, and ``n_tokens``, how many of its tokens
+were read. The memory itself is the live copy, from which the recurrences run on. So a text may be cut anywhere without
+changing what is read (memory.md 4.4; law 3), no token is stored, and none is read twice.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from meristem.memory.rule import Rule, scan
 from meristem.memory.state import Memory, State
 from meristem.shapes import Values
 
-Window = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor]
 """keys_bthk, values_bthv, queries_bthk."""
 
 
@@ -27,38 +27,38 @@ Window = tuple[Tensor, Tensor, Tensor]
 class ByChunk:
     """What a form does with a chunk.
 
-    begin: what a chunk of which nothing was read carries beside the memory, from rule, memory and window.
+    begin: what a chunk of which nothing was read carries beside the memory, from rule, memory and inputs.
     part: the next tokens of a chunk: reads, the memory and what the chunk carries, after them.
     whole: reads and the memory after several whole chunks; None where ``part`` is as fast.
     """
 
-    begin: Callable[[Rule, Memory, Window], State]
-    part: Callable[[Rule, Memory, State, Window, Gates], tuple[Values, Memory, State]]
-    whole: Callable[[Rule, Memory, Window, Gates, int], tuple[Values, Memory]] | None = None
+    begin: Callable[[Rule, Memory, Inputs], State]
+    part: Callable[[Rule, Memory, State, Inputs, Gates], tuple[Values, Memory, State]]
+    whole: Callable[[Rule, Memory, Inputs, Gates, int], tuple[Values, Memory]] | None = None
 
 
 def run_chunks(
-    form: ByChunk, rule: Rule, memory: Memory, window: Window, gates: Gates, chunk: int
+    form: ByChunk, rule: Rule, memory: Memory, inputs: Inputs, gates: Gates, chunk: int
 ) -> tuple[Values, Memory]:
     """Reads and the memory left behind. Chunks of one token are ``scan``.
 
     Raises ShapeError where the unfinished chunk of the memory is not one that this form began.
     """
     if chunk == 1:
-        return scan(rule, finished(memory), *window, gates)
-    begun, memory = _begun(form, rule, memory, window, chunk), finished(memory)
-    n_time, at, reads = window[0].shape[1], 0, []
+        return scan(rule, finished(memory), *inputs, gates)
+    begun, memory = _begun(form, rule, memory, inputs, chunk), finished(memory)
+    n_time, at, reads = inputs[0].shape[1], 0, []
     while at < n_time:
         n_before = begun["n_tokens"] if begun else 0
         n_whole = 0 if begun or form.whole is None else (n_time - at) // chunk
         stop = at + n_whole * chunk if n_whole else min(n_time, at + chunk - n_before)
-        # A token alone is its window: to cut it out would cost as many calls as a small memory takes.
+        # A token alone needs no slicing, which would cost as many calls as a small memory takes.
         is_all = stop - at == n_time
-        inside, gates_inside = (window, gates) if is_all else (_part(window, at, stop), gates.window(at, stop))
+        inside, gates_inside = (inputs, gates) if is_all else (_part(inputs, at, stop), gates.slice_time(at, stop))
         if n_whole and form.whole:
             read_bthv, memory = form.whole(rule, memory, inside, gates_inside, chunk)
         else:
-            begun = begun or form.begin(rule, memory, window)
+            begun = begun or form.begin(rule, memory, inputs)
             read_bthv, memory, begun = form.part(rule, memory, begun, inside, gates_inside)
             n_tokens = n_before + stop - at
             begun = begun | {"n_tokens": n_tokens} if n_tokens < chunk else {}
@@ -73,12 +73,12 @@ def finished(memory: Memory) -> Memory:
     return {name: value for name, value in memory.items() if name != "unfinished"}
 
 
-def _begun(form: ByChunk, rule: Rule, memory: Memory, window: Window, chunk: int) -> State:
+def _begun(form: ByChunk, rule: Rule, memory: Memory, inputs: Inputs, chunk: int) -> State:
     """What the unfinished chunk carries; empty where there is none, or where it has as many tokens as a chunk."""
     carried: Any = dict(memory).get("unfinished")
     if carried is None:
         return {}
-    expected = {"n_tokens", *form.begin(rule, finished(memory), window)}
+    expected = {"n_tokens", *form.begin(rule, finished(memory), inputs)}
     if carried.keys() != expected:
         raise ShapeError(
             f"the memory is inside a chunk that carries {', '.join(sorted(carried))}; this form goes on from "
@@ -88,6 +88,6 @@ def _begun(form: ByChunk, rule: Rule, memory: Memory, window: Window, chunk: int
     return carried if carried["n_tokens"] < chunk else {}
 
 
-def _part(window: Window, begin: int, stop: int) -> Window:
-    keys_bshk, values_bshv, queries_bshk = (x[:, begin:stop] for x in window)
+def _part(inputs: Inputs, begin: int, stop: int) -> Inputs:
+    keys_bshk, values_bshv, queries_bshk = (x[:, begin:stop] for x in inputs)
     return keys_bshk, values_bshv, queries_bshk

@@ -1,4 +1,4 @@
-"""With which weight what was written has reached the memory, for all tokens of a chunk at once (memory.md 4.2)."""
+"""How much of each write is in the memory and in each read, for all tokens of a chunk at once (memory.md 4.2)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Decay:
     Leading axes are chunks and folded heads (n h), or rows and heads of one chunk.
 
     entering_nhcl: of the memory, and the momentum, that enter the chunk.
-    reach_nhcs: of what token s wrote, at token c, write rate included; lower triangular.
-    arriving_nhcl: of what each token wrote, in the memory and the momentum that leave the chunk, write rate included.
-    carried_nhll: of the entering values in the leaving ones.
+    intra_nhcs: of what token s wrote, at token c, write rate included; lower triangular.
+    write_nhcl: of what each token wrote, in the memory and the momentum that leave the chunk, write rate included.
+    carry_nhll: of the entering values in the leaving ones.
     """
 
     entering_nhcl: Tensor
@@ -28,7 +28,7 @@ class Decay:
     carry_nhll: Tensor
 
     def before(self) -> tuple[Tensor, Tensor]:
-        """``entering`` and ``reach`` one token earlier: as the memory is before a token is written."""
+        """``entering`` and ``intra`` one token earlier: as the memory is before a token is written."""
         return self.entering_before(), functional.pad(self.intra_nhcs[..., :-1, :], (0, 0, 1, 0))
 
     def entering_before(self) -> Tensor:
@@ -38,7 +38,7 @@ class Decay:
 
 
 class Logs(NamedTuple):
-    """What a flow is made of: the gates of every chunk along the last axis.
+    """What a ``Decay`` is computed from: the gates of every chunk along the last axis.
 
     log_momentum: None where the rule has no momentum.
     is_token: False where a chunk was padded, which broadcasts over [c, s]: such a token must not add the momentum once
@@ -54,60 +54,60 @@ class Logs(NamedTuple):
 def compute_decay(
     log_retain: Tensor, log_momentum: Tensor | None, write: Tensor, is_token: Tensor | None = None
 ) -> Decay:
-    """The flow of chunks whose gates stand along the last axis, under autograd."""
+    """The decay of chunks whose gates are along the last axis, under autograd."""
     return compute_decay_from(Logs(log_retain, log_momentum, write, is_token), DecayBetween.apply)
 
 
 def compute_decay_from(logs: Logs, apart: Callable[[Tensor], Tensor]) -> Decay:
-    """The flow; apart: ``between``, or ``Between.apply`` under autograd."""
+    """The decay; apart: ``between``, or ``Between.apply`` under autograd."""
     kept_nhcs, kept_nhc = _kept(logs, apart)
     if logs.log_momentum is None:
-        reach_nhcs = kept_nhcs * logs.write[..., None, :]
-        return Decay(kept_nhc[..., None], reach_nhcs, reach_nhcs[..., -1, :, None], kept_nhc[..., -1:, None])
+        intra_nhcs = kept_nhcs * logs.write[..., None, :]
+        return Decay(kept_nhc[..., None], intra_nhcs, intra_nhcs[..., -1, :, None], kept_nhc[..., -1:, None])
     total_nhc = logs.log_momentum.cumsum(dim=-1)
     moving_nhc = total_nhc.exp()
     written_nhcs = apart(total_nhc) * logs.write[..., None, :]
     joined_nhc = (kept_nhcs @ moving_nhc[..., None])[..., 0]
-    reach_nhcs = kept_nhcs @ written_nhcs
+    intra_nhcs = kept_nhcs @ written_nhcs
     last = moving_nhc[..., -1]
     carried = torch.stack([kept_nhc[..., -1], joined_nhc[..., -1], torch.zeros_like(last), last], dim=-1)
     return Decay(
         entering_nhcl=torch.stack([kept_nhc, joined_nhc], dim=-1),
-        intra_nhcs=reach_nhcs,
-        write_nhcl=torch.stack([reach_nhcs[..., -1, :], written_nhcs[..., -1, :]], dim=-1),
+        intra_nhcs=intra_nhcs,
+        write_nhcl=torch.stack([intra_nhcs[..., -1, :], written_nhcs[..., -1, :]], dim=-1),
         carry_nhll=carried.unflatten(-1, (2, 2)),
     )
 
 
-def decay_backward(logs: Logs, d_flow: Decay) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The gradients of ``log_retain``, ``log_momentum`` and ``write``; ``d_flow.reach_nhcs`` is overwritten.
+def decay_backward(logs: Logs, d_decay: Decay) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradients of ``log_retain``, ``log_momentum`` and ``write``; ``d_decay.intra_nhcs`` is overwritten.
 
     With R, P, A, H as in memory.md 4.2: ``W = R P diag(write)``, and the gradient of a total log is what its row gets
     less what its column gets of ``R * dR``, and of ``P * dP``.
     """
-    d_reach_nhcs, d_kept_nhc = d_flow.intra_nhcs, d_flow.entering_nhcl[..., 0]
-    d_reach_nhcs[..., -1, :] += d_flow.write_nhcl[..., 0]
+    d_intra_nhcs, d_kept_nhc = d_decay.intra_nhcs, d_decay.entering_nhcl[..., 0]
+    d_intra_nhcs[..., -1, :] += d_decay.write_nhcl[..., 0]
     kept_nhcs, kept_nhc = _kept(logs, between)
-    d_kept_nhc = _at_the_end(d_kept_nhc, d_flow.carry_nhll[..., 0, 0]) * kept_nhc
+    d_kept_nhc = _at_the_end(d_kept_nhc, d_decay.carry_nhll[..., 0, 0]) * kept_nhc
     if logs.log_momentum is None:
-        d_write, d_total_nhc = _written_back(d_reach_nhcs.mul_(kept_nhcs), logs.write)
+        d_write, d_total_nhc = _written_back(d_intra_nhcs.mul_(kept_nhcs), logs.write)
         return _summed_back(d_total_nhc + d_kept_nhc), None, d_write
     total_nhc = logs.log_momentum.cumsum(dim=-1)
     moving_nhcs, moving_nhc = between(total_nhc), total_nhc.exp()
-    d_joined_nhc = _at_the_end(d_flow.entering_nhcl[..., 1], d_flow.carry_nhll[..., 0, 1])
+    d_joined_nhc = _at_the_end(d_decay.entering_nhcl[..., 1], d_decay.carry_nhll[..., 0, 1])
     d_moving_nhc = (kept_nhcs.mT @ d_joined_nhc[..., None])[..., 0]
-    d_moving_nhc = _at_the_end(d_moving_nhc, d_flow.carry_nhll[..., 1, 1]) * moving_nhc
-    d_written_nhcs = kept_nhcs.mT @ d_reach_nhcs
-    d_written_nhcs[..., -1, :] += d_flow.write_nhcl[..., 1]
+    d_moving_nhc = _at_the_end(d_moving_nhc, d_decay.carry_nhll[..., 1, 1]) * moving_nhc
+    d_written_nhcs = kept_nhcs.mT @ d_intra_nhcs
+    d_written_nhcs[..., -1, :] += d_decay.write_nhcl[..., 1]
     d_write, d_moved_nhc = _written_back(d_written_nhcs.mul_(moving_nhcs), logs.write)
-    d_kept_nhcs = d_reach_nhcs @ moving_nhcs.mul_(logs.write[..., None, :]).mT
+    d_kept_nhcs = d_intra_nhcs @ moving_nhcs.mul_(logs.write[..., None, :]).mT
     d_kept_nhcs.addcmul_(d_joined_nhc[..., None], moving_nhc[..., None, :]).mul_(kept_nhcs)
     d_total_nhc = d_kept_nhcs.sum(dim=-1) - d_kept_nhcs.sum(dim=-2) + d_kept_nhc
     return _summed_back(d_total_nhc), _summed_back(d_moved_nhc + d_moving_nhc), d_write
 
 
 def _kept(logs: Logs, apart: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """How much of what is emitted at s is kept at c, and of what entered the chunk."""
+    """How much of what is written at s is left at c, and of what entered the chunk."""
     total_nhc = logs.log_retain.cumsum(dim=-1)
     kept_nhcs = apart(total_nhc)
     if logs.is_token is not None and logs.log_momentum is not None:

@@ -1,4 +1,4 @@
-"""The exact chunk form: a window at the speed of matrix products, with the per-token meaning of ``scan``.
+"""The exact chunk form: a sequence at the speed of matrix products, with the per-token meaning of ``scan``.
 
 The linear family (memory.md 3.1) is ``M_t = rho_t M_(t-1) + S_t``, ``S_t = mu_t S_(t-1) - theta_t e_t k_t^T``,
 ``e_t = M_(t-1) p_t - v_t``, where the probe ``p`` is the key, what retention leaves of it, or nothing. In a chunk the
@@ -6,7 +6,7 @@ residuals ``e`` obey one unit lower triangular system, linear in the memory that
 chunks are built and solved at once; what is left to do in order is one affine map of the memory per chunk.
 
 Source: the UT transform of DeltaNet (Yang 2406.06484, section 3) and Gated DeltaNet (2412.06464, section 3.3), with
-momentum added: the weight with which a write has reached the memory is the product of the two decays (memory.md 4.2,
+momentum added: the weight of a write in the memory is the product of the two decays (memory.md 4.2,
 4.3).
 """
 
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from meristem.device.tf32 import exact_products
-from meristem.memory.forms.by_chunk import Window
+from meristem.memory.forms.by_chunk import Inputs
 from meristem.memory.forms.decay import Decay, Logs, between, compute_decay, compute_decay_from, cut, decay_backward
 from meristem.memory.gates import Gates
 from meristem.memory.kernels.chunk_solve import Solved, Weights, solve, solve_back, sooner
@@ -29,8 +29,8 @@ from meristem.memory.state import Memory, full_precision
 from meristem.memory.update import momentum_name
 from meristem.shapes import Keys, Queries, Values
 
-Looks = Literal["never", "start", "token"]
-"""Where a write looks for what is new to the memory: nowhere, at the start of its chunk, or where it stands."""
+ProbedAt = Literal["never", "start", "token"]
+"""The memory at which a write takes its residual: none, that at the start of its chunk, or that of its token."""
 
 
 def refusals(rule: Rule) -> list[str]:
@@ -66,9 +66,9 @@ def exact_chunk(
     return solved(rule, memory, (keys_bthk, values_bthv, queries_bthk), gates, chunk=chunk)
 
 
-def _one_token(rule: Rule, memory: Memory, window: Window, gates: Gates) -> tuple[Values, Memory]:
+def _one_token(rule: Rule, memory: Memory, inputs: Inputs, gates: Gates) -> tuple[Values, Memory]:
     # b t h k with t = 1 is b h 1 k in other words: each head has one row.
-    key_bh1k, value_bh1v, query_bh1k = (x.transpose(1, 2) for x in window)
+    key_bh1k, value_bh1v, query_bh1k = (x.transpose(1, 2) for x in inputs)
     rows = rule.structure.address(key_bh1k), value_bh1v, rule.structure.address(query_bh1k)
     factors = {"retain": gates.retain_bth, "write": gates.write_bth, "momentum": gates.momentum_bth}
     factors_bh11 = {name: x.transpose(1, 2)[..., None] for name, x in factors.items() if x is not None}
@@ -76,8 +76,8 @@ def _one_token(rule: Rule, memory: Memory, window: Window, gates: Gates) -> tupl
     return read_bh1v.transpose(1, 2), memory
 
 
-def one_token(rule: Rule, memory: Memory, rows: Window, factors: dict[str, Tensor]) -> tuple[Tensor, Memory]:
-    """What ``scan`` does with one token, in a dozen operations: a session that speaks does nothing else.
+def one_token(rule: Rule, memory: Memory, rows: Inputs, factors: dict[str, Tensor]) -> tuple[Tensor, Memory]:
+    """What ``scan`` does with one token, in a dozen operations: a session that decodes does nothing else.
 
     rows: address, value and query, ``b h 1 k``. factors: ``write``, ``retain`` where old memory fades, and ``momentum``
     where the rule has it, ``b h 1 1``.
@@ -109,14 +109,14 @@ def one_token(rule: Rule, memory: Memory, rows: Window, factors: dict[str, Tenso
 def solved(
     rule: Rule,
     memory: Memory,
-    window: Window,
+    inputs: Inputs,
     gates: Gates,
     *,
     chunk: int,
     is_frozen: bool = False,
 ) -> tuple[Values, Memory]:
     """The chunk form of a linear rule; is_frozen: with every residual measured at the memory that enters the chunk."""
-    keys_bthk, values_bthv, queries_bthk = window
+    keys_bthk, values_bthv, queries_bthk = inputs
     batch, n_time, heads = keys_bthk.shape[:3]
     chunk = min(chunk, n_time)
     address_bthk, wanted_bthk = rule.structure.address(keys_bthk), rule.structure.address(queries_bthk)
@@ -125,7 +125,7 @@ def solved(
     scale_nhc = cut(gates.retain_bth, chunk) if rule.probe == "warm" and rule.slope else None
     if rule.slope and rule.slope != 1:
         scale_nhc = torch.full_like(logs.write, rule.slope) if scale_nhc is None else rule.slope * scale_nhc
-    looks: Looks = "never" if not rule.slope else "start" if is_frozen else "token"
+    probed_at: ProbedAt = "never" if not rule.slope else "start" if is_frozen else "token"
     weight = rule.structure.weights[0]
     names = [weight, momentum_name(weight)][: 2 if rule.update.has_momentum else 1]
     read_nhcv, last_hkv = WholeChunks.apply(
@@ -133,7 +133,7 @@ def solved(
         *logs,
         scale_nhc,
         torch.cat([memory[name].flatten(0, 1) for name in names], dim=-2),
-        looks,
+        probed_at,
         rule.reads == "before",
     )
     read_bnchv = read_nhcv.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4)
@@ -142,22 +142,22 @@ def solved(
 
 
 class WholeChunks(torch.autograd.Function):
-    """``apply(keys, values, queries, *logs, scale, first, looks, reads_before) -> (read, last)``.
+    """``apply(keys, values, queries, *logs, scale, first, probed_at, reads_before) -> (read, last)``.
 
-    Nothing that holds a number per pair of tokens is kept for the backward pass but D^-1 of ``chunk_solve``: the
+    Nothing with a number per pair of tokens is saved for the backward pass but D^-1 of ``chunk_solve``: the
     weights are made again from the gates.
 
-    first_hkv, last_hkv: memory over momentum, along k. looks: where a write measures what is new.
+    first_hkv, last_hkv: memory over momentum, along k. probed_at: the memory at which a write takes its residual.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        key_nhck, value_nhcv, query_nhck, *logs, scale_nhc, first_hkv, looks, reads_before = inputs
-        # Chosen once: the way back may run on another thread, or after ``force_reference`` has ended.
+        key_nhck, value_nhcv, query_nhck, *logs, scale_nhc, first_hkv, probed_at, reads_before = inputs
+        # Chosen once: the backward pass may run on another thread, or after ``force_reference`` has ended.
         ctx.kernel = loop_kernel(key_nhck, value_nhcv)
-        ctx.looks, ctx.reads_before = looks, reads_before
+        ctx.probed_at, ctx.reads_before = probed_at, reads_before
         decay = compute_decay_from(Logs(*logs), between)
-        weights = _weights(decay, scale_nhc, looks, reads_before)
+        weights = _weights(decay, scale_nhc, probed_at, reads_before)
         with exact_products():
             read_nhcv, solved = solve((key_nhck, query_nhck), value_nhcv, weights, first_hkv, ctx.kernel)
         ctx.save_for_backward(key_nhck, query_nhck, *logs, scale_nhc, *solved)
@@ -170,23 +170,23 @@ class WholeChunks(torch.autograd.Function):
         # The engine may call this under the caller's autocast; memories keep their precision backwards as well.
         with full_precision(d_read_nhcv.device), exact_products():
             decay = compute_decay_from(Logs(*logs), between)
-            weights = _weights(decay, scale_nhc, ctx.looks, ctx.reads_before)
+            weights = _weights(decay, scale_nhc, ctx.probed_at, ctx.reads_before)
             solved = Solved(new_nhcv, inverse_nhcs, passing_nhkv)
             d_vectors, d_weights, d_first_hkv = solve_back(
                 (key_nhck, query_nhck), weights, solved, d_read_nhcv.contiguous(), d_last_hkv, ctx.kernel
             )
-            d_flow, d_scale_nhc = _weights_back(decay, d_weights, scale_nhc, ctx.looks, ctx.reads_before)
+            d_decay, d_scale_nhc = _weights_back(decay, d_weights, scale_nhc, ctx.probed_at, ctx.reads_before)
             del decay, weights, d_weights
-            d_logs = decay_backward(Logs(*logs), d_flow)
+            d_logs = decay_backward(Logs(*logs), d_decay)
         return *d_vectors, *d_logs, None, d_scale_nhc, d_first_hkv, None, None
 
 
-def _weights(decay: Decay, scale_nhc: Tensor | None, looks: Looks, reads_before: bool) -> Weights:
+def _weights(decay: Decay, scale_nhc: Tensor | None, probed_at: ProbedAt, reads_before: bool) -> Weights:
     """The weights of ``solve``."""
     probe_nhcl = None
-    if looks != "never":
+    if probed_at != "never":
         probe_nhcl = decay.entering_before()
-        if looks == "start":
+        if probed_at == "start":
             probe_nhcl = functional.pad(torch.ones_like(probe_nhcl[..., :1]), (0, probe_nhcl.shape[-1] - 1))
         probe_nhcl = probe_nhcl if scale_nhc is None else probe_nhcl * scale_nhc[..., None]
     return Weights(
@@ -196,18 +196,18 @@ def _weights(decay: Decay, scale_nhc: Tensor | None, looks: Looks, reads_before:
         carry_nhll=decay.carry_nhll,
         probe_nhcl=probe_nhcl,
         scale_nhc=scale_nhc,
-        is_solved=looks == "token",
+        is_solved=probed_at == "token",
         reads_before=reads_before,
     )
 
 
 def _weights_back(
-    decay: Decay, d_weights: Weights, scale_nhc: Tensor | None, looks: Looks, reads_before: bool
+    decay: Decay, d_weights: Weights, scale_nhc: Tensor | None, probed_at: ProbedAt, reads_before: bool
 ) -> tuple[Decay, Tensor | None]:
-    """The gradients of the flow and of the scale."""
+    """The gradients of the decay and of the scale."""
     d_entering_nhcl = sooner(d_weights.read_nhcl) if reads_before else d_weights.read_nhcl
     d_probe_nhcl, d_scale_nhc = d_weights.probe_nhcl, d_weights.scale_nhc
-    if d_probe_nhcl is not None and looks == "start":
+    if d_probe_nhcl is not None and probed_at == "start":
         d_scale_nhc = None if scale_nhc is None else d_probe_nhcl[..., 0]
     elif d_probe_nhcl is not None:
         if scale_nhc is not None:
@@ -218,7 +218,7 @@ def _weights_back(
 
 
 def logs_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Logs:
-    """What the flow of all chunks of a window is made of, ``n (b h)`` in front."""
+    """What the decay of all chunks of a sequence is computed from, ``n (b h)`` in front."""
     n_chunks, _, chunk = write.shape
     log_retain_nhc = cut(gates.log_retain(), chunk) if rule.has_retain else torch.zeros_like(write)
     log_momentum_bth = gates.log_momentum() if rule.update.has_momentum else None
@@ -231,5 +231,5 @@ def logs_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Logs:
 
 
 def decay_of(rule: Rule, gates: Gates, write: Tensor, n_time: int) -> Decay:
-    """The flow of all chunks of a window, ``n (b h)`` in front."""
+    """The decay of all chunks of a sequence, ``n (b h)`` in front."""
     return compute_decay(*logs_of(rule, gates, write, n_time))

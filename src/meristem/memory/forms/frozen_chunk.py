@@ -3,13 +3,13 @@
 Source: Titans 2501.00663, section 3.2; MIRAS 2504.13173, section 5.4; TTT 2407.04620. It is an approximation that ends
 in ``scan`` as chunks or write rates shrink, and with chunks of one token is ``scan``. For one matrix it is a closed
 form; for networks of any depth it is ``dual``: a layer's weights at token t are the entering ones less a sum of outer
-products, so what a query meets there is ``A_t q W + c_t q S - (q a^T * reach) d``, and no tensor holds weights per
+products, so what a query reads there is ``A_t q W + c_t q S - (q a^T * intra) d``, and no tensor holds weights per
 token (memory.md 4.4, 4.5).
 
-How writes flow is worked out for all chunks at once; surprises, reads and writes go chunk after chunk, where the
+Decays are computed for all chunks at once; surprises, reads and writes go chunk after chunk, where the
 matrices of one chunk stay in a processor's cache.
 
-Where a retention maps or projects what is stored, it acts when a chunk ends, and queries meet the entering memory.
+Where a retention maps or projects what is stored, it acts when a chunk ends, and queries read the entering memory.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from meristem.memory.forms.by_chunk import ByChunk, Window, run_chunks
+from meristem.memory.forms.by_chunk import ByChunk, Inputs, run_chunks
 from meristem.memory.forms.decay import Decay, compute_decay, cut
 from meristem.memory.forms.exact_chunk import decay_of, solved
 from meristem.memory.gates import Gates, RowGates
@@ -56,11 +56,11 @@ def frozen_chunk(
     chunk: tokens that share one memory for their surprises. With C tokens of write rate w on one key the residual is
     multiplied by ``1 - C w``, which must stay above -1.
     """
-    window = keys_bthk, values_bthv, queries_bthk
-    return run_chunks(ByChunk(_begin, _part, _whole_chunks), rule, memory, window, gates, chunk)
+    inputs = keys_bthk, values_bthv, queries_bthk
+    return run_chunks(ByChunk(_begin, _part, _whole_chunks), rule, memory, inputs, gates, chunk)
 
 
-def _begin(rule: Rule, memory: Memory, window: Window, n_passes: int = 0) -> State:
+def _begin(rule: Rule, memory: Memory, inputs: Inputs, n_passes: int = 0) -> State:
     """What a chunk carries: the stored tensors at its start, and the memory as each pass but the last left it.
 
     Where the retention is applied once, to all that the chunk changed: the change so far, and the gates of it.
@@ -102,24 +102,24 @@ def read_next(rule: Rule, memory: Memory, queries_bthk: Queries) -> Values:
     return rule.structure.recall(live, queries_bthk.movedim(1, 2)).movedim(1, 2)
 
 
-def _whole_chunks(rule: Rule, memory: Memory, window: Window, gates: Gates, chunk: int) -> tuple[Values, Memory]:
+def _whole_chunks(rule: Rule, memory: Memory, inputs: Inputs, gates: Gates, chunk: int) -> tuple[Values, Memory]:
     if rule.is_linear:
-        return solved(rule, memory, window, gates, chunk=chunk, is_frozen=True)
-    return _in_order(rule, memory, window, gates, chunk)
+        return solved(rule, memory, inputs, gates, chunk=chunk, is_frozen=True)
+    return _in_order(rule, memory, inputs, gates, chunk)
 
 
-def _part(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates) -> tuple[Values, Memory, State]:
-    n_time = window[0].shape[1]
+def _part(rule: Rule, memory: Memory, begun: State, inputs: Inputs, gates: Gates) -> tuple[Values, Memory, State]:
+    n_time = inputs[0].shape[1]
     if n_time == 1 and "passes" not in begun:
-        return _one_token(rule, memory, begun, window, gates)
-    ((chunk, decay),) = _cut_up(rule, window, gates, n_time)
+        return _one_token(rule, memory, begun, inputs, gates)
+    ((chunk, decay),) = _cut_up(rule, inputs, gates, n_time)
     read_bhcv, memory, begun = _go_on(rule, memory, begun, chunk, decay)
     return read_bhcv.movedim(1, 2), memory, begun
 
 
-def _one_token(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates) -> tuple[Values, Memory, State]:
+def _one_token(rule: Rule, memory: Memory, begun: State, inputs: Inputs, gates: Gates) -> tuple[Values, Memory, State]:
     """The next token of a chunk, at the cost of a token of ``scan``."""
-    key_bhk, value_bhv, query_bhk = (x[:, 0] for x in window)
+    key_bhk, value_bhv, query_bhk = (x[:, 0] for x in inputs)
     start, rows = begun["start"], rule.in_effect(gates.at(0))
     change, carried = change_by(rule, memory, start, (key_bhk, value_bhv), rows)
     if rule.retention.is_linear:
@@ -133,15 +133,15 @@ def _one_token(rule: Rule, memory: Memory, begun: State, window: Window, gates: 
 
 
 def _in_order(
-    rule: Rule, memory: Memory, window: Window, gates: Gates, chunk: int, n_passes: int = 0
+    rule: Rule, memory: Memory, inputs: Inputs, gates: Gates, chunk: int, n_passes: int = 0
 ) -> tuple[Values, Memory]:
     """Whole chunks, one after the other.
 
     n_passes: how often the surprises of a chunk are taken anew, at the weights that its tokens met.
     """
     reads = []
-    for each, decay in _cut_up(rule, window, gates, chunk):
-        begun = _begin(rule, memory, window, min(n_passes, chunk - 1))
+    for each, decay in _cut_up(rule, inputs, gates, chunk):
+        begun = _begin(rule, memory, inputs, min(n_passes, chunk - 1))
         read_bhcv, memory, _ = _go_on(rule, memory, begun, each, decay)
         reads.append(read_bhcv)
     return torch.cat(reads, dim=2).movedim(1, 2), memory
@@ -155,9 +155,9 @@ class ChunkRows(NamedTuple):
     rows: RowGates
 
 
-def _cut_up(rule: Rule, window: Window, gates: Gates, chunk: int) -> Iterator[tuple[ChunkRows, Decay]]:
-    """The tokens of every chunk, and how what they write flows, were it written at rate 1."""
-    windows = zip(*(_heads_first(x, chunk).unbind(2) for x in window), _rows(gates, chunk), strict=True)
+def _cut_up(rule: Rule, inputs: Inputs, gates: Gates, chunk: int) -> Iterator[tuple[ChunkRows, Decay]]:
+    """The tokens of every chunk, and the decay of what they write at write rate 1."""
+    windows = zip(*(_heads_first(x, chunk).unbind(2) for x in inputs), _rows(gates, chunk), strict=True)
     for (key_bhck, value_bhcv, query_bhck, rows), decay in zip(
         windows, decay_at_rate_one(rule, gates, chunk), strict=True
     ):
@@ -190,7 +190,7 @@ def _go_on(rule: Rule, memory: Memory, begun: State, part: ChunkRows, decay: Dec
 def _retained(rule: Rule, begun: State, change: Memory, rows: RowGates) -> tuple[Memory, State]:
     """What is stored where the retention is applied once, to all that the chunk changed; and what the chunk carries.
 
-    The product of factors and the sum of rates are the gates of one write as large as all of these.
+    The product of factors and the sum of write rates are the gates of one write as large as all of these.
     """
     rows = rule.in_effect(rows)
     retain_bhc = begun["retain_bhc"] * rows.retain_bhc.prod(-1, keepdim=True)
@@ -202,9 +202,9 @@ def _retained(rule: Rule, begun: State, change: Memory, rows: RowGates) -> tuple
 
 @dataclass(frozen=True)
 class FrozenStep:
-    """The surprises of rows at one memory, and how they flow into the memory while the rows are read.
+    """The surprises of rows at one memory, and how they decay while the rows are read.
 
-    weights: of the memory, as they are read. flowing: at write rate 1; rate_bhc is the rate in effect.
+    weights: of the memory, as they are read. decay: at write rate 1; rate_bhc is the rate in effect.
     counts_bhs: how much each pair counts, for a rule whose surprise spans several: those before the rows come first.
     """
 
@@ -217,26 +217,26 @@ class FrozenStep:
     remembered: Memory
 
     def moving(self, decay: Decay) -> "Moving":
-        """The weights as each token meets them, where what it meets flows so."""
-        reach_bhcs = decay.intra_nhcs * self.rate_bhc[..., None, :]
+        """The weights as each token reads them, by this decay."""
+        intra_bhcs = decay.intra_nhcs * self.rate_bhc[..., None, :]
         if self.counts_bhs is not None:
-            reach_bhcs = reach_bhcs @ self._band(self.counts_bhs) * self.counts_bhs[..., None, :]
-        return Moving(self.memory, self.factors, decay.entering_nhcl, reach_bhcs)
+            intra_bhcs = intra_bhcs @ self._band(self.counts_bhs) * self.counts_bhs[..., None, :]
+        return Moving(self.memory, self.factors, decay.entering_nhcl, intra_bhcs)
 
     def after(self, rule: Rule) -> Memory:
         """What is stored after the rows, and the momentum with it, where the retention only scales what is stored."""
         return {name: rule.retention.settle(x) if name in self.factors else x for name, x in self.summed().items()}
 
     def summed(self) -> Memory:
-        """What flows into the stored tensors and the momentum, added up."""
-        arriving_bhsl = self.decay.write_nhcl * self.rate_bhc[..., None]
+        """The stored tensors and the momentum after all writes, by their decays."""
+        write_bhsl = self.decay.write_nhcl * self.rate_bhc[..., None]
         if self.counts_bhs is not None:
-            arriving_bhsl = (self._band(self.counts_bhs).mT @ arriving_bhsl) * self.counts_bhs[..., None]
+            write_bhsl = (self._band(self.counts_bhs).mT @ write_bhsl) * self.counts_bhs[..., None]
         after: Memory = {}
         for name, factor in self.factors.items():
-            names = _stored(name, arriving_bhsl)
+            names = _stored(name, write_bhsl)
             stored = [self.memory[source] for source in names]
-            left = FrozenWrite.apply(*factor, arriving_bhsl, self.decay.carry_nhll, *stored)
+            left = FrozenWrite.apply(*factor, write_bhsl, self.decay.carry_nhll, *stored)
             after |= dict(zip(names, left, strict=True))
         return after
 
@@ -282,11 +282,11 @@ def frozen_step(
     start: Memory | None = None,
     read_from: Weights | None = None,
 ) -> FrozenStep:
-    """Surprises of all rows, and how they flow into the memory.
+    """Surprises of all rows, and their decay.
 
     start: the stored tensors at which the surprises are taken; None: those of ``memory``.
     read_from: the weights as the rows met them, in the place of ``start``.
-    decay: at write rate 1, as ``flow_at_rate_one`` gives it.
+    decay: at write rate 1, as ``decay_at_rate_one`` gives it.
     """
     start = memory if start is None else start
     counts_bhs: Tensor | None = None
@@ -308,7 +308,7 @@ def frozen_step(
 
 
 def decay_at_rate_one(rule: Rule, gates: Gates, chunk: int) -> list[Decay]:
-    """How what is written flows through each chunk, were it written at rate 1."""
+    """The decay of each chunk at write rate 1."""
     return _unbind(_decaying(rule, gates, chunk))
 
 
@@ -324,13 +324,13 @@ def _decaying(rule: Rule, gates: Gates, chunk: int) -> Decay:
 
 
 def _earlier(decay: Decay) -> Decay:
-    """The flow up to the token before."""
-    entering_nhcl, reach_nhcs = decay.before()
-    return replace(decay, entering_nhcl=entering_nhcl, intra_nhcs=reach_nhcs)
+    """The decay up to the token before."""
+    entering_nhcl, intra_nhcs = decay.before()
+    return replace(decay, entering_nhcl=entering_nhcl, intra_nhcs=intra_nhcs)
 
 
 def _unbind(decay: Decay) -> list[Decay]:
-    """The flow of every chunk, of flows ``b h n``."""
+    """The decay of every chunk, from decays ``b h n``."""
     return [Decay(*parts) for parts in zip(*(x.unbind(2) for x in vars(decay).values()), strict=True)]
 
 
@@ -366,7 +366,8 @@ class Scaled:
 
 
 def _looking_back(memory: Memory, pairs: Pairs, rows: RowGates) -> tuple[Pairs, Tensor, Memory]:
-    """The pairs of the chunk after those that its first tokens look back at, and what the next chunk looks back at."""
+    """The pairs of the chunk after those before it in the span of its first tokens, and those in the span of the next
+    chunk."""
     if rows.weight_bhc is None:
         raise ValueError("a rule with a span needs weight gates; they are None. Pass Gates(weight_bth=...)")
     n_before = memory["span_weights_bhc"].shape[-1]
@@ -391,7 +392,7 @@ def overshoot(rule: Rule, keys_bthk: Keys, gates: Gates, chunk: int) -> Tensor:
     """
     address_bthk = rule.structure.address(keys_bthk.float())
     n_whole = keys_bthk.shape[1] // chunk * chunk
-    whole = gates.window(0, n_whole).to(torch.float32)
+    whole = gates.slice_time(0, n_whole).to(torch.float32)
     write_nhc = cut(rule.update.rate(whole.write_bth, address_bthk[:, :n_whole]), chunk)
     decay = decay_of(rule, whole, write_nhc, n_whole)
     root_nhc1 = (abs(rule.slope or 0.0) * decay.write_nhcl[..., :1]).clamp(min=0).sqrt()

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from meristem.memory.forms.by_chunk import ByChunk, Window, run_chunks
+from meristem.memory.forms.by_chunk import ByChunk, Inputs, run_chunks
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule
 from meristem.memory.state import Memory, State
@@ -41,18 +41,18 @@ def lattice(
     the slot (Lattice 2504.05646, section 4; memory.md 4.8). scale and u are those of the slots ``s_0`` that enter the
     chunk; scale is at most 1. The factor of ``s_(t-1)`` has any sign. Each token reads slots of unit length.
     """
-    window = keys_bthk, values_bthv, queries_bthk
-    return run_chunks(ByChunk(_begin, _part), rule, memory, window, gates, chunk)
+    inputs = keys_bthk, values_bthv, queries_bthk
+    return run_chunks(ByChunk(_begin, _part), rule, memory, inputs, gates, chunk)
 
 
-def _begin(rule: Rule, memory: Memory, window: Window) -> State:
+def _begin(rule: Rule, memory: Memory, inputs: Inputs) -> State:
     """live: the slots before they are brought to unit length, which inside a chunk only a read does."""
     slots = {"slots_bhgk": memory["slots_bhgk"]}
     return {"start": slots, "live": slots}
 
 
-def _part(rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates) -> tuple[Values, Memory, State]:
-    key_bhck, value_bhck, query_bhck = (x.movedim(1, 2) for x in window)
+def _part(rule: Rule, memory: Memory, begun: State, inputs: Inputs, gates: Gates) -> tuple[Values, Memory, State]:
+    key_bhck, value_bhck, query_bhck = (x.movedim(1, 2) for x in inputs)
     rows, start, live_bhgk = gates.rows(0, key_bhck.shape[2]), begun["start"], begun["live"]["slots_bhgk"]
     recalled, target, pull = rule.structure.vjp(Live(start), Pairs(key_bhck, value_bhck, rows.code_bhcg))
     amount_bhcg, inward_bhck = pull(rule.bias.gradient(recalled, target, rows.threshold_bhc))["slots_bhgk"]

@@ -40,9 +40,9 @@ def replayed(state: State, rule: Rule, *, form: str, chunk: int) -> State:
 
 def _written_again(carried: State, rule: Rule, form: str, chunk: int) -> State:
     keys_bthk = _as_wide_as(rule, carried["start"], carried["keys_bthk"])
-    window = keys_bthk, carried["values_bthv"], torch.zeros_like(keys_bthk)
+    inputs = keys_bthk, carried["values_bthv"], torch.zeros_like(keys_bthk)
     mapped = rule.without_features()
-    _, memory = forms.get(form).run(mapped, carried["start"], *window, Gates(**carried["gates"]), chunk=chunk)
+    _, memory = forms.get(form).run(mapped, carried["start"], *inputs, Gates(**carried["gates"]), chunk=chunk)
     unfinished: Any = memory["unfinished"]
     return dict(unfinished)
 

@@ -1,11 +1,11 @@
-"""Two memories for one: a global one with long chunks, and a local one that starts afresh in each (TNT 2511.07343).
+"""Two memories for one: a global one with long chunks, and a local one that is reset in each (TNT 2511.07343).
 
 ``o_t = f(G, q_t) + f(W_t, P_t q_t)``: G is the global memory as it entered the chunk; W_t the local one, which began at
 a learned start with the chunk and has chunks of its own, 16 tokens or fewer; ``P_t q = sum k (k q)`` over the keys of
-the chunk so far turns a query into the directions that the local memory has been shown. Local memories of different
-chunks know nothing of each other, so all whole chunks of a window run side by side.
+the chunk so far projects a query on the directions that the local memory was written with. Local memories of different
+chunks know nothing of each other, so all whole chunks of a sequence run in parallel.
 
-The memory holds the local start under ``reset`` beside each weight; without one, the first window takes the memory
+The memory holds the local start under ``reset`` beside each weight; without one, the first call takes the memory
 that entered it.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from meristem.memory.bias import dot
-from meristem.memory.forms.by_chunk import ByChunk, Window, run_chunks
+from meristem.memory.forms.by_chunk import ByChunk, Inputs, run_chunks
 from meristem.memory.forms.exact_chunk import solved
 from meristem.memory.forms.frozen_chunk import decay_at_rate_one, frozen_chunk, frozen_step, read_next
 from meristem.memory.gates import Gates
@@ -29,7 +29,7 @@ from meristem.shapes import Keys, Queries, Values
 
 LOCAL_CHUNK = 16
 SHOWN = Rule(structure=matrix(), bias=dot(), retention=decay(), update=plain())
-"""The keys of a chunk as a memory from keys to keys: its read is the query turned."""
+"""The keys of a chunk as a memory from keys to keys: its read is the projected query."""
 
 
 def refusals(rule: Rule) -> list[str]:
@@ -56,9 +56,9 @@ def tnt(
 
     chunk: tokens of a global chunk, after which the local memory starts afresh.
     """
-    window = keys_bthk, values_bthv, queries_bthk
+    inputs = keys_bthk, values_bthv, queries_bthk
     memory = _with_reset(rule, memory)
-    return run_chunks(ByChunk(_begin, partial(_part, chunk=chunk), _whole), rule, memory, window, gates, chunk)
+    return run_chunks(ByChunk(_begin, partial(_part, chunk=chunk), _whole), rule, memory, inputs, gates, chunk)
 
 
 def read(rule: Rule, memory: Memory, queries_bthk: Queries) -> Values:
@@ -74,32 +74,32 @@ def _with_reset(rule: Rule, memory: Memory) -> Memory:
     return {beside(name, "reset"): memory[name] for name in rule.structure.weights} | memory
 
 
-def _begin(rule: Rule, memory: Memory, window: Window) -> State:
+def _begin(rule: Rule, memory: Memory, inputs: Inputs) -> State:
     """What a chunk carries: the global weights at its start, the local memory, and the keys that it was shown."""
     names = rule.structure.weights
     reset = {name: memory[beside(name, "reset")] for name in names}
     local = reset | rule.retention.carry(reset) | rule.update.carry(reset)
-    batch, _, heads, width = window[2].shape
-    shown = {"matrix_bhkv": window[2].new_zeros(batch, heads, width, width)}
+    batch, _, heads, width = inputs[2].shape
+    shown = {"matrix_bhkv": inputs[2].new_zeros(batch, heads, width, width)}
     return {"start": {name: memory[name] for name in names}, "local": local, "shown": shown}
 
 
 def _part(
-    rule: Rule, memory: Memory, begun: State, window: Window, gates: Gates, *, chunk: int
+    rule: Rule, memory: Memory, begun: State, inputs: Inputs, gates: Gates, *, chunk: int
 ) -> tuple[Tensor, Memory, State]:
-    local_bthv, begun = _locally(rule, begun, window, gates, chunk)
-    global_bthv, memory = _globally(rule, begun["start"], memory, window, gates)
+    local_bthv, begun = _locally(rule, begun, inputs, gates, chunk)
+    global_bthv, memory = _globally(rule, begun["start"], memory, inputs, gates)
     return global_bthv + local_bthv, memory, begun
 
 
-def _whole(rule: Rule, memory: Memory, window: Window, gates: Gates, chunk: int) -> tuple[Tensor, Memory]:
-    local_bthv = _side_by_side(rule, _begin(rule, memory, window), window, gates, window[0].shape[1] // chunk)
-    global_bthv, memory = _one_by_one(rule, memory, window, gates, chunk)
+def _whole(rule: Rule, memory: Memory, inputs: Inputs, gates: Gates, chunk: int) -> tuple[Tensor, Memory]:
+    local_bthv = _side_by_side(rule, _begin(rule, memory, inputs), inputs, gates, inputs[0].shape[1] // chunk)
+    global_bthv, memory = _one_by_one(rule, memory, inputs, gates, chunk)
     return global_bthv + local_bthv, memory
 
 
-def _locally(rule: Rule, begun: State, part: Window, gates: Gates, chunk: int) -> tuple[Tensor, State]:
-    """What the local memory answers to some tokens of one chunk."""
+def _locally(rule: Rule, begun: State, part: Inputs, gates: Gates, chunk: int) -> tuple[Tensor, State]:
+    """The local memory's reads for some tokens of one chunk."""
     keys_bthk, values_bthv, queries_bthk = part
     ones_bth = torch.ones_like(gates.write_bth)
     turned_bthk, shown = solved(
@@ -110,7 +110,7 @@ def _locally(rule: Rule, begun: State, part: Window, gates: Gates, chunk: int) -
     return read_bthv, begun | {"local": local, "shown": shown}
 
 
-def _side_by_side(rule: Rule, begun: State, part: Window, gates: Gates, n_whole: int) -> Tensor:
+def _side_by_side(rule: Rule, begun: State, part: Inputs, gates: Gates, n_whole: int) -> Tensor:
     """The same for whole chunks, each as rows of a larger batch."""
 
     def fold(x: Tensor) -> Tensor:
@@ -121,24 +121,24 @@ def _side_by_side(rule: Rule, begun: State, part: Window, gates: Gates, n_whole:
 
     folded = Gates(**{name: fold(gate) for name, gate in vars(gates).items() if gate is not None})
     fresh = begun | {"local": map_tensors(spread, begun["local"]), "shown": map_tensors(spread, begun["shown"])}
-    window = fold(part[0]), fold(part[1]), fold(part[2])
-    read_bthv, _ = _locally(rule, fresh, window, folded, window[0].shape[1])
+    inputs = fold(part[0]), fold(part[1]), fold(part[2])
+    read_bthv, _ = _locally(rule, fresh, inputs, folded, inputs[0].shape[1])
     return read_bthv.unflatten(0, (-1, n_whole)).flatten(1, 2)
 
 
-def _one_by_one(rule: Rule, memory: Memory, part: Window, gates: Gates, chunk: int) -> tuple[Tensor, Memory]:
-    """What the global memory answers to whole chunks."""
+def _one_by_one(rule: Rule, memory: Memory, part: Inputs, gates: Gates, chunk: int) -> tuple[Tensor, Memory]:
+    """The global memory's reads for whole chunks."""
     reads = []
     for begin in range(0, part[0].shape[1], chunk):
         keys_bthk, values_bthv, queries_bthk = (x[:, begin : begin + chunk] for x in part)
         inside = keys_bthk, values_bthv, queries_bthk
-        read_bthv, memory = _globally(rule, memory, memory, inside, gates.window(begin, begin + chunk))
+        read_bthv, memory = _globally(rule, memory, memory, inside, gates.slice_time(begin, begin + chunk))
         reads.append(read_bthv)
     return torch.cat(reads, dim=1), memory
 
 
-def _globally(rule: Rule, start: Memory, memory: Memory, part: Window, gates: Gates) -> tuple[Tensor, Memory]:
-    """What the global memory, as the chunk began, answers to tokens of it; and what they leave in it."""
+def _globally(rule: Rule, start: Memory, memory: Memory, part: Inputs, gates: Gates) -> tuple[Tensor, Memory]:
+    """The reads of the global memory, as the chunk began, for tokens of it; and what they write into it."""
     key_bhck, value_bhcv, query_bhck = (x.movedim(1, 2) for x in part)
     rows = gates.rows(0, key_bhck.shape[2])
     (decay,) = decay_at_rate_one(rule, gates, key_bhck.shape[2])

@@ -9,7 +9,7 @@ For every chunk, with memory and momentum stacked in ``Z`` and rows of weights w
 ``W'`` is ``W`` one token earlier, and so is ``W`` in the reads where a token reads before it is written. ``[w K]`` is
 ``w_1 K`` beside ``w_2 K``, one for memory and one for momentum. Only the line of ``Z'`` must be done in order, and in
 reverse order its adjoint ``dZ = C^T dZ' + [a Q]^T dY - [w K]^T dV`` with ``dV = D^-T dN`` and
-``dN = (W * Q K^T)^T dY + [r K] dZ'``; everything else is one batched matrix product for all chunks. Kept for the
+``dN = (W * Q K^T)^T dY + [r K] dZ'``; everything else is one batched matrix product for all chunks. Saved for the
 backward pass are N, D^-1 and Z at the chunk starts: nothing that holds a matrix per token.
 
 What is as large as the keys is overwritten in place once it has served: on a CPU a fresh tensor costs as much as the
@@ -32,11 +32,11 @@ from meristem.linalg import solve_unit_lower
 
 @dataclass(frozen=True)
 class Weights:
-    """reach_nhcs: W, lower triangular. probe_nhcl, sight_nhcl, arriving_nhcl, carried_nhll: w, a, r and C.
+    """intra_nhcs: W, lower triangular. probe_nhcl, read_nhcl, write_nhcl, carry_nhll: w, a, r and C.
 
-    probe_nhcl: None where a write does not look at the memory at all.
+    probe_nhcl: None where a write does not read the memory at all.
     scale_nhc: z; None where it is 1.
-    is_solved: a write looks at what its chunk wrote; otherwise D is I.
+    is_solved: a write depends on the earlier writes of its chunk; otherwise D is I.
     reads_before: a token reads before it is written.
     """
 
@@ -51,7 +51,7 @@ class Weights:
 
 
 class Solved(NamedTuple):
-    """N, D^-1, and Z as it enters every chunk; below the last, Z as it leaves the window."""
+    """N, D^-1, and Z as it enters every chunk; below the last, Z after the sequence."""
 
     new_nhcv: Tensor
     inverse_nhcs: Tensor | None
@@ -104,19 +104,19 @@ def solve_back(
         vectors, weights, solved, (d_new_nhcv, d_read_nhcv, d_last_hkv), kernel
     )
     del d_new_nhcv
-    d_key_nhck, d_arriving_nhcl = _despread(new_nhcv @ d_passing_nhkv[1:].mT, weights.write_nhcl, key_nhck)
+    d_key_nhck, d_write_nhcl = _despread(new_nhcv @ d_passing_nhkv[1:].mT, weights.write_nhcl, key_nhck)
     d_left_nhlk, came_nhlk = (
         _by_level(d_passing_nhkv[1:], weights.carry_nhll),
         _by_level(entering_nhkv, weights.carry_nhll),
     )
-    d_carried_nhll, d_first_hkv = d_left_nhlk @ came_nhlk.mT, d_passing_nhkv[0].clone()
+    d_carry_nhll, d_first_hkv = d_left_nhlk @ came_nhlk.mT, d_passing_nhkv[0].clone()
     del d_passing_nhkv, d_left_nhlk
-    d_query_nhck, d_sight_nhcl = _despread(d_read_nhcv @ entering_nhkv.mT, weights.read_nhcl, query_nhck)
+    d_query_nhck, d_read_nhcl = _despread(d_read_nhcv @ entering_nhkv.mT, weights.read_nhcl, query_nhck)
 
     d_likeness_nhcs = d_read_nhcv @ new_nhcv.mT
-    d_reach_nhcs = likeness_nhcs.mul_(d_likeness_nhcs)
+    d_intra_nhcs = likeness_nhcs.mul_(d_likeness_nhcs)
     if weights.reads_before:
-        d_reach_nhcs = sooner(d_reach_nhcs)
+        d_intra_nhcs = sooner(d_intra_nhcs)
     _weigh(d_likeness_nhcs, weights.intra_nhcs, is_earlier=weights.reads_before)
     _add_product(d_query_nhck, d_likeness_nhcs, key_nhck)
     _add_product(d_key_nhck, d_likeness_nhcs.mT, query_nhck)
@@ -128,14 +128,14 @@ def solve_back(
         del d_probed_nhck
     if weights.is_solved:
         d_scale_nhc = _system_back(
-            key_nhck, weights, _minus_product(d_value_nhcv, new_nhcv.mT), d_reach_nhcs, d_key_nhck
+            key_nhck, weights, _minus_product(d_value_nhcv, new_nhcv.mT), d_intra_nhcs, d_key_nhck
         )
-    d_weights = Weights(d_reach_nhcs, d_sight_nhcl, d_arriving_nhcl, d_carried_nhll, d_probe_nhcl, d_scale_nhc)
+    d_weights = Weights(d_intra_nhcs, d_read_nhcl, d_write_nhcl, d_carry_nhll, d_probe_nhcl, d_scale_nhc)
     return (d_key_nhck, d_value_nhcv, d_query_nhck), d_weights, d_first_hkv
 
 
 def _system_back(
-    key_nhck: Tensor, weights: Weights, d_system_nhcs: Tensor, d_reach_nhcs: Tensor, d_key_nhck: Tensor
+    key_nhck: Tensor, weights: Weights, d_system_nhcs: Tensor, d_intra_nhcs: Tensor, d_key_nhck: Tensor
 ) -> Tensor | None:
     """From the gradient of D, what is added to those of weights and keys, in place; gives that of the scale."""
     alike_nhcs, d_scale_nhc = key_nhck @ key_nhck.mT, None
@@ -143,7 +143,7 @@ def _system_back(
         strict_nhcs = _weigh(alike_nhcs.clone(), weights.intra_nhcs, is_earlier=True)
         d_scale_nhc = torch.linalg.vecdot(d_system_nhcs, strict_nhcs)
         d_system_nhcs.mul_(weights.scale_nhc[..., None])
-    d_reach_nhcs[..., :-1, :].addcmul_(d_system_nhcs[..., 1:, :], alike_nhcs[..., 1:, :])
+    d_intra_nhcs[..., :-1, :].addcmul_(d_system_nhcs[..., 1:, :], alike_nhcs[..., 1:, :])
     d_alike_nhcs = _weigh(d_system_nhcs, weights.intra_nhcs, is_earlier=True)
     _add_product(d_key_nhck, torch.add(d_alike_nhcs, d_alike_nhcs.mT, out=alike_nhcs), key_nhck)
     return d_scale_nhc
@@ -206,11 +206,11 @@ def _run_chunks_backward(
     return d_value_nhcv, torch.stack(d_passing[::-1])
 
 
-def _weigh(product_nhcs: Tensor, reach_nhcs: Tensor, *, is_earlier: bool) -> Tensor:
+def _weigh(product_nhcs: Tensor, intra_nhcs: Tensor, *, is_earlier: bool) -> Tensor:
     """The product times the weights, or times the weights one token earlier; in place."""
     if not is_earlier:
-        return product_nhcs.mul_(reach_nhcs)
-    product_nhcs[..., 1:, :].mul_(reach_nhcs[..., :-1, :])
+        return product_nhcs.mul_(intra_nhcs)
+    product_nhcs[..., 1:, :].mul_(intra_nhcs[..., :-1, :])
     product_nhcs[..., 0, :].zero_()
     return product_nhcs
 
@@ -249,9 +249,9 @@ def _carry(carried_hll: Tensor, passing_hkv: Tensor) -> Tensor:
     return (carried_hll @ _by_level(passing_hkv, carried_hll)).view_as(passing_hkv)
 
 
-def _by_level(passing_nhkv: Tensor, carried_nhll: Tensor) -> Tensor:
+def _by_level(passing_nhkv: Tensor, carry_nhll: Tensor) -> Tensor:
     """Memory and momentum as one row each."""
-    return passing_nhkv.unflatten(-2, (carried_nhll.shape[-1], -1)).flatten(-2)
+    return passing_nhkv.unflatten(-2, (carry_nhll.shape[-1], -1)).flatten(-2)
 
 
 def _add_product(sum_nhck: Tensor, left_nhcs: Tensor, right_nhsk: Tensor) -> None:

@@ -1,11 +1,11 @@
-"""Which code runs a window or its chunk loop: plain tensor code, our Triton kernel, or the kernels of ``fla-core``.
+"""Which code runs a sequence or its chunk loop: plain tensor code, our Triton kernel, or the kernels of ``fla-core``.
 
     reference   plain tensor code: any device, any width, any dtype, and whatever is being compiled
     triton      ``titans_triton``: the chunk loop in one launch instead of a handful per chunk; exact float32
     fla         ``fla_delta``: delta and gated delta as a whole; its products round to TF32
 
-A kernel is taken where it can run, silently, for it means the same; ``force_reference`` turns all of them off. Neither
-``triton`` nor ``fla`` is imported before a tensor on a CUDA device, or TRITON_INTERPRET=1, asks for it.
+A kernel is taken where it can run, silently, for it means the same; ``force_reference`` disables all of them. Neither
+``triton`` nor ``fla`` is imported before a tensor on a CUDA device, or TRITON_INTERPRET=1, needs it.
 """
 
 import os
@@ -47,7 +47,7 @@ def force_reference() -> Iterator[None]:
 
 
 def choose_window(rule: Rule, keys_bthk: Keys, values_bthv: Values) -> Backend:
-    """What runs a whole window: ``fla``, or ``reference`` for the form's own code."""
+    """What runs a whole sequence: ``fla``, or ``reference`` for the form's own code."""
     return "reference" if _is_plain() or fla_refusals(rule, keys_bthk, values_bthv) else "fla"
 
 
@@ -100,12 +100,12 @@ def fla_refusals(rule: Rule, keys_bthk: Keys, values_bthv: Values) -> list[str]:
 
 
 def _is_plain() -> bool:
-    """No kernel may run. The compiler is asked first: it cannot trace the other question, and fuses plain code well."""
+    """No kernel may run. The compiler is checked first: it cannot trace the other check, and fuses plain code well."""
     return torch.compiler.is_compiling() or _is_forced.get()
 
 
 def _interprets() -> bool:
-    """Triton has been asked to run its kernels on the CPU, as NumPy code; it reads this once, when a kernel is made."""
+    """Triton is set to run its kernels on the CPU, as NumPy code; it reads this once, when a kernel is made."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

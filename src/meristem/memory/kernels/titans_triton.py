@@ -5,7 +5,7 @@ For every chunk, with memory and momentum stacked in ``Z`` and rows of weights w
     N  = D^-1 (X + [i K] Z)         what is new in the chunk
     Z' = C Z + A + [o K]^T N        what leaves the chunk
 
-Forwards X is the values, i the probe's weights with a minus, o the arriving ones, and there is no A. Backwards the same
+Forwards X is the values, i the probe's weights with a minus, o the write weights, and there is no A. Backwards the same
 walk, last chunk first, is its own adjoint: i and o change places, D^-1 and C are transposed, X is dN, and A what the
 reads send to Z. Z never leaves the chip; a column of values never meets another, so that every program takes a few
 columns of one head through all chunks.
@@ -26,8 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 Solved: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
-"""inverse_nhcs (D^-1), probe_nhcl (w), arriving_nhcl (r), carried_nhll (C); the first two None where a write does not
-look at the memory."""
+"""inverse_nhcs (D^-1), probe_nhcl (w), write_nhcl (r), carry_nhll (C); the first two None where a write does not
+read the memory."""
 
 Walked: TypeAlias = tuple[Float[Tensor, "n h ... v"], Float[Tensor, "n h c v"], Float[Tensor, "h ... v"]]
 
@@ -42,9 +42,9 @@ def run_chunks(
     solved: Solved,
 ) -> Walked:
     """``entering_nhkv, new_nhcv, last_hkv``: Z before every chunk, N of every chunk, Z after the last."""
-    inverse_nhcs, probe_nhcl, arriving_nhcl, carried_nhll = solved
+    inverse_nhcs, probe_nhcl, write_nhcl, carry_nhll = solved
     into_nhcl = None if probe_nhcl is None else -probe_nhcl
-    does = into_nhcl, inverse_nhcs, arriving_nhcl, carried_nhll
+    does = into_nhcl, inverse_nhcs, write_nhcl, carry_nhll
     return _launch(key_nhck, value_nhcv, first_hkv, None, does, is_reversed=False)
 
 
@@ -55,11 +55,11 @@ def run_chunks_backward(
     d_entering_nhkv: Float[Tensor, "n h ... v"],
     solved: Solved,
 ) -> Walked:
-    """``d_leaving_nhkv, d_value_nhcv, d_first_hkv`` from what the reads and what comes after the window send back."""
-    inverse_nhcs, probe_nhcl, arriving_nhcl, carried_nhll = solved
+    """``d_leaving_nhkv, d_value_nhcv, d_first_hkv`` from what the reads and what follows the sequence send back."""
+    inverse_nhcs, probe_nhcl, write_nhcl, carry_nhll = solved
     onto_nhcl = None if probe_nhcl is None else -probe_nhcl
     inverse_nhcs = None if inverse_nhcs is None else inverse_nhcs.mT
-    does = arriving_nhcl, inverse_nhcs, onto_nhcl, carried_nhll.mT
+    does = write_nhcl, inverse_nhcs, onto_nhcl, carry_nhll.mT
     return _launch(key_nhck, d_new_nhcv, d_last_hkv, d_entering_nhkv, does, is_reversed=True)
 
 
@@ -72,8 +72,8 @@ def _launch(
     is_reversed: bool,
 ) -> Walked:
     """does: i, D^-1, o and C of every chunk."""
-    into_nhcl, inverse_nhcs, onto_nhcl, carried_nhll = does
-    inverse_nhcs, carried_nhll = None if inverse_nhcs is None else _packed(inverse_nhcs), _packed(carried_nhll)
+    into_nhcl, inverse_nhcs, onto_nhcl, carry_nhll = does
+    inverse_nhcs, carry_nhll = None if inverse_nhcs is None else _packed(inverse_nhcs), _packed(carry_nhll)
     key_nhck, side_nhcv, first_hkv = key_nhck.contiguous(), side_nhcv.contiguous(), first_hkv.contiguous()
     rest = into_nhcl, onto_nhcl, added_nhkv
     into_nhcl, onto_nhcl, added_nhkv = (None if x is None else x.contiguous() for x in rest)
@@ -84,12 +84,12 @@ def _launch(
     new_nhcv, last_hkv = torch.empty_like(side_nhcv), torch.empty_like(first_hkv)
     with torch.cuda.device(key_nhck.device) if key_nhck.is_cuda else nullcontext():
         _walk_kernel[heads, value_width // columns](
-            (key_nhck, into_nhcl, inverse_nhcs, onto_nhcl, carried_nhll, side_nhcv, first_hkv, added_nhkv),
+            (key_nhck, into_nhcl, inverse_nhcs, onto_nhcl, carry_nhll, side_nhcv, first_hkv, added_nhkv),
             (entering_nhkv, new_nhcv, last_hkv),
             n_chunks,
-            ((0, 0) if inverse_nhcs is None else inverse_nhcs.stride()[-2:]) + carried_nhll.stride()[-2:],
+            ((0, 0) if inverse_nhcs is None else inverse_nhcs.stride()[-2:]) + carry_nhll.stride()[-2:],
             sizes=(chunk, key_width, value_width, columns, 16),
-            n_levels=carried_nhll.shape[-1],
+            n_levels=carry_nhll.shape[-1],
             is_reversed=is_reversed,
             num_warps=8 if chunk * key_width > 64 * 64 else 4,
             num_stages=1,
@@ -214,8 +214,8 @@ def _write(
         weight_r = tl.load(weights[0] + (start + row_r) * weights[1])
         key_kr = tl.load(keys + row_k[:, None] + (start + row_r)[None, :] * sizes[1])
         new_rv = tl.load(news + (start + row_r)[:, None] * sizes[2] + column_v[None, :])
-        arriving_kr = weight_r[None, :] * key_kr
-        memory_kv = tl.dot(arriving_kr, new_rv, memory_kv, input_precision="ieee", out_dtype=memory_kv.dtype)
+        write_kr = weight_r[None, :] * key_kr
+        memory_kv = tl.dot(write_kr, new_rv, memory_kv, input_precision="ieee", out_dtype=memory_kv.dtype)
     return memory_kv
 
 

@@ -164,7 +164,7 @@ def collect_warnings(draft: Draft) -> PartOutcome:
     if not draft.step.is_certain:
         lengths = " and ".join(map(str, draft.step.samples))
         found.append(
-            f"peak and work are continued from windows of {lengths} tokens, where they were not yet on one line"
+            f"peak and work are extrapolated from sequences of {lengths} tokens, where they were not yet on one line"
         )
     if draft.config.device.compile:
         found.append("device.compile is on: the peak is that of the uncompiled model, an upper estimate")
@@ -201,7 +201,7 @@ def _failed(name: PartName, cause: Exception) -> PartOutcome:
 
 
 def _measure(draft: Draft, device: Device, *, batch: int | None = None, window: int | None = None) -> Measured:
-    """One step of the run, as it is or with another device, batch or window."""
+    """One step of the run, as it is or with another device, batch or sequence length."""
     config, vocabulary = draft.config, draft.vocabulary
     window = window or config.data.seq_len
     batch = batch or config.data.batch_size
@@ -221,7 +221,7 @@ def _forward(draft: Draft, length: int) -> int:
 
 
 def _pace(draft: Draft) -> dict[int, int]:
-    """Operations of a forward pass over two short windows: they tell a loop over time from work done at once."""
+    """Operations of a forward pass over two short sequences: they tell a loop over time from work done at once."""
     lengths = short(draft.config.data.seq_len)
     readings = {n: rehearse.read(draft.config, draft.vocabulary, draft.device, n_prompt=n) for n in lengths}
     return {n: reading.ledger.n_operations["prefill"] for n, reading in readings.items()}
@@ -251,7 +251,7 @@ def _training(draft: Draft) -> Training:
 
 
 def _snapshots(draft: Draft) -> SnapshotFigures:
-    """What going back will need; refused here where the number that was asked for does not fit."""
+    """What rollback will need; refused here where the configured number does not fit."""
     held = draft.step.by_category
     each_bytes = held.get("parameters", 0) + held.get("optimizer", 0)
     count = n_snapshots(draft.config.rollback, each_bytes, available_bytes())
@@ -259,7 +259,7 @@ def _snapshots(draft: Draft) -> SnapshotFigures:
 
 
 def _session(draft: Draft) -> SessionFigures:
-    """A prompt of a window less one token: where a window bounds the model, the token after it still finds room."""
+    """A prompt of one token less than a sequence: where the length is bounded, the token after it still finds room."""
     n_prompt = max(1, draft.config.data.seq_len - 1)
     takes_line = draft.step.is_certain or _forward(draft, n_prompt) > MOST_OPERATIONS
     lengths = tuple(draft.step.samples) if draft.step.is_fitted and takes_line else (n_prompt,)

@@ -1,4 +1,4 @@
-"""From a few short windows to a long one: numbers that are polynomials of the length, continued."""
+"""From a few short sequences to a long one: numbers that are polynomials of the length, extrapolated."""
 
 from collections.abc import Hashable, Mapping
 from fractions import Fraction

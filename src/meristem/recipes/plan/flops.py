@@ -94,7 +94,7 @@ def _convolution_backward(
     out_val: tuple[torch.Tensor | None, ...],
     **kwargs: object,
 ) -> int:
-    """As much as the forward for each of the two gradients that are asked for; that of the bias is a sum."""
+    """As much as the forward for each of the two gradients that are needed; that of the bias is a sum."""
     is_transposed = geometry[4]
     positions = (hidden if is_transposed else upstream).shape[2:]
     forward = 2 * hidden.shape[0] * prod(positions) * weight.numel()

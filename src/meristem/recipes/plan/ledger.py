@@ -157,7 +157,7 @@ class Ledger(TorchDispatchMode):
         self._alive[address] = (index, weakref.ref(storage, gone))
 
     def _read(self, tensor: Tensor) -> object:
-        """Note the line that asked for a value that does not exist, and answer with True, 1 or 0.0.
+        """Note the line that read a value that does not exist, and return True, 1 or 0.0.
 
         Finite, non-empty, and no flag raised: what a healthy run would read.
         """

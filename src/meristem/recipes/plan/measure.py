@@ -43,28 +43,28 @@ class Measured:
 
     @property
     def is_fitted(self) -> bool:
-        """Continued from shorter windows, not rehearsed in full."""
+        """Extrapolated from shorter sequences, not rehearsed in full."""
         return len(self.samples) > 1
 
     @property
     def longest(self) -> Rehearsal:
-        """The sample with the longest window."""
+        """The sample with the longest sequence."""
         return self.samples[max(self.samples)]
 
 
 def short(window: int) -> tuple[int, int]:
-    """Two windows that tell how the number of operations grows towards this one."""
+    """Two lengths that show how the number of operations grows towards this one."""
     unit = max(8, 1 << max(0, (window - 1).bit_length() - 6))
     return unit, 2 * unit
 
 
 def measure(rehearse: Rehearse, window: int, n_operations: Callable[[int], int]) -> Measured:
-    """One step at ``window``; where a loop over time makes that slow and all is linear in time, from short windows.
+    """One step at ``window``; where a loop over time makes that slow and all is linear in time, from short sequences.
 
-    The windows are doubled until three of them lie on one line. Where that never happens, as with dense attention, the
+    The lengths are doubled until three of them lie on one line. Where that never happens, as with dense attention, the
     full step is rehearsed, or where even that would take too long, the last line is taken as uncertain.
 
-    n_operations: about how many a rehearsal of a window takes.
+    n_operations: about how many a rehearsal of a sequence takes.
     """
     if n_operations(window) <= MOST_OPERATIONS:
         return combine({window: rehearse(window)}, window)
@@ -81,7 +81,7 @@ def measure(rehearse: Rehearse, window: int, n_operations: Callable[[int], int])
 
 
 def _doubled(window: int, n_operations: Callable[[int], int]) -> Iterator[int]:
-    """Windows from where the loop over time begins to be most of the work, doubled, up to the whole."""
+    """Lengths from where the loop over time begins to be most of the work, doubled, up to the whole."""
     per_token = max(1, n_operations(1) - n_operations(0))
     length = min(short(window)[0], 1 << max(3, (n_operations(0) // per_token).bit_length()))
     while length < window:

@@ -106,7 +106,7 @@ def read(config: Config, vocabulary: int, device: Device, *, n_prompt: int) -> R
 @contextmanager
 def _imagined(device: Device) -> Iterator[Ledger]:
     """Fake tensors, followed by a ledger; the process's random state is as before when it ends."""
-    # The CUDA allocator hands out blocks of 512 bytes, the CPU's exactly what was asked for.
+    # The CUDA allocator hands out blocks of 512 bytes, the CPU's exactly the requested size.
     ledger = Ledger(granule_bytes=512 if device.device.type == "cuda" else 1)
     with torch.random.fork_rng(devices=[]), FakeTensorMode(), ledger:
         yield ledger

@@ -159,7 +159,7 @@ class MemoryFigures(ConfigSection):
 
 
 class SnapshotFigures(ConfigSection):
-    """The states that a run keeps in memory to go back to: how many, and the bytes of each."""
+    """The states that a run keeps in memory for rollback: how many, and the bytes of each."""
 
     count: int
     each_bytes: int
@@ -273,7 +273,7 @@ def _totals(report: PlanReport) -> Section:
     if report.n_parameters is not None:
         rows.append(("parameters", f"{report.n_parameters:,}, of which {report.n_trainable:,} are trained"))
     if (data := report.data) is not None:
-        rows.append(("text", f"{data.n_tokens:,} tokens in {data.n_windows:,} windows, {data.unused_tokens:,} unused"))
+        rows.append(("text", f"{data.n_tokens:,} tokens, {data.n_windows:,} sequences, {data.unused_tokens:,} unused"))
         epochs = "" if data.epochs is None else f"; the run sees {data.epochs:.2f} epochs"
         rows.append(("epoch", f"{data.n_batches:,} batches{epochs}"))
     if (step := report.training) is not None:
@@ -288,7 +288,7 @@ def _totals(report: PlanReport) -> Section:
         if (kept := report.snapshots) is not None:
             rows.append(("snapshots", f"{kept.count} x {size(kept.each_bytes)} of RAM" if kept.count else "none"))
         if step.fitted_from:
-            rows.append(("method", f"fitted from windows of {', '.join(map(str, step.fitted_from))} tokens"))
+            rows.append(("method", f"fitted from sequences of {', '.join(map(str, step.fitted_from))} tokens"))
     if (session := report.session) is not None:
         grows = session.state_bytes_after_one_more > session.state_bytes
         rows.append(("state per session", size(session.state_bytes) + (", growing with the text" if grows else "")))
@@ -298,7 +298,7 @@ def _totals(report: PlanReport) -> Section:
 
 
 def _memory(memory: MemoryFigures) -> Section:
-    """The rule, the form that runs, and every form's answer to the rule."""
+    """The rule, the form that runs, and whether each form takes the rule."""
     rows = [(name, getattr(memory, name)) for name in ("rule", "structure", "bias", "retention", "update")]
     chosen = ", which auto chose" if memory.form == "auto" else ""
     runs = {(each.form, each.is_exact): "" for each in memory.memories}

@@ -82,7 +82,7 @@ def prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Path | None:
 
 
 def _asked(manifest: Mapping[str, Any]) -> int:
-    """The vocabulary that was asked for; manifests from before it was written down say what was learned."""
+    """The vocabulary in the settings; manifests from before it was written down say what was learned."""
     described = manifest["tokenizer"]
     return int(described.get("asked_vocab_size", described["vocab_size"]))
 

@@ -24,14 +24,14 @@ def test_what_rows_meet_has_the_gradients_of_finite_differences(widths: tuple[in
     inward, outward = widths
     sides = drawn(CHUNK, inward), drawn(4, inward), drawn(4, outward)
     stored = [drawn(inward, outward) + index for index in range(n_stored)]
-    reach_bhcs, entering_bhcl = drawn(CHUNK, 4), drawn(CHUNK, n_stored)
-    met_bhcj = FrozenRead.apply(*sides, reach_bhcs, entering_bhcl, *stored)
+    intra_bhcs, entering_bhcl = drawn(CHUNK, 4), drawn(CHUNK, n_stored)
+    met_bhcj = FrozenRead.apply(*sides, intra_bhcs, entering_bhcl, *stored)
     rows_bhci, inward_bhsi, outward_bhsj = sides
     entered = sum(entering_bhcl[..., n : n + 1] * (rows_bhci @ stored[n]) for n in range(n_stored))
-    true_bhcj = entered - (rows_bhci @ inward_bhsi.mT * reach_bhcs) @ outward_bhsj
+    true_bhcj = entered - (rows_bhci @ inward_bhsi.mT * intra_bhcs) @ outward_bhsj
     torch.testing.assert_close(met_bhcj, true_bhcj, rtol=0, atol=1e-12)
     assert torch.autograd.gradcheck(
-        FrozenRead.apply, (*sides, reach_bhcs, entering_bhcl, *stored), atol=1e-7, rtol=1e-5
+        FrozenRead.apply, (*sides, intra_bhcs, entering_bhcl, *stored), atol=1e-7, rtol=1e-5
     )
 
 
@@ -42,11 +42,11 @@ def test_what_leaves_a_chunk_has_the_gradients_of_finite_differences(widths: tup
     inward, outward = widths
     address_bhsi, gradient_bhsj = drawn(CHUNK, inward), drawn(CHUNK, outward)
     stored = [drawn(inward, outward) + index for index in range(n_stored)]
-    arriving_bhsl, carried_bhll = drawn(CHUNK, n_stored), drawn(n_stored, n_stored)
-    inputs = address_bhsi, gradient_bhsj, arriving_bhsl, carried_bhll, *stored
+    write_bhsl, carry_bhll = drawn(CHUNK, n_stored), drawn(n_stored, n_stored)
+    inputs = address_bhsi, gradient_bhsj, write_bhsl, carry_bhll, *stored
     for row, left_bhij in enumerate(FrozenWrite.apply(*inputs)):
-        kept_bhij = sum(carried_bhll[..., row, n, None, None] * stored[n] for n in range(row, n_stored))
-        true_bhij = kept_bhij - (arriving_bhsl[..., row : row + 1] * address_bhsi).mT @ gradient_bhsj
+        kept_bhij = sum(carry_bhll[..., row, n, None, None] * stored[n] for n in range(row, n_stored))
+        true_bhij = kept_bhij - (write_bhsl[..., row : row + 1] * address_bhsi).mT @ gradient_bhsj
         torch.testing.assert_close(left_bhij, true_bhij, rtol=0, atol=1e-12)
 
     assert torch.autograd.gradcheck(FrozenWrite.apply, inputs, atol=1e-7, rtol=1e-5)

@@ -111,7 +111,9 @@ def test_an_unknown_drill_is_answered_with_the_nearest():
 
 def test_only_a_lost_device_is_lost():
     """A device that is merely full, or a mistake of the model, is another error."""
-    with pytest.raises(DeviceLost, match=r"cuda:1 stopped answering: CUDA error: unspecified launch failure\. .*again"):
+    with pytest.raises(
+        DeviceLost, match=r"cuda:1 stopped responding: CUDA error: unspecified launch failure\. .*again"
+    ):
         with answering(torch.device("cuda:1")):
             raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore words")
     for error in (torch.OutOfMemoryError("full"), RuntimeError("shapes differ")):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from bench.ablations import listed
 from meristem.bench import trial as trials_module
 from meristem.bench.ablation import finished, n_parameters, read_ablation, run_trials, trials
 from meristem.bench.study import study
 from meristem.bench.trial import Figures, Outcome
 from meristem.bench.verdict import paired, sentences, table, unpaired
 from meristem.errors import BadRecords, ConfigError, ConflictingKeys, NonFinite, UnknownKey
-from recipes.ablations import listed
 
 ROOT = Path(__file__).parents[2]
 
