@@ -144,7 +144,7 @@ class DataError(MeristemError):
 
 
 class CorpusTooShort(DataError):
-    """Fewer tokens than one window needs."""
+    """Fewer tokens than one sequence needs."""
 
 
 class ManifestMismatch(DataError):
@@ -212,7 +212,7 @@ class RollbackFailed(TrainingError):
 
 
 class Halted(TrainingError):
-    """The run stopped itself, since going back did not help."""
+    """The run stopped itself, since rollbacks did not help."""
 
 
 class StateTransferFailed(TrainingError):

@@ -170,5 +170,5 @@ def test_no_room_to_go_back_leads_to_the_next_way(text, tmp_path, monkeypatch):
     assert run(text, tmp_path / "run").step == 20
     (back,) = events(tmp_path / "run", "rollback.done")
     fast, full = back["attempts"]
-    assert "no room is left on cpu for going back" in fast["failure"]
+    assert "no room is left on cpu for a rollback" in fast["failure"]
     assert (full["tier"], full["failure"], back["resumed_from"]) == ("full", None, 8)

@@ -107,7 +107,7 @@ class Journal:
         os.close(self._descriptor)
 
     def begin(self, kind: str, fields: Mapping[str, object]) -> int:
-        """Say that a change begins, and give the number under which its end is to be told."""
+        """Say that a change begins, and give the number for its end."""
         with self._lock:
             number = self._number + 1
             self._open[number] = self._append(number, "begin", kind, fields)

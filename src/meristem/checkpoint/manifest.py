@@ -63,7 +63,7 @@ def _finite(metrics: Mapping[str, float | None]) -> dict[str, object]:
 
 
 def read(directory: Path, descriptor: int) -> dict[str, Any]:
-    """The verified manifest of ``directory``, brought to today's version. Its files are not looked at.
+    """The verified manifest of ``directory``, brought to today's version. Its files are not read.
 
     descriptor: of the open directory.
     CheckpointTooNew names what a later meristem saved: the manifest itself, or one of the files by its version.
@@ -89,7 +89,7 @@ def read(directory: Path, descriptor: int) -> dict[str, Any]:
 
 
 def _version(directory: Path, manifest: object) -> int:
-    """The version a reader must know: that of the schema, or a higher one that the manifest asks for."""
+    """The version a reader must know: that of the schema, or a higher one that the manifest requires."""
     if isinstance(manifest, dict):
         said = schema_version(manifest.get("schema"), "checkpoint")
         compat = manifest.get("compat")

@@ -39,7 +39,7 @@ class Saver:
     ) -> None:
         """Have ``write`` called in the thread, and then ``done`` with what it gave; waits for the one before.
 
-        reading: what the write needs until it has ended, as ``SnapshotBuffer.pinned`` of a snapshot. It is entered
+        holding: what the write needs until it has ended, as ``SnapshotBuffer.pinned`` of a snapshot. It is entered
             here, before anything can overwrite the snapshot, and left by the thread.
         Raises what the one before has failed with; then nothing is begun.
         """
@@ -66,7 +66,7 @@ class Saver:
             self._raise_failure()
 
     def close(self) -> None:
-        """The same as ``wait``: what was begun is finished, and what failed is told."""
+        """The same as ``wait``: what was begun is finished, and failures are raised."""
         self.wait()
 
     def _join(self) -> None:

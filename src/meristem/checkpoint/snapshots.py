@@ -1,8 +1,8 @@
-"""Snapshots in RAM: what a run was at a few steps, to go back to within half a second.
+"""Snapshots in RAM: what a run was at a few steps, for a rollback within half a second.
 
 A snapshot holds the trees and values that ``store.save`` takes, in the form in which it takes them: what comes back
 from here is what would come back from a checkpoint, byte for byte. Every buffer is allocated and written to once when
-the ring is made. The system hands out a page when it is first written, and for 1.2 GB that took twenty times as long
+the buffer is made. The system hands out a page when it is first written, and for 1.2 GB that took twenty times as long
 as the copy (growth.md sections 2 and 12).
 
 One thread takes snapshots; another may read one, as long as it holds it.
@@ -43,12 +43,12 @@ _Layout = tuple[tuple[str, tuple[tuple[str, torch.dtype, torch.Size], ...]], ...
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What a run was after ``step``, to be read while the ring has it: later its bytes are those of another step.
+    """What a run was after ``step``, to be read while the buffer has it: later its bytes are those of another step.
 
     tag: why it was taken, as ``interval`` or ``save``.
-    is_valid: the guard was quiet then, so that this is a place to go back to.
-    trees: tensors on the CPU that lie in the buffer of the ring; to be copied from, never to be changed.
-    values: each look at one gives a new copy.
+    is_valid: the guard was quiet then, so that a run may roll back to it.
+    trees: tensors on the CPU that lie in the buffer; to be copied from, never to be changed.
+    values: each access gives a new copy.
     """
 
     step: int
@@ -119,7 +119,7 @@ class _Slot:
 
 
 class SnapshotBuffer:
-    """A few buffers that take turns. The newest valid snapshot is overwritten last, and one that is held never.
+    """A few buffers, used in rotation. The newest valid snapshot is overwritten last, and one that is held never.
 
     n_snapshots: how many buffers (``rollback.snapshots``). With two or more, a reader never stops the taker.
     capacity_bytes: the size of each to begin with; ``needed_bytes`` of what is to be taken.
@@ -132,7 +132,7 @@ class SnapshotBuffer:
             raise _too_large(n_snapshots, capacity_bytes, n_snapshots * capacity_bytes, max_bytes)
         if is_pinned and not torch.accelerator.is_available():
             raise CapabilityError(
-                "pinned snapshots were asked for, and there is no accelerator to copy from. Make the ring without.",
+                "pinned snapshots were requested, and there is no accelerator to copy from. Make the buffer without.",
                 device="cpu",
                 reason="no accelerator",
             )
@@ -150,7 +150,7 @@ class SnapshotBuffer:
         """Copy everything into the buffer that can best be spared, and give what is then in it.
 
         SnapshotTooLarge where that buffer would have to grow beyond ``max_bytes``, and QueueFull where all are held,
-        leave the ring as it was. Whatever else fails costs the spared snapshot and no other.
+        leave the buffer unchanged. Whatever else fails costs the spared snapshot and no other.
         """
         frozen = _Values(values)
         sources = [_checked(name, tensor) for tree in trees.values() for name, tensor in tree.items()]
@@ -187,7 +187,7 @@ class SnapshotBuffer:
         with self._lock:
             slot = self._slot_of(snapshot)
             if slot is None:
-                raise ValueError(f"the ring has overwritten or dropped step {snapshot.step}; hold it before")
+                raise ValueError(f"the buffer has overwritten or dropped step {snapshot.step}; hold it before")
             slot.n_readers += 1
         try:
             yield snapshot
@@ -196,7 +196,7 @@ class SnapshotBuffer:
                 slot.n_readers -= 1
 
     def drop_after(self, step: int) -> int:
-        """Forget the snapshots of later steps, whose future was abandoned by going back; says how many those were."""
+        """Forget the snapshots of later steps, whose future was abandoned by a rollback; says how many those were."""
         with self._lock:
             late = [slot for slot in self._slots if slot.snapshot is not None and slot.snapshot.step > step]
             for slot in late:

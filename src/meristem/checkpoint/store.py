@@ -73,7 +73,7 @@ def age_order(entry: Entry) -> tuple[int, str, int]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. Tensors are mapped from the file on the CPU when asked for.
+    """A verified checkpoint. Tensors are mapped from the file on the CPU on access.
 
     What an earlier meristem saved is given as today's saves it (``migrate``).
 

@@ -89,7 +89,7 @@ Two layers, sequences of 512 tokens, whole steps, interleaved with a transformer
     "decode": f"Measure how fast a session writes. {_MISSED}",
     "snapshot": f"""Measure snapshots in memory, and what they and the guard cost. {_MISSED}
 
-How long a run of 100 million parameters with moments waits for a snapshot and for the way back, and the share of the
+How long a run of 100 million parameters with moments waits for a snapshot and for a rollback, and the share of the
 machine's copy bandwidth that is (this needs 6 GB of RAM); then the share of the steps of the default preset that guard,
 events and snapshots take, and how long a save keeps it waiting.""",
     "start": f"Measure how long the program takes to start. {_MISSED}",

@@ -1,4 +1,4 @@
-"""What happens where a device has no room left: work is cut into smaller parts, or ends with advice."""
+"""What happens where a device has no room left: work is split, or ends with advice."""
 
 import contextlib
 from collections.abc import Callable, Iterator

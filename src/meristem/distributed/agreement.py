@@ -80,7 +80,7 @@ class Agreement:
         outcome says so: the run can go on as it was. Raises AgreementFailed, with everything undone, where the results
         differ or somebody was lost on the way: these processes stand at different places.
 
-        order: what any but the first process gives is not looked at.
+        order: what any but the first process gives is ignored.
         """
         self._begin("an order")
         if self._rank == 0:
@@ -108,7 +108,7 @@ class Agreement:
         return Outcome(True, order)
 
     def broadcast(self, what: str, text: str) -> str:
-        """The text of the first process; what the others give is not looked at.
+        """The text of the first process; what the others give is ignored.
 
         Raises AgreementFailed, in the first one, with those that have not received it within the timeout: it may not
         run ahead of them, since what it sent is deleted after some meetings.
@@ -185,7 +185,7 @@ class Agreement:
         return received
 
     def _differences(self, word: str) -> tuple[str, ...]:
-        """What speaks against going on, from the answers of all; the wait for them ends together."""
+        """What prevents going on, from the replies of all; the wait for them ends together."""
         deadline = self._clock() + self._timeout_s
         answers = {rank: self._read(f"{word}/{rank}", deadline) for rank in range(self._size)}
         against, first = [], answers[0]
@@ -252,7 +252,7 @@ _OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _tried(call: Callable[[bytes], str], order: bytes) -> dict[str, str]:
-    """The answer to an order: what was found, or why it cannot be done."""
+    """The reply to an order: what was found, or why it cannot be done."""
     try:
         return {"found": call(order)}
     except Exception as error:  # noqa: BLE001 - whatever stops this process, the others must hear of it

@@ -33,11 +33,11 @@ class DistributedConfig(ConfigSection):
 
 
 def require_shardable(config: DistributedConfig, kind: str) -> None:
-    """Raises ConflictingKeys where the optimizer ``kind`` cannot work on parts of parameters."""
+    """Raises ConflictingKeys where the optimizer ``kind`` cannot work on sharded parameters."""
     if config.shard and kind not in SHARDABLE:
         raise ConflictingKeys(
             f"optim.name is '{kind}' and distributed.shard is true. A matrix optimizer orthogonalises whole matrices, "
-            f"and torch's fused SGD does not take parts of parameters; on these works {', '.join(sorted(SHARDABLE))}. "
+            f"and torch's fused SGD does not take sharded parameters; on these works {', '.join(sorted(SHARDABLE))}. "
             f"Set distributed.shard=false, or optim.name=adamw.",
             path="distributed.shard",
             value=True,

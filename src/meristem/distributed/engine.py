@@ -1,6 +1,6 @@
 """Torch's own engines that sum gradients while they are made, and what they leave to the optimizer.
 
-Parameters that move every step are in the engine's hands: replicated (DDP) or in parts (FSDP2). Those of slower levels
+Parameters that move every step are in the engine's hands: replicated (DDP) or sharded (FSDP2). Those of slower levels
 are replicated and out of its sight; their gradients gather in each process, and the optimizer sums what has gathered
 when the level fires (memory.md 6.4, 9.6). Gradients are summed, not averaged: the loss of each process is a share of
 that of the whole batch, divided by the targets of all.
@@ -27,7 +27,7 @@ EVERY_STEP: Final = "period 1"
 """Kind of the bytes of gradients that are summed while they are made."""
 
 PARAMETERS: Final = "parameters"
-"""Kind of the bytes by which parts of parameters become whole."""
+"""Kind of the bytes by which sharded parameters are gathered."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def engine_for(
     slow: Collection[nn.Parameter],
     leaves_out: bool,
 ) -> Engine:
-    """The engine that ``config`` asks for, on the device of this process; see ``replicated`` and ``sharded``."""
+    """The engine that ``config`` names, on the device of this process; see ``replicated`` and ``sharded``."""
     if world.size == 1:
         return alone(model)
     if config.shard:
@@ -188,7 +188,7 @@ class _Counted:
 
 
 class _CountedGather(_Counted):
-    """Parts of parameters to whole ones."""
+    """Sharded parameters to full ones."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False

@@ -112,7 +112,7 @@ def _message(failure: ProcessFailure) -> str:
 @contextlib.contextmanager
 def _signals_restored(n_processes: int) -> Iterator[None]:
     """The cores shared out among the processes, unless somebody did; and signals go where they went, afterwards."""
-    # Its warnings tell of every signal that is handed on.
+    # It warns of every signal that is handed on.
     logger = logging.getLogger("torch.distributed.elastic")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -128,7 +128,7 @@ class World:
         return self.all_gather_numbers([number])[0][0]
 
     def broadcast(self, what: str, text: str) -> str:
-        """The text of the first process; what any other gives is not looked at."""
+        """The text of the first process; what any other gives is ignored."""
         return text if self.size == 1 else self.agreement.broadcast(what, text)
 
     def require_same(self, what: Mapping[str, Callable[[], str]]) -> None:
@@ -140,7 +140,7 @@ class World:
     def require_alike(self, tensors: Iterable[Tensor]) -> None:
         """Raises AgreementFailed, in every process, unless these have the same bits in all; alone it is not asked.
 
-        It costs one reading of them and one small exchange, and so is done again and again.
+        It costs one pass over them and one small exchange, and so is done again and again.
         """
         if self.size == 1:
             return
@@ -167,7 +167,7 @@ class World:
         if self.size == 1:
             act()
             return
-        # What all did is not undone where one fails: whoever asked goes back farther, or ends.
+        # What all did is not undone where one fails: the caller rolls back farther, or ends.
         change = Change(plan=bytes.decode, apply=lambda order: act(), undo=lambda: None)
         outcome = self.agreement.commit(what.encode(), change)
         if not outcome.is_applied:
@@ -257,7 +257,7 @@ def joined(
 def _rendezvous_id(store: Store, rank: int, size: int, timeout_s: float) -> str:
     """A name for this rendezvous, the same in all of them, that no earlier one had.
 
-    Each makes up a word that nobody used before, and the first answers to it, so that no old answer is taken for one.
+    Each makes up a word that nobody used before, and the first replies with it, so that no old reply is taken for one.
     """
     own = secrets.token_hex(8)
     if rank:

@@ -224,7 +224,7 @@ def hanging_worker(drill: Drill, place: Path) -> Seen:
         "the call ends at its deadline, as WorkerTimeout": bool(late) and seconds < 0.5 + 1.0,
         "its process is gone": pid is not None and not _is_there(pid),
         "the next call returns": answer == 3,
-        "a new process takes its place, which is told": [event.name for event in events] == ["worker.restarted"],
+        "a new process takes its place, as an event says": [event.name for event in events] == ["worker.restarted"],
     }
     return Seen(checks, {"message": late, "seconds": round(seconds, 3)})
 

@@ -1,1 +1,1 @@
-"""The outer optimizer: which parameters it decays, how its rate moves, what of it must be saved."""
+"""The outer optimizer: which parameters it decays, how its learning rate moves, what of it must be saved."""

@@ -11,11 +11,11 @@ from meristem.optim.nonfinite import SkippingOptimizer, settle
 from meristem.optim.orthogonal import orthogonal
 
 ALIGNED: Final = 0.2
-"""Root mean square of a step at rate 1: about that of AdamW, so that both can share a rate."""
+"""Root mean square of a step at learning rate 1: about that of AdamW, so that both can share one."""
 
 
 class AdaMuon(SkippingOptimizer):
-    """Of a matrix W of m rows and n columns with gradient G, at rate η, momentum μ, decay λ::
+    """Of a matrix W of m rows and n columns with gradient G, at learning rate η, momentum μ, decay λ::
 
         M <- μ M + G                O = NS(sign M)
         v <- β v + (1 - β) O²       D = O / (√v + ε)

@@ -22,7 +22,7 @@ READS: Final = {
 """The keys that each kind reads. Those for matrices read AdamW's too: embeddings, gates and norms are left to it."""
 
 Shape: TypeAlias = Literal["constant", "cosine", "linear", "step"]
-"""How a rate falls once it has risen."""
+"""How a learning rate falls after the warm-up."""
 
 LONG: Final = 64
 """From this period on moments look back over few updates: a run makes few of them."""
@@ -47,7 +47,7 @@ class OptimConfig(ConfigSection):
         default=0.95, ge=0, lt=1, description="AdamW, adamuon: decay of the mean of their, or its steps', squares"
     )
     eps: float = Field(default=1e-8, gt=0, description="added to the root of that mean")
-    momentum: float = Field(default=0.95, ge=0, lt=1, description="sgd, muon, adamuon: what is kept of earlier steps")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="sgd, muon, adamuon: the share of earlier steps")
     weight_decay: float = Field(
         default=0.1, ge=0, description="decay of plain matrices, decoupled; with sgd it is added to the gradient"
     )
@@ -56,7 +56,7 @@ class OptimConfig(ConfigSection):
     )
     level_rates: dict[int, float] = Field(
         default={},
-        description="period to the factor on the rate of its levels; unless given, its root or 8",
+        description="period to the factor on the learning rate of its levels; unless given, its root or 8",
     )
     level_betas: dict[int, tuple[float, float]] = Field(
         default={}, description="period to AdamW's two betas there; unless given, 0.8 and 0.95 from period 64 on"
@@ -75,7 +75,7 @@ class OptimConfig(ConfigSection):
         return frozenset(key for key in keys if not self.m3_ema or key == "m3_ema" or not key.startswith("m3_"))
 
     def level_rate(self, period: int) -> float:
-        """The factor on the rate of levels that step every ``period`` steps: one step stands for so many."""
+        """The factor on the learning rate of levels that step every ``period`` steps: one step stands for so many."""
         return self.level_rates.get(period, min(math.sqrt(period), 8.0))
 
     def betas(self, period: int) -> tuple[float, float]:
@@ -103,11 +103,14 @@ class OptimConfig(ConfigSection):
 
 
 class ScheduleConfig(ConfigSection):
-    """How the rate moves. A key that nothing reads with the chosen unit and shape may stand at its default only."""
+    """How the learning rate moves. A key that nothing reads with the chosen unit and shape may stand at its default
+    only."""
 
     outside_identity: ClassVar = frozenset()
 
-    shape: Shape = Field(default="cosine", description="what follows the warm-up: how the rate falls to the floor")
+    shape: Shape = Field(
+        default="cosine", description="what follows the warm-up: how the learning rate falls to the floor"
+    )
     unit: Literal["share", "steps", "tokens"] = Field(
         default="share", description="what the schedule goes by: the share of the whole run that is done, or a count"
     )
@@ -116,13 +119,15 @@ class ScheduleConfig(ConfigSection):
     )
     after: Literal["hold", "restart", "error"] = Field(
         default="hold",
-        description="steps, tokens: what follows a period: its last rate, the next period without a warm-up, or an end "
-        "of the run",
+        description="steps, tokens: what follows a period: its last learning rate, the next period without "
+        "warm-up, or an end of the run",
     )
-    warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the run, or period, in which the rate rises")
-    warmup_start: float = Field(default=0.01, ge=0, le=1, description="share of the rate that it rises from")
-    floor: float = Field(default=0.1, ge=0, le=1, description="share of the rate that is left at the end")
-    stairs: int = Field(default=3, ge=2, description="step: levels of the rate, each as long as the others")
+    warmup: float = Field(
+        default=0.02, ge=0, lt=1, description="share of the run, or period, in which the learning rate rises"
+    )
+    warmup_start: float = Field(default=0.01, ge=0, le=1, description="share of the learning rate that it rises from")
+    floor: float = Field(default=0.1, ge=0, le=1, description="share of the learning rate that is left at the end")
+    stairs: int = Field(default=3, ge=2, description="step: levels of the learning rate, each as long as the others")
 
     @property
     def reads(self) -> frozenset[str]:
@@ -154,7 +159,7 @@ class ScheduleConfig(ConfigSection):
         if self.unit != "share" and self.period is None:
             raise ConflictingKeys(
                 f"schedule.unit is '{self.unit}', but schedule.period is not set. Set schedule.period to the number "
-                f"of {self.unit} in which the rate shall fall, or schedule.unit to share.",
+                f"of {self.unit} in which the learning rate shall fall, or schedule.unit to share.",
                 path="schedule.period",
                 value=None,
             )

@@ -111,7 +111,7 @@ def _named(parameters: list[nn.Parameter], names: Mapping[int, str]) -> list[str
 
 
 def _by_speed(model: nn.Module, parameters: list[nn.Parameter]) -> dict[int | None, list[nn.Parameter]]:
-    """The parameters by the speed of M3 that a module around them asks for by ``m3_every``, or by none."""
+    """The parameters by the speed of M3 that a module around them sets by ``m3_every``, or by none."""
     every_of: dict[int, int] = {}
     for module in model.modules():
         every = getattr(module, "m3_every", None)

@@ -14,8 +14,8 @@ HALF: Final = (torch.bfloat16, torch.float16)
 def stepped_in_float32(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """While it lasts, parameters of half precision stand in the groups as float32 copies, and are rounded afterwards.
 
-    Moments are so made, kept and used in float32. In bfloat16 a mean that keeps 0.999 would not move: that factor
-    rounds to 1. What is rounded is the weight alone: a step below 1/512 of it may be lost.
+    Moments are therefore made, stored and used in float32. In bfloat16 a mean that keeps 0.999 would not move: that
+    factor rounds to 1. What is rounded is the weight alone: a step below 1/512 of it may be lost.
     """
     stand_ins: list[tuple[list[Tensor], int, Tensor]] = []
     state = optimizer.state

@@ -40,7 +40,7 @@ def sgd(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def muon(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
-    """Torch's, its steps as large as those of AdamW, so that both can share a rate."""
+    """Torch's, its steps as large as those of AdamW, so that both can share a learning rate."""
     made = torch.optim.Muon(groups, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
     return skippable_muon(made)
 

@@ -15,7 +15,7 @@ EMA_WRITTEN: Final = (0.1, 0.05, 0.01, 0.001)
 
 
 class M3(SkippingOptimizer):
-    """A fast momentum m₁ of every gradient g and a slow one m₂ of what f steps gathered; at rate η, decay λ::
+    """A fast momentum m₁ of every gradient g and a slow one m₂ of what f steps gathered; at learning rate η, decay λ::
 
         m₁ <- m₁ + β₁ g        V <- V + β₂ g²        b <- b + g
         w <- w (1 - η λ) - η (O₁ + α O₂) / (√V + ε)

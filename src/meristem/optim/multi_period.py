@@ -56,7 +56,7 @@ class MultiPeriodOptimizer(torch.optim.Optimizer):
     included: the sum, this step in it, is clipped for itself and taken for the gradient, then the sum is 0 again. A
     level of period 1 needs no sum; alone it is clipped and moved as torch would.
 
-    Of a step with a loss or a gradient that is not finite nothing is kept: weights, moments and sums stay to the bit.
+    Of a step with a loss or a gradient that is not finite nothing is used: weights, moments and sums stay to the bit.
     The clock goes on, for the host does not know of it; a level that was due in it waits for its next turn.
 
     Of several processes each gives its share of loss and gradient. Those of period 1 come summed, by the engine that

@@ -53,7 +53,7 @@ def begin_momentum(optimizer: torch.optim.Optimizer, *args: object) -> None:
 
 
 def skippable_muon(muon: torch.optim.Muon) -> torch.optim.Muon:
-    """Torch's Muon, which knows no ``found_inf``, taught it.
+    """Torch's Muon, which knows no ``found_inf``, with it.
 
     Its momentum ``B <- B + (1 - m) (G - B)`` stays to the bit when it is given B for G; the weights, which its
     normalised step moves whatever the gradient, are put back from a copy. The copy is all that it costs.

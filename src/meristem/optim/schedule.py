@@ -24,7 +24,7 @@ class ScheduleProgress:
 
 
 def rate_factor(config: ScheduleConfig, done: ScheduleProgress) -> float:
-    """What the rate is multiplied by in the step that a run standing at ``done`` makes next.
+    """What the learning rate is multiplied by in the step that a run standing at ``done`` makes next.
 
     With t what is done in the unit of the schedule, P its period, of which W is the warm-up::
 
@@ -32,7 +32,7 @@ def rate_factor(config: ScheduleConfig, done: ScheduleProgress) -> float:
         t < P        shape((t - W) / (P - W))
         t >= P       hold: shape(1)      restart: shape((t mod P) / P)      error
 
-    The period of a schedule that goes by the share of the run is the run. Only ``done`` is looked at, so that a run
+    The period of a schedule that goes by the share of the run is the run. Only ``done`` is read, so that a run
     that goes on from a checkpoint has the rates that it would have had. Raises ConflictingKeys for ``error``.
     """
     count = {"share": done.share, "steps": done.step, "tokens": done.tokens}[config.unit]
@@ -53,7 +53,7 @@ def rate_factor(config: ScheduleConfig, done: ScheduleProgress) -> float:
 
 
 def set_rates(optimizer: MultiPeriodOptimizer, factor: float) -> None:
-    """Give every group ``factor`` times its highest rate, before the step that it is for.
+    """Give every group ``factor`` times its highest learning rate, before the step that it is for.
 
     The highest rate stands in the group as ``rate``, and what the step reads as ``lr``: ratios between groups stay as
     they are, and setting a factor twice is setting it once. Raises WrongValue, with nothing changed, where a group has

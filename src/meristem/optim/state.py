@@ -67,7 +67,7 @@ def restore(
     """Put saved moments, counters, pending gradients and the clock back.
 
     They must fit the model and the optimizer's levels exactly, or nothing is changed. Tensors that are there already
-    are written into and keep their place in memory: going back must not need room for a second set of moments.
+    are written into and keep their place in memory: a rollback must not need room for a second set of moments.
 
     A parameter that another optimizer moved when it was saved, as Muon did the taps of convolutions, has its moments
     begin at zero, and keeps what waits for it. The event ``optimizer.begun_afresh`` names those.

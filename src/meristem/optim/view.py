@@ -34,7 +34,7 @@ class GroupRecord:
 
 
 def view(optimizer: MultiPeriodOptimizer) -> Mapping[str, GroupRecord]:
-    """Every group by its name, as it stands now: for whoever may look at an optimizer and not change it.
+    """Every group by its name, as it stands now: read-only.
 
     Neither the mapping nor a record can be assigned to, and nothing in them leads back to the optimizer.
     """

@@ -88,7 +88,7 @@ def pretrain(
     resume: ``auto``, ``must``, ``never``, or a checkpoint to go on from (``checkpoint_to_resume``).
     planned: what the plan said; run.json keeps it beside what the run then took.
     make_job: in place of ``prepare_job``; a drill has one that breaks something of what that gives.
-    time_scale: a factor on the deadlines of going back (``Recovery``).
+    time_scale: a factor on the deadlines of a rollback (``Recovery``).
     The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint from which it can go on.
     """
     with joined(config.distributed, config.device) as world:

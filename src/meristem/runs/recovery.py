@@ -56,7 +56,7 @@ class Recovery:
     """The guard, the snapshots and the checkpoints of one run while it trains.
 
     safety: how sound the run is; saved with it.
-    time_scale: a factor on the deadlines of going back, for machines on which nothing can be timed.
+    time_scale: a factor on the deadlines of rollbacks, for machines on which nothing can be timed.
     """
 
     def __init__(self, run: Run, job: Job, safety: Safety, time_scale: float = 1.0) -> None:
@@ -150,7 +150,7 @@ class Recovery:
         return path
 
     def snapshot(self, tag: str) -> Snapshot | None:
-        """A snapshot of the run as it is; None where none are kept, or there is no room and none were asked for."""
+        """A snapshot of the run as it is; None where none are kept, or there is no room and no number is set."""
         self._is_due = False
         self._run.world.require_alike(weight for weight in self._job.model.parameters() if not is_part(weight))
         if self._ring is None:
@@ -232,8 +232,8 @@ class Recovery:
     ) -> tuple[Progress, dict[str, object]]:
         """Where the run goes on, and what is different from the first time. The time that was used stays used.
 
-        The second time in a row as many batches more are skipped as lie between two snapshots: going back has brought
-        the run so far, and no farther. The rate is lower for as many steps, until there is another place to go back to.
+        The second time in a row as many batches more are skipped as lie between two snapshots: the rollback has brought
+        the run so far, and no farther. The rate is lower for as many steps, until there is another snapshot.
         """
         then = replace(then, seconds_used=now.seconds_used)
         if n_micro_batches is not None:
@@ -274,7 +274,7 @@ class Recovery:
 
     def _tier(self, name: TierName, acts: Mapping[str, Callable[[], str]], budgets_s: Mapping[str, float]) -> Tier:
         """A tier whose phases are those of all processes, and which fails where there is no room for one."""
-        room = room_for("going back", self._job.device.device)
+        room = room_for("a rollback", self._job.device.device)
         phases = {phase: partial(self._run.world.act, phase, room(act)) for phase, act in acts.items()}
         return Tier(name, phases, self._time_scale * sum(budgets_s.values()))
 
@@ -380,7 +380,7 @@ def _snapshot_buffer(config: RollbackConfig, job: Job, run: Run) -> SnapshotBuff
     except SnapshotTooLarge:
         if config.snapshots is not None:
             raise
-    # What one process is refused the others do without, as all go back the same way.
+    # What one process is refused the others do without, as all roll back the same way.
     if world.any(buffer is None):
         count, buffer = 0, None
     if config.snapshots is None and count < USUAL:

@@ -1,1 +1,1 @@
-"""Where records go: files of JSON lines, the console, readings of the machine."""
+"""Where records go: files of JSON lines, the console, measurements of the machine."""

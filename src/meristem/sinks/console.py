@@ -58,7 +58,7 @@ class Console:
     def through(self, post: Callable[[Callable[[], None]], None] = _at_once, emit: Emit = silent) -> None:
         """From now on hand every drawing to ``post``, which may make it later on another thread, but in its order.
 
-        emit: told of a screen that is gone, also where it went before.
+        emit: notified of a screen that is gone, also where it went before.
         """
         self._post, self._emit = post, emit
         if self._cause is not None:
@@ -71,7 +71,7 @@ class Console:
         self._safely(lambda: self._screen.print(text, soft_wrap=True))
 
     def lose(self, cause: str) -> None:
-        """Give up a screen on which a thread is stuck, as the caller has told: nothing is drawn any more."""
+        """Give up a screen on which a thread is stuck, as the caller has found: nothing is drawn any more."""
         if self._cause is None:
             self._cause, self._live = cause, None
             _abandon(self._screen.file)
@@ -211,7 +211,7 @@ def _abandon(stream: IO[str]) -> None:
 
 
 def spark(values: list[float], width: int) -> str:
-    """A curve one line high: the means of at most ``width`` equal stretches, from the lowest bar to the highest."""
+    """A curve one line high: the means of at most ``width`` equal sections, from the lowest bar to the highest."""
     if len(values) < 2:
         return ""
     n_columns = min(width, len(values))

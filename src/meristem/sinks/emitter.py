@@ -37,7 +37,7 @@ class SinkRecord:
 class Limit:
     """Lets so many events of each name pass within a minute, and counts the others. Threads may share it.
 
-    Allowance grows with the time that passes by ``clock``, which never goes back, up to what a minute is worth.
+    Allowance grows with the time that passes by ``clock``, which is monotonic, up to what a minute is worth.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
@@ -69,7 +69,7 @@ class Emitter:
     """Writes the events of a run, and shows every record of the run to its sinks.
 
     The files are complete whatever the sinks do, and every record in them carries run, step, ``seq`` and rank. Each
-    sink has a bounded queue and a thread; what it did not get is counted and told at most once in ``TELL_EVERY_S``,
+    sink has a bounded queue and a thread; what it did not get is counted and reported at most once in ``TELL_EVERY_S``,
     as ``sink.dropped`` and, where a name came too often, ``events.limited``. A critical event is on the disk when
     ``emit`` returns and passes every queue and limit (growth.md 26, 27).
 
@@ -116,7 +116,7 @@ class Emitter:
     def close(self) -> tuple[SinkRecord, ...]:
         """End the sinks one after the other, each within its time, and say what became of them.
 
-        What is told here still reaches the sinks that are closed later.
+        What is emitted here still goes to the sinks that are closed later.
         """
         with contextlib.ExitStack() as ends:  # each has its turn, also where a full disk takes no word about another
             for box in reversed(self._boxes.values()):
@@ -139,7 +139,7 @@ class Emitter:
             self.records.event(event)
 
     def _losses(self) -> list[Event]:
-        """One event for what was limited, and one for each sink that missed something since it was last told."""
+        """One event for what was limited, and one for each sink that missed something since the last one."""
         with self._telling:
             self._tell_at_s = self._clock() + TELL_EVERY_S
             counts = self._limit.take_counts()

@@ -54,7 +54,7 @@ class Gpus:
             self._nvml, self.source = pynvml, "nvml"
 
     def read(self) -> list[dict[str, Any]]:
-        """One reading of each GPU that is read (spec 17.3)."""
+        """One measurement of each GPU that is read (spec 17.3)."""
         return [] if self._cuda is None or self._index is None else [self._read_one(self._index)]
 
     def _read_one(self, index: int) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Gpus:
 
 
 def _read_nvml(nvml: Any, handle: Any) -> dict[str, Any]:
-    """What only the driver knows. A card may lack any single reading; it is null then."""
+    """What only the driver knows. A card may lack any single figure; it is null then."""
 
     def asked(name: str, *arguments: object) -> Any:
         try:

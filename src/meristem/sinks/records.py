@@ -1,4 +1,4 @@
-"""The records of a run: metrics, events, samples and readings of the machine, as JSON lines (spec 17).
+"""The records of a run: metrics, events, samples and measurements of the machine, as JSON lines (spec 17).
 
 ``seq`` rises over all four files and goes on after a resume. An event of ``RETURNS`` says that the run stands at an
 earlier step again: its payload holds ``resumed_from``, and records of later steps with a smaller ``seq`` were
@@ -88,7 +88,7 @@ class Records:
         """One thing that happened. A payload beyond the limits is cut and says so.
 
         A critical event is on the disk when this returns.
-        step: by default the step that any record told of last, and for a return the one gone back to.
+        step: by default the step of the last record, and for a return the one returned to.
         """
         if step is None:
             step = _returned_to(event.name, event.payload)
@@ -100,7 +100,7 @@ class Records:
         self._write("samples", "sample", step, {"prompt": prompt, "text": text, "settings": settings}, "settings")
 
     def system(self, fields: Mapping[str, object]) -> None:
-        """One reading of the machine, at the last step that any record told of."""
+        """One measurement of the machine, at the last step of any record."""
         self._write("system", "system", None, fields)
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ class Records:
                 "step": self.step,
             }
             record = envelope | self._rank | plain
-            if is_critical:  # told before the disk is waited for, and also where it has no room
+            if is_critical:  # emitted before the disk is waited for, and also where it has no room
                 self._show(record)
             self._lines[stream].append(record)
             if is_critical:
@@ -163,7 +163,7 @@ def _plain(value: object, path: str, odd: dict[str, str]) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     item = getattr(value, "item", None)
-    # A number of numpy or torch; anything else is told by its text, since a record may not stop what it records.
+    # A number of numpy or torch; anything else is recorded by its text, since a record may not stop what it records.
     return _plain(item(), path, odd) if item and getattr(value, "ndim", 1) == 0 else str(value)
 
 

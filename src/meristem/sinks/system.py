@@ -14,9 +14,9 @@ from meristem.sinks.records import Records
 
 
 class SystemSampler:
-    """Writes a reading every ``every_s`` seconds while the block runs, and one at its end.
+    """Writes a measurement every ``every_s`` seconds while the block runs, and one at its end.
 
-    figures: asked at each reading for ``tokens_per_s``, ``data_wait_fraction`` and ``mfu``, which the machine
+    figures: called at each measurement for ``tokens_per_s``, ``data_wait_fraction`` and ``mfu``, which the machine
     does not know.
     gpu: the number of the one that this process uses, if any.
     """
@@ -48,7 +48,7 @@ class SystemSampler:
         self._thread.join()
 
     def read(self) -> dict[str, Any]:
-        """One reading, without the envelope."""
+        """One measurement, without the envelope."""
         reading: dict[str, Any] = {
             "source": "psutil",
             "gpu_source": self._gpus.source,

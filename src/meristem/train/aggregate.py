@@ -36,7 +36,8 @@ class Report:
     """How far the sources of a step agree, in plain numbers.
 
     cosines: of each pair, over the parameters that both reach; None where one of the two gradients is 0 there.
-    rate: of all pairs at all parameters that both reach, the share in which the two point away from each other.
+    rate: of all pairs at all parameters that both have gradients for, the share in which the two point away from each
+    other.
     shares: the norm of each weighted gradient as a share of the sum of these norms.
     worst: up to three parameters at which the sources lose most against each other, the worst first.
     is_idle: no parameter is reached by two sources, so that there was nothing to settle.
@@ -60,7 +61,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Conflict:
-    """The inner products between the sources of a step, left on the device until somebody asks for the report.
+    """The inner products between the sources of a step, left on the device until the report is read.
 
     products: by parameter, source and source; unweighted, in float32 or better, 0 where a source does not reach.
     reached: by parameter and source, 1 where the loss depends on the parameter, else 0. The host knows it.
@@ -163,8 +164,8 @@ def combine(
 
     ``mean`` is the weighted sum. ``pcgrad`` takes from each g_i, before they are summed, what points against another:
     for all j != i in random order, where g_i . g_j < 0, g_i <- g_i - (g_i . g_j / |g_j|^2) g_j with the g_j that came
-    in. Only parameters that both reach are looked at and changed. Where nothing is in conflict both are the plain sum,
-    bit for bit.
+    in. Only parameters that both have gradients for are read and changed. Where nothing is in conflict both are the
+    plain sum, bit for bit.
 
     sources: name to a gradient for each of ``parameters``; all of them means over the same step.
     per: take the products over all parameters, or for every parameter by itself.

@@ -24,7 +24,7 @@ class BackwardResult:
 
     loss: the mean of all targets in nats, on the device. memory: after the last batch.
     n_micro_batches: into how many pieces each batch was cut, by rows, to fit.
-    conflict: how far the objectives disagree, where they were told apart.
+    conflict: how far the objectives disagree, where they were separated.
     """
 
     loss: torch.Tensor
@@ -47,17 +47,18 @@ def backward(
     """Gradients of the mean loss over all targets of the step, added to those that there are.
 
     loss = (sum of nats over all batches and targets) / N with N the targets of the whole step: however the targets are
-    spread over batches, parts and processes, each counts the same. Losses that layers have of their own are taught, and
-    not told.
+    spread over batches, micro-batches and processes, each counts the same. Losses of layers are in the gradient, and
+    not in the reported loss.
 
     by: how the gradients of the text and of the layers' own losses become one. step: its number, from which the order
         of objectives is drawn where that matters.
     engine: what makes the gradients of ``model``; of several processes each gives its share of the loss, and those that
         move every step come summed. All processes have as many rows.
 
-    Where the device runs out of room, what was gathered is thrown away and each batch cut into twice as many parts;
-    rows do not know of each other, so that the gradients stay what they were. Raises OutOfDeviceBytes when a single
-    row does not fit; and in one of several processes at once, since the others already wait for its gradients.
+    Where the device runs out of room, what was gathered is thrown away and each batch cut into twice as many
+    micro-batches; rows do not know of each other, so that the gradients stay what they were. Raises OutOfDeviceBytes
+    when a single row does not fit; and in one of several processes at once, since the others already wait for its
+    gradients.
     """
     engine = engine or alone(model)
     n_rows, n_ranks = max(batch.tokens_bt.shape[0] for batch in batches), engine.world.size

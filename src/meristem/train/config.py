@@ -67,14 +67,14 @@ class TrainConfig(ConfigSection):
 
 
 class RollbackConfig(ConfigSection):
-    """How a run goes back to an earlier state of itself after the guard panics, and what is different afterwards."""
+    """How a run rolls back to an earlier state of itself after the guard panics, and what is different afterwards."""
 
     outside_identity: ClassVar = frozenset({"snapshots", "max_bytes", "snapshot_every"})
 
     snapshots: int | None = Field(
         default=None,
         ge=0,
-        description="states kept in memory; 0: only those on disk; null: 3, or fewer where bytes lack",
+        description="states held in memory; 0: only those on disk; null: 3, or fewer where bytes lack",
     )
     max_bytes: int | None = Field(
         default=None, gt=0, description="bytes that they may take; null: a quarter of what is free at the start"
@@ -96,20 +96,22 @@ class RollbackConfig(ConfigSection):
 class GuardConfig(ConfigSection):
     """When a step, or what is measured on held-out text, counts as a sign that the run is going wrong.
 
-    What is usual is the median over the last ``span`` sound steps, and the median distance from it. The limits of the
+    The baseline is the median over the last ``span`` sound steps, and the median distance from it. The limits of the
     single detectors are constants beside them (``train/guard.py``).
     """
 
     outside_identity: ClassVar = frozenset()
 
     enabled: bool = Field(default=True, description="whether steps are checked")
-    span: int = Field(default=50, ge=5, description="sound steps that the usual is taken from")
+    span: int = Field(default=50, ge=5, description="sound steps of the baseline")
     nonfinite_steps: int = Field(default=3, ge=1, description="skipped steps in a row, not finite, that are a panic")
-    z: float = Field(default=6.0, gt=0, description="divergence: robust distances that the loss lies above the usual")
+    z: float = Field(
+        default=6.0, gt=0, description="divergence: robust distances that the loss lies above the baseline"
+    )
 
 
 class SourceWeights(ConfigSection):
-    """How strongly each objective of training is taught."""
+    """The weight of each objective of training."""
 
     outside_identity: ClassVar = frozenset()
 
@@ -132,7 +134,7 @@ class AggregateConfig(ConfigSection):
     per: Literal["all", "layer"] = Field(
         default="all", description="with pcgrad: look for conflicts over all weights together, or in each tensor"
     )
-    weights: SourceWeights = Field(default=SourceWeights(), description="how strongly each objective is taught")
+    weights: SourceWeights = Field(default=SourceWeights(), description="the weight of each objective")
 
     @model_validator(mode="after")
     def _is_read(self) -> "AggregateConfig":

@@ -1,4 +1,5 @@
-"""How much is wrong with a run, as a level that rises at once and falls slowly; who is told, and who can look it up.
+"""How much is wrong with a run, as a level that rises at once and falls slowly; who is notified, and where it can be
+read.
 
 now = raised(now, Level.CONSERVATIVE, reason="diverged", origin="guard")
 
@@ -22,7 +23,7 @@ from meristem.errors import RunError, WrongValue
 from meristem.events import Emit, Event, Severity
 
 Clock: TypeAlias = Callable[[], int]
-"""Nanoseconds that never go back, as of ``time.monotonic_ns``."""
+"""Nanoseconds of a monotonic clock, as of ``time.monotonic_ns``."""
 
 
 class Level(IntEnum):
@@ -121,7 +122,7 @@ _SEVERITY: Final[Mapping[int, Severity]] = {
 class Signal:
     """What is recorded: one emergency, or ``count`` of the same origin and level in one.
 
-    level: at least that which was asked for; one more where signals came too fast. reason: of the last of them.
+    level: at least the requested one; one more where signals came too fast. reason: of the last of them.
     first_ns, last_ns: when the first and the last of them came.
     """
 
@@ -142,7 +143,7 @@ class Signals:
     """Records signals in the very call that sends them.
 
     Not more than ``per_minute`` are recorded in any minute. Those beyond it wait, joined by origin and level and
-    counted, and stand one level higher, for so many are a trouble of their own; but only what asks for a halt halts a
+    counted, and stand one level higher, for so many are a trouble of their own; but only a requested halt halts a
     run. What waits is recorded when a minute allows it, by the next ``send`` or ``flush``, highest level first. What
     could not be recorded, since ``emit`` raised, waits as well: no signal is ever dropped.
     """
@@ -161,7 +162,7 @@ class Signals:
             signal = replace(there, reason=reason, last_ns=now_ns, count=there.count + 1)
         self._waiting[key] = signal
         self.flush()
-        if key in self._waiting and wanted < Level.CONSERVATIVE:  # no halt that nobody asked for
+        if key in self._waiting and wanted < Level.CONSERVATIVE:  # no halt without a request
             signal = self._waiting[key] = replace(signal, level=Level(wanted + 1))
         return signal.level
 

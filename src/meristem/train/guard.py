@@ -3,7 +3,7 @@
 guard, verdict = observe(guard, config, stats, uniform_nats=math.log(vocab_size))
 
 A guard is a value, the history that steps are compared with. Steps that are odd never enter it: they would raise
-what counts as usual until nothing were odd any more. What a panic leads to is not decided here (growth.md 19, 20).
+the baseline until nothing were an outlier any more. What a panic leads to is not decided here (growth.md 19, 20).
 """
 
 import math
@@ -26,16 +26,16 @@ _NORMAL_MAD: Final = 0.6745
 LEAST_SHARE: Final = 0.4  # of guard.span, that must have been seen before anything is compared: 20 steps of 50
 IN_ROW: Final = 3  # odd steps that are a panic: one or two may be a strange batch
 TIMES_MEDIAN: Final = 1.5  # the usual loss that a divergence is at least: a quiet run may become a little less quiet
-FLOOR_NATS: Final = 0.05  # least distance and least loss that count as usual, for runs near a loss of 0
+FLOOR_NATS: Final = 0.05  # least distance and least loss of the baseline, for runs near a loss of 0
 TIMES_SEVERE: Final = 15.0  # the usual loss, that are a panic at once
 COLLAPSE: Final = 0.065  # distance from the loss of a uniform guess, as a share of it
 COLLAPSE_FROM: Final = 0.6  # share of that loss which the mean had fallen below: who knew nothing forgets nothing
 TIMES_NORM: Final = 20.0  # the usual gradient norm, that are a spike
-FLOOR_NORM: Final = 0.01  # least gradient norm that counts as usual, for runs that have converged
-UPDATE_RATIO: Final = 0.1  # share of itself by which a tensor may move in one step before it is told
+FLOOR_NORM: Final = 0.01  # least gradient norm of the baseline, for runs that have converged
+UPDATE_RATIO: Final = 0.1  # share of itself by which a tensor may move in one step before a warning
 HELD_OUT_SPAN: Final = 5  # evaluations through which a line is drawn to the next
 HELD_OUT_MARGIN_NATS: Final = 0.05  # by which an evaluation may lie above it, and above the best of them
-HELD_OUT_IN_ROW: Final = 2  # such evaluations before it is told: one may be noise of a few windows
+HELD_OUT_IN_ROW: Final = 2  # such evaluations before a warning: one may be noise of a few windows
 
 SKIPPED_SPAN: Final = 200
 """Steps, the present one last, in which skipped ones are counted wherever they lie."""
@@ -50,7 +50,7 @@ _SEVERITY: Final[Mapping[str, Severity]] = {"ok": "debug", "warn": "warning", "p
 class StepStats:
     """What was measured of one step.
 
-    loss_nats, grad_norm: may be no number.
+    loss_nats, grad_norm: may be NaN.
     is_skipped: loss or gradient was not finite, and the optimizer changed nothing.
     update_ratio: how far the tensor that moved most moved, as a share of its size; None where that was not measured.
     is_rescaled: it was skipped since the loss scale of fp16 was too large, which then was halved.
@@ -73,9 +73,9 @@ class StepStats:
 class Verdict:
     """What to think of one step.
 
-    level: ``warn`` for whatever is odd, so that no step is kept out of the history in silence; ``panic`` where going
+    level: ``warn`` for whatever is odd, so that no step is kept out of the history in silence; ``panic`` where rolling
         on would harm the run.
-    detectors: those that speak. figures: what they saw; ``name.in_row`` and ``name.panics_at`` where they count.
+    detectors: those that fire. figures: what they saw; ``name.in_row`` and ``name.panics_at`` where they count.
     """
 
     level: Literal["ok", "warn", "panic"]
@@ -109,10 +109,10 @@ class Guard:
 
     @property
     def is_quiet(self) -> bool:
-        """No detector that can panic is counting: what the run is now is worth going back to.
+        """No detector that can panic is counting: the run may roll back to this state.
 
         Those that only warn do not matter here. What they say may be true for the rest of the run, and would keep it
-        from ever having a state to go back to.
+        from ever having a state to roll back to.
         """
         return not any(detector.is_anomaly and detector.name in self.in_row for detector in DETECTORS)
 
@@ -202,7 +202,7 @@ class Detector:
 
 
 def _nonfinite(history: History) -> Figures | None:
-    """Loss or gradient is infinite or no number."""
+    """Loss or gradient is infinite or NaN."""
     stats = history.stats
     return None if stats.is_finite else {"loss_nats": stats.loss_nats, "grad_norm": stats.grad_norm}
 
@@ -216,7 +216,7 @@ def _skipped(history: History) -> Figures | None:
 
 
 def _divergence(history: History) -> Figures | None:
-    """The loss is far above the usual, measured in what is usual around it, and by its size.
+    """The loss is far above the baseline, by its usual deviation and by its size.
 
     z = 0.6745 (loss - median) / MAD, with the median of the distances from the median (MAD), which a few wild values
     do not move. The second condition leaves alone a quiet run that becomes a little less quiet.
@@ -255,9 +255,9 @@ def _collapse(history: History) -> Figures | None:
 
 
 def _gradient(history: History) -> Figures | None:
-    """The gradient is many times the usual.
+    """The gradient is many times the baseline.
 
-    The usual norm has a floor as the loss has: where most batches have nothing left to teach, the one that has is many
+    The usual norm has a floor as the loss has: where most batches have a gradient near 0, the one that has is many
     times the median and yet small beside the norms at which steps are clipped.
     """
     baseline, norm = history.baseline, history.stats.grad_norm
@@ -268,7 +268,7 @@ def _gradient(history: History) -> Figures | None:
 
 
 def _severe(history: History) -> Figures | None:
-    """The loss is so many times the usual that waiting for a second such step would only do harm.
+    """The loss is so many times the baseline that waiting for a second such step would only do harm.
 
     And more than a uniform guess costs. Below that a text of another kind may be all there is to it: after a memory of
     hundreds of equal lines an ordinary one costs many times as much. Divergence waits for three of these.
@@ -310,7 +310,7 @@ def observe(
 
     A step that is not finite warns, and is a panic only when ``config.nonfinite_steps`` follow each other. Growth.md 19
     has it panic at once, for it thinks of weights that are spoilt. Here the optimizer skips such a step, so that
-    weights and moments are to the bit what they were; going back would restore what is there already, and one bad batch
+    weights and moments are to the bit what they were; a rollback would restore what is there already, and one bad batch
     in an hour is no reason to lose a hundred steps (platform.md 7). Steps that go on being skipped learn nothing, and
     then the run must change: in a row, or more than ``SKIPPED_SHARE`` of the last ``SKIPPED_SPAN``. Where the step was
     not skipped its weights are lost, and it is a panic at once.
@@ -356,8 +356,8 @@ def observe_held_out(guard: Guard, config: GuardConfig, step: int, nats: float) 
 
     Too high is what lies by ``HELD_OUT_MARGIN_NATS`` above the line of least squares through the evaluations before,
     and above the lowest of them: a curve that flattens always lies above its line, and that alone is no step back.
-    A loss that rises slowly takes the line with it; that is told by which checkpoint is the best. What lay too high
-    draws no line. Of evaluations that are not finite the first is told.
+    A loss that rises slowly takes the line with it; that shows in which checkpoint is the best. What lay too high
+    draws no line. Of evaluations that are not finite the first is reported.
     """
     if not config.enabled:
         return guard, Verdict("ok", step)

@@ -30,7 +30,7 @@ MOVING: Final = "moving the weights"
 _PLAIN: Final = AggregateConfig()
 
 _UNMEASURED: Final = -1.0
-"""In place of how far a weight was moved. NaN would not do: that says that a weight is no number any more."""
+"""In place of how far a weight was moved. NaN would not do: that says that a weight is NaN."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Step:
     stats: what was measured, of every step since the last one that was read, this one last. Empty where it was left
         on the device: an accelerator is read only on steps that log, so that it never waits for the host.
     seconds: of the slowest process. n_targets, n_bytes: those of all processes.
-    conflict: how far the objectives of the step disagree, where they were told apart; still on the device.
+    conflict: how far the objectives of the step disagree, where they were separated; still on the device.
     each_s: seconds of every process, by rank.
     """
 
@@ -88,10 +88,10 @@ def steps(
     aggregate: how gradients of several objectives become one.
     Which parameters move in a step, and how they are clipped, is the optimizer's affair, as is what waits at the end.
     A step whose loss or gradient is not finite changes neither weights nor moments, and the memory begins afresh after
-    it; ``config.max_nonfinite`` such steps in a row raise NonFinite, after a step was yielded that tells of them.
-    Where the device runs out of room, batches are cut into smaller parts from then on (``backward``); OutOfDeviceBytes
-    with ``where=MOVING`` says that it happened while weights were moved, which must then be brought back.
-    Of several processes each makes the same step of its own rows, and yields the same but for its own memory.
+    it; ``config.max_nonfinite`` such steps in a row raise NonFinite, after a step was yielded that reports them.
+    Where the device runs out of room, batches are cut into more micro-batches from then on (``backward``);
+    OutOfDeviceBytes with ``where=MOVING`` says that it happened while weights were moved, which must then be brought
+    back. Of several processes each makes the same step of its own rows, and yields the same but for its own memory.
     """
     unread: list[torch.Tensor] = []
     while not held.state.progress.is_over(config):
@@ -129,7 +129,7 @@ def steps(
         is_logged = now.step % config.log_every == 0
         stats: tuple[StepStats, ...] = ()
         failure: NonFinite | None = None
-        # On the CPU reading costs nothing. A memory that is carried on must not stay spoilt until the next record.
+        # On the CPU a read costs nothing. A memory that is carried on must not stay spoilt until the next record.
         if is_logged or result.loss.is_cpu or not batches[-1].starts:
             stats, unread = _read(now.step, unread), []
             now, failure = _count(now, stats, config.max_nonfinite)
@@ -149,7 +149,7 @@ def steps(
             conflict=result.conflict,
             each_s=each_s,
         )
-        if failure:  # only now: whoever heard of the same steps may have gone back instead
+        if failure:  # only now: whoever heard of the same steps may have rolled back instead
             raise failure
 
 
@@ -168,7 +168,7 @@ def _move(
     """Step; and how far the weight that moved most was moved, as a share of itself, or ``_UNMEASURED``.
 
     A weight of less than a thousandth on average counts as one of that: what began at 0 moves by more than itself.
-    Where processes hold parts of weights, each part counts as a weight.
+    Where weights are sharded, each shard counts as a weight.
     """
     trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad] if is_measured else []
     cause, moved = "", None
@@ -181,7 +181,7 @@ def _move(
         if not is_out_of_room(error):
             raise
         cause = str(error)
-    # Where one process could not, the others have moved weights for nothing and go back with it.
+    # Where one process could not, the others have moved weights for nothing and roll back with it.
     if engine.world.any(moved is None) or moved is None:
         make_room(engine.model, device)
         advice = "Lower data.batch_size or the size of the model."

@@ -1,6 +1,6 @@
 """Where the time of a step goes: a trace of a few steps, and a table that can be read without one.
 
-Growth.md section 21. Tracing is torch's own; what it does wrong is told as an event and changes nothing of training.
+Growth.md section 21. Tracing is torch's own; its errors are events and changes nothing of training.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ _QUIET = "6"
 def profiled(config: ProfileConfig, directory: Path | None, device: torch.device, emit: Emit) -> Iterator[Tick]:
     """Trace the steps that ``part`` names, of those that the block makes; what it gives is called after each of them.
 
-    Each window of ``part.steps`` steps leaves ``step-000123.json``, a Chrome trace, and ``step-000123.txt``, a table,
-    named for its last step; the event ``profile.written`` says where. A window that the end of the block cuts short
-    is written too, and told as ``profile.cut_short``. What fails is told as ``profile.failed``, ends the tracing and
-    nothing else. With ``part.steps`` 0 nothing is done at all.
+    Each trace of ``config.steps`` steps leaves ``step-000123.json``, a Chrome trace, and ``step-000123.txt``, a table,
+    named for its last step; the event ``profile.written`` says where. A trace that the end of the block cuts short
+    is written too, with the event ``profile.cut_short``. What fails is the event ``profile.failed``, ends the tracing
+    and nothing else. With ``part.steps`` 0 nothing is done at all.
 
     directory: where the files go unless ``part`` names a place. Raises ConfigError where neither does.
     """
@@ -128,7 +128,7 @@ def _export(profile: torch.profiler.profile, path: Path) -> None:
 
 
 class _Tracing:
-    """Windows of traced steps, one after the other. ``profile`` is None once there is nothing more to trace."""
+    """Traces of some steps each, one after the other. ``profile`` is None once there is nothing more to trace."""
 
     def __init__(self, config: ProfileConfig, into: Path, traced: tuple[ProfilerActivity, ...], emit: Emit) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)
@@ -139,7 +139,7 @@ class _Tracing:
         self._begin()
 
     def tick(self, step: int) -> tuple[Path, ...]:
-        """A step was made: on to the next one. Gives what a window that ended here left."""
+        """A step was made: on to the next one. Gives what a trace that ended here left."""
         self.written = ()
         if self.profile is None:
             return ()
@@ -163,11 +163,11 @@ class _Tracing:
 
     @property
     def n_recorded(self) -> int:
-        """How many whole steps of this window are in its trace."""
+        """How many whole steps are in this trace."""
         return max(0, self.n_ticks - self.config.wait - self.config.warmup)
 
     def _begin(self) -> None:
-        """A tracer for each window: one for all would keep the numbers of those before it."""
+        """A tracer for each trace: one for all would keep the numbers of those before it."""
         self.n_ticks, part = 0, self.config
         with self._harmlessly("starting"):
             self.profile = torch.profiler.profile(

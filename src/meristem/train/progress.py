@@ -15,9 +15,11 @@ class Progress:
 
     seconds_used: time spent in training steps; preparing, evaluating and saving do not count.
     n_nonfinite, n_nonfinite_in_row: skipped steps, in all and without a good one since.
-    ease, eased_until: a factor on the rate of the steps before that one, after the run went back to an earlier state.
-    n_micro_batches: into how many parts a batch is cut to fit on the device.
-    memory: what the model carries from window to window when each batch goes on where the last one ended, else None.
+    ease, eased_until: a factor on the learning rate of the steps before that one, after the run rolled back to an
+    earlier state.
+    n_micro_batches: into how many micro-batches a batch is cut to fit on the device.
+    memory: what the model carries from sequence to sequence when each batch goes on where the last one ended, else
+    None.
     """
 
     cursor: Cursor
@@ -45,7 +47,7 @@ class Progress:
         return any(limit is not None and used >= limit for used, limit in reached)
 
     def easing(self) -> float:
-        """The factor on the rate of the next step."""
+        """The factor on the learning rate of the next step."""
         return self.ease if self.step < self.eased_until else 1.0
 
     def to_json(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Going back to an earlier state of the run, against the clock; and the record of how that went."""
+"""Rollback to an earlier state of the run, with deadlines; and the record of how that went."""
 
 import bisect
 import time
@@ -12,7 +12,7 @@ from meristem.train.config import RollbackConfig
 TierName = Literal["fast", "full"]
 
 FAST: Final[Mapping[str, float]] = {"prepare": 0.150, "commit": 0.250, "confirm": 0.100}
-"""Seconds for each phase of going back to a snapshot in memory (growth.md 20)."""
+"""Seconds for each phase of a rollback to a snapshot in memory (growth.md 20)."""
 
 FULL: Final[Mapping[str, float]] = {
     "load": 3.0,
@@ -24,13 +24,13 @@ FULL: Final[Mapping[str, float]] = {
     "verify": 1.0,
     "slack": 1.0,
 }
-"""Seconds for each phase of going back to a checkpoint on disk (growth.md 20)."""
+"""Seconds for each phase of a rollback to a checkpoint on disk (growth.md 20)."""
 
 BOUNDS_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 12.0, 30.0)
 """Upper ends of the classes in which latencies are counted; one class more holds what lies above."""
 
 USUAL: Final = 3
-"""Snapshots that are kept where nothing else was asked for: one to go back to, one before it, one being written."""
+"""Snapshots that are kept where nothing else is configured: one to roll back to, one before it, one being written."""
 
 SOUND_AFTER: Final = 200
 """Steps after a panic that end a row of them: as many as those among which the guard counts skipped ones."""
@@ -44,7 +44,7 @@ Act: TypeAlias = Callable[[], None]
 
 @dataclass(frozen=True)
 class Tier:
-    """One way back: what it does, in order (name to act), and how many seconds it may take in all."""
+    """One tier of rollback: what it does, in order (name to act), and how many seconds it may take in all."""
 
     name: TierName
     phases: Mapping[str, Act]
@@ -56,7 +56,7 @@ class Attempt:
     """How one tier went.
 
     started_at, deadline_at, tripped_at: on the clock of the caller, in seconds; tripped_at is when the deadline was
-        first seen to have passed, None where it was kept.
+        first seen to have passed, None where it was met.
     phases: name and seconds of each phase that was begun. failure: why the next tier was needed, None for the last.
     """
 
@@ -90,9 +90,10 @@ class Latency:
 
 @dataclass(frozen=True)
 class Rollbacks:
-    """The times that a run went back. It goes on when the run goes back, or a run could go back for ever.
+    """The rollbacks of a run. It survives a rollback, or a run could roll back for ever.
 
-    n_in_row: times without a stretch of steps between them that proved the run sound. last_step: the step of the last
+    n_in_row: rollbacks without a sequence of steps between them that proved the run sound. last_step: the step of the
+    last
         panic. latencies: by tier.
     """
 
@@ -132,10 +133,10 @@ class Rollbacks:
 
 
 def n_snapshots(config: RollbackConfig, each_bytes: int, free_bytes: int) -> int:
-    """How many snapshots of ``each_bytes`` a run keeps: as many as were asked for, or as fit, at most ``USUAL``.
+    """How many snapshots of ``each_bytes`` a run keeps: as many as are configured, or as fit, at most ``USUAL``.
 
     free_bytes: of the machine; a quarter of it may be used where ``config`` gives no limit. Raises SnapshotTooLarge if
-    the number that was asked for does not fit.
+    the configured number does not fit.
     """
     max_bytes = most_bytes(config, free_bytes)
     if config.snapshots is None:
@@ -145,7 +146,7 @@ def n_snapshots(config: RollbackConfig, each_bytes: int, free_bytes: int) -> int
         raise SnapshotTooLarge(
             f"rollback.snapshots={config.snapshots} of {each_bytes:,} bytes each take "
             f"{config.snapshots * each_bytes:,} bytes; {max_bytes:,} are allowed. Raise rollback.max_bytes, "
-            "or set rollback.snapshots=0 to go back by checkpoints only.",
+            "or set rollback.snapshots=0 to roll back by checkpoints only.",
             path="rollback.snapshots",
             found=config.snapshots * each_bytes,
             expected=max_bytes,
@@ -159,7 +160,7 @@ def most_bytes(config: RollbackConfig, free_bytes: int) -> int:
 
 
 def restore(tiers: Sequence[Tier], clock: Callable[[], float] = time.monotonic) -> tuple[Attempt, ...]:
-    """Go back by the first tier that manages; every attempt, the one that succeeded last.
+    """Roll back by the first tier that manages; every attempt, the one that succeeded last.
 
     A tier fails by an error of ours or of the system in one of its phases, or because its deadline passed before its
     last phase began while another tier is left. Time never undoes what was done: a last phase that ends late, and a
@@ -170,9 +171,9 @@ def restore(tiers: Sequence[Tier], clock: Callable[[], float] = time.monotonic) 
         attempts.append(_attempt(tier, clock, is_last=index == len(tiers) - 1))
         if attempts[-1].failure is None:
             return tuple(attempts)
-    told = "; ".join(f"{attempt.tier}: {attempt.failure}" for attempt in attempts) or "there is nothing to go back to"
+    told = "; ".join(f"{attempt.tier}: {attempt.failure}" for attempt in attempts) or "there is nothing to roll back to"
     raise RollbackFailed(
-        f"the run could not go back ({told}). What was saved is untouched: look at its checkpoints "
+        f"the run could not roll back ({told}). What was saved is untouched: check its checkpoints "
         "(`meristem checkpoint ls`), then resume from a good one with --resume PATH.",
         attempts=tuple(attempts),
     )

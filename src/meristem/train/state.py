@@ -2,7 +2,7 @@
 
 held.state = replace(held.state, model=larger, optimizer=its_optimizer, engine=its_engine, topology=log_with_the_change)
 
-After that assignment the next step, snapshot, checkpoint, record and way back are those of the new model. So nobody
+After that assignment the next step, snapshot, checkpoint, record and rollback are those of the new model. So nobody
 keeps a model, an optimizer or an engine from one step to the next.
 """
 

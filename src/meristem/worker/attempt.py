@@ -102,7 +102,7 @@ def in_thread(
     expects: type | tuple[type, ...] = object,
     emit: Emit = silent,
 ) -> T:
-    """What ``work`` gives, done in a thread that looks at its deadline between its pieces: the cooperative make.
+    """What ``work`` gives, done in a thread that checks its deadline between its pieces: the cooperative make.
 
     At the deadline WorkerTimeout is raised whatever the thread does; it is not stopped, but left alone with a deadline
     that is over. If it comes to an end after all, its answer is dropped, as the event ``worker.late``. Work that may
@@ -116,7 +116,7 @@ def in_thread(
     def run() -> None:
         try:
             answers.append(work(deadline))
-        except BaseException as cause:  # noqa: BLE001 - it is raised where the work was asked for
+        except BaseException as cause:  # noqa: BLE001 - it is raised where the work was called
             errors.append(cause)
         with lock:
             done.set()
@@ -130,7 +130,7 @@ def in_thread(
         is_given_up = not done.is_set()
     if is_given_up:
         raise WorkerTimeout(
-            f"{name} was not done at its deadline. Give it more time, look at the deadline between smaller pieces, or "
+            f"{name} was not done at its deadline. Give it more time, check the deadline between smaller pieces, or "
             f"run it in a process.",
             name=name,
         )

@@ -17,7 +17,7 @@ class Breaker:
 
     ``n_failures`` failures within ``span`` open it: nothing is tried. After ``pause`` it is half-open: tries are
     allowed, the first failure opens it again and ``n_successes`` successes in a row close it. Times are in the unit of
-    the clock of whoever asks, seconds or steps; that clock never goes back.
+    the caller's clock, seconds or steps; it is monotonic.
 
     failed_at: failures, oldest first, that still count toward opening. opened_at: when it opened last, or None while
     closed. n_good: successes since it became half-open.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Deadline:
-    """A moment on a clock, handed down to work that looks at it between its pieces.
+    """A moment on a clock, handed down to work that checks it between its pieces.
 
     at_s: the moment, on ``clock``, at which the time is over.
     """
