@@ -113,7 +113,7 @@ def test_heads_that_do_not_divide_the_width_are_refused(settings):
 
 
 def test_rotary_positions_need_an_even_key_width():
-    with pytest.raises(ConflictingKeys, match="key width of 3, and rotary positions turn channels in pairs"):
+    with pytest.raises(ConflictingKeys, match="key width of 3, and rotary positions rotate channels in pairs"):
         ModelConfig(dim=12, n_heads=4)
     assert not ModelConfig(dim=12, n_heads=4, rope=False).rope
 
