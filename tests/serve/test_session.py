@@ -197,7 +197,7 @@ def test_rollback_reaches_a_stated_number_of_turns():
     session = fed(MODELS["chargru"], *"abcdefghijklmnopqrstuvwxyz")
     session.rollback(to=26 - KEPT_TURNS)
     assert_same(session, fed(MODELS["chargru"], *"abcdefghijklmnopqrstuvwxyz"[: 26 - KEPT_TURNS]))
-    with pytest.raises(WrongValue, match="turn 9 is not kept.*the turns 10 to 10"):
+    with pytest.raises(WrongValue, match="turn 9 is not saved.*the turns 10 to 10"):
         session.rollback(to=9)
 
 
