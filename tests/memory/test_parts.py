@@ -411,7 +411,7 @@ def test_slots_begin_spread_out(n_slots: int) -> None:
 
 
 def test_structures_that_cannot_be_are_refused() -> None:
-    with pytest.raises(WrongValue, match="keys of width 5 and are asked for values of width 7; expected one width"):
+    with pytest.raises(WrongValue, match="keys of width 5 and the values have width 7; expected one width"):
         slots(4).init(2, HEADS, 5, 7, torch.empty(0))
     with pytest.raises(WrongValue, match="n_layers 3 and expand 4; expected 2 or more layers, two where it is gated"):
         mlp(3, is_gated=True)

@@ -106,7 +106,7 @@ def test_best_and_last_checkpoints_stay(settings, result):
 
 @pytest.mark.parametrize(
     ("is_guarded", "error", "match", "in_rows"),
-    [(False, NonFinite, "4 end a run", [1, 2, 3, 4]), (True, Halted, "went back 3 times in a row", [1, 2, 3] * 3)],
+    [(False, NonFinite, "4 end a run", [1, 2, 3, 4]), (True, Halted, "rolled back 3 times in a row", [1, 2, 3] * 3)],
 )
 def test_bad_steps_end_the_run_with_its_checkpoints_intact(settings, tmp_path, is_guarded, error, match, in_rows):
     """A rate that cannot work: each bad step is an event, the run fails with the exit code of training."""

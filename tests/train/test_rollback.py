@@ -85,7 +85,7 @@ def test_failing_phase_hands_over_and_what_fails_last_is_told():
     assert second.failure is None
     with pytest.raises(RollbackFailed, match="fast: 'prepare': model.safetensors .*--resume PATH"):
         restore([broken], clock)
-    with pytest.raises(RollbackFailed, match="nothing to go back to"):
+    with pytest.raises(RollbackFailed, match="nothing to roll back to"):
         restore([], clock)
 
 

@@ -25,7 +25,7 @@ def test_l6_detectors_of_the_page_are_those_there_are():
 
 
 def test_l6_tiers_have_the_deadlines_and_budgets_of_the_page():
-    found = {row[0]: row[2:] for row in rows("Going back")}
+    found = {row[0]: row[2:] for row in rows("Rolling back")}
     fast = ", ".join(f"{name} {1000 * seconds:g}" for name, seconds in FAST.items())
     full = ", ".join(f"{name} {seconds:g}" for name, seconds in FULL.items())
     assert found["fast"] == [f"{1000 * sum(FAST.values()):g} ms", f"{fast} ms"]

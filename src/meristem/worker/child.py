@@ -54,9 +54,10 @@ def serve(messages: int, lifeline: int, imports: Sequence[str]) -> None:
         os.dup2(2, 1)
     line = socket.socket(fileno=messages)
     calls = line.makefile("rb")
-    line.sendall(_answer(lambda: [import_module(name).__name__ for name in imports]))
-    while (call := _next(calls)) is not None:
-        line.sendall(_answer(partial(_called, call)))
+    with contextlib.suppress(ConnectionError):  # the other side is gone: nobody reads the answer
+        line.sendall(_answer(lambda: [import_module(name).__name__ for name in imports]))
+        while (call := _next(calls)) is not None:
+            line.sendall(_answer(partial(_called, call)))
 
 
 def _called(call: dict[str, Any]) -> object:
@@ -89,11 +90,8 @@ def _raised(cause: BaseException) -> dict[str, str]:
 
 def _next(calls: BinaryIO) -> dict[str, Any] | None:
     """The next call; None when the other side says no more."""
-    try:
-        head = calls.read(LENGTH.size)
-        body = calls.read(*LENGTH.unpack(head)) if len(head) == LENGTH.size else b""
-    except ConnectionError:
-        return None
+    head = calls.read(LENGTH.size)
+    body = calls.read(*LENGTH.unpack(head)) if len(head) == LENGTH.size else b""
     return orjson.loads(body) if body else None
 
 
