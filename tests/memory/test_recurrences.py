@@ -20,6 +20,7 @@ from meristem.memory import Gates, Rule, run
 from meristem.memory.forms import accepting, forms
 from meristem.memory.forms.by_chunk import finished
 from meristem.memory.named import rules
+from meristem.memory.rule import LONGEST
 from meristem.memory.state import Memory, beside
 
 ROUGH = [(name, form) for name in rules.names() for form in accepting(named(name)) if not forms.get(form).is_exact]
@@ -122,7 +123,12 @@ def surprise(rule: Rule, weights: Memory, token: Token) -> Memory:
         # 2.7: the old value is erased along the key, beside the surprise.
         erased = torch.einsum("bhk,bhv->bhkv", token.key, times(token.key, weights["matrix_bhkv"]))
         return {name: gradient + erased for name, gradient in gradients.items()}
-    return gradients
+    if rule.structure.kind != "mlp" or rule.retention.name in ("power_norm", "simplex"):
+        return gradients
+    # 2.5: clipped at the norm over all weights, straight-through.
+    square = sum(gradient.detach().square().sum(dim=(-2, -1), keepdim=True) for gradient in gradients.values())
+    share = (LONGEST / square.sqrt()).clamp(max=1.0)
+    return {name: share * gradient for name, gradient in gradients.items()}
 
 
 def rate(rule: Rule, token: Token) -> Tensor:
@@ -383,6 +389,21 @@ def test_a_form_that_is_not_exact_is_its_recurrence(name: str, form: str, widths
             at_the_ends(window(rule, n_time, batch=1, heads=2, widths=widths)),
             [partial(outcome_of, rule, form=form, chunk=chunk), partial(by_token, rule, form=form, chunk=chunk)],
         )
+
+
+@pytest.mark.parametrize("name, form", [pair for pair in ROUGH if named(pair[0]).is_limited])
+def test_a_form_limits_every_token_as_its_recurrence_does(name: str, form: str) -> None:
+    """Values so far off that each surprise, but for those of every third token, is longer than LONGEST."""
+    for rule in variants(named(name)):
+        if forms.get(form).refusals(rule):
+            continue
+        inputs = at_the_ends(window(rule, 7, batch=1, heads=2))
+        far_bthv = inputs.values_bthv.clone()
+        far_bthv[:, torch.arange(7) % 3 > 0] *= 1e6
+        threshold_bth = None if inputs.gates.threshold_bth is None else 1e8 * inputs.gates.threshold_bth
+        inputs = replace(inputs, values_bthv=far_bthv, gates=replace(inputs.gates, threshold_bth=threshold_bth))
+        ways = [partial(outcome_of, rule, form=form, chunk=4), partial(by_token, rule, form=form, chunk=4)]
+        compared(inputs, ways)
 
 
 def outcome_of(rule: Rule, inputs: Window, *, form: str, chunk: int) -> Outcome:

@@ -69,7 +69,8 @@ def titans(n_layers: int = 1) -> Rule:
     """``S <- momentum S - write grad 1/2 |f(k) - v|^2; M <- retain M + S`` (Titans 2501.00663, eqs. 9-14); f is one
     matrix, or a network of ``n_layers`` with a LayerNorm, without which values ten times as large end in NaN.
 
-    Bounded with one layer: ``|M|^2 <= 9 |v|^2 / (e (1 - m))``. For a network no bound is known.
+    Bounded with one layer: ``|M|^2 <= 9 |v|^2 / (e (1 - m))``. A network as a write is at most ``rule.LONGEST`` long:
+    ``|W| <= 1.1 LONGEST / (e (1 - m))`` over all its weights.
     """
     return Rule(
         structure=mlp(n_layers, is_normed=True),
@@ -83,7 +84,7 @@ def titans(n_layers: int = 1) -> Rule:
 def titans_mlp() -> Rule:
     """``titans`` with a network of two layers as memory (Titans 2501.00663, section 3.1).
 
-    No bound is known.
+    Bounded, as a write is at most ``rule.LONGEST`` long: ``|W| <= 1.1 LONGEST / (e (1 - m))`` over all weights.
     """
     return titans(n_layers=2)
 
@@ -110,7 +111,7 @@ def yaad() -> Rule:
     """``W <- retain W - write g - 0.01 (W - W_ref)``, g of the squared loss where ``|f(k) - v|`` is at most the token's
     threshold, else of the absolute one times the threshold (MIRAS 2504.13173, section 5.3).
 
-    No bound is known.
+    Bounded, as a write is at most ``rule.LONGEST`` long: ``|W| <= 1.3 LONGEST / e`` over all weights.
     """
     return Rule(
         structure=mlp(is_normed=True), bias=huber_switch(), retention=local(), update=plain(), form="frozen_chunk"

@@ -12,9 +12,12 @@ from meristem.memory.features import Features, identity
 from meristem.memory.gates import Gates, RowGates
 from meristem.memory.retention import Retention
 from meristem.memory.state import Memory
-from meristem.memory.structure import Live, Pairs, Structure
+from meristem.memory.structure import Live, Pairs, Structure, Surprise
 from meristem.memory.update import Update
 from meristem.shapes import Key, Keys, Queries, Query, Value, Values
+
+LONGEST = 2.0**14
+"""How long the surprise of a pair may be, over all weights of the memory, where nothing else bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,12 @@ class Rule:
         """The memory after a token is affine in the memory and momentum before it, with known coefficients."""
         is_plain = self.retention.is_linear and not self.retention.is_mapped
         return self.slope is not None and is_plain and self.update.is_linear
+
+    @property
+    def is_limited(self) -> bool:
+        """No surprise is longer than LONGEST: nothing else bounds the memory of such a rule (``memory.region``)."""
+        is_curved = self.structure.kind == "mlp" or self.bias.name not in ("dot", "squared")
+        return is_curved and self.update.is_linear and not self.retention.is_mapped
 
     def init(self, batch: int, heads: int, key_width: int, value_width: int, *, like: Tensor | None = None) -> Memory:
         """A fresh memory: float32 on the CPU, or where ``like`` is; float64 if that is, and never narrower."""
@@ -128,10 +137,25 @@ def change_by(
         probed = {name: gates.retain_bhc[..., None] * weight for name, weight in weights.items()}
     recalled, target, pull = rule.structure.vjp(Live(probed), pairs)
     gradient = rule.bias.gradient(recalled, target, gates.threshold_bhc)
-    surprise = pull(gradient if counts_bhc is None else counts_bhc[..., None] * gradient)
+    surprise = limited(rule, pull(gradient))
+    if counts_bhc is not None:
+        surprise = {name: (rows, counts_bhc[..., None] * part) for name, (rows, part) in surprise.items()}
     held = memory | {name: start[name] for name in rule.structure.weights}
     change, carried = rule.update.change(held, weights, surprise, gates)
     return change, carried | remembered
+
+
+def limited(rule: Rule, surprise: Surprise) -> Surprise:
+    """Every pair's surprise at most LONGEST long: ``g min(1, LONGEST / |g|)``, ``|g|^2`` summed over all weights.
+
+    A shorter one keeps its bits. Backwards the factor is a constant (memory.md 2.5).
+    """
+    if not rule.is_limited:
+        return surprise
+    with torch.no_grad():
+        squares = [torch.linalg.vecdot(a, a) * torch.linalg.vecdot(d, d) for a, d in surprise.values()]
+        share_bhc = sum(squares[1:], squares[0]).div_(LONGEST**2).clamp_min_(1.0).rsqrt_()
+    return {name: (rows, share_bhc[..., None] * gradient) for name, (rows, gradient) in surprise.items()}
 
 
 def _remembered(memory: Memory, pairs: Pairs, gates: RowGates) -> tuple[Pairs, Tensor, Memory]:

@@ -25,7 +25,7 @@ from meristem.memory.forms.decay import Decay, compute_decay, cut
 from meristem.memory.forms.exact_chunk import decay_of, solved
 from meristem.memory.gates import Gates, RowGates
 from meristem.memory.kernels.frozen_kernel import FrozenRead, FrozenWrite
-from meristem.memory.rule import Rule, change_by, read
+from meristem.memory.rule import Rule, change_by, limited, read
 from meristem.memory.state import Memory, State
 from meristem.memory.structure import Live, Pairs, Surprise, Weights
 from meristem.memory.update import momentum_name
@@ -296,7 +296,7 @@ def frozen_step(
     weights = rule.weights(start)
     probed = Scaled(weights, rows.retain_bhc[..., None]) if rule.probe == "warm" else Live(weights)
     recalled, target, pull = rule.structure.vjp(read_from or probed, pairs)
-    factors = pull(rule.bias.gradient(recalled, target, rows.threshold_bhc))
+    factors = limited(rule, pull(rule.bias.gradient(recalled, target, rows.threshold_bhc)))
     rate_bhc = rows.write_bhc
     if rule.update.erase or rule.update.rate(rate_bhc, pairs.key_bhck) is not rate_bhc:
         (name,) = rule.structure.weights
