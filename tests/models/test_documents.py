@@ -42,13 +42,12 @@ def read_in_windows(model, tokens_bt, mask_bt, lengths):
 
 
 @every_model
-@pytest.mark.parametrize("lengths", [[N_TIME], [4, 1, 1, 1, N_TIME - 7]])
-def test_packed_documents_are_documents_alone(name, lengths):
+def test_packed_documents_are_documents_alone(name):
     """Logits, and the states left behind, however windows cut the documents, token by token included."""
     model, tokens_bt = grown(name), ids(3)
     with torch.no_grad():
         alone_bto, states = read_alone(model, tokens_bt, CUTS)
-        packed_bto, after = read_in_windows(model, tokens_bt, mask_of(CUTS), lengths)
+        packed_bto, after = read_in_windows(model, tokens_bt, mask_of(CUTS), [4, 1, 1, 1, N_TIME - 7])
     torch.testing.assert_close(packed_bto, alone_bto, rtol=0, atol=1e-10)
     for row, state in enumerate(states):
         torch.testing.assert_close(flatten(take_rows(after, row, row + 1)), flatten(state), rtol=0, atol=1e-10)
@@ -61,9 +60,17 @@ def test_packed_documents_teach_what_documents_alone_teach(name):
     parameters = list(model.parameters())
     alone_bto, _ = read_alone(model, tokens_bt, CUTS)
     packed_bto, _ = read_in_windows(model, tokens_bt, mask_of(CUTS), [8, N_TIME - 8])
+    torch.testing.assert_close(packed_bto, alone_bto, rtol=0, atol=1e-10)
     alone = torch.autograd.grad(alone_bto.square().sum(), parameters, materialize_grads=True)
     packed = torch.autograd.grad(packed_bto.square().sum(), parameters, materialize_grads=True)
     torch.testing.assert_close(packed, alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["preset-titans-mag", "lm-mac-4-each", "preset-charformer", "chargru"])
+def test_one_window_of_documents_is_each_of_them(name):
+    model, tokens_bt = grown(name), ids(3)
+    packed_bto, _ = model(tokens_bt, reset_mask_bt=mask_of(CUTS))
+    torch.testing.assert_close(packed_bto, read_alone(model, tokens_bt, CUTS)[0], rtol=0, atol=1e-10)
 
 
 @every_model
