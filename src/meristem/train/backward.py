@@ -97,6 +97,10 @@ def _attempt(
     """The loss, the memory, and by objective the gradients that are still to be settled."""
     n_ranks = engine.world.size
     n_targets = max(1, n_ranks * sum(batch.n_targets for batch in batches))
+    masks = [batch.reset_mask_bt for batch in batches if batch.reset_mask_bt is not None]
+    if masks and n_ranks > 1:
+        # A row that begins a document uses what a memory begins from; a process whose rows all go on does not.
+        engine.use_all(engine.world.any(any(bool(mask_bt.any()) for mask_bt in masks)))
     told = []
     gathered: dict[str, list[torch.Tensor | None]] = {}
     for batch in batches:
