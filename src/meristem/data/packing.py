@@ -9,7 +9,7 @@ import numpy as np
 from meristem.data.windows import permute
 
 KEPT_EVERY: Final = 256
-"""Positions from one state that is kept to the next, so that no way back is longer."""
+"""Positions from one state that is kept to the next: at most so many windows are walked again for an earlier one."""
 
 
 class Piece(NamedTuple):
