@@ -89,19 +89,15 @@ class Attention(nn.Module):
         return mixed_bthv.flatten(2), self._rings(keys_bshk, values_bshv, n_read_b)
 
     def _rings(self, keys_bshk: PastKeys, values_bshv: PastValues, n_read_b: Tensor) -> State:
-        """The state where row b has read ``n_read_b`` keys of its document, as ``memory.state`` has rows that
-        differ."""
+        """The state where row b has read ``n_read_b`` keys of its document; rows that differ as in ``memory.state``."""
         held_b = n_read_b if self.span is None else n_read_b.clamp(max=self.span - 1)
-        longest = int(held_b.max())
-        last = {"keys_bshk": keys_bshk[:, keys_bshk.shape[1] - longest :], "values_bshv": values_bshv}
-        last["values_bshv"] = values_bshv[:, values_bshv.shape[1] - longest :]
+        longest, n_read = int(held_b.max()), keys_bshk.shape[1]
+        last = {"keys_bshk": keys_bshk[:, n_read - longest :], "values_bshv": values_bshv[:, n_read - longest :]}
         if int(held_b.min()) == longest:
             return {name: leaf.clone() for name, leaf in last.items()}
-        is_held_bs = torch.arange(longest) >= longest - held_b[:, None]
-        is_held_bs11 = is_held_bs.to(keys_bshk.device)[:, :, None, None]
-        return {name: torch.where(is_held_bs11, leaf, 0) for name, leaf in last.items()} | {
-            LENGTHS + name: held_b for name in last
-        }
+        is_held_bs = (torch.arange(longest) >= longest - held_b[:, None]).to(keys_bshk.device)
+        state: State = {name: torch.where(is_held_bs[:, :, None, None], leaf, 0) for name, leaf in last.items()}
+        return state | {LENGTHS + name: held_b for name in last}
 
     @rows_apart
     def _gather(self, vectors_btf: Float[Tensor, "b t f"], state: Memory | None) -> tuple[Hidden, Memory]:
