@@ -49,7 +49,8 @@ def test_what_was_trained_is_measured_and_talked_to(place, answered, capsys):
     code, trained = answered(*words("runs/ada", 6))
     assert (code, trained["status"], trained["step"], trained["run_dir"]) == (0, "finished", 6, "runs/ada")
     code, summary = answered("eval", "runs/ada", "--suite", "likelihood", "--max-windows", 4)
-    (task,) = summary["tasks"]
+    task, carried = summary["tasks"]
+    assert (carried["name"], carried["n"] <= task["n"]) == ("likelihood/documents", True)
     assert (code, summary["schema"]) == (0, "meristem.evaluation/1")
     assert task["metrics"]["bits_per_byte"]["value"] == pytest.approx(trained["bits_per_byte"], rel=1e-6)
     (place / "other.txt").write_text("All the world's a stage.\n" * 200)

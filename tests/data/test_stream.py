@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
-from meristem.data.stream import IGNORED, Cursor, Stream, held_out
+from meristem.data.stream import IGNORED, Cursor, Stream, held_out, held_out_documents
 from meristem.errors import ConflictingKeys, CorpusTooShort, DataError, FileChanged, ManifestMismatch
 
 SIZES = [3, 41, 97, 12, 211, 5, 29, 83]
@@ -61,6 +61,7 @@ LAYOUTS = [
     {"order": "shuffled", "documents": "within", "stride": 2},
     {"order": "random"},
     {"order": "sequential"},
+    {"order": "documents"},
 ]
 EACH = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.values())))
 
@@ -70,9 +71,13 @@ def test_targets_are_the_tokens_that_follow(corpus, layout):
     text = corpus.text("train")
     for batch in take(stream(corpus, **layout), 40)[0]:
         assert batch.tokens_bt.dtype == batch.targets_bt.dtype == torch.int64
-        for tokens, targets in zip(batch.tokens_bt.tolist(), batch.targets_bt.tolist(), strict=True):
-            assert tokens[1:] == targets[:-1]
-            assert bytes([*tokens, targets[-1]]) in text
+        begins_bt = batch.reset_mask_bt if batch.reset_mask_bt is not None else torch.zeros(3, 5, dtype=torch.bool)
+        for row in zip(batch.tokens_bt.tolist(), batch.targets_bt.tolist(), begins_bt.tolist(), strict=True):
+            cuts = [0, *(at for at in range(1, 5) if row[2][at]), 5]
+            for start, stop in itertools.pairwise(cuts):
+                tokens, targets = row[0][start:stop], row[1][start:stop]
+                assert tokens[1:] == targets[:-1]
+                assert bytes([*tokens, targets[-1]]) in text
         assert (batch.n_targets, batch.n_bytes) == (15, 15)
 
 
@@ -87,6 +92,103 @@ def test_a_batch_is_found_from_its_position_alone(corpus, layout, position):
         assert torch.equal(batch.tokens_bt, again.tokens_bt)
         assert torch.equal(batch.targets_bt, again.targets_bt)
         assert batch.starts == again.starts
+        assert (batch.reset_mask_bt is None) == (again.reset_mask_bt is None) == (layout["order"] != "documents")
+        assert batch.reset_mask_bt is None or torch.equal(batch.reset_mask_bt, again.reset_mask_bt)
+
+
+def documents_read(batches):
+    """The documents that each row reads one after the other, the last of them as far as it was read."""
+    found = []
+    for row in range(len(batches[0].tokens_bt)):
+        tokens, targets, begins = (
+            torch.cat([getattr(batch, name)[row] for batch in batches]).tolist()
+            for name in ("tokens_bt", "targets_bt", "reset_mask_bt")
+        )
+        edges = [at for at, is_first in enumerate(begins) if is_first] + [len(tokens)]
+        assert edges[0] == 0
+        found.append([(*tokens[start:stop], targets[stop - 1]) for start, stop in itertools.pairwise(edges)])
+    return found
+
+
+def test_rows_read_whole_documents_each_once_per_epoch(corpus):
+    made = stream(corpus, order="documents")
+    batches, cursor = take(made, 4 * made.batches_per_epoch)
+    text, edges = corpus.tokens("train")[:].tolist(), corpus.documents("train")
+    every = [tuple(text[start:stop]) for start, stop in itertools.pairwise(edges)]
+    rows = documents_read(batches)
+    whole = [document for row in rows for document in row[:-1]]
+    assert set(whole) == set(every)
+    assert all(row[-1] == next(each for each in every if each[0] == row[-1][0])[: len(row[-1])] for row in rows)
+    counts = [whole.count(document) for document in every]
+    assert max(counts) - min(counts) <= 2, "rows that still read a long one are an epoch behind"
+    n_inputs = sum(size - 1 for size in SIZES)
+    assert made.n_windows == n_inputs // 5 and made.epoch(cursor) == cursor.position * 15 / n_inputs
+    assert [batch.starts for batch in batches] == [True] + [False] * (len(batches) - 1)
+
+
+def test_a_row_takes_the_next_document_when_it_has_read_one(corpus):
+    """The epoch's order is that in which rows become free; another epoch and another seed have another."""
+    orders = []
+    for random_seed in (1, 2):
+        batches, _ = take(stream(corpus, order="documents", random_seed=random_seed), 130)
+        begun = sorted(
+            (int(at) + 5 * number, int(row), int(batch.tokens_bt[row, at]))
+            for number, batch in enumerate(batches)
+            for row, at in batch.reset_mask_bt.nonzero()
+        )
+        firsts = [first for _, _, first in begun]
+        orders += [firsts[:8], firsts[8:16]]
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+
+
+def test_a_position_long_gone_is_found_again(make):
+    """Also beyond the states that are kept, forwards and back."""
+    corpus = make("many", [2 + n % 7 for n in range(40)])
+    made = stream(corpus, order="documents", window=3)
+    walked, _ = take(made, 600)
+    for position in (599, 300, 255, 256, 257, 0):
+        cursor = dataclasses.replace(made.start(), position=position)
+        for fresh in (made, stream(corpus, order="documents", window=3)):
+            batch, _ = fresh.next(cursor)
+            assert torch.equal(batch.tokens_bt, walked[position].tokens_bt)
+            assert torch.equal(batch.reset_mask_bt, walked[position].reset_mask_bt)
+
+
+def test_documents_of_one_token_are_left_out_and_too_few_are_refused(make):
+    corpus = make("few", [1, 9, 1, 7])
+    assert all(
+        len(each) > 1 for row in documents_read(take(stream(corpus, order="documents", batch=2), 9)[0]) for each in row
+    )
+    with pytest.raises(CorpusTooShort, match=r"2 documents of two tokens.*one for each of 3 rows.*batch_size to 2"):
+        stream(corpus, order="documents")
+
+
+@pytest.mark.parametrize("max_windows", [None, 4, 1])
+def test_held_out_documents_read_on_in_rows_of_their_own(corpus, max_windows):
+    text, edges = corpus.tokens("train")[:].tolist(), corpus.documents("train")
+    every = {tuple(text[start:stop]) for start, stop in itertools.pairwise(edges)}
+    groups, n_targets = [], 0
+    for batch in held_out_documents(corpus, "train", window=7, batch=3, max_windows=max_windows):
+        groups += [[]] if batch.starts else []
+        groups[-1].append(batch)
+        is_target_bt = batch.targets_bt != IGNORED
+        assert batch.n_targets == batch.n_bytes == int(is_target_bt.sum())
+        n_targets += batch.n_targets
+    found = []
+    for group in groups:
+        tokens_bt, targets_bt = (
+            torch.cat([getattr(b, name) for b in group], 1) for name in ("tokens_bt", "targets_bt")
+        )
+        for tokens, targets in zip(tokens_bt.tolist(), targets_bt.tolist(), strict=True):
+            n = sum(target != IGNORED for target in targets)
+            found.append((tokens[0], *targets[:n]))
+            assert tokens[1:n] == targets[: n - 1]
+    if max_windows is None:
+        assert sorted(found) == sorted(every)
+    else:
+        assert n_targets <= 7 * max_windows
+        assert all(any(document[: len(each)] == each for document in every) for each in found)
 
 
 def seen(batches, n_windows, first=0):
@@ -169,7 +271,7 @@ def test_ids_that_no_tokenizer_gave_are_refused(corpus):
 @EACH
 def test_other_orders_start_afresh_at_every_batch(corpus, layout):
     starts = [batch.starts for batch in take(stream(corpus, **layout), 9)[0]]
-    assert all(starts) == (layout["order"] != "sequential")
+    assert all(starts) == (layout["order"] not in ("sequential", "documents"))
 
 
 def test_bytes_are_counted_by_token(tmp_path):
@@ -280,14 +382,16 @@ def test_settings_out_of_range_are_refused(wrong):
 @EACH
 @given(n_ranks=st.sampled_from([1, 2, 3, 4, 6, 12]), position=st.integers(0, 60))
 @settings(max_examples=25, deadline=None)
-def test_s2_m2_processes_share_a_batch_without_overlap(corpus, layout, n_ranks, position):
+def test_s2_m2_processes_share_a_batch_without_overlap(make, layout, n_ranks, position):
     """Whatever their number, their rows one under the other are those of one process, and so are counts and cursor."""
-    whole = stream(corpus, batch=12, **layout)
+    whole = stream(make("shared", SIZES * 2), batch=12, **layout)
     cursor = Cursor(position, whole.start().fingerprint, whole.start().layout)
     joined, after = whole.next(cursor)
     parts = [whole.share(rank, n_ranks).next(cursor) for rank in range(n_ranks)]
     assert torch.equal(torch.cat([part.tokens_bt for part, _ in parts]), joined.tokens_bt)
     assert torch.equal(torch.cat([part.targets_bt for part, _ in parts]), joined.targets_bt)
+    masks = [part.reset_mask_bt for part, _ in parts if part.reset_mask_bt is not None]
+    assert joined.reset_mask_bt is None or torch.equal(torch.cat(masks), joined.reset_mask_bt)
     assert [part.n_targets for part, _ in parts] == [joined.n_targets // n_ranks] * n_ranks
     assert sum(part.n_bytes for part, _ in parts) == joined.n_bytes
     assert {(part.starts, cursor) for part, cursor in parts} == {(joined.starts, after)}

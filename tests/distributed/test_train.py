@@ -12,7 +12,7 @@ from meristem.distributed.agreement import fingerprint
 from meristem.events import silent
 from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import history
-from recipes.small import overrides, write_text
+from recipes.small import overrides, write_documents, write_text
 
 pytestmark = pytest.mark.fault  # whole runs in processes of their own; test_training.py holds the law for steps
 
@@ -38,6 +38,8 @@ KINDS = {
     "reading_on": ("data.order=sequential",),
     "sharded": ("distributed.shard=true",),
     "sharded_reading_on": ("distributed.shard=true", "data.order=sequential"),
+    "documents": ("data.order=documents",),
+    "sharded_documents": ("distributed.shard=true", "data.order=documents"),
     # A memory that carries views of the weights which it began from.
     "sharded_tnt": ("distributed.shard=true", "data.order=sequential", "memory.form=tnt"),
 }
@@ -46,7 +48,8 @@ KINDS = {
 def run(stage: Stage, n_processes: int, folder: Path, *more: str, **given: Any) -> Played:
     """A small run in so many processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    return stage.play(n_processes, "run", folder, overrides=overrides(write_text(folder), *SETTINGS, *more), **given)
+    text = write_documents(folder) if "data.order=documents" in more else write_text(folder)
+    return stage.play(n_processes, "run", folder, overrides=overrides(text, *SETTINGS, *more), **given)
 
 
 def saved(folder: Path) -> Checkpoint:
@@ -98,7 +101,7 @@ def test_weights_are_made_in_parts(stage, tmp_path):
         assert made["held_bytes"] + drawing_bytes < made["whole_bytes"] == whole["whole_bytes"]
 
 
-@pytest.mark.parametrize("kind", ["reading_on", "sharded_reading_on"])
+@pytest.mark.parametrize("kind", ["reading_on", "sharded_reading_on", "documents"])
 @pytest.mark.parametrize("numbers", [(2, 1), (1, 2), (2, 3)], ids=str)
 def test_a_run_goes_on_in_another_number_of_processes(stage, tmp_path, kind, numbers):
     """Saved after five steps, when slow levels have something waiting and memories have read: it ends as it would."""

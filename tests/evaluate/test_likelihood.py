@@ -11,7 +11,7 @@ from meristem.data.corpus import Corpus
 from meristem.data.prepare import prepare
 from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
-from meristem.evaluate.likelihood import Likelihood, likelihood
+from meristem.evaluate.likelihood import Likelihood, carried_likelihood, likelihood
 from meristem.events import silent
 from meristem.models.build import build
 from meristem.models.config import ModelConfig
@@ -75,6 +75,23 @@ def test_batches_merge_exactly(corpus, batch):
     whole, found = measured(corpus, window=9, batch=1000), measured(corpus, window=9, batch=batch)
     assert (found.n_tokens, found.n_bytes) == (whole.n_tokens, whole.n_bytes)
     assert found.total_nats == pytest.approx(whole.total_nats, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_a_memory_is_carried_through_documents(corpus, batch):
+    """Each document read whole from a fresh state, whatever the sequences and however many are read at once."""
+    model = model_of(corpus).double()
+    tokens, edges = torch.from_numpy(corpus.tokens("val")[:].astype("int64")), corpus.documents("val").tolist()
+    nats = 0.0
+    for start, stop in zip(edges, edges[1:], strict=False):
+        with torch.no_grad():
+            logits_bto, _ = model(tokens[None, start : stop - 1])
+        nats += float(cross_entropy(logits_bto, tokens[None, start + 1 : stop]))
+    how = {"window": 9, "batch": batch, "max_windows": None, "device": DEVICE, "loss": cross_entropy}
+    found = carried_likelihood(model, corpus, "val", **how)
+    fresh = measured(corpus, window=9, batch=5)
+    assert (found.n_tokens, found.n_bytes) == (fresh.n_tokens, fresh.n_bytes)
+    assert found.total_nats == pytest.approx(nats, rel=1e-6) and found.total_nats != pytest.approx(fresh.total_nats)
 
 
 def test_parts_add_up_and_never_average():

@@ -14,6 +14,16 @@ def write_text(place: Path) -> Path:
     return path
 
 
+def write_documents(place: Path) -> Path:
+    """The text as files of one line to nine."""
+    folder = place / "texts"
+    folder.mkdir(exist_ok=True)
+    lines = TEXT.splitlines(keepends=True)
+    for number in range(90):
+        (folder / f"{number:02}.txt").write_text("".join(lines[5 * number : 5 * number + 1 + number % 9]))
+    return folder
+
+
 def overrides(text: Path, *more: str) -> list[str]:
     """Settings of a small run over ``text``; ``more`` wins."""
     return [

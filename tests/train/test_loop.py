@@ -31,7 +31,8 @@ from meristem.optim.kinds import KINDS
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.schedule import ScheduleProgress
 from meristem.train import loop
-from meristem.train.config import TrainConfig
+from meristem.train.backward import backward
+from meristem.train.config import AggregateConfig, TrainConfig
 from meristem.train.loop import Step, steps
 from meristem.train.progress import Progress
 from meristem.train.state import Held
@@ -46,6 +47,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     text = place / "text.txt"
     text.write_text("".join(f"{number} squared is {number * number}, and so on.\n" for number in range(400)))
     return prepare(DataConfig(source=str(text), root=place), TokenizerConfig())
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Many documents, some shorter than a window."""
+    place: Path = tmp_path_factory.mktemp("texts")
+    texts = place / "texts"
+    texts.mkdir()
+    for number in range(30):
+        (texts / f"{number:02}.txt").write_text(f"{number} squared is {number * number}.\n" * (1 + number * 7 % 5))
+    return prepare(DataConfig(source=str(texts), root=place), TokenizerConfig())
 
 
 def stream_of(corpus: Corpus, *, batch: int, order: str = "shuffled") -> Stream:
@@ -179,11 +191,11 @@ def test_time_between_steps_is_not_charged(corpus, monkeypatch):
     assert n_steps == 4
 
 
-@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+@pytest.mark.parametrize("order", ["shuffled", "sequential", "documents"])
 @pytest.mark.parametrize("n_first", [1, 4])
-def test_going_on_from_progress_changes_nothing(corpus, order, n_first):
+def test_going_on_from_progress_changes_nothing(documents, order, n_first):
     """Seven steps in one piece, or n and 7 - n with weights, moments and progress handed over: the same bits."""
-    stream = stream_of(corpus, batch=3, order=order)
+    stream = stream_of(documents, batch=3, order=order)
     whole = [step.loss_nats for step in run(tiny(), stream, limit(steps=7))]
     model = tiny()
     optimizer = build_optimizer(model, OptimConfig(lr=0.01))
@@ -225,6 +237,20 @@ def test_memory_is_carried_only_where_batches_go_on(corpus):
         fresh.append(step.loss_nats)
     assert fresh[0] == carried[0].loss_nats
     assert fresh[1] != carried[1].loss_nats
+
+
+def test_packed_documents_do_not_depend_on_the_micro_batches(documents):
+    """Rows of a micro-batch take along where their documents begin, and their own counts of the state."""
+    stream, found = stream_of(documents, batch=4, order="documents"), []
+    for n_micro_batches in (1, 3):
+        model, memory, cursor = with_levels().double(), None, stream.start()
+        for step in range(3):
+            batch, cursor = stream.next(cursor)
+            cut = {"n_micro_batches": n_micro_batches, "by": AggregateConfig(), "step": step}
+            result = backward(model, [batch], memory, DEVICE, **cut)
+            memory = result.memory
+        found.append((result.loss, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
 class Poisoned(nn.Module):
@@ -408,12 +434,12 @@ def with_levels() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("cut", [4, 9, 15])
-def test_resuming_levels_changes_nothing(corpus, cut):
+@pytest.mark.parametrize("order, cut", [("sequential", 4), ("sequential", 9), ("sequential", 15), ("documents", 9)])
+def test_resuming_levels_changes_nothing(documents, order, cut):
     """Memory.md 12: 20 steps across fires of four levels, with AdamW, a momentum memory that is carried on, and two
     batches a step: what was saved and restored in between takes the same losses and ends at the same weights.
     """
-    stream = stream_of(corpus, batch=3, order="sequential")
+    stream = stream_of(documents, batch=3, order=order)
 
     def some(model: nn.Module, optimizer: MultiPeriodOptimizer, start: Progress, n_until: int) -> list[Step]:
         part = limit(steps=n_until, grad_accum_steps=2)

@@ -66,10 +66,12 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: how well it predicts held-out text, what it recalls, or what it gains by reading.
 
-    likelihood gives nats per token, perplexity and bits per byte. recall tests random ids that stood earlier in the
-    window (values of keys, a copied sequence, a needle at a distance), as far as data.seq_len and the vocabulary allow,
-    and gives the share of right predictions and their nats. adaptation reads the beginnings of long documents, four
-    windows each: the second half against the first, and all of it a second time with the memory carried over or reset.
+    likelihood gives nats per token, perplexity and bits per byte, once of sequences that are each read from a fresh
+    memory, and once of whole documents through which the memory is carried. recall tests random ids that stood earlier
+    in the window (values of keys, a copied sequence, a needle at a distance), as far as data.seq_len and the
+    vocabulary allow, and gives the share of right predictions and their nats. adaptation reads the beginnings of long
+    documents, four windows each: the second half against the first, and all of it a second time with the memory
+    carried over or reset.
 
     \b
     Examples:
@@ -134,14 +136,17 @@ class _Loaded:
 
 
 def _likelihood(loaded: _Loaded, learn: Learn | None, max_windows: int | None) -> list[dict[str, Any]]:
-    """One task: every sequence from a fresh memory."""
-    from meristem.evaluate.likelihood import likelihood
+    """Every sequence from a fresh memory, and whole documents through which it is carried."""
+    from meristem.evaluate.likelihood import carried_likelihood, likelihood
 
     config, how = loaded.config, loaded.reading(learn or "memory", loaded.config.eval.batch_size)
-    corpus = loaded.corpus()
-    measured = likelihood(how.pop("reader"), corpus, "val", window=config.data.seq_len, max_windows=max_windows, **how)
-    figures = {name: getattr(measured, name) for name in ("nats", "perplexity", "bits_per_byte")}
-    return [_task("likelihood", corpus.fingerprint, measured.n_tokens, figures)]
+    corpus, reader, tasks = loaded.corpus(), how.pop("reader"), []
+    how |= {"window": config.data.seq_len, "max_windows": max_windows}
+    for name, measure in (("likelihood", likelihood), ("likelihood/documents", carried_likelihood)):
+        measured = measure(reader, corpus, "val", **how)
+        figures = {metric: getattr(measured, metric) for metric in ("nats", "perplexity", "bits_per_byte")}
+        tasks.append(_task(name, corpus.fingerprint, measured.n_tokens, figures))
+    return tasks
 
 
 def _recall(loaded: _Loaded, learn: Learn | None, n_windows: int | None) -> list[dict[str, Any]]:

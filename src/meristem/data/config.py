@@ -1,14 +1,16 @@
 """Settings of the text: where it comes from, how it is cut into tokens, and in which order it is read."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from meristem.config import ConfigSection
 from meristem.errors import ConflictingKeys
 
-Order = Literal["shuffled", "sequential", "random"]
+Order = Literal["shuffled", "sequential", "random", "documents"]
+CARRIED: Final = frozenset({"sequential", "documents"})
+"""Orders in which a row reads on, so that its memory is carried from sequence to sequence."""
 Documents = Literal["join", "within"]
 
 
@@ -54,7 +56,8 @@ class DataConfig(ConfigSection):
     batch_size: int = Field(default=8, ge=1, description="rows of a batch")
     order: Order = Field(
         default="shuffled",
-        description="shuffled: each sequence once per epoch; sequential: each row reads on; random: with replacement",
+        description="shuffled: each sequence once per epoch; sequential: each row reads on; random: with replacement; "
+        "documents: each row reads whole documents in shuffled order, with a fresh memory for each",
     )
     documents: Documents = Field(
         default="join", description="join: sequences run on over the ends of documents; within: they never do"
@@ -67,9 +70,14 @@ class DataConfig(ConfigSection):
                 "data.order=sequential carries a memory on from sequence to sequence, also over the end of a document; "
                 "data.documents=within forbids that. Set data.documents=join, or data.order=shuffled."
             )
-        if self.order == "sequential" and self.stride not in (None, self.seq_len):
+        if self.order == "documents" and self.documents == "within":
             raise ConflictingKeys(
-                f"data.order=sequential reads every token once: its stride is data.seq_len, {self.seq_len}, "
+                "data.order=documents reads whole documents, several in one sequence where they are short; "
+                "data.documents=within has one in each. Leave data.documents out, or set data.order=shuffled."
+            )
+        if self.order in CARRIED and self.stride not in (None, self.seq_len):
+            raise ConflictingKeys(
+                f"data.order={self.order} reads every token once: its stride is data.seq_len, {self.seq_len}, "
                 f"not {self.stride}. Leave data.stride out, or set data.order=shuffled."
             )
         return self

@@ -11,8 +11,9 @@ from typing import Final, Self
 import numpy as np
 import torch
 
-from meristem.data.config import Documents, Order
+from meristem.data.config import CARRIED, Documents, Order
 from meristem.data.corpus import Corpus
+from meristem.data.packing import Packing
 from meristem.data.windows import Windows, draw, key, permute
 from meristem.errors import ConflictingKeys, CorpusTooShort, DataError, ManifestMismatch
 from meristem.shapes import Targets, Tokens
@@ -27,6 +28,8 @@ class Batch:
 
     n_targets, n_bytes: how many targets of these rows count, and the bytes of text they stand for.
     starts: the memory must begin afresh before this batch.
+    reset_mask_bt: True where a document begins, which the memory of its row must not carry into; None where the
+        order does not reset.
     """
 
     tokens_bt: Tokens
@@ -34,6 +37,13 @@ class Batch:
     n_targets: int
     n_bytes: int
     starts: bool
+    reset_mask_bt: torch.Tensor | None = None
+
+    def take_rows(self, start: int, stop: int) -> "Batch":
+        """The rows from ``start`` to ``stop``; the counts stay those of the batch."""
+        mask_bt = None if self.reset_mask_bt is None else self.reset_mask_bt[start:stop]
+        tokens_bt, targets_bt = self.tokens_bt[start:stop], self.targets_bt[start:stop]
+        return replace(self, tokens_bt=tokens_bt, targets_bt=targets_bt, reset_mask_bt=mask_bt)
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,8 @@ class Stream:
     stride: tokens between sequence starts; None for ``window``, or for 1 when order is random.
     order: ``shuffled`` reads every sequence once per epoch; ``random`` draws with replacement; ``sequential`` lets each
     row read on through its own contiguous part and start over at its end, the part moved by some windows from epoch
-    to epoch where the rows do not share the text evenly.
+    to epoch where the rows do not share the text evenly; ``documents`` lets each row read whole documents one after the
+    other, in an order that is shuffled anew in every epoch (``data.packing``), and says where each begins.
     documents: ``join`` lets sequences run over the ends of documents, ``within`` does not.
     """
 
@@ -83,7 +94,7 @@ class Stream:
         self._corpus = corpus
         self._tokens = corpus.tokens(split)
         self._windows = Windows(spans, window, stride)
-        self._batch = batch
+        self._window, self._batch = window, batch
         self._rows = np.arange(batch)
         self._order = order
         self._key = key(random_seed, "data")
@@ -91,6 +102,13 @@ class Stream:
             f"{split} {order} {documents} window={window} stride={stride} batch={batch} random_seed={random_seed}"
         )
         self.n_windows = len(self._windows)
+        self._packing: Packing | None = None
+        if order == "documents":
+            self._packing = Packing(edges, n_rows=batch, window=window, key=self._key)
+            self.n_windows = self._packing.n_inputs // window
+            if self._packing.n_documents < batch:
+                raise _too_few_documents(corpus, split, self._packing.n_documents, batch)
+            return
         if not self.n_windows:
             raise _too_short(corpus, split, window, int(np.diff(spans.reshape(-1, 2)).max()))
         if order == "sequential" and self.n_windows < batch:
@@ -107,6 +125,8 @@ class Stream:
         """Batches until every sequence was read once; the last may reach into the next epoch."""
         if self._order == "sequential":
             return self.n_windows // self._batch
+        if self._packing is not None:
+            return -(-self._packing.n_inputs // (self._batch * self._window))
         return -(-self.n_windows // self._batch)
 
     def share(self, rank: int, n_ranks: int) -> Self:
@@ -135,24 +155,46 @@ class Stream:
         """How often the windows were seen before this cursor."""
         if self._order == "sequential":
             return cursor.position / self.batches_per_epoch
+        if self._packing is not None:
+            return cursor.position * self._batch * self._window / self._packing.n_inputs
         return cursor.position * self._batch / self.n_windows
 
     def next(self, cursor: Cursor) -> tuple[Batch, Cursor]:
         """The batch at the cursor, and the cursor after it."""
         self._require_same(cursor)
-        starts = self._windows.starts(self._indices(cursor.position))
-        rows = self._tokens.rows(starts, self._windows.length).astype(np.int64)
+        tokens, targets, begins = self._read(cursor.position)
         # Afterwards: whatever was done to the files before or meanwhile, what was read is what was prepared.
         self._corpus.require_unchanged()
-        self._require_known(int(rows.max()))
+        self._require_known(max(int(tokens.max()), int(targets.max())))
+        is_first = cursor.position == 0 if self._packing else cursor.position % self.batches_per_epoch == 0
         batch = Batch(
-            tokens_bt=torch.from_numpy(rows[:, :-1].copy()),
-            targets_bt=torch.from_numpy(rows[:, 1:].copy()),
-            n_targets=rows[:, 1:].size,
-            n_bytes=int(self._corpus.tokenizer.byte_lengths[rows[:, 1:]].sum()),
-            starts=self._order != "sequential" or cursor.position % self.batches_per_epoch == 0,
+            tokens_bt=torch.from_numpy(tokens),
+            targets_bt=torch.from_numpy(targets),
+            n_targets=targets.size,
+            n_bytes=int(self._corpus.tokenizer.byte_lengths[targets].sum()),
+            starts=self._order not in CARRIED or is_first,
+            reset_mask_bt=None if begins is None else torch.from_numpy(begins),
         )
         return batch, replace(cursor, position=cursor.position + 1)
+
+    def _read(self, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Ids, those that follow, and where documents begin, as far as that is known."""
+        if self._packing is None:
+            starts = self._windows.starts(self._indices(position))
+            rows = self._tokens.rows(starts, self._windows.length).astype(np.int64)
+            return rows[:, :-1].copy(), rows[:, 1:].copy(), None
+        shape = len(self._rows), self._window
+        tokens, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        begins = np.zeros(shape, dtype=np.bool_)
+        packed = self._packing.rows(position)
+        for row, number in enumerate(self._rows.tolist()):
+            at = 0
+            for piece in packed[number]:
+                ids = self._tokens[piece.first : piece.first + piece.n_tokens + 1]
+                stop = at + piece.n_tokens
+                tokens[row, at:stop], targets[row, at:stop], begins[row, at] = ids[:-1], ids[1:], piece.begins
+                at = stop
+        return tokens, targets, begins
 
     def _indices(self, position: int) -> np.ndarray:
         """The window of each row of the batch at this position."""
@@ -229,6 +271,61 @@ def held_out(corpus: Corpus, split: str, *, window: int, batch: int, max_windows
             n_bytes=int((lengths[rows[:, 1:]] * is_target).sum()),
             starts=True,
         )
+
+
+def held_out_documents(
+    corpus: Corpus, split: str, *, window: int, batch: int, max_windows: int | None = None
+) -> Iterator[Batch]:
+    """The documents of a split once each, each in a row of its own, which reads on from window to window.
+
+    ``starts`` of a batch says that its rows begin other documents than those before. Documents of about one length are
+    read together, the shortest first; what is missing in a row counts nowhere (``IGNORED``), and every token but the
+    first of a document is a target exactly once.
+    max_windows: take documents, evenly spread and the same ones every time, as long as their tokens fill no more than
+        that many windows; of the first, where it is longer, what does.
+    """
+    tokens, edges = corpus.tokens(split), corpus.documents(split).astype(np.int64)
+    n_inputs = np.diff(edges) - 1
+    if n_inputs.max(initial=0) < 1:
+        raise _too_short(corpus, split, 1, int(np.diff(edges).max()))
+    chosen = np.flatnonzero(n_inputs > 0)
+    if max_windows is not None:
+        chosen = _spread(chosen, n_inputs, max_windows * window)
+        n_inputs = np.minimum(n_inputs, max_windows * window)
+    chosen = chosen[np.argsort(n_inputs[chosen], kind="stable")]
+    lengths = corpus.tokenizer.byte_lengths
+    for numbers in np.split(chosen, range(batch, len(chosen), batch)):
+        for first in range(0, int(n_inputs[numbers].max()), window):
+            rows = tokens.rows(edges[numbers] + first, window + 1).astype(np.int64)
+            is_target = first + np.arange(window) < n_inputs[numbers][:, None]
+            yield Batch(
+                tokens_bt=torch.from_numpy(np.where(is_target, rows[:, :-1], 0)),
+                targets_bt=torch.from_numpy(np.where(is_target, rows[:, 1:], IGNORED)),
+                n_targets=int(is_target.sum()),
+                n_bytes=int((lengths[np.where(is_target, rows[:, 1:], 0)] * is_target).sum()),
+                starts=first == 0,
+            )
+
+
+def _spread(documents: np.ndarray, n_inputs: np.ndarray, most: int) -> np.ndarray:
+    """As many of the documents, evenly spread, as have at most so many inputs together; at least one."""
+    low, high = 1, len(documents)
+    while low < high:
+        middle = (low + high + 1) // 2
+        taken = documents[np.arange(middle) * len(documents) // middle]
+        low, high = (middle, high) if n_inputs[taken].sum() <= most else (low, middle - 1)
+    found: np.ndarray = documents[np.arange(low) * len(documents) // low]
+    return found
+
+
+def _too_few_documents(corpus: Corpus, split: str, n_documents: int, batch: int) -> CorpusTooShort:
+    advice = f"set data.batch_size to {n_documents} or less" if n_documents else "prepare text with longer documents"
+    return CorpusTooShort(
+        f"corpus '{corpus.name}' has {n_documents} documents of two tokens or more in split '{split}'; "
+        f"data.order=documents needs one for each of {batch} rows. Add text, {advice}, or set data.order=shuffled.",
+        found=n_documents,
+        expected=batch,
+    )
 
 
 def _too_short(corpus: Corpus, split: str, window: int, longest: int) -> CorpusTooShort:

@@ -37,6 +37,8 @@ class Engine:
     model: what to call; it takes and gives what the model itself does. world: exchanges of what is no gradient.
     micro_batch: around forward and backward of one; given whether it is the last of its step, after which alone
         gradients are summed.
+    use_all: called before the micro-batches of a step: whether some process uses parameters that others may leave out,
+        so that all must give them a gradient, of zeros where they do.
     scale_loss: from a loss to what gradients are taken of; the optimizer's.
     whole: while it lasts, the model itself can be read in any way, its parameters whole. All processes must enter.
     """
@@ -45,6 +47,7 @@ class Engine:
     micro_batch: Callable[[bool], AbstractContextManager[None]]
     whole: Callable[[], AbstractContextManager[None]]
     world: World
+    use_all: Callable[[bool], None] = lambda is_used: None
     scale_loss: Callable[[Tensor], Tensor] = lambda loss: loss
 
 
@@ -126,9 +129,13 @@ def sharded(model: nn.Module, world: World, *, device: torch.device, slow: Colle
         )
     mesh = init_device_mesh(device.type, (world.size,))
     blocks = getattr(model, "blocks", None)
-    for module in [*(blocks if isinstance(blocks, nn.ModuleList) else []), model]:
+    blocks = blocks if isinstance(blocks, nn.ModuleList) else nn.ModuleList()
+    with_zeros = _WithZeros(ignored)
+    for module in [*blocks, model]:
         # Before those of FSDP, which let go of what is whole.
         module.register_forward_hook(lambda module, given, found: _with_own_bytes(found))
+        if module is not model:
+            module.register_forward_hook(with_zeros)
         fully_shard(module, mesh=mesh, ignored_params=ignored)
     if next(model.parameters()).is_meta:
         model.to_empty(device=device)
@@ -162,7 +169,41 @@ def sharded(model: nn.Module, world: World, *, device: torch.device, slow: Colle
             root.set_reshard_after_forward(True)
             root.set_reshard_after_forward(False, recurse=False)
 
-    return Engine(model, micro_batch, whole, world)
+    return Engine(model, micro_batch, whole, world, with_zeros.switch)
+
+
+class _WithZeros:
+    """A forward hook by which a block gives each of its parameters a gradient, of zeros where it was not used.
+
+    Shards of gradients are summed for those that have one; where only some processes had, the sums would not match.
+    """
+
+    def __init__(self, ignored: Collection[nn.Parameter]) -> None:
+        self._ignored, self._is_on = {id(parameter) for parameter in ignored}, False
+
+    def switch(self, is_on: bool) -> None:
+        self._is_on = is_on
+
+    def __call__(self, module: nn.Module, given: Any, found: Any) -> Any:
+        if not self._is_on or not torch.is_grad_enabled():
+            return found
+        used = [each for each in module.parameters() if each.requires_grad and id(each) not in self._ignored]
+        hidden_btd, state = found
+        return _Used.apply(hidden_btd, *used), state  # type: ignore[no-untyped-call]
+
+
+class _Used(torch.autograd.Function):
+    """``apply(hidden_btd, *parameters)``: the hidden vectors, and a gradient of zeros for the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_btd: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
+        return hidden_btd.view_as(hidden_btd)
+
+    @staticmethod
+    def backward(ctx: Any, d_hidden_btd: Tensor) -> tuple[Tensor, ...]:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+        return d_hidden_btd, *zeros
 
 
 def _with_own_bytes(found: Any) -> Any:

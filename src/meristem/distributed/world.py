@@ -112,6 +112,15 @@ class World:
             dist.all_gather_single(every, tensor.reshape(-1).contiguous())
         return [each.view(tensor.shape) for each in every.split(tensor.numel())]
 
+    def all_gather_bytes(self, own: bytes, kind: str) -> list[bytes]:
+        """The bytes of every process, by rank, of any lengths."""
+        if self.size == 1:
+            return [own]
+        lengths = [int(each) for (each,) in self.all_gather_numbers([len(own)])]
+        padded = torch.frombuffer(bytearray(own.ljust(max(lengths), b"\0")), dtype=torch.uint8)
+        every = self.all_gather(padded, kind)
+        return [each[:length].numpy().tobytes() for each, length in zip(every, lengths, strict=True)]
+
     def all_gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         """The numbers of every process, by rank: a few of the host's, as seconds and wishes. A tensor is not read."""
         if self.size == 1:

@@ -1,7 +1,7 @@
 """How well a model predicts held-out text, in sums that can be added up."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
@@ -9,10 +9,10 @@ from operator import add
 import torch
 
 from meristem.data.corpus import Corpus
-from meristem.data.stream import Batch, held_out
+from meristem.data.stream import Batch, held_out, held_out_documents
 from meristem.device.resolve import Device
 from meristem.device.room import cut_to_fit, empty_cache
-from meristem.memory.state import State
+from meristem.memory.state import State, join_rows, take_rows
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits and targets to the nats of all targets together: ``train.loss.cross_entropy``, handed in by the recipe."""
@@ -70,23 +70,55 @@ def likelihood(
     Where the device has no room for ``batch`` windows, fewer are read at a time from then on; OutOfDeviceBytes where
     one does not fit.
     """
-    found, n_pieces = [], 1
+    return _read(reader, held_out(corpus, split, window=window, batch=batch, max_windows=max_windows), device, loss)
 
-    def read(held: Batch, n_pieces: int) -> tuple[float, int]:
-        """The nats of a batch that is read in so many parts, and their number."""
-        nats = 0.0
-        n_cuts = min(n_pieces, len(held.tokens_bt))
-        for rows in zip(held.tokens_bt.tensor_split(n_cuts), held.targets_bt.tensor_split(n_cuts), strict=True):
-            tokens_bt, targets_bt = device.move(*rows)
+
+@torch.no_grad()
+def carried_likelihood(
+    reader: Reader,
+    corpus: Corpus,
+    split: str,
+    *,
+    window: int,
+    batch: int,
+    max_windows: int | None,
+    device: Device,
+    loss: Loss,
+) -> Likelihood:
+    """The same where the memory is carried through each document, from sequence to sequence, and begins it afresh.
+
+    ``batch`` documents are read at once, each in a row of its own, so that any reader can be measured.
+    max_windows: read documents, evenly spread, of no more tokens than these; None reads all.
+    """
+    return _read(
+        reader, held_out_documents(corpus, split, window=window, batch=batch, max_windows=max_windows), device, loss
+    )
+
+
+def _read(reader: Reader, batches: Iterable[Batch], device: Device, loss: Loss) -> Likelihood:
+    """The likelihood of all batches; the state is carried on where a batch does not start."""
+    found: list[Likelihood] = []
+    n_pieces, state = 1, None
+
+    def read(held: Batch, before: State | None, n_pieces: int) -> tuple[float, State, int]:
+        """The nats of a batch that is read in so many parts, the state after it, and the number of parts."""
+        nats, states, n_rows = 0.0, [], len(held.tokens_bt)
+        n_cuts = min(n_pieces, n_rows)
+        edges = [n_rows * cut // n_cuts for cut in range(n_cuts + 1)]
+        for start, stop in zip(edges, edges[1:], strict=False):
+            rows = held.take_rows(start, stop)
+            tokens_bt, targets_bt = device.move(rows.tokens_bt, rows.targets_bt)
+            own = before if before is None or n_cuts == 1 else take_rows(before, start, stop)
             with device.autocast():
-                logits_bto, _ = reader(tokens_bt, None)
+                logits_bto, after = reader(tokens_bt, own)
             nats += float(loss(logits_bto, targets_bt))
-        return nats, n_pieces
+            states.append(after)
+        return nats, states[0] if n_cuts == 1 else join_rows(states), n_pieces
 
-    for held in held_out(corpus, split, window=window, batch=batch, max_windows=max_windows):
-        nats, n_pieces = cut_to_fit(
+    for held in batches:
+        nats, state, n_pieces = cut_to_fit(
             "an evaluation of one row",
-            partial(read, held),
+            partial(read, held, None if held.starts else state),
             n_pieces,
             most=len(held.tokens_bt),
             release=partial(empty_cache, device.device),

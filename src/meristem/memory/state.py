@@ -35,6 +35,11 @@ def detach(state: State) -> State:
     return map_tensors(torch.Tensor.detach, state)
 
 
+def move(state: State, device: torch.device) -> State:
+    """A copy on a device; what counts for each row stays on the host, where it is read."""
+    return map_tensors(lambda tensor: tensor.to("cpu" if _is_count(tensor) else device, copy=True), state)
+
+
 def clone(state: State) -> State:
     """A copy that shares no storage and no graph with ``state``."""
     return map_tensors(lambda tensor: tensor.detach().clone(), state)

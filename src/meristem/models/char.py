@@ -14,6 +14,7 @@ from meristem.models.init import seeded
 from meristem.models.validate import check_tokens
 from meristem.nn.attention import Attention
 from meristem.nn.config import MemoryConfig
+from meristem.nn.documents import Mask, documents_in, read_documents
 from meristem.nn.mlp import Feedforward
 from meristem.nn.recurrent import RecurrentStack, elman_stack, gru_stack
 from meristem.shapes import Hidden, Logits, Tokens
@@ -53,9 +54,18 @@ class CharFormer(nn.Module):
             self.blocks.append(block)
         self.norm = nn.LayerNorm(model.dim) if model.order == "pre" else nn.Identity()
 
-    @rows_apart
-    def forward(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
+    def forward(
+        self, tokens_bt: Tokens, state: State | None = None, reset_mask_bt: Mask | None = None
+    ) -> tuple[Logits, State]:
+        """reset_mask_bt: ``(b, t)``, True where a document begins, which is read by itself."""
         check_tokens(tokens_bt, self.window)
+        documents = documents_in(tokens_bt, state, reset_mask_bt)
+        if documents is None:
+            return self._read_on(tokens_bt, state)
+        return read_documents(self._read_on, tokens_bt, state, documents)
+
+    @rows_apart
+    def _read_on(self, tokens_bt: Tokens, state: State | None) -> tuple[Logits, State]:
         carried: dict[str, Any] = state or {"tokens_bt": tokens_bt[:, :0], "layer": {}}
         room = self.window - tokens_bt.shape[1]
         if carried["tokens_bt"].shape[1] > room:
@@ -120,9 +130,16 @@ class CharRecurrent(nn.Module):
         self.stack = stack
         self.head = nn.Linear(width, vocabulary)
 
-    def forward(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
+    def forward(
+        self, tokens_bt: Tokens, state: State | None = None, reset_mask_bt: Mask | None = None
+    ) -> tuple[Logits, State]:
+        """reset_mask_bt: ``(b, t)``, True where a document begins, which is read by itself."""
         check_tokens(tokens_bt)
-        hidden_btd, state = self.stack(self.embedding(tokens_bt), state)
+        hidden_btd, documents = self.embedding(tokens_bt), documents_in(tokens_bt, state, reset_mask_bt)
+        if documents is None:
+            hidden_btd, state = self.stack(hidden_btd, state)
+        else:
+            hidden_btd, state = read_documents(self.stack, hidden_btd, state, documents)
         return self.head(hidden_btd), state
 
 

@@ -18,6 +18,7 @@ from meristem.models.validate import check_tokens
 from meristem.nn.attention import Attention
 from meristem.nn.cms_mlp import CMSMLP, build_cms_mlp
 from meristem.nn.config import MemoryConfig
+from meristem.nn.documents import Documents, Mask, ReadsDocuments, documents_in, read_documents
 from meristem.nn.mac import MemoryAsContext
 from meristem.nn.mag import MemoryAsGate
 from meristem.nn.mal import MemoryAsLayer
@@ -107,7 +108,12 @@ class Block(nn.Module):
         self._draw_weights()
         self._shrink_outputs(1 / math.sqrt(2 * model.n_layers))
 
-    def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+    def forward(
+        self, hidden_btd: Hidden, state: State | None = None, documents: Documents | None = None
+    ) -> tuple[Hidden, State]:
+        """documents: how the rows are packed; None where they go on as they are."""
+        if documents is not None:
+            return self._read_documents(hidden_btd, state, documents)
         carried = None if state is None else {name: leaf for name, leaf in state.items() if name != "levels"}
         mixed_btd, after = self.mixer(self.mixer_norm(hidden_btd), carried)
         hidden_btd = hidden_btd + mixed_btd
@@ -115,6 +121,23 @@ class Block(nn.Module):
             return hidden_btd + self.mlp(self.mlp_norm(hidden_btd)), after
         added_btd, levels = self.mlp(hidden_btd, None if state is None else state.get("levels"))
         return hidden_btd + added_btd, after | ({"levels": levels} if levels else {})
+
+    @torch.compiler.disable
+    def _read_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Hidden, State]:
+        """A mixer that has no way of its own reads document by document. Not compiled: each window is cut otherwise."""
+        carried = None if state is None else {name: leaf for name, leaf in state.items() if name != "levels"}
+        normed_btd = self.mixer_norm(hidden_btd)
+        if isinstance(self.mixer, ReadsDocuments):
+            mixed_btd, after = self.mixer.forward_documents(normed_btd, carried, documents)
+        else:
+            mixed_btd, after = read_documents(self.mixer, normed_btd, carried, documents)
+        hidden_btd = hidden_btd + mixed_btd
+        if self.mlp_norm is not None:
+            return hidden_btd + self.mlp(self.mlp_norm(hidden_btd)), after
+        if not isinstance(self.mlp, CMSMLP) or not self.mlp.is_carrying:
+            return hidden_btd + self.mlp(hidden_btd)[0], after
+        added_btd, levels = read_documents(self.mlp, hidden_btd, None if state is None else state["levels"], documents)
+        return hidden_btd + added_btd, after | {"levels": levels}
 
     def _draw_weights(self) -> None:
         """Every projection keeps the size of what it is given."""
@@ -167,15 +190,24 @@ class LM(nn.Module):
             self.join = None if model.aggregate == "stack" else JOINS[model.aggregate](model.dim, model.n_layers)
         self.norm = RMSNorm(model.dim)
 
-    def forward(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
+    def forward(
+        self, tokens_bt: Tokens, state: State | None = None, reset_mask_bt: Mask | None = None
+    ) -> tuple[Logits, State]:
+        """The logits of every token, and the state after the sequence; None begins one.
+
+        reset_mask_bt: ``(b, t)``, True where a document begins: it reads as if it stood alone, from a fresh state.
+            Best on the host, where it is read. Raises ShapeError where it does not fit the tokens.
+        """
         check_tokens(tokens_bt)
+        documents = documents_in(tokens_bt, state, reset_mask_bt)
+        packing = () if documents is None else (documents,)
         carried: dict[str, Any] = state or {"layer": {}}
         after: State = {}
         hidden_btd = embedded_btd = self.embedding(tokens_bt)
         beside: list[Hidden] = []
         for layer, block in enumerate(self.blocks):
             seen_btd = hidden_btd if self.join is None else embedded_btd
-            hidden_btd, after[str(layer)] = block(seen_btd, carried["layer"].get(str(layer)))
+            hidden_btd, after[str(layer)] = block(seen_btd, carried["layer"].get(str(layer)), *packing)
             beside.append(hidden_btd)
         if self.join is not None:
             hidden_btd = self.join(torch.stack(beside))

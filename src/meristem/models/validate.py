@@ -1,9 +1,11 @@
 """What a model checks before it reads."""
 
-import torch
-from torch import Tensor
+import inspect
 
-from meristem.errors import ShapeError
+import torch
+from torch import Tensor, nn
+
+from meristem.errors import CapabilityError, ShapeError
 
 
 def check_tokens(tokens: Tensor, window: int | None = None) -> None:
@@ -23,4 +25,16 @@ def check_tokens(tokens: Tensor, window: int | None = None) -> None:
             f"Pass the last {window}, or build it with a larger model.max_seq_len.",
             found=shape[1],
             expected=window,
+        )
+
+
+def require_resets(model: nn.Module) -> None:
+    """Raises CapabilityError where a model, as one of a plugin may, cannot be told where documents begin."""
+    takes = inspect.signature(model.forward).parameters
+    if "reset_mask_bt" not in takes:
+        raise CapabilityError(
+            f"{type(model).__name__} reads ({', '.join(takes)}) and takes no reset_mask_bt, which data.order=documents "
+            "hands it to say where documents begin. Give its forward that argument, or set data.order=shuffled.",
+            operation="reset",
+            reason="no reset_mask_bt",
         )

@@ -7,11 +7,12 @@ from typing import ClassVar, Final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from meristem.errors import WrongValue
-from meristem.memory.state import Memory, rows_apart
+from meristem.memory.state import LENGTHS, Memory, State, rows_apart
+from meristem.nn.documents import Documents
 from meristem.shapes import Hidden, Keys, Queries, Values
 
 BLOCK: Final = 64
@@ -21,6 +22,7 @@ ROTATION_BASE: Final = 10_000.0
 
 PastKeys = Float[Tensor, "b s h k"]
 PastValues = Float[Tensor, "b s h v"]
+Firsts = Int[Tensor, "b t"]
 Turns = tuple[Float[Tensor, "s 1 k"], Float[Tensor, "s 1 k"]]
 """Cosines and sines, the latter with the sign of the channel that they bring in."""
 
@@ -64,6 +66,39 @@ class Attention(nn.Module):
         """What the heads gathered, side by side, before it is projected back: where a gate can act."""
         return self._gather(self.qkv(hidden_btd), state)
 
+    def forward_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Hidden, State]:
+        """The same of packed documents, of which each token sees its own."""
+        mixed_btd, state = self.mix_documents(hidden_btd, state, documents)
+        return self.out(mixed_btd), state
+
+    def mix_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Hidden, State]:
+        """``mix`` of packed documents: a mask hides from each token the keys that are not of its document."""
+        query_bthk, keys_bshk, values_bshv = self.project(hidden_btd)
+        n_before, n_rows = 0, len(hidden_btd)
+        here_b = torch.zeros(n_rows, dtype=torch.int64)
+        if state is not None:
+            n_before = state["keys_bshk"].shape[1]
+            here_b = state.get(f"{LENGTHS}keys_bshk", here_b + n_before)
+            keys_bshk = torch.cat([state["keys_bshk"], keys_bshk], dim=1)
+            values_bshv = torch.cat([state["values_bshv"], values_bshv], dim=1)
+        starts_bt = documents.starts_bt
+        first_bt = n_before + torch.where(starts_bt < 0, -here_b[:, None], starts_bt)
+        query_bthk = query_bthk / math.sqrt(query_bthk.shape[-1])
+        mixed_bthv = self._mix(query_bthk, keys_bshk, values_bshv, first_bt.to(hidden_btd.device))
+        n_read_b = keys_bshk.shape[1] - first_bt[:, -1]
+        return mixed_bthv.flatten(2), self._rings(keys_bshk, values_bshv, n_read_b)
+
+    def _rings(self, keys_bshk: PastKeys, values_bshv: PastValues, n_read_b: Tensor) -> State:
+        """The state where row b has read ``n_read_b`` keys of its document; rows that differ as in ``memory.state``."""
+        held_b = n_read_b if self.span is None else n_read_b.clamp(max=self.span - 1)
+        longest, n_read = int(held_b.max()), keys_bshk.shape[1]
+        last = {"keys_bshk": keys_bshk[:, n_read - longest :], "values_bshv": values_bshv[:, n_read - longest :]}
+        if int(held_b.min()) == longest:
+            return {name: leaf.clone() for name, leaf in last.items()}
+        is_held_bs = (torch.arange(longest) >= longest - held_b[:, None]).to(keys_bshk.device)
+        state: State = {name: torch.where(is_held_bs[:, :, None, None], leaf, 0) for name, leaf in last.items()}
+        return state | {LENGTHS + name: held_b for name in last}
+
     @rows_apart
     def _gather(self, vectors_btf: Float[Tensor, "b t f"], state: Memory | None) -> tuple[Hidden, Memory]:
         query_bthk, keys_bshk, values_bshv = vectors_btf.unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -85,7 +120,9 @@ class Attention(nn.Module):
             return keys_bshk
         return keys_bshk[:, max(0, keys_bshk.shape[1] - self.span + 1) :].clone()
 
-    def _mix(self, query_bthk: Queries, keys_bshk: PastKeys, values_bshv: PastValues) -> Values:
+    def _mix(
+        self, query_bthk: Queries, keys_bshk: PastKeys, values_bshv: PastValues, first_bt: Firsts | None = None
+    ) -> Values:
         still_bthk, n_read = query_bthk, keys_bshk.shape[1]
         if self.rope:
             cos_shk, sin_shk = rope_angles(keys_bshk)
@@ -93,7 +130,7 @@ class Attention(nn.Module):
             query_bthk = apply_rope(query_bthk, (cos_shk[first:], sin_shk[first:]))
             keys_bshk = apply_rope(keys_bshk, (cos_shk, sin_shk))
         if self.persistent_gd is None:
-            return windowed(query_bthk, keys_bshk, values_bshv, self.span)
+            return windowed(query_bthk, keys_bshk, values_bshv, self.span, first_bt=first_bt)
         _, pinned_bghk, pinned_bghv = self.project(self.persistent_gd[None])
         pinned_ghk, pinned_ghv = pinned_bghk[0], pinned_bghv[0]
         if self.rope:
@@ -102,7 +139,8 @@ class Attention(nn.Module):
             keys_bshk = F.pad(keys_bshk, (0, len(pinned_ghk)))
             one_gg = torch.eye(len(pinned_ghk), dtype=keys_bshk.dtype, device=keys_bshk.device)
             pinned_ghk = F.pad(one_gg, (pinned_ghk.shape[-1], 0))[:, None].expand(-1, self.heads, -1)
-        return windowed(query_bthk, keys_bshk, values_bshv, self.span, pinned=(pinned_ghk, pinned_ghv))
+        pinned = pinned_ghk, pinned_ghv
+        return windowed(query_bthk, keys_bshk, values_bshv, self.span, pinned=pinned, first_bt=first_bt)
 
 
 def windowed(
@@ -110,7 +148,9 @@ def windowed(
     keys_bshk: PastKeys,
     values_bshv: PastValues,
     span: int | None,
+    *,
     pinned: tuple[Tensor, Tensor] | None = None,
+    first_bt: Firsts | None = None,
 ) -> Values:
     """Each query sees ``span`` keys, the last of them its own; work and memory grow linearly with t.
 
@@ -121,10 +161,11 @@ def windowed(
     fresh unbounded attention, and one token alone.
 
     pinned: keys_ghk and values_ghv that every query sees besides.
+    first_bt: the first key that each query may see, by its place among the keys.
     """
     n_time, n_read = query_bthk.shape[1], keys_bshk.shape[1]
     is_fresh, is_last = span is None and n_time == n_read, n_time == 1 and n_read <= (span or n_read)
-    if pinned is None and (is_fresh or is_last):
+    if pinned is None and first_bt is None and (is_fresh or is_last):
         query_bhtk, keys_bhsk, values_bhsv = (x.transpose(1, 2) for x in (query_bthk, keys_bshk, values_bshv))
         is_causal = n_time > 1
         mixed_bhtv = F.scaled_dot_product_attention(query_bhtk, keys_bhsk, values_bhsv, is_causal=is_causal, scale=1.0)
@@ -134,8 +175,11 @@ def windowed(
     blocks = _Blocks(n_time=n_time, n_before=n_read - n_time, span=span, width=width)
     pinned_ghk, pinned_ghv = pinned or (None, None)
     score_bhncs = blocks.cut(query_bthk) @ blocks.gather(keys_bshk, pinned_ghk).transpose(-1, -2)
-    if n_time > 1:
-        score_bhncs = score_bhncs.add_(blocks.mask_ncs(score_bhncs, 0 if pinned_ghk is None else len(pinned_ghk)))
+    n_pinned = 0 if pinned_ghk is None else len(pinned_ghk)
+    if first_bt is not None:
+        score_bhncs = score_bhncs.masked_fill_(blocks.is_hidden_bncs(first_bt, n_pinned)[:, None], -math.inf)
+    elif n_time > 1:
+        score_bhncs = score_bhncs.add_(blocks.mask_ncs(score_bhncs, n_pinned))
     return blocks.join(score_bhncs.softmax(-1) @ blocks.gather(values_bshv, pinned_ghv))
 
 
@@ -185,14 +229,25 @@ class _Blocks:
 
     def mask_ncs(self, score: Tensor, n_pinned: int) -> Tensor:
         """0 where query c of block n may see key s, else -inf: for later keys, keys outside the window, and padding."""
-        now_c = torch.arange(self.width, device=score.device)
-        then_s = torch.arange(-self.reach, self.width, device=score.device)
-        start_n = torch.arange(0, self.n_blocks * self.width, self.width, device=score.device)
-        age_cs = now_c[:, None] - then_s
-        is_outside_cs = (age_cs < 0) | (age_cs >= self.span)
-        is_absent_ns = start_n[:, None] + then_s < -self.n_before
-        is_hidden_ncs = F.pad(is_outside_cs | is_absent_ns[:, None], (n_pinned, 0))
+        is_outside_cs, place_ns = self._places(score.device)
+        is_hidden_ncs = F.pad(is_outside_cs | (place_ns < 0)[:, None], (n_pinned, 0))
         return torch.zeros_like(is_hidden_ncs, dtype=score.dtype).masked_fill_(is_hidden_ncs, -math.inf)
+
+    def is_hidden_bncs(self, first_bt: Tensor, n_pinned: int) -> Tensor:
+        """True where query c of block n may not see key s: as in ``mask_ncs``, and before the first key it may see."""
+        is_outside_cs, place_ns = self._places(first_bt.device)
+        # Queries that fill up the last block see what they like.
+        first_bnc = F.pad(first_bt, (0, self.n_blocks * self.width - self.n_time)).unflatten(1, (-1, self.width))
+        is_before_bncs = place_ns[:, None] < first_bnc[..., None]
+        return F.pad(is_outside_cs | (place_ns < 0)[:, None] | is_before_bncs, (n_pinned, 0))
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Whether key s of a block is outside the window of its query c, and which of all keys it is in block n."""
+        now_c = torch.arange(self.width, device=device)
+        then_s = torch.arange(-self.reach, self.width, device=device)
+        start_n = torch.arange(0, self.n_blocks * self.width, self.width, device=device)
+        age_cs = now_c[:, None] - then_s
+        return (age_cs < 0) | (age_cs >= self.span), start_n[:, None] + then_s + self.n_before
 
     def _pad(self, keys_bshk: Tensor, *, front: int) -> Tensor:
         back = self.n_blocks * self.width - self.n_time

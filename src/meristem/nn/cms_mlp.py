@@ -52,9 +52,14 @@ class CMSMLP(nn.Module):
         """The last projection of every level."""
         return [cast(nn.Linear, level.feedforward.out) for _, level in self._ordered()]
 
+    @property
+    def is_carrying(self) -> bool:
+        """Whether a level reads means of tokens, so that there is a state."""
+        return self.config.tokens != "each"
+
     def init_state(self, hidden_btd: Hidden) -> State:
         """The state of a reader that has read nothing; ``hidden_btd`` gives batch, dtype and device."""
-        if self.config.tokens == "each":
+        if not self.is_carrying:
             return {}
         batch, _, width = hidden_btd.shape
         zeros_bd = hidden_btd.new_zeros(batch, width, dtype=wide(hidden_btd.dtype))

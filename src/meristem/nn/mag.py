@@ -6,7 +6,8 @@ from meristem.memory.state import State
 from meristem.nn.attention import Attention
 from meristem.nn.combine import COMBINATIONS
 from meristem.nn.config import MemoryConfig
-from meristem.nn.memory import build_memory, initial_state
+from meristem.nn.documents import Documents, read_documents
+from meristem.nn.memory import begun_with, build_memory, initial_state
 from meristem.shapes import Hidden
 
 
@@ -37,5 +38,14 @@ class MemoryAsGate(nn.Module):
         attended_btd, attention = self.attention.mix(hidden_btd, state["attention"])
         read = self.recall if self.is_writing else self.recall.forward_frozen
         recalled_btd, recall = read(hidden_btd, state["recall"])
+        combined_btd = self.combine(attended_btd, recalled_btd, hidden_btd)
+        return self.out(combined_btd), {"attention": attention, "recall": recall}
+
+    def forward_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Hidden, State]:
+        """The same of packed documents: attention hides the others by a mask, the memory reads each by itself."""
+        before = state or {"attention": None, "recall": None}
+        attended_btd, attention = self.attention.mix_documents(hidden_btd, before["attention"], documents)
+        read = begun_with(self.recall, self.attention.persistent_gd, is_writing=self.is_writing)
+        recalled_btd, recall = read_documents(read, hidden_btd, before["recall"], documents)
         combined_btd = self.combine(attended_btd, recalled_btd, hidden_btd)
         return self.out(combined_btd), {"attention": attention, "recall": recall}

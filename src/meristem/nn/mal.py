@@ -5,6 +5,7 @@ from torch import nn
 from meristem.memory.state import State
 from meristem.nn.attention import Attention
 from meristem.nn.config import MemoryConfig
+from meristem.nn.documents import Documents
 from meristem.nn.memory import MemoryLayer, build_memory, initial_state
 from meristem.shapes import Hidden
 
@@ -34,4 +35,13 @@ class MemoryAsLayer(nn.Module):
         read_btd, recall = self.memory(hidden_btd, state["recall"])
         layered_btd = read_btd + hidden_btd if self.is_residual else read_btd
         mixed_btd, attention = self.attention(layered_btd, state["attention"])
+        return mixed_btd, {"recall": recall, "attention": attention}
+
+    def forward_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Hidden, State]:
+        """The same of packed documents: the memory reads each by itself, attention hides the others by a mask."""
+        before = state or {"recall": None, "attention": None}
+        persistent_gd = self.attention.persistent_gd
+        read_btd, recall = self.memory.read_documents(hidden_btd, before["recall"], documents, persistent_gd)
+        layered_btd = read_btd + hidden_btd if self.is_residual else read_btd
+        mixed_btd, attention = self.attention.forward_documents(layered_btd, before["attention"], documents)
         return mixed_btd, {"recall": recall, "attention": attention}

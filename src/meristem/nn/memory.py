@@ -11,6 +11,7 @@ from meristem.linalg import precise
 from meristem.memory.state import State
 from meristem.nn.cms_memory import CMSMemory
 from meristem.nn.config import MemoryConfig
+from meristem.nn.documents import Documents, Read, read_documents
 from meristem.nn.memory_cache import MemoryCache, with_cache
 from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.norm import RMSNorm, inverse_size
@@ -42,6 +43,18 @@ def initial_state(recall: nn.Module, persistent_gd: Float[Tensor, "g d"] | None,
     return met
 
 
+def begun_with(recall: Any, persistent_gd: Float[Tensor, "g d"] | None, *, is_writing: bool) -> Read:
+    """``recall``, or what it reads unwritten, as a function that begins after the persistent vectors."""
+    forward = recall if is_writing else recall.forward_frozen
+
+    def read(hidden_btd: Hidden, state: State | None) -> tuple[Hidden, State]:
+        state = initial_state(recall, persistent_gd, hidden_btd) if state is None else state
+        found: tuple[Hidden, State] = forward(hidden_btd, state)
+        return found
+
+    return read
+
+
 class MemoryLayer(nn.Module):
     """Memory alone as a mixer: what is recalled, normalised per head, gated and projected (memory.md 5.1)."""
 
@@ -62,8 +75,28 @@ class MemoryLayer(nn.Module):
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         recall = self.recall if self.is_writing else self.recall.forward_frozen
         recalled_btd, state = recall(hidden_btd, state)
+        return self._gated(recalled_btd, hidden_btd), state
+
+    def forward_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Hidden, State]:
+        """The same of packed documents, each of which the memory reads by itself."""
+        return self.read_documents(hidden_btd, state, documents, None)
+
+    def read_documents(
+        self,
+        hidden_btd: Hidden,
+        state: State | None,
+        documents: Documents,
+        persistent_gd: Float[Tensor, "g d"] | None,
+    ) -> tuple[Hidden, State]:
+        """``forward_documents`` of a memory that every document finds with the persistent vectors written into it."""
+        read = begun_with(self.recall, persistent_gd, is_writing=self.is_writing)
+        recalled_btd, state = read_documents(read, hidden_btd, state, documents)
+        return self._gated(recalled_btd, hidden_btd), state
+
+    def _gated(self, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
         gain_k = self.norm.gain_d.to(recalled_btd.dtype)
-        return self.out(GatedNorm.apply(recalled_btd, self.gate(hidden_btd), gain_k, self.norm.eps)), state
+        gated_btd: Hidden = self.out(GatedNorm.apply(recalled_btd, self.gate(hidden_btd), gain_k, self.norm.eps))
+        return gated_btd
 
 
 class GatedNorm(torch.autograd.Function):

@@ -18,7 +18,7 @@ from meristem.memory.structure import Live
 from meristem.nn.config import MemoryConfig
 from meristem.nn.conv import CausalConv
 from meristem.nn.decode import can_decode, decode
-from meristem.nn.documents import Mask, read_documents
+from meristem.nn.documents import Documents, Mask, read_documents
 from meristem.nn.gates import GateMap
 from meristem.nn.precision import KeepsFloat32
 from meristem.nn.rule import rule_of
@@ -173,8 +173,8 @@ class NeuralMemory(nn.Module):
             )
         if reset_mask is None and padding_mask is None:
             return self._read(hidden_btd, state)
-        masks = {"reset_mask_bt": reset_mask, "padding_mask_bt": padding_mask}
-        return read_documents(self._read, self.init_state, hidden_btd, state, **masks)
+        documents = Documents.packed(hidden_btd, reset_mask_bt=reset_mask, padding_mask_bt=padding_mask)
+        return read_documents(self._read, hidden_btd, state, documents, self.init_state)
 
     @rows_apart
     def _read(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:

@@ -22,6 +22,7 @@ from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.evaluate.report import Sample
 from meristem.events import Event
 from meristem.models.load import topology_of
+from meristem.models.validate import require_resets
 from meristem.optim.schedule import rate_factor
 from meristem.recipes.plan.report import PlanReport
 from meristem.runs.config import Config
@@ -150,6 +151,8 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
         checkpoint=checkpoint,
     )
     world.require_same({"weights": lambda: weights})
+    if config.data.order == "documents":
+        require_resets(state.model)
     if config.aggregate.how != "mean":
         keep_graphs()
     return Job(config, device, corpus, stream, state)

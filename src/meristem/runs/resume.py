@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors.torch import load as deserialize
+from safetensors.torch import save as serialize
 from torch import nn
 
 from meristem.checkpoint import migrate, prune, store
@@ -14,6 +16,7 @@ from meristem.checkpoint import run as runs
 from meristem.checkpoint.snapshots import copy_into
 from meristem.checkpoint.store import Checkpoint
 from meristem.config import fingerprint, leaves
+from meristem.data.config import CARRIED
 from meristem.data.corpus import Corpus
 from meristem.data.stream import Cursor, Stream
 from meristem.data.tokenizer import Tokenizer, tokenizer_from_bytes
@@ -25,7 +28,7 @@ from meristem.distributed.shards import as_part_of, is_part, local_by_name, whol
 from meristem.distributed.world import World
 from meristem.errors import CheckpointMismatch, NoCheckpoint, TokenizerMismatch
 from meristem.events import Emit, Event
-from meristem.memory.state import State, as_tensors, flatten, from_tensors, join_rows, map_tensors, take_rows
+from meristem.memory.state import State, as_tensors, from_tensors, join_rows, move, take_rows
 from meristem.models.load import of_today, put_weights
 from meristem.models.topology import to_json
 from meristem.optim import state as optim_state
@@ -195,7 +198,7 @@ def _unsound(checkpoint: Checkpoint) -> str | None:
 def contents(job: Job, safety: Safety, probe_nats: float) -> Contents:
     """Everything that the future of this process depends on; tensors are those in use, and not copies."""
     progress = job.state.progress
-    memory = as_tensors(progress.memory or {}) if job.config.data.order == "sequential" else {}
+    memory = as_tensors(progress.memory or {}) if job.config.data.order in CARRIED else {}
     random_values, random_tensors = random_state(job.device.device)
     trees: dict[str, Mapping[str, torch.Tensor]] = {
         "model": local_by_name(job.model.state_dict()),
@@ -232,13 +235,10 @@ def gathered(job: Job, saved: Contents) -> Contents:
             full = ((name, whole(tensor)) for name, tensor in tensors.items())
             trees[tree] = {name: tensor.to("cpu", copy=True) for name, tensor in full if world.is_first}
     if "memory" in trees:
-        gathered_rows = {
-            name: world.all_gather(leaf, "memory")
-            for name, leaf in flatten(job.state.progress.memory or {}).items()
-            if isinstance(leaf, torch.Tensor)
-        }
-        each: list[State] = [{name: rows[rank] for name, rows in gathered_rows.items()} for rank in range(world.size)]
-        trees["memory"] = {**trees["memory"], **as_tensors(join_rows(each))}
+        # As bytes: rows that stand at other places in their documents have leaves of other shapes.
+        own = serialize({name: leaf.to("cpu", copy=True).contiguous() for name, leaf in trees["memory"].items()})
+        each = [from_tensors(deserialize(saved_rows)) for saved_rows in world.all_gather_bytes(own, "memory")]
+        trees["memory"] = as_tensors(join_rows(each))
     return replace(saved, trees=trees)
 
 
@@ -321,7 +321,7 @@ def restore(job: Job, saved: Contents, emit: Emit) -> Safety:
     memory: State | None = None
     if "memory" in saved.trees:
         found = from_tensors(saved.trees["memory"])
-        memory = of_today(job.model, map_tensors(lambda tensor: tensor.to(job.device.device, copy=True), found))
+        memory = of_today(job.model, move(found, job.device.device))
     progress = Progress.from_json(saved.values["progress"], cursor, memory)
     job.state = replace(job.state, progress=progress)
     return Safety.from_json(saved.values.get("safety", {}))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from meristem.checkpoint.store import Checkpoint
+from meristem.data.config import CARRIED
 from meristem.device.compile import compile_blocks
 from meristem.device.resolve import Device
 from meristem.device.room import room_for
@@ -74,7 +75,7 @@ def trainable(
         device=device.device,
         slow=[parameter for period, level in levels(model).items() if period > 1 for parameter in level],
         # A memory that is carried on gives no gradient to what it began from.
-        leaves_out=config.data.order == "sequential",
+        leaves_out=config.data.order in CARRIED,
     )
     optimizer = build_optimizer(model, config.optim)
     optimizer.loss_scale = LossScale(device.device) if device.dtype == torch.float16 else None

@@ -1,6 +1,6 @@
 """From the batches of a step to gradients, in as few pieces as the device has room for."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -97,6 +97,10 @@ def _attempt(
     """The loss, the memory, and by objective the gradients that are still to be settled."""
     n_ranks = engine.world.size
     n_targets = max(1, n_ranks * sum(batch.n_targets for batch in batches))
+    masks = [batch.reset_mask_bt for batch in batches if batch.reset_mask_bt is not None]
+    if masks and n_ranks > 1:
+        # A row that begins a document uses what a memory begins from; a process whose rows all go on does not.
+        engine.use_all(engine.world.any(any(bool(mask_bt.any()) for mask_bt in masks)))
     told = []
     gathered: dict[str, list[torch.Tensor | None]] = {}
     for batch in batches:
@@ -105,8 +109,7 @@ def _attempt(
         cuts = _cuts(batch.tokens_bt.shape[0], n_micro_batches)
         for start, stop in cuts:
             share = (stop - start) / batch.tokens_bt.shape[0] / len(batches) / n_ranks
-            part = replace(batch, tokens_bt=batch.tokens_bt[start:stop], targets_bt=batch.targets_bt[start:stop])
-            own = before and take_rows(before, start, stop)
+            part, own = batch.take_rows(start, stop), before and take_rows(before, start, stop)
             is_last = batch is batches[-1] and (start, stop) == cuts[-1]
             with engine.micro_batch(is_last):
                 losses, state = _read(engine.model, part, own, device, n_targets, share)
@@ -144,7 +147,9 @@ def _read(
     """What some rows cost by objective, and their memory. share: of the step's rows."""
     tokens_bt, targets_bt = device.move(batch.tokens_bt, batch.targets_bt)
     with record_function("forward"), device.autocast():
-        logits_bto, memory = model(tokens_bt, memory)
+        # Read on the host, and so not moved.
+        resets = {} if batch.reset_mask_bt is None else {"reset_mask_bt": batch.reset_mask_bt}
+        logits_bto, memory = model(tokens_bt, memory, **resets)
     losses = {"text": cross_entropy(logits_bto, targets_bt) / n_targets}
     own = auxiliary(memory)
     return losses if own is None else losses | {"layers": own * share}, memory

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from meristem.data.config import CARRIED
 from meristem.data.stream import Batch, Cursor
 from meristem.device.resolve import Device
 from meristem.memory.state import State, size_bytes
@@ -68,7 +69,7 @@ def train(config: Config, vocabulary: int, device: Device, *, batch: int, window
     Of accumulated batches two are made, for from the second on they are all alike.
     """
     accumulate = min(config.train.grad_accum_steps, 2)
-    stream = _Blank(batch, window, starts=config.data.order != "sequential")
+    stream = _Blank(batch, window, starts=config.data.order not in CARRIED)
     with _imagined(device) as ledger:
         ledger.stage("build")
         model = _model(config, vocabulary, device, ledger)

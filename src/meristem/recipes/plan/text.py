@@ -50,6 +50,7 @@ def look(config: Config) -> DataFigures | None:
     stride = data.stride or (1 if data.order == "random" else data.seq_len)
     n_covered = stream.n_windows * min(stride, data.seq_len) + max(0, data.seq_len - stride) + 1
     n_tokens = len(corpus.tokens("train"))
+    n_covered = n_tokens if data.order == "documents" else n_covered
     per_step = data.seq_len * data.batch_size * train.grad_accum_steps
     steps = train.steps if train.steps is not None else (train.tokens or 0) / per_step
     return DataFigures(
