@@ -123,12 +123,18 @@ def surprise(rule: Rule, weights: Memory, token: Token) -> Memory:
         # 2.7: the old value is erased along the key, beside the surprise.
         erased = torch.einsum("bhk,bhv->bhkv", token.key, times(token.key, weights["matrix_bhkv"]))
         return {name: gradient + erased for name, gradient in gradients.items()}
-    if rule.structure.kind != "mlp" or rule.retention.name in ("power_norm", "simplex"):
+    if is_linear(rule) or rule.retention.name in ("power_norm", "simplex", "sphere"):
         return gradients
     # 2.5: clipped at the norm over all weights, straight-through.
     square = sum(gradient.detach().square().sum(dim=(-2, -1), keepdim=True) for gradient in gradients.values())
     share = (LONGEST / square.sqrt()).clamp(max=1.0)
     return {name: share * gradient for name, gradient in gradients.items()}
+
+
+def is_linear(rule: Rule) -> bool:
+    """3.1: one matrix, one pair, a loss that is squared or linear, and plain decay."""
+    is_affine = rule.structure.kind == "matrix" and rule.span == 1 and rule.retention.name == "decay"
+    return is_affine and rule.bias.name in ("dot", "squared")
 
 
 def rate(rule: Rule, token: Token) -> Tensor:
@@ -140,8 +146,8 @@ def rate(rule: Rule, token: Token) -> Tensor:
 
 
 def retain(rule: Rule, token: Token) -> Tensor:
-    """Old memory does not fade under the sphere, nor where a leader is followed."""
-    keeps_all = rule.retention.name in ("sphere", "elastic_leader") or rule.update.name == "leader"
+    """Old memory does not fade under the sphere, nor where a leader is followed without a discount."""
+    keeps_all = rule.retention.name == "sphere" or (rule.update.name == "leader" and not rule.update.is_discounted)
     return torch.ones_like(token.retain) if keeps_all else token.retain
 
 

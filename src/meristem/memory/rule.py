@@ -47,7 +47,12 @@ class Rule:
 
     @property
     def has_retain(self) -> bool:
-        """Old memory fades; without it the retain gate does nothing."""
+        """Old memory fades; without it the retain factor of the gates does nothing."""
+        return self.has_retain_gate or self.update.is_discounted
+
+    @property
+    def has_retain_gate(self) -> bool:
+        """How fast old memory fades is learned; else it fades, if at all, only as ``memory.region`` asks."""
         return self.retention.has_retain and self.update.has_retain
 
     @property
@@ -64,9 +69,8 @@ class Rule:
 
     @property
     def is_limited(self) -> bool:
-        """No surprise is longer than LONGEST: nothing else bounds the memory of such a rule (``memory.region``)."""
-        is_curved = self.structure.kind == "mlp" or self.bias.name not in ("dot", "squared")
-        return is_curved and self.update.is_linear and not self.retention.is_mapped
+        """No surprise is longer than LONGEST: in its usual form nothing else bounds the memory (``memory.region``)."""
+        return not self.is_linear and not self.retention.is_bounding
 
     def init(self, batch: int, heads: int, key_width: int, value_width: int, *, like: Tensor | None = None) -> Memory:
         """A fresh memory: float32 on the CPU, or where ``like`` is; float64 if that is, and never narrower."""
