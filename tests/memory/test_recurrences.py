@@ -405,8 +405,8 @@ def test_a_form_limits_every_token_as_its_recurrence_does(name: str, form: str) 
             continue
         inputs = at_the_ends(window(rule, 7, batch=1, heads=2))
         far_bthv = inputs.values_bthv.clone()
-        far_bthv[:, torch.arange(7) % 3 > 0] *= 1e6
-        threshold_bth = None if inputs.gates.threshold_bth is None else 1e8 * inputs.gates.threshold_bth
+        far_bthv[:, torch.arange(7) % 3 > 0] *= 1e5
+        threshold_bth = None if inputs.gates.threshold_bth is None else 1e7 * inputs.gates.threshold_bth
         inputs = replace(inputs, values_bthv=far_bthv, gates=replace(inputs.gates, threshold_bth=threshold_bth))
         ways = [partial(outcome_of, rule, form=form, chunk=4), partial(by_token, rule, form=form, chunk=4)]
         compared(inputs, ways)

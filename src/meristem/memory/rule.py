@@ -150,15 +150,18 @@ def change_by(
 
 
 def limited(rule: Rule, surprise: Surprise) -> Surprise:
-    """Every pair's surprise at most LONGEST long: ``g min(1, LONGEST / |g|)``, ``|g|^2`` summed over all weights.
+    """Every pair's surprise at most LONGEST long: ``g min(1, LONGEST / |g|)``, g over all weights.
 
     A shorter one keeps its bits. Backwards the factor is a constant (memory.md 2.5).
     """
     if not rule.is_limited:
         return surprise
+    norm = torch.linalg.vector_norm
     with torch.no_grad():
-        squares = [torch.linalg.vecdot(a, a) * torch.linalg.vecdot(d, d) for a, d in surprise.values()]
-        share_bhc = sum(squares[1:], squares[0]).div_(LONGEST**2).clamp_min_(1.0).rsqrt_()
+        length_bhc, *others = (norm(a, dim=-1) * norm(d, dim=-1) for a, d in surprise.values())
+        for other_bhc in others:
+            length_bhc = torch.hypot(length_bhc, other_bhc)
+        share_bhc = LONGEST / length_bhc.clamp_min_(LONGEST)
     return {name: (rows, share_bhc[..., None] * gradient) for name, (rows, gradient) in surprise.items()}
 
 
