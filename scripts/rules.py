@@ -7,6 +7,7 @@ afresh. The tests fail when the page does not say what the catalogue says; figur
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -32,7 +33,9 @@ from meristem.memory.bias import biases
 from meristem.memory.features import features
 from meristem.memory.forms import accepting, forms
 from meristem.memory.named import rules
+from meristem.memory.region import FADE
 from meristem.memory.retention import retentions
+from meristem.memory.rule import LONGEST
 from meristem.memory.update import updates
 from meristem.models.build import build
 from meristem.models.config import ModelConfig
@@ -96,6 +99,13 @@ def head(found: dict[str, Any]) -> Iterator[str]:
         "trained model recalls, `meristem eval --suite recall` says; `meristem bench memory` measures the speeds again."
     )
     yield ""
+    yield (
+        "**Bounded** says how long a memory can become, for any unit keys, values up to `|v|` and gates that the gate "
+        f"layer can give: `e` is the fade of a write of rate 1, 2^{math.log2(FADE):.0f}, m the greatest momentum of "
+        f"the head, and LONGEST {LONGEST:,.0f}. `meristem.memory.region` proves it, and says what holds in forms that "
+        "are not exact."
+    )
+    yield ""
     yield "![Training tokens a second of every rule in every form](rules.png)"
 
 
@@ -137,6 +147,8 @@ def section(name: str, measured: dict[str, Any]) -> Iterator[str]:
     yield f"## {name}"
     yield ""
     yield said(rules.get(name))
+    yield ""
+    yield said(rules.get(name), paragraph=1)
     yield ""
     yield f"Paper: {papers(name)}."
     yield ""
@@ -182,9 +194,9 @@ def recalled(measured: dict[str, Any]) -> str:
     return f"{recall['accuracy']:.1%}" if recall["accuracy"] is not None else "diverged"
 
 
-def said(thing: Any) -> str:
-    """The docstring's first paragraph as Markdown on one line, fit for a cell of a table."""
-    text = " ".join((thing.__doc__ or "").strip().split("\n\n")[0].split())
+def said(thing: Any, paragraph: int = 0) -> str:
+    """A paragraph of the docstring as Markdown on one line, fit for a cell of a table."""
+    text = " ".join((thing.__doc__ or "").strip().split("\n\n")[paragraph].split())
     return text.replace("``", "`").replace("|", "\\|")
 
 

@@ -123,12 +123,18 @@ def surprise(rule: Rule, weights: Memory, token: Token) -> Memory:
         # 2.7: the old value is erased along the key, beside the surprise.
         erased = torch.einsum("bhk,bhv->bhkv", token.key, times(token.key, weights["matrix_bhkv"]))
         return {name: gradient + erased for name, gradient in gradients.items()}
-    if rule.structure.kind != "mlp" or rule.retention.name in ("power_norm", "simplex"):
+    if is_linear(rule) or rule.retention.name in ("power_norm", "simplex", "sphere"):
         return gradients
     # 2.5: clipped at the norm over all weights, straight-through.
     square = sum(gradient.detach().square().sum(dim=(-2, -1), keepdim=True) for gradient in gradients.values())
     share = (LONGEST / square.sqrt()).clamp(max=1.0)
     return {name: share * gradient for name, gradient in gradients.items()}
+
+
+def is_linear(rule: Rule) -> bool:
+    """3.1: one matrix, one pair, a loss that is squared or linear, and plain decay."""
+    is_affine = rule.structure.kind == "matrix" and rule.span == 1 and rule.retention.name == "decay"
+    return is_affine and rule.bias.name in ("dot", "squared")
 
 
 def rate(rule: Rule, token: Token) -> Tensor:
@@ -140,8 +146,8 @@ def rate(rule: Rule, token: Token) -> Tensor:
 
 
 def retain(rule: Rule, token: Token) -> Tensor:
-    """Old memory does not fade under the sphere, nor where a leader is followed."""
-    keeps_all = rule.retention.name in ("sphere", "elastic_leader") or rule.update.name == "leader"
+    """Old memory does not fade under the sphere, nor where a leader is followed without a discount."""
+    keeps_all = rule.retention.name == "sphere" or (rule.update.name == "leader" and not rule.update.is_discounted)
     return torch.ones_like(token.retain) if keeps_all else token.retain
 
 
@@ -399,8 +405,8 @@ def test_a_form_limits_every_token_as_its_recurrence_does(name: str, form: str) 
             continue
         inputs = at_the_ends(window(rule, 7, batch=1, heads=2))
         far_bthv = inputs.values_bthv.clone()
-        far_bthv[:, torch.arange(7) % 3 > 0] *= 1e6
-        threshold_bth = None if inputs.gates.threshold_bth is None else 1e8 * inputs.gates.threshold_bth
+        far_bthv[:, torch.arange(7) % 3 > 0] *= 1e5
+        threshold_bth = None if inputs.gates.threshold_bth is None else 1e7 * inputs.gates.threshold_bth
         inputs = replace(inputs, values_bthv=far_bthv, gates=replace(inputs.gates, threshold_bth=threshold_bth))
         ways = [partial(outcome_of, rule, form=form, chunk=4), partial(by_token, rule, form=form, chunk=4)]
         compared(inputs, ways)

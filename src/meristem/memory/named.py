@@ -6,7 +6,9 @@ section 4), or momenta orthogonalised together (Atlas 2505.23735, section 5.2). 
 declares none; ``titans`` does for its networks.
 
 Each says how large its memory can become, for any unit keys, values up to ``|v|`` and gates that the gate layer can
-give: ``e`` is the decay by a write of rate 1 and m the greatest momentum of the head (``memory.region``).
+give: ``e`` is the decay by a write of rate 1 and m the greatest momentum of the head (``memory.region``). That holds in
+``scan`` and in exact forms. In ``frozen_chunk``, their usual one, ``trellis``, ``omega_net`` and ``ftrl`` are bounded
+as networks are, by ``rule.LONGEST``.
 """
 
 from collections.abc import Callable
@@ -69,8 +71,8 @@ def titans(n_layers: int = 1) -> Rule:
     """``S <- momentum S - write grad 1/2 |f(k) - v|^2; M <- retain M + S`` (Titans 2501.00663, eqs. 9-14); f is one
     matrix, or a network of ``n_layers`` with a LayerNorm, without which values ten times as large end in NaN.
 
-    Bounded with one layer: ``|M|^2 <= 9 |v|^2 / (e (1 - m))``. A network as a write is at most ``rule.LONGEST`` long:
-    ``|W| <= 1.1 LONGEST / (e (1 - m))`` over all its weights.
+    Bounded with one layer: ``|M|^2 <= 9 |v|^2 / (e (1 - m))``. A network, as no surprise is longer than
+    LONGEST: ``|W| <= 1.1 LONGEST / (e (1 - m))`` over all weights.
     """
     return Rule(
         structure=mlp(n_layers, is_normed=True),
@@ -84,7 +86,7 @@ def titans(n_layers: int = 1) -> Rule:
 def titans_mlp() -> Rule:
     """``titans`` with a network of two layers as memory (Titans 2501.00663, section 3.1).
 
-    Bounded, as a write is at most ``rule.LONGEST`` long: ``|W| <= 1.1 LONGEST / (e (1 - m))`` over all weights.
+    Bounded, as no surprise is longer than LONGEST: ``|W| <= 1.1 LONGEST / (e (1 - m))`` over all weights.
     """
     return titans(n_layers=2)
 
@@ -111,7 +113,7 @@ def yaad() -> Rule:
     """``W <- retain W - write g - 0.01 (W - W_ref)``, g of the squared loss where ``|f(k) - v|`` is at most the token's
     threshold, else of the absolute one times the threshold (MIRAS 2504.13173, section 5.3).
 
-    Bounded, as a write is at most ``rule.LONGEST`` long: ``|W| <= 1.3 LONGEST / e`` over all weights.
+    Bounded, as no surprise is longer than LONGEST: ``|W| <= 1.3 LONGEST / e`` over all weights.
     """
     return Rule(
         structure=mlp(is_normed=True), bias=huber_switch(), retention=local(), update=plain(), form="frozen_chunk"
@@ -204,11 +206,13 @@ def omega() -> Rule:
 
 
 def ftrl() -> Rule:
-    """``A <- A - write (M k - v) k^T; M = soft threshold of A``: follow the regularised leader (MIRAS, section 3.2).
+    """``A <- retain A - write (M k - v) k^T; M = soft threshold of A``: follow the regularised leader (MIRAS, section
+    3.2); ``retain = exp(-e write)``, without which ``|A|`` would grow as ``sqrt(t)``.
 
-    Not bounded: it forgets nothing, and ``|A|`` grows at most as ``sqrt(t)``.
+    Bounded: ``|A|^2 <= 9 (|v| + 0.05 sqrt(n))^2 / e`` for a matrix of n numbers.
     """
-    return Rule(structure=matrix(), bias=squared(), retention=elastic_leader(), update=leader(), form="frozen_chunk")
+    sum_of_all = leader(is_discounted=True)
+    return Rule(structure=matrix(), bias=squared(), retention=elastic_leader(), update=sum_of_all, form="frozen_chunk")
 
 
 rules: Registry[Callable[..., Rule]] = Registry(

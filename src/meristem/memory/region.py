@@ -32,23 +32,30 @@ what they are; the logarithms of the latter spread by at most the gradient over 
 1e-12)``, at most ``707 n^(1/4)`` for n numbers, so that its gradient is bounded, and A by it over e. A step of
 ``atlas`` is no longer than ``1.21 w sqrt(rank)``: ``|M| <= 1.21 sqrt(rank) / e``, and S stays finite as its momentum is
 at most 63/64. In ``trellis`` the slope of SiLU leaves what is above 0 to the delta rule and bounds what it adds below:
-a slot is at most ``(1.1 |c| + 0.15) / e`` long for a code c. ``ftrl`` has no bound: it is the sum of
-all that was written, has no retain gate, and grows no faster than ``sqrt(t)``.
+a slot is at most ``(1.1 |c| + 0.15) / e`` long for a code c. ``ftrl`` reads what is left of A
+above a threshold, ``A - D`` with ``|D| <= 0.05 sqrt(k v)``: the delta rule with values ``v + D k``. A plain sum of what
+it writes grows as ``sqrt(t)`` at most, and does with the keys below; it has no retain gate, but fades by ``e write``
+alone.
 
 **Networks with a LayerNorm** (``titans_mlp``, ``yaad``) have a gradient up to 316 times as large where a key makes the
 rows before the LayerNorm nearly equal, and the gradient of each layer grows with the other. So no surprise of theirs is
 longer than ``c = LONGEST`` over all weights: the write rate in effect is ``w min(1, c / |g|)`` (``rule.limited``), a
 norm clip of each token's gradient, which every form takes alike. Training at the presets' settings stays below 850. A
-write is then one that does not look, of length c, whatever the network: with ``z`` as above, ``mu = l m r`` and ``0 <=
+write is then one that does not look, of length c, whatever the network. With ``z`` as above, ``mu = l m r`` and ``0 <=
 l <= 1``::
 
     z' = r ((1 - l) x + l z) - w g / (1 - m),    x' = r ((1 - (1 - m) l) x + (1 - m) l z) - w g
 
 so that the larger of ``|x|`` and ``|z|``, over all weights, shrinks by ``exp(-e w)`` and grows by at most ``w c / (1 -
-m)``: it stays below ``(1 + e) c / (e (1 - m))``. ``yaad`` is pulled to an anchor, ``x' = (r - 0.01) x + 0.01 x_ref - w
-g``, where x_ref is x of at most 16 writes before: from one x_ref to the next its length shrinks by at least ``0.99^16 =
-0.85`` of what 16 fades would take, and grows by at most c times the sum of their rates. So ``|x_ref| <= 1.2 c / e``,
-and x is at most 16 c longer, in chunks of C tokens 16 C c.
+m)``: it stays below ``(1 + e) c / (e (1 - m))``. ``yaad`` is pulled to x_ref, which is x of at most 16 writes before:
+``x' = (r - 0.01) x + 0.01 x_ref - w g``. From one x_ref to the next its length shrinks by at least ``0.99^16 = 0.85``
+of what 16 fades would take, and grows by at most c times the sum of their rates. So ``|x_ref| <= 1.2 c / e``, and x is
+at most 16 c longer; where a chunk of C tokens is one write, 16 C c.
+
+**Chunks whose surprises are taken at their start** multiply a residual along one key by ``1 - C w``, which may be below
+-1 in the region. In the rules that declare such a form and are not bounded by what they are, the limit c holds, with
+the bound above, ``span`` times as large for a span. A linear rule is bounded in its exact form and in ``scan``; in
+``frozen_chunk``, ``refined`` and ``tnt`` no bound of it is known (``frozen_chunk.overshoot`` tells how far it is off).
 
 **What the fade is for.** At retain 1 not even the delta rule is bounded: with each key at a right angle to x, write 1
 and v = 1, ``x' = x + k`` and ``|x| = sqrt(t)``. (For finitely many keys it is bounded: Aharoni, Duchet & Wajnryb 1984,
@@ -129,7 +136,8 @@ def within(rule: Rule, log_retain: Tensor, write: Tensor, log_momentum: Tensor |
     """
     momentum, steep = None, curvature(rule)
     if rule.has_retain:
-        log_retain = -torch.hypot(log_retain, FADE * write)
+        least = FADE * write
+        log_retain = -(torch.hypot(log_retain, least) if rule.has_retain_gate else least)
     retain = log_retain.exp()
     if log_momentum is not None and most is not None:
         log_most = most.log() + log_retain if _is_coasting(rule) else most.log()

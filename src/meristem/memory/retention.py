@@ -45,6 +45,7 @@ class Retention:
     settle: brings what was learned, or ``retain * stored + change``, to the form in which it is stored; with
     ``is_linear`` that is all of ``apply``.
     has_retain: the retain gate acts; without it the old memory is retained whole.
+    is_bounding: the weights that are read have a greatest size, whatever is written.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Retention:
     carry: Callable[[Memory], Memory] = _nothing
     is_linear: bool = False
     has_retain: bool = True
+    is_bounding: bool = False
 
     @property
     def is_mapped(self) -> bool:
@@ -105,7 +107,7 @@ def simplex() -> Retention:
     def first(drawn: Tensor) -> Tensor:
         return settle(0.1 * torch.randn_like(drawn))
 
-    return Retention("simplex", apply, weights=torch.exp, first=first, settle=settle, is_linear=True)
+    return Retention("simplex", apply, weights=torch.exp, first=first, settle=settle, is_linear=True, is_bounding=True)
 
 
 def f_divergence(kind: Literal["kl", "pearson", "hellinger"] = "kl") -> Retention:
@@ -136,7 +138,7 @@ def f_divergence(kind: Literal["kl", "pearson", "hellinger"] = "kl") -> Retentio
         positive = stored.clamp_min(TINY)
         return positive / positive.sum(dim=-2, keepdim=True)
 
-    return Retention("f_divergence", apply, first=first, settle=settle, has_retain=False)
+    return Retention("f_divergence", apply, first=first, settle=settle, has_retain=False, is_bounding=True)
 
 
 Ratio = Callable[[Tensor], Tensor]
@@ -224,7 +226,7 @@ def power_norm(q: float = 4.0, mapped: Literal["paper", "mirror", "off"] = "pape
         return drawn * _p_norm(drawn, q) ** ((q - 2) / (3 - q))
 
     if mapped == "paper":
-        return Retention("power_norm", weights=paper, first=first_of_paper, is_linear=True)
+        return Retention("power_norm", weights=paper, first=first_of_paper, is_linear=True, is_bounding=q >= 4)
     return Retention("power_norm", weights=partial(_dual, p=dual), first=partial(_dual, p=q), is_linear=True)
 
 
@@ -257,7 +259,7 @@ def entropy() -> Retention:
 
 def bounded() -> Retention:
     """``W = sigmoid(z)``, ``z <- z + change``: weights stay in (0, 1); z does not fade (MIRAS, section 5.2)."""
-    return Retention("bounded", weights=torch.sigmoid, is_linear=True, has_retain=False)
+    return Retention("bounded", weights=torch.sigmoid, is_linear=True, has_retain=False, is_bounding=True)
 
 
 def sphere(scope: Literal["row", "matrix"] = "row", *, is_tangent: bool = True) -> Retention:
@@ -283,7 +285,7 @@ def sphere(scope: Literal["row", "matrix"] = "row", *, is_tangent: bool = True) 
         # A matrix of zeros has no direction.
         return settle(torch.where(drawn.square().sum(dim=axes, keepdim=True) > 0, drawn, torch.randn_like(drawn)))
 
-    return Retention("sphere", apply, first=first, settle=settle, has_retain=False)
+    return Retention("sphere", apply, first=first, settle=settle, has_retain=False, is_bounding=True)
 
 
 retentions: Registry[Callable[..., Retention]] = Registry(

@@ -47,7 +47,12 @@ class Rule:
 
     @property
     def has_retain(self) -> bool:
-        """Old memory fades; without it the retain gate does nothing."""
+        """Old memory fades; without it the retain factor of the gates does nothing."""
+        return self.has_retain_gate or self.update.is_discounted
+
+    @property
+    def has_retain_gate(self) -> bool:
+        """How fast old memory fades is learned; else it fades, if at all, only as ``memory.region`` asks."""
         return self.retention.has_retain and self.update.has_retain
 
     @property
@@ -64,9 +69,8 @@ class Rule:
 
     @property
     def is_limited(self) -> bool:
-        """No surprise is longer than LONGEST: nothing else bounds the memory of such a rule (``memory.region``)."""
-        is_curved = self.structure.kind == "mlp" or self.bias.name not in ("dot", "squared")
-        return is_curved and self.update.is_linear and not self.retention.is_mapped
+        """No surprise is longer than LONGEST: in its usual form nothing else bounds the memory (``memory.region``)."""
+        return not self.is_linear and not self.retention.is_bounding
 
     def init(self, batch: int, heads: int, key_width: int, value_width: int, *, like: Tensor | None = None) -> Memory:
         """A fresh memory: float32 on the CPU, or where ``like`` is; float64 if that is, and never narrower."""
@@ -146,15 +150,18 @@ def change_by(
 
 
 def limited(rule: Rule, surprise: Surprise) -> Surprise:
-    """Every pair's surprise at most LONGEST long: ``g min(1, LONGEST / |g|)``, ``|g|^2`` summed over all weights.
+    """Every pair's surprise at most LONGEST long: ``g min(1, LONGEST / |g|)``, g over all weights.
 
     A shorter one keeps its bits. Backwards the factor is a constant (memory.md 2.5).
     """
     if not rule.is_limited:
         return surprise
+    norm = torch.linalg.vector_norm
     with torch.no_grad():
-        squares = [torch.linalg.vecdot(a, a) * torch.linalg.vecdot(d, d) for a, d in surprise.values()]
-        share_bhc = sum(squares[1:], squares[0]).div_(LONGEST**2).clamp_min_(1.0).rsqrt_()
+        length_bhc, *others = (norm(a, dim=-1) * norm(d, dim=-1) for a, d in surprise.values())
+        for other_bhc in others:
+            length_bhc = torch.hypot(length_bhc, other_bhc)
+        share_bhc = LONGEST / length_bhc.clamp_min_(LONGEST)
     return {name: (rows, share_bhc[..., None] * gradient) for name, (rows, gradient) in surprise.items()}
 
 

@@ -32,7 +32,8 @@ class Update:
     rate: the write rate in effect, from the write gate and the rows of the address.
     erase: how often ``rate * W k k^T`` is subtracted beside the surprise.
     is_linear: the change is ``-rate * (surprise + erase)``, or the momentum recurrence of it: for the linear forms.
-    has_retain: old memory fades; without it, it is summed whole.
+    has_retain: the retain gate acts; without it old memory is summed whole, or only fades as it is written over where
+    ``is_discounted`` (``memory.region``).
     is_learned: what is carried does not start at zero, and where it starts is learned.
     """
 
@@ -44,6 +45,7 @@ class Update:
     has_momentum: bool = False
     is_linear: bool = False
     has_retain: bool = True
+    is_discounted: bool = False
     is_learned: bool = False
 
 
@@ -52,12 +54,14 @@ def plain() -> Update:
     return Update("plain", _descend, is_linear=True)
 
 
-def leader() -> Update:
+def leader(*, is_discounted: bool = False) -> Update:
     """Follow the regularised leader: all surprises are summed, none fades; the retention says what is made of the sum.
+
+    is_discounted: the sum fades at the least rate at which it stays bounded (``memory.region``).
 
     With decay as retention it is plain descent from the first memory (MIRAS 2504.13173, section 3.2).
     """
-    return Update("leader", _descend, is_linear=True, has_retain=False)
+    return Update("leader", _descend, is_linear=True, has_retain=False, is_discounted=is_discounted)
 
 
 def _descend(memory: Memory, weights: Memory, surprise: Surprise, gates: RowGates) -> tuple[Memory, Memory]:

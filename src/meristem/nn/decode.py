@@ -73,7 +73,7 @@ def _factors(recall: Decodable, logs_bh11: dict[str, Tensor]) -> dict[str, Tenso
     if log_momentum_bh11 is not None and gates.is_scaled:
         write_bh11 = torch.addcmul(write_bh11, write_bh11, log_momentum_bh11.exp(), value=-1)
     most_h11 = None if most_h is None else most_h.view(-1, 1, 1)
-    log_retain_bh11 = logs_bh11["retain"] if recall.rule.has_retain else torch.zeros_like(write_bh11)
+    log_retain_bh11 = logs_bh11["retain"] if recall.rule.has_retain_gate else torch.zeros_like(write_bh11)
     kept = within(recall.rule, log_retain_bh11, write_bh11, log_momentum_bh11, most_h11)
     moving = {} if kept.momentum is None else {"momentum": kept.momentum}
     return {"retain": kept.retain, "write": kept.write} | moving

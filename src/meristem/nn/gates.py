@@ -42,7 +42,7 @@ class GateMap(KeepsFloat32):
             )
         self.write_limit = config.write_limit
         first = {"write": _logit(config.write_rate / config.write_limit)}
-        if rule.has_retain:
+        if rule.has_retain_gate:
             first["retain"] = _logit(2 ** (-1 / config.half_life))
         if rule.update.has_momentum:
             first["momentum"] = _logit(config.momentum)
