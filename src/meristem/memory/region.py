@@ -40,9 +40,9 @@ alone.
 **Networks with a LayerNorm** (``titans_mlp``, ``yaad``) have a gradient up to 316 times as large where a key makes the
 rows before the LayerNorm nearly equal, and the gradient of each layer grows with the other. So no surprise of theirs is
 longer than ``c = LONGEST`` over all weights: the write rate in effect is ``w min(1, c / |g|)`` (``rule.limited``), a
-norm clip of each token's gradient, which every form takes alike. Training at the presets' settings stays below 850. A
-write is then one that does not look, of length c, whatever the network. With ``z`` as above, ``mu = l m r`` and ``0 <=
-l <= 1``::
+norm clip of each token's gradient, which every form takes alike. In 60 steps of training by ``lmm-titans_mlp`` and
+``yaad`` none was above 850. Each write is then one that does not read the memory, of length c, whatever the network.
+With ``z`` as above, ``mu = l m r`` and ``0 <= l <= 1``::
 
     z' = r ((1 - l) x + l z) - w g / (1 - m),    x' = r ((1 - (1 - m) l) x + (1 - m) l z) - w g
 
