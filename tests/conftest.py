@@ -6,12 +6,16 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # What a shell starts with & or nohup ignores these, and so do its children: they would reach no process of a test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# On a busy machine any example may take long, whatever is tested.
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")
 
 # What a shell runs in its background ignores Ctrl-C, and so would all processes that the tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

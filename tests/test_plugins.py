@@ -153,10 +153,12 @@ def test_finding_as_json() -> None:
 def test_a_thousand_entries_list_fast_and_unimported() -> None:
     """Listing reads names only: none of the modules exists."""
     rules = Registry("rule", {f"rule-{index}": f"nowhere_{index}:rule" for index in range(1000)})
-    rules.names()
-    begin = time.perf_counter()
-    assert len(rules.names()) == 1000
-    assert time.perf_counter() - begin < 0.05
+    spent_s = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        assert len(rules.names()) == 1000
+        spent_s.append(time.perf_counter() - begin)
+    assert min(spent_s) < 0.05
 
 
 def test_plugins_need_no_torch() -> None:

@@ -251,7 +251,7 @@ def test_a_killed_builder_leaves_nothing_visible_and_the_next_builds(tmp_path, t
     assert stored(tmp_path) == []
     started = time.monotonic()
     prepare(settings(tmp_path, text, validation=0.1), TokenizerConfig())
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 50
     left = [path.name for path in (tmp_path / "cache" / "corpora").iterdir() if path.name.endswith(".partial")]
     assert left == []
 

@@ -117,7 +117,7 @@ def greatest(rule: Rule, attack: Attack, gates: Gates, *, piece: int = 1000, chu
     return torch.stack(norms).amax(dim=0)
 
 
-@pytest.mark.parametrize("n_time", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_time", [10_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 @pytest.mark.parametrize("kind", ATTACKS)
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_linear_memory_stays_below_its_bound(name: str, kind: str, n_time: int) -> None:
@@ -388,7 +388,7 @@ def test_a_short_surprise_keeps_its_bits() -> None:
         torch.testing.assert_close(sum(squares[1:], squares[0]).sqrt(), expected)
 
 
-@pytest.mark.parametrize("n_time", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_time", [5_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 @pytest.mark.parametrize("name", [name for name in rules.names() if name not in LINEAR])
 def test_a_rule_that_is_not_linear_stays_finite(name: str, n_time: int) -> None:
     """Under gates that jump, the keys and values of the attack chosen token by token: of a few, the pair that makes the
@@ -400,7 +400,7 @@ def test_a_rule_that_is_not_linear_stays_finite(name: str, n_time: int) -> None:
     assert (found <= 1.2 * LONGEST / (FADE * (1 - MOMENTA[1]))).all()
 
 
-@pytest.mark.parametrize("n_time", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_time", [5_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 @pytest.mark.parametrize("name", [name for name in rules.names() if name not in LINEAR])
 def test_no_memory_runs_away_in_the_form_that_its_rule_declares(name: str, n_time: int) -> None:
     """One key, written at the greatest rate in every token of chunks whose surprises are taken at their start: a

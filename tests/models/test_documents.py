@@ -66,7 +66,7 @@ def test_packed_documents_teach_what_documents_alone_teach(name):
     torch.testing.assert_close(packed, alone, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["preset-titans-mag", "lm-mac-4-each", "preset-charformer", "chargru"])
+@pytest.mark.parametrize("name", ["preset-titans-mag", "lm-mac-4-each", "preset-charformer", "preset-chargru"])
 def test_one_window_of_documents_is_each_of_them(name):
     model, tokens_bt = grown(name), ids(3)
     packed_bto, _ = model(tokens_bt, reset_mask_bt=mask_of(CUTS))

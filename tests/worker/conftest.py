@@ -37,7 +37,7 @@ def eventually():
 @pytest.fixture
 def gone(eventually):
     """Waits until processes are gone."""
-    return lambda *pids, limit_s=5.0: eventually(lambda: not any(map(is_there, pids)), limit_s)
+    return lambda *pids, limit_s=20.0: eventually(lambda: not any(map(is_there, pids)), limit_s)
 
 
 @pytest.fixture

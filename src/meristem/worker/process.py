@@ -31,6 +31,8 @@ GRACE_S: Final = 0.3
 """How long an idle process may take to end by itself when the worker stops."""
 REAP_S: Final = 0.1
 """How long is waited to see that a killed process is gone. The kernel may need longer; then it goes on behind."""
+ENDED_S: Final = 10.0
+"""The same for a process that closed its line by itself: only its exit code says why."""
 READ_BYTES: Final = 1 << 20
 """How much of an answer is taken at once."""
 PROGRAM: Final = """
@@ -276,7 +278,7 @@ class _Process:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(self.pid, signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):
-                self._popen.wait(REAP_S)
+                self._popen.wait(REAP_S if why else ENDED_S)
             self.cause = why or _end(self._popen.returncode)
             with suppress(OSError):
                 self._line.shutdown(socket.SHUT_RDWR)  # whoever waits for an answer in another thread waits no more
