@@ -9,9 +9,10 @@ import torch
 from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.corpus import Corpus
 from meristem.data.prepare import prepare
+from meristem.data.stream import held_out, held_out_documents
 from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
-from meristem.evaluate.likelihood import Likelihood, carried_likelihood, likelihood
+from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.events import silent
 from meristem.models.build import build
 from meristem.models.config import ModelConfig
@@ -37,16 +38,8 @@ def model_of(corpus: Corpus) -> torch.nn.Module:
 
 
 def measured(corpus: Corpus, *, window: int, batch: int, max_windows: int | None = None) -> Likelihood:
-    return likelihood(
-        model_of(corpus),
-        corpus,
-        "val",
-        window=window,
-        batch=batch,
-        max_windows=max_windows,
-        device=DEVICE,
-        loss=cross_entropy,
-    )
+    batches = held_out(corpus, "val", window=window, batch=batch, max_windows=max_windows)
+    return likelihood(model_of(corpus), batches, device=DEVICE, loss=cross_entropy)
 
 
 def test_equals_the_definition_token_by_token(corpus):
@@ -87,8 +80,8 @@ def test_a_memory_is_carried_through_documents(corpus, batch):
         with torch.no_grad():
             logits_bto, _ = model(tokens[None, start : stop - 1])
         nats += float(cross_entropy(logits_bto, tokens[None, start + 1 : stop]))
-    how = {"window": 9, "batch": batch, "max_windows": None, "device": DEVICE, "loss": cross_entropy}
-    found = carried_likelihood(model, corpus, "val", **how)
+    batches = held_out_documents(corpus, "val", window=9, batch=batch)
+    found = likelihood(model, batches, device=DEVICE, loss=cross_entropy)
     fresh = measured(corpus, window=9, batch=5)
     assert (found.n_tokens, found.n_bytes) == (fresh.n_tokens, fresh.n_bytes)
     assert found.total_nats == pytest.approx(nats, rel=1e-6) and found.total_nats != pytest.approx(fresh.total_nats)

@@ -7,6 +7,7 @@ import pytest
 from meristem.checkpoint.run import read
 from meristem.checkpoint.store import entries, find
 from meristem.data.prepare import prepare
+from meristem.data.stream import held_out
 from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
 from meristem.errors import Halted, NonFinite
@@ -50,7 +51,8 @@ def test_saved_model_is_the_one_that_was_measured(settings, result):
     model, _ = load(result.run_dir)
     corpus = prepare(settings.data, settings.tokenizer)
     device = resolve(DeviceConfig(device="cpu", dtype="fp32"), silent)
-    found = likelihood(model, corpus, "val", window=17, batch=16, max_windows=7, device=device, loss=cross_entropy)
+    batches = held_out(corpus, "val", window=17, batch=16, max_windows=7)
+    found = likelihood(model, batches, device=device, loss=cross_entropy)
     assert found.bits_per_byte == result.bits_per_byte
 
 

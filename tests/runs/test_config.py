@@ -27,6 +27,7 @@ def test_preset_is_valid_and_reads_back(preset):
         ("titans-mag", ["memory.head_dim=24"], r"model.dim 128 does not divide into memories of .* 24"),
         ("titans-mag", ["data.validation=0"], r"no text is left to evaluate on"),
         ("titans-mag", ["checkpoint.metric=val/loss"], r"is 'val/loss', but training measures val/bits_per_byte and"),
+        ("charformer", ["distributed.shard=true", "data.order=documents"], r"they would wait for each other for ever"),
         ("titans-mag", ["model.n_heads=3"], r"128 does not divide into 3 heads"),
     ],
 )

@@ -137,13 +137,14 @@ class _Loaded:
 
 def _likelihood(loaded: _Loaded, learn: Learn | None, max_windows: int | None) -> list[dict[str, Any]]:
     """Every sequence from a fresh memory, and whole documents through which it is carried."""
-    from meristem.evaluate.likelihood import carried_likelihood, likelihood
+    from meristem.data.stream import held_out, held_out_documents
+    from meristem.evaluate.likelihood import likelihood
 
-    config, how = loaded.config, loaded.reading(learn or "memory", loaded.config.eval.batch_size)
+    how = loaded.reading(learn or "memory", loaded.config.eval.batch_size)
     corpus, reader, tasks = loaded.corpus(), how.pop("reader"), []
-    how |= {"window": config.data.seq_len, "max_windows": max_windows}
-    for name, measure in (("likelihood", likelihood), ("likelihood/documents", carried_likelihood)):
-        measured = measure(reader, corpus, "val", **how)
+    cut = {"window": loaded.config.data.seq_len, "batch": how.pop("batch"), "max_windows": max_windows}
+    for name, batches in (("likelihood", held_out), ("likelihood/documents", held_out_documents)):
+        measured = likelihood(reader, batches(corpus, "val", **cut), **how)
         figures = {metric: getattr(measured, metric) for metric in ("nats", "perplexity", "bits_per_byte")}
         tasks.append(_task(name, corpus.fingerprint, measured.n_tokens, figures))
     return tasks

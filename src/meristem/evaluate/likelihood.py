@@ -8,8 +8,7 @@ from operator import add
 
 import torch
 
-from meristem.data.corpus import Corpus
-from meristem.data.stream import Batch, held_out, held_out_documents
+from meristem.data.stream import Batch
 from meristem.device.resolve import Device
 from meristem.device.room import cut_to_fit, empty_cache
 from meristem.memory.state import State, join_rows, take_rows
@@ -52,51 +51,14 @@ class Likelihood:
 
 
 @torch.no_grad()
-def likelihood(
-    reader: Reader,
-    corpus: Corpus,
-    split: str,
-    *,
-    window: int,
-    batch: int,
-    max_windows: int | None,
-    device: Device,
-    loss: Loss,
-) -> Likelihood:
-    """How well ``reader`` predicts the documents of a split, each sequence read from a fresh memory.
+def likelihood(reader: Reader, batches: Iterable[Batch], *, device: Device, loss: Loss) -> Likelihood:
+    """How well ``reader`` predicts the targets of all batches; the state is carried on where a batch does not start.
 
-    Every token but the first of a document is predicted once.
-    max_windows: read that many, evenly spread over the split and the same ones every time; None reads all.
-    Where the device has no room for ``batch`` windows, fewer are read at a time from then on; OutOfDeviceBytes where
-    one does not fit.
+    batches: ``data.stream.held_out``, each sequence from a fresh memory, or ``held_out_documents``, each document in a
+    row of its own through which its memory is carried.
+    Where the device has no room for a batch, fewer rows are read at a time from then on; OutOfDeviceBytes where one
+    does not fit.
     """
-    return _read(reader, held_out(corpus, split, window=window, batch=batch, max_windows=max_windows), device, loss)
-
-
-@torch.no_grad()
-def carried_likelihood(
-    reader: Reader,
-    corpus: Corpus,
-    split: str,
-    *,
-    window: int,
-    batch: int,
-    max_windows: int | None,
-    device: Device,
-    loss: Loss,
-) -> Likelihood:
-    """The same where the memory is carried through each document, from sequence to sequence, and begins it afresh.
-
-    ``batch`` documents are read at once, each in a row of its own, so that any reader can be measured.
-    max_windows: read documents, evenly spread, of no more tokens than these; None reads all.
-    """
-    return _read(
-        reader, held_out_documents(corpus, split, window=window, batch=batch, max_windows=max_windows), device, loss
-    )
-
-
-def _read(reader: Reader, batches: Iterable[Batch], device: Device, loss: Loss) -> Likelihood:
-    """The likelihood of all batches; the state is carried on where a batch does not start."""
     found: list[Likelihood] = []
     n_pieces, state = 1, None
 

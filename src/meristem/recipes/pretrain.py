@@ -9,7 +9,7 @@ from typing import Literal
 from meristem.checkpoint.store import Checkpoint
 from meristem.config import fingerprint as config_fingerprint
 from meristem.data.prepare import prepare
-from meristem.data.stream import Stream
+from meristem.data.stream import Stream, held_out
 from meristem.device.allocator import peak_bytes
 from meristem.device.determinism import be_deterministic
 from meristem.device.lost import answering
@@ -277,16 +277,14 @@ def measure(run: Run, job: Job, n_windows: int, task: str | None = None) -> Like
     """Read held-out text and record how well it was predicted."""
     progress = job.state.progress
     with room_for("an evaluation", job.device.device), job.engine.whole():
-        found = likelihood(
-            job.model,
+        batches = held_out(
             job.corpus,
             "val",
             window=job.config.data.seq_len,
             batch=job.config.eval.batch_size,
             max_windows=n_windows,
-            device=job.device,
-            loss=cross_entropy,
         )
+        found = likelihood(job.model, batches, device=job.device, loss=cross_entropy)
     # All read the same, and may sum it in another order; what is made of it has to be the same.
     found = replace(found, total_nats=run.world.broadcast_number(found.total_nats))
     figures = {"nats": found.nats, "bits_per_byte": found.bits_per_byte}

@@ -115,6 +115,15 @@ class Config(ConfigSection):
     @model_validator(mode="after")
     def _optimizer_works_on_parts(self) -> Self:
         require_shardable(self.distributed, self.optim.name)
+        if self.distributed.shard and self.model.name == "charformer" and self.data.order == "documents":
+            # Its whole stack reads each document apart, and every call of a block gathers that block's parameters.
+            raise ConflictingKeys(
+                "distributed.shard is true, model.name 'charformer' and data.order 'documents': each process would go "
+                "through the blocks once for every document of its rows, and they would wait for each other for ever. "
+                "Set distributed.shard=false, or data.order=shuffled.",
+                path="distributed.shard",
+                value=True,
+            )
         return self
 
     @model_validator(mode="after")
