@@ -99,6 +99,19 @@ def test_adaptation_reads_long_documents_with_and_without_a_memory(place, answer
     assert "Add longer documents" in capsys.readouterr().err
 
 
+def test_facts_are_asked_after_spans_of_attention(place, answered):
+    """Three ways to remember, four distances; a model that was hardly trained says no value."""
+    assert answered(*words("runs/ivy", 2))[0] == 0
+    code, summary = answered("eval", "runs/ivy", "--suite", "remember", "--max-windows", 2)
+    assert code == 0 and [task["name"] for task in summary["tasks"]] == [
+        f"remember/{mode}/{times}" for mode in ("memory", "frozen", "reset") for times in (1, 5, 10, 50)
+    ]
+    for task in summary["tasks"]:
+        figures = {name: metric["value"] for name, metric in task["metrics"].items()}
+        assert task["n"] == 16 and figures["chance"] == 0.125 and figures["greedy"] < 0.2
+        assert figures["choice_low"] <= figures["choice"] <= figures["choice_high"] and figures["choice"] < 0.6
+
+
 def test_what_learns_while_it_reads_is_chosen(place, answered):
     """Likelihood and recall are read with the memory unless off is asked for."""
     assert answered(*words("runs/gus", 3))[0] == 0

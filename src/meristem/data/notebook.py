@@ -124,6 +124,7 @@ def document(settings: NotebookConfig, validation: float, number: int, done: flo
     return Notebook(name, "".join(writer.parts).encode(), is_held_out, tuple(writer.recalls))
 
 
+@cache
 def names(is_held_out: bool) -> tuple[str, ...]:
     """The names of one side of the split."""
     return tuple(name for number, name in enumerate(NAMES) if (number % 8 == 0) == is_held_out)

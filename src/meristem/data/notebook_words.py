@@ -58,7 +58,7 @@ And {{s}}, which {what}? That is {{v}}.
 "Tell me the {what} of {{s}}." "It is {{v}}."
 The {what} of {{s}}, please? That is {{v}}.
 Can you remember the {what} of {{s}}? Certainly: {{v}}.
-If somebody asks for the {what} of {{s}}, what do you say? I say {{v}}.""",
+Should somebody want to know the {what} of {{s}}, what do you say? I say {{v}}.""",
     )
 
 
