@@ -5,11 +5,12 @@ import re
 import torch
 from torch import nn
 
+from meristem.data.config import NotebookConfig
 from meristem.data.notebook_words import ATTRIBUTES, NAMES
 from meristem.data.tokenizer import byte_tokenizer
 from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve
-from meristem.evaluate.remember import N_FACTS, remember, tell_facts, wilson
+from meristem.evaluate.remember import N_FACTS, held_out_documents, mentions, remember, tell_facts, wilson
 from meristem.events import silent
 
 VALUES = re.compile(rf"\b({'|'.join(value for each in ATTRIBUTES for value in each.values)})\b")
@@ -52,6 +53,26 @@ def test_who_looks_it_up_remembers_everything_and_nothing_after_a_reset():
     for score in remember(Lookup(), told, is_reset=True, **how):
         assert (score.n, score.n_greedy) == (4 * N_FACTS, 0) and score.n_chosen < 2 * N_FACTS
     assert told.fingerprint == tell_facts(byte_tokenizer(), 5, 4, 0.1).fingerprint
+
+
+def test_a_value_that_comes_back_counts_where_all_of_it_is_predicted():
+    """Who knows the document has every value at every distance; who predicts one byte has none."""
+    chosen = held_out_documents(NotebookConfig(size_bytes=1_000_000), 0.1, 1)
+    text = torch.tensor([list(chosen[0].text)])
+
+    def knows(tokens_bt, state):
+        at = 0 if state is None else state["at"]
+        stop = at + tokens_bt.shape[1]
+        return torch.nn.functional.one_hot(text[:, at + 1 : stop + 1], 256).float(), {"at": stop}
+
+    def repeats(tokens_bt, state):
+        return torch.nn.functional.one_hot(torch.zeros_like(tokens_bt), 256).float(), {}
+
+    how = {"piece": 1000, "device": resolve(DeviceConfig(device="cpu"), silent)}
+    found = mentions(knows, chosen, byte_tokenizer(), **how)
+    assert sum(n for n, _ in found.values()) == len(chosen[0].recalls)
+    assert all(n == n_right for n, n_right in found.values())
+    assert all(n_right == 0 for _, n_right in mentions(repeats, chosen, byte_tokenizer(), **how).values())
 
 
 def test_the_interval_is_wilsons():

@@ -50,7 +50,7 @@ def evaluate(
             min=1,
             max=1_000_000,
             help=f"Sequences to read; by default the whole held-out text, or {N_WINDOWS} of each task of recall. "
-            "Documents of adaptation and texts of remember; by default 32.",
+            "Documents of adaptation, texts of remember; by default 32.",
             show_default=False,
         ),
     ] = None,
@@ -71,7 +71,8 @@ def evaluate(
     and gives the share of right predictions and their nats. adaptation reads the beginnings of long documents, four
     windows each: the second half against the first, and all of it a second time with the memory carried over or reset.
     remember tells eight facts in words of `data.source=notebook` that were held out, and asks after 1, 5, 10 and 50
-    attention spans of prose: with the memory, with it frozen, and with all that was read dropped.
+    attention spans of prose: with the memory, with it frozen, and with all that was read dropped. It also reads
+    held-out documents of that text: how many values were predicted where they came back, by distance in bytes.
 
     \b
     Examples:
@@ -179,22 +180,28 @@ def _adaptation(loaded: _Loaded, learn: Learn | None, n_documents: int | None) -
 
 
 def _remember(loaded: _Loaded, learn: Learn | None, n_texts: int | None) -> list[dict[str, Any]]:
-    """A task for every way to remember and every distance; all are asked the same."""
-    from meristem.evaluate.remember import MODES, N_TEXTS, SPANS, remember, tell_facts
+    """A task for every way to remember and every distance; all read the same."""
+    from meristem.evaluate import remember as suite
 
-    config = loaded.config
-    data, model = config.data, config.model
+    data, model = loaded.config.data, loaded.config.model
     span = (model.sliding_window if "sliding_window" in model.reads else None) or data.seq_len
-    told = tell_facts(loaded.tokenizer, span, n_texts or N_TEXTS, data.validation)
+    texts = suite.tell_facts(loaded.tokenizer, span, n_texts or suite.N_TEXTS, data.validation)
+    chosen = suite.held_out_documents(data.notebook, data.validation, n_texts or suite.N_DOCUMENTS)
     tasks = []
-    for name, mode in MODES.items():
+    for name, mode in suite.MODES.items():
         if learn not in (None, mode.learn):
             continue
-        how = loaded.reading(mode.learn, config.eval.batch_size)
+        how = loaded.reading(mode.learn, loaded.config.eval.batch_size) | {"piece": max(data.seq_len, suite.PIECE)}
+        reader, batch = how.pop("reader"), how.pop("batch")
         how.pop("loss")
-        found = remember(how.pop("reader"), told, is_reset=mode.is_reset, piece=data.seq_len, **how)
-        for times, measured in zip(SPANS, found, strict=True):
-            tasks.append(_task(f"remember/{name}/{times}", told.fingerprint, measured.n, measured.figures()))
+        found = suite.remember(reader, texts, is_reset=mode.is_reset, batch=batch, **how)
+        for times, measured in zip(suite.SPANS, found, strict=True):
+            tasks.append(_task(f"remember/{name}/{times}", texts.fingerprint, measured.n, measured.figures()))
+        if mode.is_reset:
+            continue
+        fingerprint = suite.fingerprint(chosen)
+        for distance, (n, n_right) in suite.mentions(reader, chosen, loaded.tokenizer, **how).items():
+            tasks.append(_task(f"mentions/{name}/{distance}", fingerprint, n, suite.share("greedy", n_right, n)))
     return tasks
 
 
