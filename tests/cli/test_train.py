@@ -100,6 +100,22 @@ def test_adaptation_reads_long_documents_with_and_without_a_memory(place, answer
     assert "Add longer documents" in capsys.readouterr().err
 
 
+def test_facts_are_asked_after_spans_of_attention(place, answered):
+    """Three ways to remember, four distances; a model that was hardly trained says no value."""
+    assert answered(*words("runs/ivy", 2))[0] == 0
+    code, summary = answered("eval", "runs/ivy", "--suite", "remember", "--max-windows", 1)
+    told = [task for task in summary["tasks"] if task["name"].startswith("remember/")]
+    assert code == 0 and [task["name"] for task in told] == [
+        f"remember/{mode}/{times}" for mode in ("memory", "frozen", "reset") for times in (1, 5, 10, 50)
+    ]
+    others = [task["name"] for task in summary["tasks"] if task not in told]
+    assert {name.rpartition("/")[0] for name in others} == {"mentions/memory", "mentions/frozen"}
+    for task in told:
+        figures = {name: metric["value"] for name, metric in task["metrics"].items()}
+        assert task["n"] == 8 and figures["chance"] == 0.125 and figures["greedy"] < 0.3
+        assert figures["choice_low"] <= figures["choice"] <= figures["choice_high"] and figures["choice"] < 0.7
+
+
 def test_what_learns_while_it_reads_is_chosen(place, answered):
     """Likelihood and recall are read with the memory unless off is asked for."""
     assert answered(*words("runs/gus", 3))[0] == 0

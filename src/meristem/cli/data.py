@@ -108,7 +108,12 @@ def _listed(found: dict[str, Any]) -> Iterable[str]:
     ]
     yield from columns(("prepared", "tokenizer", "tokens", "path"), rows)
     yield ""
-    own = [("stdlib", None, "PSF-2.0"), ("stdlib-docs", None, "PSF-2.0"), ("installed:NAME", None, None)]
+    own = [
+        ("stdlib", None, "PSF-2.0"),
+        ("stdlib-docs", None, "PSF-2.0"),
+        ("notebook", None, "PSF-2.0"),
+        ("installed:NAME", None, None),
+    ]
     fetched = [(name, size(each["size_bytes"]), each["licence"]) for name, each in found["downloads"].items()]
     yield from columns(("data.source", "download", "licence"), [*own, *fetched])
 

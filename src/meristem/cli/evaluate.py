@@ -32,7 +32,7 @@ def evaluate(
     checkpoint: Checkpoint,
     overrides: Overrides = None,
     suite: Annotated[
-        Literal["likelihood", "recall", "adaptation"], typer.Option("--suite", help="What to measure.")
+        Literal["likelihood", "recall", "adaptation", "remember"], typer.Option("--suite", help="What to measure.")
     ] = "likelihood",
     learn: Annotated[
         Learn | None,
@@ -50,7 +50,7 @@ def evaluate(
             min=1,
             max=1_000_000,
             help=f"Sequences to read; by default the whole held-out text, or {N_WINDOWS} of each task of recall. "
-            "Documents of adaptation; by default 32.",
+            "Documents of adaptation, texts of remember; by default 32.",
             show_default=False,
         ),
     ] = None,
@@ -72,6 +72,9 @@ def evaluate(
     vocabulary allow, and gives the share of right predictions and their nats. adaptation reads the beginnings of long
     documents, four windows each: the second half against the first, and all of it a second time with the memory
     carried over or reset.
+    remember tells eight facts in words of `data.source=notebook` that were held out, and asks after 1, 5, 10 and 50
+    attention spans of prose: with the memory, with it frozen, and with all that was read dropped. It also reads
+    held-out documents of that text: how many values were predicted where they came back, by distance in bytes.
 
     \b
     Examples:
@@ -79,6 +82,7 @@ def evaluate(
       meristem eval runs/latest data.source=other.txt data.validation=0.9 --json
       meristem eval runs/latest --suite recall data.seq_len=1024
       meristem eval runs/latest --suite adaptation --learn levels
+      meristem eval runs/latest --suite remember --max-windows 8
     """
     from meristem.checkpoint.store import find
     from meristem.device.resolve import resolve
@@ -93,7 +97,7 @@ def evaluate(
     model, tokenizer = load_opened(found)
     device = resolve(from_checkpoint(config.device, found), tell)
     loaded = _Loaded(model.to(device.device), tokenizer, config, device, is_its_own=not overrides)
-    suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": _adaptation}
+    suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": _adaptation, "remember": _remember}
     tasks = suites[suite](loaded, learn, max_windows)
     summary = {"schema": "meristem.evaluation/1", "checkpoint": str(found.path), "suite": suite, "tasks": tasks}
     answer(summary, as_json, _words)
@@ -181,6 +185,32 @@ def _adaptation(loaded: _Loaded, learn: Learn | None, n_documents: int | None) -
     return tasks
 
 
+def _remember(loaded: _Loaded, learn: Learn | None, n_texts: int | None) -> list[dict[str, Any]]:
+    """A task for every way to remember and every distance; all read the same."""
+    from meristem.evaluate import remember as suite
+
+    data, model = loaded.config.data, loaded.config.model
+    span = (model.sliding_window if "sliding_window" in model.reads else None) or data.seq_len
+    texts = suite.tell_facts(loaded.tokenizer, span, n_texts or suite.N_TEXTS, data.validation)
+    chosen = suite.held_out_documents(data.notebook, data.validation, n_texts or suite.N_DOCUMENTS)
+    tasks = []
+    for name, mode in suite.MODES.items():
+        if learn not in (None, mode.learn):
+            continue
+        how = loaded.reading(mode.learn, loaded.config.eval.batch_size) | {"piece": max(data.seq_len, suite.PIECE)}
+        reader, batch = how.pop("reader"), how.pop("batch")
+        how.pop("loss")
+        found = suite.remember(reader, texts, is_reset=mode.is_reset, batch=batch, **how)
+        for times, measured in zip(suite.SPANS, found, strict=True):
+            tasks.append(_task(f"remember/{name}/{times}", texts.fingerprint, measured.n, measured.figures()))
+        if mode.is_reset:
+            continue
+        fingerprint = suite.fingerprint(chosen)
+        for distance, (n, n_right) in suite.mentions(reader, chosen, loaded.tokenizer, **how).items():
+            tasks.append(_task(f"mentions/{name}/{distance}", fingerprint, n, suite.share("greedy", n_right, n)))
+    return tasks
+
+
 def _task(name: str, dataset_fingerprint: str, n: int, figures: dict[str, float]) -> dict[str, Any]:
     """What one task came to; ``n`` tokens were predicted."""
     metrics = {
@@ -201,4 +231,4 @@ def _words(summary: dict[str, Any]) -> list[str]:
         for task in summary["tasks"]
         for name, metric in task["metrics"].items()
     ]
-    return [summary["checkpoint"], *columns(("task", "metric", "value", "tokens"), rows)]
+    return [summary["checkpoint"], *columns(("task", "metric", "value", "n"), rows)]

@@ -25,6 +25,21 @@ class TokenizerConfig(ConfigSection):
     vocab_size: int = Field(default=2048, ge=256, le=1 << 20, description="most entries a bpe may have; byte has 256")
 
 
+class NotebookConfig(ConfigSection):
+    """The text of data.source=notebook (``data.notebook``)."""
+
+    outside_identity: ClassVar = frozenset()
+
+    size_bytes: int = Field(default=16_000_000, ge=1_000_000, description="bytes of text, the last document complete")
+    seed: int = Field(default=0, ge=0, description="another one makes another text")
+    first_share: float = Field(
+        default=0.9, gt=0, le=1, description="share of the bytes of the first document that are about facts"
+    )
+    last_share: float = Field(
+        default=0.1, gt=0, le=1, description="the same of the last document; in between it changes geometrically"
+    )
+
+
 class DataConfig(ConfigSection):
     """The text, its division, and the order in which sequences are read."""
 
@@ -33,7 +48,7 @@ class DataConfig(ConfigSection):
     source: str = Field(
         default="stdlib",
         min_length=1,
-        description="stdlib, stdlib-docs, installed:NAME, a registered download, a file or a directory",
+        description="stdlib, stdlib-docs, notebook, installed:NAME, a registered download, a file or a directory",
     )
     root: Path | None = Field(
         default=None,
@@ -48,6 +63,7 @@ class DataConfig(ConfigSection):
         description="base address that registered texts are fetched from instead",
         examples=["https://example.org/texts"],
     )
+    notebook: NotebookConfig = Field(default=NotebookConfig(), description="of the generated text")
     validation: float = Field(default=0.1, ge=0, lt=1, description="share of the documents held out")
     seq_len: int = Field(default=512, ge=1, description="tokens of one batch row")
     stride: int | None = Field(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
 
-from meristem.data import files
+from meristem.data import files, notebook
 from meristem.data.config import DataConfig
 from meristem.data.download import Registered, available, local, registered
 from meristem.errors import DataError
@@ -60,6 +60,15 @@ def resolve(data: DataConfig) -> Source:
         return _python(data, "stdlib", Path(sysconfig.get_path("stdlib")), "PSF-2.0")
     if name == "stdlib-docs":
         return Source(name, "stdlib-docs", _topics, _topic_paths, licence="PSF-2.0")
+    if name == "notebook":
+        if data.validation > 0.5:
+            raise DataError(
+                f"data.validation is {data.validation:g}; data.source=notebook holds out at most half of its text. "
+                f"Set data.validation to 0.5 or less.",
+                found=data.validation,
+            )
+        args = {**data.notebook.model_dump(), "validation": data.validation}
+        return Source(name, "notebook", lambda: _notebook(data), _topic_paths, args, licence="PSF-2.0")
     if name.startswith("installed:"):
         return _installed(data, name.removeprefix("installed:"))
     if name in registered():
@@ -81,7 +90,7 @@ def resolve(data: DataConfig) -> Source:
 
 
 def _unknown(name: str) -> DataError:
-    known = ["stdlib", "stdlib-docs", "installed:NAME", *registered()]
+    known = ["stdlib", "stdlib-docs", "notebook", "installed:NAME", *registered()]
     near = difflib.get_close_matches(name, known, n=3) or known
     return DataError(
         f"data.source '{name}' is neither a file, a directory nor a known text. Did you mean {', '.join(near)}?",
@@ -126,6 +135,12 @@ def _topics() -> Iterator[Document]:
 
     for name, text in sorted(topics.items()):
         yield Document(name, text.encode(), name)
+
+
+def _notebook(data: DataConfig) -> Iterator[Document]:
+    """Generated text; every document is a file of its own."""
+    for made in notebook.documents(data.notebook, data.validation):
+        yield Document(made.id, made.text, made.id)
 
 
 def _topic_paths() -> list[Path]:

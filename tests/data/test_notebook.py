@@ -1,0 +1,86 @@
+"""Generated text: the same for a seed, values where they are said to be, nothing held out in training."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meristem.data.config import DataConfig, NotebookConfig, TokenizerConfig
+from meristem.data.notebook import FARTHEST, HELD_OUT_GAP, document, documents, names, wordings
+from meristem.data.notebook_words import ATTRIBUTES, NAMES
+from meristem.data.prepare import prepare
+from meristem.errors import DataError
+
+SMALL = NotebookConfig(size_bytes=2_000_000)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Some two million bytes of it."""
+    return list(documents(SMALL, 0.1))
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), number=st.integers(0, 400), done=st.floats(0, 1))
+def test_every_recall_stands_where_it_says(seed, number, done):
+    """The value is there, the newest one of its fact, and a document is the same whenever it is made."""
+    chosen = NotebookConfig(seed=seed)
+    one = document(chosen, 0.1, number, done)
+    assert one == document(chosen, 0.1, number, done)
+    last = {}
+    for recall in one.recalls:
+        before = one.text[recall.start - recall.distance :]
+        assert one.text[recall.start :].startswith(recall.value.encode())
+        assert before.startswith(recall.value.encode()), "the newest value stands at the distance"
+        assert recall.start - recall.distance >= last.get((recall.subject, recall.attribute), 0)
+        last[recall.subject, recall.attribute] = recall.start
+
+
+def test_facts_are_dense_at_first_and_rare_at_last():
+    """Where no document ends early, sentences about facts have the share of the bytes that is asked for."""
+    people = set(NAMES)
+    for done, share in ((0.0, 0.9), (1.0, 0.1)):
+        texts = [document(SMALL, 0.0, number, done).text.decode() for number in range(20)]
+        parts = [part for text in texts for part in text.split("\n\n")]
+        n_facts = sum(len(part) for part in parts if not people.isdisjoint(re.findall(r"\w+", part)))
+        assert n_facts / sum(map(len, texts)) == pytest.approx(share, abs=0.1)
+
+
+def test_what_is_held_out_is_in_no_training_document(made):
+    """Names, wordings and distances; the held-out documents have all of them."""
+    training = b"".join(one.text for one in made if not one.is_held_out).decode()
+    assert not set(names(is_held_out=True)) & set(re.findall(r"\w+", training))
+    low, high = HELD_OUT_GAP
+    for one in made:
+        far = [recall for recall in one.recalls if low <= recall.distance < high]
+        is_new = [recall for recall in one.recalls if recall.is_wording_held_out or recall.is_name_held_out]
+        assert one.is_held_out or not (far or is_new)
+    for attribute in ATTRIBUTES:
+        assert len(attribute.statements) == len(attribute.questions) == 8
+        for wording in (*wordings(attribute.statements, True), *wordings(attribute.questions, True)):
+            pattern = re.escape(wording).replace(r"\{s\}", r"\w+").replace(r"\{v\}", r"\w+")
+            assert not re.search(rf"(?<!\w){pattern}", training), wording
+    assert any(recall.is_wording_held_out for one in made for recall in one.recalls)
+    assert any(low <= recall.distance < high for one in made for recall in one.recalls)
+
+
+def test_distances_reach_from_a_few_bytes_to_the_farthest(made):
+    """Every octave from 8 bytes to ``FARTHEST``."""
+    octaves = {recall.distance.bit_length() for one in made for recall in one.recalls}
+    assert octaves >= set(range(4, FARTHEST.bit_length()))
+
+
+def test_it_is_prepared_as_any_text(tmp_path):
+    """Held-out documents are the validation split; another seed or share is another corpus."""
+    data = DataConfig(source="notebook", root=tmp_path, notebook=NotebookConfig(size_bytes=1_000_000))
+    corpus = prepare(data, TokenizerConfig())
+    expected = b"".join(one.text for one in documents(data.notebook, 0.1) if one.is_held_out)
+    assert corpus.tokens("val").rows(np.zeros(1, dtype=int), len(expected)).astype("uint8").tobytes() == expected
+    other = prepare(
+        data.model_copy(update={"notebook": NotebookConfig(size_bytes=1_000_000, seed=1)}), TokenizerConfig()
+    )
+    assert other.fingerprint != corpus.fingerprint
+    with pytest.raises(DataError, match=r"Set data.validation to 0.5 or less"):
+        prepare(data.model_copy(update={"validation": 0.9}), TokenizerConfig())
