@@ -24,6 +24,14 @@ def test_fresh_gates_are_those_of_the_settings(half_life):
     assert found["write"] == pytest.approx(0.2 * 0.6, rel=1e-5)
 
 
+def test_half_lives_are_a_spread():
+    """The head that forgets first, the median, and the one that forgets last."""
+    model = build(MODEL, MemoryConfig(head_dim=4, half_life=(16, 4096)), 256, 0)
+    found = memory_figures(model, TOKENS_BT)
+    spread = [found[name] for name in ("half_life_least", "half_life", "half_life_most")]
+    assert spread == pytest.approx([16, 256, 4096], rel=5e-3)
+
+
 def test_norm_is_that_of_the_memories_left_behind():
     """The mean over layers, rows and heads of the norm of the weights; momentum is not among them."""
     model = build(MODEL, MemoryConfig(head_dim=4), 256, 0)

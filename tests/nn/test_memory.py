@@ -169,6 +169,17 @@ def test_retain_begins_at_its_half_life(half_life: int, retain: float, bias: flo
     assert begun["write"] == pytest.approx(math.log(0.1 / 0.9))
 
 
+@pytest.mark.parametrize(
+    "half_life, expected",
+    [((16, 65536), (16, 256, 4096, 65536)), ((8, 64, 64, 4096), (8, 64, 64, 4096)), ((32.0,), (32.0,) * 4)],
+)
+def test_half_lives_of_heads_are_spaced_by_equal_factors(half_life: tuple[float, ...], expected: list[float]) -> None:
+    gates = layer("delta", "auto", half_life=half_life).recall.gates
+    raw_h = gates.bias_h.view(len(gates.names), -1)[gates.names.index("retain")]
+    found = math.log(0.5) / torch.nn.functional.logsigmoid(raw_h.double())
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-5, atol=0)
+
+
 def test_gates_begin_as_the_table_says() -> None:
     """2.3: write 0.1, times 1 - momentum where there is one that is not orthogonalised; momentum 0.5; threshold 1."""
     hidden_btd = torch.randn(2, 5, WIDTH)

@@ -234,7 +234,7 @@ def test_looking_at_the_memory_changes_nothing():
     assert list(memory["layers"]) == ["layer.0.recall", "layer.1.recall"]
     matrix_bhkv = session._now.state["layer"]["1"]["recall"]["memory"]["matrix_bhkv"]
     assert memory["layers"]["layer.1.recall"]["norm"] == pytest.approx(float(matrix_bhkv.norm()), rel=1e-6)
-    assert memory["layers"]["layer.0.recall"]["half_life"] == pytest.approx(MemoryConfig().half_life, rel=1e-3)
+    assert memory["layers"]["layer.0.recall"]["half_lives"] == pytest.approx([MemoryConfig().half_life] * 2, rel=1e-3)
     assert memory["size_bytes"] == session.size_bytes > memory["layers"]["layer.0.recall"]["size_bytes"] * 2
 
 

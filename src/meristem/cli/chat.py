@@ -153,8 +153,11 @@ def _help(talk: _Talk, argument: str) -> _Said:
 
 def _memory(talk: _Talk, argument: str) -> _Said:
     memory = talk.session.memory()
-    titles = ("layer", "norm", "size", "half-life at rest")
-    rows = [(name, m["norm"], size(m["size_bytes"]), m["half_life"]) for name, m in memory["layers"].items()]
+    titles = ("layer", "norm", "size", "half-lives at rest, tokens")
+    rows = [
+        (name, m["norm"], size(m["size_bytes"]), ", ".join(f"{each:,.0f}" for each in m["half_lives"]))
+        for name, m in memory["layers"].items()
+    ]
     total = f"{memory['n_tokens']} tokens read, {size(memory['size_bytes'])} remembered"
     table = columns(titles, rows) if rows else ["No rule has written a memory here."]
     return {"memory": memory}, [total, *table]

@@ -1,13 +1,16 @@
 """What the gates of a model do and how full its memories are, read off one forward pass."""
 
 import math
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from meristem.memory import Gates
 from meristem.memory.forms.frozen_chunk import overshoot
@@ -32,18 +35,21 @@ FROZEN = ("frozen_chunk", "refined", "tnt")
 def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
     """Figures of the memories of ``model`` after it has read ``tokens_bt`` from a fresh start; none without a memory.
 
-    half_life: tokens after which the mean retain factor leaves one half. write, momentum: means over tokens, heads and
-    layers. norm: of the memory of a head, its momentum not counted. summed_rate: write over 1 - momentum, by which a
-    key that returns is corrected in all. overshoot: of frozen chunks, the worst (``frozen_chunk.overshoot``). Neither
+    half_life: tokens after which the mean retain factor of a head leaves one half: the median of all heads and layers;
+    half_life_least, half_life_most: of the head that forgets first, and last. write, momentum: means over tokens, heads
+    and layers. norm: of the memory of a head, its momentum not counted. summed_rate: write over 1 - momentum, by which
+    a key that returns is corrected in all. overshoot: of frozen chunks, the worst (``frozen_chunk.overshoot``). Neither
     parameters nor a run's memory are touched.
     """
     with uncompiled(), _listening(model) as (heard, asked):
         _, state = model(tokens_bt)
     if not heard:
         return {}
-    retain = mean([gates.retain_bth for gates in heard])
+    half_lives = sorted(chain(*(half_lives_of(gates.retain_bth) for gates in heard)))
     figures = {
-        "half_life": math.log(0.5) / math.log(retain) if 0 < retain < 1 else math.inf,
+        "half_life": statistics.median(half_lives),
+        "half_life_least": half_lives[0],
+        "half_life_most": half_lives[-1],
         "write": mean([gates.write_bth for gates in heard]),
         "norm": mean([weight.flatten(2).norm(dim=-1) for weight in weights_in(state)]),
     }
@@ -53,6 +59,12 @@ def memory_figures(model: nn.Module, tokens_bt: Tokens) -> dict[str, float]:
         figures["summed_rate"] = figures["write"] / max(1 - figures["momentum"], 1e-6)
     worst = [_overshoot(recall, *inputs) for recall, inputs in asked if recall.form in FROZEN]
     return figures | ({"overshoot": max(worst)} if any(worst) else {})
+
+
+def half_lives_of(retain: Float[Tensor, "... h"]) -> list[float]:
+    """Tokens after which the retain factors of each head, in the mean over all else, leave one half; inf for never."""
+    means_h = retain.double().reshape(-1, retain.shape[-1]).mean(dim=0)
+    return (-math.log(2) / means_h.log().clamp_max(-torch.finfo(torch.float64).tiny)).tolist()
 
 
 def _overshoot(recall: NeuralMemory | MemoryCache, hidden_btd: Hidden, state: State | None = None) -> float:

@@ -303,7 +303,8 @@ def _level(width: int, config: MemoryConfig, level: int) -> Level:
     period = levels.all_periods[level]
     reset_after = None if levels.reset_after is None else levels.reset_after[level]
     is_each = levels.tokens == "each" and period > 1
-    half_life = config.half_life * (period if is_each and levels.frequency != "write" else 1)
+    slower = period if is_each and levels.frequency != "write" else 1
+    half_life = tuple(each * slower for each in config.half_lives(config.n_heads_in(width)))
     recall = NeuralMemory.from_config(
         width, config.model_copy(update={"levels": LevelsConfig(), "half_life": half_life})
     )

@@ -68,13 +68,22 @@ class Sigmoid(nn.Module):
         return attended_btd * recalled_btd.sigmoid()
 
 
+QUIET: Final = 0.1
+"""First gain of a memory that is added: what it recalls before it has learned to is noise beside attention."""
+
+
 class Additive(nn.Module):
-    """``y + RMSNorm(m) * sigmoid(W x + b)``, the norm per head. Sums without norm and gate grow to norms of 800."""
+    """``y + RMSNorm(m) * sigmoid(W x + b)``, the norm per head. Sums without norm and gate grow to norms of 800.
+
+    What was recalled is handed on as it is: the others only scale what attention gathered. The gain of the norm starts
+    at ``QUIET``, and an empty memory adds nothing.
+    """
 
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()
         self.head_width = head_width
         self.memory_norm = RMSNorm(head_width)
+        nn.init.constant_(self.memory_norm.gain_d, QUIET)
         self.gate = nn.Linear(width, width)
         nn.init.constant_(self.gate.bias, OPEN)
 

@@ -1,6 +1,7 @@
 """The settings of the memory inside a layer."""
 
-from typing import Annotated, ClassVar, Final, Literal, Self
+import math
+from typing import Annotated, ClassVar, Final, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -242,6 +243,9 @@ class SelfReferenceConfig(ConfigSection):
         return self
 
 
+HalfLife: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class MemoryConfig(ConfigSection):
     """Which rule a memory follows, how it is run, and how its gates begin."""
 
@@ -282,9 +286,13 @@ class MemoryConfig(ConfigSection):
     head_dim: Annotated[
         int, Field(ge=1, description="Key and value width of one memory; the model width is cut into such heads.")
     ] = 32
-    half_life: Annotated[float, Field(gt=0, description="Tokens after which a fresh memory has faded to one half.")] = (
-        64.0
-    )
+    half_life: Annotated[
+        HalfLife | Annotated[tuple[HalfLife, ...], Field(min_length=1)],
+        Field(
+            description="Tokens after which a fresh memory has faded to one half; of a list, such as [16, 65536], the "
+            "first and the last head have its ends, and those between are spaced along it by equal factors."
+        ),
+    ] = 64.0
     write_rate: Annotated[
         float, Field(gt=0, lt=1, description="Write rate at the start, before the factor 1 - momentum.")
     ] = 0.1
@@ -315,6 +323,18 @@ class MemoryConfig(ConfigSection):
                 f"Set memory.head_dim to a divisor of {width}."
             )
         return width // self.head_dim
+
+    def half_lives(self, n_heads: int) -> list[float]:
+        """The first half-life of each head, in tokens."""
+        given = self.half_life if isinstance(self.half_life, tuple) else (self.half_life,)
+        logs = [math.log(each) for each in given]
+        found = []
+        for head in range(n_heads):
+            at = (head / (n_heads - 1) if n_heads > 1 else 0.5) * (len(logs) - 1)
+            low = min(int(at), len(logs) - 2) if len(logs) > 1 else 0
+            share = at - low
+            found.append(math.exp(logs[low] + share * (logs[low + 1] - logs[low])) if share else given[low])
+        return found
 
     @model_validator(mode="after")
     def _keeps_or_has_levels(self) -> Self:

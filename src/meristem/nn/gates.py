@@ -1,6 +1,8 @@
 """From the hidden vector of a token to the gates of its memory."""
 
 import math
+from itertools import chain
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +20,20 @@ from meristem.shapes import Gate, Hidden
 class GateMap(KeepsFloat32):
     """What a rule takes for each token and head, each a smooth bounded map of the hidden vector (memory.md 2.3).
 
-    Weights start at 0, so that every token begins with the same gates: retain by its half-life H, ``2^(-1/H)``; write
-    rate ``write``, never above ``write_limit``; momentum ``momentum``; threshold 1; weight of a pair ``sigmoid(2)``.
-    With momentum the write rate carries the factor ``1 - momentum``: a key that recurs is then written once, not
-    ``1 / (1 - momentum)`` times, which keeps the rule stable. Where the momentum is orthogonalised its length is always
-    about one, and the factor would only make every step smaller. Codes are linear and start random. With a rank the
-    map goes through so few numbers.
+    Weights start at 0, so that every token begins with the same gates: retain by the half-life H of its head,
+    ``2^(-1/H)``, whose logit is ``log(H / ln 2)`` to within 1/H, so that a step of it is a factor of the half-life;
+    write rate ``write``, never above ``write_limit``; momentum ``momentum``; threshold 1; weight of a pair
+    ``sigmoid(2)``. With momentum the write rate carries the factor ``1 - momentum``: a key that recurs is then written
+    once, not ``1 / (1 - momentum)`` times, which keeps the rule stable. Where the momentum is orthogonalised its length
+    is always about one, and the factor would only make every step smaller. Codes are linear and start random. With a
+    rank the map goes through so few numbers.
 
     Gates stay where the memory cannot run away (``memory.region``): first values beyond that begin at its border.
     """
 
     float32 = frozenset({"weight_hd", "down_rd", "bias_h", "code"})
+    gate_parameters: ClassVar = frozenset({"weight_hd", "down_rd", "bias_h"})
+    """Parameters that ``optim.gate_lr`` scales the learning rate of."""
 
     def __init__(self, width: int, heads: int, rule: Rule, config: MemoryConfig) -> None:
         """heads: places that have gates of their own."""
@@ -41,15 +46,15 @@ class GateMap(KeepsFloat32):
                 f"the first, or raise the second."
             )
         self.write_limit = config.write_limit
-        first = {"write": _logit(config.write_rate / config.write_limit)}
+        first = {"write": [_logit(config.write_rate / config.write_limit)] * heads}
         if rule.has_retain_gate:
-            first["retain"] = _logit(2 ** (-1 / config.half_life))
+            first["retain"] = [-math.log(math.expm1(math.log(2) / each)) for each in config.half_lives(heads)]
         if rule.update.has_momentum:
-            first["momentum"] = _logit(config.momentum)
+            first["momentum"] = [_logit(config.momentum)] * heads
         if rule.bias.has_threshold:
-            first["threshold"] = math.log(math.e - 1)
+            first["threshold"] = [math.log(math.e - 1)] * heads
         if rule.span > 1:
-            first["weight"] = 2.0
+            first["weight"] = [2.0] * heads
         self.names = tuple(first)
         self.down_rd = None
         if config.gate_rank is not None:
@@ -57,7 +62,7 @@ class GateMap(KeepsFloat32):
         first_weight = torch.zeros(len(first) * heads, config.gate_rank or width)
         # Of two factors one has to be off zero, or neither would ever get a gradient.
         self.weight_hd = nn.Parameter(first_weight if self.down_rd is None else first_weight.normal_(std=0.01))
-        self.bias_h = nn.Parameter(torch.tensor(list(first.values())).repeat_interleave(heads))
+        self.bias_h = nn.Parameter(torch.tensor(list(chain(*first.values()))))
         self.code = nn.Linear(width, heads * rule.structure.n_codes, bias=False) if rule.structure.n_codes else None
 
     def forward(self, hidden_btd: Hidden) -> Gates:

@@ -181,7 +181,8 @@ class Log:
             fields[""] = f"{self._tokens_per_s:,.0f} tokens/s"
         fields["left"] = _clock(self._seconds_left(now, share))
         if self._memory:
-            fields["half-life"] = f"{self._memory['half_life']:.0f} tokens"
+            least, most = (self._memory[f"half_life_{end}"] for end in ("least", "most"))
+            fields["half-lives"] = f"{least:,.0f} to {most:,.0f} tokens"
             fields["write"] = f"{self._memory['write']:.3f}"
             fields["memory norm"] = f"{self._memory['norm']:.2f}"
         self._run.view.update(fields, progress=share, loss=self._shown)

@@ -148,7 +148,9 @@ def _memory(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     told = [record["metrics"] for record in records if "memory/norm" in record["metrics"]]
     figures = told[-1] if told else {}
     labels = {
-        "memory/half_life": "half-life, tokens",
+        "memory/half_life_least": "shortest half-life of a head, tokens",
+        "memory/half_life": "median half-life, tokens",
+        "memory/half_life_most": "longest half-life, tokens",
         "memory/write": "mean write rate",
         "memory/momentum": "mean momentum",
         "memory/norm": "mean norm of a memory",

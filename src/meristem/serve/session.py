@@ -5,7 +5,6 @@ knows of the past is in that state, whose size does not grow, and so the time pe
 """
 
 import copy
-import math
 import time
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from meristem.data.tokenizer import Tokenizer
 from meristem.device.random import stream as random_stream
 from meristem.errors import CheckpointMismatch, WrongValue
-from meristem.evaluate.memory import COPIES, weights_in
+from meristem.evaluate.memory import COPIES, half_lives_of, weights_in
 from meristem.memory.state import State, as_tensors, from_tensors, size_bytes
 from meristem.models.generate import Sampling, choose
 from meristem.models.load import numbers, of_today
@@ -53,11 +52,12 @@ class Turn:
 
 
 class LayerMemory(TypedDict):
-    """One memory: the norm of what it holds, its bytes, and after how many tokens its gates at rest keep one half."""
+    """One memory: the norm of what it holds, its bytes, and of each head after how many tokens its gates at rest keep
+    one half."""
 
     norm: float
     size_bytes: int
-    half_life: float
+    half_lives: list[float]
 
 
 class MemoryView(TypedDict):
@@ -319,9 +319,8 @@ def _memories(state: State, path: str = "") -> Iterator[tuple[str, State]]:
 
 @torch.no_grad()
 def _looked_at(module: NeuralMemory | SelfReference, memory: State) -> LayerMemory:
-    retain = float(module.retain_at_rest().mean())
     return {
         "norm": float(sum(weight.double().square().sum() for weight in weights_in({"memory": memory}))) ** 0.5,
         "size_bytes": size_bytes(memory),
-        "half_life": math.log(0.5) / math.log(retain) if retain < 1 else math.inf,
+        "half_lives": half_lives_of(module.retain_at_rest()),
     }
