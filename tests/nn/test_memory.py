@@ -175,9 +175,25 @@ def test_retain_begins_at_its_half_life(half_life: int, retain: float, bias: flo
 )
 def test_half_lives_of_heads_are_spaced_by_equal_factors(half_life: tuple[float, ...], expected: list[float]) -> None:
     gates = layer("delta", "auto", half_life=half_life).recall.gates
-    raw_h = gates.bias_h.view(len(gates.names), -1)[gates.names.index("retain")]
+    raw_h = gates.logits(torch.randn(1, 1, WIDTH)).view(len(gates.names), -1)[gates.names.index("retain")]
     found = math.log(0.5) / torch.nn.functional.logsigmoid(raw_h.double())
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gated_delta", "titans"])
+def test_the_retain_gate_alone_learns_at_its_own_rate(name: str) -> None:
+    """It begins as without, and what its map learns moves its logit by the factor; all other gates are as they were."""
+    hidden_btd = torch.randn(2, 5, WIDTH)
+    plain, slow = (layer(name, "auto", retain_lr=factor).recall.gates for factor in (1.0, 0.25))
+    torch.testing.assert_close(slow.logits(hidden_btd), plain.logits(hidden_btd))
+    before_bth = plain.logits(hidden_btd)
+    with torch.no_grad():
+        for gates in (plain, slow):
+            gates.bias_h += 0.5
+            gates.weight_hd += 0.1
+    moved = [(gates.logits(hidden_btd) - before_bth).chunk(len(plain.names), dim=-1) for gates in (plain, slow)]
+    for gate, one_bth, other_bth in zip(plain.names, *moved, strict=True):
+        torch.testing.assert_close(other_bth, one_bth * (0.25 if gate == "retain" else 1.0))
 
 
 def test_gates_begin_as_the_table_says() -> None:

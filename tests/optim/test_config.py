@@ -20,7 +20,7 @@ def test_every_kind_says_what_it_reads():
     [
         (
             {"name": "sgd", "beta1": 0.8},
-            r"optim.beta1 is 0.8, but optim.name 'sgd' does not read it; it reads gate_lr, grad_clip, ",
+            r"optim.beta1 is 0.8, but optim.name 'sgd' does not read it; it reads grad_clip, ",
         ),
         ({"momentum": 0.8}, r"optim.momentum is 0.8, but optim.name 'adamw' does not read it"),
         ({"name": "muon", "m3_alpha": 0.1}, r"optim.m3_alpha is 0.1, but optim.name 'muon'"),

@@ -145,14 +145,3 @@ def test_a_setting_for_a_level_that_is_not_there_is_refused():
     part = OptimConfig(level_rates={7: 2.0, 8: 1.0}, level_betas={64: (0.1, 0.2)})
     with pytest.raises(ConflictingKeys, match=r"level_rates.7, optim.level_betas.64: no level .* there are 1, 8"):
         build(Levelled(8), part)
-
-
-def test_gates_of_memories_have_a_rate_of_their_own():
-    """All that decides them, and nothing else; at a factor of 1 they are where they always were."""
-    with torch.device("meta"):
-        model = build_model(*ZOO["preset-titans-mag"], VOCABULARY, random_seed=3)
-    groups = {group["name"]: group for group in build(model, OptimConfig(lr=0.5, gate_lr=0.25)).param_groups}
-    gates = {name for name, _ in model.named_parameters() if ".recall.gates." in name}
-    assert set(groups["level:1:gates"]["param_names"]) == gates
-    assert groups["level:1:gates"]["rate"] == 0.125 and groups["level:1:no_decay"]["rate"] == 0.5
-    assert "level:1:gates" not in {group["name"] for group in build(model, OptimConfig()).param_groups}

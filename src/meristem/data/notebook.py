@@ -7,6 +7,7 @@ belongs to is known from its name, so that held-out names, wordings and distance
 """
 
 import heapq
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,10 @@ HELD_OUT_GAP: Final = (6_000, 12_000)
 SHORTEST: Final = 4_000
 LONGEST: Final = 160_000
 """Bounds of the lengths of documents in bytes, drawn log-uniformly: 42,000 on average."""
+
+FEWEST: Final = 2
+MOST: Final = 128
+"""Bounds of the number of facts of a document, drawn log-uniformly; fewer where its length does not allow them."""
 
 CHANGED: Final = 0.15
 RETURNS: Final = 0.75
@@ -119,7 +124,9 @@ def document(settings: NotebookConfig, validation: float, number: int, done: flo
     name = f"notebook/{settings.seed}/{number}"
     is_held_out = bool(assign(name, ratios_for(validation)))
     share = settings.first_share * (settings.last_share / settings.first_share) ** done
-    writer = _Writer(Dice(name), paragraphs(is_held_out, validation), is_held_out)
+    dice = Dice(name)
+    n_facts = round(dice.between(FEWEST, MOST))
+    writer = _Writer(dice, paragraphs(is_held_out, validation), is_held_out, n_facts)
     writer.write(writer.dice.between(SHORTEST, LONGEST), share)
     return Notebook(name, "".join(writer.parts).encode(), is_held_out, tuple(writer.recalls))
 
@@ -128,6 +135,11 @@ def document(settings: NotebookConfig, validation: float, number: int, done: flo
 def names(is_held_out: bool) -> tuple[str, ...]:
     """The names of one side of the split."""
     return tuple(name for number, name in enumerate(NAMES) if (number % 8 == 0) == is_held_out)
+
+
+@cache
+def _held_out_names() -> frozenset[str]:
+    return frozenset(names(is_held_out=True))
 
 
 def wordings(choices: Sequence[str], is_held_out: bool) -> Sequence[str]:
@@ -142,6 +154,7 @@ class _Writer:
     dice: Dice
     prose: Sequence[str]
     is_held_out: bool
+    most_facts: int
     parts: list[str] = field(default_factory=list)
     recalls: list[Recall] = field(default_factory=list)
     facts: dict[tuple[str, str], _Fact] = field(default_factory=dict)
@@ -151,12 +164,13 @@ class _Writer:
     n_due: int = 0
 
     def write(self, length: float, share: float) -> None:
-        """Facts that are due first; new ones while facts are less than their share of the bytes; else prose."""
+        """Facts that are due first; while facts are less than their share of the bytes new ones, and where the
+        document has all of them any that it has; else prose."""
         while self.at < length:
             if self.due and self.due[0][0] <= self.at:
                 self._come_back(heapq.heappop(self.due)[2])
-            elif self.fact_bytes < share * (self.at + 1):
-                self._tell()
+            elif self.fact_bytes < share * (self.at + 1) and self._tell():
+                continue
             else:
                 text = f"\n\n{self.dice.pick(self.prose)}\n\n"
                 self.parts.append(text)
@@ -167,25 +181,34 @@ class _Writer:
         is_new = self.is_held_out and self.dice.share() < 0.5
         return self.dice.pick(wordings(choices, is_new)), is_new
 
-    def _tell(self) -> None:
-        """A fact that the document does not hold yet; one of them is always left."""
+    def _tell(self) -> bool:
+        """A new fact, or one of those that the document has; False where all stand at a distance that is held out."""
         is_new = self.is_held_out and self.dice.share() < 0.5
         subject, attribute = self.dice.pick(names(is_new)), self.dice.pick(ATTRIBUTES)
-        if (subject, attribute.name) in self.facts:
-            self._come_back(self.facts[subject, attribute.name])
-            return
+        known = self.facts.get((subject, attribute.name))
+        if known is not None or len(self.facts) >= self.most_facts:
+            told, first = list(self.facts.values()), int(self.dice.share() * len(self.facts))
+            mentionable = (fact for fact in told[first:] + told[:first] if not self._is_forbidden(fact))
+            return any(self._mention(fact) for fact in itertools.islice(mentionable, 1))
         fact = self.facts[subject, attribute.name] = _Fact(subject, attribute, self.dice.pick(attribute.values))
         wording, _ = self._wording(attribute.statements)
         start, _ = self._append(wording, fact)
         fact.last = start
         self._echo(fact)
         self._schedule(fact)
+        return True
 
     def _come_back(self, fact: _Fact) -> None:
-        """The value again, or that it has changed; later where that would be at a distance that is held out."""
+        """What is due; later where that would be at a distance that is held out."""
         if self._is_forbidden(fact):
             heapq.heappush(self.due, (fact.last + HELD_OUT_GAP[1], self._next(), fact))
             return
+        self._mention(fact)
+        if self.dice.share() < RETURNS:
+            self._schedule(fact)
+
+    def _mention(self, fact: _Fact) -> bool:
+        """The value again, or that it has changed. Always True: something was written."""
         statements, questions = fact.attribute.statements, fact.attribute.questions
         if self.dice.share() < CHANGED:
             opening, is_new = self._wording(CORRECTIONS)
@@ -196,8 +219,7 @@ class _Writer:
             wording, is_new = self._wording(statements if self.dice.share() < STATED else questions)
             self._recall(wording, fact, is_new)
         self._echo(fact)
-        if self.dice.share() < RETURNS:
-            self._schedule(fact)
+        return True
 
     def _echo(self, fact: _Fact) -> None:
         """At times the value once more at once: the shortest distances."""
@@ -219,7 +241,7 @@ class _Writer:
 
     def _recall(self, wording: str, fact: _Fact, is_wording_held_out: bool) -> None:
         start, value = self._append(wording, fact)
-        is_new_name = NAMES.index(fact.subject) % 8 == 0
+        is_new_name = fact.subject in _held_out_names()
         self.recalls.append(
             Recall(
                 start,

@@ -15,7 +15,11 @@ _ENDS: Final = "da len mir nar rol sel tan via wen lod rist bert mund ska nor di
 _SITES: Final = "Oster Linden Stein Kar Brun Wald Mar Hol Nyr Vester Alten Gran Fal Hamm Kirk Lund Soder Thorn".split()
 _SITE_ENDS: Final = "burg ford haven mouth stad wick dale port field ness".split()
 
-NAMES: Final = tuple(start + end for start in _STARTS for end in _ENDS)
+_MIDDLES: Final = ("", *"ra li no ve mi to sa lu be ki da re".split())
+
+NAMES: Final = tuple(start + middle + end for start in _STARTS for middle in _MIDDLES for end in _ENDS)
+"""So many that a tokenizer does not have most of them as one token: who has learned to recall of names in general can
+recall of one that it never met."""
 PLACES: Final = ("Oslo", "Lima", "Cairo", "Quito", "Turin", *(site + end for site in _SITES for end in _SITE_ENDS))
 
 

@@ -293,6 +293,14 @@ class MemoryConfig(ConfigSection):
             "first and the last head have its ends, and those between are spaced along it by equal factors."
         ),
     ] = 64.0
+    retain_lr: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Factor on the learning rate of the retain gate alone: its logit is this times the map of a "
+            "token. Small, half-lives stay near where they begin while all else learns.",
+        ),
+    ] = 1.0
     write_rate: Annotated[
         float, Field(gt=0, lt=1, description="Write rate at the start, before the factor 1 - momentum.")
     ] = 0.1

@@ -56,7 +56,7 @@ def decode_heads(recall: Decodable, hidden_btd: Hidden, state: State) -> tuple[T
     mixed_bd = functional.silu((padded_bsd.mT * recall.conv.weight_dc).sum(dim=-1))
     vectors_blhk = mixed_bd.view(mixed_bd.shape[0], 3, recall.heads, -1)
     query_bh1k, key_bh1k = unit(vectors_blhk[:, :2]).unsqueeze(-2).unbind(1)
-    log_blh11 = functional.logsigmoid(functional.linear(hidden_btd, recall.gates.weight_hd, recall.gates.bias_h))
+    log_blh11 = functional.logsigmoid(recall.gates.logits(hidden_btd))
     log_blh11 = log_blh11.view(mixed_bd.shape[0], -1, recall.heads, 1, 1)
     factors_bh11 = _factors(recall, dict(zip(recall.gates.names, log_blh11.unbind(1), strict=True)))
     rows = key_bh1k, vectors_blhk[:, 2].unsqueeze(-2), query_bh1k

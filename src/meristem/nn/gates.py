@@ -2,7 +2,6 @@
 
 import math
 from itertools import chain
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +30,8 @@ class GateMap(KeepsFloat32):
     Gates stay where the memory cannot run away (``memory.region``): first values beyond that begin at its border.
     """
 
-    float32 = frozenset({"weight_hd", "down_rd", "bias_h", "code"})
-    gate_parameters: ClassVar = frozenset({"weight_hd", "down_rd", "bias_h"})
-    """Parameters that ``optim.gate_lr`` scales the learning rate of."""
+    float32 = frozenset({"weight_hd", "down_rd", "bias_h", "scale_h", "code"})
+    scale_h: Tensor | None
 
     def __init__(self, width: int, heads: int, rule: Rule, config: MemoryConfig) -> None:
         """heads: places that have gates of their own."""
@@ -55,6 +53,13 @@ class GateMap(KeepsFloat32):
             first["threshold"] = [math.log(math.e - 1)] * heads
         if rule.span > 1:
             first["weight"] = [2.0] * heads
+        if config.retain_lr != 1 and "retain" in first:
+            # Adam's steps have one size: a logit that is so many times a map moves by as much more or less.
+            scales = [config.retain_lr if name == "retain" else 1.0 for name in first]
+            self.register_buffer("scale_h", torch.tensor(scales).repeat_interleave(heads), persistent=False)
+            first["retain"] = [each / config.retain_lr for each in first["retain"]]
+        else:
+            self.scale_h = None
         self.names = tuple(first)
         self.down_rd = None
         if config.gate_rank is not None:
@@ -69,8 +74,7 @@ class GateMap(KeepsFloat32):
         """Gates in float32, whatever the autocast: a retain factor near 1 does not survive bfloat16."""
         with full_precision(hidden_btd.device):
             hidden_btd = hidden_btd.to(self.weight_hd.dtype)
-            lowered = hidden_btd if self.down_rd is None else functional.linear(hidden_btd, self.down_rd)
-            raw_bth = functional.linear(lowered, self.weight_hd, self.bias_h)
+            raw_bth = self.logits(hidden_btd)
             raw: dict[str, Gate] = dict(zip(self.names, raw_bth.chunk(len(self.names), dim=-1), strict=True))
             write_bth = self.write_limit * raw["write"].sigmoid()
             log_retain_bth = functional.logsigmoid(raw["retain"]) if "retain" in raw else torch.zeros_like(write_bth)
@@ -92,6 +96,12 @@ class GateMap(KeepsFloat32):
                 log_momentum_bth=kept.log_momentum,
                 **others,
             )
+
+    def logits(self, hidden_btd: Hidden) -> Tensor:
+        """What the gates are made of, ``(b, t, gates * heads)``, gate after gate as in ``names``."""
+        lowered_btd = hidden_btd if self.down_rd is None else functional.linear(hidden_btd, self.down_rd)
+        raw_bth = functional.linear(lowered_btd, self.weight_hd, self.bias_h)
+        return raw_bth if self.scale_h is None else raw_bth * self.scale_h
 
     def most_momentum(self) -> Tensor | None:
         """The greatest momentum of each head, one for all tokens: about the root of what it is by itself."""

@@ -9,7 +9,7 @@ from meristem.config import ConfigSection
 from meristem.config.mistakes import nearest_words
 from meristem.errors import ConflictingKeys, WrongValue
 
-EVERY_KIND: Final = frozenset({"name", "lr", "gate_lr", "weight_decay", "grad_clip", "level_rates"})
+EVERY_KIND: Final = frozenset({"name", "lr", "weight_decay", "grad_clip", "level_rates"})
 ADAMW: Final = frozenset({"beta1", "beta2", "eps", "level_betas"})
 READS: Final = {
     "adamw": EVERY_KIND | ADAMW,
@@ -42,11 +42,6 @@ class OptimConfig(ConfigSection):
         "the rest to AdamW",
     )
     lr: float = Field(default=1e-3, gt=0, description="highest learning rate; the schedule scales it")
-    gate_lr: float = Field(
-        default=1.0,
-        gt=0,
-        description="factor on the learning rate of the gates of memories: retain, write rate and momentum",
-    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean of the gradients")
     beta2: float = Field(
         default=0.95, ge=0, lt=1, description="AdamW, adamuon: decay of the mean of their, or its steps', squares"

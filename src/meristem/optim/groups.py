@@ -20,16 +20,13 @@ def build(model: nn.Module, config: OptimConfig) -> MultiPeriodOptimizer:
     kind, every_level = KINDS[config.name], levels(model)
     _require_levels(config, every_level)
     decayed = {id(parameter) for parameter in split(model)[0]}
-    # At a factor of 1 they stay in the group in which checkpoints of before have them.
-    gates = set() if config.gate_lr == 1 else {id(parameter) for parameter in declared(model, "gate_parameters")}
     is_end = {id(parameter) for parameter in _head(model)} if kind.matrices else decayed
     matrices: list[Group] = []
     rest: list[Group] = []
     for period, parameters in every_level.items():
         orthogonalised = [each for each in parameters if id(each) in decayed - is_end]
         shrunk = [each for each in parameters if id(each) in decayed & is_end]
-        plain = [each for each in parameters if id(each) not in decayed | gates]
-        slow = [each for each in parameters if id(each) in gates]
+        plain = [each for each in parameters if id(each) not in decayed]
         rate = config.lr * config.level_rate(period)
         common = {"lr": rate, "rate": rate, "period": period}
         for speed, own in _by_speed(model, orthogonalised).items():
@@ -37,9 +34,7 @@ def build(model: nn.Module, config: OptimConfig) -> MultiPeriodOptimizer:
             of_speed = {"name": f"level:{period}:matrix:{speed}", "every": speed}
             matrices.append(group if speed is None else group | of_speed)
         decays = {"name": f"level:{period}:decay", "params": shrunk, "weight_decay": config.weight_decay}
-        undecayed = common | {"name": f"level:{period}:no_decay", "params": plain, "weight_decay": 0.0}
-        scaled = {"lr": rate * config.gate_lr, "rate": rate * config.gate_lr}
-        rest += [common | decays, undecayed, undecayed | scaled | {"name": f"level:{period}:gates", "params": slow}]
+        rest += [common | decays, common | {"name": f"level:{period}:no_decay", "params": plain, "weight_decay": 0.0}]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     made = []
     for maker, groups in ((kind.rest, rest), (kind.matrices, matrices)):
@@ -72,7 +67,7 @@ def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     children. What no module names is none, whatever its shape: taps of convolutions, gains, biases, gates, first
     memories, and all of a module that says nothing. An embedding is none either, also where a head shares it.
     """
-    matrices = {id(parameter) for parameter in declared(model, "matrices")}
+    matrices = {id(parameter) for module in model.modules() for parameter in _matrices(module)}
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             matrices -= {id(parameter) for parameter in module.parameters()}
@@ -81,23 +76,19 @@ def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     return decayed, [parameter for parameter in trainable if id(parameter) not in matrices]
 
 
-def declared(model: nn.Module, kind: str) -> Iterator[nn.Parameter]:
-    """The parameters that modules declare as ``matrices`` or ``gate_parameters``.
-
-    Raises WrongValue for a matrix of another shape.
-    """
-    for module in model.modules():
-        names: frozenset[str] = getattr(module, kind, frozenset())
-        for name, parameter in module.named_parameters() if names else ():
-            if name not in names:
-                continue
-            if kind == "matrices" and parameter.dim() != 2:
-                raise WrongValue(
-                    f"{type(module).__name__}.matrices names '{name}', of the shape {tuple(parameter.shape)}; a matrix "
-                    "has two axes. Take the name out.",
-                    value=name,
-                )
-            yield parameter
+def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that this module declares to be matrices. Raises WrongValue for one of another shape."""
+    declared: frozenset[str] = getattr(module, "matrices", frozenset())
+    for name, parameter in module.named_parameters() if declared else ():
+        if name not in declared:
+            continue
+        if parameter.dim() != 2:
+            raise WrongValue(
+                f"{type(module).__name__}.matrices names '{name}', of the shape {tuple(parameter.shape)}; a matrix has "
+                "two axes. Take the name out.",
+                value=name,
+            )
+        yield parameter
 
 
 def _with_periods(module: nn.Module, inherited: int) -> Iterator[tuple[nn.Parameter, int]]:
