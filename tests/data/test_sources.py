@@ -134,6 +134,29 @@ def test_a_package_without_sources_is_refused(name):
         resolve(DataConfig(source=f"installed:{name}"))
 
 
+def test_texts_are_joined_by_a_plus(tmp_path):
+    """One after the other, each document with its own name; a file of that very name comes first."""
+    for name in ("one", "two", "one+two"):
+        (tmp_path / f"{name}.txt").write_text(f"the text of {name}")
+    one, two = str(tmp_path / "one.txt"), str(tmp_path / "two.txt")
+    joined = resolve(DataConfig(source=f"{one}+{two}"))
+    assert [(each.id, each.text) for each in joined.read()] == [
+        ("one.txt", b"the text of one"),
+        ("two.txt", b"the text of two"),
+    ]
+    assert [path.name for path in joined.paths()] == ["one.txt", "two.txt"]
+    (single,) = resolve(DataConfig(source=str(tmp_path / "one+two.txt"))).read()
+    assert single.text == b"the text of one+two"
+    prose, licence = resolve(DataConfig(source="stdlib-docs")), resolve(DataConfig(source="stdlib-docs+stdlib")).licence
+    assert licence == "PSF-2.0" == prose.licence and joined.licence is None
+
+
+@pytest.mark.parametrize(("name", "part"), [("stdlib+nonsense", "nonsense"), ("stdlib+", r"stdlib\+"), ("+", r"\+")])
+def test_a_part_that_is_no_text_is_named(name, part):
+    with pytest.raises(DataError, match=f"data.source '{part}' is neither"):
+        resolve(DataConfig(source=name))
+
+
 def test_a_hundred_documents_come_in_the_same_order_twice(tmp_path):
     plant(tmp_path, [f"{number * 37 % 100:02}.txt" for number in range(100)])
     assert list(read(tmp_path)) == list(read(tmp_path)) == [f"{number:02}.txt" for number in range(100)]

@@ -48,7 +48,8 @@ class DataConfig(ConfigSection):
     source: str = Field(
         default="stdlib",
         min_length=1,
-        description="stdlib, stdlib-docs, notebook, installed:NAME, a registered download, a file or a directory",
+        description="stdlib, stdlib-docs, notebook, installed:NAME, a registered download, a file or a directory, or "
+        "several joined by +",
     )
     root: Path | None = Field(
         default=None,

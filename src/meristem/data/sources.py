@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import importlib.util
 import io
+import itertools
 import os
 import re
 import stat
@@ -54,8 +55,13 @@ def documents(data: DataConfig) -> Iterator[Document]:
 
 
 def resolve(data: DataConfig) -> Source:
-    """The source that ``data.source`` names. Names come before paths: write ./stdlib for a file of that name."""
+    """The source that ``data.source`` names. Names come before paths: write ./stdlib for a file of that name.
+
+    ``a+b`` is the text of a and then that of b, unless a file or a directory is called so.
+    """
     name = data.source
+    if "+" in name.strip("+") and not os.path.lexists(os.path.expanduser(name)):
+        return _joined(name, [resolve(data.model_copy(update={"source": part})) for part in name.split("+")])
     if name == "stdlib":
         return _python(data, "stdlib", Path(sysconfig.get_path("stdlib")), "PSF-2.0")
     if name == "stdlib-docs":
@@ -96,6 +102,19 @@ def _unknown(name: str) -> DataError:
         f"data.source '{name}' is neither a file, a directory nor a known text. Did you mean {', '.join(near)}?",
         found=name,
         accepted=known,
+    )
+
+
+def _joined(name: str, parts: Sequence[Source]) -> Source:
+    """Several texts as one; a document keeps its name, and so its side of the split."""
+    licences = {part.licence for part in parts}
+    return Source(
+        name,
+        "joined",
+        lambda: itertools.chain.from_iterable(part.read() for part in parts),
+        lambda: itertools.chain.from_iterable(part.paths() for part in parts),
+        {"parts": [{"name": part.name, "loader": part.loader, **part.args} for part in parts]},
+        " and ".join(sorted(filter(None, licences))) if all(licences) else None,
     )
 
 
