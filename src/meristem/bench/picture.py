@@ -1,15 +1,20 @@
-"""Benchmarks as pictures: the training speed of every rule in every form, and what an ablation found."""
+"""Benchmarks as pictures: the training speed of every rule in every form, and the tables of the evidence."""
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from meristem.bench.trial import Figures
+from meristem.bench.evidence import ReadingConfig, TableConfig
+from meristem.bench.verdict import BITS, Result, estimate
 from meristem.evaluate.picture import empty_figure, write_figure
 
 COLOURS: Final = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#d62728", "#17becf", "#bcbd22")
 """One for every form, in the order of their names; more forms go round."""
+
+LINES: Final = ("-", "--", ":", "-.")
+"""Of curves that share a colour."""
 
 
 def plot_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
@@ -34,27 +39,80 @@ def plot_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
     write_figure(path, figure)
 
 
-def plot_ablation(path: Path, found: Mapping[str, Sequence[Figures]]) -> None:
-    """Write the mean held-out curves of all variants, and beside them every end with the mean over starts, as a PNG."""
-    figure = empty_figure(path, 11, max(4.0, 1.5 + 0.35 * len(found)))
-    curves, ends = figure.subplots(1, 2)
-    for place, (name, starts) in enumerate(found.items()):
-        colour, style = f"C{place % 10}", ("-", "--", ":")[place // 10 % 3]
-        points = zip(*(figures.curve for figures in starts), strict=False)
-        mean = [(start[0][0], statistics.fmean(bits for _, bits in start)) for start in points]
-        curves.plot(*zip(*mean, strict=True), color=colour, linestyle=style, linewidth=1, label=name)
-        bits = [figures.bits_per_byte for figures in starts]
-        ends.barh(place, statistics.fmean(bits), height=0.8, color=colour, alpha=0.5)
-        ends.plot(bits, [place] * len(bits), "k.", markersize=4)
-    curves.set(xlabel="tokens read", ylabel="bits per byte of held-out text")
-    ends.set_yticks(range(len(found)), list(found))
-    ends.invert_yaxis()
-    all_bits = [figures.bits_per_byte for starts in found.values() for figures in starts]
-    room = max(0.02, max(all_bits) - min(all_bits))
-    ends.set_xlim(min(all_bits) - room, max(all_bits) + room / 4)
-    ends.set_xlabel("bits per byte at the end; a point for every start\n(the axis does not begin at 0)")
-    curves.legend(fontsize="x-small")
+def plot_table(path: Path, table: TableConfig, results: Sequence[Result]) -> None:
+    """Write a row of panels for each text and budget as a PNG: curves, ends with 95 % intervals, recall, reading."""
+    rows = [(group, list(own)) for group, own in groupby(results, key=lambda result: result.cell.group)]
+    has_recall = any(result.values("mentions/memory/far") for result in results)
+    read = [(table.reading, text) for text in table.reading.texts] if table.reading else []
+    width, height = 2 + has_recall + len(read), max(3.6, 1.4 + 0.3 * len(table.variants))
+    figure = empty_figure(path, 1 + 4.8 * width, height * len(rows))
+    for axes, (group, own) in zip(figure.subplots(len(rows), width, squeeze=False), rows, strict=True):
+        measured = [result for result in own if result.is_measured]
+        _draw_curves(axes[0], measured)
+        axes[0].set_title(f"{group.text}, equal {group.budget}", fontsize="medium")
+        _draw_ends(axes[1], measured)
+        if has_recall:
+            _draw_recall(axes[2], measured)
+        for panel, (reading, text) in zip(axes[2 + has_recall :], read, strict=True):
+            _draw_reading(panel, text, reading, measured)
     write_figure(path, figure)
+
+
+def _draw_curves(axes: Any, measured: Sequence[Result]) -> None:
+    for place, result in enumerate(measured):
+        points = zip(*(one.curve for one in result.by_seed.values() if one.curve), strict=False)
+        mean = [(statistics.fmean(n for n, _ in at), statistics.fmean(bits for _, bits in at)) for at in points]
+        if mean:
+            axes.plot(*zip(*mean, strict=True), **_style(place), label=result.cell.variant)
+    axes.set(xlabel="tokens read", ylabel="bits per byte of held-out text")
+    axes.legend(fontsize="x-small")
+
+
+def _draw_ends(axes: Any, measured: Sequence[Result]) -> None:
+    for place, result in enumerate(measured):
+        bits = list(result.values(BITS).values())
+        found = estimate(bits)
+        axes.errorbar(found.mean, place, xerr=found.half or 0, fmt="s", capsize=4, **_style(place))
+        axes.plot(bits, [place] * len(bits), "k.", markersize=4)
+    axes.set_yticks(range(len(measured)), [result.cell.variant for result in measured])
+    axes.set_ylim(len(measured) - 0.5, -0.5)
+    axes.grid(axis="x", linewidth=0.4, alpha=0.5)
+    axes.set_xlabel("bits per byte at the end: means with 95 %, a point for every seed")
+
+
+def _draw_recall(axes: Any, measured: Sequence[Result]) -> None:
+    for place, result in enumerate(measured):
+        figures = [one.figures for one in result.by_seed.values() if one.figures]
+        keys = [key for key in figures[0] if key.startswith("mentions/memory/") and key.split("/")[2].isdigit()]
+        distances = [int(key.split("/")[2]) for key in keys if not key.endswith("/n")]
+        shares = [statistics.fmean(result.values(f"mentions/memory/{d}").values()) for d in distances]
+        axes.plot(distances, shares, marker="o", markersize=3, **_style(place))
+        _mark(axes, distances[::3])
+    axes.set(xlabel="distance in bytes (up to)", ylabel="share of values recalled", ylim=(-0.03, 1.03))
+
+
+def _draw_reading(axes: Any, text: str, reading: ReadingConfig, measured: Sequence[Result]) -> None:
+    for place, result in enumerate(measured):
+        for learn, line in zip(reading.learn, LINES * len(reading.learn), strict=False):
+            values = [result.values(f"reading/{learn}/{text}/{mark}").values() for mark in reading.marks]
+            if all(values):
+                style = _style(place) | {"linestyle": line, "marker": "o", "markersize": 3}
+                bits = [statistics.fmean(one) for one in values]
+                axes.plot(reading.marks, bits, **style, label=f"{result.cell.variant}, learn={learn}")
+    _mark(axes, reading.marks)
+    axes.set(xlabel="tokens read", ylabel="bits per byte since the point before")
+    axes.set_title(f"reading {text}", fontsize="medium")
+    axes.legend(fontsize="x-small")
+
+
+def _mark(axes: Any, numbers: Sequence[int]) -> None:
+    """A logarithmic axis that names these numbers."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+
+
+def _style(place: int) -> dict[str, Any]:
+    return {"color": f"C{place % 10}", "linestyle": LINES[place // 10 % len(LINES)], "linewidth": 1}
 
 
 def _draw_panel(
