@@ -40,6 +40,7 @@ def listed(place: Path, *more: str, **changes: Any) -> Path:
         "seeds": [0, 1],
         "rates": [1.0e-3, 3.0e-3],
         "rate_share": 0.5,
+        "span": 4,
         "n_texts": 1,
         "n_documents": 1,
         "same_size_as": "titans",

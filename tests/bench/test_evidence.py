@@ -9,6 +9,7 @@ import pytest
 from bench.evidences import listed, tables
 from meristem.bench import trial as trials_module
 from meristem.bench.evidence import Group, cells, groups, n_parameters, of_one_size, read_evidence
+from meristem.bench.picture import plot_table
 from meristem.bench.reading import reading_figures
 from meristem.bench.study import best_rate, rate_trials, result_of, seed_trials, study
 from meristem.bench.trial import Measures, Outcome, recall_figures, run_trials
@@ -77,7 +78,10 @@ def test_a_study_runs_writes_and_is_not_run_again(tmp_path):
     )
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
     again = study(config, out, only=(), **how)
-    assert again["outcomes"] == report["outcomes"] and "10 runs are known, none is missing" in heard
+    assert (
+        again["outcomes"] == report["outcomes"]
+        and "10 runs are known, none is missing; 0 of other settings are left out" in heard
+    )
     assert logs == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
 
 
@@ -185,7 +189,7 @@ def test_a_file_of_other_results_is_not_overwritten(tmp_path):
 
 def test_recall_is_measured_by_distance(tmp_path):
     """Of a model that was never trained: nothing is predicted, whether its memory is written or not."""
-    tree = read_evidence(listed(tmp_path, "model.sliding_window=4", "data.notebook.size_bytes=1000000"))
+    tree = read_evidence(listed(tmp_path, "data.notebook.size_bytes=1000000"))
     config = cells(tree, MEMORY)[0].config
     model = build(config.model, config.memory, 256, random_seed=0)
     device = resolve(config.device, silent)
@@ -213,22 +217,15 @@ def test_reading_counts_from_mark_to_mark(tmp_path):
         reading_figures(model, byte_tokenizer(), long, DataConfig(), device)
 
 
-def results_of(tmp_path, **figures):
-    """Results of both variants, their figures by seed."""
+def results_of(tmp_path, figures):
+    """Results of both variants; of each figure its values by seed, by variant."""
     tree, results = read_evidence(listed(tmp_path, rates=[1e-3])), []
     for cell in cells(tree, MEMORY):
-        trials = seed_trials(tree, cell, 1e-3)
-        own = {key: values[cell.variant] for key, values in figures.items() if cell.variant in values}
-        known = {
-            one.fingerprint: Outcome(
-                one.name,
-                one.fingerprint,
-                {key.replace("__", "/"): values[seed] for key, values in own.items() if seed < len(values)},
-                (),
-                "a chip",
-            )
-            for seed, one in trials.items()
-        }
+        known = {}
+        for seed, one in seed_trials(tree, cell, 1e-3).items():
+            own = {key: values[cell.variant][seed : seed + 1] for key, values in figures.items()}
+            found = {key: value for key, values in own.items() for value in values}
+            known[one.fingerprint] = Outcome(one.name, one.fingerprint, found, (), "a chip")
         results.append(result_of(tree, cell, known))
     return tree, results
 
@@ -239,17 +236,32 @@ def test_what_has_no_effect_is_said_as_plainly_as_what_has(tmp_path):
         ([2.09, 2.31], r"**no effect** (-0.1000 ± 0.1271 bits per byte)"),
         ([2.10, 2.3002], "better by 0.0999 ± 0.0013 bits per byte"),
         ([2.30, 2.5002], "worse by 0.1001 ± 0.0013 bits per byte"),
-        ([2.10], "-0.1000 bits per byte, of a single seed; whether that is an effect cannot be said"),
+        ([2.10], "-0.1000 bits per byte (a single seed, so no interval)"),
     ):
-        tree, results = results_of(tmp_path, bits_per_byte={"attention": ours, "titans": [2.2, 2.4]})
+        tree, results = results_of(tmp_path, {"bits_per_byte": {"attention": ours, "titans": [2.2, 2.4]}})
         first = next(sentences(tree, "memory", results))
         assert first == f"times, tokens: `attention` against `titans`: {word}. Published: elsewhere, 12 against 13."
 
 
 def test_recall_is_said_beside_the_likelihood(tmp_path):
-    bits, far = {"attention": [2.0, 2.1], "titans": [2.0, 2.1]}, {"attention": [0.1, 0.1], "titans": [0.5, 0.5]}
-    tree, results = results_of(tmp_path, bits_per_byte=bits, mentions__memory__far=far)
+    """In words, in the tables by distance and by spans, and in a panel of the picture."""
+    alike = {"attention": [2.0, 2.1], "titans": [2.0, 2.1]}
+    figures = {key: alike for key in ("bits_per_byte", "documents/memory", "tokens", "tokens_per_s", "state_bytes")}
+    figures["documents/frozen"] = {"attention": [2.0, 2.1], "titans": [2.2, 2.3]}
+    shares = {"attention": [0.1, 0.1], "titans": [0.5, 0.5]}
+    for mode in ("memory", "frozen"):
+        figures |= {f"mentions/{mode}/{place}": shares for place in ("64", "1024", "far")}
+        figures |= {f"mentions/{mode}/{place}/n": alike for place in ("64", "1024")}
+        figures |= {f"remember/{mode}/{spans}{tail}": shares for spans in (1, 5, 10, 50) for tail in ("", "/greedy")}
+    tree, results = results_of(tmp_path, figures)
     assert "recalled far: worse by 0.4000 ± 0.0000 of the values." in next(sentences(tree, "memory", results))
+    lines = page(tree, {"memory": results}, title="", pictures={}).splitlines()
+    assert "| variant | memory | 64 | 1,024 | far |" in lines
+    assert "| `titans` | frozen | 0.50 | 0.50 | 0.50 ± 0.00 |" in lines
+    assert "| `attention` | memory | 0.10 ± 0.00 (0.10) |" in "\n".join(lines)
+    assert not any(line.startswith("| `attention` | frozen") for line in lines), "it reads alike"
+    plot_table(tmp_path / "recall.png", tree.tables["memory"], results)
+    assert (tmp_path / "recall.png").stat().st_size > 0
 
 
 def test_intervals_are_those_of_the_book():

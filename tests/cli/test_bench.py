@@ -46,7 +46,7 @@ def test_the_evidence_is_asked_for_by_its_file(answered, capsys, tmp_path):
     config, out = listed(tmp_path, seeds=[3], rates=[1e-3], tables=table), tmp_path / "pages" / "mine.md"
     assert run(["bench", "evidence", "--config", str(config), "--out", str(out), "--only", "memory"]) == 0
     said = capsys.readouterr().out
-    assert "0 runs are known, 1 can go now" in said and "of a single seed" in said
+    assert "0 runs are known, 1 can go now" in said and "a single seed, so no interval" in said
     code, report = answered("bench", "evidence", "--config", config, "--out", out)
     assert code == 0 and report["schema"] == "meristem.evidence/1"
     assert [outcome["name"] for outcome in report["outcomes"]] == ["titans-3 on text.txt at 0.001"]

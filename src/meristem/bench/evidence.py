@@ -71,6 +71,7 @@ class EvidenceConfig(ConfigSection):
     seeds: Annotated[tuple[int, ...], Field(min_length=1, description="Random seeds, one run of each cell for each.")]
     rates: Annotated[tuple[float, ...], Field(min_length=1, description="Learning rates, the best of which is used.")]
     rate_share: Annotated[float, Field(gt=0, le=1, description="Share of the budget for which a rate is tried.")] = 0.2
+    span: Annotated[int, Field(ge=1, description="Tokens of an attention span; distances of recall are so many.")] = 64
     n_texts: Annotated[int, Field(ge=1, description="Texts of eight facts that are asked after.")] = 16
     n_documents: Annotated[int, Field(ge=1, description="Held-out documents in which recall is measured.")] = 8
     settings: Settings = ()

@@ -1,13 +1,14 @@
 """Benchmarks as pictures: the training speed of every rule in every form, and the tables of the evidence."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
 from meristem.bench.evidence import ReadingConfig, TableConfig
-from meristem.bench.verdict import BITS, Result, estimate
+from meristem.bench.verdict import BITS, MENTIONS, Result, estimate, recall_distances
 from meristem.evaluate.picture import empty_figure, write_figure
 
 COLOURS: Final = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#d62728", "#17becf", "#bcbd22")
@@ -40,21 +41,22 @@ def plot_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plot_table(path: Path, table: TableConfig, results: Sequence[Result]) -> None:
-    """Write a row of panels for each text and budget as a PNG: curves, ends with 95 % intervals, recall, reading."""
+    """Write a row of panels for each text and budget as a PNG.
+
+    They show the curves, the ends with 95 % intervals and recall by distance; of a table that reads, a panel for each
+    text instead. results: measured ones, in the order of the table.
+    """
     rows = [(group, list(own)) for group, own in groupby(results, key=lambda result: result.cell.group)]
-    has_recall = any(result.values("mentions/memory/far") for result in results)
-    read = [(table.reading, text) for text in table.reading.texts] if table.reading else []
-    width, height = 2 + has_recall + len(read), max(3.6, 1.4 + 0.3 * len(table.variants))
-    figure = empty_figure(path, 1 + 4.8 * width, height * len(rows))
-    for axes, (group, own) in zip(figure.subplots(len(rows), width, squeeze=False), rows, strict=True):
-        measured = [result for result in own if result.is_measured]
-        _draw_curves(axes[0], measured)
-        axes[0].set_title(f"{group.text}, equal {group.budget}", fontsize="medium")
-        _draw_ends(axes[1], measured)
-        if has_recall:
-            _draw_recall(axes[2], measured)
-        for panel, (reading, text) in zip(axes[2 + has_recall :], read, strict=True):
-            _draw_reading(panel, text, reading, measured)
+    panels: list[Callable[[Any, Sequence[Result]], None]] = [_draw_curves, _draw_ends]
+    if recall_distances(results):
+        panels.append(_draw_recall)
+    if table.reading is not None:
+        panels = [partial(_draw_reading, text=text, reading=table.reading) for text in table.reading.texts]
+    figure = empty_figure(path, 1 + 4.8 * len(panels), max(3.6, 1.4 + 0.3 * len(table.variants)) * len(rows))
+    for axes, (group, measured) in zip(figure.subplots(len(rows), len(panels), squeeze=False), rows, strict=True):
+        for panel, draw in zip(axes, panels, strict=True):
+            draw(panel, measured)
+        axes[0].set_title(f"{group.text}, equal {group.budget}", fontsize="medium", loc="left")
     write_figure(path, figure)
 
 
@@ -63,9 +65,10 @@ def _draw_curves(axes: Any, measured: Sequence[Result]) -> None:
         points = zip(*(one.curve for one in result.by_seed.values() if one.curve), strict=False)
         mean = [(statistics.fmean(n for n, _ in at), statistics.fmean(bits for _, bits in at)) for at in points]
         if mean:
-            axes.plot(*zip(*mean, strict=True), **_style(place), label=result.cell.variant)
+            axes.plot(*zip(*mean, strict=True), marker=".", **_style(place), label=result.cell.variant)
     axes.set(xlabel="tokens read", ylabel="bits per byte of held-out text")
-    axes.legend(fontsize="x-small")
+    if axes.lines:
+        axes.legend(fontsize="x-small")
 
 
 def _draw_ends(axes: Any, measured: Sequence[Result]) -> None:
@@ -73,7 +76,7 @@ def _draw_ends(axes: Any, measured: Sequence[Result]) -> None:
         bits = list(result.values(BITS).values())
         found = estimate(bits)
         axes.errorbar(found.mean, place, xerr=found.half or 0, fmt="s", capsize=4, **_style(place))
-        axes.plot(bits, [place] * len(bits), "k.", markersize=4)
+        axes.plot(bits, [place] * len(bits), "k.", markersize=4, zorder=3)
     axes.set_yticks(range(len(measured)), [result.cell.variant for result in measured])
     axes.set_ylim(len(measured) - 0.5, -0.5)
     axes.grid(axis="x", linewidth=0.4, alpha=0.5)
@@ -81,17 +84,18 @@ def _draw_ends(axes: Any, measured: Sequence[Result]) -> None:
 
 
 def _draw_recall(axes: Any, measured: Sequence[Result]) -> None:
+    distances = recall_distances(measured)
+    if not distances:
+        axes.set_axis_off()
+        return
     for place, result in enumerate(measured):
-        figures = [one.figures for one in result.by_seed.values() if one.figures]
-        keys = [key for key in figures[0] if key.startswith("mentions/memory/") and key.split("/")[2].isdigit()]
-        distances = [int(key.split("/")[2]) for key in keys if not key.endswith("/n")]
-        shares = [statistics.fmean(result.values(f"mentions/memory/{d}").values()) for d in distances]
+        shares = [statistics.fmean(result.values(f"{MENTIONS}{d}").values()) for d in distances]
         axes.plot(distances, shares, marker="o", markersize=3, **_style(place))
-        _mark(axes, distances[::3])
+    _mark(axes, distances[::3])
     axes.set(xlabel="distance in bytes (up to)", ylabel="share of values recalled", ylim=(-0.03, 1.03))
 
 
-def _draw_reading(axes: Any, text: str, reading: ReadingConfig, measured: Sequence[Result]) -> None:
+def _draw_reading(axes: Any, measured: Sequence[Result], *, text: str, reading: ReadingConfig) -> None:
     for place, result in enumerate(measured):
         for learn, line in zip(reading.learn, LINES * len(reading.learn), strict=False):
             values = [result.values(f"reading/{learn}/{text}/{mark}").values() for mark in reading.marks]
@@ -100,8 +104,7 @@ def _draw_reading(axes: Any, text: str, reading: ReadingConfig, measured: Sequen
                 bits = [statistics.fmean(one) for one in values]
                 axes.plot(reading.marks, bits, **style, label=f"{result.cell.variant}, learn={learn}")
     _mark(axes, reading.marks)
-    axes.set(xlabel="tokens read", ylabel="bits per byte since the point before")
-    axes.set_title(f"reading {text}", fontsize="medium")
+    axes.set(xlabel=f"tokens read of {text}", ylabel="bits per byte since the point before")
     axes.legend(fontsize="x-small")
 
 

@@ -34,8 +34,7 @@ def study(
     tree = read_evidence(config)
     chosen = set(groups(tree, only))
     planned = [cell for group in groups(tree) for cell in cells(tree, group)]
-    before = _known(out.with_suffix(".json"))
-    known: dict[str, Outcome] = dict(before)
+    known = _known(out.with_suffix(".json"))
     asked = [cell for cell in planned if cell.group in chosen]
     while left := _missing(tree, asked, known):
         say(f"{len(known)} runs are known, {len(left)} can go now")
@@ -43,11 +42,13 @@ def study(
             known[outcome.fingerprint] = outcome
             say(_line(outcome))
             write(out, tree, planned, known, command)
-    say(f"{len(known)} runs are known, none is missing")
+    n_stale = len(known) - len(write(out, tree, planned, known, command)["outcomes"])
+    say(f"{len(known)} runs are known, none is missing; {n_stale} of other settings are left out")
     for table, results in _by_table(tree, planned, known).items():
+        measured = [result for result in results if result.is_measured]
         try:
-            if any(result.is_measured for result in results):
-                plot_table(picture(out, table), tree.tables[table], results)
+            if measured:
+                plot_table(picture(out, table), tree.tables[table], measured)
         except MissingExtra as error:
             say(str(error))
         for line in sentences(tree, table, results):
@@ -126,7 +127,7 @@ def _trial(cell: Cell, seed: int, rate: float, measures: Measures | None, train:
         "optim": config.optim.model_copy(update={"lr": rate}),
         "train": train or config.train,
     }
-    return Trial(cell.variant, config.model_copy(update=sections), cell.n_parameters, measures)
+    return Trial(cell.variant, config.model_copy(update=sections), measures)
 
 
 def write(out: Path, config: EvidenceConfig, planned: Sequence[Cell], known: Known, command: str) -> dict[str, Any]:
@@ -141,7 +142,8 @@ def write(out: Path, config: EvidenceConfig, planned: Sequence[Cell], known: Kno
         f"`{str(code['commit'])[:12]}`; one thread for each run, of "
         f"{' and '.join(sorted({outcome.chip for outcome in outcomes}))}; seeds {seeds}; {hours:.2f} hours of training."
     )
-    pictures = {table: picture(out, table).name for table in config.tables if picture(out, table).exists()}
+    drawn = {table: picture(out, table) for table, own in by_table.items() if any(one.is_measured for one in own)}
+    pictures = {table: path.name for table, path in drawn.items() if path.exists()}
     said = {table: list(sentences(config, table, own)) for table, own in by_table.items()}
     report = {
         "schema": SCHEMA,

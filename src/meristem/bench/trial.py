@@ -42,6 +42,7 @@ FAR: Final = 4
 class Measures:
     """What is measured of a trained model beside its likelihood, as ``EvidenceConfig`` and its tables say."""
 
+    span: int
     n_texts: int
     n_documents: int
     reading: ReadingConfig | None
@@ -49,7 +50,7 @@ class Measures:
     @classmethod
     def of(cls, config: EvidenceConfig, table: str) -> Self:
         """Those of a table."""
-        return cls(config.n_texts, config.n_documents, config.tables[table].reading)
+        return cls(config.span, config.n_texts, config.n_documents, config.tables[table].reading)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class Trial:
 
     variant: str
     config: Config
-    n_parameters: int
     measures: Measures | None
 
     @cached_property
@@ -189,11 +189,10 @@ def recall_figures(
     it, with their number under ``.../n``; ``mentions/MODE/far`` of all beyond ``FAR`` attention spans.
     """
     data, found = config.data, dict[str, float]()
-    span = (config.model.sliding_window if "sliding_window" in config.model.reads else None) or data.seq_len
-    texts = remember.tell_facts(tokenizer, span, measures.n_texts, data.validation)
+    texts = remember.tell_facts(tokenizer, measures.span, measures.n_texts, data.validation)
     chosen = remember.held_out_documents(data.notebook, data.validation, measures.n_documents)
     n_bytes = sum(len(one.text) for one in chosen)
-    far_bytes = FAR * span * n_bytes / sum(len(tokenizer.encode_bytes(one.text)) for one in chosen)
+    far_bytes = FAR * measures.span * n_bytes / sum(len(tokenizer.encode_bytes(one.text)) for one in chosen)
     how: dict[str, Any] = {"piece": max(data.seq_len, remember.PIECE), "device": device}
     for mode, reader in {"memory": model, "frozen": frozen(model)}.items():
         asked = remember.remember(reader, texts, is_reset=False, batch=config.eval.batch_size, **how)

@@ -18,6 +18,7 @@ T_975: Final = (
 """Student's t, exceeded in one case of forty, by degrees of freedom from 1; beyond, the last is a little wide."""
 
 BITS: Final = "bits_per_byte"
+MENTIONS: Final = "mentions/memory/"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), half)
 
 
+def recall_distances(results: Sequence[Result]) -> list[int]:
+    """At which distances recall was measured, in bytes; none where it was not."""
+    figures = [one.figures for result in results for one in result.by_seed.values()]
+    places = {key.split("/")[2] for own in figures for key in own if key.startswith(MENTIONS)}
+    return sorted(int(place) for place in places if place.isdigit())
+
+
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
     """Ours less theirs, seed by seed: two runs of one seed read the same batches. None without a common seed."""
     apart = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
@@ -71,7 +79,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate |
 def said(difference: Estimate, unit: str, *, less_is_better: bool = True) -> str:
     """In words: better, worse, no effect, or that one seed says nothing."""
     if difference.half is None:
-        return f"{difference.text(sign='+')} {unit}, of a single seed; whether that is an effect cannot be said"
+        return f"{difference.text(sign='+')} {unit} (a single seed, so no interval)"
     if not difference.is_clear:
         return f"**no effect** ({difference.text(sign='+')} {unit})"
     is_better = (difference.mean < 0) is less_is_better
@@ -104,7 +112,7 @@ def page(
             measured = [result for result in own if result.is_measured]
             lines += ["", f"### {group.text}, {_budget(own[0])}", ""]
             lines += _likelihoods(config, measured) if measured else ["Not measured yet."]
-            if any(result.values("mentions/memory/far") for result in measured):
+            if recall_distances(measured):
                 lines += ["", *_recall(measured)]
             if table.reading and measured:
                 lines += _readings(table.reading, measured)
@@ -138,7 +146,7 @@ def _against(config: EvidenceConfig, result: Result, own: Sequence[Result]) -> I
         if difference is None:
             continue
         line = f"`{name}` against `{other.cell.variant}`: {said(difference, 'bits per byte')}"
-        far = paired(result.values("mentions/memory/far"), other.values("mentions/memory/far"))
+        far = paired(result.values(f"{MENTIONS}far"), other.values(f"{MENTIONS}far"))
         if far is not None:
             line += f"; recalled far: {said(far, 'of the values', less_is_better=False)}"
         yield line + (f". Published: {published}." if published else ".")
@@ -160,9 +168,10 @@ def _while_learning(result: Result, reading: ReadingConfig) -> Iterator[str]:
                 ours, theirs = (result.values(f"reading/{way}/{text}/{mark}/whole") for way in (learn, baseline))
                 difference = paired(ours, theirs)
                 if difference is not None:
-                    told.append(f"{said(difference, 'bits per byte')} in the first {mark:,} tokens")
+                    told.append(f"{mark:,}: {said(difference, 'bits per byte')}")
             if told:
-                yield f"`{name}` reading `{text}` with learn={learn}, against {baseline}: {'; '.join(told)}."
+                first = f"`{name}` with learn={learn} against {baseline}, first tokens of `{text}`"
+                yield f"{first}, {'; '.join(told)}."
         again = paired(result.values(f"reading/{learn}/again"), result.values(f"reading/{learn}/first"))
         if again is not None:
             words = said(again, "bits per byte")
@@ -170,7 +179,7 @@ def _while_learning(result: Result, reading: ReadingConfig) -> Iterator[str]:
 
 
 def _likelihoods(config: EvidenceConfig, measured: Sequence[Result]) -> list[str]:
-    others = [other for other in config.tables[measured[0].cell.group.table].against if len(measured) > 1]
+    others = config.tables[measured[0].cell.group.table].against
     titles = ["variant", "parameters", "learning rate", "seeds", "bits per byte"]
     titles += [f"less `{other}`" for other in others]
     titles += ["through documents", "writing brings", "tokens read", "tokens/s", "session, bytes"]
@@ -183,8 +192,9 @@ def _likelihoods(config: EvidenceConfig, measured: Sequence[Result]) -> list[str
             other = next((one for one in measured if one.cell.variant == name and one is not result), None)
             difference = other and paired(bits, other.values(BITS))
             row.append(difference.text(sign="+") if difference else "")
-        carried, frozen = result.values("documents/memory"), result.values("documents/frozen")
-        row += [estimate(list(carried.values())).text(), (paired(frozen, carried) or Estimate(0, None)).text(sign="+")]
+        carried = result.values("documents/memory")
+        brings = paired(result.values("documents/frozen"), carried)
+        row += [estimate(list(carried.values())).text(), brings.text(sign="+") if brings else ""]
         row += [
             f"{statistics.fmean(result.values(key).values()):,.0f}" for key in ("tokens", "tokens_per_s", "state_bytes")
         ]
@@ -194,9 +204,9 @@ def _likelihoods(config: EvidenceConfig, measured: Sequence[Result]) -> list[str
 
 def _recall(measured: Sequence[Result]) -> list[str]:
     """Shares by distance, of values that come back and of facts asked after; with the memory written, then frozen."""
-    figures = next(iter(one for one in measured[0].by_seed.values() if one.figures)).figures
-    distances = [key.split("/")[2] for key in figures if key.startswith("mentions/memory/") and key.endswith("/n")]
-    rows = [["values", "", *(f"{figures[f'mentions/memory/{d}/n']:.0f}" for d in distances), ""]]
+    distances = recall_distances(measured)
+    numbers = [measured[0].values(f"{MENTIONS}{distance}/n") for distance in distances]
+    rows = [["values", "", *(f"{statistics.fmean(n.values()):.0f}" for n in numbers), ""]]
     asked = []
     for result in measured:
         for mode in ("memory", "frozen"):
@@ -210,7 +220,7 @@ def _recall(measured: Sequence[Result]) -> list[str]:
     return [
         "Share of values predicted where they come back in held-out documents, by distance in bytes (up to):",
         "",
-        *_table(["variant", "memory", *distances, "far"], rows),
+        *_table(["variant", "memory", *(f"{distance:,}" for distance in distances), "far"], rows),
         "",
         f"{N_FACTS} facts told once and asked after, in wordings held out: share for which the right value is the "
         f"likeliest of the {N_FACTS} (a guess: {1 / N_FACTS:.3f}), and in brackets the greedy continuation, after so "
