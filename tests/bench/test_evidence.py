@@ -246,7 +246,7 @@ def test_what_has_no_effect_is_said_as_plainly_as_what_has(tmp_path):
 def test_recall_is_said_beside_the_likelihood(tmp_path):
     """In words, in the tables by distance and by spans, and in a panel of the picture."""
     alike = {"attention": [2.0, 2.1], "titans": [2.0, 2.1]}
-    figures = {key: alike for key in ("bits_per_byte", "documents/memory", "tokens", "tokens_per_s", "state_bytes")}
+    figures = dict.fromkeys(("bits_per_byte", "documents/memory", "tokens", "tokens_per_s", "state_bytes"), alike)
     figures["documents/frozen"] = {"attention": [2.0, 2.1], "titans": [2.2, 2.3]}
     shares = {"attention": [0.1, 0.1], "titans": [0.5, 0.5]}
     for mode in ("memory", "frozen"):

@@ -33,8 +33,8 @@ def study(
     """
     tree = read_evidence(config)
     chosen = set(groups(tree, only))
-    planned = [cell for group in groups(tree) for cell in cells(tree, group)]
     known = _known(out.with_suffix(".json"))
+    planned = [cell for group in groups(tree) for cell in cells(tree, group)]
     asked = [cell for cell in planned if cell.group in chosen]
     while left := _missing(tree, asked, known):
         say(f"{len(known)} runs are known, {len(left)} can go now")
