@@ -108,7 +108,7 @@ READING = [
     ["data", "tokenizer", "inspect", "PATH"],
     ["data", "tokenizer", "encode", "PATH", "Ada"],
     ["data", "tokenizer", "decode", "PATH", "65"],
-    ["bench", "ablation", "--config", "PATH", "--out", "PLACE"],
+    ["bench", "evidence", "--config", "PATH", "--out", "PLACE"],
     ["train", *TINY, "--no-plan", "--run-dir", "PLACE", "--resume", "PATH"],
 ]
 KINDS = (
@@ -183,7 +183,7 @@ def test_gr8_nothing_is_left_of_a_place_that_was_tried(tmp_path, capfd):
     "words",
     [
         ["runs", "export", "GOOD", "--out", "PATH"],
-        ["bench", "ablation", "--config", "ABLATION", "--out", "PATH"],
+        ["bench", "evidence", "--config", "EVIDENCE", "--out", "PATH"],
         ["bench", "stability", "--steps", "1", "--out", "PATH"],
         ["bench", "memory", "--repeats", "1", "--picture", "PATH"],
         ["data", "prepare", *TINY, "data.source='TEXT'", "data.root='PATH'"],
@@ -196,7 +196,7 @@ def test_gr8_a_file_that_cannot_be_written(words, kind, places, finished, tmp_pa
         kind = "directory"
     line = [word.replace("PATH", str(places[kind])).replace("TEXT", str(places["file"])) for word in words]
     line = [str(finished) if word == "GOOD" else word for word in line]
-    line = [str(Path(__file__).parents[2] / "docs" / "ablation.yaml") if word == "ABLATION" else word for word in line]
+    line = [str(Path(__file__).parents[2] / "docs" / "evidence.yaml") if word == "EVIDENCE" else word for word in line]
     code, err = answer_to(line, capfd)
     assert code == (2 if kind == "nul" else 4 if "prepare" in words else 3)
     assert err.count("\n") == 1
@@ -260,7 +260,7 @@ NUMBERS = (
         ["plugins", "check", "--kind", "memory", "--load-s", "NUMBER"],
         ["plugins", "ls", "--kind", "NUMBER"],
         ["doctor", "--drill", "NUMBER"],
-        ["bench", "ablation", "--config", "nowhere.yaml", "--jobs", "NUMBER"],
+        ["bench", "evidence", "--config", "nowhere.yaml", "--jobs", "NUMBER"],
         ["config", "show", "titans-mag", "train.steps=NUMBER"],
         ["config", "show", "titans-mag", "optim.lr=NUMBER"],
         ["config", "show", "titans-mag", "model.n_layers=NUMBER"],

@@ -2,7 +2,7 @@
 
 import json
 
-from bench.ablations import listed
+from bench.evidences import listed, tables
 from meristem.bench import stability, suite
 from meristem.bench.measure import Row
 from meristem.bench.stability import Cell
@@ -40,21 +40,26 @@ def test_alone_it_measures_all_speeds(capsys, monkeypatch):
     assert [row["name"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]] == list(suite.SECTIONS)
 
 
-def test_an_ablation_is_asked_for_by_its_file(answered, capsys, tmp_path):
+def test_the_evidence_is_asked_for_by_its_file(answered, capsys, tmp_path):
     """Both ways to say it; the page stands where it was asked for, and the second call finds all of it done."""
-    config, out = listed(tmp_path, seeds=[3]), tmp_path / "pages" / "mine.md"
-    assert run(["bench", "ablation", "--config", str(config), "--out", str(out)]) == 0
+    table = {"memory": tables(tmp_path)["memory"] | {"variants": ["titans"]}}
+    config, out = listed(tmp_path, seeds=[3], rates=[1e-3], tables=table), tmp_path / "pages" / "mine.md"
+    assert run(["bench", "evidence", "--config", str(config), "--out", str(out), "--only", "memory"]) == 0
     said = capsys.readouterr().out
-    assert "0 of 2 runs are known, 2 to go" in said and "`titans` against `attention`" in said
-    code, report = answered("bench", "ablation", "--config", config, "--out", out)
-    assert code == 0 and report["schema"] == "meristem.ablation/1"
-    assert {outcome["name"] for outcome in report["outcomes"]} == {"attention-3", "titans-3"}
-    assert "of a single start" in out.read_text() and out.with_suffix(".png").exists()
+    assert "0 runs are known, 1 can go now" in said and "a single seed, so no interval" in said
+    code, report = answered("bench", "evidence", "--config", config, "--out", out)
+    assert code == 0 and report["schema"] == "meristem.evidence/1"
+    assert [outcome["name"] for outcome in report["outcomes"]] == ["titans-3 on text.txt at 0.001"]
+    assert f"`meristem bench evidence --config {config} --jobs 1`" in out.read_text()
+    assert out.with_name("mine-memory.png").exists()
 
 
-def test_a_missing_file_of_an_ablation_is_refused(tmp_path, capsys):
-    assert run(["bench", "ablation", "--config", str(tmp_path / "none.yaml")]) == 2
+def test_a_missing_file_of_evidence_or_table_is_refused(tmp_path, capsys):
+    assert run(["bench", "evidence", "--config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml cannot be read" in capsys.readouterr().err
+    words = ["bench", "evidence", "--config", str(listed(tmp_path)), "--out", str(tmp_path / "mine.md")]
+    assert run([*words, "--only", "rule"]) == 2
+    assert "there is no table 'rule'; there are memory, reading" in capsys.readouterr().err
 
 
 def test_stability_tells_by_its_exit_code(answered, capsys, tmp_path, monkeypatch):

@@ -1,15 +1,21 @@
-"""Benchmarks as pictures: the training speed of every rule in every form, and what an ablation found."""
+"""Benchmarks as pictures: the training speed of every rule in every form, and the tables of the evidence."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from meristem.bench.trial import Figures
+from meristem.bench.evidence import ReadingConfig, TableConfig
+from meristem.bench.verdict import BITS, MENTIONS, Result, estimate, recall_distances
 from meristem.evaluate.picture import empty_figure, write_figure
 
 COLOURS: Final = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#d62728", "#17becf", "#bcbd22")
 """One for every form, in the order of their names; more forms go round."""
+
+LINES: Final = ("-", "--", ":", "-.")
+"""Of curves that share a colour."""
 
 
 def plot_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
@@ -34,27 +40,82 @@ def plot_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
     write_figure(path, figure)
 
 
-def plot_ablation(path: Path, found: Mapping[str, Sequence[Figures]]) -> None:
-    """Write the mean held-out curves of all variants, and beside them every end with the mean over starts, as a PNG."""
-    figure = empty_figure(path, 11, max(4.0, 1.5 + 0.35 * len(found)))
-    curves, ends = figure.subplots(1, 2)
-    for place, (name, starts) in enumerate(found.items()):
-        colour, style = f"C{place % 10}", ("-", "--", ":")[place // 10 % 3]
-        points = zip(*(figures.curve for figures in starts), strict=False)
-        mean = [(start[0][0], statistics.fmean(bits for _, bits in start)) for start in points]
-        curves.plot(*zip(*mean, strict=True), color=colour, linestyle=style, linewidth=1, label=name)
-        bits = [figures.bits_per_byte for figures in starts]
-        ends.barh(place, statistics.fmean(bits), height=0.8, color=colour, alpha=0.5)
-        ends.plot(bits, [place] * len(bits), "k.", markersize=4)
-    curves.set(xlabel="tokens read", ylabel="bits per byte of held-out text")
-    ends.set_yticks(range(len(found)), list(found))
-    ends.invert_yaxis()
-    all_bits = [figures.bits_per_byte for starts in found.values() for figures in starts]
-    room = max(0.02, max(all_bits) - min(all_bits))
-    ends.set_xlim(min(all_bits) - room, max(all_bits) + room / 4)
-    ends.set_xlabel("bits per byte at the end; a point for every start\n(the axis does not begin at 0)")
-    curves.legend(fontsize="x-small")
+def plot_table(path: Path, table: TableConfig, results: Sequence[Result]) -> None:
+    """Write a row of panels for each text and budget as a PNG.
+
+    They show the curves, the ends with 95 % intervals and recall by distance; of a table that reads, a panel for each
+    text instead. results: measured ones, in the order of the table.
+    """
+    rows = [(group, list(own)) for group, own in groupby(results, key=lambda result: result.cell.group)]
+    panels: list[Callable[[Any, Sequence[Result]], None]] = [_draw_curves, _draw_ends]
+    if recall_distances(results):
+        panels.append(_draw_recall)
+    if table.reading is not None:
+        panels = [partial(_draw_reading, text=text, reading=table.reading) for text in table.reading.texts]
+    figure = empty_figure(path, 1 + 4.8 * len(panels), max(3.6, 1.4 + 0.3 * len(table.variants)) * len(rows))
+    for axes, (group, measured) in zip(figure.subplots(len(rows), len(panels), squeeze=False), rows, strict=True):
+        for panel, draw in zip(axes, panels, strict=True):
+            draw(panel, measured)
+        axes[0].set_title(f"{group.text}, equal {group.budget}", fontsize="medium", loc="left")
     write_figure(path, figure)
+
+
+def _draw_curves(axes: Any, measured: Sequence[Result]) -> None:
+    for place, result in enumerate(measured):
+        points = zip(*(one.curve for one in result.by_seed.values() if one.curve), strict=False)
+        mean = [(statistics.fmean(n for n, _ in at), statistics.fmean(bits for _, bits in at)) for at in points]
+        if mean:
+            axes.plot(*zip(*mean, strict=True), marker=".", **_style(place), label=result.cell.variant)
+    axes.set(xlabel="tokens read", ylabel="bits per byte of held-out text")
+    if axes.lines:
+        axes.legend(fontsize="x-small")
+
+
+def _draw_ends(axes: Any, measured: Sequence[Result]) -> None:
+    for place, result in enumerate(measured):
+        bits = list(result.values(BITS).values())
+        found = estimate(bits)
+        axes.errorbar(found.mean, place, xerr=found.half or 0, fmt="s", capsize=4, **_style(place))
+        axes.plot(bits, [place] * len(bits), "k.", markersize=4, zorder=3)
+    axes.set_yticks(range(len(measured)), [result.cell.variant for result in measured])
+    axes.set_ylim(len(measured) - 0.5, -0.5)
+    axes.grid(axis="x", linewidth=0.4, alpha=0.5)
+    axes.set_xlabel("bits per byte at the end: means with 95 %, a point for every seed")
+
+
+def _draw_recall(axes: Any, measured: Sequence[Result]) -> None:
+    distances = recall_distances(measured)
+    if not distances:
+        axes.set_axis_off()
+        return
+    for place, result in enumerate(measured):
+        shares = [statistics.fmean(result.values(f"{MENTIONS}{d}").values()) for d in distances]
+        axes.plot(distances, shares, marker="o", markersize=3, **_style(place))
+    _mark(axes, distances[::3])
+    axes.set(xlabel="distance in bytes (up to)", ylabel="share of values recalled", ylim=(-0.03, 1.03))
+
+
+def _draw_reading(axes: Any, measured: Sequence[Result], *, text: str, reading: ReadingConfig) -> None:
+    for place, result in enumerate(measured):
+        for learn, line in zip(reading.learn, LINES * len(reading.learn), strict=False):
+            values = [result.values(f"reading/{learn}/{text}/{mark}").values() for mark in reading.marks]
+            if all(values):
+                style = _style(place) | {"linestyle": line, "marker": "o", "markersize": 3}
+                bits = [statistics.fmean(one) for one in values]
+                axes.plot(reading.marks, bits, **style, label=f"{result.cell.variant}, learn={learn}")
+    _mark(axes, reading.marks)
+    axes.set(xlabel=f"tokens read of {text}", ylabel="bits per byte since the point before")
+    axes.legend(fontsize="x-small")
+
+
+def _mark(axes: Any, numbers: Sequence[int]) -> None:
+    """A logarithmic axis that names these numbers."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+
+
+def _style(place: int) -> dict[str, Any]:
+    return {"color": f"C{place % 10}", "linestyle": LINES[place // 10 % len(LINES)], "linewidth": 1}
 
 
 def _draw_panel(

@@ -1,19 +1,29 @@
-"""One run of an ablation: trained, then measured."""
+"""One run of a cell of the evidence: trained, then measured."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import rich.console
 import torch
 from torch import nn
 
+from meristem.bench.evidence import EvidenceConfig, ReadingConfig
+from meristem.bench.reading import reading_figures
+from meristem.config import fingerprint
+from meristem.config.text import identity
 from meristem.data.prepare import prepare
+from meristem.data.stream import held_out_documents
+from meristem.data.tokenizer import Tokenizer
+from meristem.device.describe import hardware
 from meristem.device.resolve import Device, resolve
 from meristem.errors import TrainingError
-from meristem.evaluate.adaptation import N_WINDOWS, Adaptation, Documents, adaptation, documents
-from meristem.evaluate.recall import HELD_OUT, recall, suite
+from meristem.evaluate import remember
+from meristem.evaluate.likelihood import likelihood
 from meristem.events import silent
 from meristem.memory.state import size_bytes
 from meristem.models.load import load
@@ -24,76 +34,95 @@ from meristem.sinks.console import Console
 from meristem.sinks.records import history
 from meristem.train.loss import cross_entropy
 
+FAR: Final = 4
+"""Attention spans beyond which what is recalled counts as remembered, not seen."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of a trained model beside its likelihood, as ``EvidenceConfig`` and its tables say."""
+
+    span: int
+    n_texts: int
+    n_documents: int
+    reading: ReadingConfig | None
+
+    @classmethod
+    def of(cls, config: EvidenceConfig, table: str) -> Self:
+        """Those of a table."""
+        return cls(config.span, config.n_texts, config.n_documents, config.tables[table].reading)
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One variant from one start. ``fingerprint``: of all that decides its outcome."""
+    """One variant from one start. measures: None where a learning rate is tried, and only its likelihood counts."""
 
     variant: str
-    random_seed: int
     config: Config
-    n_parameters: int
-    n_recall: int
-    n_documents: int
-    fingerprint: str
+    measures: Measures | None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides its outcome."""
+        reading = self.measures and self.measures.reading
+        asked = self.measures and asdict(self.measures) | {"reading": reading and reading.model_dump(mode="json")}
+        return fingerprint({"run": self._identity, "asked": asked})
+
+    @cached_property
+    def _identity(self) -> str:
+        return fingerprint([identity(self.config), self.config.eval.model_dump(mode="json")])
 
     @property
     def name(self) -> str:
-        """As ``titans-0``."""
-        return f"{self.variant}-{self.random_seed}"
+        """As ``titans-0 on notebook at 0.003``."""
+        config = self.config
+        return f"{self.variant}-{config.run.seed} on {Path(config.data.source).name} at {config.optim.lr:g}"
 
     @property
     def directory(self) -> Path:
-        """Where it runs: another one for other settings."""
-        return self.config.run.dir / "ablation" / f"{self.name}-{self.fingerprint[:8]}"
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What was measured of a trained model.
-
-    recall, chance: means over the tasks that fit, of right answers and of a guess. on, off: adaptation with the memory
-    written and with a frozen one, as ``evaluate.adaptation`` names the figures.
-    curve: tokens read, and bits per byte of held-out text there.
-    """
-
-    bits_per_byte: float
-    recall: float
-    chance: float
-    on: Mapping[str, float]
-    off: Mapping[str, float]
-    tokens_per_s: float
-    state_bytes: int
-    curve: tuple[tuple[int, float], ...]
+        """Where it is trained: another one for other settings, whatever is measured of it."""
+        return self.config.run.dir / "evidence" / f"{self.variant}-{self.config.run.seed}-{self._identity[:12]}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a trial: figures, or why training ended before there were any."""
+    """What came of a trial: figures, or why training ended before there were any.
+
+    curve: tokens read, and bits per byte of held-out text there. chip: what it ran on.
+    """
 
     name: str
-    variant: str
-    random_seed: int
     fingerprint: str
-    n_parameters: int
-    hidden: int
-    figures: Figures | None
+    figures: Mapping[str, float]
+    curve: tuple[tuple[int, float], ...]
+    chip: str
     failure: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as JSON gives them back."""
-        plain = asdict(self)
-        if self.figures is not None:
-            plain["figures"]["curve"] = [list(point) for point in self.figures.curve]
-        return plain
+        return asdict(self) | {"curve": [list(point) for point in self.curve]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """What ``to_json`` gave."""
-        figures = values["figures"]
-        if figures is not None:
-            figures = Figures(**figures | {"curve": tuple((tokens, bits) for tokens, bits in figures["curve"])})
-        return cls(**dict(values) | {"figures": figures})
+        return cls(**dict(values) | {"curve": tuple((tokens, bits) for tokens, bits in values["curve"])})
+
+
+def run_trials(planned: Sequence[Trial], *, jobs: int) -> Iterator[Outcome]:
+    """The outcomes of all trials as they end: one after the other in this process, or in so many at once.
+
+    Raises KeyboardInterrupt once a trial was interrupted; it has left a checkpoint and goes on from there next time.
+    """
+    if jobs == 1:
+        yield from map(run_trial, planned)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as processes:
+        try:
+            for done in as_completed([processes.submit(run_trial, trial) for trial in planned]):
+                yield done.result()
+        except BaseException:
+            processes.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_trial(trial: Trial) -> Outcome:
@@ -102,77 +131,86 @@ def run_trial(trial: Trial) -> Outcome:
     A run that could not be trained is an outcome as well. Raises KeyboardInterrupt where it was interrupted.
     """
     trial.directory.parent.mkdir(parents=True, exist_ok=True)
-    with trial.directory.with_suffix(".log").open("a", encoding="utf-8") as log:
+    found, is_cpu = hardware(), trial.config.device.device == "cpu"
+    chip = found["cpu"] if is_cpu or not found["gpus"] else found["gpus"][0]["name"]
+    with Path(f"{trial.directory}.log").open("a", encoding="utf-8") as log:
         view = Console(screen=rich.console.Console(file=log, highlight=False))
         try:
             result = pretrain(trial.config, run_dir=trial.directory, view=view)
         except TrainingError as cause:
-            return _outcome(trial, None, str(cause))
+            return Outcome(trial.name, trial.fingerprint, {}, (), chip, str(cause))
     if result.status == "interrupted" or result.bits_per_byte is None:
         raise KeyboardInterrupt
-    tokens_per_s = result.tokens / max(result.seconds_used, 1e-9)
-    figures = measure(trial, result.checkpoint, bits_per_byte=result.bits_per_byte, tokens_per_s=tokens_per_s)
-    return _outcome(trial, figures)
+    figures = {
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": float(result.tokens),
+        "seconds": result.seconds_used,
+        "tokens_per_s": result.tokens / max(result.seconds_used, 1e-9),
+    }
+    if trial.measures is not None:
+        figures |= measure(trial.config, trial.measures, result.checkpoint)
+    held_out = (r for r in history(trial.directory) if r["split"] == "val" and r["task"] is None)
+    curve = tuple((r["tokens"], r["metrics"]["bits_per_byte"]) for r in held_out)
+    return Outcome(trial.name, trial.fingerprint, figures, curve, chip)
 
 
-def _outcome(trial: Trial, figures: Figures | None, failure: str | None = None) -> Outcome:
-    return Outcome(
-        name=trial.name,
-        variant=trial.variant,
-        random_seed=trial.random_seed,
-        fingerprint=trial.fingerprint,
-        n_parameters=trial.n_parameters,
-        hidden=trial.config.model.mlp_dim,
-        figures=figures,
-        failure=failure,
-    )
+def measure(config: Config, measures: Measures, checkpoint: Path) -> dict[str, float]:
+    """What the memory of a checkpoint brings while it reads, what it recalls, and what learning brings.
 
-
-def measure(trial: Trial, checkpoint: Path, *, bits_per_byte: float, tokens_per_s: float) -> Figures:
-    """Recall, adaptation and the size of a session, of a checkpoint of this trial."""
-    config = trial.config
+    ``documents/MODE``: bits per byte of held-out documents, the memory carried through each, written or frozen.
+    """
     model, tokenizer = load(checkpoint)
     device = resolve(config.device, silent)
     model = model.to(device.device)
-    corpus = prepare(config.data, config.tokenizer)
-    accuracy, chance = _recall(model, trial, tokenizer.vocab_size, device)
-    chosen = documents(corpus, "val", length=N_WINDOWS * config.data.seq_len, most=trial.n_documents)
-    on, off = (_adaptation(reader, trial, chosen, device) for reader in (model, frozen(model)))
-    records = [r for r in history(trial.directory) if r["split"] == "val" and r["task"] is None]
-    return Figures(
-        bits_per_byte=bits_per_byte,
-        recall=accuracy,
-        chance=chance,
-        on=on.figures(),
-        off=off.figures(),
-        tokens_per_s=tokens_per_s,
-        state_bytes=session_bytes(model, chosen, device, config.data.seq_len),
-        curve=tuple((r["tokens"], r["metrics"]["bits_per_byte"]) for r in records),
-    )
+    corpus, cut = prepare(config.data, config.tokenizer), config.eval
+    found = {}
+    for mode, reader in {"memory": model, "frozen": frozen(model)}.items():
+        read = held_out_documents(
+            corpus, "val", window=config.data.seq_len, batch=cut.batch_size, max_windows=cut.n_windows_end
+        )
+        measured = likelihood(reader, read, device=device, loss=cross_entropy)
+        found[f"documents/{mode}"] = measured.bits_per_byte
+    found["state_bytes"] = float(session_bytes(model, device, config.data.seq_len))
+    if config.data.source == "notebook":
+        found |= recall_figures(model, tokenizer, config, measures, device)
+    if measures.reading is not None:
+        read_at = reading_figures(model, tokenizer, measures.reading, config.data, device)
+        found |= {f"reading/{key}": value for key, value in read_at.items()}
+    return found
 
 
-def _recall(model: nn.Module, trial: Trial, vocabulary: int, device: Device) -> tuple[float, float]:
-    """Means over all tasks that fit: the share of right answers, and that of a guess."""
-    tasks = suite(vocabulary, trial.config.data.seq_len)
-    batch = trial.config.eval.batch_size
-    found = [
-        recall(model, task.questions(trial.n_recall, HELD_OUT), batch=batch, device=device, loss=cross_entropy)
-        for task in tasks
-    ]
-    return sum(f.accuracy for f in found) / len(tasks), sum(task.chance for task in tasks) / len(tasks)
+def recall_figures(
+    model: nn.Module, tokenizer: Tokenizer, config: Config, measures: Measures, device: Device
+) -> dict[str, float]:
+    """Facts recalled, with the memory written and frozen, as ``evaluate.remember`` measures them.
 
-
-def _adaptation(reader: nn.Module, trial: Trial, chosen: Documents, device: Device) -> Adaptation:
-    config = trial.config
-    how = {"piece": config.data.seq_len, "batch": config.eval.batch_size}
-    return adaptation(reader, chosen, device=device, loss=cross_entropy, **how)
+    ``remember/MODE/SPANS``: share for which the value is the likeliest of eight; ``.../greedy`` that it is predicted.
+    ``mentions/MODE/BYTES``: share of values that are predicted where they come back, from half of that distance up to
+    it, with their number under ``.../n``; ``mentions/MODE/far`` of all beyond ``FAR`` attention spans.
+    """
+    data, found = config.data, dict[str, float]()
+    texts = remember.tell_facts(tokenizer, measures.span, measures.n_texts, data.validation)
+    chosen = remember.held_out_documents(data.notebook, data.validation, measures.n_documents)
+    n_bytes = sum(len(one.text) for one in chosen)
+    far_bytes = FAR * measures.span * n_bytes / sum(len(tokenizer.encode_bytes(one.text)) for one in chosen)
+    how: dict[str, Any] = {"piece": max(data.seq_len, remember.PIECE), "device": device}
+    for mode, reader in {"memory": model, "frozen": frozen(model)}.items():
+        asked = remember.remember(reader, texts, is_reset=False, batch=config.eval.batch_size, **how)
+        for spans, one in zip(remember.SPANS, asked, strict=True):
+            found[f"remember/{mode}/{spans}"] = one.n_chosen / one.n
+            found[f"remember/{mode}/{spans}/greedy"] = one.n_greedy / one.n
+        by_bytes = remember.mentions(reader, chosen, tokenizer, **how)
+        for distance, (n, n_right) in by_bytes.items():
+            found |= {f"mentions/{mode}/{distance}": n_right / n, f"mentions/{mode}/{distance}/n": float(n)}
+        far = [counts for distance, counts in by_bytes.items() if distance / 2 >= far_bytes]
+        if far:
+            found[f"mentions/{mode}/far"] = sum(right for _, right in far) / sum(n for n, _ in far)
+    return found
 
 
 @torch.no_grad()
-def session_bytes(model: nn.Module, chosen: Documents, device: Device, piece: int) -> int:
-    """What one reader carries after a document: all that must be kept of its session."""
-    state = None
-    for part_bt in chosen.tokens_bt[:1].split(piece, dim=1):
-        (tokens_bt,) = device.move(part_bt)
-        _, state = model(tokens_bt, state)
-    return size_bytes(state or {})
+def session_bytes(model: nn.Module, device: Device, n_time: int) -> int:
+    """What one reader carries after a sequence: all that must be kept of its session."""
+    (tokens_bt,) = device.move(torch.zeros(1, n_time, dtype=torch.long))
+    _, state = model(tokens_bt, None)
+    return size_bytes(state)

@@ -1,169 +1,305 @@
-"""What an ablation says: a table of means over starts, and plain sentences on what has an effect and what has none."""
+"""What the evidence says: tables of means with 95 % intervals, and plain sentences on what has an effect or none."""
 
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Final
 
-from meristem.bench.ablation import TOLERANCE, AblationConfig
-from meristem.bench.trial import Figures, Outcome
-from meristem.evaluate.adaptation import N_WINDOWS
+from meristem.bench.evidence import TOLERANCE, Cell, EvidenceConfig, Group, ReadingConfig
+from meristem.bench.trial import FAR, Outcome
+from meristem.evaluate.remember import N_FACTS, SPANS
 
-CLEAR: Final = 2.0
-"""A difference of fewer standard errors than this is called none."""
+T_975: Final = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+"""Student's t, exceeded in one case of forty, by degrees of freedom from 1; beyond, the last is a little wide."""
 
-NEAR_CHANCE: Final = 0.02
-"""Where no variant is right this much more often than a guess, recall says nothing about it."""
-
-GAIN: Final = "gain_bits_per_byte"
+BITS: Final = "bits_per_byte"
+MENTIONS: Final = "mentions/memory/"
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A difference of means with its standard error; no error is known of a single start."""
+class Estimate:
+    """A mean over seeds and half the width of its 95 % interval, t s / sqrt(n); no interval is known of one seed."""
 
-    value: float
-    error: float | None
+    mean: float
+    half: float | None
 
     @property
     def is_clear(self) -> bool:
-        return self.error is not None and self.value != 0 and abs(self.value) >= CLEAR * self.error
+        """Whether the interval leaves out 0."""
+        return self.half is not None and abs(self.mean) > self.half
 
-    def __str__(self) -> str:
-        return f"{self.value:+.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
-
-
-def unpaired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Of two models, their starts drawn apart: s^2 = s1^2 / n1 + s2^2 / n2."""
-    value = statistics.fmean(ours) - statistics.fmean(theirs)
-    if min(len(ours), len(theirs)) < 2:
-        return Difference(value, None)
-    return Difference(value, math.hypot(*(statistics.stdev(v) / math.sqrt(len(v)) for v in (ours, theirs))))
+    def text(self, digits: int = 4, sign: str = "") -> str:
+        """As ``2.4100 ± 0.0071``."""
+        return f"{self.mean:{sign}.{digits}f}" + ("" if self.half is None else f" ± {self.half:.{digits}f}")
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Of two passes by the same models: the deviation of their differences."""
-    apart = [a - b for a, b in zip(ours, theirs, strict=True)]
-    error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
-    return Difference(statistics.fmean(apart), error)
+@dataclass(frozen=True)
+class Result:
+    """What is known of a cell: the learning rate once it is chosen, and outcomes by seed."""
+
+    cell: Cell
+    rate: float | None
+    by_seed: Mapping[int, Outcome]
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether a seed has figures."""
+        return any(outcome.figures for outcome in self.by_seed.values())
+
+    def values(self, key: str) -> dict[int, float]:
+        """A figure by seed."""
+        return {seed: one.figures[key] for seed, one in self.by_seed.items() if key in one.figures}
 
 
-def figures_by_variant(config: AblationConfig, outcomes: Sequence[Outcome]) -> dict[str, list[Figures]]:
-    """What was measured of every variant, in the order of the file; variants without a result are left out."""
-    found = {
-        name: [o.figures for o in outcomes if o.variant == name and o.figures is not None] for name in config.variants
-    }
-    return {name: figures for name, figures in found.items() if figures}
+def estimate(values: Sequence[float]) -> Estimate:
+    """Of independent seeds."""
+    n = len(values)
+    half = T_975[min(n - 1, len(T_975)) - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    return Estimate(statistics.fmean(values), half)
 
 
-def table(config: AblationConfig, outcomes: Sequence[Outcome]) -> list[str]:
-    """One line a variant: means, and the deviation over starts."""
-    titles = (
-        *("variant", "starts", "parameters", "bits per byte", "recall (a guess)"),
-        *("gain in the second half, memory on", "memory off", "tokens/s", "state, bytes"),
-    )
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for name, found in figures_by_variant(config, outcomes).items():
-        n_parameters = next(o.n_parameters for o in outcomes if o.variant == name)
-        cells = (
-            *(f"`{name}`", str(len(found)), f"{n_parameters:,}", _spread([f.bits_per_byte for f in found])),
-            f"{statistics.fmean(f.recall for f in found):.1%} ({found[0].chance:.1%})",
-            *(_spread([f.on[GAIN] for f in found]), _spread([f.off[GAIN] for f in found])),
-            f"{statistics.fmean(f.tokens_per_s for f in found):,.0f}",
-            f"{found[0].state_bytes:,}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def recall_distances(results: Sequence[Result]) -> list[int]:
+    """At which distances recall was measured, in bytes; none where it was not."""
+    figures = [one.figures for result in results for one in result.by_seed.values()]
+    places = {key.split("/")[2] for own in figures for key in own if key.startswith(MENTIONS)}
+    return sorted(int(place) for place in places if place.isdigit())
 
 
-def sentences(config: AblationConfig, outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Each variant against those that it names; then what its memory does while it reads; then what failed."""
-    by_variant = figures_by_variant(config, outcomes)
-    for name, variant in config.variants.items():
-        for other in variant.against:
-            if name in by_variant and other in by_variant:
-                ours, theirs = ([f.bits_per_byte for f in by_variant[key]] for key in (name, other))
-                published = f" Published: {variant.published}." if variant.published else ""
-                yield _against(name, other, unpaired(ours, theirs)) + published
-    for name, found in by_variant.items():
-        yield _while_reading(name, found)
-    yield from _of_recall(by_variant)
-    for outcome in outcomes:
-        if outcome.failure is not None:
-            yield f"`{outcome.variant}` from seed {outcome.random_seed} ended before it was trained: {outcome.failure}"
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+    """Ours less theirs, seed by seed: two runs of one seed read the same batches. None without a common seed."""
+    apart = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return estimate(apart) if apart else None
+
+
+def said(difference: Estimate, unit: str, *, less_is_better: bool = True) -> str:
+    """In words: better, worse, no effect, or that one seed says nothing."""
+    if difference.half is None:
+        return f"{difference.text(sign='+')} {unit} (a single seed, so no interval)"
+    if not difference.is_clear:
+        return f"**no effect** ({difference.text(sign='+')} {unit})"
+    is_better = (difference.mean < 0) is less_is_better
+    return f"{'better' if is_better else 'worse'} by {abs(difference.mean):.4f} ± {difference.half:.4f} {unit}"
 
 
 def page(
-    config: AblationConfig, outcomes: Sequence[Outcome], *, title: Sequence[str], picture: str | None, n_planned: int
+    config: EvidenceConfig, by_table: Mapping[str, Sequence[Result]], *, title: str, pictures: Mapping[str, str]
 ) -> str:
-    """The whole document. title: lines on where, when and on what this was measured."""
-    drawn = [f"![Bits per byte over the tokens read, and at the end]({picture})", ""] if picture else []
+    """The whole document. title: where, when and by which command; pictures: file names by table."""
     lines = [
-        "# What each component of a model is worth",
+        *("# Evidence", "", title, ""),
+        "**Fair.** Within a table all variants read the same batches, have as many parameters as "
+        f"`{config.same_size_as}` within {TOLERANCE:.0%} (the hidden width of their feed-forward layers makes up for "
+        f"what they have elsewhere), and were tuned alike: {_tuning(config)}",
         "",
-        *title,
-        "",
-        f"{len(outcomes)} of {n_planned} runs are done. All variants read the same tokens and have, within "
-        f"{TOLERANCE:.0%}, as many parameters as `{config.same_size_as}`: the hidden width of their feed-forward "
-        f"layers makes up for what they have elsewhere. Cells are means over the starts, ± their standard deviation.",
-        "",
-        *table(config, outcomes),
-        "",
-        *drawn,
-        "**Bits per byte** of held-out text; less is better. **Gain in the second half**: bits per byte by which the "
-        f"second half of a held-out document (its first {N_WINDOWS} sequences) costs less than its first half; what "
-        "counts is how much more that is with the memory on than with a frozen one, for texts may become "
-        "easier by themselves. **Recall** is the mean over generated tasks. **State** is what one session carries.",
-        "",
-        "## What has an effect, and what has none",
-        "",
-        f"A difference of less than {CLEAR:g} standard errors is called no effect. With few starts that is a coarse "
-        "sieve: of ten comparisons in which nothing is different, about one passes it.",
-        "",
-        *(f"- {sentence}" for sentence in sentences(config, outcomes)),
+        f"**Figures** are means over {len(config.seeds)} seeds ± half of a 95 % interval (Student's t). Differences "
+        "are paired by seed; where their interval holds 0, that is called no effect. Bits per byte are of held-out "
+        "text; less is better. *Through documents* is of held-out documents through which the memory is carried and "
+        "written; *writing brings* is by how much more they cost with the memory frozen. *Recalled far* is the share "
+        f"of values that are predicted where they come back beyond {FAR} attention spans ([how](notebook.md)). A "
+        "session is what one reader carries.",
     ]
+    for number, (name, results) in enumerate(by_table.items(), 1):
+        table = config.tables[name]
+        lines += ["", f"## {number}. {name}", "", table.question]
+        if name in pictures:
+            lines += ["", f"![{table.question}]({pictures[name]})"]
+        for group, own in _grouped(results):
+            measured = [result for result in own if result.is_measured]
+            lines += ["", f"### {group.text}, {_budget(own[0])}", ""]
+            lines += _likelihoods(config, measured) if measured else ["Not measured yet."]
+            if recall_distances(measured):
+                lines += ["", *_recall(measured)]
+            if table.reading and measured:
+                lines += _readings(table.reading, measured)
+        words = list(sentences(config, name, results))
+        lines += ["", *(f"- {sentence}" for sentence in words)] if words else []
     return "\n".join([*lines, ""])
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.4f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
+def sentences(config: EvidenceConfig, table: str, results: Sequence[Result]) -> Iterator[str]:
+    """Each variant against those that the table names, what its memory and its learning bring, and what failed."""
+    for group, own in _grouped(results):
+        where = f"{group.text}, {group.budget}: "
+        for result in own:
+            yield from (where + one for one in _against(config, result, own))
+        for result in own:
+            yield from (where + one for one in _while_reading(result))
+            reading = config.tables[table].reading
+            yield from (where + one for one in (_while_learning(result, reading) if reading else ()))
+        for result in own:
+            for seed, outcome in result.by_seed.items():
+                if outcome.failure is not None:
+                    name = result.cell.variant
+                    yield f"{where}`{name}` from seed {seed} ended before it was trained: {outcome.failure}"
 
 
-def _against(name: str, other: str, difference: Difference) -> str:
-    said = f"`{name}` against `{other}`:"
-    if difference.error is None:
-        return f"{said} {difference} bits per byte, of a single start; whether that is an effect cannot be said."
-    if not difference.is_clear:
-        return f"{said} **no effect** on bits per byte ({difference})."
-    word = "better" if difference.value < 0 else "worse"
-    return f"{said} {word} by {abs(difference.value):.4f} bits per byte (± {difference.error:.4f})."
+def _against(config: EvidenceConfig, result: Result, own: Sequence[Result]) -> Iterator[str]:
+    name = result.cell.variant
+    published = config.variants[name].published
+    for other in _others(config, result, own):
+        difference = paired(result.values(BITS), other.values(BITS))
+        if difference is None:
+            continue
+        line = f"`{name}` against `{other.cell.variant}`: {said(difference, 'bits per byte')}"
+        far = paired(result.values(f"{MENTIONS}far"), other.values(f"{MENTIONS}far"))
+        if far is not None:
+            line += f"; recalled far: {said(far, 'of the values', less_is_better=False)}"
+        yield line + (f". Published: {published}." if published else ".")
 
 
-def _while_reading(name: str, found: Sequence[Figures]) -> str:
-    if all(dict(f.on) == dict(f.off) for f in found):
-        return f"`{name}`: it reads the same whether its memory is on or off; nothing of it is written while it reads."
-    more = paired([f.on[GAIN] for f in found], [f.off[GAIN] for f in found])
-    again = statistics.fmean(f.on["again_reset_bits_per_byte"] - f.on["again_kept_bits_per_byte"] for f in found)
-    second = f"A second pass with the memory carried over costs {again:+.4f} bits per byte less than one with it reset."
-    if more.error is None:
-        said = f"{more} bits per byte, of a single start; whether that is an effect cannot be said."
-    elif not more.is_clear:
-        said = f"**no effect** ({more} bits per byte)."
-    else:
-        said = f"{more} bits per byte, so it {'helps' if more.value > 0 else 'harms'}."
-    return f"`{name}`: what its memory adds to the gain in the second half of a document: {said} {second}"
+def _while_reading(result: Result) -> Iterator[str]:
+    brings = paired(result.values("documents/memory"), result.values("documents/frozen"))
+    if brings is not None and not _reads_alike(result):
+        words = said(brings, "bits per byte")
+        yield f"`{result.cell.variant}` with its memory written through documents, against frozen: {words}."
 
 
-def _of_recall(by_variant: Mapping[str, Sequence[Figures]]) -> Iterator[str]:
-    above = {name: statistics.fmean(f.recall - f.chance for f in found) for name, found in by_variant.items()}
-    if above and max(above.values()) < NEAR_CHANCE:
-        yield (
-            "Recall: **no variant** is right noticeably more often than a guess (at most "
-            f"{max(above.values()):+.1%}). These models were trained on text, and too little of it to recall random "
-            "ids; the column compares nothing."
+def _while_learning(result: Result, reading: ReadingConfig) -> Iterator[str]:
+    name, (baseline, *others) = result.cell.variant, reading.learn
+    for learn in others:
+        for text in reading.texts:
+            told = []
+            for mark in reading.marks:
+                ours, theirs = (result.values(f"reading/{way}/{text}/{mark}/whole") for way in (learn, baseline))
+                difference = paired(ours, theirs)
+                if difference is not None:
+                    told.append(f"{mark:,}: {said(difference, 'bits per byte')}")
+            if told:
+                first = f"`{name}` with learn={learn} against {baseline}, first tokens of `{text}`"
+                yield f"{first}, {'; '.join(told)}."
+        again = paired(result.values(f"reading/{learn}/again"), result.values(f"reading/{learn}/first"))
+        if again is not None:
+            words = said(again, "bits per byte")
+            yield f"`{name}` with learn={learn}, the first text again after the others, against at first: {words}."
+
+
+def _likelihoods(config: EvidenceConfig, measured: Sequence[Result]) -> list[str]:
+    others = config.tables[measured[0].cell.group.table].against
+    titles = ["variant", "parameters", "learning rate", "seeds", "bits per byte"]
+    titles += [f"less `{other}`" for other in others]
+    titles += ["through documents", "writing brings", "tokens read", "tokens/s", "session, bytes"]
+    rows = []
+    for result in measured:
+        bits = result.values(BITS)
+        row = [f"`{result.cell.variant}`", f"{result.cell.n_parameters:,}", _rate(config, result), str(len(bits))]
+        row.append(f"**{estimate(list(bits.values())).text()}**")
+        for name in others:
+            other = next((one for one in measured if one.cell.variant == name and one is not result), None)
+            difference = other and paired(bits, other.values(BITS))
+            row.append(difference.text(sign="+") if difference else "")
+        carried = result.values("documents/memory")
+        brings = paired(result.values("documents/frozen"), carried)
+        row += [estimate(list(carried.values())).text(), brings.text(sign="+") if brings else ""]
+        row += [
+            f"{statistics.fmean(result.values(key).values()):,.0f}" for key in ("tokens", "tokens_per_s", "state_bytes")
+        ]
+        rows.append(row)
+    return _table(titles, rows)
+
+
+def _recall(measured: Sequence[Result]) -> list[str]:
+    """Shares by distance, of values that come back and of facts asked after; with the memory written, then frozen."""
+    distances = recall_distances(measured)
+    numbers = [measured[0].values(f"{MENTIONS}{distance}/n") for distance in distances]
+    rows = [["values", "", *(f"{statistics.fmean(n.values()):.0f}" for n in numbers), ""]]
+    asked = []
+    for result in measured:
+        for mode in ("memory", "frozen"):
+            if mode == "frozen" and _reads_alike(result):
+                continue
+            name = [f"`{result.cell.variant}`", mode]
+            near = [f"{statistics.fmean(result.values(f'mentions/{mode}/{d}').values()):.2f}" for d in distances]
+            far = list(result.values(f"mentions/{mode}/far").values())
+            rows.append([*name, *near, estimate(far).text(2)])
+            asked.append([*name, *(_asked_after(result, f"remember/{mode}/{spans}") for spans in SPANS)])
+    return [
+        "Share of values predicted where they come back in held-out documents, by distance in bytes (up to):",
+        "",
+        *_table(["variant", "memory", *(f"{distance:,}" for distance in distances), "far"], rows),
+        "",
+        f"{N_FACTS} facts told once and asked after, in wordings held out: share for which the right value is the "
+        f"likeliest of the {N_FACTS} (a guess: {1 / N_FACTS:.3f}), and in brackets the greedy continuation, after so "
+        "many attention spans:",
+        "",
+        *_table(["variant", "memory", *map(str, SPANS)], asked),
+    ]
+
+
+def _readings(reading: ReadingConfig, measured: Sequence[Result]) -> Iterator[str]:
+    """A table for each text; in brackets the tokens since the mark before."""
+    for text in reading.texts:
+        is_first = text == next(iter(reading.texts))
+        rows = []
+        for result in measured:
+            for learn in reading.learn:
+                key = f"reading/{learn}/{text}"
+                row = [f"`{result.cell.variant}`", learn]
+                for mark in reading.marks:
+                    whole, last = (list(result.values(f"{key}/{mark}{tail}").values()) for tail in ("/whole", ""))
+                    row.append(f"{estimate(whole).text(3)} ({statistics.fmean(last):.3f})" if whole else "")
+                if is_first:
+                    again = list(result.values(f"reading/{learn}/again").values())
+                    row.append(estimate(again).text(3) if again else "")
+                speed = list(result.values(f"reading/{learn}/tokens_per_s").values())
+                rows.append([*row, f"{statistics.fmean(speed):,.0f}" if speed else ""])
+        titles = ["variant", "learn", *(f"{mark:,}" for mark in reading.marks), *(["again"] if is_first else [])]
+        yield from (
+            "",
+            f"Bits per byte of the first so many tokens of `{text}` ({reading.texts[text]}), and in brackets of those "
+            "since the mark before"
+            + ("; *again*: all of them after the other texts, in one session:" if is_first else ":"),
+            "",
         )
-    elif above:
-        best = max(above, key=lambda name: above[name])
-        yield f"Recall: `{best}` is furthest above a guess, by {above[best]:.1%}."
+        yield from _table([*titles, "tokens/s"], rows)
+
+
+def _grouped(results: Sequence[Result]) -> Iterator[tuple[Group, list[Result]]]:
+    for group, own in groupby(results, key=lambda result: result.cell.group):
+        yield group, list(own)
+
+
+def _others(config: EvidenceConfig, result: Result, own: Sequence[Result]) -> list[Result]:
+    names = config.tables[result.cell.group.table].against
+    return [one for name in names for one in own if one.cell.variant == name and one is not result]
+
+
+def _budget(result: Result) -> str:
+    train, data = result.cell.config.train, result.cell.config.data
+    length = f"{train.tokens:,} tokens" if train.tokens else f"{train.steps:,} steps" if train.steps else None
+    name = result.cell.group.budget
+    spent = length or f"{train.max_time:g} s of training, one thread"
+    return f"equal {name} ({spent}; {data.batch_size} rows of {data.seq_len}, {data.order})"
+
+
+def _tuning(config: EvidenceConfig) -> str:
+    rates = ", ".join(f"{rate:g}" for rate in config.rates)
+    if len(config.rates) == 1:
+        return f"all with the learning rate {rates}."
+    return (
+        f"each tried the learning rates {rates} for {config.rate_share:.0%} of its budget from seed {config.seeds[0]}, "
+        "and used the best; where that is the smallest or largest of them, another might be better."
+    )
+
+
+def _reads_alike(result: Result) -> bool:
+    return result.values("documents/memory") == result.values("documents/frozen")
+
+
+def _rate(config: EvidenceConfig, result: Result) -> str:
+    is_edge = len(config.rates) > 1 and result.rate in (min(config.rates), max(config.rates))
+    which = "smallest" if result.rate == min(config.rates) else "largest"
+    return f"{result.rate:g}" + (f" ({which})" if is_edge else "")
+
+
+def _asked_after(result: Result, key: str) -> str:
+    choice, greedy = (list(result.values(f"{key}{tail}").values()) for tail in ("", "/greedy"))
+    return f"{estimate(choice).text(2)} ({statistics.fmean(greedy):.2f})"
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rows)]
