@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
-from meristem.errors import CapabilityError, ShapeError, WrongValue
+from meristem.errors import CapabilityError, ConflictingKeys, ShapeError, WrongValue
 from meristem.memory import named
 from meristem.memory.forms import accepting
 from meristem.memory.named import rules
@@ -154,3 +154,24 @@ def test_readers_at_different_positions_may_be_padded_together():
 def test_the_room_is_entered_without_torch():
     code = "import meristem.nn.config, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_memory_that_begins_as_an_induction_head_finds_what_came_after_a_token_like_this_one():
+    """Before any training, the read at a repeated token is nearest to the value of the token that followed it."""
+    torch.manual_seed(0)
+    hidden_btd = torch.randn(64, 48)[torch.tensor([[*range(64), *range(64)]])]
+
+    def hits(init):
+        memory = NeuralMemory(48, 2, rule="gated_delta", init=init, write_rate=0.5, half_life=4096.0)
+        read_bthk = memory(hidden_btd)[0].unflatten(-1, (2, -1))
+        value_bthk = memory.project(hidden_btd, None)[2]
+        near_ts = torch.cosine_similarity(read_bthk[0, 64:127, None].flatten(2), value_bthk[:, :64].flatten(2), dim=-1)
+        return float((near_ts.argmax(dim=1) == torch.arange(1, 64)).float().mean())
+
+    assert hits("induction") > 0.5 > 0.2 > hits("random")
+
+
+@pytest.mark.parametrize("settings", [{"conv": 1}, {"rule": "lattice"}])
+def test_what_has_no_keys_of_the_token_before_cannot_begin_as_an_induction_head(settings):
+    with pytest.raises(ConflictingKeys, match=r"memory.init is 'induction'.*Set memory.init=random"):
+        NeuralMemory(12, 3, **{"rule": "delta", "init": "induction"} | settings)

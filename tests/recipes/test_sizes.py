@@ -11,7 +11,7 @@ from meristem.models.build import build
 from meristem.runs.config import load_config
 
 PAPERS = (
-    *("titans-mac", "titans-mag", "titans-mal", "lmm", "moneta", "yaad", "memora", "lattice", "trellis"),
+    *("default", "titans-mac", "titans-mag", "titans-mal", "lmm", "moneta", "yaad", "memora", "lattice", "trellis"),
     *("atlas-mag", "hope", "hope-attention", "gated-delta", "tnt-titans"),
 )
 MILLIONS = {"60m": 60, "340m": 340, "760m": 760, "1.3b": 1300}

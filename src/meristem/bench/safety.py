@@ -22,7 +22,7 @@ N_STEPS: Final = 100
 def safety(n_repeats: int) -> Iterator[Row]:
     """The default preset, as it trains: seconds in ``Recovery`` over seconds of steps, and what a save takes of
     them."""
-    config = load_config("titans-mag", [f"train.steps={(n_repeats + 1) * N_STEPS}", "train.max_time=null"]).tree
+    config = load_config("default", [f"train.steps={(n_repeats + 1) * N_STEPS}", "train.max_time=null"]).tree
     shares, saves, copies = [], [], []
     with (
         tempfile.TemporaryDirectory() as place,

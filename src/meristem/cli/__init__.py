@@ -25,7 +25,7 @@ def meristem(
 
     \b
     Examples:
-      meristem train titans-mag data.source=book.txt
+      meristem train default data.source=book.txt
       meristem chat runs/book
       meristem doctor
       meristem --install-completion

@@ -24,8 +24,8 @@ def show(
 
     \b
     Examples:
-      meristem config show titans-mag
-      meristem config show titans-mag train.max_time=60s --why
+      meristem config show default
+      meristem config show default train.max_time=60s --why
       meristem config show mine.yaml faster.yaml --why
     """
     from meristem.config import dump_yaml, sources
@@ -99,7 +99,7 @@ def _explained(key: Mapping[str, Any]) -> list[str]:
         "run": identity,
         "set by": "; ".join(f"{', '.join(names)}: {value}" for value, names in places.items()),
         "environment": key["environment"],
-        "example": f"meristem train titans-mag {key['example']}",
+        "example": f"meristem train default {key['example']}",
     }
     rows = [f"{name:<11}  {said}" for name, said in told.items() if said]
     return [key["key"], f"  {key['description']}", "", *rows]

@@ -39,7 +39,7 @@ def prepare(
 
     \b
     Examples:
-      meristem data prepare titans-mag data.source=book.txt
+      meristem data prepare default data.source=book.txt
       meristem data prepare data.source=shakespeare data.download=true
     """
     from meristem.config import load

@@ -36,10 +36,10 @@ def train(
 
     \b
     Examples:
-      meristem train titans-mag
-      meristem train titans-mag data.source=book.txt train.max_time=10m
+      meristem train default
+      meristem train default data.source=book.txt train.max_time=10m
       meristem train charformer --run-dir runs/small --resume must
-      meristem train titans-mag --nproc 2
+      meristem train default --nproc 2
     """
     from meristem.runs.config import load_config
 
@@ -112,7 +112,7 @@ def plan(preset: Preset, overrides: Overrides = None, as_json: Json = False) -> 
 
     \b
     Example:
-      meristem plan titans-mag model.dim=512
+      meristem plan default model.dim=512
     """
     from meristem.runs.config import load_config
 

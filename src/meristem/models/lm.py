@@ -24,6 +24,7 @@ from meristem.nn.mag import MemoryAsGate
 from meristem.nn.mal import MemoryAsLayer
 from meristem.nn.memory import MemoryLayer, build_memory
 from meristem.nn.mlp import Feedforward, SwiGLU
+from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.norm import RMSNorm
 from meristem.nn.self_reference import SelfReference
 from meristem.plugins import Registry
@@ -144,6 +145,9 @@ class Block(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+        for module in self.modules():
+            if isinstance(module, NeuralMemory):
+                module.draw_keys()
 
     def _shrink_outputs(self, factor: float) -> None:
         """All branches of a stack together add as much as one would: their last projections, ``out``, start small."""

@@ -313,6 +313,13 @@ class MemoryConfig(ConfigSection):
         Literal["head", "channel"],
         Field(description="One gate for a head, or one for each of its value channels: slower, for a matrix only."),
     ] = "head"
+    init: Annotated[
+        Literal["random", "induction"],
+        Field(
+            description="How keys begin: drawn; or made as queries are, of the token before, so that a token finds "
+            "what came after the last one like it."
+        ),
+    ] = "random"
     gate_rank: Annotated[
         int | None, Field(ge=1, description="Gates are mapped through so few numbers; null for a full map.")
     ] = None

@@ -1,5 +1,6 @@
 """A memory as a module: projections, gates and a rule."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Final, Self
@@ -135,11 +136,28 @@ class NeuralMemory(nn.Module):
         self.mix = ValueMix(self.heads, config.head_dim) if self.rule.values == "mixed" else None
         widths = config.head_dim, config.head_dim // self.channels
         self.initial = Initial(self.rule, self.heads * self.channels, widths, has_local=self.form == "tnt")
+        self.is_induction = config.init == "induction"
+        if self.is_induction:
+            _require_induction(self.used, config)
+        self.draw_keys()
         # What ``decode`` takes: all else goes token by token like sequences.
         is_exact = forms.get(self.form).is_exact
         is_usual = self.rule.structure.kind == "matrix" and self.rule.features.name == "identity" and self.mix is None
         is_usual = is_usual and self.channels == 1 and config.gate_rank is None
         self.is_plain = self.rule.is_linear and is_exact and is_usual
+
+    @torch.no_grad()
+    def draw_keys(self) -> None:
+        """With ``init`` induction: the first keys are made as queries are, of the token before.
+
+        What a token writes is then found by the next token that is like the one before it: the memory starts as an
+        induction head (Olsson et al. 2209.11895). To be called again when ``qkv`` is drawn anew.
+        """
+        if self.is_induction:
+            width = self.qkv.in_features
+            query, key = (slice(at * width, (at + 1) * width) for at in map(self.used.index, ("query", "key")))
+            self.qkv.weight[key] = self.qkv.weight[query]
+            self.conv.weight_dc[key] = self.conv.weight_dc[query].roll(-1, dims=1)
 
     @property
     def rule(self) -> Rule:
@@ -258,6 +276,16 @@ def _settings(dim: int, n_heads: int, settings: dict[str, Any]) -> MemoryConfig:
             value=unknown or n_heads,
         )
     return MemoryConfig.model_validate(settings | {"head_dim": dim // n_heads})
+
+
+def _require_induction(used: Sequence[str], config: MemoryConfig) -> None:
+    if not {"query", "key"} <= set(used) or config.conv < 2:
+        raise ConflictingKeys(
+            f"memory.init is 'induction', which makes keys of the token before as queries are made: it needs a rule "
+            f"that uses both and memory.conv of at least 2; found {', '.join(used)} and memory.conv={config.conv}. Set "
+            f"memory.init=random, or change these.",
+            path="memory.init",
+        )
 
 
 def _require_channels(rule: Rule) -> None:
