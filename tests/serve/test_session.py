@@ -435,3 +435,21 @@ class Sessions(RuleBasedStateMachine):
 
 TestSessions = Sessions.TestCase
 TestSessions.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+
+
+@pytest.mark.parametrize("name", ["titans", "hope", "charformer"])
+def test_a_session_whose_weights_learn_keeps_the_change_to_itself(name, tmp_path):
+    """A fork and a file take it along; the model and what is loaded beside it do not change."""
+    model, text = MODELS[name], "to be or not to be, " * 8
+    before = {path: tensor.clone() for path, tensor in model.state_dict().items()}
+    session = fed(model, text, learn="weights", which="all", rate=0.3)
+    assert all(torch.equal(tensor, before[path]) for path, tensor in model.state_dict().items())
+    other, turn = session.fork(), session.turn
+    session.save(tmp_path / "session")
+    loaded = Session.load(tmp_path / "session", model, TOKENIZER)
+    assert (loaded.learn, loaded.which, loaded.rate) == ("weights", "all", 0.3)
+    for each in (session, loaded):
+        each.feed(text)
+    assert_same(loaded, session)
+    session.rollback(to=turn)
+    assert_same(session, other)

@@ -25,7 +25,7 @@ N_WINDOWS: Final = 128
 SMALLER_IS_BETTER: Final = ("nats", "perplexity", "bits_per_byte")
 """How the names of metrics end of which less is better; of a gain, as of an accuracy, more is."""
 
-Learn = Literal["none", "memory", "levels"]
+Learn = Literal["none", "memory", "levels", "weights"]
 
 
 def evaluate(
@@ -38,8 +38,8 @@ def evaluate(
         Learn | None,
         typer.Option(
             "--learn",
-            help="What learns while it reads: nothing, the memory, or feed-forward levels as well. By default the "
-            "memory; adaptation compares off with memory.",
+            help="What learns while it reads: nothing, the memory, feed-forward levels or weights as well. By default "
+            "the memory; adaptation compares off with memory.",
             show_default=False,
         ),
     ] = None,
@@ -81,7 +81,7 @@ def evaluate(
       meristem eval runs/latest --suite likelihood
       meristem eval runs/latest data.source=other.txt data.validation=0.9 --json
       meristem eval runs/latest --suite recall data.seq_len=1024
-      meristem eval runs/latest --suite adaptation --learn levels
+      meristem eval runs/latest --suite adaptation --learn weights
       meristem eval runs/latest --suite remember --max-windows 8
     """
     from meristem.checkpoint.store import find
@@ -130,10 +130,10 @@ class _Loaded:
         from meristem.train.loss import cross_entropy
 
         reader = online_reader(self.model, learn, cross_entropy)
-        # Levels learn from one text, in a copy of their own.
+        # Levels and weights learn from one text, in a copy of their own.
         return {
             "reader": reader,
-            "batch": 1 if learn == "levels" else batch,
+            "batch": 1 if learn in ("levels", "weights") else batch,
             "device": self.device,
             "loss": cross_entropy,
         }

@@ -33,8 +33,8 @@ TopP = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed of the sampler.")]
 Learn = Annotated[
-    Literal["none", "memory", "levels"],
-    typer.Option("--learn", help="What changes while it reads: nothing, its memory, or feed-forward levels as well."),
+    Literal["none", "memory", "levels", "weights"],
+    typer.Option("--learn", help="What changes while it reads: nothing, its memory, feed-forward levels, or weights."),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="Where it runs: auto, cpu, mps, cuda or cuda:N.")]
 

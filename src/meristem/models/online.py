@@ -1,4 +1,4 @@
-"""Three ways to read: with a frozen memory, with one that learns, or with levels that learn as well.
+"""Ways to read: with a frozen memory, with one that learns, or with levels or other weights that learn as well.
 
 Each is called as a model is, ``reader(tokens_bt, state) -> (logits_bto, state)``; the model's weights never change.
 """
@@ -15,10 +15,11 @@ from torch.func import functional_call
 
 from meristem.errors import CapabilityError, ShapeError
 from meristem.memory.state import State, detach, flatten
+from meristem.models.weights import WeightLearner, Which
 from meristem.nn.cms_mlp import CMSMLPLevel
 from meristem.shapes import Logits, Tokens
 
-Learn = Literal["none", "memory", "levels"]
+Learn = Literal["none", "memory", "levels", "weights"]
 LEARNED: Final = "learned"
 """Where the state of a reader holds what its levels learned."""
 
@@ -33,8 +34,12 @@ class Writing(Protocol):
     is_writing: bool
 
 
-def online_reader(model: nn.Module, learn: Learn, loss: Loss) -> Callable[[Tokens, State | None], tuple[Logits, State]]:
-    """The model as it is read while ``learn`` of it learns."""
+def online_reader(
+    model: nn.Module, learn: Learn, loss: Loss, which: Which = "mlp", rate: float | None = None
+) -> Callable[[Tokens, State | None], tuple[Logits, State]]:
+    """The model as it is read while ``learn`` of it learns; of weights, those that ``which`` names, at ``rate``."""
+    if learn == "weights":
+        return WeightLearner(model, loss, which, rate)
     if learn == "levels":
         return OnlineLearner(model, loss)
     return frozen(model) if learn == "none" else model

@@ -24,6 +24,7 @@ from meristem.memory.state import State, as_tensors, from_tensors, size_bytes
 from meristem.models.generate import Sampling, choose
 from meristem.models.load import numbers, of_today
 from meristem.models.online import Learn, online_reader
+from meristem.models.weights import Which
 from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.self_reference import SelfReference
 from meristem.serve import store
@@ -84,7 +85,8 @@ class Session:
     """Reads, writes and remembers. The weights are shared with other sessions and never change.
 
     learn: what changes while it reads. "none": nothing, and its memory reads as the model's initial one; "memory"; or
-    "levels", feed-forward levels as well, in a copy of its own (``models.online``).
+    "levels", feed-forward levels as well, in a copy of its own (``models.online``); or "weights", those that ``which``
+    names as well, at ``rate``, in a change that belongs to the session (``models.weights``).
     """
 
     def __init__(
@@ -96,10 +98,12 @@ class Session:
         random_seed: int = 0,
         name: str | None = None,
         learn: Learn = "memory",
+        which: Which = "mlp",
+        rate: float | None = None,
     ) -> None:
         self.model = model
-        self.learn = learn
-        self._reader = online_reader(model, learn, cross_entropy)
+        self.learn, self.which, self.rate = learn, which, rate
+        self._reader = online_reader(model, learn, cross_entropy, which, rate)
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
         self.random_seed = random_seed
@@ -231,6 +235,8 @@ class Session:
             "sampling": asdict(self.sampling),
             "random_seed": self.random_seed,
             "learn": self.learn,
+            "which": self.which,
+            "rate": self.rate,
         }
         store.write(Path(path), tensors, header)
 
@@ -248,6 +254,8 @@ class Session:
             random_seed=int(header.get("random_seed", 0)),
             name=header.get("name"),
             learn=header.get("learn", "memory"),
+            which=header.get("which", "mlp"),
+            rate=header.get("rate"),
         )
         session._require_same(header, Path(path))
         session.id = header.get("id", session.id)
