@@ -81,7 +81,7 @@ def evaluate(
       meristem eval runs/latest --suite likelihood
       meristem eval runs/latest data.source=other.txt data.validation=0.9 --json
       meristem eval runs/latest --suite recall data.seq_len=1024
-      meristem eval runs/latest --suite adaptation --learn weights
+      meristem eval runs/latest --suite adaptation --learn weights learn.which=head
       meristem eval runs/latest --suite remember --max-windows 8
     """
     from meristem.checkpoint.store import find
@@ -129,11 +129,13 @@ class _Loaded:
         from meristem.models.online import online_reader
         from meristem.train.loss import cross_entropy
 
-        reader = online_reader(self.model, learn, cross_entropy)
-        # Levels and weights learn from one text, in a copy of their own.
+        learning = self.config.learn
+        reader = online_reader(self.model, learn, cross_entropy, learning)
+        # Levels learn from one text, in a copy of their own, and so do most weights.
+        is_alone = learn == "levels" or (learn == "weights" and learning.which in ("mlp", "all"))
         return {
             "reader": reader,
-            "batch": 1 if learn in ("levels", "weights") else batch,
+            "batch": 1 if is_alone else batch,
             "device": self.device,
             "loss": cross_entropy,
         }

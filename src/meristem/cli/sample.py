@@ -13,6 +13,7 @@ from meristem.errors import WrongValue
 
 if TYPE_CHECKING:
     from meristem.device.resolve import Device
+    from meristem.models.config import LearnConfig
     from meristem.serve.session import Session
 
 Checkpoint = Annotated[
@@ -36,6 +37,19 @@ Learn = Annotated[
     Literal["none", "memory", "levels", "weights"],
     typer.Option("--learn", help="What changes while it reads: nothing, its memory, feed-forward levels, or weights."),
 ]
+Which = Annotated[
+    Literal["mlp", "head", "low_rank", "all"],
+    typer.Option("--which", help="Weights that learn with --learn weights, as learn.which has it."),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        "--lr",
+        min=0.0,
+        help="Learning rate of --learn weights; by default the one found after training, or the usual one.",
+        show_default=False,
+    ),
+]
 DeviceName = Annotated[str, typer.Option("--device", help="Where it runs: auto, cpu, mps, cuda or cuda:N.")]
 
 
@@ -47,6 +61,7 @@ def open_session(
     top_p: float,
     seed: int,
     learn: Learn = "memory",
+    learning: "LearnConfig | None" = None,
     device: str = "cpu",
 ) -> "Session":
     """A fresh session with the model of a checkpoint, in the precision it was saved in."""
@@ -57,7 +72,22 @@ def open_session(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     place = device_called(device).device
     loaded = load(checkpoint, tell)
-    return Session(loaded.model.to(place), loaded.tokenizer, sampling=sampling, random_seed=seed, learn=learn)
+    return Session(
+        loaded.model.to(place), loaded.tokenizer, sampling=sampling, random_seed=seed, learn=learn, learning=learning
+    )
+
+
+def learning_of(learn: Learn, which: Which, lr: LearningRate) -> "LearnConfig":
+    """How weights learn. WrongValue where an option is given that nothing reads."""
+    from meristem.models.config import LearnConfig
+
+    if learn != "weights" and (which != "mlp" or lr is not None):
+        raise WrongValue(
+            f"--which and --lr say how weights learn, but --learn is {learn}. Add --learn weights, or drop them.",
+            key="learn",
+            value=learn,
+        )
+    return LearnConfig(which=which, lr=lr)
 
 
 def device_called(name: str) -> "Device":
@@ -78,6 +108,9 @@ def sample(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    learn: Learn = "memory",
+    which: Which = "mlp",
+    lr: LearningRate = None,
     device: DeviceName = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -87,12 +120,22 @@ def sample(
     Examples:
       meristem sample runs/latest --prompt "def main(" --max-tokens 200
       head -c 500 book.txt | meristem sample runs/latest --stdin --temperature 0.5
+      head -c 9000 code.py | meristem sample runs/latest --stdin --learn weights --which head
     """
     if prompt and from_stdin:
         raise WrongValue("both --prompt and --stdin were given. Leave one of them out.")
     from meristem.serve.session import BEGINNING
 
-    session = open_session(checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, device=device)
+    session = open_session(
+        checkpoint,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        learn=learn,
+        learning=learning_of(learn, which, lr),
+        device=device,
+    )
     text = sys.stdin.read() if from_stdin else prompt
     started = time.perf_counter()
     n_read = session.feed(text or BEGINNING).n_tokens

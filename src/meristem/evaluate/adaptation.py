@@ -123,14 +123,14 @@ def adaptation(reader: Reader, chosen: Documents, *, piece: int, batch: int, dev
         half = n_targets // 2
         state, found = None, []
         for start, stop in ((0, half), (half, n_targets), (0, n_targets)):
-            nats, state = _read(reader, tokens_bt[:, start : stop + 1], state, (piece, device, loss))
+            nats, state = read(reader, tokens_bt[:, start : stop + 1], state, (piece, device, loss))
             n_bytes = int(bytes_bt[:, start + 1 : stop + 1].sum())
             found.append(Likelihood(nats, (stop - start) * len(tokens_bt), n_bytes))
         parts.append(Adaptation(*found))
     return reduce(add, parts)
 
 
-def _read(
+def read(
     reader: Reader, tokens_bt: Tokens, state: State | None, how: tuple[int, Device, Loss]
 ) -> tuple[float, State | None]:
     """Nats of all tokens but the first, which is read and not predicted, and the state after all but the last."""

@@ -3,10 +3,8 @@
 Each is called as a model is, ``reader(tokens_bt, state) -> (logits_bto, state)``; the model's weights never change.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +13,8 @@ from torch.func import functional_call
 
 from meristem.errors import CapabilityError, ShapeError
 from meristem.memory.state import State, detach, flatten
-from meristem.models.weights import WeightLearner, Which
+from meristem.models.config import LearnConfig
+from meristem.models.weights import HeadLearner, WeightLearner, sharing_weights
 from meristem.nn.cms_mlp import CMSMLPLevel
 from meristem.shapes import Logits, Tokens
 
@@ -35,11 +34,12 @@ class Writing(Protocol):
 
 
 def online_reader(
-    model: nn.Module, learn: Learn, loss: Loss, which: Which = "mlp", rate: float | None = None
+    model: nn.Module, learn: Learn, loss: Loss, learning: LearnConfig | None = None
 ) -> Callable[[Tokens, State | None], tuple[Logits, State]]:
-    """The model as it is read while ``learn`` of it learns; of weights, those that ``which`` names, at ``rate``."""
+    """The model as it is read while ``learn`` of it learns; weights as ``learning`` says, or as its defaults do."""
     if learn == "weights":
-        return WeightLearner(model, loss, which, rate)
+        learning = learning or LearnConfig()
+        return (HeadLearner if learning.which == "head" else WeightLearner)(model, learning)
     if learn == "levels":
         return OnlineLearner(model, loss)
     return frozen(model) if learn == "none" else model
@@ -58,8 +58,7 @@ def frozen(model: nn.Module) -> nn.Module:
     the last outputs of slow levels, and segments of MAC, where a new segment is given the memory as it
     stands. Persistent tokens are written into a fresh memory also here: they are weights of the model.
     """
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    reader = copy.deepcopy(model, shared)
+    reader = sharing_weights(model)
     for module in reader.modules():
         if isinstance(module, Writing):
             module.is_writing = False

@@ -1,104 +1,167 @@
-"""Weights that learn from the text just read, in a change of them that travels with the state of one reader."""
+"""Weights that learn from the text just read, in a change of them that travels with the state of its reader.
 
+A chunk of tokens is predicted by ``W + D``, and then ``D <- D - rate * min(1, clip / |g|) g``, with g the gradient of
+the chunk's mean loss at the weights and the memory that the chunk began with, through nothing before it: dynamic
+evaluation (Krause et al. 1709.07432, 1904.08378), or test-time training of a language model (2512.23675). So no token
+is predicted by weights that have seen it. W never changes. Memories learn as well. Every row has a D of its own.
+
+Where D is not zero, probabilities p of the learning model over V ids are given as ``(1 - e) p + e / V`` with e =
+``UNIFORM``; where p is not finite as ``1 / V``. So no token costs more than ``log(V / e)`` nats, whatever was learned.
+A guard predicts some chunks by W as well, from the state with which they began, and keeps a balance b of what W + D
+cost: ``b <- min(0, b + nats at W - nats at W + D)``, per token of a chunk. Where b is under ``-MARGIN_NATS``, or D is
+not finite, D is dropped, the state after the chunk is the one that W leaves, and the rate is halved; it is 0 from the
+``MOST_DROPS``th time on. So one chunk that is much worse ends what was learned, as do several that are a little worse.
+
+State: the model's, and under ``learned`` the change ``delta``, in bfloat16 where the weights are float32, the number of
+chunks read, and for each row the rate, the balance, the mean cost of its chunks, and the steps since D was zero.
+"""
+
+import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from itertools import chain
+from typing import Final
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
-from meristem.errors import CapabilityError, ShapeError, WrongValue
-from meristem.memory.state import State, detach, flatten
-from meristem.nn.cms_mlp import CMSMLPLevel
+from meristem.device.random import stream
+from meristem.errors import CapabilityError, ShapeError
+from meristem.memory.state import State, detach, flatten, join_rows, rows_apart, select_rows, unflatten
+from meristem.models.config import LearnConfig
 from meristem.nn.mlp import Feedforward, SwiGLU
-from meristem.shapes import Logits, Tokens
+from meristem.shapes import Hidden, Logits, Targets, Tokens
 
-Which = Literal["mlp", "all", "head", "levels"]
-RATES: Final[Mapping[Which, float]] = {"mlp": 1.5, "all": 1.0, "head": 0.5, "levels": 1.5}
+RATES: Final[Mapping[str, float]] = {"mlp": 1.5, "all": 1.0, "head": 0.5, "low_rank": 1.5}
 """Learning rates that were best for titans-mag on source code that it had not been trained on."""
 
-WORSE_NATS: Final = 2.0
-"""Nats per token by which a chunk may cost more than those before it until what was learned is dropped."""
+RANK: Final = 8
+"""Columns of what a low-rank change learns for each matrix."""
+
+UNIFORM: Final = 1e-3
+"""Share of the uniform distribution in what weights that learn predict."""
+
+MARGIN_NATS: Final = 0.5
+"""Nats per token of a chunk by which the balance of what was learned may be negative."""
+
+LIMIT_NATS: Final = 0.5
+"""Nats per token by which a chunk may cost more than those before it on average, until it is read without as well."""
+
+CHECK_EVERY: Final = 16
+"""Chunks from one that is read without what was learned, whatever it cost, to the next."""
+
+MOST_DROPS: Final = 8
+"""How often a change may be dropped until its reader learns no more."""
+
+Rows = Float[Tensor, " b"]
+Choice = Bool[Tensor, " b"]
 
 
-FAR_NATS: Final = 10.0
-"""Divergence between a prediction before and after a step, beyond which a step is not taken."""
+def sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy of the modules of a model that holds the same parameters and buffers, not copies of them."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
-def learnable(model: nn.Module, which: Which) -> tuple[str, ...]:
-    """The parameters that learn: matrices of feed-forward layers, all, the head's matrix, or feed-forward levels.
+def put_rates(model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Keep with a model the learning rates that were found for it, by what learns."""
+    model.learn_rates = dict(rates)  # type: ignore[assignment]
 
-    Raises CapabilityError for a model without them.
+
+def rates_of(model: nn.Module) -> Mapping[str, float]:
+    """The learning rates that were found for a model; none where nobody looked for them."""
+    found: Mapping[str, float] = getattr(model, "learn_rates", {})
+    return found
+
+
+def rate_of(model: nn.Module, learning: LearnConfig) -> float:
+    """The learning rate: the one given, else the one found for the model, else the usual one."""
+    usual = rates_of(model).get(learning.which, RATES[learning.which])
+    return usual if learning.lr is None else learning.lr
+
+
+class LowRank(nn.Module):
+    """``W x + D A x`` beside a linear layer: D ``(b, d, r)`` learns, a change for each row; A is random and stays.
+
+    The r rows of A have length 1 on average. A belongs to ``name`` and is drawn again wherever it is needed.
     """
-    own = dict(model.named_parameters())
-    kinds = (CMSMLPLevel,) if which == "levels" else (SwiGLU, Feedforward)
-    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, kinds))
-    chosen = {
-        "mlp": [name for name, parameter in own.items() if parameter.ndim > 1 and name.startswith(inside)],
-        "all": list(own),
-        "head": [name for name in own if name == "head.weight"],
-        "levels": [name for name in own if name.startswith(inside)],
-    }
-    if which not in chosen:
-        raise WrongValue(f"'{which}' names no weights that learn; choose {', '.join(chosen)}.", value=which)
-    if not chosen[which]:
-        raise CapabilityError(
-            f"this model has no weights '{which}' that could learn. Choose another of {', '.join(chosen)}, or let its "
-            f"memory learn (learn=memory).",
-            operation="learn",
-            reason=f"no {which}",
-        )
-    return tuple(chosen[which])
+
+    down_rd: Tensor
+    delta_bdr: Tensor
+
+    def __init__(self, linear: nn.Linear, name: str) -> None:
+        super().__init__()
+        self.linear = linear
+        drawn_rd = torch.randn(RANK, linear.in_features, generator=stream(0, f"weights.low_rank.{name}"))
+        down_rd = drawn_rd.to(linear.weight) / math.sqrt(linear.in_features)
+        self.register_buffer("down_rd", down_rd, persistent=False)
+        self.register_buffer("delta_bdr", linear.weight.new_zeros(1, linear.out_features, RANK), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        low_btr = functional.linear(hidden, self.down_rd)
+        return self.linear(hidden) + torch.einsum("btr,bdr->btd", low_btr, self.delta_bdr.to(low_btr.dtype))
 
 
 @dataclass(frozen=True)
 class WeightLearner:
-    """A reader whose weights W + D learn: after every ``chunk`` tokens ``D <- D - rate * min(1, clip / |g|) g``.
+    """A reader whose feed-forward matrices (``mlp``), all weights, or a low-rank part of the former learn.
 
-    g is the gradient of the mean loss of that chunk's tokens after its first, at the weights and the memory that the
-    chunk began with, through nothing before it (dynamic evaluation, Krause 1709.07432). A token is never predicted by
-    weights that have seen it. Memories learn too. However the text is cut into calls, D is the same to the bit.
+    A chunk is read once with a gradient, which predicts it, and backward once through the weights that learn. Tokens of
+    an unfinished chunk are predicted as they come, and all are read once more when it is full: writing token by token
+    therefore costs one forward more. However a text is cut into calls, D is the same to the bit. The loss is that of a
+    chunk's tokens after its first.
 
-    Two checks hold back a rate that is too large. A step is not taken, and the rate is halved, where the chunk, read
-    again after it, would cost more, or one of its predictions moves by over ``FAR_NATS``, or the change is not finite.
-    Where a chunk costs over ``WORSE_NATS`` per token more than those before it on average, D is dropped, which leaves
-    the model as it was trained, and the rate is halved. So NaN never enters D; the cost of the one chunk that is read
-    before D is dropped has no bound.
-
-    The state is the model's, and under ``learned`` D, kept in bfloat16 where weights are float32, the rate, the mean
-    nats, and, of an unfinished chunk, its tokens and the state at its beginning. One text is read at a time.
+    The guard reads a chunk at W where it cost over ``LIMIT_NATS`` per token more than those before it on average, and
+    every ``CHECK_EVERY`` th. What a text costs more than at W, whose state differs, has no other bound than that of
+    each token. Rows learn side by side with ``low_rank`` alone; with the others one text is read at a time.
     """
 
     model: nn.Module
-    loss: Any
-    which: Which = "mlp"
-    rate: float | None = None
-    clip: float = 1.0
-    chunk: int = 64
-    names: tuple[str, ...] = field(init=False)
+    learning: LearnConfig = field(default_factory=LearnConfig)
+    chunk: int = field(init=False)
+    rate: float = field(init=False)
+    reader: nn.Module = field(init=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(init=False)
+    """Of the tensors that are replaced in ``reader``, by name: parameters, or the D of a low-rank change."""
 
     def __post_init__(self) -> None:
-        if self.chunk < 2 or self.clip <= 0 or (self.rate is not None and not 0 <= self.rate < float("inf")):
-            raise WrongValue(
-                f"chunk {self.chunk}, clip {self.clip}, rate {self.rate}; expected a chunk of at least 2 tokens, a "
-                f"positive clip, and a finite rate of at least 0.",
-                value=self.rate,
-            )
-        window = getattr(self.model, "window", None)
-        object.__setattr__(self, "chunk", min(self.chunk, window or self.chunk))
-        object.__setattr__(self, "names", learnable(self.model, self.which))
+        which, window = self.learning.which, getattr(self.model, "window", None)
+        reader, own = sharing_weights(self.model), dict(self.model.named_parameters())
+        layers = [(path, layer) for path, layer in reader.named_modules() if isinstance(layer, SwiGLU | Feedforward)]
+        names = list(own)
+        if which == "mlp":
+            names = [f"{path}.{name}" for path, layer in layers for name in sorted(layer.matrices)]
+        elif which == "low_rank":
+            names = []
+            for path, layer in layers:
+                for name in sorted(matrix.removesuffix(".weight") for matrix in layer.matrices):
+                    setattr(layer, name, LowRank(getattr(layer, name), f"{path}.{name}"))
+                    names.append(f"{path}.{name}.delta_bdr")
+        if not names:
+            raise _lacking(which)
+        held = own | dict(reader.named_buffers())
+        object.__setattr__(self, "chunk", min(self.learning.chunk, window or self.learning.chunk))
+        object.__setattr__(self, "rate", rate_of(self.model, self.learning))
+        object.__setattr__(self, "reader", reader)
+        object.__setattr__(self, "shapes", {name: tuple(held[name].shape) for name in names})
 
     def __call__(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
-        if tokens_bt.shape[0] != 1:
+        if tokens_bt.shape[0] != 1 and self.learning.which != "low_rank":
             raise ShapeError(
-                f"{tokens_bt.shape[0]} texts were given at once; weights learn from one, in a change of their own. "
-                f"Read them one by one.",
+                f"{tokens_bt.shape[0]} texts were given at once; with learn.which={self.learning.which} weights learn "
+                f"from one. Read them one by one, or set learn.which to head or low_rank.",
                 found=tokens_bt.shape[0],
                 expected=1,
             )
-        carried = None if state is None else {name: leaf for name, leaf in state.items() if name != "learned"}
-        learned: dict[str, Any] = self._fresh() if state is None else state["learned"]
+        return self._read_on(tokens_bt, state)
+
+    @rows_apart
+    def _read_on(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
+        carried, learned = _parts(state) or (None, self._fresh(tokens_bt))
         logits, at = [], 0
         while at < tokens_bt.shape[1]:
             read_bt = learned.get("tokens_bt", tokens_bt[:, :0])
@@ -110,7 +173,8 @@ class WeightLearner:
                 if not read_bt.shape[1] and carried is not None:
                     learned = learned | {"begun": carried}
                 with torch.no_grad():
-                    logits_bto, carried = functional_call(self.model, self._weights(learned), (piece_bt, carried))
+                    logits_bto, carried = self._call(self._weights(learned), piece_bt, carried)
+                    logits_bto = mixed(logits_bto, learned["steps_b"])
                 learned = learned | {"tokens_bt": torch.cat([read_bt, piece_bt], dim=1)}
                 if learned["tokens_bt"].shape[1] == self.chunk:
                     _, carried, learned = self._whole(learned["tokens_bt"], learned.get("begun"), learned)
@@ -118,65 +182,241 @@ class WeightLearner:
             at = stop
         return torch.cat(logits, dim=1), (carried or {}) | {"learned": learned}
 
-    def _fresh(self) -> dict[str, Any]:
-        rate = RATES[self.which] if self.rate is None else self.rate
-        return {
-            "n_chunks": 0,
-            "rate": torch.tensor(rate, dtype=torch.float64),
-            "mean_nats": torch.tensor(0.0, dtype=torch.float64),
-        }
+    def _fresh(self, tokens_bt: Tokens) -> State:
+        like = next(self.model.parameters())
+        return fresh(self.rate, tokens_bt) | {"delta": unflatten(zeros(self._leaves(tokens_bt.shape[0]), like))}
+
+    def _leaves(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of D by name; the first axis is that of rows, as the end of the name says."""
+        if self.learning.which == "low_rank":
+            return {name: (batch, *shape[1:]) for name, shape in self.shapes.items()}
+        return {f"{name}_b": (1, *shape) for name, shape in self.shapes.items()}
 
     def _weights(self, learned: State) -> dict[str, Tensor]:
-        """All weights of the reader; a gradient goes to none of them."""
-        own = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        change = {name: leaf for name, leaf in flatten(learned.get("delta", {})).items() if isinstance(leaf, Tensor)}
-        return own | {name: own[name] + delta.to(own[name].dtype) for name, delta in change.items()}
+        """What stands in ``reader`` in place of its own tensors."""
+        delta = {name: leaf for name, leaf in flatten(learned["delta"]).items() if isinstance(leaf, Tensor)}
+        if self.learning.which == "low_rank":
+            like = next(self.model.parameters())
+            return {name: delta[name].to(like.dtype) for name in self.shapes}
+        own = {name: self.model.get_parameter(name).detach() for name in self.shapes}
+        return {name: delta[f"{name}_b"][0].to(weight.dtype) + weight for name, weight in own.items()}
 
-    def _whole(
-        self, tokens_bt: Tokens, begun: State | None, learned: State
-    ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
-        """One forward over a chunk, which predicts it, and what its gradient makes of what was learned."""
-        weights = self._weights(learned)
-        before = {name: weights[name].requires_grad_() for name in self.names}
-        begun = None if begun is None else detach(begun)
-        with torch.enable_grad():
-            logits_bto, after = functional_call(self.model, weights, (tokens_bt, begun))
-            nats = self.loss(logits_bto[:, :-1], tokens_bt[:, 1:]) / (self.chunk - 1)
-            found = torch.autograd.grad(nats, list(before.values()), materialize_grads=True)
-        rate, mean, n_chunks = learned["rate"], learned["mean_nats"], learned["n_chunks"]
-        cost = nats.detach().double().to(mean.device)
-        logits_bto, after = logits_bto.detach(), detach(after)
-        kept = {"n_chunks": n_chunks, "rate": rate, "mean_nats": mean}
-        if "delta" in learned and not float(cost) <= float(mean) + WORSE_NATS:
-            return logits_bto, after, kept | {"rate": rate / 2}
-        kept |= {"n_chunks": n_chunks + 1, "mean_nats": mean + (cost - mean) / (n_chunks + 1)}
-        length = torch.stack([gradient.norm() for gradient in found]).norm()
-        factor = float(rate) * (self.clip / length.clamp_min(self.clip))
-        own = dict(self.model.named_parameters())
-        delta = {
-            name: _stored(before[name].detach() - factor * gradient - own[name].detach())
-            for name, gradient in zip(before, found, strict=True)
-        }
-        with torch.no_grad():
-            trial_bto, _ = functional_call(self.model, self._weights({"delta": delta}), (tokens_bt, begun))
-            is_better = bool(self.loss(trial_bto[:, :-1], tokens_bt[:, 1:]) <= nats * (self.chunk - 1))
-            is_near = bool(_divergence(logits_bto, trial_bto).max() <= FAR_NATS)
-        is_finite = all(bool(leaf.isfinite().all()) for leaf in delta.values())
-        if is_better and is_near and is_finite:
-            return logits_bto, after, kept | {"delta": delta}
-        return (
-            logits_bto,
-            after,
-            kept | {"rate": rate / 2} | ({"delta": learned["delta"]} if "delta" in learned else {}),
+    def _call(self, weights: Mapping[str, Tensor], tokens_bt: Tokens, state: State | None) -> tuple[Tensor, State]:
+        found: tuple[Tensor, State] = functional_call(
+            self.reader, dict(weights), (tokens_bt, state), tie_weights=self.learning.which == "all"
         )
+        return found
+
+    def _whole(self, tokens_bt: Tokens, begun: State | None, learned: State) -> tuple[Tensor, State, State]:
+        """One forward over a chunk, which predicts it, and what its gradient makes of what was learned."""
+        begun = None if begun is None else detach(begun)
+        leaves = {name: leaf.requires_grad_() for name, leaf in self._weights(learned).items()}
+        with torch.enable_grad():
+            logits_bto, after = self._call(leaves, tokens_bt, begun)
+            nats_bt = nats_of(logits_bto[:, :-1], tokens_bt[:, 1:])
+            found = torch.autograd.grad(nats_bt.mean(1).sum(), list(leaves.values()), materialize_grads=True)
+        logits_bto, after, nats_bt = logits_bto.detach(), detach(after), nats_bt.detach()
+        steps_b = learned["steps_b"]
+        cost_b = paid(nats_bt, logits_bto.shape[-1], steps_b)
+        is_due_b = steps_b.new_full(steps_b.shape, (learned["n_chunks"] + 1) % CHECK_EVERY == 0, dtype=torch.bool)
+        is_due_b |= ~(cost_b <= learned["mean_nats_b"] + LIMIT_NATS)
+        is_due_b &= steps_b > 0
+        static_b = cost_b
+        if bool(is_due_b.any()):
+            with torch.no_grad():
+                static_bto, left = self.model(tokens_bt, begun)
+            read_b = nats_of(static_bto[:, :-1], tokens_bt[:, 1:]).mean(1)
+            static_b = torch.where(is_due_b, read_b.to(cost_b.dtype), cost_b)
+        gradients = dict(zip(self._leaves(len(tokens_bt)), found, strict=True))
+        if self.learning.which != "low_rank":
+            gradients = {name: gradient[None] for name, gradient in gradients.items()}
+        stepped, is_worse_b = step(learned, gradients, (cost_b, static_b), (self.rate, self.learning.grad_clip))
+        if bool(is_worse_b.any()):
+            rows = [row + len(tokens_bt) * is_worse for row, is_worse in enumerate(is_worse_b.tolist())]
+            after = select_rows(join_rows([after, left]), rows)
+        return mixed(logits_bto, steps_b), after, stepped
 
 
-def _divergence(before_bto: Logits, after_bto: Logits) -> Tensor:
-    """Nats by which each prediction after a step differs from the one before it, ``KL(before | after)``."""
-    before_bto, after_bto = before_bto.double().log_softmax(-1), after_bto.double().log_softmax(-1)
-    return (before_bto.exp() * (before_bto - after_bto)).sum(-1)
+@dataclass(frozen=True)
+class HeadLearner:
+    """A reader whose head learns: logits are ``(W + D) h + b`` with h the vectors that the model gives its head.
+
+    They do not depend on D, so a call reads its text at once, however many chunks it holds. The gradient of a chunk,
+    ``mean_t (softmax(z_t) - onehot(x_(t+1))) h_t^T``, needs no backward pass, and is taken once the token after the
+    chunk is there. Rows learn side by side.
+
+    The guard compares every chunk, since the logits at W are there. Since D was zero, W + D have then cost at most
+    ``chunk * MARGIN_NATS`` nats more than W, as the balance is at most what they have saved; in the chunk after which D
+    is dropped, or an unfinished one, at most ``chunk * log(V / UNIFORM)`` more. D is dropped at most ``MOST_DROPS``
+    times. So a text of any length costs at most ``(MOST_DROPS + 1) * chunk * (MARGIN_NATS + log(V / UNIFORM))`` nats
+    more than at W (``most_lost``).
+    """
+
+    model: nn.Module
+    learning: LearnConfig = field(default_factory=LearnConfig)
+    rate: float = field(init=False)
+    body: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        _head(self.model)
+        body = sharing_weights(self.model)
+        body.head = nn.Identity()
+        object.__setattr__(self, "body", body)
+        object.__setattr__(self, "rate", rate_of(self.model, self.learning))
+
+    @rows_apart
+    @torch.no_grad()
+    def __call__(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
+        carried, learned = _parts(state) or (None, self._fresh(tokens_bt))
+        hidden_btd, carried = self.body(tokens_bt, carried)
+        n_seen, chunk = 0, self.learning.chunk
+        if "hidden_btd" in learned:
+            n_seen = learned["hidden_btd"].shape[1]
+            hidden_btd = torch.cat([learned["hidden_btd"], hidden_btd], dim=1)
+            tokens_bt = torch.cat([learned["tokens_bt"], tokens_bt], dim=1)
+        logits = []
+        while hidden_btd.shape[1] > chunk:
+            logits_bto, learned = self._whole(hidden_btd[:, :chunk], tokens_bt[:, 1 : chunk + 1], learned)
+            logits.append(logits_bto[:, n_seen:])
+            hidden_btd, tokens_bt, n_seen = hidden_btd[:, chunk:], tokens_bt[:, chunk:], 0
+        logits.append(mixed(self._logits(hidden_btd[:, n_seen:], learned), learned["steps_b"]))
+        learned = learned | {"hidden_btd": hidden_btd.clone(), "tokens_bt": tokens_bt.clone()}
+        return torch.cat(logits, dim=1), carried | {"learned": learned}
+
+    def _fresh(self, tokens_bt: Tokens) -> State:
+        weight_od, _ = _head(self.model)
+        delta = zeros({"head_bod": (len(tokens_bt), *weight_od.shape)}, weight_od)
+        return fresh(self.rate, tokens_bt) | {"delta": delta}
+
+    def _logits(self, hidden_btd: Hidden, learned: State) -> Logits:
+        weight_od, bias_o = _head(self.model)
+        weight_bod = learned["delta"]["head_bod"].to(weight_od.dtype).add(weight_od)
+        logits_bto = torch.einsum("btd,bod->bto", hidden_btd, weight_bod.to(hidden_btd.dtype))
+        return logits_bto if bias_o is None else logits_bto + bias_o
+
+    def _whole(self, hidden_btd: Hidden, targets_bt: Targets, learned: State) -> tuple[Logits, State]:
+        """The logits of a chunk, and what its gradient makes of what was learned."""
+        logits_bto, steps_b, at_bto = self._logits(hidden_btd, learned), learned["steps_b"], targets_bt[..., None]
+        mixed_bto, share_bto = mixed(logits_bto, steps_b), wide(logits_bto).softmax(-1)
+        cost_b = nats_of(mixed_bto, targets_bt).mean(1)
+        static_bto = functional.linear(hidden_btd, *_head(self.model))
+        static_b = nats_of(static_bto, targets_bt).mean(1)
+        wrong_bto = share_bto.scatter_add_(-1, at_bto, torch.full_like(at_bto, -1, dtype=share_bto.dtype))
+        gradient_bod = torch.einsum("bto,btd->bod", wrong_bto.to(hidden_btd.dtype), hidden_btd / targets_bt.shape[1])
+        costs = (cost_b.to(steps_b.dtype), static_b.to(steps_b.dtype))
+        stepped, _ = step(learned, {"head_bod": gradient_bod}, costs, (self.rate, self.learning.grad_clip))
+        return mixed_bto, stepped
+
+
+def fresh(rate: float, tokens_bt: Tokens) -> State:
+    """What is known of the learning of rows that have read nothing."""
+    zeros_b = torch.zeros(len(tokens_bt), device=tokens_bt.device)
+    rates = {"rate_b": torch.full_like(zeros_b, rate)}
+    return {"n_chunks": 0, **rates, "balance_b": zeros_b, "mean_nats_b": zeros_b, "steps_b": zeros_b}
+
+
+def zeros(shapes: Mapping[str, tuple[int, ...]], like: Tensor) -> dict[str, Tensor]:
+    """A change that changes nothing, as it is kept."""
+    return {name: _stored(like.new_zeros(shape)) for name, shape in shapes.items()}
+
+
+def step(
+    learned: State, gradients: Mapping[str, Tensor], costs: tuple[Rows, Rows], how: tuple[float, float]
+) -> tuple[State, Choice]:
+    """What is learned after a chunk, and in which rows the guard dropped it for its cost.
+
+    costs: nats per token that the chunk cost each row, and that it cost at W. how: the rate with which the reader
+    began, and the clip.
+    """
+    (cost_b, static_b), (first_rate, clip) = costs, how
+    rate_b, delta = learned["rate_b"], flatten(learned["delta"])
+    balance_b = (learned["balance_b"] + static_b - cost_b).clamp_max(0)
+    # A cost that is no number compares with nothing, and counts as worse.
+    is_worse_b = ~(balance_b >= -MARGIN_NATS) & (learned["steps_b"] > 0)
+    length_b = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)
+    factor_b = rate_b.to(length_b.dtype) * clip / length_b.clamp_min(clip)
+    moved = {
+        name: delta[name].to(gradient.dtype).addcmul(_by_row(factor_b, gradient), gradient, value=-1)  # type: ignore[union-attr]
+        for name, gradient in gradients.items()
+    }
+    is_finite_b = torch.stack([leaf.flatten(1).norm(dim=1) for leaf in moved.values()]).isfinite().all(0)
+    is_dropped_b = is_worse_b | ~is_finite_b
+    if bool(is_dropped_b.any()):
+        moved = {name: torch.where(_by_row(is_dropped_b, leaf), 0, leaf) for name, leaf in moved.items()}
+        rate_b = torch.where(is_dropped_b, rate_b / 2, rate_b)
+        rate_b = torch.where(rate_b > first_rate * 2**-MOST_DROPS, rate_b, 0)
+    n_chunks, mean_b = learned["n_chunks"] + 1, learned["mean_nats_b"]
+    after = {
+        "n_chunks": n_chunks,
+        "rate_b": rate_b,
+        "balance_b": torch.where(is_dropped_b, 0, balance_b),
+        "mean_nats_b": mean_b + (torch.where(is_worse_b, static_b, cost_b) - mean_b) / n_chunks,
+        "steps_b": torch.where(is_dropped_b | (rate_b == 0), 0, learned["steps_b"] + 1),
+        "delta": unflatten({name: _stored(leaf) for name, leaf in moved.items()}),
+    }
+    return after, is_worse_b
+
+
+def most_lost(chunk: int, n_ids: int) -> float:
+    """Nats that a head which learns may cost more than one that does not, over a text of any length."""
+    return (MOST_DROPS + 1) * chunk * (MARGIN_NATS + math.log(n_ids / UNIFORM))
+
+
+def wide(logits_bto: Logits) -> Logits:
+    """In float32 at least."""
+    return logits_bto.to(torch.promote_types(logits_bto.dtype, torch.float32))
+
+
+def nats_of(logits_bto: Logits, targets_bt: Targets) -> Float[Tensor, "b t"]:
+    """What each target costs."""
+    logits_no = wide(logits_bto).flatten(0, 1)
+    return functional.cross_entropy(logits_no, targets_bt.flatten(), reduction="none").view_as(targets_bt)
+
+
+def mixed(logits_bto: Logits, steps_b: Rows) -> Logits:
+    """Logits with a share of the uniform distribution, in rows that have learned something."""
+    if not bool((steps_b > 0).any()):
+        return logits_bto
+    share_bto = wide(logits_bto).softmax(-1).nan_to_num_(0.0)
+    mixed_bto = share_bto.mul_(1 - UNIFORM).add_(UNIFORM / logits_bto.shape[-1]).log_().to(logits_bto.dtype)
+    return torch.where(_by_row(steps_b > 0, logits_bto), mixed_bto, logits_bto)
+
+
+def paid(nats_bt: Float[Tensor, "b t"], n_ids: int, steps_b: Rows) -> Rows:
+    """The mean cost of targets under ``mixed`` logits, from what they cost before; not a number where one was not."""
+    mixed_bt = -((-nats_bt).exp() * (1 - UNIFORM) + UNIFORM / n_ids).log()
+    return torch.where(_by_row(steps_b > 0, nats_bt), mixed_bt, nats_bt).mean(1).to(steps_b.dtype)
+
+
+def _parts(state: State | None) -> tuple[State, State] | None:
+    """What the model carries, and what was learned."""
+    if state is None:
+        return None
+    return {name: leaf for name, leaf in state.items() if name != "learned"}, state["learned"]
+
+
+def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Matrix and bias of the head; the matrix is that of the embedding where they are tied."""
+    head = getattr(model, "head", None)
+    head = getattr(model, "embedding", None) if head is None else head
+    if not isinstance(head, nn.Linear | nn.Embedding):
+        raise _lacking("head")
+    return head.weight, getattr(head, "bias", None)
+
+
+def _by_row(value_b: Tensor, like: Tensor) -> Tensor:
+    return value_b.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _stored(delta: Tensor) -> Tensor:
     """A change as it is kept: in half the bytes where the weights are float32."""
     return delta.bfloat16() if delta.dtype == torch.float32 else delta
+
+
+def _lacking(which: str) -> CapabilityError:
+    return CapabilityError(
+        f"this model has no weights '{which}' that could learn. Choose another learn.which of {', '.join(RATES)}, or "
+        f"let its memory learn (learn=memory).",
+        operation="learn",
+        reason=f"no {which}",
+    )
