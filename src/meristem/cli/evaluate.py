@@ -1,12 +1,15 @@
 """`meristem eval`: how well a checkpoint predicts held-out text, what its memory recalls, what it gains by reading."""
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
 from meristem.cli.answer import Json, Overrides, answer, columns, progress_bytes, tell
 from meristem.cli.sample import Checkpoint
+from meristem.errors import WrongValue
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,6 +57,12 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture", help="Where adaptation draws bits per byte over the tokens read, as a PNG.", show_default=False
+        ),
+    ] = None,
     device_name: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +80,8 @@ def evaluate(
     in the window (values of keys, a copied sequence, a needle at a distance), as far as data.seq_len and the
     vocabulary allow, and gives the share of right predictions and their nats. adaptation reads the beginnings of long
     documents, four windows each: the second half against the first, and all of it a second time with the memory
-    carried over or reset.
+    carried over or reset; and the longest document to its end: bits per byte of its first 1024, 2048, 4096, ... tokens.
+    With --learn weights it is read without a memory that is written, with one, and with weights that learn.
     remember tells eight facts in words of `data.source=notebook` that were held out, and asks after 1, 5, 10 and 50
     attention spans of prose: with the memory, with it frozen, and with all that was read dropped. It also reads
     held-out documents of that text: how many values were predicted where they came back, by distance in bytes.
@@ -97,7 +107,10 @@ def evaluate(
     model, tokenizer = load_opened(found)
     device = resolve(from_checkpoint(config.device, found), tell)
     loaded = _Loaded(model.to(device.device), tokenizer, config, device, is_its_own=not overrides)
-    suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": _adaptation, "remember": _remember}
+    if picture is not None and suite != "adaptation":
+        raise WrongValue(f"--picture draws adaptation, and --suite is {suite}. Leave it out.", key="picture")
+    drawn = partial(_adaptation, picture=picture)
+    suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": drawn, "remember": _remember}
     tasks = suites[suite](loaded, learn, max_windows)
     summary = {"schema": "meristem.evaluation/1", "checkpoint": str(found.path), "suite": suite, "tasks": tasks}
     answer(summary, as_json, _words)
@@ -170,21 +183,34 @@ def _recall(loaded: _Loaded, learn: Learn | None, n_windows: int | None) -> list
     return tasks
 
 
-def _adaptation(loaded: _Loaded, learn: Learn | None, n_documents: int | None) -> list[dict[str, Any]]:
-    """A task for every way to read; all read the same documents."""
-    from meristem.evaluate.adaptation import N_DOCUMENTS, adaptation, documents
+def _adaptation(
+    loaded: _Loaded, learn: Learn | None, n_documents: int | None, picture: Path | None
+) -> list[dict[str, Any]]:
+    """A task for every way to read, and for every point of the longest document; all read the same."""
+    from meristem.evaluate.adaptation import N_DOCUMENTS, adaptation, documents, longest, reading
     from meristem.evaluate.adaptation import N_WINDOWS as WINDOWS
+    from meristem.evaluate.picture import draw_reading
 
     config = loaded.config
     length = WINDOWS * config.data.seq_len
-    ways: tuple[Learn, ...] = ("none", "memory") if learn is None else (learn,)
+    both: tuple[Learn, ...] = ("none", "memory")
+    ways = both if learn is None else (*both, learn) if learn == "weights" else (learn,)
     readings = {way: loaded.reading(way, config.eval.batch_size) for way in ways}
-    chosen = documents(loaded.corpus(), "val", length=length, most=n_documents or N_DOCUMENTS)
-    tasks = []
+    corpus = loaded.corpus()
+    chosen, whole = documents(corpus, "val", length=length, most=n_documents or N_DOCUMENTS), longest(corpus, "val")
+    tasks, points, curves = [], [], {}
     for way, how in readings.items():
-        measured = adaptation(how.pop("reader"), chosen, piece=config.data.seq_len, **how)
+        reader, batch = how.pop("reader"), how.pop("batch")
+        measured = adaptation(reader, chosen, piece=config.data.seq_len, batch=batch, **how)
         tasks.append(_task(f"adaptation/{way}", chosen.fingerprint, measured.whole.n_tokens, measured.figures()))
-    return tasks
+        read = reading(reader, whole, piece=config.data.seq_len, **how)
+        for n, found in read:
+            figures = {"bits_per_byte": found.bits_per_byte}
+            points.append(_task(f"reading/{way}/{n}", whole.fingerprint, found.n_tokens, figures))
+        curves[way] = [(n, found.bits_per_byte) for n, found in read]
+    if picture is not None:
+        draw_reading(picture, curves)
+    return tasks + points
 
 
 def _remember(loaded: _Loaded, learn: Learn | None, n_texts: int | None) -> list[dict[str, Any]]:

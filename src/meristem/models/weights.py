@@ -9,11 +9,14 @@ Where D is not zero, probabilities p of the learning model over V ids are given 
 ``UNIFORM``; where p is not finite as ``1 / V``. So no token costs more than ``log(V / e)`` nats, whatever was learned.
 A guard predicts some chunks by W as well, from the state with which they began, and keeps a balance b of what W + D
 cost: ``b <- min(0, b + nats at W - nats at W + D)``, per token of a chunk. Where b is under ``-MARGIN_NATS``, or D is
-not finite, D is dropped, the state after the chunk is the one that W leaves, and the rate is halved; it is 0 from the
-``MOST_DROPS``th time on. So one chunk that is much worse ends what was learned, as do several that are a little worse.
+not finite, D is dropped, and the state after the chunk is the one that W leaves. So one chunk that is much worse ends
+what was learned, as do several that are a little worse. The rate is halved then, and is 0 from the ``MOST_DROPS``th
+time on, unless D had saved as much since it was zero as a drop can cost, ``MARGIN_NATS + log(V / e)`` for each token of
+a chunk: text of another kind drops D as well as a rate that is too large.
 
 State: the model's, and under ``learned`` the change ``delta``, in bfloat16 where the weights are float32, the number of
-chunks read, and for each row the rate, the balance, the mean cost of its chunks, and the steps since D was zero.
+chunks read, and for each row the rate, the balance, what was saved, the mean cost of its chunks, and the steps since D
+was zero.
 """
 
 import copy
@@ -36,7 +39,7 @@ from meristem.models.config import LearnConfig
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.shapes import Hidden, Logits, Targets, Tokens
 
-RATES: Final[Mapping[str, float]] = {"mlp": 1.5, "all": 1.0, "head": 0.5, "low_rank": 1.5}
+RATES: Final[Mapping[str, float]] = {"mlp": 1.5, "all": 1.0, "head": 0.5, "low_rank": 4.0}
 """Learning rates that were best for titans-mag on source code that it had not been trained on."""
 
 RANK: Final = 8
@@ -55,7 +58,7 @@ CHECK_EVERY: Final = 16
 """Chunks from one that is read without what was learned, whatever it cost, to the next."""
 
 MOST_DROPS: Final = 8
-"""How often a change may be dropped until its reader learns no more."""
+"""How often a change may be dropped that did not pay for it, until its reader learns no more."""
 
 Rows = Float[Tensor, " b"]
 Choice = Bool[Tensor, " b"]
@@ -218,7 +221,8 @@ class WeightLearner:
         logits_bto, after, nats_bt = logits_bto.detach(), detach(after), nats_bt.detach()
         steps_b = learned["steps_b"]
         cost_b = paid(nats_bt, logits_bto.shape[-1], steps_b)
-        is_due_b = steps_b.new_full(steps_b.shape, (learned["n_chunks"] + 1) % CHECK_EVERY == 0, dtype=torch.bool)
+        n_like = 1 if (learned["n_chunks"] + 1) % CHECK_EVERY else CHECK_EVERY
+        is_due_b = torch.full_like(steps_b, n_like == CHECK_EVERY, dtype=torch.bool)
         is_due_b |= ~(cost_b <= learned["mean_nats_b"] + LIMIT_NATS)
         is_due_b &= steps_b > 0
         static_b = cost_b
@@ -230,7 +234,8 @@ class WeightLearner:
         gradients = dict(zip(self._leaves(len(tokens_bt)), found, strict=True))
         if self.learning.which != "low_rank":
             gradients = {name: gradient[None] for name, gradient in gradients.items()}
-        stepped, is_worse_b = step(learned, gradients, (cost_b, static_b), (self.rate, self.learning.grad_clip))
+        how = {"first_rate": self.rate, "clip": self.learning.grad_clip, "lost_nats": lost_nats(logits_bto.shape[-1])}
+        stepped, is_worse_b = step(learned, gradients, (cost_b, static_b), **how, n_like=n_like)
         if bool(is_worse_b.any()):
             rows = [row + len(tokens_bt) * is_worse for row, is_worse in enumerate(is_worse_b.tolist())]
             after = select_rows(join_rows([after, left]), rows)
@@ -245,11 +250,11 @@ class HeadLearner:
     ``mean_t (softmax(z_t) - onehot(x_(t+1))) h_t^T``, needs no backward pass, and is taken once the token after the
     chunk is there. Rows learn side by side.
 
-    The guard compares every chunk, since the logits at W are there. Since D was zero, W + D have then cost at most
-    ``chunk * MARGIN_NATS`` nats more than W, as the balance is at most what they have saved; in the chunk after which D
-    is dropped, or an unfinished one, at most ``chunk * log(V / UNIFORM)`` more. D is dropped at most ``MOST_DROPS``
-    times. So a text of any length costs at most ``(MOST_DROPS + 1) * chunk * (MARGIN_NATS + log(V / UNIFORM))`` nats
-    more than at W (``most_lost``).
+    The guard compares every chunk with W. From one drop of D to the next, W + D cost at most ``chunk * MARGIN_NATS``
+    nats more than W, as the balance is at most what they have saved, and in the last chunk, after which D is dropped or
+    which is unfinished, at most ``chunk * log(V / UNIFORM)`` more: together L. Where they had saved L before, they cost
+    nothing more; all other drops halve the rate, and there are at most ``MOST_DROPS``. So a text of any length costs at
+    most ``(MOST_DROPS + 1) * L`` nats more than at W (``most_lost``).
     """
 
     model: nn.Module
@@ -304,15 +309,16 @@ class HeadLearner:
         wrong_bto = share_bto.scatter_add_(-1, at_bto, torch.full_like(at_bto, -1, dtype=share_bto.dtype))
         gradient_bod = torch.einsum("bto,btd->bod", wrong_bto.to(hidden_btd.dtype), hidden_btd / targets_bt.shape[1])
         costs = (cost_b.to(steps_b.dtype), static_b.to(steps_b.dtype))
-        stepped, _ = step(learned, {"head_bod": gradient_bod}, costs, (self.rate, self.learning.grad_clip))
+        lost, clip = lost_nats(logits_bto.shape[-1]), self.learning.grad_clip
+        stepped, _ = step(learned, {"head_bod": gradient_bod}, costs, first_rate=self.rate, clip=clip, lost_nats=lost)
         return mixed_bto, stepped
 
 
 def fresh(rate: float, tokens_bt: Tokens) -> State:
     """What is known of the learning of rows that have read nothing."""
     zeros_b = torch.zeros(len(tokens_bt), device=tokens_bt.device)
-    rates = {"rate_b": torch.full_like(zeros_b, rate)}
-    return {"n_chunks": 0, **rates, "balance_b": zeros_b, "mean_nats_b": zeros_b, "steps_b": zeros_b}
+    names = ("balance_b", "saved_b", "mean_nats_b", "steps_b")
+    return {"n_chunks": 0, "rate_b": torch.full_like(zeros_b, rate)} | dict.fromkeys(names, zeros_b)
 
 
 def zeros(shapes: Mapping[str, tuple[int, ...]], like: Tensor) -> dict[str, Tensor]:
@@ -321,16 +327,23 @@ def zeros(shapes: Mapping[str, tuple[int, ...]], like: Tensor) -> dict[str, Tens
 
 
 def step(
-    learned: State, gradients: Mapping[str, Tensor], costs: tuple[Rows, Rows], how: tuple[float, float]
+    learned: State,
+    gradients: Mapping[str, Tensor],
+    costs: tuple[Rows, Rows],
+    *,
+    first_rate: float,
+    clip: float,
+    lost_nats: float,
+    n_like: int = 1,
 ) -> tuple[State, Choice]:
     """What is learned after a chunk, and in which rows the guard dropped it for its cost.
 
-    costs: nats per token that the chunk cost each row, and that it cost at W. how: the rate with which the reader
-    began, and the clip.
+    costs: nats per token that the chunk cost each row, and that it cost at W. first_rate: that of a fresh reader.
+    lost_nats: per token of a chunk, what a drop can cost. n_like: chunks for which this one stands in what was saved.
     """
-    (cost_b, static_b), (first_rate, clip) = costs, how
-    rate_b, delta = learned["rate_b"], flatten(learned["delta"])
+    (cost_b, static_b), rate_b, delta = costs, learned["rate_b"], flatten(learned["delta"])
     balance_b = (learned["balance_b"] + static_b - cost_b).clamp_max(0)
+    saved_b = learned["saved_b"] + n_like * (static_b - cost_b)
     # A cost that is no number compares with nothing, and counts as worse.
     is_worse_b = ~(balance_b >= -MARGIN_NATS) & (learned["steps_b"] > 0)
     length_b = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)
@@ -343,13 +356,14 @@ def step(
     is_dropped_b = is_worse_b | ~is_finite_b
     if bool(is_dropped_b.any()):
         moved = {name: torch.where(_by_row(is_dropped_b, leaf), 0, leaf) for name, leaf in moved.items()}
-        rate_b = torch.where(is_dropped_b, rate_b / 2, rate_b)
+        rate_b = torch.where(is_dropped_b & ~(learned["saved_b"] >= lost_nats), rate_b / 2, rate_b)
         rate_b = torch.where(rate_b > first_rate * 2**-MOST_DROPS, rate_b, 0)
     n_chunks, mean_b = learned["n_chunks"] + 1, learned["mean_nats_b"]
     after = {
         "n_chunks": n_chunks,
         "rate_b": rate_b,
         "balance_b": torch.where(is_dropped_b, 0, balance_b),
+        "saved_b": torch.where(is_dropped_b, 0, saved_b),
         "mean_nats_b": mean_b + (torch.where(is_worse_b, static_b, cost_b) - mean_b) / n_chunks,
         "steps_b": torch.where(is_dropped_b | (rate_b == 0), 0, learned["steps_b"] + 1),
         "delta": unflatten({name: _stored(leaf) for name, leaf in moved.items()}),
@@ -357,9 +371,14 @@ def step(
     return after, is_worse_b
 
 
+def lost_nats(n_ids: int) -> float:
+    """What the drop of a change can cost, in nats for each token of a chunk."""
+    return MARGIN_NATS + math.log(n_ids / UNIFORM)
+
+
 def most_lost(chunk: int, n_ids: int) -> float:
     """Nats that a head which learns may cost more than one that does not, over a text of any length."""
-    return (MOST_DROPS + 1) * chunk * (MARGIN_NATS + math.log(n_ids / UNIFORM))
+    return (MOST_DROPS + 1) * chunk * lost_nats(n_ids)
 
 
 def wide(logits_bto: Logits) -> Logits:
@@ -377,7 +396,10 @@ def mixed(logits_bto: Logits, steps_b: Rows) -> Logits:
     """Logits with a share of the uniform distribution, in rows that have learned something."""
     if not bool((steps_b > 0).any()):
         return logits_bto
-    share_bto = wide(logits_bto).softmax(-1).nan_to_num_(0.0)
+    share_bto = wide(logits_bto).softmax(-1)
+    is_number_bt = share_bto.sum(-1) > 0
+    if not bool(is_number_bt.all()):
+        share_bto = share_bto.where(is_number_bt[..., None], 0)
     mixed_bto = share_bto.mul_(1 - UNIFORM).add_(UNIFORM / logits_bto.shape[-1]).log_().to(logits_bto.dtype)
     return torch.where(_by_row(steps_b > 0, logits_bto), mixed_bto, logits_bto)
 
