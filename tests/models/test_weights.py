@@ -9,7 +9,17 @@ from meristem.errors import CapabilityError, ShapeError
 from meristem.memory.state import flatten, join_rows, select_rows
 from meristem.models.config import LearnConfig
 from meristem.models.online import online_reader
-from meristem.models.weights import MARGIN_NATS, MOST_DROPS, UNIFORM, most_lost, put_rates, rate_of
+from meristem.models.weights import (
+    MARGIN_NATS,
+    MOST_DROPS,
+    UNIFORM,
+    fresh,
+    lost_nats,
+    most_lost,
+    put_rates,
+    rate_of,
+    step,
+)
 from meristem.train.loss import cross_entropy
 from zoo import ZOO, grown, ids
 
@@ -110,6 +120,20 @@ def test_a_rate_that_diverges_costs_no_more_than_is_proved(which, rate):
 def test_learning_lowers_the_loss_of_a_text_that_repeats(which):
     nats, more, _ = spent(learning("preset-titans-mag", which, lr=1.0, chunk=8), (torch.arange(200)[None] * 7) % 5)
     assert more < -0.3 * (nats - more)
+
+
+def test_the_rate_is_halved_unless_a_drop_was_paid_for():
+    """Three rows that cost 2 nats more than at W: one had saved enough before, one had not, one has learned nothing."""
+    lost, delta_bod = lost_nats(N_IDS), torch.ones(3, 5, 2, dtype=torch.float64)
+    before = fresh(1.0, ids(3)) | {"delta": {"head_bod": delta_bod}, "saved_b": torch.tensor([lost, 0.9 * lost, 0.0])}
+    before["steps_b"] = torch.tensor([9.0, 9.0, 0.0])
+    costs = (torch.full((3,), 5.0), torch.full((3,), 3.0))
+    how = {"first_rate": 1.0, "clip": 1.0, "lost_nats": lost}
+    after, is_worse_b = step(before, {"head_bod": delta_bod}, costs, **how)
+    assert after["rate_b"].tolist() == [1.0, 0.5, 1.0] and is_worse_b.tolist() == [True, True, False]
+    assert after["delta"]["head_bod"].flatten(1).any(1).tolist() == [False, False, True]
+    spoilt, _ = step(before, {"head_bod": delta_bod * torch.nan}, costs, **how)
+    assert not spoilt["delta"]["head_bod"].any() and spoilt["rate_b"].tolist() == [1.0, 0.5, 0.5]
 
 
 def test_the_rate_found_for_a_model_is_taken_unless_one_is_given():

@@ -1,7 +1,6 @@
 """`meristem eval`: how well a checkpoint predicts held-out text, what its memory recalls, what it gains by reading."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -31,6 +30,14 @@ SMALLER_IS_BETTER: Final = ("nats", "perplexity", "bits_per_byte")
 Learn = Literal["none", "memory", "levels", "weights"]
 
 
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture", help="Where adaptation draws bits per byte over the tokens read, as a PNG.", show_default=False
+    ),
+]
+
+
 def evaluate(
     checkpoint: Checkpoint,
     overrides: Overrides = None,
@@ -57,12 +64,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    picture: Annotated[
-        Path | None,
-        typer.Option(
-            "--picture", help="Where adaptation draws bits per byte over the tokens read, as a PNG.", show_default=False
-        ),
-    ] = None,
+    picture: Picture = None,
     device_name: Annotated[
         str | None,
         typer.Option(
@@ -106,11 +108,10 @@ def evaluate(
     config = load_config(place, told, text=text).tree
     model, tokenizer = load_opened(found)
     device = resolve(from_checkpoint(config.device, found), tell)
-    loaded = _Loaded(model.to(device.device), tokenizer, config, device, is_its_own=not overrides)
+    loaded = _Loaded(model.to(device.device), tokenizer, config, device, not overrides, picture)
     if picture is not None and suite != "adaptation":
         raise WrongValue(f"--picture draws adaptation, and --suite is {suite}. Leave it out.", key="picture")
-    drawn = partial(_adaptation, picture=picture)
-    suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": drawn, "remember": _remember}
+    suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": _adaptation, "remember": _remember}
     tasks = suites[suite](loaded, learn, max_windows)
     summary = {"schema": "meristem.evaluation/1", "checkpoint": str(found.path), "suite": suite, "tasks": tasks}
     answer(summary, as_json, _words)
@@ -118,13 +119,17 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What is measured, and on what. is_its_own: on the text that it was trained beside, or on another."""
+    """What is measured, and on what, and where it is drawn.
+
+    is_its_own: on the text that it was trained beside, or on another.
+    """
 
     model: "nn.Module"
     tokenizer: "Tokenizer"
     config: "Config"
     device: "Device"
     is_its_own: bool
+    picture: Path | None
 
     def corpus(self) -> "Corpus":
         """The text; its own has been prepared already, another is cut by the checkpoint's tokenizer."""
@@ -183,13 +188,11 @@ def _recall(loaded: _Loaded, learn: Learn | None, n_windows: int | None) -> list
     return tasks
 
 
-def _adaptation(
-    loaded: _Loaded, learn: Learn | None, n_documents: int | None, picture: Path | None
-) -> list[dict[str, Any]]:
+def _adaptation(loaded: _Loaded, learn: Learn | None, n_documents: int | None) -> list[dict[str, Any]]:
     """A task for every way to read, and for every point of the longest document; all read the same."""
     from meristem.evaluate.adaptation import N_DOCUMENTS, adaptation, documents, longest, reading
     from meristem.evaluate.adaptation import N_WINDOWS as WINDOWS
-    from meristem.evaluate.picture import draw_reading
+    from meristem.evaluate.picture import Point, draw_reading
 
     config = loaded.config
     length = WINDOWS * config.data.seq_len
@@ -198,7 +201,8 @@ def _adaptation(
     readings = {way: loaded.reading(way, config.eval.batch_size) for way in ways}
     corpus = loaded.corpus()
     chosen, whole = documents(corpus, "val", length=length, most=n_documents or N_DOCUMENTS), longest(corpus, "val")
-    tasks, points, curves = [], [], {}
+    tasks, points = [], []
+    curves: dict[str, list[Point]] = {}
     for way, how in readings.items():
         reader, batch = how.pop("reader"), how.pop("batch")
         measured = adaptation(reader, chosen, piece=config.data.seq_len, batch=batch, **how)
@@ -208,8 +212,8 @@ def _adaptation(
             figures = {"bits_per_byte": found.bits_per_byte}
             points.append(_task(f"reading/{way}/{n}", whole.fingerprint, found.n_tokens, figures))
         curves[way] = [(n, found.bits_per_byte) for n, found in read]
-    if picture is not None:
-        draw_reading(picture, curves)
+    if loaded.picture is not None:
+        draw_reading(loaded.picture, curves)
     return tasks + points
 
 

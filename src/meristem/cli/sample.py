@@ -1,5 +1,6 @@
 """`meristem sample`: text from a checkpoint."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -87,6 +88,8 @@ def learning_of(learn: Learn, which: Which, lr: LearningRate) -> "LearnConfig":
             key="learn",
             value=learn,
         )
+    if lr is not None and not math.isfinite(lr):
+        raise WrongValue(f"--lr is {lr}; a learning rate is a finite number of at least 0.", key="learn.lr", value=lr)
     return LearnConfig(which=which, lr=lr)
 
 

@@ -419,8 +419,7 @@ def _parts(state: State | None) -> tuple[State, State] | None:
 
 def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Matrix and bias of the head; the matrix is that of the embedding where they are tied."""
-    head = getattr(model, "head", None)
-    head = getattr(model, "embedding", None) if head is None else head
+    head = getattr(model, "embedding" if getattr(model, "head", model) is None else "head", None)
     if not isinstance(head, nn.Linear | nn.Embedding):
         raise _lacking("head")
     return head.weight, getattr(head, "bias", None)
