@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -86,14 +87,25 @@ def test_adaptation_reads_long_documents_with_and_without_a_memory(place, answer
     """Four windows of each; the same sums on every call, and a memory that stands still keeps nothing."""
     assert answered(*words("runs/fay", 3))[0] == 0
     code, summary = answered("eval", "runs/fay", "--suite", "adaptation", "--max-windows", 2)
-    assert code == 0 and [task["name"] for task in summary["tasks"]] == ["adaptation/none", "adaptation/memory"]
-    off, memory = ({name: m["value"] for name, m in task["metrics"].items()} for task in summary["tasks"])
+    names = [task["name"] for task in summary["tasks"]]
+    assert code == 0 and names[:2] == ["adaptation/none", "adaptation/memory"]
+    off, memory = ({name: m["value"] for name, m in task["metrics"].items()} for task in summary["tasks"][:2])
+    n = summary["tasks"][3]["n"]
+    assert names[2:] == [f"reading/{way}/{at}" for way in ("none", "memory") for at in (1024, n)] and n < 2048
     assert summary["tasks"][0]["n"] == summary["tasks"][1]["n"] and summary["tasks"][0]["n"] % 96 == 0
     assert summary["tasks"][0]["dataset_fingerprint"] == summary["tasks"][1]["dataset_fingerprint"]
     assert memory != off and memory["gain_nats"] == memory["first_half_nats"] - memory["second_half_nats"]
     directions = {name: metric["direction"] for name, metric in summary["tasks"][0]["metrics"].items()}
     assert directions["gain_nats"] == "max" and directions["again_kept_bits_per_byte"] == "min"
     assert answered("eval", "runs/fay", "--suite", "adaptation", "--max-windows", 2)[1] == summary
+    weights = ["--learn", "weights", "--picture", "read.png", "learn.which=head", "learn.chunk=8", "learn.lr=0.1"]
+    code, learnt = answered("eval", "runs/fay", "--suite", "adaptation", "--max-windows", 2, *weights)
+    assert code == 0 and [task["name"] for task in learnt["tasks"]][3:] == [
+        f"reading/{way}/{at}" for way in ("none", "memory", "weights") for at in (1024, n)
+    ]
+    assert learnt["tasks"][:2] == summary["tasks"][:2]
+    assert learnt["tasks"][2]["metrics"] != learnt["tasks"][1]["metrics"]
+    assert Path("read.png").read_bytes().startswith(b"\x89PNG")
     assert run(["eval", "runs/fay", "--suite", "adaptation", "--learn", "levels"]) != 0
     assert "no feed-forward levels" in capsys.readouterr().err
     assert run(["eval", "runs/fay", "--suite", "adaptation", "data.seq_len=100000"]) != 0

@@ -11,9 +11,13 @@ from meristem.data.corpus import Corpus
 from meristem.data.prepare import prepare
 from meristem.device.resolve import Device
 from meristem.errors import CorpusTooShort
+from meristem.evaluate import adaptation as suite
 from meristem.evaluate.adaptation import Adaptation, Documents, adaptation, documents
+from meristem.evaluate.learn_rate import FACTORS, find_learn_rates, n_documents
 from meristem.evaluate.likelihood import Likelihood
+from meristem.models.config import LearnConfig
 from meristem.models.online import online_reader
+from meristem.models.weights import RATES
 from zoo import VOCABULARY, ZOO, moved
 
 CPU = Device(torch.device("cpu"), torch.float64, torch.float32)
@@ -122,6 +126,28 @@ def test_levels_learn_one_document_at_a_time(name):
     both = measured(reader, chosen, piece=40, batch=1)
     assert both == alone[0] + alone[1]
     assert both.again != measured(online_reader(reader.model, "memory", nats_of), chosen, 40, 1).again
+
+
+def test_one_document_is_read_to_its_end(monkeypatch):
+    """At every point the sum over all that was read, however it was cut; the last point is the end."""
+    monkeypatch.setattr(suite, "FIRST_POINT", 4)
+    model, chosen = moved(*ZOO["preset-titans-mag"]), random_documents(n_rows=1, length=19)
+    found = suite.reading(model, chosen, piece=5, device=CPU, loss=nats_of)
+    assert [(n, likelihood.n_tokens) for n, likelihood in found] == [(n, n) for n in (4, 8, 16, 19)]
+    for n, likelihood in found:
+        with torch.no_grad():
+            logits_bto, _ = model(chosen.tokens_bt[:, :n])
+        assert likelihood.total_nats == pytest.approx(float(nats_of(logits_bto, chosen.tokens_bt[:, 1 : n + 1])))
+        assert likelihood.n_bytes == int(chosen.bytes_bt[:, 1 : n + 1].sum())
+
+
+def test_rates_are_found_for_what_a_model_has():
+    """One of those tried, for each kind of weights; the recurrent model has no feed-forward layers."""
+    chosen = random_documents(n_rows=2, length=40)
+    for name, kinds in (("preset-titans-mag", ["mlp", "head"]), ("preset-chargru", ["head"])):
+        found = find_learn_rates(moved(*ZOO[name]), chosen, LearnConfig(chunk=8), piece=13, device=CPU, loss=nats_of)
+        assert list(found) == kinds and all(found[which] / RATES[which] in FACTORS for which in kinds)
+    assert [n_documents(n) for n in (10**5, 10**6, 10**9)] == [0, 1, 2]
 
 
 @pytest.fixture(scope="module")

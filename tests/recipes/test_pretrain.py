@@ -13,11 +13,15 @@ from meristem.device.resolve import resolve
 from meristem.errors import Halted, NonFinite
 from meristem.evaluate.likelihood import likelihood
 from meristem.events import silent
+from meristem.models.config import LearnConfig
 from meristem.models.load import load
+from meristem.models.weights import rates_of
+from meristem.recipes import pretrain as pretrain_module
 from meristem.recipes.plan.dry_run import plan
 from meristem.recipes.pretrain import Result, pretrain
 from meristem.runs import logging
 from meristem.runs.config import Config
+from meristem.serve.session import Session
 from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import history
 from meristem.train.loss import cross_entropy
@@ -177,3 +181,17 @@ def test_a_memory_that_diverges_is_told_once(tmp_path, settings):
     told = [r for r in read_records(result.run_dir / "events.ndjson") if r["name"].startswith("memory.")]
     assert [event["name"] for event in told] == ["memory.overshoots", "memory.unstable"]
     assert all("write_limit" in event["payload"]["advice"] for event in told)
+
+
+def test_learning_rates_are_found_at_the_end_and_stored(tmp_path, monkeypatch):
+    """A session of the checkpoint learns at them; after so short a training nobody looks for them otherwise."""
+    monkeypatch.setattr(pretrain_module, "LENGTH", 40)
+    monkeypatch.setattr(pretrain_module, "n_documents", lambda n_tokens: 1)
+    words = ("train.steps=2", "eval.n_samples=0", "learn.chunk=8", f"run.dir={tmp_path}")
+    found = pretrain(config(write_text(tmp_path), *words))
+    model, tokenizer = load(found.run_dir)
+    (told,) = [e for e in read_records(found.run_dir / "events.ndjson") if e["name"] == "learn_rates.found"]
+    assert rates_of(model) == told["payload"]["rates"] and list(rates_of(model)) == ["head"]
+    session = Session(model, tokenizer, learn="weights", learning=LearnConfig(which="head"))
+    session.feed("3")
+    assert float(session._now.state["learned"]["rate_b"]) == rates_of(model)["head"]

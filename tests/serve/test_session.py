@@ -16,7 +16,7 @@ from meristem.device.random import stream
 from meristem.errors import CheckpointMismatch, WrongValue
 from meristem.memory.state import flatten
 from meristem.models.build import build
-from meristem.models.config import ModelConfig
+from meristem.models.config import LearnConfig, ModelConfig
 from meristem.models.generate import Sampling, choose
 from meristem.nn.config import MemoryConfig
 from meristem.serve.session import KEPT_TURNS, READ_AT_ONCE, Session
@@ -435,3 +435,29 @@ class Sessions(RuleBasedStateMachine):
 
 TestSessions = Sessions.TestCase
 TestSessions.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+
+
+@pytest.mark.parametrize("name, which", [("titans", "mlp"), ("hope", "low_rank"), ("charformer", "head")])
+def test_a_session_whose_weights_learn_keeps_the_change_to_itself(name, which, tmp_path):
+    """A fork and a file take it along; the model and what is loaded beside it do not change."""
+    model, text = MODELS[name], "to be or not to be, " * 8
+    before = {path: tensor.clone() for path, tensor in model.state_dict().items()}
+    learning = LearnConfig(which=which, lr=0.3)
+    session = fed(model, text, learn="weights", learning=learning)
+    assert all(torch.equal(tensor, before[path]) for path, tensor in model.state_dict().items())
+    other, turn = session.fork(), session.turn
+    session.save(tmp_path / "session")
+    loaded = Session.load(tmp_path / "session", model, TOKENIZER)
+    assert (loaded.learn, loaded.learning) == ("weights", learning)
+    for each in (session, loaded):
+        each.feed(text)
+    assert_same(loaded, session)
+    session.rollback(to=turn)
+    assert_same(session, other)
+
+
+def test_a_session_that_learns_in_another_way_is_refused(tmp_path):
+    fed(MODELS["titans"], "a", learn="weights", learning=LearnConfig(which="head")).save(tmp_path / "session")
+    for wrong in ({"learn": "memory"}, {"learning": LearnConfig()}):
+        with pytest.raises(CheckpointMismatch, match="saved with learn=weights .which head.*, and is to go on with"):
+            Session.load(tmp_path / "session", MODELS["titans"], TOKENIZER, **wrong)

@@ -146,6 +146,7 @@ SECTIONS: Final[Mapping[str, tuple[Migration, ...]]] = {
     "safety.json": (),
     "probe.json": (),
     "topology.json": (),
+    "learn.json": (),
     "session": (_with_unnamed_fingerprint,),
 }
 """By section: entry n, counted from 1, leads from version n to n + 1. A section that is not here is of version 1."""

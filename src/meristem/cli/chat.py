@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Final
 import typer
 
 from meristem.cli.answer import Json, columns, json_line, size, write_text
-from meristem.cli.sample import Checkpoint, DeviceName, Learn, MaxTokens, Seed, Temperature, TopK, TopP, open_session
+from meristem.cli.sample import (
+    Checkpoint,
+    DeviceName,
+    Learn,
+    LearningRate,
+    MaxTokens,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    Which,
+    learning_of,
+    open_session,
+)
 from meristem.errors import MeristemError, WrongValue
 
 if TYPE_CHECKING:
@@ -54,6 +67,8 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     learn: Learn = "memory",
+    which: Which = "mlp",
+    lr: LearningRate = None,
     device: DeviceName = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -62,10 +77,18 @@ def chat(
     \b
     Examples:
       meristem chat runs/latest
+      meristem chat runs/latest --learn weights --which mlp --lr 1.5
       printf 'My name is Ada.\\n/memory\\n' | meristem chat runs/latest --json
     """
     session = open_session(
-        checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, learn=learn, device=device
+        checkpoint,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        learn=learn,
+        learning=learning_of(learn, which, lr),
+        device=device,
     )
     talk = _Talk({"main": session}, {"main": []}, "main")
     if not as_json and sys.stdin.isatty():
@@ -172,7 +195,8 @@ def _save(talk: _Talk, argument: str) -> _Said:
 
 def _load(talk: _Talk, argument: str) -> _Said:
     path = Path(_needs(argument, "/load FILE")).expanduser()
-    session = type(talk.session).load(path, talk.session.model, talk.session.tokenizer)
+    now = talk.session
+    session = type(now).load(path, now.model, now.tokenizer, learn=now.learn, learning=now.learning)
     name = path.stem
     while name in talk.sessions:
         name += "+"

@@ -1,12 +1,14 @@
 """`meristem eval`: how well a checkpoint predicts held-out text, what its memory recalls, what it gains by reading."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
 from meristem.cli.answer import Json, Overrides, answer, columns, progress_bytes, tell
 from meristem.cli.sample import Checkpoint
+from meristem.errors import WrongValue
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +27,15 @@ N_WINDOWS: Final = 128
 SMALLER_IS_BETTER: Final = ("nats", "perplexity", "bits_per_byte")
 """How the names of metrics end of which less is better; of a gain, as of an accuracy, more is."""
 
-Learn = Literal["none", "memory", "levels"]
+Learn = Literal["none", "memory", "levels", "weights"]
+
+
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture", help="Where adaptation draws bits per byte over the tokens read, as a PNG.", show_default=False
+    ),
+]
 
 
 def evaluate(
@@ -38,8 +48,8 @@ def evaluate(
         Learn | None,
         typer.Option(
             "--learn",
-            help="What learns while it reads: nothing, the memory, or feed-forward levels as well. By default the "
-            "memory; adaptation compares off with memory.",
+            help="What learns while it reads: nothing, the memory, feed-forward levels or weights as well. By default "
+            "the memory; adaptation compares off with memory.",
             show_default=False,
         ),
     ] = None,
@@ -54,6 +64,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    picture: Picture = None,
     device_name: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +82,8 @@ def evaluate(
     in the window (values of keys, a copied sequence, a needle at a distance), as far as data.seq_len and the
     vocabulary allow, and gives the share of right predictions and their nats. adaptation reads the beginnings of long
     documents, four windows each: the second half against the first, and all of it a second time with the memory
-    carried over or reset.
+    carried over or reset; and the longest document to its end: bits per byte of its first 1024, 2048, 4096, ... tokens.
+    With --learn weights it is read without a memory that is written, with one, and with weights that learn.
     remember tells eight facts in words of `data.source=notebook` that were held out, and asks after 1, 5, 10 and 50
     attention spans of prose: with the memory, with it frozen, and with all that was read dropped. It also reads
     held-out documents of that text: how many values were predicted where they came back, by distance in bytes.
@@ -81,7 +93,7 @@ def evaluate(
       meristem eval runs/latest --suite likelihood
       meristem eval runs/latest data.source=other.txt data.validation=0.9 --json
       meristem eval runs/latest --suite recall data.seq_len=1024
-      meristem eval runs/latest --suite adaptation --learn levels
+      meristem eval runs/latest --suite adaptation --learn weights learn.which=head
       meristem eval runs/latest --suite remember --max-windows 8
     """
     from meristem.checkpoint.store import find
@@ -96,7 +108,9 @@ def evaluate(
     config = load_config(place, told, text=text).tree
     model, tokenizer = load_opened(found)
     device = resolve(from_checkpoint(config.device, found), tell)
-    loaded = _Loaded(model.to(device.device), tokenizer, config, device, is_its_own=not overrides)
+    loaded = _Loaded(model.to(device.device), tokenizer, config, device, not overrides, picture)
+    if picture is not None and suite != "adaptation":
+        raise WrongValue(f"--picture draws adaptation, and --suite is {suite}. Leave it out.", key="picture")
     suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": _adaptation, "remember": _remember}
     tasks = suites[suite](loaded, learn, max_windows)
     summary = {"schema": "meristem.evaluation/1", "checkpoint": str(found.path), "suite": suite, "tasks": tasks}
@@ -105,13 +119,17 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What is measured, and on what. is_its_own: on the text that it was trained beside, or on another."""
+    """What is measured, and on what, and where it is drawn.
+
+    is_its_own: on the text that it was trained beside, or on another.
+    """
 
     model: "nn.Module"
     tokenizer: "Tokenizer"
     config: "Config"
     device: "Device"
     is_its_own: bool
+    picture: Path | None
 
     def corpus(self) -> "Corpus":
         """The text; its own has been prepared already, another is cut by the checkpoint's tokenizer."""
@@ -129,11 +147,13 @@ class _Loaded:
         from meristem.models.online import online_reader
         from meristem.train.loss import cross_entropy
 
-        reader = online_reader(self.model, learn, cross_entropy)
-        # Levels learn from one text, in a copy of their own.
+        learning = self.config.learn
+        reader = online_reader(self.model, learn, cross_entropy, learning)
+        # Levels learn from one text, in a copy of their own, and so do most weights.
+        is_alone = learn == "levels" or (learn == "weights" and learning.which in ("mlp", "all"))
         return {
             "reader": reader,
-            "batch": 1 if learn == "levels" else batch,
+            "batch": 1 if is_alone else batch,
             "device": self.device,
             "loss": cross_entropy,
         }
@@ -169,20 +189,32 @@ def _recall(loaded: _Loaded, learn: Learn | None, n_windows: int | None) -> list
 
 
 def _adaptation(loaded: _Loaded, learn: Learn | None, n_documents: int | None) -> list[dict[str, Any]]:
-    """A task for every way to read; all read the same documents."""
-    from meristem.evaluate.adaptation import N_DOCUMENTS, adaptation, documents
+    """A task for every way to read, and for every point of the longest document; all read the same."""
+    from meristem.evaluate.adaptation import N_DOCUMENTS, adaptation, documents, longest, reading
     from meristem.evaluate.adaptation import N_WINDOWS as WINDOWS
+    from meristem.evaluate.picture import Point, draw_reading
 
     config = loaded.config
     length = WINDOWS * config.data.seq_len
-    ways: tuple[Learn, ...] = ("none", "memory") if learn is None else (learn,)
+    both: tuple[Learn, ...] = ("none", "memory")
+    ways = both if learn is None else (*both, learn) if learn == "weights" else (learn,)
     readings = {way: loaded.reading(way, config.eval.batch_size) for way in ways}
-    chosen = documents(loaded.corpus(), "val", length=length, most=n_documents or N_DOCUMENTS)
-    tasks = []
+    corpus = loaded.corpus()
+    chosen, whole = documents(corpus, "val", length=length, most=n_documents or N_DOCUMENTS), longest(corpus, "val")
+    tasks, points = [], []
+    curves: dict[str, list[Point]] = {}
     for way, how in readings.items():
-        measured = adaptation(how.pop("reader"), chosen, piece=config.data.seq_len, **how)
+        reader, batch = how.pop("reader"), how.pop("batch")
+        measured = adaptation(reader, chosen, piece=config.data.seq_len, batch=batch, **how)
         tasks.append(_task(f"adaptation/{way}", chosen.fingerprint, measured.whole.n_tokens, measured.figures()))
-    return tasks
+        read = reading(reader, whole, piece=config.data.seq_len, **how)
+        for n, found in read:
+            figures = {"bits_per_byte": found.bits_per_byte}
+            points.append(_task(f"reading/{way}/{n}", whole.fingerprint, found.n_tokens, figures))
+        curves[way] = [(n, found.bits_per_byte) for n, found in read]
+    if loaded.picture is not None:
+        draw_reading(loaded.picture, curves)
+    return tasks + points
 
 
 def _remember(loaded: _Loaded, learn: Learn | None, n_texts: int | None) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """`meristem sample`: text from a checkpoint."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from meristem.errors import WrongValue
 
 if TYPE_CHECKING:
     from meristem.device.resolve import Device
+    from meristem.models.config import LearnConfig
     from meristem.serve.session import Session
 
 Checkpoint = Annotated[
@@ -33,8 +35,21 @@ TopP = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed of the sampler.")]
 Learn = Annotated[
-    Literal["none", "memory", "levels"],
-    typer.Option("--learn", help="What changes while it reads: nothing, its memory, or feed-forward levels as well."),
+    Literal["none", "memory", "levels", "weights"],
+    typer.Option("--learn", help="What changes while it reads: nothing, its memory, feed-forward levels, or weights."),
+]
+Which = Annotated[
+    Literal["mlp", "head", "low_rank", "all"],
+    typer.Option("--which", help="Weights that learn with --learn weights, as learn.which has it."),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        "--lr",
+        min=0.0,
+        help="Learning rate of --learn weights; by default the one found after training, or the usual one.",
+        show_default=False,
+    ),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="Where it runs: auto, cpu, mps, cuda or cuda:N.")]
 
@@ -47,6 +62,7 @@ def open_session(
     top_p: float,
     seed: int,
     learn: Learn = "memory",
+    learning: "LearnConfig | None" = None,
     device: str = "cpu",
 ) -> "Session":
     """A fresh session with the model of a checkpoint, in the precision it was saved in."""
@@ -57,7 +73,24 @@ def open_session(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     place = device_called(device).device
     loaded = load(checkpoint, tell)
-    return Session(loaded.model.to(place), loaded.tokenizer, sampling=sampling, random_seed=seed, learn=learn)
+    return Session(
+        loaded.model.to(place), loaded.tokenizer, sampling=sampling, random_seed=seed, learn=learn, learning=learning
+    )
+
+
+def learning_of(learn: Learn, which: Which, lr: LearningRate) -> "LearnConfig":
+    """How weights learn. WrongValue where an option is given that nothing reads."""
+    from meristem.models.config import LearnConfig
+
+    if learn != "weights" and (which != "mlp" or lr is not None):
+        raise WrongValue(
+            f"--which and --lr say how weights learn, but --learn is {learn}. Add --learn weights, or drop them.",
+            key="learn",
+            value=learn,
+        )
+    if lr is not None and not math.isfinite(lr):
+        raise WrongValue(f"--lr is {lr}; a learning rate is a finite number of at least 0.", key="learn.lr", value=lr)
+    return LearnConfig(which=which, lr=lr)
 
 
 def device_called(name: str) -> "Device":
@@ -78,6 +111,9 @@ def sample(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    learn: Learn = "memory",
+    which: Which = "mlp",
+    lr: LearningRate = None,
     device: DeviceName = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -87,12 +123,22 @@ def sample(
     Examples:
       meristem sample runs/latest --prompt "def main(" --max-tokens 200
       head -c 500 book.txt | meristem sample runs/latest --stdin --temperature 0.5
+      head -c 9000 code.py | meristem sample runs/latest --stdin --learn weights --which head
     """
     if prompt and from_stdin:
         raise WrongValue("both --prompt and --stdin were given. Leave one of them out.")
     from meristem.serve.session import BEGINNING
 
-    session = open_session(checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, device=device)
+    session = open_session(
+        checkpoint,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        learn=learn,
+        learning=learning_of(learn, which, lr),
+        device=device,
+    )
     text = sys.stdin.read() if from_stdin else prompt
     started = time.perf_counter()
     n_read = session.feed(text or BEGINNING).n_tokens

@@ -2,6 +2,7 @@
 
 The second half of a text need not be as hard as its first. What a memory brings is therefore measured by two passes
 over the same documents, one with the memory and one without (``models.online``).
+One long document, read to its end, shows how long that goes on.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ N_WINDOWS: Final = 4
 
 N_DOCUMENTS: Final = 32
 """Documents that are read, unless given."""
+
+
+MOST_TOKENS: Final = 65536
+"""Of the one document that is read from its beginning to its end."""
+
+FIRST_POINT: Final = 1024
+"""Tokens after which it is first said how well it was predicted; then after twice as many each time."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,42 @@ class Adaptation:
         }
 
 
+def longest(corpus: Corpus, split: str) -> Documents:
+    """The longest document of a split, or its first ``MOST_TOKENS`` + 1 tokens. CorpusTooShort for a single token."""
+    tokens, edges = corpus.tokens(split), corpus.documents(split).astype(np.int64)
+    lengths = np.diff(edges)
+    at, length = int(lengths.argmax()), min(int(lengths.max()), MOST_TOKENS + 1)
+    if length < 2:
+        raise CorpusTooShort(
+            f"the longest document of split '{split}' of corpus '{corpus.name}' holds {length} tokens; one that is "
+            f"read needs 2. Add text.",
+            found=length,
+            expected=2,
+        )
+    rows = tokens.rows(edges[at : at + 1], length).astype(np.int64)
+    return Documents(torch.from_numpy(rows), torch.from_numpy(corpus.tokenizer.byte_lengths[rows].astype(np.int64)))
+
+
+@torch.no_grad()
+def reading(
+    reader: Reader, chosen: Documents, *, piece: int, device: Device, loss: Loss
+) -> list[tuple[int, Likelihood]]:
+    """How well one document is predicted over the tokens read: its first 1024, 2048, 4096, ... and all of them.
+
+    piece: most tokens that are read at once.
+    """
+    (tokens_bt,) = device.move(chosen.tokens_bt)
+    n_targets = tokens_bt.shape[1] - 1
+    stops = [FIRST_POINT * 2**k for k in range(n_targets.bit_length()) if FIRST_POINT * 2**k < n_targets]
+    state, found, start, total = None, [], 0, Likelihood(0.0, 0, 0)
+    for stop in (*stops, n_targets):
+        nats, state = read(reader, tokens_bt[:, start : stop + 1], state, (piece, device, loss))
+        total = total + Likelihood(nats, stop - start, int(chosen.bytes_bt[:, start + 1 : stop + 1].sum()))
+        found.append((stop, total))
+        start = stop
+    return found
+
+
 @torch.no_grad()
 def adaptation(reader: Reader, chosen: Documents, *, piece: int, batch: int, device: Device, loss: Loss) -> Adaptation:
     """How well ``reader`` predicts each half of the documents, and all of it when it reads it again.
@@ -123,14 +167,14 @@ def adaptation(reader: Reader, chosen: Documents, *, piece: int, batch: int, dev
         half = n_targets // 2
         state, found = None, []
         for start, stop in ((0, half), (half, n_targets), (0, n_targets)):
-            nats, state = _read(reader, tokens_bt[:, start : stop + 1], state, (piece, device, loss))
+            nats, state = read(reader, tokens_bt[:, start : stop + 1], state, (piece, device, loss))
             n_bytes = int(bytes_bt[:, start + 1 : stop + 1].sum())
             found.append(Likelihood(nats, (stop - start) * len(tokens_bt), n_bytes))
         parts.append(Adaptation(*found))
     return reduce(add, parts)
 
 
-def _read(
+def read(
     reader: Reader, tokens_bt: Tokens, state: State | None, how: tuple[int, Device, Loss]
 ) -> tuple[float, State | None]:
     """Nats of all tokens but the first, which is read and not predicted, and the state after all but the last."""

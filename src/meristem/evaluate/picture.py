@@ -1,7 +1,7 @@
-"""The loss of a run as a picture."""
+"""Losses as pictures."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,19 @@ def draw_loss(
     axes.set_xlabel("tokens read")
     axes.set_ylabel("bits per byte")
     axes.set_ylim(0, _top(training))
+    axes.legend(fontsize="small")
+    write_figure(path, figure)
+
+
+def draw_reading(path: Path, curves: Mapping[str, Sequence[Point]]) -> None:
+    """Write as a PNG how well a text was predicted over the tokens read, a curve for each way to read it."""
+    figure = empty_figure(path, 8, 4.5)
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        axes.plot(*_columns(points), marker="o", markersize=4, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens read")
+    axes.set_ylabel("bits per byte of all that was read")
     axes.legend(fontsize="small")
     write_figure(path, figure)
 

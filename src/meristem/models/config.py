@@ -162,3 +162,25 @@ class ModelConfig(ConfigSection):
                 value=self.rope,
             )
         return self
+
+
+class LearnConfig(ConfigSection):
+    """Which weights learn from the text just read where weights do (``learn=weights``), and how fast."""
+
+    outside_identity: ClassVar = frozenset()
+
+    which: Annotated[
+        Literal["mlp", "head", "low_rank", "all"],
+        Field(
+            description="What learns: matrices of feed-forward layers, the head, a low-rank part of feed-forward "
+            "layers, or all."
+        ),
+    ] = "mlp"
+    lr: Annotated[
+        float | None,
+        Field(ge=0, description="Learning rate; null for the one found after training, or the usual one."),
+    ] = None
+    chunk: Annotated[int, Field(ge=2, description="Tokens that are read before each step.")] = 64
+    grad_clip: Annotated[float, Field(gt=0, description="Longest gradient of a step; a longer one is scaled down.")] = (
+        1.0
+    )

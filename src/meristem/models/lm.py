@@ -215,5 +215,6 @@ class LM(nn.Module):
             beside.append(hidden_btd)
         if self.join is not None:
             hidden_btd = self.join(torch.stack(beside))
-        head_od = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(hidden_btd), head_od), {"layer": after}
+        hidden_btd = self.norm(hidden_btd)
+        logits_bto = F.linear(hidden_btd, self.embedding.weight) if self.head is None else self.head(hidden_btd)
+        return logits_bto, {"layer": after}

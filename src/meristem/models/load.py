@@ -17,6 +17,7 @@ from meristem.memory.state import State
 from meristem.models.build import build
 from meristem.models.config import ModelConfig
 from meristem.models.topology import Topology, from_json
+from meristem.models.weights import put_rates
 from meristem.nn.config import MemoryConfig
 from meristem.nn.neural_memory import NeuralMemory, RandomMap
 from meristem.nn.precision import float32_ids
@@ -55,6 +56,8 @@ def load_opened(checkpoint: Checkpoint) -> Loaded:
         ) from cause
     model = build(model_part, memory_part, tokenizer.vocab_size, random_seed=0, topology=topology_of(checkpoint))
     put_weights(model, checkpoint.tree("model"), checkpoint)
+    if checkpoint.has("learn"):
+        put_rates(model, checkpoint.value("learn").get("rates", {}))
     return Loaded(model, tokenizer)
 
 

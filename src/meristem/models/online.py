@@ -1,12 +1,10 @@
-"""Three ways to read: with a frozen memory, with one that learns, or with levels that learn as well.
+"""Ways to read: with a frozen memory, with one that learns, or with levels or other weights that learn as well.
 
 Each is called as a model is, ``reader(tokens_bt, state) -> (logits_bto, state)``; the model's weights never change.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import torch
@@ -15,10 +13,12 @@ from torch.func import functional_call
 
 from meristem.errors import CapabilityError, ShapeError
 from meristem.memory.state import State, detach, flatten
+from meristem.models.config import LearnConfig
+from meristem.models.weights import HeadLearner, WeightLearner, sharing_weights
 from meristem.nn.cms_mlp import CMSMLPLevel
 from meristem.shapes import Logits, Tokens
 
-Learn = Literal["none", "memory", "levels"]
+Learn = Literal["none", "memory", "levels", "weights"]
 LEARNED: Final = "learned"
 """Where the state of a reader holds what its levels learned."""
 
@@ -33,8 +33,13 @@ class Writing(Protocol):
     is_writing: bool
 
 
-def online_reader(model: nn.Module, learn: Learn, loss: Loss) -> Callable[[Tokens, State | None], tuple[Logits, State]]:
-    """The model as it is read while ``learn`` of it learns."""
+def online_reader(
+    model: nn.Module, learn: Learn, loss: Loss, learning: LearnConfig | None = None
+) -> Callable[[Tokens, State | None], tuple[Logits, State]]:
+    """The model as it is read while ``learn`` of it learns; weights as ``learning`` says, or as its defaults do."""
+    if learn == "weights":
+        learning = learning or LearnConfig()
+        return (HeadLearner if learning.which == "head" else WeightLearner)(model, learning)
     if learn == "levels":
         return OnlineLearner(model, loss)
     return frozen(model) if learn == "none" else model
@@ -53,8 +58,7 @@ def frozen(model: nn.Module) -> nn.Module:
     the last outputs of slow levels, and segments of MAC, where a new segment is given the memory as it
     stands. Persistent tokens are written into a fresh memory also here: they are weights of the model.
     """
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    reader = copy.deepcopy(model, shared)
+    reader = sharing_weights(model)
     for module in reader.modules():
         if isinstance(module, Writing):
             module.is_writing = False

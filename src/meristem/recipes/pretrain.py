@@ -17,12 +17,15 @@ from meristem.device.resolve import NAMES, Device, resolve
 from meristem.device.room import room_for
 from meristem.distributed.config import require_alone
 from meristem.distributed.world import joined, own_device
-from meristem.errors import OutOfDeviceBytes
+from meristem.errors import CorpusTooShort, OutOfDeviceBytes
+from meristem.evaluate.adaptation import documents
+from meristem.evaluate.learn_rate import LENGTH, find_learn_rates, n_documents
 from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.evaluate.report import Sample
 from meristem.events import Event
 from meristem.models.load import topology_of
 from meristem.models.validate import require_resets
+from meristem.models.weights import put_rates
 from meristem.optim.schedule import rate_factor
 from meristem.recipes.plan.report import PlanReport
 from meristem.runs.config import Config
@@ -294,6 +297,23 @@ def measure(run: Run, job: Job, n_windows: int, task: str | None = None) -> Like
     return found
 
 
+def put_learn_rates(run: Run, job: Job) -> None:
+    """Find how fast the weights of the model learn best while they read; after a short training not looked for."""
+    n, learning = n_documents(job.state.progress.tokens), job.config.learn
+    try:
+        chosen = documents(job.corpus, "val", length=LENGTH, most=n) if n else None
+    except CorpusTooShort:
+        return
+    if chosen is None or run.world.size > 1:
+        return
+    with room_for("the search of a learning rate", job.device.device), job.engine.whole():
+        rates = find_learn_rates(
+            job.model, chosen, learning, piece=job.config.data.seq_len, device=job.device, loss=cross_entropy
+        )
+    put_rates(job.model, rates)
+    run.emit(Event("learn_rates.found", {"rates": rates, "n_documents": len(chosen.tokens_bt)}))
+
+
 def ranked(found: Likelihood) -> dict[str, float]:
     """An evaluation by the names under which checkpoints are ranked."""
     return {"val/nats": found.nats, "val/bits_per_byte": found.bits_per_byte}
@@ -327,6 +347,8 @@ def finish(run: Run, job: Job, recovery: Recovery) -> Result:
         job.optimizer.flush()
     part, progress = job.config.eval, job.state.progress
     metrics = ranked(measure(run, job, part.n_windows))
+    if part.learn_rate:
+        put_learn_rates(run, job)
     path = recovery.save(reason="final", metrics=metrics)
     found = measure(run, job, part.n_windows_end, task="end")
     with room_for("samples", job.device.device), job.engine.whole():

@@ -15,7 +15,7 @@ from meristem.device.config import DeviceConfig
 from meristem.distributed.config import DistributedConfig, require_shardable
 from meristem.errors import ConflictingKeys, DeadKey
 from meristem.evaluate.config import EvalConfig
-from meristem.models.config import ModelConfig
+from meristem.models.config import LearnConfig, ModelConfig
 from meristem.models.layers import memory_keys, require_pattern
 from meristem.nn.config import MemoryConfig
 from meristem.optim.config import OptimConfig, ScheduleConfig
@@ -40,7 +40,7 @@ class RunConfig(ConfigSection):
 class Config(ConfigSection):
     """Everything that can be set. Each part stands beside the code that reads it."""
 
-    outside_identity: ClassVar = frozenset({"distributed", "profile", "eval", "checkpoint", "sinks"})
+    outside_identity: ClassVar = frozenset({"distributed", "profile", "learn", "eval", "checkpoint", "sinks"})
 
     run: RunConfig = RunConfig()
     device: DeviceConfig = DeviceConfig()
@@ -56,6 +56,7 @@ class Config(ConfigSection):
     profile: ProfileConfig = ProfileConfig()
     guard: GuardConfig = GuardConfig()
     rollback: RollbackConfig = RollbackConfig()
+    learn: LearnConfig = LearnConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sinks: SinksConfig = SinksConfig()

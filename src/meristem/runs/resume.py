@@ -31,6 +31,7 @@ from meristem.events import Emit, Event
 from meristem.memory.state import State, as_tensors, from_tensors, join_rows, move, take_rows
 from meristem.models.load import of_today, put_weights
 from meristem.models.topology import to_json
+from meristem.models.weights import rates_of
 from meristem.optim import state as optim_state
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.runs.config import Config, config_of
@@ -216,6 +217,8 @@ def contents(job: Job, safety: Safety, probe_nats: float) -> Contents:
         "probe": {"nats": probe_nats if math.isfinite(probe_nats) else None},
         "topology": to_json(job.state.topology),
     }
+    if rates := rates_of(job.model):
+        values["learn"] = {"rates": dict(rates)}
     return Contents(trees, values)
 
 

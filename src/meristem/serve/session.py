@@ -20,6 +20,7 @@ from meristem.device.random import stream as random_stream
 from meristem.errors import CheckpointMismatch, WrongValue
 from meristem.evaluate.memory import COPIES, half_lives_of, weights_in
 from meristem.memory.state import State, as_tensors, from_tensors, size_bytes
+from meristem.models.config import LearnConfig
 from meristem.models.generate import Sampling, choose
 from meristem.models.load import numbers, of_today
 from meristem.models.online import Learn, online_reader
@@ -84,7 +85,8 @@ class Session:
     """Reads, writes and remembers. The weights are shared with other sessions and never change.
 
     learn: what changes while it reads. "none": nothing, and its memory reads as the model's initial one; "memory"; or
-    "levels", feed-forward levels as well, in a copy of its own (``models.online``).
+    "levels", feed-forward levels as well, in a copy of its own (``models.online``); or "weights", those that
+    ``learning`` names as well, in a change that belongs to the session (``models.weights``).
     """
 
     def __init__(
@@ -96,10 +98,11 @@ class Session:
         random_seed: int = 0,
         name: str | None = None,
         learn: Learn = "memory",
+        learning: LearnConfig | None = None,
     ) -> None:
         self.model = model
-        self.learn = learn
-        self._reader = online_reader(model, learn, cross_entropy)
+        self.learn, self.learning = learn, learning or LearnConfig()
+        self._reader = online_reader(model, learn, cross_entropy, self.learning)
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
         self.random_seed = random_seed
@@ -178,6 +181,7 @@ class Session:
     def fork(self, name: str | None = None) -> "Session":
         """A second session that stands where this one stands; from here on neither knows of the other."""
         other = copy.copy(self)
+        other._reader = online_reader(self.model, self.learn, cross_entropy, self.learning)
         other.id = uuid.uuid4().hex
         other.name = name or other.id[:8]
         other._turns = dict(self._turns)
@@ -231,16 +235,28 @@ class Session:
             "sampling": asdict(self.sampling),
             "random_seed": self.random_seed,
             "learn": self.learn,
+            "learning": self.learning.model_dump(),
         }
         store.write(Path(path), tensors, header)
 
     @classmethod
-    def load(cls, path: Path | str, model: nn.Module, tokenizer: Tokenizer) -> "Session":
+    def load(
+        cls,
+        path: Path | str,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        learn: Learn | None = None,
+        learning: LearnConfig | None = None,
+    ) -> "Session":
         """The session that ``save`` wrote, for the same weights and the same tokenizer.
 
         What an earlier meristem did not save is as in a session that begins.
+        learn, learning: what has to learn in it; by default whatever does. CheckpointMismatch where it is something
+            else.
         """
         tensors, header = store.read(Path(path))
+        _require_learning(header, Path(path), learn, learning)
         session = cls(
             model,
             tokenizer,
@@ -248,6 +264,7 @@ class Session:
             random_seed=int(header.get("random_seed", 0)),
             name=header.get("name"),
             learn=header.get("learn", "memory"),
+            learning=LearnConfig.model_validate(header.get("learning", {})),
         )
         session._require_same(header, Path(path))
         session.id = header.get("id", session.id)
@@ -297,6 +314,21 @@ class Session:
         with torch.no_grad():
             logits_bto, state = self._reader(tokens_bt, moment.state)
         return _Moment(state, logits_bto[:, -1].clone(), moment.n_tokens + len(token_ids)), logits_bto
+
+
+def _require_learning(header: Mapping[str, Any], path: Path, learn: Learn | None, learning: LearnConfig | None) -> None:
+    """Refuse a saved session in which something else learns than is wanted."""
+    found = (header.get("learn", "memory"), LearnConfig.model_validate(header.get("learning", {})))
+    wanted = (learn or found[0], learning or found[1])
+    are_weights = "weights" in (found[0], wanted[0])
+    if found[0] != wanted[0] or (are_weights and found[1] != wanted[1]):
+        said = [f"{what} ({', '.join(f'{key} {value}' for key, value in how)})" for what, how in (found, wanted)]
+        raise CheckpointMismatch(
+            f"the session in {path} was saved with learn={said[0]}, and is to go on with learn={said[1]}. Open it as "
+            f"it was saved, or begin another.",
+            path=str(path),
+            part="learn",
+        )
 
 
 def _surprise(before_bo: Tensor | None, logits_bto: Tensor, token_ids: Sequence[int]) -> float:
