@@ -1,6 +1,7 @@
 """The report and its picture."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ REPORT = Report(
     baselines=[Baseline("gzip", 2.5), Baseline("xz", 1.25)],
     facts=[("steps", "7")],
     memory=[],
+    readings=[],
     samples=[Sample("def ", "f():\n```\nx")],
     settings=[("model.dim", "128")],
     go_on=[("meristem chat r", "talks")],
@@ -34,7 +36,15 @@ def test_backticks_in_a_sample_do_not_end_it():
 
 def test_what_is_not_there_is_not_shown():
     text = REPORT.to_markdown()
-    assert "loss.png" not in text and "## The memory" not in text
+    assert "loss.png" not in text and "## The memory" not in text and "never saw" not in text
+
+
+def test_a_text_that_was_held_out_is_told_by_how_it_was_read():
+    told = replace(
+        REPORT, readings=[("static", "2.100"), ("with weights that learn as well", "1.600")], has_picture=True
+    )
+    text = told.to_markdown()
+    assert "| static | 2.100 |\n| with weights that learn as well | 1.600 |" in text and "(reading.png)" in text
 
 
 def test_picture_is_a_png(tmp_path):

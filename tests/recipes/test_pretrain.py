@@ -19,7 +19,7 @@ from meristem.models.weights import rates_of
 from meristem.recipes import pretrain as pretrain_module
 from meristem.recipes.plan.dry_run import plan
 from meristem.recipes.pretrain import Result, pretrain
-from meristem.runs import logging
+from meristem.runs import logging, report
 from meristem.runs.config import Config
 from meristem.serve.session import Session
 from meristem.sinks.jsonl import read_records
@@ -195,3 +195,25 @@ def test_learning_rates_are_found_at_the_end_and_stored(tmp_path, monkeypatch):
     session = Session(model, tokenizer, learn="weights", learning=LearnConfig(which="head"))
     session.feed("3")
     assert float(session._now.state["learned"]["rate_b"]) == rates_of(model)["head"]
+
+
+@pytest.mark.parametrize(
+    ("words", "ways"),
+    [
+        (("model.n_layers=1",), ["static", "with weights that learn as well"]),
+        (
+            ("model.name=lm", "model.dim=8", "model.n_layers=1", "model.n_heads=2", "memory.head_dim=4"),
+            ["static", "with a memory that learns", "with weights that learn as well"],
+        ),
+    ],
+)
+def test_a_text_that_it_never_saw_is_read_at_the_end(tmp_path, monkeypatch, words, ways):
+    """Three ways for a model with a memory, two without; after a short training it is not read otherwise."""
+    for name, number in (("READING_SHARE", 1), ("LEAST_READ", 20), ("FIRST_READ", 8)):
+        monkeypatch.setattr(report, name, number)
+    shared = ("train.steps=2", "eval.n_samples=0", "learn.chunk=8", "learn.which=head", "eval.reading_tokens=30")
+    found = pretrain(config(write_text(tmp_path), *shared, *words, f"run.dir={tmp_path}"))
+    text = found.report.read_text()
+    section = text[text.index("## A text that it never saw") :]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in section.splitlines()[4 : 4 + len(ways)]] == ways
+    assert (found.run_dir / "reading.png").read_bytes().startswith(b"\x89PNG")

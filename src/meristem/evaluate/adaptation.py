@@ -117,11 +117,11 @@ class Adaptation:
         }
 
 
-def longest(corpus: Corpus, split: str) -> Documents:
-    """The longest document of a split, or its first ``MOST_TOKENS`` + 1 tokens. CorpusTooShort for a single token."""
+def longest(corpus: Corpus, split: str, most: int = MOST_TOKENS) -> Documents:
+    """The longest document of a split, or its first ``most`` + 1 tokens. CorpusTooShort for a single token."""
     tokens, edges = corpus.tokens(split), corpus.documents(split).astype(np.int64)
     lengths = np.diff(edges)
-    at, length = int(lengths.argmax()), min(int(lengths.max()), MOST_TOKENS + 1)
+    at, length = int(lengths.argmax()), min(int(lengths.max()), most + 1)
     if length < 2:
         raise CorpusTooShort(
             f"the longest document of split '{split}' of corpus '{corpus.name}' holds {length} tokens; one that is "
@@ -135,15 +135,15 @@ def longest(corpus: Corpus, split: str) -> Documents:
 
 @torch.no_grad()
 def reading(
-    reader: Reader, chosen: Documents, *, piece: int, device: Device, loss: Loss
+    reader: Reader, chosen: Documents, *, piece: int, device: Device, loss: Loss, first: int = FIRST_POINT
 ) -> list[tuple[int, Likelihood]]:
-    """How well one document is predicted over the tokens read: its first 1024, 2048, 4096, ... and all of them.
+    """How well one document is predicted over the tokens read: its ``first``, twice and four times as many, and all.
 
     piece: most tokens that are read at once.
     """
     (tokens_bt,) = device.move(chosen.tokens_bt)
     n_targets = tokens_bt.shape[1] - 1
-    stops = [FIRST_POINT * 2**k for k in range(n_targets.bit_length()) if FIRST_POINT * 2**k < n_targets]
+    stops = [first * 2**k for k in range(n_targets.bit_length()) if first * 2**k < n_targets]
     state, found, start, total = None, [], 0, Likelihood(0.0, 0, 0)
     for stop in (*stops, n_targets):
         nats, state = read(reader, tokens_bt[:, start : stop + 1], state, (piece, device, loss))

@@ -16,6 +16,12 @@ class EvalConfig(ConfigSection):
     n_samples: int = Field(default=3, ge=0, description="texts written at the end of the run")
     sample_tokens: int = Field(default=200, ge=1, description="tokens of each such text")
     temperature: float = Field(default=0.8, gt=0, description="of these texts; small is careful, large is wild")
+    reading_tokens: int = Field(
+        default=4096,
+        ge=0,
+        description="tokens of the longest held-out document that are read at the end of a long enough run: static, "
+        "with a memory and with weights that learn; 0 for none",
+    )
     learn_rate: bool = Field(
         default=True, description="find the rate of weights that learn while they read, at the end of a run"
     )

@@ -21,6 +21,7 @@ class Report:
     summary: one paragraph. facts, memory, settings: rows of name and value.
     model_bits_per_byte: on the held-out text; None when the run ended before it was measured.
     has_picture: ``loss.png`` stands beside the report.
+    readings: of a text that was held out, how it was read and its bits per byte; ``reading.png`` draws them.
     go_on: command and what it does.
     """
 
@@ -30,6 +31,7 @@ class Report:
     baselines: Sequence[Baseline]
     facts: Sequence[tuple[str, str]]
     memory: Sequence[tuple[str, str]]
+    readings: Sequence[tuple[str, str]]
     samples: Sequence[Sample]
     settings: Sequence[tuple[str, str]]
     go_on: Sequence[tuple[str, str]]
@@ -43,6 +45,10 @@ class Report:
         sections += ["## The run", _table(("", ""), self.facts)]
         if self.memory:
             sections += ["## The memory", _table(("", ""), self.memory)]
+        if self.readings:
+            sections += ["## A text that it never saw", _table(("read", "bits per byte"), self.readings)]
+        if self.readings and self.has_picture:
+            sections.append("![Bits per byte over the tokens read, for each way to read](reading.png)")
         if self.samples:
             sections += ["## What it writes", *(_quoted(sample) for sample in self.samples)]
         sections += ["## How to go on", "\n".join(f"- `{command}` {purpose}" for command, purpose in self.go_on)]

@@ -33,7 +33,7 @@ from meristem.runs.directory import Run, directory_for, opened
 from meristem.runs.interrupt import interruptible
 from meristem.runs.logging import Interval, Log
 from meristem.runs.recovery import Recovery, recovering
-from meristem.runs.report import go_on, write_report, write_samples
+from meristem.runs.report import go_on, read_unseen, write_report, write_samples
 from meristem.runs.resume import (
     Contents,
     Job,
@@ -353,11 +353,12 @@ def finish(run: Run, job: Job, recovery: Recovery) -> Result:
     found = measure(run, job, part.n_windows_end, task="end")
     with room_for("samples", job.device.device), job.engine.whole():
         samples = write_samples(run, job) if run.world.is_first else ()
+        readings = read_unseen(job) if run.world.size == 1 else {}
     recovery.wait()
     if not run.world.is_first:
         run.end("finished", 0)
         return Result("finished", run.directory, path, progress.step, progress.tokens, progress.seconds_used)
-    report = write_report(run, job, found, samples)
+    report = write_report(run, job, found, samples, readings)
     measured = {
         "peak_bytes": peak_bytes(job.device.device),
         "tokens_per_s": progress.tokens / max(progress.seconds_used, 1e-9),
@@ -366,6 +367,11 @@ def finish(run: Run, job: Job, recovery: Recovery) -> Result:
     run.end("finished", 0)
     for sample in samples:
         run.view.note(f"\n--- {sample.prompt!r} ---\n{sample.prompt}{sample.text}")
+    if readings:
+        n_tokens = next(iter(readings.values()))[-1][0]
+        run.view.note(f"\nA text that it never saw, {n_tokens:,} tokens, in bits per byte:")
+        for name, points in readings.items():
+            run.view.note(f"  {points[-1][1]:.3f} {name}")
     run.view.note(f"\n{found.bits_per_byte:.3f} bits per byte on held-out text; the report is {report}")
     for command, purpose in go_on(run, job.config.train):
         run.view.note(f"  {command}   {purpose}")

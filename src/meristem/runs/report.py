@@ -1,28 +1,44 @@
 """What is said about a run when it is over: samples, the report and how to go on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from meristem.checkpoint.atomic import write_atomic
 from meristem.data.corpus import Corpus
 from meristem.device.random import stream
-from meristem.errors import MissingExtra
+from meristem.errors import CapabilityError, MissingExtra
+from meristem.evaluate.adaptation import longest, reading
 from meristem.evaluate.baselines import HELD_OUT_BYTES, PRIMING_BYTES, Baseline, baselines
 from meristem.evaluate.likelihood import Likelihood
-from meristem.evaluate.picture import Point, draw_loss
+from meristem.evaluate.picture import Point, draw_loss, draw_reading
 from meristem.evaluate.report import Report, Sample
 from meristem.events import Event
 from meristem.models.generate import Sampling, generate
+from meristem.models.online import Learn, online_reader
 from meristem.runs.directory import Run
 from meristem.runs.resume import Job
 from meristem.sinks.records import history
 from meristem.train.config import TrainConfig
+from meristem.train.loss import cross_entropy
 
 PROMPT_TOKENS = 64
 PROMPT_CHARACTERS = 60
+
+WAYS: Final[Mapping[Learn, str]] = {
+    "none": "static",
+    "memory": "with a memory that learns",
+    "weights": "with weights that learn as well",
+}
+"""What learns while a text is read, and how that is called."""
+
+READING_SHARE: Final = 100
+LEAST_READ: Final = 1024
+FIRST_READ: Final = 128
+"""One token may be read for so many trained on; with fewer than so many nothing is; the first that are counted."""
 
 
 def write_samples(run: Run, job: Job) -> tuple[Sample, ...]:
@@ -57,8 +73,30 @@ def _first_words(text: str) -> str:
     return text[:cut] if cut > 0 else text
 
 
-def write_report(run: Run, job: Job, found: Likelihood, samples: tuple[Sample, ...]) -> Path:
-    """Write ``report.md`` and ``loss.png``; without matplotlib the report goes without its picture, as an event."""
+def read_unseen(job: Job) -> dict[str, list[Point]]:
+    """How well the longest held-out document is predicted while more and more learns, by how it is read.
+
+    Bits per byte of its first 128, 256, 512, ... tokens. Nothing for a run so short that this would cost it more than
+    one token in a hundred, and nothing of what the model does not have.
+    """
+    most = min(job.config.eval.reading_tokens, job.state.progress.tokens // READING_SHARE)
+    if most < LEAST_READ:
+        return {}
+    document, piece, found = longest(job.corpus, "val", most), job.config.data.seq_len, {}
+    for learn, name in WAYS.items():
+        with suppress(CapabilityError):
+            reader = online_reader(job.model, learn, cross_entropy, job.config.learn)
+            read = reading(reader, document, piece=piece, device=job.device, loss=cross_entropy, first=FIRST_READ)
+            found[name] = [(n_tokens, likelihood.bits_per_byte) for n_tokens, likelihood in read]
+    if found[WAYS["none"]] == found[WAYS["memory"]]:
+        del found[WAYS["memory"]]
+    return found
+
+
+def write_report(
+    run: Run, job: Job, found: Likelihood, samples: tuple[Sample, ...], readings: Mapping[str, list[Point]]
+) -> Path:
+    """Write ``report.md`` and its pictures; without matplotlib the report goes without them, as an event."""
     records = history(run.directory)
     corpus = job.corpus
     # A token is at least one byte, so these are enough; the whole training text may be large.
@@ -72,10 +110,11 @@ def write_report(run: Run, job: Job, found: Likelihood, samples: tuple[Sample, .
         baselines=scale,
         facts=_facts(run, job, found),
         memory=_memory(records),
+        readings=[(name, f"{points[-1][1]:.3f}") for name, points in readings.items()],
         samples=samples,
         settings=_settings(job),
         go_on=go_on(run, job.config.train),
-        has_picture=_draw(run, records, scale),
+        has_picture=_draw(run, records, scale, readings),
     )
     path = run.directory / "report.md"
     write_atomic(path, report.to_markdown().encode())
@@ -97,7 +136,7 @@ def go_on(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
     ]
 
 
-def _draw(run: Run, records: list[dict[str, Any]], scale: list[Baseline]) -> bool:
+def _draw(run: Run, records: list[dict[str, Any]], scale: list[Baseline], readings: Mapping[str, list[Point]]) -> bool:
     try:
         draw_loss(
             run.directory / "loss.png",
@@ -105,6 +144,8 @@ def _draw(run: Run, records: list[dict[str, Any]], scale: list[Baseline]) -> boo
             _curve(records, "val"),
             [(baseline.name, baseline.bits_per_byte) for baseline in scale],
         )
+        if readings:
+            draw_reading(run.directory / "reading.png", readings)
     except MissingExtra as error:
         run.emit(Event("degraded", {"what": "loss.png", "reason": str(error)}, "warning"))
         return False
