@@ -12,6 +12,7 @@ import pytest
 
 from meristem.cli import run
 from meristem.cli.chat import BLANK_LINE
+from meristem.models.config import LearnConfig
 from meristem.models.load import load
 from meristem.serve.session import Session
 
@@ -87,6 +88,26 @@ def test_forks_go_their_own_ways(finished, chatted):
     assert found[2]["reply"] == replies(finished, "one", "two")[1]
     assert found[4]["reply"] == replies(finished, "one", "three")[1]
     assert found[5]["sessions"] == {"main": found[4]["n_tokens"], "b": found[2]["n_tokens"]}
+
+
+def test_weights_learn_in_a_chat(finished, chatted, tmp_path):
+    """At the rate and of the kind given; a chat in which something else learns does not take the session over."""
+    path, words = tmp_path / "ada.session", ("--learn", "weights", "--which", "head", "--lr", "0.5")
+    chatted("one", f"/save {path}", words=words)
+    session = Session.load(path, *load(finished))
+    assert (session.learn, session.learning) == ("weights", LearnConfig(which="head", lr=0.5))
+    error, reply = chatted(f"/load {path}", "one")
+    assert error["error"]["type"] == "CheckpointMismatch" and "begin another" in error["error"]["message"]
+    assert (reply["session"], reply["reply"]) == ("main", replies(finished, "one")[0])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [(["--which", "head"], "--learn is memory"), (["--learn", "weights", "--lr", "inf"], "--lr is inf")],
+)
+def test_options_of_learning_that_mean_nothing_are_refused(finished, words, message, capsys):
+    assert run(["chat", str(finished), *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_memory_is_shown(chatted):

@@ -93,6 +93,13 @@ def test_no_gradient_comes_from_a_later_token(which):
     assert found_od[:7].any() and not found_od[7:].any()
 
 
+def test_a_step_takes_no_gradient_from_a_token_to_a_later_one():
+    """Of a chunk 0 1 2 3 the last token predicts none of it, so that its embedding does not move."""
+    _, state = learning("preset-titans-mag", "all")(torch.arange(CHUNK)[None], None)
+    moved_o = flatten(state["learned"]["delta"])["embedding.weight_b"][0].any(1)
+    assert moved_o.tolist() == [row < CHUNK - 1 for row in range(N_IDS)]
+
+
 def spent(reader, tokens_bt):
     """Nats by which a text costs more when weights learn, and the state after it."""
     logits_bto, state = reader(tokens_bt, None)
