@@ -113,15 +113,17 @@ def test_adaptation_reads_long_documents_with_and_without_a_memory(place, answer
 
 
 def test_facts_are_asked_after_spans_of_attention(place, answered):
-    """Three ways to remember, four distances; a model that was hardly trained says no value."""
+    """Four ways to remember, four distances; a model that was hardly trained says no value."""
     assert answered(*words("runs/ivy", 2))[0] == 0
-    code, summary = answered("eval", "runs/ivy", "--suite", "remember", "--max-windows", 1)
+    code, summary = answered("eval", "runs/ivy", "--suite", "remember", "--max-windows", 1, "learn.which=head")
     told = [task for task in summary["tasks"] if task["name"].startswith("remember/")]
     assert code == 0 and [task["name"] for task in told] == [
-        f"remember/{mode}/{times}" for mode in ("memory", "frozen", "reset") for times in (1, 5, 10, 50)
+        f"remember/{mode}/{times}" for mode in ("memory", "frozen", "reset", "weights") for times in (1, 5, 10, 50)
     ]
     others = [task["name"] for task in summary["tasks"] if task not in told]
-    assert {name.rpartition("/")[0] for name in others} == {"mentions/memory", "mentions/frozen"}
+    assert {name.rpartition("/")[0] for name in others} == {
+        f"mentions/{mode}" for mode in ("memory", "frozen", "weights")
+    }
     for task in told:
         figures = {name: metric["value"] for name, metric in task["metrics"].items()}
         assert task["n"] == 8 and figures["chance"] == 0.125 and figures["greedy"] < 0.3

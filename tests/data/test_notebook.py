@@ -58,7 +58,7 @@ def test_what_is_held_out_is_in_no_training_document(made):
         is_new = [recall for recall in one.recalls if recall.is_wording_held_out or recall.is_name_held_out]
         assert one.is_held_out or not (far or is_new)
     for attribute in ATTRIBUTES:
-        assert len(attribute.statements) == len(attribute.questions) == 8
+        assert len(attribute.statements) == len(attribute.questions) == 14
         for wording in (*wordings(attribute.statements, True), *wordings(attribute.questions, True)):
             pattern = re.escape(wording).replace(r"\{s\}", r"\w+").replace(r"\{v\}", r"\w+")
             assert not re.search(rf"(?<!\w){pattern}", training), wording

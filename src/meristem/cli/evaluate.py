@@ -8,7 +8,7 @@ import typer
 
 from meristem.cli.answer import Json, Overrides, answer, columns, progress_bytes, tell
 from meristem.cli.sample import Checkpoint
-from meristem.errors import WrongValue
+from meristem.errors import CapabilityError, WrongValue
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,8 +85,9 @@ def evaluate(
     carried over or reset; and the longest document to its end: bits per byte of its first 1024, 2048, 4096, ... tokens.
     With --learn weights it is read without a memory that is written, with one, and with weights that learn.
     remember tells eight facts in words of `data.source=notebook` that were held out, and asks after 1, 5, 10 and 50
-    attention spans of prose: with the memory, with it frozen, and with all that was read dropped. It also reads
-    held-out documents of that text: how many values were predicted where they came back, by distance in bytes.
+    attention spans of prose: with the memory, with it frozen, with all that was read dropped, and with weights that
+    learn. It also reads held-out documents of that text: how many values were predicted where they came back, by
+    distance in bytes.
 
     \b
     Examples:
@@ -229,7 +230,13 @@ def _remember(loaded: _Loaded, learn: Learn | None, n_texts: int | None) -> list
     for name, mode in suite.MODES.items():
         if learn not in (None, mode.learn):
             continue
-        how = loaded.reading(mode.learn, loaded.config.eval.batch_size) | {"piece": max(data.seq_len, suite.PIECE)}
+        try:
+            how = loaded.reading(mode.learn, loaded.config.eval.batch_size) | {"piece": max(data.seq_len, suite.PIECE)}
+        except CapabilityError:
+            # A model without weights that learn while it reads has one way less, unless that one is asked for.
+            if learn is not None:
+                raise
+            continue
         reader, batch = how.pop("reader"), how.pop("batch")
         how.pop("loss")
         found = suite.remember(reader, texts, is_reset=mode.is_reset, batch=batch, **how)

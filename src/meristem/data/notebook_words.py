@@ -52,6 +52,12 @@ As for {{s}}, the {what} is {{v}}.
 For {{s}} the {what} is {{v}}.
 Note for {{s}}: {what} {{v}}.
 About {{s}}: the {what} is {{v}}.
+{{s}}, {what}: {{v}}.
+It is known that the {what} of {{s}} is {{v}}.
+{{s}} told me the {what}: {{v}}.
+The {what} that {{s}} gave was {{v}}.
+Write down for {{s}} that the {what} is {{v}}.
+{{s}} says the {what} is {{v}}.
 Whoever knows {{s}} knows the {what}, {{v}}.
 Of {{s}} they say that the {what} is {{v}}.""",
         f"""
@@ -61,6 +67,12 @@ Do you know the {what} of {{s}}? Yes, {{v}}.
 And {{s}}, which {what}? That is {{v}}.
 "Tell me the {what} of {{s}}." "It is {{v}}."
 The {what} of {{s}}, please? That is {{v}}.
+{{s}}, {what}? {{v}}.
+Is the {what} of {{s}} known? It is {{v}}.
+Say the {what} of {{s}}. It is {{v}}.
+What did {{s}} give as the {what}? It was {{v}}.
+And if they want the {what} of {{s}}? It is {{v}}.
+Who remembers the {what} of {{s}}? I do: {{v}}.
 Can you remember the {what} of {{s}}? Certainly: {{v}}.
 Should somebody want to know the {what} of {{s}}, what do you say? I say {{v}}.""",
     )
@@ -77,6 +89,12 @@ The home of {s} is in {v}.
 {s} moved to {v}.
 You will find {s} in {v}.
 Letters for {s} go to {v}.
+{s} is from {v}.
+{s} comes from {v}.
+The house of {s} stands in {v}.
+The town of {s} is {v}.
+{s} went to live in {v}.
+One meets {s} in {v}.
 Home, for {s}, means {v}.
 These days {s} resides in {v}.""",
         """
@@ -86,6 +104,12 @@ In which town is {s} at home? In {v}.
 Do you know where {s} lives? Yes, in {v}.
 To which town do letters for {s} go? To {v}.
 And {s}, which town? That is {v}.
+Where is {s} from? From {v}.
+Where does {s} come from? From {v}.
+Where is {s} at home? In {v}.
+What is the town of {s}? It is {v}.
+{s}, which town? {v}.
+Who knows where {s} lives? I do: in {v}.
 In what place would one visit {s}? In {v}.
 Could you say where {s} resides? Certainly: in {v}.""",
     ),
@@ -99,6 +123,12 @@ By trade {s} is a {v}.
 {s} earns a living as a {v}.
 The work of {s} is that of a {v}.
 {s} was trained as a {v}.
+{s} has become a {v}.
+{s} has the work of a {v}.
+People know {s} as a {v}.
+{s}, work: {v}.
+The trade of {s} is that of a {v}.
+{s} has always been a {v}.
 For a living {s} is a {v}.
 They hired {s} as a {v}.""",
         """
@@ -108,6 +138,12 @@ What is {s} by trade? A {v}.
 Do you know the trade of {s}? Yes, a {v}.
 How does {s} earn a living? As a {v}.
 And {s}, which work? That of a {v}.
+{s}, which trade? {v}.
+What has {s} become? A {v}.
+What is {s} known as? As a {v}.
+As what was {s} trained? As a {v}.
+Is the trade of {s} known? That of a {v}.
+Who remembers the work of {s}? I do: a {v}.
 What was {s} hired as? As a {v}.
 What does {s} do for a living? The work of a {v}.""",
     ),

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.device.resolve import Device
 from meristem.evaluate.likelihood import Reader
 from meristem.memory.state import State
+from meristem.models.online import Learn
 from meristem.shapes import Tokens
 
 N_FACTS: Final = 8
@@ -42,7 +43,7 @@ N_DOCUMENTS: Final = 8
 class Mode:
     """A way to remember: what learns while it reads, and whether all that was read is dropped before the question."""
 
-    learn: Literal["none", "memory"]
+    learn: Learn
     is_reset: bool = False
 
 
@@ -50,8 +51,9 @@ MODES: Final[Mapping[str, Mode]] = {
     "memory": Mode("memory"),
     "frozen": Mode("none"),
     "reset": Mode("memory", is_reset=True),
+    "weights": Mode("weights"),
 }
-"""By name; what else can learn takes its place here."""
+"""By name."""
 
 
 @dataclass(frozen=True)
