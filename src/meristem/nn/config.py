@@ -1,6 +1,5 @@
 """The settings of the memory inside a layer."""
 
-import math
 from typing import Annotated, ClassVar, Final, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
@@ -342,13 +341,13 @@ class MemoryConfig(ConfigSection):
     def half_lives(self, n_heads: int) -> list[float]:
         """The first half-life of each head, in tokens."""
         given = self.half_life if isinstance(self.half_life, tuple) else (self.half_life,)
-        logs = [math.log(each) for each in given]
+        if len(given) == 1:
+            return [given[0]] * n_heads
         found = []
         for head in range(n_heads):
-            at = (head / (n_heads - 1) if n_heads > 1 else 0.5) * (len(logs) - 1)
-            low = min(int(at), len(logs) - 2) if len(logs) > 1 else 0
-            share = at - low
-            found.append(math.exp(logs[low] + share * (logs[low + 1] - logs[low])) if share else given[low])
+            place = (head / (n_heads - 1) if n_heads > 1 else 0.5) * (len(given) - 1)
+            low = min(int(place), len(given) - 2)
+            found.append(given[low] * (given[low + 1] / given[low]) ** (place - low))
         return found
 
     @model_validator(mode="after")
