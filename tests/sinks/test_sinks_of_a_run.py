@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from functools import partial
@@ -194,25 +195,11 @@ def test_closed_terminal_changes_nothing(text, plain, tmp_path, monkeypatch):
     assert not type(sys.stderr).__module__.startswith("rich")
 
 
-def fill(terminal: str) -> None:
-    """Write until nothing more fits; the system makes some room a moment later, so more than once."""
-    filling = os.open(terminal, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    n_refused = 0
-    while n_refused < 5:
-        try:
-            os.write(filling, b"x")
-            n_refused = 0
-        except BlockingIOError:
-            n_refused += 1
-            time.sleep(0.02)
-    os.close(filling)
-
-
 @pytest.mark.fault
 def test_terminal_that_takes_nothing_holds_nothing_up(text, plain, tmp_path):
     """A terminal that nobody reads, as one stopped with Ctrl-S: writing to it would block for ever."""
     ours, terminal = os.openpty()
-    fill(os.ttyname(terminal))
+    termios.tcflow(terminal, termios.TCOOFF)
     result = run(text, tmp_path / "run", view=screen_of(terminal))
     assert_same(result, plain)
     assert [(sink["name"], sink["status"]) for sink in read(result.run_dir)["sinks"]] == [("console", "hung")]
