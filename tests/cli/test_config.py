@@ -57,7 +57,7 @@ def test_key_is_explained(answered, capsys):
     code, told = answered("config", "explain", "train.grad_accum_steps")
     assert (code, told["default"], told["allowed"]) == (0, 1, ["at least 1"])
     assert run(["config", "explain", "train.grad_accum_steps"]) == 0
-    assert "meristem train titans-mag train.grad_accum_steps=" in capsys.readouterr().out
+    assert "meristem train default train.grad_accum_steps=" in capsys.readouterr().out
     assert run(["config", "explain", "eval"]) == 0
     assert "every_s" in capsys.readouterr().out
     assert run(["config", "explain", "trin"]) == 2

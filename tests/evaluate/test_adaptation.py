@@ -128,11 +128,10 @@ def test_levels_learn_one_document_at_a_time(name):
     assert both.again != measured(online_reader(reader.model, "memory", nats_of), chosen, 40, 1).again
 
 
-def test_one_document_is_read_to_its_end(monkeypatch):
+def test_one_document_is_read_to_its_end():
     """At every point the sum over all that was read, however it was cut; the last point is the end."""
-    monkeypatch.setattr(suite, "FIRST_POINT", 4)
     model, chosen = moved(*ZOO["preset-titans-mag"]), random_documents(n_rows=1, length=19)
-    found = suite.reading(model, chosen, piece=5, device=CPU, loss=nats_of)
+    found = suite.reading(model, chosen, piece=5, device=CPU, loss=nats_of, first=4)
     assert [(n, likelihood.n_tokens) for n, likelihood in found] == [(n, n) for n in (4, 8, 16, 19)]
     for n, likelihood in found:
         with torch.no_grad():

@@ -233,7 +233,7 @@ def _remember(loaded: _Loaded, learn: Learn | None, n_texts: int | None) -> list
         try:
             how = loaded.reading(mode.learn, loaded.config.eval.batch_size) | {"piece": max(data.seq_len, suite.PIECE)}
         except CapabilityError:
-            # A model without weights that learn while it reads has one way less, unless that one is asked for.
+            # A model without weights that learn while it reads has one way less, unless that is the one given.
             if learn is not None:
                 raise
             continue
