@@ -36,6 +36,8 @@ def draw_reading(path: Path, curves: Mapping[str, Sequence[Point]]) -> None:
     for name, points in curves.items():
         axes.plot(*_columns(points), marker="o", markersize=4, label=name)
     axes.set_xscale("log", base=2)
+    marks = sorted({tokens for points in curves.values() for tokens, _ in points})
+    axes.set_xticks(marks, labels=[f"{tokens:,}" for tokens in marks])
     axes.set_xlabel("tokens read")
     axes.set_ylabel("bits per byte of all that was read")
     axes.legend(fontsize="small")
