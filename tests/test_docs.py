@@ -24,6 +24,7 @@ SMALL = {
     "MERISTEM__TRAIN__MAX_TIME": "2s",
     "MERISTEM__DATA__SOURCE": "stdlib-docs",
     "MERISTEM__MODEL__DIM": "32",
+    "MERISTEM__MEMORY__HEAD_DIM": "16",
     "MERISTEM__MODEL__N_LAYERS": "1",
     "MERISTEM__EVAL__N_WINDOWS_END": "4",
     "PYTEST_ADDOPTS": "--collect-only -q -n 0 tests/test_plugins.py",
