@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from meristem.bench.evidence import ReadingConfig, TableConfig
 from meristem.bench.verdict import BITS, MENTIONS, Result, estimate, recall_distances
-from meristem.evaluate.picture import empty_figure, write_figure
+from meristem.evaluate.picture import empty_figure, mark_doublings, write_figure
 
 COLOURS: Final = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#d62728", "#17becf", "#bcbd22")
 """One for every form, in the order of their names; more forms go round."""
@@ -91,7 +91,7 @@ def _draw_recall(axes: Any, measured: Sequence[Result]) -> None:
     for place, result in enumerate(measured):
         shares = [statistics.fmean(result.values(f"{MENTIONS}{d}").values()) for d in distances]
         axes.plot(distances, shares, marker="o", markersize=3, **_style(place))
-    _mark(axes, distances[::3])
+    mark_doublings(axes, distances[::3])
     axes.set(xlabel="distance in bytes (up to)", ylabel="share of values recalled", ylim=(-0.03, 1.03))
 
 
@@ -103,15 +103,9 @@ def _draw_reading(axes: Any, measured: Sequence[Result], *, text: str, reading: 
                 style = _style(place) | {"linestyle": line, "marker": "o", "markersize": 3}
                 bits = [statistics.fmean(one) for one in values]
                 axes.plot(reading.marks, bits, **style, label=f"{result.cell.variant}, learn={learn}")
-    _mark(axes, reading.marks)
+    mark_doublings(axes, reading.marks)
     axes.set(xlabel=f"tokens read of {text}", ylabel="bits per byte since the point before")
     axes.legend(fontsize="x-small")
-
-
-def _mark(axes: Any, numbers: Sequence[int]) -> None:
-    """A logarithmic axis that names these numbers."""
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
 
 
 def _style(place: int) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def measure(config: Config, measures: Measures, checkpoint: Path) -> dict[str, f
         measured = likelihood(reader, read, device=device, loss=cross_entropy)
         found[f"documents/{mode}"] = measured.bits_per_byte
     found["state_bytes"] = float(session_bytes(model, device, config.data.seq_len))
-    if config.data.source == "notebook":
+    if "notebook" in config.data.source.split("+"):
         found |= recall_figures(model, tokenizer, config, measures, device)
     if measures.reading is not None:
         read_at = reading_figures(model, tokenizer, measures.reading, config.data, device)

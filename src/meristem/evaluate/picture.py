@@ -35,13 +35,17 @@ def draw_reading(path: Path, curves: Mapping[str, Sequence[Point]]) -> None:
     axes = figure.add_subplot()
     for name, points in curves.items():
         axes.plot(*_columns(points), marker="o", markersize=4, label=name)
-    axes.set_xscale("log", base=2)
-    marks = sorted({tokens for points in curves.values() for tokens, _ in points})
-    axes.set_xticks(marks, labels=[f"{tokens:,}" for tokens in marks])
+    mark_doublings(axes, sorted({tokens for points in curves.values() for tokens, _ in points}))
     axes.set_xlabel("tokens read")
     axes.set_ylabel("bits per byte of all that was read")
     axes.legend(fontsize="small")
     write_figure(path, figure)
+
+
+def mark_doublings(axes: Any, numbers: Sequence[int]) -> None:
+    """Make the axis from left to right logarithmic, with these numbers named on it."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, labels=[f"{number:,}" for number in numbers])
 
 
 def write_figure(path: Path, figure: Any) -> None:

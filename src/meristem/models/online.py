@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from meristem.errors import CapabilityError, ShapeError
-from meristem.memory.state import State, detach, flatten
+from meristem.memory.state import State, detach
 from meristem.models.config import LearnConfig
-from meristem.models.weights import HeadLearner, WeightLearner, sharing_weights
+from meristem.models.weights import HeadLearner, WeightLearner, named_tensors, sharing_weights
 from meristem.nn.cms_mlp import CMSMLPLevel
 from meristem.shapes import Logits, Tokens
 
@@ -113,7 +113,9 @@ class OnlineLearner:
             piece_bt = tokens_bt[:, at:stop]
             if carried is not None and not read_bt.shape[1]:
                 learned = learned | {"begun": carried}
-            logits_bto, carried = functional_call(self.model, _named(learned, "moved"), (piece_bt, carried))
+            logits_bto, carried = functional_call(
+                self.model, named_tensors(learned.get("moved", {})), (piece_bt, carried)
+            )
             logits.append(logits_bto)
             learned = learned | {"tokens_bt": torch.cat([read_bt, piece_bt], dim=1)}
             if learned["tokens_bt"].shape[1] == self.chunk:
@@ -124,7 +126,7 @@ class OnlineLearner:
     def _stepped(self, learned: dict[str, Any]) -> dict[str, Any]:
         """What is learned once a chunk is full."""
         tokens_bt, n_tokens = learned["tokens_bt"], learned["n_tokens"] + self.chunk
-        own, moved = dict(self.model.named_parameters()), _named(learned, "moved")
+        own, moved = dict(self.model.named_parameters()), named_tensors(learned.get("moved", {}))
         weights = {name: moved.get(name, own[name]).detach().requires_grad_() for name in self.periods}
         with torch.enable_grad():
             begun = detach(learned["begun"]) if "begun" in learned else None
@@ -132,7 +134,7 @@ class OnlineLearner:
             nats = self.loss(logits_bto, tokens_bt[:, 1:])
             # A slow level that reads means has said nothing before the first of them is whole.
             found = torch.autograd.grad(nats, list(weights.values()), materialize_grads=True)
-        before = _named(learned, "waiting")
+        before = named_tensors(learned.get("waiting", {}))
         waiting = {name: before.get(name, 0) + gradient for name, gradient in zip(weights, found, strict=True)}
         due = {period for period in self.periods.values() if n_tokens % period == 0}
         for period in sorted(due):
@@ -141,11 +143,6 @@ class OnlineLearner:
             factor = self.rate * (self.clip / length.clamp_min(self.clip))
             moved = moved | {name: (weights[name] - factor * waiting.pop(name)).detach() for name in names}
         return {"n_tokens": n_tokens, "moved": moved, "waiting": waiting}
-
-
-def _named(learned: State, kind: str) -> dict[str, Tensor]:
-    """Tensors by the names of parameters, however a file has nested these."""
-    return {name: leaf for name, leaf in flatten(learned.get(kind, {})).items() if isinstance(leaf, Tensor)}
 
 
 def _periods(model: nn.Module) -> Iterator[tuple[str, int]]:

@@ -70,6 +70,11 @@ def sharing_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
+def named_tensors(state: State) -> dict[str, Tensor]:
+    """The tensors of a state by the names of parameters, however a file has nested these."""
+    return {name: leaf for name, leaf in flatten(state).items() if isinstance(leaf, Tensor)}
+
+
 def put_rates(model: nn.Module, rates: Mapping[str, float]) -> None:
     """Keep with a model the learning rates that were found for it, by what learns."""
     model.learn_rates = dict(rates)  # type: ignore[assignment]
@@ -197,7 +202,7 @@ class WeightLearner:
 
     def _weights(self, learned: State) -> dict[str, Tensor]:
         """What stands in ``reader`` in place of its own tensors."""
-        delta = {name: leaf for name, leaf in flatten(learned["delta"]).items() if isinstance(leaf, Tensor)}
+        delta = named_tensors(learned["delta"])
         if self.learning.which == "low_rank":
             like = next(self.model.parameters())
             return {name: delta[name].to(like.dtype) for name in self.shapes}
@@ -341,7 +346,7 @@ def step(
     costs: nats per token that the chunk cost each row, and that it cost at W. first_rate: that of a fresh reader.
     lost_nats: per token of a chunk, what a drop can cost. n_like: chunks for which this one stands in what was saved.
     """
-    (cost_b, static_b), rate_b, delta = costs, learned["rate_b"], flatten(learned["delta"])
+    (cost_b, static_b), rate_b, delta = costs, learned["rate_b"], named_tensors(learned["delta"])
     balance_b = (learned["balance_b"] + static_b - cost_b).clamp_max(0)
     saved_b = learned["saved_b"] + n_like * (static_b - cost_b)
     # A cost that is no number compares with nothing, and counts as worse.
@@ -349,7 +354,7 @@ def step(
     length_b = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)
     factor_b = rate_b.to(length_b.dtype) * clip / length_b.clamp_min(clip)
     moved = {
-        name: delta[name].to(gradient.dtype).addcmul(_by_row(factor_b, gradient), gradient, value=-1)  # type: ignore[union-attr]
+        name: delta[name].to(gradient.dtype).addcmul(_by_row(factor_b, gradient), gradient, value=-1)
         for name, gradient in gradients.items()
     }
     is_finite_b = torch.stack([leaf.flatten(1).norm(dim=1) for leaf in moved.values()]).isfinite().all(0)
