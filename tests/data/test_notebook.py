@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from meristem.data.config import DataConfig, NotebookConfig, TokenizerConfig
 from meristem.data.notebook import FARTHEST, HELD_OUT_GAP, document, documents, names, wordings
-from meristem.data.notebook_words import ATTRIBUTES, NAMES
+from meristem.data.notebook_words import ATTRIBUTES, NAMES, OWN, UNTOLD
 from meristem.data.prepare import prepare
 from meristem.errors import DataError
 
@@ -57,13 +57,55 @@ def test_what_is_held_out_is_in_no_training_document(made):
         far = [recall for recall in one.recalls if low <= recall.distance < high]
         is_new = [recall for recall in one.recalls if recall.is_wording_held_out or recall.is_name_held_out]
         assert one.is_held_out or not (far or is_new)
-    for attribute in ATTRIBUTES:
-        assert len(attribute.statements) == len(attribute.questions) == 14
+    for attribute in (*ATTRIBUTES, *OWN):
+        if attribute in ATTRIBUTES:
+            assert len(attribute.statements) == len(attribute.questions) == 14
         for wording in (*wordings(attribute.statements, True), *wordings(attribute.questions, True)):
             pattern = re.escape(wording).replace(r"\{s\}", r"\w+").replace(r"\{v\}", r"\w+")
             assert not re.search(rf"(?<!\w){pattern}", training), wording
     assert any(recall.is_wording_held_out for one in made for recall in one.recalls)
     assert any(low <= recall.distance < high for one in made for recall in one.recalls)
+
+
+def test_in_a_conversation_every_line_is_answered(made):
+    """One line, its answer, a blank line; no value stands in an exchange that ends in not knowing."""
+    talks = [one for one in made if re.match(r"[^\n]+\n[^\n]+\n\n", one.text.decode())]
+    assert 0.3 < len(talks) / len(made) < 0.7
+    n_untold = 0
+    for one in talks:
+        exchanges = one.text.decode().split("\n\n")
+        assert exchanges.pop() == ""
+        assert all(exchange.count("\n") == 1 for exchange in exchanges)
+        at = 0
+        for exchange in exchanges:
+            said, answer = exchange.split("\n")
+            start, at = at, at + len(exchange.encode()) + 2
+            inside = [recall for recall in one.recalls if start <= recall.start < at]
+            if answer in UNTOLD:
+                n_untold += 1
+                assert not inside, said
+    assert n_untold > 10
+
+
+def test_what_nobody_told_is_not_in_the_document_before(made):
+    """The question of an exchange that ends in not knowing names a person and an attribute of which nothing stands."""
+    for one in made:
+        for exchange in re.finditer(r"([^\n]+)\n([^\n]+)\n\n", one.text.decode()):
+            if exchange[2] not in UNTOLD:
+                continue
+            subjects = {"I"} | set(re.findall(r"\w+", exchange[1])) & set(NAMES)
+            before = {(recall.subject, recall.attribute) for recall in one.recalls if recall.start < exchange.start()}
+            asked = [
+                (subject, attribute.name)
+                for subject in subjects
+                for attribute in (OWN if subject == "I" else ATTRIBUTES)
+                for wording in attribute.questions
+                if exchange[1]
+                .lower()
+                .endswith(re.split(r"(?<=[?.]) |(?<=[?.]\") ", wording)[0].format(s=subject).lower())
+            ]
+            assert asked, exchange[1]
+            assert not before & set(asked), exchange[1]
 
 
 def test_distances_reach_from_a_few_bytes_to_the_farthest(made):

@@ -135,7 +135,7 @@ def test_a_package_without_sources_is_refused(name):
 
 
 def test_texts_are_joined_by_a_plus(tmp_path):
-    """One after the other, each document with its own name; a file of that very name comes first."""
+    """Each document with its own name; a file of that very name comes first."""
     for name in ("one", "two", "one+two"):
         (tmp_path / f"{name}.txt").write_text(f"the text of {name}")
     one, two = str(tmp_path / "one.txt"), str(tmp_path / "two.txt")
@@ -149,6 +149,20 @@ def test_texts_are_joined_by_a_plus(tmp_path):
     assert single.text == b"the text of one+two"
     prose, licence = resolve(DataConfig(source="stdlib-docs")), resolve(DataConfig(source="stdlib-docs+stdlib")).licence
     assert licence == "PSF-2.0" == prose.licence and joined.licence is None
+
+
+def test_joined_texts_stand_side_by_side(tmp_path):
+    """Wherever one stops reading, each text is read as far as the others, to a document of each."""
+    for name, sizes in (("long", [100] * 50), ("short", [30] * 7)):
+        plant(tmp_path / name, [f"{number:02}" for number in range(len(sizes))])
+        for number, size in enumerate(sizes):
+            (tmp_path / name / f"{number:02}").write_bytes(name[0].encode() * size)
+    found = list(resolve(DataConfig(source=f"{tmp_path / 'long'}+{tmp_path / 'short'}")).read())
+    read = {"l": 0, "s": 0}
+    for document in found:
+        read[document.text[:1].decode()] += len(document.text)
+        assert abs(read["l"] / 5000 - read["s"] / 210) <= 100 / 5000 + 30 / 210
+    assert read == {"l": 5000, "s": 210}
 
 
 @pytest.mark.parametrize(("name", "part"), [("stdlib+nonsense", "nonsense"), ("stdlib+", r"stdlib\+"), ("+", r"\+")])

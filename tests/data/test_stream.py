@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
-from meristem.data.stream import IGNORED, Cursor, Stream, held_out, held_out_documents
+from meristem.data.stream import IGNORED, N_BLOCKS, Cursor, Stream, held_out, held_out_documents
 from meristem.errors import ConflictingKeys, CorpusTooShort, DataError, FileChanged, ManifestMismatch
 
 SIZES = [3, 41, 97, 12, 211, 5, 29, 83]
@@ -59,6 +59,7 @@ def take(stream, n_batches, cursor=None):
 LAYOUTS = [
     {"order": "shuffled"},
     {"order": "shuffled", "documents": "within", "stride": 2},
+    {"order": "curriculum"},
     {"order": "random"},
     {"order": "sequential"},
     {"order": "documents"},
@@ -221,6 +222,25 @@ def test_epochs_and_seeds_order_otherwise(corpus):
     other = torch.cat([batch.tokens_bt for batch in take(stream(corpus, batch=1, random_seed=2), n)[0]]).numpy()
     assert (first != second).any(axis=1).mean() > 0.8
     assert (first != other).any(axis=1).mean() > 0.8
+
+
+@pytest.mark.parametrize("n_windows", [7, 20, 49])
+def test_a_curriculum_reads_one_part_of_the_text_after_the_other(make, n_windows):
+    """Every window once per epoch, no two parts mixed, and within a part another order for another epoch."""
+    corpus = make(f"rising-{n_windows}", [5 * n_windows + 1])
+    made = stream(corpus, order="curriculum", batch=1)
+    place = {
+        tuple(corpus.tokens("train")[start : start + 6].tolist()): start // 5 for start in range(0, 5 * n_windows, 5)
+    }
+    read = [
+        place[(*batch.tokens_bt[0].tolist(), int(batch.targets_bt[0, -1]))] for batch in take(made, 2 * n_windows)[0]
+    ]
+    size = -(-n_windows // N_BLOCKS)
+    first, second = read[:n_windows], read[n_windows:]
+    for epoch in (first, second):
+        assert [number // size for number in epoch] == [at // size for at in range(n_windows)]
+        assert sorted(epoch) == list(range(n_windows))
+    assert (first != second) == (size > 1)
 
 
 def test_random_order_reaches_the_first_and_the_last_window(make):

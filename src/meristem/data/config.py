@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from meristem.config import ConfigSection
 from meristem.errors import ConflictingKeys
 
-Order = Literal["shuffled", "sequential", "random", "documents"]
+Order = Literal["shuffled", "curriculum", "sequential", "random", "documents"]
 CARRIED: Final = frozenset({"sequential", "documents"})
 """Orders in which a row reads on, so that its memory is carried from sequence to sequence."""
 Documents = Literal["join", "within"]
@@ -73,7 +73,8 @@ class DataConfig(ConfigSection):
     batch_size: int = Field(default=8, ge=1, description="rows of a batch")
     order: Order = Field(
         default="shuffled",
-        description="shuffled: each sequence once per epoch; sequential: each row reads on; random: with replacement; "
+        description="shuffled: each sequence once per epoch; curriculum: the same, but one twentieth of the text after "
+        "the other; sequential: each row reads on; random: with replacement; "
         "documents: each row reads whole documents in shuffled order, with a fresh memory for each",
     )
     documents: Documents = Field(

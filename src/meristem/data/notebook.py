@@ -2,21 +2,34 @@
 
 A document is a pure function of the settings and its number. It tells facts (a person, an attribute, a value), comes
 back to each after a gap drawn log-uniformly between ``NEAREST`` and ``FARTHEST`` bytes, as a question with its answer
-or as a statement, corrects some of them, and fills the rest with paragraphs of ``stdlib-docs``. Which split a document
-belongs to is known from its name, so that held-out names, wordings and distances stay out of the training text.
+or as a statement, corrects some of them, and fills the rest with paragraphs of ``stdlib-docs``. Half of the documents
+are conversations: a line that one says, a line that the other answers, a blank line. Which split a document belongs to
+is known from its name, so that held-out names, wordings and distances stay out of the training text.
 """
 
 import heapq
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Final, TypeVar
 
 from meristem.data.config import NotebookConfig
-from meristem.data.notebook_words import ATTRIBUTES, CORRECTIONS, ECHOES, HELD_OUT, NAMES, Attribute
+from meristem.data.notebook_words import (
+    ATTRIBUTES,
+    CORRECTIONS,
+    ECHOES,
+    HELD_OUT,
+    LEADS,
+    NAMES,
+    OWN,
+    REPLIES,
+    UNTOLD,
+    Attribute,
+)
 from meristem.data.split import assign, ratios_for
 from meristem.errors import DataError
 
@@ -39,6 +52,29 @@ CHANGED: Final = 0.15
 RETURNS: Final = 0.75
 STATED: Final = 0.3
 """Of the times a fact comes back: shares that correct it, that are followed by another, that are statements."""
+
+TALKED: Final = 0.5
+"""Share of the documents that are conversations."""
+
+LED: Final = 0.3
+KNOWN: Final = 0.2
+SELF: Final = 0.15
+"""Shares of the sentences that have a lead, of the new facts that are about somebody of whom one is known, and, in a
+conversation, of those that are about whoever speaks."""
+
+SPEAKER: Final = "I"
+"""The subject of these."""
+
+ECHOED: Final = 0.1
+"""Share of the sentences that are followed by their value at once; in a conversation, of the answers: REPEATED."""
+
+REPEATED: Final = 0.5
+ENDED: Final = 0.7
+ASKED_UNTOLD: Final = 0.1
+"""In a conversation: shares of the statements that end a line, and of the questions about what was not said."""
+
+_ANSWER: Final = re.compile(r'(?<=[?.]) (?=\S)|(?<=[?.]") ')
+"""Where in a question with its answer the answer begins."""
 
 T = TypeVar("T")
 
@@ -126,7 +162,8 @@ def document(settings: NotebookConfig, validation: float, number: int, done: flo
     share = settings.first_share * (settings.last_share / settings.first_share) ** done
     dice = Dice(name)
     n_facts = round(dice.between(FEWEST, MOST))
-    writer = _Writer(dice, paragraphs(is_held_out, validation), is_held_out, n_facts)
+    is_talk = dice.share() < TALKED
+    writer = _Writer(dice, paragraphs(is_held_out, validation), is_held_out, n_facts, is_talk)
     writer.write(writer.dice.between(SHORTEST, LONGEST), share)
     return Notebook(name, "".join(writer.parts).encode(), is_held_out, tuple(writer.recalls))
 
@@ -155,6 +192,7 @@ class _Writer:
     prose: Sequence[str]
     is_held_out: bool
     most_facts: int
+    is_talk: bool
     parts: list[str] = field(default_factory=list)
     recalls: list[Recall] = field(default_factory=list)
     facts: dict[tuple[str, str], _Fact] = field(default_factory=dict)
@@ -172,31 +210,61 @@ class _Writer:
             elif self.fact_bytes < share * (self.at + 1) and self._tell():
                 continue
             else:
-                text = f"\n\n{self.dice.pick(self.prose)}\n\n"
-                self.parts.append(text)
-                self.at += len(text.encode())
+                self._digress()
+
+    def _digress(self) -> None:
+        """A paragraph of prose: in a conversation one line, and what is answered."""
+        text = self.dice.pick(self.prose)
+        if self.is_talk:
+            self._put(f"{' '.join(text.split())}\n{self.dice.pick(REPLIES)}\n\n")
+        else:
+            self._put(f"\n\n{text}\n\n")
 
     def _wording(self, choices: Sequence[str]) -> tuple[str, bool]:
         """One that this document may use, and whether it is held out: every second one of a held-out document is."""
         is_new = self.is_held_out and self.dice.share() < 0.5
         return self.dice.pick(wordings(choices, is_new)), is_new
 
+    def _sentence(self, choices: Sequence[str]) -> tuple[str, bool]:
+        """The same, at times behind a lead."""
+        wording, is_new = self._wording(choices)
+        if self.dice.share() < LED:
+            first = wording[0] if wording.startswith("I ") else wording[0].lower()
+            wording = f"{self.dice.pick(LEADS)} {first}{wording[1:]}"
+        return wording, is_new
+
     def _tell(self) -> bool:
         """A new fact, or one of those that the document has; False where all stand at a distance that is held out."""
-        is_new = self.is_held_out and self.dice.share() < 0.5
-        subject, attribute = self.dice.pick(names(is_new)), self.dice.pick(ATTRIBUTES)
+        subject, attribute = self._topic()
         known = self.facts.get((subject, attribute.name))
         if known is not None or len(self.facts) >= self.most_facts:
             told, first = list(self.facts.values()), int(self.dice.share() * len(self.facts))
             mentionable = (fact for fact in told[first:] + told[:first] if not self._is_forbidden(fact))
             return any(self._mention(fact) for fact in itertools.islice(mentionable, 1))
-        fact = self.facts[subject, attribute.name] = _Fact(subject, attribute, self.dice.pick(attribute.values))
-        wording, _ = self._wording(attribute.statements)
-        start, _ = self._append(wording, fact)
-        fact.last = start
-        self._echo(fact)
+        fact = self.facts[subject, attribute.name] = _Fact(subject, attribute, self._value(attribute))
+        fact.last = self._append(self._sentence(attribute.statements)[0] + self._ending(), fact)
+        self._respond(fact)
         self._schedule(fact)
         return True
+
+    def _topic(self) -> tuple[str, Attribute]:
+        """Of whom something may be said or asked, and what."""
+        if self.is_talk and self.dice.share() < SELF:
+            return SPEAKER, self.dice.pick(OWN)
+        others = [subject for subject, _ in self.facts if subject != SPEAKER]
+        if others and self.dice.share() < KNOWN:
+            return self.dice.pick(others), self.dice.pick(ATTRIBUTES)
+        return self._name(), self.dice.pick(ATTRIBUTES)
+
+    def _name(self) -> str:
+        return self.dice.pick(names(self.is_held_out and self.dice.share() < 0.5))
+
+    def _value(self, attribute: Attribute, but: str = "") -> str:
+        """One that the attribute may have, another than the one given."""
+        found = but
+        while found == but:
+            found = self.dice.pick(attribute.values) if attribute.values else self._name()
+        return found
 
     def _come_back(self, fact: _Fact) -> None:
         """What is due; later where that would be at a distance that is held out."""
@@ -209,22 +277,50 @@ class _Writer:
 
     def _mention(self, fact: _Fact) -> bool:
         """The value again, or that it has changed. Always True: something was written."""
-        statements, questions = fact.attribute.statements, fact.attribute.questions
         if self.dice.share() < CHANGED:
             opening, is_new = self._wording(CORRECTIONS)
-            self._recall(f"About the {fact.attribute.name} of {{s}}, {opening}", fact, is_new)
-            fact.value = self.dice.pick([value for value in fact.attribute.values if value != fact.value])
-            fact.last, _ = self._append(self._wording(statements)[0], fact)
+            name = fact.attribute.name
+            about = f"my {name}" if fact.subject == SPEAKER else f"the {name} of {{s}}"
+            self._recall(f"About {about}, {opening} ", fact, is_new)
+            fact.value = self._value(fact.attribute, fact.value)
+            fact.last = self._append(self._wording(fact.attribute.statements)[0] + self._ending(), fact)
+        elif self.dice.share() < STATED:
+            wording, is_new = self._sentence(fact.attribute.statements)
+            self._recall(wording + self._ending(), fact, is_new)
         else:
-            wording, is_new = self._wording(statements if self.dice.share() < STATED else questions)
-            self._recall(wording, fact, is_new)
-        self._echo(fact)
+            wording, is_new = self._sentence(fact.attribute.questions)
+            if not self.is_talk:
+                self._recall(f"{wording} ", fact, is_new)
+            else:
+                question, answer = _ANSWER.split(wording, maxsplit=1)
+                self._recall(f"{question}\n{answer}\n\n", fact, is_new)
+                if self.dice.share() < ASKED_UNTOLD:
+                    self._ask_untold()
+                return True
+        self._respond(fact)
         return True
 
-    def _echo(self, fact: _Fact) -> None:
-        """At times the value once more at once: the shortest distances."""
-        if self.dice.share() < 0.1:
-            self._recall(self.dice.pick(ECHOES), fact, False)
+    def _ask_untold(self) -> None:
+        """A question, in a conversation, of which nothing was said, and that one does not know."""
+        subject, attribute = self._topic()
+        if (subject, attribute.name) not in self.facts:
+            question = _ANSWER.split(self._sentence(attribute.questions)[0], maxsplit=1)[0]
+            self._put(f"{question.format(s=subject)}\n{self.dice.pick(UNTOLD)}\n\n", is_fact=True)
+
+    def _ending(self) -> str:
+        """What stands behind a statement: the next sentence follows, or the other one answers."""
+        return "\n" if self.is_talk and self.dice.share() < ENDED else " "
+
+    def _respond(self, fact: _Fact) -> None:
+        """At times the value once more at once, the shortest distances; the answer to a line that has ended."""
+        if self.is_talk:
+            if self.parts[-1].endswith("\n"):
+                if self.dice.share() < REPEATED:
+                    self._recall(f"{self.dice.pick(ECHOES)}\n\n", fact, False)
+                else:
+                    self._put(f"{self.dice.pick(REPLIES)}\n\n", is_fact=True)
+        elif self.dice.share() < ECHOED:
+            self._recall(f"{self.dice.pick(ECHOES)} ", fact, False)
 
     def _is_forbidden(self, fact: _Fact) -> bool:
         """Whether the value could come back at a held-out distance: no sentence before it is longer than 200 bytes."""
@@ -240,7 +336,7 @@ class _Writer:
         return self.n_due
 
     def _recall(self, wording: str, fact: _Fact, is_wording_held_out: bool) -> None:
-        start, value = self._append(wording, fact)
+        value, start = fact.value, self._append(wording, fact)
         is_new_name = fact.subject in _held_out_names()
         self.recalls.append(
             Recall(
@@ -255,12 +351,15 @@ class _Writer:
         )
         fact.last = start
 
-    def _append(self, wording: str, fact: _Fact) -> tuple[int, str]:
-        """Write a sentence; the place of the value in the document, and the value."""
+    def _append(self, wording: str, fact: _Fact) -> int:
+        """Write a sentence about a fact; the place of the value in the document."""
         before, after = wording.replace("{s}", fact.subject).split("{v}")
         start = self.at + len(before.encode())
-        text = f"{before}{fact.value}{after} "
+        self._put(f"{before}{fact.value}{after}", is_fact=True)
+        return start
+
+    def _put(self, text: str, *, is_fact: bool = False) -> None:
+        n_bytes = len(text.encode())
         self.parts.append(text)
-        self.at += len(text.encode())
-        self.fact_bytes += len(text.encode())
-        return start, fact.value
+        self.at += n_bytes
+        self.fact_bytes += n_bytes if is_fact else 0

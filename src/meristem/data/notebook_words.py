@@ -17,15 +17,30 @@ _SITE_ENDS: Final = "burg ford haven mouth stad wick dale port field ness".split
 
 _MIDDLES: Final = ("", *"ra li no ve mi to sa lu be ki da re".split())
 
-NAMES: Final = tuple(start + middle + end for start in _STARTS for middle in _MIDDLES for end in _ENDS)
+_CALLED: Final = (
+    "Ada Agnes Aisha Alan Alice Amir Anna Anton Ayla Ben Bob Boris Bruno Carla Carlos Chloe Clara Dana David Diego "
+    "Dora Edith Elena Eli Emil Emma Erik Eva Felix Fiona Finn Frank Freya George Grace Greta Hana Hanna Hassan Helen "
+    "Henry Hugo Ida Igor Ines Ingrid Iris Isaac Ivan Jack Jakob James Jane Jin John Jonas Jorge Judith Julia Karin "
+    "Karl Kate Kenji Klara Lars Laura Lena Leo Lily Lina Linus Lisa Luca Lucy Luis Maja Maria Martha Martin Mary Mei "
+    "Mia Mila Mona Nadia Nina Noah Nora Olga Oliver Omar Oscar Otto Paula Paul Peter Petra Priya Ravi Rita Robert "
+    "Rosa Ruth Sam Sara Simon Sofia Sonja Stefan Susan Tara Tariq Theo Thomas Tom Tove Vera Viktor Walter Yara Yusuf "
+    "Zoe"
+).split()
+NAMES: Final = (*(start + middle + end for start in _STARTS for middle in _MIDDLES for end in _ENDS), *_CALLED)
 """So many that a tokenizer does not have most of them as one token: who has learned to recall of names in general can
-recall of one that it never met."""
-PLACES: Final = ("Oslo", "Lima", "Cairo", "Quito", "Turin", *(site + end for site in _SITES for end in _SITE_ENDS))
+recall of one that it never met. The last ones are in use."""
+_CITIES: Final = (
+    "Oslo Lima Cairo Quito Turin Paris London Berlin Rome Madrid Lisbon Vienna Prague Warsaw Dublin Athens Bergen "
+    "Boston Chicago Dallas Delhi Dakar Geneva Havana Helsinki Istanbul Jakarta Kyoto Lagos Leeds Lyon Milan Moscow "
+    "Mumbai Munich Nairobi Naples Osaka Porto Riga Seattle Seoul Sofia Stockholm Sydney Tokyo Toronto Tunis Utrecht "
+    "Valencia Venice York Zagreb Zurich"
+).split()
+PLACES: Final = (*_CITIES, *(site + end for site in _SITES for end in _SITE_ENDS))
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """What may be said of a person. ``{s}`` is the person and ``{v}`` the value, which comes after the person.
+    """What may be said of a person. ``{s}`` is the person, where one is named, and ``{v}`` the value, behind it.
 
     name: what a correction calls it. questions: each with its answer behind it, as ``Where does {s} live? In {v}.``
     """
@@ -115,7 +130,13 @@ Could you say where {s} resides? Certainly: in {v}.""",
     ),
     _attribute(
         "work",
-        tuple("baker carpenter doctor farmer judge librarian mason nurse pilot tailor teacher weaver".split()),
+        tuple(
+            (
+                "baker barber butcher carpenter chemist clerk cook dentist doctor driver farmer fisher gardener guard "
+                "hunter judge lawyer librarian mason miller miner nurse painter pilot plumber poet porter potter "
+                "printer sailor singer smith surgeon tailor teacher waiter weaver writer"
+            ).split()
+        ),
         """
 {s} works as a {v}.
 {s} is a {v}.
@@ -147,7 +168,9 @@ Who remembers the work of {s}? I do: a {v}.
 What was {s} hired as? As a {v}.
 What does {s} do for a living? The work of a {v}.""",
     ),
-    _property("favourite colour", "black blue brown green grey orange pink purple red silver white yellow"),
+    _property(
+        "favourite colour", "black blue brown crimson gold green grey indigo orange pink purple red silver white yellow"
+    ),
     _property("favourite food", "apples beans bread cheese honey lentils mushrooms noodles plums rice soup tofu"),
     _property("pet", "cat dog donkey duck ferret goat hamster parrot pony rabbit snake tortoise"),
     _property("meeting day", "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
@@ -156,6 +179,74 @@ What does {s} do for a living? The work of a {v}.""",
     _property("birth month", "January February March April June July August September October November"),
     _property("door code", " ".join(str(1000 + 7919 * number % 9000) for number in range(1, 201))),
 )
+
+
+def _own(what: str, values: tuple[str, ...], statements: str = "", questions: str = "") -> Attribute:
+    """An attribute of whoever speaks, in words that any may have, and in words of its own before them."""
+    statements += f"""
+My {what} is {{v}}.
+As for me, my {what} is {{v}}.
+About me: my {what} is {{v}}.
+Remember my {what}: {{v}}.
+My {what}: {{v}}.
+Note that my {what} is {{v}}.
+I told you my {what}: {{v}}.
+You should know that my {what} is {{v}}.
+Write down that my {what} is {{v}}."""
+    questions += f"""
+What is my {what}? It is {{v}}.
+Do you know my {what}? Yes, {{v}}.
+And my {what}? That is {{v}}.
+My {what}, please? That is {{v}}.
+My {what}? {{v}}.
+Can you tell me my {what}? It is {{v}}.
+Say my {what}. It is {{v}}.
+Who remembers my {what}? I do: {{v}}.
+Do you remember my {what}? Certainly: {{v}}."""
+    return _attribute(what, values, statements, questions)
+
+
+OWN: Final = (
+    _own(
+        "name",
+        (),
+        """
+I am {v}.
+Call me {v}.
+People call me {v}.
+I am called {v}.""",
+        """
+Who am I? You are {v}.
+How am I called? You are {v}.
+What do people call me? They call you {v}.""",
+    ),
+    _own(
+        "home",
+        PLACES,
+        """
+I live in {v}.
+I come from {v}.
+I have a house in {v}.
+I moved to {v}.""",
+        """
+Where do I live? In {v}.
+Where am I from? From {v}.
+Where is my house? In {v}.""",
+    ),
+    _own(
+        "work",
+        ATTRIBUTES[1].values,
+        """
+I work as a {v}.
+By trade I am a {v}.
+I earn a living as a {v}.""",
+        """
+What do I work as? As a {v}.
+What am I by trade? A {v}.""",
+    ),
+    *(_own(attribute.name, attribute.values) for attribute in ATTRIBUTES[2:]),
+)
+"""What somebody may say of themselves, in a conversation. A ``name`` has the names of persons as its values."""
 
 CORRECTIONS: Final = (
     "no longer {v}:",
@@ -169,5 +260,14 @@ CORRECTIONS: Final = (
 )
 """What announces that a value has changed, before a statement of the new one."""
 
-ECHOES: Final = ("Yes, {v}.", "{v}, noted.", "In short, {v}.", "Again: {v}.", "Aha, {v}.", "So, {v}.")
+ECHOES: Final = ("Yes, {v}.", "Noted: {v}.", "In short, {v}.", "Again: {v}.", "Aha, {v}.", "So, {v}.")
 """What may follow a sentence that ends in a value."""
+
+LEADS: Final = ("By the way,", "Well,", "And", "So", "You see,", "Listen:", "One more thing:", "Now,", "Oh,")
+"""What may stand before a statement or a question."""
+
+REPLIES: Final = ("I see.", "Noted.", "Good to know.", "All right.", "I shall remember.", "Thank you.", "Go on.")
+"""Answers, in a conversation, to what is no question."""
+
+UNTOLD: Final = ("I do not know.", "Nobody told me.", "That I was not told.", "I have not heard.")
+"""Answers to a question about what was not said before."""

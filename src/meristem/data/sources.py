@@ -57,7 +57,7 @@ def documents(data: DataConfig) -> Iterator[Document]:
 def resolve(data: DataConfig) -> Source:
     """The source that ``data.source`` names. Names come before paths: write ./stdlib for a file of that name.
 
-    ``a+b`` is the text of a and then that of b, unless a file or a directory is called so.
+    ``a+b`` is the text of a and of b, unless a file or a directory is called so (``_mixed``).
     """
     name = data.source
     if "+" in name.strip("+") and not os.path.lexists(os.path.expanduser(name)):
@@ -111,11 +111,27 @@ def _joined(name: str, parts: Sequence[Source]) -> Source:
     return Source(
         name,
         "joined",
-        lambda: itertools.chain.from_iterable(part.read() for part in parts),
+        lambda: _mixed(parts),
         lambda: itertools.chain.from_iterable(part.paths() for part in parts),
         {"parts": [{"name": part.name, "loader": part.loader, **part.args} for part in parts]},
         " and ".join(sorted(filter(None, licences))) if all(licences) else None,
     )
+
+
+def _mixed(parts: Sequence[Source]) -> Iterator[Document]:
+    """The documents of several sources side by side: each stands where its source, in its own order, is as far on in
+    bytes as the whole is. The sources are read twice."""
+    sizes = [sum(len(document.text) for document in part.read()) for part in parts]
+    readers, done = [part.read() for part in parts], [0] * len(parts)
+    left = set(range(len(parts)))
+    while left:
+        least = min(left, key=lambda number: done[number] / max(1, sizes[number]))
+        document = next(readers[least], None)
+        if document is None:
+            left.remove(least)
+            continue
+        done[least] += len(document.text)
+        yield document
 
 
 def _directory(data: DataConfig, name: str, root: Path, include: Sequence[str], exclude: Sequence[str]) -> Source:

@@ -21,6 +21,9 @@ from meristem.shapes import Targets, Tokens
 IGNORED: Final = -100
 """The target of a place that counts nowhere: padding after the end of a document."""
 
+N_BLOCKS: Final = 20
+"""Parts of a text that ``curriculum`` reads one after the other."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -69,7 +72,8 @@ class Stream:
 
     batch: rows of a batch, those of all processes together (``share``).
     stride: tokens between sequence starts; None for ``window``, or for 1 when order is random.
-    order: ``shuffled`` reads every sequence once per epoch; ``random`` draws with replacement; ``sequential`` lets each
+    order: ``shuffled`` reads every sequence once per epoch; ``curriculum`` does too, block by block of ``N_BLOCKS`` as
+    they stand in the text, each shuffled; ``random`` draws with replacement; ``sequential`` lets each
     row read on through its own contiguous part and start over at its end, the part moved by some windows from epoch
     to epoch where the rows do not share the text evenly; ``documents`` lets each row read whole documents one after the
     other, in an order that is shuffled anew in every epoch (``data.packing``), and says where each begins.
@@ -209,7 +213,20 @@ class Stream:
         taken = position * self._batch + rows
         if self._order == "random":
             return draw(taken, self.n_windows, self._key)
+        if self._order == "curriculum":
+            return self._by_blocks(taken % self.n_windows, taken // self.n_windows)
         return permute(taken % self.n_windows, self.n_windows, self._key, taken // self.n_windows)
+
+    def _by_blocks(self, place: np.ndarray, epoch: np.ndarray) -> np.ndarray:
+        """Windows of one block after the other; within a block each place of an epoch has another window."""
+        size = -(-self.n_windows // N_BLOCKS)
+        indices = np.empty_like(place)
+        for block in np.unique(place // size).tolist():
+            first, inside = block * size, place // size == block
+            n_inside = min(size, self.n_windows - first)
+            times = epoch[inside] * N_BLOCKS + block
+            indices[inside] = first + permute(place[inside] - first, n_inside, self._key, times)
+        return indices
 
     def _require_known(self, largest: int) -> None:
         """Files are compared with their hashes when they are opened; later a disk may still give other bytes."""
