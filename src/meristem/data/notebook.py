@@ -27,6 +27,7 @@ from meristem.data.notebook_words import (
     NAMES,
     OWN,
     REPLIES,
+    TITLES,
     UNTOLD,
     Attribute,
 )
@@ -59,8 +60,9 @@ TALKED: Final = 0.5
 LED: Final = 0.3
 KNOWN: Final = 0.2
 SELF: Final = 0.15
+TITLED: Final = 0.15
 """Shares of the sentences that have a lead, of the new facts that are about somebody of whom one is known, and, in a
-conversation, of those that are about whoever speaks."""
+conversation, of those that are about whoever speaks, and of the sentences that have a title before the name."""
 
 SPEAKER: Final = "I"
 """The subject of these."""
@@ -226,8 +228,11 @@ class _Writer:
         return self.dice.pick(wordings(choices, is_new)), is_new
 
     def _sentence(self, choices: Sequence[str]) -> tuple[str, bool]:
-        """The same, at times behind a lead."""
+        """The same, at times behind a lead, and with a title before the name."""
         wording, is_new = self._wording(choices)
+        if self.dice.share() < TITLED:
+            title = self.dice.pick(TITLES)
+            wording = wording.replace("{s}", f"{title.capitalize() if wording.startswith('{s}') else title} {{s}}")
         if self.dice.share() < LED:
             first = wording[0] if wording.startswith("I ") else wording[0].lower()
             wording = f"{self.dice.pick(LEADS)} {first}{wording[1:]}"

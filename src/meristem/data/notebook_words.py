@@ -57,12 +57,22 @@ def _attribute(name: str, values: tuple[str, ...], statements: str, questions: s
 
 def _property(what: str, values: str) -> Attribute:
     """An attribute that a person has: a colour, a day, a number."""
+    a = "an" if what[0] in "aeiou" else "a"
     return _attribute(
         what,
         tuple(values.split()),
         f"""
 The {what} of {{s}} is {{v}}.
-{{s}} has a {what}: {{v}}.
+{{s}}'s {what} is {{v}}.
+{{s}}'s {what}: {{v}}.
+Remember that {{s}}'s {what} is {{v}}.
+If somebody asks, {{s}}'s {what} is {{v}}.
+{{s}} chose {a} {what}, and it is {{v}}.
+When it comes to the {what}, {{s}} says {{v}}.
+I asked {{s}} about the {what}, and it is {{v}}.
+There is {{s}}, whose {what} is {{v}}.
+Everybody knows {{s}}'s {what}, {{v}}.
+{{s}} has {a} {what}: {{v}}.
 As for {{s}}, the {what} is {{v}}.
 For {{s}} the {what} is {{v}}.
 Note for {{s}}: {what} {{v}}.
@@ -77,6 +87,17 @@ Whoever knows {{s}} knows the {what}, {{v}}.
 Of {{s}} they say that the {what} is {{v}}.""",
         f"""
 What is the {what} of {{s}}? It is {{v}}.
+What is {{s}}'s {what}? It is {{v}}.
+What's {{s}}'s {what}? It is {{v}}.
+{{s}}'s {what}? {{v}}.
+Tell me {{s}}'s {what}. It is {{v}}.
+What {what} does {{s}} have? It is {{v}}.
+Do you still know {{s}}'s {what}? Yes, {{v}}.
+I forgot {{s}}'s {what}. It is {{v}}.
+What was {{s}}'s {what} again? It was {{v}}.
+What {what} did {{s}} choose? That was {{v}}.
+Which is {{s}}'s {what}? That is {{v}}.
+What do you know about {{s}}'s {what}? It is {{v}}.
 Which {what} has {{s}}? The answer is {{v}}.
 Do you know the {what} of {{s}}? Yes, {{v}}.
 And {{s}}, which {what}? That is {{v}}.
@@ -99,6 +120,20 @@ ATTRIBUTES: Final = (
         PLACES,
         """
 {s} lives in {v}.
+{s} is living in {v}.
+{s} lives in the town of {v}.
+{s}'s home is in {v}.
+{s}'s home is {v}.
+{s} has moved to {v}.
+{s} is at home in {v}.
+{s} has settled in {v}.
+{s} stays in {v}.
+{s} has a flat in {v}.
+The place where {s} lives is {v}.
+I visited {s} in {v}.
+{s}'s house is in {v}.
+{s} wrote to me from {v}.
+If you look for {s}, go to {v}.
 The home of {s} is in {v}.
 {s} has a house in {v}.
 {s} moved to {v}.
@@ -114,6 +149,19 @@ Home, for {s}, means {v}.
 These days {s} resides in {v}.""",
         """
 Where does {s} live? In {v}.
+Where is {s} living? In {v}.
+Where is {s}'s home? In {v}.
+What is {s}'s home? It is {v}.
+Where is {s}? In {v}.
+Where has {s} settled? In {v}.
+Where did {s} move to? To {v}.
+What town does {s} live in? In {v}.
+Which town is {s}'s home? It is {v}.
+Where can I find {s}? In {v}.
+Where would I look for {s}? In {v}.
+I forgot where {s} lives. In {v}.
+Tell me where {s} lives. In {v}.
+Where is {s}'s house? In {v}.
 In which town is {s} at home? In {v}.
 "Where is the house of {s}?" "In {v}."
 Do you know where {s} lives? Yes, in {v}.
@@ -139,7 +187,16 @@ Could you say where {s} resides? Certainly: in {v}.""",
         ),
         """
 {s} works as a {v}.
+{s} is working as a {v}.
 {s} is a {v}.
+{s}'s work is that of a {v}.
+{s}'s trade is that of a {v}.
+{s} has a job as a {v}.
+{s} found work as a {v}.
+{s} became a {v}.
+{s} is employed as a {v}.
+You can ask {s}, who is a {v}.
+They know {s} as the {v}.
 By trade {s} is a {v}.
 {s} earns a living as a {v}.
 The work of {s} is that of a {v}.
@@ -154,6 +211,16 @@ For a living {s} is a {v}.
 They hired {s} as a {v}.""",
         """
 What does {s} work as? As a {v}.
+What is {s}'s work? That of a {v}.
+What is {s}'s trade? That of a {v}.
+What is {s}'s job? That of a {v}.
+What is {s} working as? As a {v}.
+What did {s} become? A {v}.
+What job does {s} have? That of a {v}.
+What kind of work does {s} do? That of a {v}.
+Tell me what {s} works as. As a {v}.
+I forgot what {s} does. The work of a {v}.
+What is {s}? A {v}.
 What is {s} by trade? A {v}.
 "What is the work of {s}?" "That of a {v}."
 Do you know the trade of {s}? Yes, a {v}.
@@ -265,6 +332,19 @@ ECHOES: Final = ("Yes, {v}.", "Noted: {v}.", "In short, {v}.", "Again: {v}.", "A
 
 LEADS: Final = ("By the way,", "Well,", "And", "So", "You see,", "Listen:", "One more thing:", "Now,", "Oh,")
 """What may stand before a statement or a question."""
+
+TITLES: Final = (
+    "my friend",
+    "our neighbour",
+    "old",
+    "young",
+    "my sister",
+    "my brother",
+    "your friend",
+    "our dear",
+    "that",
+)
+"""What may stand before the name of a person."""
 
 REPLIES: Final = ("I see.", "Noted.", "Good to know.", "All right.", "I shall remember.", "Thank you.", "Go on.")
 """Answers, in a conversation, to what is no question."""
