@@ -11,6 +11,7 @@ from meristem.data.config import DataConfig, NotebookConfig, TokenizerConfig
 from meristem.data.notebook import FARTHEST, HELD_OUT_GAP, document, documents, names, wordings
 from meristem.data.notebook_words import ATTRIBUTES, NAMES, OWN, TITLES, UNTOLD
 from meristem.data.prepare import prepare
+from meristem.data.sources import resolve
 from meristem.errors import DataError
 
 SMALL = NotebookConfig(size_bytes=2_000_000)
@@ -120,6 +121,12 @@ def test_distances_reach_from_a_few_bytes_to_the_farthest(made):
     """Every octave from 8 bytes to ``FARTHEST``."""
     octaves = {recall.distance.bit_length() for one in made for recall in one.recalls}
     assert octaves >= set(range(4, FARTHEST.bit_length()))
+
+
+def test_another_version_of_its_words_is_read_anew():
+    """A text that was prepared is taken as it is while its files stay; the modules that write it are among them."""
+    paths = {path.name for path in resolve(DataConfig(source="notebook")).paths()}
+    assert paths == {"topics.py", "notebook.py", "notebook_words.py"}
 
 
 def test_it_is_prepared_as_any_text(tmp_path):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
 
-from meristem.data import files, notebook
+from meristem.data import files, notebook, notebook_words
 from meristem.data.config import DataConfig
 from meristem.data.download import Registered, available, local, registered
 from meristem.errors import DataError
@@ -74,7 +74,7 @@ def resolve(data: DataConfig) -> Source:
                 found=data.validation,
             )
         args = {**data.notebook.model_dump(), "validation": data.validation}
-        return Source(name, "notebook", lambda: _notebook(data), _topic_paths, args, licence="PSF-2.0")
+        return Source(name, "notebook", lambda: _notebook(data), _notebook_paths, args, licence="PSF-2.0")
     if name.startswith("installed:"):
         return _installed(data, name.removeprefix("installed:"))
     if name in registered():
@@ -181,6 +181,11 @@ def _notebook(data: DataConfig) -> Iterator[Document]:
 def _topic_paths() -> list[Path]:
     spec = importlib.util.find_spec("pydoc_data.topics")
     return [Path(str(spec.origin))] if spec else []
+
+
+def _notebook_paths() -> list[Path]:
+    """Its prose, and the modules that make it: another version of them makes another text."""
+    return [*_topic_paths(), Path(notebook.__file__), Path(notebook_words.__file__)]
 
 
 def _registered(data: DataConfig, entry: Registered) -> Iterator[Document]:
