@@ -286,8 +286,8 @@ class HeadLearner:
             tokens_bt = torch.cat([learned["tokens_bt"], tokens_bt], dim=1)
         logits = []
         while hidden_btd.shape[1] > chunk:
-            logits_bto, learned = self._whole(hidden_btd[:, :chunk], tokens_bt[:, 1 : chunk + 1], learned)
-            logits.append(logits_bto[:, n_seen:])
+            logits_bto, learned = self._whole(hidden_btd[:, :chunk], tokens_bt[:, 1 : chunk + 1], learned, n_seen)
+            logits.append(logits_bto)
             hidden_btd, tokens_bt, n_seen = hidden_btd[:, chunk:], tokens_bt[:, chunk:], 0
         logits.append(mixed(self._logits(hidden_btd[:, n_seen:], learned), learned["steps_b"]))
         learned = learned | {"hidden_btd": hidden_btd.clone(), "tokens_bt": tokens_bt.clone()}
@@ -304,17 +304,20 @@ class HeadLearner:
         logits_bto = torch.einsum("btd,bod->bto", hidden_btd, weight_bod.to(hidden_btd.dtype))
         return logits_bto if bias_o is None else logits_bto + bias_o
 
-    def _whole(self, hidden_btd: Hidden, targets_bt: Targets, learned: State) -> tuple[Logits, State]:
-        """The logits of a chunk, and what its gradient makes of what was learned."""
-        logits_bto, steps_b, at_bto = self._logits(hidden_btd, learned), learned["steps_b"], targets_bt[..., None]
-        mixed_bto, share_bto = mixed(logits_bto, steps_b), wide(logits_bto).softmax(-1)
-        cost_b = nats_of(mixed_bto, targets_bt).mean(1)
+    def _whole(self, hidden_btd: Hidden, targets_bt: Targets, learned: State, n_seen: int) -> tuple[Tensor, State]:
+        """The logits of a chunk after its first ``n_seen``, and what its gradient makes of what was learned."""
+        steps_b, at_bto = learned["steps_b"], targets_bt[..., None]
         static_bto = functional.linear(hidden_btd, *_head(self.model))
-        static_b = nats_of(static_bto, targets_bt).mean(1)
+        static_b = nats_of(static_bto, targets_bt).mean(1).to(steps_b.dtype)
+        logits_bto = self._logits(hidden_btd, learned)
+        share_bto = wide(logits_bto).softmax(-1)
+        n_ids = share_bto.shape[-1]
+        cost_b = -smoothed(share_bto.gather(-1, at_bto), n_ids).log().mean((1, 2)).to(steps_b.dtype)
+        costs = (torch.where(steps_b > 0, cost_b, static_b), static_b)
+        mixed_bto = mixed(logits_bto[:, n_seen:], steps_b, share_bto[:, n_seen:])
         wrong_bto = share_bto.scatter_add_(-1, at_bto, torch.full_like(at_bto, -1, dtype=share_bto.dtype))
         gradient_bod = torch.einsum("bto,btd->bod", wrong_bto.to(hidden_btd.dtype), hidden_btd / targets_bt.shape[1])
-        costs = (cost_b.to(steps_b.dtype), static_b.to(steps_b.dtype))
-        lost, clip = lost_nats(logits_bto.shape[-1]), self.learning.grad_clip
+        lost, clip = lost_nats(n_ids), self.learning.grad_clip
         stepped, _ = step(learned, {"head_bod": gradient_bod}, costs, first_rate=self.rate, clip=clip, lost_nats=lost)
         return mixed_bto, stepped
 
@@ -354,7 +357,7 @@ def step(
     length_b = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)
     factor_b = rate_b.to(length_b.dtype) * clip / length_b.clamp_min(clip)
     moved = {
-        name: delta[name].to(gradient.dtype).addcmul(_by_row(factor_b, gradient), gradient, value=-1)
+        name: delta[name].to(gradient.dtype, copy=True).addcmul_(_by_row(factor_b, gradient), gradient, value=-1)
         for name, gradient in gradients.items()
     }
     is_finite_b = torch.stack([leaf.flatten(1).norm(dim=1) for leaf in moved.values()]).isfinite().all(0)
@@ -397,21 +400,32 @@ def nats_of(logits_bto: Logits, targets_bt: Targets) -> Float[Tensor, "b t"]:
     return functional.cross_entropy(logits_no, targets_bt.flatten(), reduction="none").view_as(targets_bt)
 
 
-def mixed(logits_bto: Logits, steps_b: Rows) -> Logits:
-    """Logits with a share of the uniform distribution, in rows that have learned something."""
-    if not bool((steps_b > 0).any()):
+def smoothed(share: Tensor, n_ids: int) -> Tensor:
+    """Shares of ids, with that of the uniform distribution in them."""
+    return share.mul(1 - UNIFORM).add_(UNIFORM / n_ids)
+
+
+def mixed(logits_bto: Logits, steps_b: Rows, share_bto: Tensor | None = None) -> Logits:
+    """Logits with a share of the uniform distribution, in rows that have learned something.
+
+    share_bto: their softmax, where it is known.
+    """
+    has_learned_b = steps_b > 0
+    if not bool(has_learned_b.any()):
         return logits_bto
-    share_bto = wide(logits_bto).softmax(-1)
-    is_number_bt = share_bto.sum(-1) > 0
+    share_bto = wide(logits_bto).softmax(-1) if share_bto is None else share_bto
+    n_ids, is_number_bt = logits_bto.shape[-1], share_bto.sum(-1) > 0
     if not bool(is_number_bt.all()):
-        share_bto = share_bto.where(is_number_bt[..., None], 0)
-    mixed_bto = share_bto.mul_(1 - UNIFORM).add_(UNIFORM / logits_bto.shape[-1]).log_().to(logits_bto.dtype)
-    return torch.where(_by_row(steps_b > 0, logits_bto), mixed_bto, logits_bto)
+        share_bto = share_bto.where(is_number_bt[..., None], 1 / n_ids)
+    mixed_bto = smoothed(share_bto, n_ids).log_().to(logits_bto.dtype)
+    if bool(has_learned_b.all()):
+        return mixed_bto
+    return torch.where(_by_row(has_learned_b, logits_bto), mixed_bto, logits_bto)
 
 
 def paid(nats_bt: Float[Tensor, "b t"], n_ids: int, steps_b: Rows) -> Rows:
     """The mean cost of targets under ``mixed`` logits, from what they cost before; not a number where one was not."""
-    mixed_bt = -((-nats_bt).exp() * (1 - UNIFORM) + UNIFORM / n_ids).log()
+    mixed_bt = -smoothed((-nats_bt).exp(), n_ids).log()
     return torch.where(_by_row(steps_b > 0, nats_bt), mixed_bt, nats_bt).mean(1).to(steps_b.dtype)
 
 
