@@ -405,7 +405,7 @@ def smoothed(share: Tensor, n_ids: int) -> Tensor:
     return share.mul(1 - UNIFORM).add_(UNIFORM / n_ids)
 
 
-def mixed(logits_bto: Logits, steps_b: Rows, share_bto: Tensor | None = None) -> Logits:
+def mixed(logits_bto: Logits, steps_b: Rows, share_bto: Logits | None = None) -> Logits:
     """Logits with a share of the uniform distribution, in rows that have learned something.
 
     share_bto: their softmax, where it is known.
