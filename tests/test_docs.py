@@ -1,6 +1,7 @@
 """The documents say what is true: the README runs, the reference is current, links lead somewhere."""
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -129,3 +130,38 @@ def test_the_table_of_faults_is_current() -> None:
     faults = script("faults")
     written = faults.PAGE.read_text(encoding="utf-8")
     assert written == faults.page(), "docs/faults.md is stale: run .venv/bin/python scripts/faults.py"
+
+
+def conversations(page: str) -> list[tuple[list[str], list[str], list[str]]]:
+    """The conversations that a page shows: the words of the command, what is typed behind ``> ``, and what is shown."""
+    found = []
+    for language, text in BLOCK.findall(page):
+        if language == "console":
+            command, *lines = text.splitlines()
+            assert command.startswith("$ meristem chat")
+            typed = [line.removeprefix("> ") for line in lines if line.startswith("> ")]
+            printed = [line for line in lines if line and not line.startswith("> ")]
+            found.append((command.split()[2:], typed, printed))
+    return found
+
+
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+
+
+def test_the_first_hour_is_what_the_model_in_the_box_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every reply on the page, word for word; of what commands print, numbers to one in twenty, and no times."""
+    from meristem.cli import run
+
+    monkeypatch.chdir(ROOT)
+    shown = conversations((ROOT / "docs" / "first-hour.md").read_text(encoding="utf-8"))
+    assert len(shown) >= 3
+    for command, typed, printed in shown:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in typed)))
+        assert run(command) == 0
+        found, expected = capsys.readouterr().out, "\n".join(printed)
+        found, expected = (re.sub(r"in [\d.]+ s", "", text) for text in (found, expected))
+        assert NUMBER.sub("#", found).split() == NUMBER.sub("#", expected).split()
+        numbers = [[float(number.replace(",", "")) for number in NUMBER.findall(text)] for text in (found, expected)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.05)

@@ -1,6 +1,7 @@
 """``meristem chat``: the session behind it, every command, and a reply that can be stopped."""
 
 import json
+import math
 import os
 import select
 import signal
@@ -13,6 +14,7 @@ import pytest
 from meristem.cli import run
 from meristem.cli.chat import BLANK_LINE
 from meristem.models.config import LearnConfig
+from meristem.models.generate import Sampling
 from meristem.models.load import load
 from meristem.serve.session import Session
 
@@ -34,7 +36,7 @@ def chatted(finished, capsys, monkeypatch):
 
 
 def replies(finished, *lines):
-    session = Session(*load(finished))
+    session = Session(*load(finished), sampling=Sampling(temperature=0.2))
     found = []
     for line in lines:
         session.feed(line + "\n")
@@ -69,6 +71,19 @@ def test_forget_begins_afresh(finished, chatted):
     """The same words get the first answer again."""
     found = chatted("one", "/forget", "one")
     assert found[0]["reply"] == found[2]["reply"]
+
+
+def test_a_file_is_read_without_a_reply_and_taken_back(finished, chatted, tmp_path):
+    """The next reply is that of a session that was given the text; bits per byte are those of its surprise."""
+    path = tmp_path / "text"
+    path.write_bytes(b"Ada lives in Oslo.\n\xff\n")
+    read, reply, back, again = chatted(f"/read {path}", "one", "/rollback 2", "one")
+    session = Session(*load(finished), sampling=Sampling(temperature=0.2))
+    turn = session.feed(path.read_bytes().decode("utf-8", "surrogateescape"))
+    assert (read["n_tokens"], read["bits_per_byte"]) == (turn.n_tokens, pytest.approx(turn.nats / math.log(2) / 21))
+    session.feed("one\n")
+    assert reply["reply"] == session.generate(9, until=BLANK_LINE)
+    assert back["taken_back"] == 2 and again["reply"] == replies(finished, "one")[0]
 
 
 def test_a_saved_session_goes_on(finished, chatted, tmp_path):
@@ -124,6 +139,8 @@ def test_memory_is_shown(chatted):
         ("/save", "WrongValue", "/save FILE"),
         ("/load nowhere.session", "NoCheckpoint", "nowhere.session"),
         ("/save /dev/null/a.session", "RunError", "could not be written"),
+        ("/read nowhere.txt", "DataError", "nowhere.txt"),
+        ("/read", "WrongValue", "/read FILE"),
         ("/rollback 1", "WrongValue", "there were 0"),
         ("/rollback two", "WrongValue", "'two' exchanges"),
         ("/go away", "WrongValue", "there are main"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import typer
 
 from meristem.cli.answer import Json, columns, json_line, size, write_text
 from meristem.cli.sample import (
-    Checkpoint,
+    AnyCheckpoint,
     DeviceName,
     Learn,
     LearningRate,
@@ -34,6 +35,7 @@ BLANK_LINE: Final = "\n\n"
 HELP: Final = """\
 What you type is read by the model and changes its memory; then the model writes on, until a blank line or its limit.
   /memory        what the memory holds, layer by layer
+  /read FILE     read a text, without a reply
   /save FILE     write this session to a file
   /load FILE     go on with a saved session
   /fork NAME     copy this session under a name and go on in the copy
@@ -60,9 +62,9 @@ class _Talk:
 
 
 def chat(
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint = None,
     max_tokens: MaxTokens = 200,
-    temperature: Temperature = 0.8,
+    temperature: Temperature = 0.2,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -76,6 +78,7 @@ def chat(
 
     \b
     Examples:
+      meristem chat
       meristem chat runs/latest
       meristem chat runs/latest --learn weights --which mlp --lr 1.5
       printf 'My name is Ada.\\n/memory\\n' | meristem chat runs/latest --json
@@ -186,6 +189,19 @@ def _memory(talk: _Talk, argument: str) -> _Said:
     return {"memory": memory}, [total, *table]
 
 
+def _read(talk: _Talk, argument: str) -> _Said:
+    from meristem.data import files
+
+    text = files.read(Path(_needs(argument, "/read FILE")).expanduser())
+    before = talk.session.turn
+    turn = talk.session.feed(text.decode("utf-8", "surrogateescape"))
+    talk.exchanges[talk.current].append(before)
+    bits_per_byte = turn.nats / math.log(2) / max(1, len(text))
+    result = {"path": argument, "n_tokens": turn.n_tokens, "bits_per_byte": bits_per_byte, "seconds": turn.seconds}
+    words = f"{turn.n_tokens:,} tokens read in {turn.seconds:.1f} s, {bits_per_byte:.3f} bits per byte"
+    return result, [words]
+
+
 def _save(talk: _Talk, argument: str) -> _Said:
     path = Path(_needs(argument, "/save FILE")).expanduser()
     talk.session.save(path)
@@ -248,6 +264,7 @@ def _forget(talk: _Talk, argument: str) -> _Said:
 _COMMANDS: Final[dict[str, Callable[[_Talk, str], _Said]]] = {
     "/help": _help,
     "/memory": _memory,
+    "/read": _read,
     "/save": _save,
     "/load": _load,
     "/fork": _fork,

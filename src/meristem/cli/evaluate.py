@@ -1,5 +1,6 @@
 """`meristem eval`: how well a checkpoint predicts held-out text, what its memory recalls, what it gains by reading."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -7,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from meristem.cli.answer import Json, Overrides, answer, columns, progress_bytes, tell
-from meristem.cli.sample import Checkpoint
+from meristem.cli.sample import AnyCheckpoint
 from meristem.errors import CapabilityError, WrongValue
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from meristem.checkpoint.store import Checkpoint as Found
     from meristem.data.corpus import Corpus
     from meristem.data.tokenizer import Tokenizer
     from meristem.device.resolve import Device
@@ -39,7 +41,7 @@ Picture = Annotated[
 
 
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint = None,
     overrides: Overrides = None,
     suite: Annotated[
         Literal["likelihood", "recall", "adaptation", "remember"], typer.Option("--suite", help="What to measure.")
@@ -91,31 +93,46 @@ def evaluate(
 
     \b
     Examples:
+      meristem eval --suite remember
       meristem eval runs/latest --suite likelihood
       meristem eval runs/latest data.source=other.txt data.validation=0.9 --json
       meristem eval runs/latest --suite recall data.seq_len=1024
       meristem eval runs/latest --suite adaptation --learn weights learn.which=head
       meristem eval runs/latest --suite remember --max-windows 8
     """
-    from meristem.checkpoint.store import find
-    from meristem.device.resolve import resolve
-    from meristem.models.load import load_opened
-    from meristem.runs.config import load_config
-    from meristem.runs.resume import from_checkpoint
-
-    found = find(checkpoint, tell)
-    place, text = str(found.path / "config.yaml"), found.file("config.yaml").decode()
-    told = [*(overrides or ()), *([f"device.device={device_name}"] if device_name is not None else [])]
-    config = load_config(place, told, text=text).tree
-    model, tokenizer = load_opened(found)
-    device = resolve(from_checkpoint(config.device, found), tell)
-    loaded = _Loaded(model.to(device.device), tokenizer, config, device, not overrides, picture)
+    if checkpoint is not None and "=" in checkpoint.name and not checkpoint.exists():
+        checkpoint, overrides = None, [str(checkpoint), *(overrides or ())]
     if picture is not None and suite != "adaptation":
         raise WrongValue(f"--picture draws adaptation, and --suite is {suite}. Leave it out.", key="picture")
+    found, loaded = _opened(checkpoint, overrides or (), device_name, picture)
     suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": _adaptation, "remember": _remember}
     tasks = suites[suite](loaded, learn, max_windows)
     summary = {"schema": "meristem.evaluation/1", "checkpoint": str(found.path), "suite": suite, "tasks": tasks}
     answer(summary, as_json, _words)
+
+
+def _opened(
+    checkpoint: Path | None, overrides: Sequence[str], device_name: str | None, picture: Path | None
+) -> "tuple[Found, _Loaded]":
+    """A checkpoint, or the one that comes along, and its model with the settings that it is measured under.
+
+    Of the text that was made for the latter 2 MB are made again, not 200.
+    """
+    from meristem.checkpoint.store import find
+    from meristem.device.resolve import resolve
+    from meristem.models.load import load_opened
+    from meristem.models.shipped import DIRECTORY
+    from meristem.runs.config import load_config
+    from meristem.runs.resume import from_checkpoint
+
+    found = find(checkpoint or DIRECTORY, tell)
+    place, text = str(found.path / "config.yaml"), found.file("config.yaml").decode()
+    less = ["data.notebook.size_bytes=2000000"] if checkpoint is None else []
+    told = [*less, *overrides, *([f"device.device={device_name}"] if device_name is not None else [])]
+    config = load_config(place, told, text=text).tree
+    model, tokenizer = load_opened(found)
+    device = resolve(from_checkpoint(config.device, found), tell)
+    return found, _Loaded(model.to(device.device), tokenizer, config, device, not overrides, picture)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,15 @@ Checkpoint = Annotated[
         help="A checkpoint, or a run directory for its newest one.",
     ),
 ]
+AnyCheckpoint = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CKPT]",
+        autocompletion=complete.run_directories,
+        help="A checkpoint, or a run directory for its newest one. By default the small model that comes along.",
+        show_default=False,
+    ),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; 1 samples plainly.")
@@ -55,7 +64,7 @@ DeviceName = Annotated[str, typer.Option("--device", help="Where it runs: auto, 
 
 
 def open_session(
-    checkpoint: Path,
+    checkpoint: Path | None,
     *,
     temperature: float,
     top_k: int,
@@ -65,7 +74,7 @@ def open_session(
     learning: "LearnConfig | None" = None,
     device: str = "cpu",
 ) -> "Session":
-    """A fresh session with the model of a checkpoint, in the precision it was saved in."""
+    """A fresh session with the model of a checkpoint, or with the one that comes along."""
     from meristem.models.generate import Sampling
     from meristem.models.load import load
     from meristem.serve.session import Session
@@ -103,7 +112,7 @@ def device_called(name: str) -> "Device":
 
 
 def sample(
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint = None,
     prompt: Annotated[str, typer.Option("--prompt", help="The text to go on from.", show_default=False)] = "",
     from_stdin: Annotated[bool, typer.Option("--stdin", help="Read the prompt from stdin.")] = False,
     max_tokens: MaxTokens = 256,
@@ -121,6 +130,7 @@ def sample(
 
     \b
     Examples:
+      meristem sample --prompt "Ada lives in Oslo. Where does Ada live? In"
       meristem sample runs/latest --prompt "def main(" --max-tokens 200
       head -c 500 book.txt | meristem sample runs/latest --stdin --temperature 0.5
       head -c 9000 code.py | meristem sample runs/latest --stdin --learn weights --which head

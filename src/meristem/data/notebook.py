@@ -75,7 +75,7 @@ ENDED: Final = 0.7
 ASKED_UNTOLD: Final = 0.1
 """In a conversation: shares of the statements that end a line, and of the questions about what was not said."""
 
-_ANSWER: Final = re.compile(r'(?<=[?.]) (?=\S)|(?<=[?.]") ')
+ANSWER: Final = re.compile(r'(?<=[?.]) (?=\S)|(?<=[?.]") ')
 """Where in a question with its answer the answer begins."""
 
 T = TypeVar("T")
@@ -297,7 +297,7 @@ class _Writer:
             if not self.is_talk:
                 self._recall(f"{wording} ", fact, is_new)
             else:
-                question, answer = _ANSWER.split(wording, maxsplit=1)
+                question, answer = ANSWER.split(wording, maxsplit=1)
                 self._recall(f"{question}\n{answer}\n\n", fact, is_new)
                 if self.dice.share() < ASKED_UNTOLD:
                     self._ask_untold()
@@ -309,7 +309,7 @@ class _Writer:
         """A question, in a conversation, of which nothing was said, and that one does not know."""
         subject, attribute = self._topic()
         if (subject, attribute.name) not in self.facts:
-            question = _ANSWER.split(self._sentence(attribute.questions)[0], maxsplit=1)[0]
+            question = ANSWER.split(self._sentence(attribute.questions)[0], maxsplit=1)[0]
             self._put(f"{question.format(s=subject)}\n{self.dice.pick(UNTOLD)}\n\n", is_fact=True)
 
     def _ending(self) -> str:

@@ -16,6 +16,7 @@ from meristem.memory.forms.replay import replayed
 from meristem.memory.state import State
 from meristem.models.build import build
 from meristem.models.config import ModelConfig
+from meristem.models.shipped import DIRECTORY
 from meristem.models.topology import Topology, from_json
 from meristem.models.weights import put_rates
 from meristem.nn.config import MemoryConfig
@@ -31,12 +32,13 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(path: Path | str, emit: Emit = silent) -> Loaded:
+def load(path: Path | str | None = None, emit: Emit = silent) -> Loaded:
     """The model of a checkpoint, on the CPU, in the precision it was saved in.
 
-    path: a checkpoint, or a run directory for its newest one; ``emit`` hears of corrupt ones that were passed over.
+    path: a checkpoint, or a run directory for its newest one; None for the small model that comes along
+    (``models.shipped``). ``emit`` hears of corrupt ones that were passed over.
     """
-    return load_opened(find(Path(path), emit))
+    return load_opened(find(DIRECTORY if path is None else Path(path), emit))
 
 
 def load_opened(checkpoint: Checkpoint) -> Loaded:
