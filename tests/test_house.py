@@ -47,6 +47,7 @@ FILLED_INITS = {
     "meristem.config": "the loader's public names",
     "meristem.memory": "the public names of memory",
     "meristem.nn": "the lazy names of what other models take",
+    "meristem.growth": "the public names of growth",
     "meristem.cli": "the entry point",
 }
 

@@ -1,6 +1,4 @@
-"""What an optimizer has gathered for a model, given to one over the model that has grown out of it (memory.md 6.7).
-A part for growth: nothing calls it yet.
-"""
+"""What an optimizer has gathered for a model, given to one over the model that has grown out of it (memory.md 6.7)."""
 
 from collections.abc import Mapping
 from dataclasses import replace

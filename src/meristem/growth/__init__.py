@@ -1,0 +1,45 @@
+"""Growth: new parts for any model, which change nothing when they come (docs/growth.md)."""
+
+from meristem.growth.attach import attach as attach
+from meristem.growth.attach import slots_in as slots_in
+from meristem.growth.attach import strip as strip
+from meristem.growth.blend import blends as blends
+from meristem.growth.blueprint import Blueprint as Blueprint
+from meristem.growth.blueprint import blueprints as blueprints
+from meristem.growth.fuse import fuse as fuse
+from meristem.growth.fuse import unfuse as unfuse
+from meristem.growth.graft import advance as advance
+from meristem.growth.graft import cost as cost
+from meristem.growth.graft import graft as graft
+from meristem.growth.graft import remove as remove
+from meristem.growth.graft import seeds_in as seeds_in
+from meristem.growth.graft import set_blend as set_blend
+from meristem.growth.optimizer import carry_on as carry_on
+from meristem.growth.optimizer import forget as forget
+from meristem.growth.seed import Seed as Seed
+from meristem.growth.topology import replay as replay
+from meristem.growth.topology import to_json as to_json
+from meristem.growth.topology import topology as topology
+
+__all__ = [
+    "Blueprint",
+    "Seed",
+    "advance",
+    "attach",
+    "blends",
+    "blueprints",
+    "carry_on",
+    "cost",
+    "forget",
+    "fuse",
+    "graft",
+    "remove",
+    "replay",
+    "seeds_in",
+    "set_blend",
+    "slots_in",
+    "strip",
+    "to_json",
+    "topology",
+    "unfuse",
+]

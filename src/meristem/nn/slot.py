@@ -1,0 +1,190 @@
+"""A place in a module where a seed can be attached: the identity while it is empty (growth.md 5).
+
+A module gets a slot by becoming an instance of a subclass of its own class, with the slot as a child. So names of
+parameters, attributes and ``isinstance`` stay what they were, a compiler sees an explicit child and no hook, and
+``unslot`` gives back what was there.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, Protocol, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from meristem.errors import CapabilityError, ShapeError
+from meristem.memory.state import State
+from meristem.nn.documents import Documents
+
+Reads: TypeAlias = Literal["output", "input"]
+Layout: TypeAlias = Literal["btd", "tbd"]
+
+ENTRY: Final = "slot"
+"""Where the state of a module holds that of the seed in its slot; also the name of the child."""
+
+
+class Growing(Protocol):
+    """What a slot can hold: a module that adds to what its host gives, and is not called unless it is live."""
+
+    is_live: bool
+
+    def __call__(
+        self, host: Tensor, read: Tensor, state: State | None, documents: Documents | None
+    ) -> tuple[Tensor, State]: ...
+
+
+class Slot(nn.Module):
+    """Where a seed stands in its host: what it reads, and how wide that and what it adds to are.
+
+    reads: ``output``, what the module gives, or ``input``, what it is given; a seed adds to the output either way.
+    widths: of what is read and of what is added to. layout: the axes of both; ``tbd`` has time first.
+
+    A module whose forward has an argument ``state`` and gives ``(hidden, state)`` with a dict carries the state of the
+    seed in it, under ``slot``. In any other module a seed begins anew with every call.
+    """
+
+    seed: nn.Module | None
+
+    def __init__(self, name: str, *, reads: Reads, widths: tuple[int, int], layout: Layout) -> None:
+        super().__init__()
+        self.name, self.reads, self.widths, self.layout = name, reads, widths, layout
+        self.register_module("seed", None)
+
+    def forward(
+        self, given: Any, read: Any, carried: State | None, documents: Documents | None, *, has_state: bool
+    ) -> Any:
+        """What the module gave, with what the seed adds to it; the same object where there is nothing to add.
+
+        given: a tensor, or a tuple that begins with one. has_state: whether its second entry is a state.
+        Raises ShapeError for tensors other than the slot was made for.
+        """
+        seed = cast(Growing | None, self.seed)
+        if seed is None or not seed.is_live:
+            return given
+        host = given[0] if isinstance(given, tuple) else given
+        self._require(host, self.widths[1], "gives")
+        read = host if self.reads == "output" else read
+        self._require(read, self.widths[0], "is given")
+        if self.layout == "tbd":
+            host, state = seed(host.transpose(0, 1), read.transpose(0, 1), carried, documents)
+            host = host.transpose(0, 1)
+        else:
+            host, state = seed(host, read, carried, documents)
+        if not isinstance(given, tuple):
+            return host
+        if has_state and len(given) == 2 and isinstance(given[1], Mapping):
+            return host, {**given[1], **({ENTRY: state} if state else {})}
+        return type(given)._make((host, *given[1:])) if hasattr(given, "_make") else (host, *given[1:])
+
+    def _require(self, found: Any, width: int, verb: str) -> None:
+        is_tensor = isinstance(found, Tensor) and not found.is_nested and found.is_floating_point()
+        if is_tensor and found.dim() == 3 and found.shape[-1] == width:
+            return
+        if isinstance(found, Tensor):
+            seen = "a nested tensor" if found.is_nested else f"{found.dtype} of shape {tuple(found.shape)}"
+        else:
+            seen = f"a {type(found).__name__}"
+        raise ShapeError(
+            f"the module of slot '{self.name}' {verb} {seen}; the slot was made for floats {tuple(self.layout)} with "
+            f"d = {width}. Attach it with the width that the module has, to a module that gives a hidden tensor first, "
+            f"and call a torch.nn.TransformerEncoder with enable_nested_tensor=False.",
+            found=seen,
+            expected=width,
+        )
+
+    def extra_repr(self) -> str:
+        return f"reads={self.reads}, widths={self.widths}, layout={self.layout}"
+
+
+def require_slottable(name: str, module: nn.Module) -> None:
+    """Raise CapabilityError for a module that cannot have a slot."""
+    cls = type(module)
+    reason = ""
+    if isinstance(module, torch.jit.ScriptModule):
+        reason = "it is scripted; attach before torch.jit"
+    elif hasattr(cls, "unslotted"):
+        reason = "it has one already; graft into that, or strip the model first"
+    elif hasattr(module, ENTRY):
+        reason = f"it uses the name '{ENTRY}' for something else; attach to a module around it or inside it"
+    elif isinstance(module, nn.Sequential):
+        reason = "it calls every child that it has, and the slot would be one; name its last child"
+    elif cls.forward is nn.Module.forward or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        reason = "it is never called; name what it holds"
+    elif "forward" in vars(module):
+        reason = "something has replaced its forward; attach before that"
+    if reason:
+        raise CapabilityError(
+            f"'{name}', of the class {cls.__name__}, cannot have a slot: {reason}.", operation="attach", reason=reason
+        )
+
+
+def put_slot(module: nn.Module, slot: Slot) -> None:
+    """Give a module a slot, in place: parameters and buffers, their names and all attributes stay.
+
+    Raises what ``require_slottable`` raises.
+    """
+    require_slottable(slot.name, module)
+    module.__class__ = _slotted(type(module))  # type: ignore[arg-type]
+    module.add_module(ENTRY, slot)
+
+
+def slot_of(module: nn.Module) -> Slot | None:
+    """The slot of a module that was given one."""
+    slot = getattr(module, ENTRY, None) if hasattr(type(module), "unslotted") else None
+    return slot if isinstance(slot, Slot) else None
+
+
+def unslot(module: nn.Module) -> None:
+    """Undo ``put_slot``, whatever the slot holds."""
+    cls: Any = type(module)
+    delattr(module, ENTRY)
+    module.__class__ = cls.unslotted
+
+
+@functools.cache
+def _slotted(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class of the same name below ``cls``, whose output goes through the slot of the module."""
+    names = [*inspect.signature(cls.forward).parameters][1:]
+    has_state = "state" in names
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        carried = None
+        if has_state and isinstance(given.get("state"), Mapping) and ENTRY in given["state"]:
+            carried = given["state"][ENTRY] or None
+            rest = {name: leaf for name, leaf in given["state"].items() if name != ENTRY}
+            at = names.index("state")
+            if at < len(args):
+                args = (*args[:at], rest, *args[at + 1 :])
+            else:
+                kwargs = {**kwargs, "state": rest}
+        found = cls.forward(self, *args, **kwargs)
+        slot = self.slot
+        if slot.seed is None or not slot.seed.is_live:
+            return found
+        read = args[0] if args else next(iter(kwargs.values()), None)
+        return slot(found, read, carried, _packing(found, given), has_state=has_state)
+
+    body: dict[str, Callable[..., Any] | type] = {"forward": forward, "unslotted": cls}
+    if hasattr(cls, "forward_documents"):
+
+        def forward_documents(self: Any, hidden_btd: Tensor, state: State | None, documents: Documents) -> Any:
+            carried = None if state is None else state.get(ENTRY) or None
+            rest = None if state is None else {name: leaf for name, leaf in state.items() if name != ENTRY}
+            found = cls.forward_documents(self, hidden_btd, rest, documents)
+            return self.slot(found, hidden_btd, carried, documents, has_state=True)
+
+        body["forward_documents"] = forward_documents
+    return type(cls.__name__, (cls,), body)
+
+
+def _packing(found: Any, given: Mapping[str, Any]) -> Documents | None:
+    """How the rows of a call are packed with documents, by the arguments that layers of ours take for it."""
+    if given.get("documents") is not None:
+        packing: Documents = given["documents"]
+        return packing
+    masks = {name: given.get(name.removesuffix("_bt")) for name in ("reset_mask_bt", "padding_mask_bt")}
+    if not any(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in masks.values()):
+        return None
+    return Documents.packed(found[0] if isinstance(found, tuple) else found, **masks)
