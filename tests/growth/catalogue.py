@@ -69,4 +69,4 @@ def grown(name: str, seed: str, *, is_moved: bool = True, **settings: object) ->
 
 def bits(model: nn.Module) -> dict[str, bytes]:
     """All that a model holds, by name."""
-    return {name: x.detach().contiguous().numpy().tobytes() for name, x in model.state_dict().items()}
+    return {name: x.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, x in model.state_dict().items()}

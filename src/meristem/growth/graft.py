@@ -194,7 +194,7 @@ def set_blend(model: nn.Module, slot: str, weight: float, *, steps: int = 0, cur
             value=weight,
         )
     seed.follow(course)
-    return course
+    return seed.way
 
 
 def advance(model: nn.Module) -> dict[str, float]:

@@ -108,8 +108,9 @@ class Seed(KeepsFloat32):
     def follow(self, course: Course) -> None:
         """Stand where ``course`` says."""
         self.course.copy_(course.to_tensor())
-        self.blend_weight.fill_(course.weight)
-        self.is_live = course.weight > 0
+        weight = self.way.weight
+        self.blend_weight.fill_(weight)
+        self.is_live = weight > 0
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
