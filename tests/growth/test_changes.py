@@ -38,6 +38,18 @@ def test_a_fused_seed_is_part_of_the_weight(reads: str, blend: str, dtype: torch
     assert grow.unfuse(model, "0", fused) is seed and bits(model) == before
 
 
+def test_a_feed_forward_of_ours_takes_a_fused_seed() -> None:
+    place, tokens_bt = "blocks.1.mlp.gate_up", zoo.ids(2)
+    model = grow.attach(host("preset-default"), "blocks.*.mlp.gate_up", reads="input")
+    assert list(grow.slots_in(model)) == ["blocks.0.mlp.gate_up", place]
+    nn.init.normal_(grow.graft(model, place, "low_rank", rank=3).layer.out.weight)
+    wanted = logits(model, tokens_bt)
+    grow.fuse(model, place)
+    assert type(grow.strip(model).get_submodule(place)) is nn.Linear
+    torch.testing.assert_close(logits(model, tokens_bt), wanted, rtol=0, atol=1e-12)
+    assert not torch.allclose(wanted, logits(host("preset-default"), tokens_bt), atol=1e-4)
+
+
 def test_a_removed_seed_goes_back_as_it_was() -> None:
     model, made = grown("foreign", "conv")
     before, events = bits(model), []
@@ -137,6 +149,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str]
     (lambda: host("foreign"), lambda m: grow.attach(m, [PLACE, "nothing"]), "no module is called 'nothing'"),
     (lambda: host("foreign"), lambda m: grow.attach(m, "body.layers"), "ModuleList.*never called; name what it holds"),
     (lambda: host("foreign"), lambda m: grow.attach(m, "body.layers.0.linear1"), "Attach to 'body.layers.0'"),
+    (lambda: host("preset-default"), lambda m: grow.attach(m, "blocks.0.mixer.recall.qkv"), "to 'blocks.0.mixer'"),
     (lambda: host("foreign"), lambda m: grow.attach(m, "embedding"), "does not say how wide it is.*width="),
     (lambda: host("foreign"), lambda m: grow.attach(m, "head", width=7), "has the width 29, and 7 was given"),
     (twice, lambda m: grow.attach(m, "a"), "'a' is 'b' as well"),

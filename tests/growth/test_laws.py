@@ -152,7 +152,7 @@ def test_the_state_of_a_seed_goes_in_and_comes_out(seed: str) -> None:
     tokens_bt = zoo.ids(2)
     whole_bto, _ = model(tokens_bt)
     first_bto, state = model(tokens_bt[:, :5])
-    assert ("slot" in state["layer"]["1"]) == made.has_state
+    assert ("slot_blocks" in state["layer"]["1"]) == made.has_state
     then_bto, _ = model(tokens_bt[:, 5:], state)
     torch.testing.assert_close(torch.cat([first_bto, then_bto], dim=1), whole_bto, rtol=0, atol=1e-10)
     _, longer = model(tokens_bt[1:, :9])
@@ -174,15 +174,36 @@ def test_documents_in_one_sequence_know_nothing_of_each_other(seed: str) -> None
     torch.testing.assert_close(said_bto[:, 6:], alone_bto, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["preset-default", "preset-titans-mac", "lm-levels-pooled"])
+def test_seeds_inside_a_block_and_around_it_keep_apart(name: str) -> None:
+    """Slots at a mixer, at the whole block, and inside its feed-forward: each carries its own state."""
+    model = grow.attach(host(name), ["blocks.1", "blocks.1.mixer"], width=12)
+    for slot, blueprint in (("blocks.1", "conv"), ("blocks.1.mixer", "memory")):
+        made = grow.graft(model, slot, blueprint, **SEEDS[blueprint][1])
+        with torch.no_grad():
+            made.layer.get_submodule("out" if blueprint == "conv" else "layer.out").weight.add_(0.2)
+    tokens_bt = zoo.ids(2)
+    mask_bt = torch.zeros(2, zoo.N_TIME, dtype=torch.bool)
+    mask_bt[:, 6] = True
+    whole_bto, _ = model(tokens_bt, None, mask_bt)
+    first_bto, state = model(tokens_bt[:, :6])
+    assert {"slot_blocks", "slot_mixer"} <= state["layer"]["1"].keys()
+    then_bto, _ = model(tokens_bt[:, 6:])
+    torch.testing.assert_close(torch.cat([first_bto, then_bto], dim=1), whole_bto, rtol=0, atol=1e-10)
+    on_bto, _ = model(tokens_bt[:, 6:], state)
+    torch.testing.assert_close(on_bto, model(tokens_bt)[0][:, 6:], rtol=0, atol=1e-10)
+    assert not torch.allclose(on_bto, then_bto, atol=1e-4)
+
+
 def test_a_frozen_reader_does_not_write_the_memory_of_a_seed() -> None:
     model, _ = grown("preset-default", "memory")
     _, state = model(zoo.ids(2))
-    memory = state["layer"]["1"]["slot"]["memory"]
+    memory = state["layer"]["1"]["slot_blocks"]["memory"]
     _, after = frozen(model)(zoo.ids(2, random_seed=8), state)
-    kept = after["layer"]["1"]["slot"]["memory"]
+    kept = after["layer"]["1"]["slot_blocks"]["memory"]
     assert all(torch.equal(kept[key], x) for key, x in memory.items() if isinstance(x, torch.Tensor))
     _, written = model(zoo.ids(2, random_seed=8), state)
-    assert not torch.equal(written["layer"]["1"]["slot"]["memory"]["matrix_bhkv"], memory["matrix_bhkv"])
+    assert not torch.equal(written["layer"]["1"]["slot_blocks"]["memory"]["matrix_bhkv"], memory["matrix_bhkv"])
 
 
 @every_seed

@@ -8,7 +8,7 @@ from torch import nn
 from meristem.config.mistakes import nearest_words
 from meristem.errors import CapabilityError, ShapeError, WrongValue
 from meristem.nn.norm import RMSNorm
-from meristem.nn.slot import ENTRY, Layout, Reads, Slot, put_slot, require_slottable, slot_of, unslot
+from meristem.nn.slot import CHILD, Layout, Reads, Slot, put_slot, require_slottable, slot_of, unslot
 
 WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FSDPModule", "FullyShardedDataParallel"})
 """A part that is added inside of these is trained without the other processes, which would differ without a word."""
@@ -74,7 +74,7 @@ def find_slot(model: nn.Module, name: str) -> Slot:
 
 
 def _matching(model: nn.Module, patterns: list[str]) -> list[str]:
-    names = [name for name, _ in model.named_modules() if name and f".{ENTRY}." not in f".{name}."]
+    names = [name for name, _ in model.named_modules() if name and f".{CHILD}." not in f".{name}."]
     found: dict[str, None] = {}
     for pattern in patterns:
         wanted = re.compile(r"[^.]*".join(map(re.escape, pattern.split("*"))))
@@ -106,7 +106,7 @@ def _require_unwrapped(model: nn.Module) -> None:
 
 
 def _require_own(model: nn.Module, name: str, module: nn.Module) -> None:
-    """The module has one name, and nothing around it uses its weights without calling it."""
+    """The module has one name, and what stands around it calls it."""
     every = list(model.named_modules(remove_duplicate=False))
     others = [other for other, each in every if each is module and other != name]
     if others:
@@ -117,13 +117,20 @@ def _require_own(model: nn.Module, name: str, module: nn.Module) -> None:
             reason="shared module",
         )
     for above, each in every:
-        if isinstance(each, nn.MultiheadAttention | nn.TransformerEncoderLayer) and name.startswith(f"{above}."):
+        if _has_other_doors(each) and name.startswith(f"{above}."):
             raise CapabilityError(
-                f"'{name}' stands in '{above}', of the class {type(each).__name__}, which uses its weights without "
-                f"calling it. Attach to '{above}'.",
+                f"'{name}' stands in '{above}', of the class {type(each).__name__}, which does not always call it. "
+                f"Attach to '{above}'.",
                 operation="attach",
                 reason="not called",
             )
+
+
+def _has_other_doors(module: nn.Module) -> bool:
+    """Whether a module may use what it holds without calling it: layers of torch that have a fast path, and layers of
+    ours that read documents, frozen memories or a single token in ways of their own."""
+    is_fast = isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+    return is_fast or any(hasattr(module, name) for name in ("forward_documents", "forward_frozen", "is_writing"))
 
 
 def _require_layout(name: str, module: nn.Module, layout: Layout) -> None:

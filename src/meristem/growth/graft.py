@@ -15,7 +15,7 @@ from meristem.growth.attach import find_slot, slots_in
 from meristem.growth.course import Course
 from meristem.growth.seed import Origin, Seed
 from meristem.memory.state import size_bytes
-from meristem.nn.slot import ENTRY, Slot
+from meristem.nn.slot import CHILD, Slot
 
 STEP: Final = 0.02
 """The least way of a ramp: what is less is noise around where it stands."""
@@ -97,7 +97,7 @@ def graft(
         made = build(model, place, Origin.of(seed, settings, blend=blend, random_seed=random_seed))
         _probe(made, place)
     place.seed = made
-    names = [f"{slot}.{ENTRY}.seed.{name}" for name, _ in made.named_parameters()]
+    names = [f"{slot}.{CHILD}.seed.{name}" for name, _ in made.named_parameters()]
     n_parameters = sum(each.numel() for each in made.parameters())
     payload = {"slot": slot, "blueprint": made.origin.blueprint, "n_parameters": n_parameters, "names": names}
     emit(Event("graft.done", payload))

@@ -16,7 +16,7 @@ from meristem.growth.graft import build, seeds_in
 from meristem.growth.seed import Origin
 from meristem.models.topology import Change, Topology, changed, changes, from_json
 from meristem.models.topology import to_json as listed
-from meristem.nn.slot import ENTRY
+from meristem.nn.slot import CHILD
 
 VERSION: Final = 1
 
@@ -91,7 +91,7 @@ changes.register("seed", _seed)
 def _host(model: nn.Module) -> str:
     """What tells one host from another: names, shapes and nothing else."""
     shapes = [
-        [name, list(tensor.shape)] for name, tensor in model.state_dict().items() if f".{ENTRY}." not in f".{name}"
+        [name, list(tensor.shape)] for name, tensor in model.state_dict().items() if f".{CHILD}." not in f".{name}"
     ]
     return _digest(shapes)
 

@@ -20,8 +20,8 @@ from meristem.nn.documents import Documents
 Reads: TypeAlias = Literal["output", "input"]
 Layout: TypeAlias = Literal["btd", "tbd"]
 
-ENTRY: Final = "slot"
-"""Where the state of a module holds that of the seed in its slot; also the name of the child."""
+CHILD: Final = "slot"
+"""The name of the slot among the children of its module."""
 
 
 class Growing(Protocol):
@@ -41,7 +41,8 @@ class Slot(nn.Module):
     widths: of what is read and of what is added to. layout: the axes of both; ``tbd`` has time first.
 
     A module whose forward has an argument ``state`` and gives ``(hidden, state)`` with a dict carries the state of the
-    seed in it, under ``slot``. In any other module a seed begins anew with every call.
+    seed in it, under ``entry``: ``slot_blocks`` of ``blocks.1``, ``slot_mixer`` of ``blocks.1.mixer``, whose states are
+    one dict. In any other module a seed begins anew with every call.
     """
 
     seed: nn.Module | None
@@ -49,6 +50,8 @@ class Slot(nn.Module):
     def __init__(self, name: str, *, reads: Reads, widths: tuple[int, int], layout: Layout) -> None:
         super().__init__()
         self.name, self.reads, self.widths, self.layout = name, reads, widths, layout
+        # The same for all blocks of a stack, which so share what is compiled.
+        self.entry = f"{CHILD}_{[part for part in ('', *name.split('.')) if not part.isdecimal()][-1]}"
         self.register_module("seed", None)
 
     def forward(
@@ -74,7 +77,7 @@ class Slot(nn.Module):
         if not isinstance(given, tuple):
             return host
         if has_state and len(given) == 2 and isinstance(given[1], Mapping):
-            return host, {**given[1], **({ENTRY: state} if state else {})}
+            return host, {**given[1], **({self.entry: state} if state else {})}
         return type(given)._make((host, *given[1:])) if hasattr(given, "_make") else (host, *given[1:])
 
     def _require(self, found: Any, width: int, verb: str) -> None:
@@ -105,8 +108,8 @@ def require_slottable(name: str, module: nn.Module) -> None:
         reason = "it is scripted; attach before torch.jit"
     elif hasattr(cls, "unslotted"):
         reason = "it has one already; graft into that, or strip the model first"
-    elif hasattr(module, ENTRY):
-        reason = f"it uses the name '{ENTRY}' for something else; attach to a module around it or inside it"
+    elif hasattr(module, CHILD):
+        reason = f"it uses the name '{CHILD}' for something else; attach to a module around it or inside it"
     elif isinstance(module, nn.Sequential):
         reason = "it calls every child that it has, and the slot would be one; name its last child"
     elif cls.forward is nn.Module.forward or isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -126,19 +129,19 @@ def put_slot(module: nn.Module, slot: Slot) -> None:
     """
     require_slottable(slot.name, module)
     module.__class__ = _slotted(type(module))  # type: ignore[arg-type]
-    module.add_module(ENTRY, slot)
+    module.add_module(CHILD, slot)
 
 
 def slot_of(module: nn.Module) -> Slot | None:
     """The slot of a module that was given one."""
-    slot = getattr(module, ENTRY, None) if hasattr(type(module), "unslotted") else None
+    slot = getattr(module, CHILD, None) if hasattr(type(module), "unslotted") else None
     return slot if isinstance(slot, Slot) else None
 
 
 def unslot(module: nn.Module) -> None:
     """Undo ``put_slot``, whatever the slot holds."""
     cls: Any = type(module)
-    delattr(module, ENTRY)
+    delattr(module, CHILD)
     module.__class__ = cls.unslotted
 
 
@@ -149,11 +152,9 @@ def _slotted(cls: type[nn.Module]) -> type[nn.Module]:
     has_state = "state" in names
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        carried = None
-        if has_state and isinstance(given.get("state"), Mapping) and ENTRY in given["state"]:
-            carried = given["state"][ENTRY] or None
-            rest = {name: leaf for name, leaf in given["state"].items() if name != ENTRY}
+        given, carried, entry = {**dict(zip(names, args, strict=False)), **kwargs}, None, self.slot.entry
+        if has_state and isinstance(given.get("state"), Mapping) and entry in given["state"]:
+            carried, rest = _taken(given["state"], entry)
             at = names.index("state")
             if at < len(args):
                 args = (*args[:at], rest, *args[at + 1 :])
@@ -164,19 +165,24 @@ def _slotted(cls: type[nn.Module]) -> type[nn.Module]:
         if slot.seed is None or not slot.seed.is_live:
             return found
         read = args[0] if args else next(iter(kwargs.values()), None)
-        return slot(found, read, carried, _packing(found, given), has_state=has_state)
+        packing = _packing(found, given) if has_state else None
+        return slot(found, read, carried, packing, has_state=has_state)
 
     body: dict[str, Callable[..., Any] | type] = {"forward": forward, "unslotted": cls}
     if hasattr(cls, "forward_documents"):
 
         def forward_documents(self: Any, hidden_btd: Tensor, state: State | None, documents: Documents) -> Any:
-            carried = None if state is None else state.get(ENTRY) or None
-            rest = None if state is None else {name: leaf for name, leaf in state.items() if name != ENTRY}
+            carried, rest = (None, None) if state is None else _taken(state, self.slot.entry)
             found = cls.forward_documents(self, hidden_btd, rest, documents)
             return self.slot(found, hidden_btd, carried, documents, has_state=True)
 
         body["forward_documents"] = forward_documents
     return type(cls.__name__, (cls,), body)
+
+
+def _taken(state: State, entry: str) -> tuple[State | None, State]:
+    """The state of a seed, and that of its host without it."""
+    return state.get(entry) or None, {name: leaf for name, leaf in state.items() if name != entry}
 
 
 def _packing(found: Any, given: Mapping[str, Any]) -> Documents | None:
