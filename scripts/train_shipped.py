@@ -29,7 +29,7 @@ KEPT = ("run", "tokens", "config_sha256", "code", "tokenizer_fingerprint", "data
 """Fields of the manifest that say where the weights are from."""
 
 N_FACTS = 72
-"""Facts that are asked for one figure."""
+"""Facts that one figure is the mean of."""
 
 N_IN_USE = 122
 """The last names: those that people have."""
