@@ -26,6 +26,8 @@ REGISTRIES: Final = (
     "meristem.models.build:models",
     "meristem.models.topology:changes",
     "meristem.models.lm:mixers",
+    "meristem.growth.blueprint:blueprints",
+    "meristem.growth.blend:blends",
     "meristem.drills.catalogue:drills",
 )
 """Every registry of the package, as ``module:attribute``."""
