@@ -3,8 +3,8 @@
 python scripts/train_shipped.py [--run-dir runs/shipped] [a.b=c ...]
 python scripts/train_shipped.py --ask
 
-Half an hour of one core; the same command goes on where it was interrupted. The second only asks, for the table of its
-card.
+Three quarters of an hour of one core; the same command goes on where it was interrupted. The second only asks, for the
+table of its card.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from meristem.checkpoint import store
 from meristem.checkpoint.store import Checkpoint
 from meristem.cli.chat import BLANK_LINE
 from meristem.data.notebook import ANSWER, Dice, paragraphs, wordings
-from meristem.data.notebook_words import ATTRIBUTES, NAMES
+from meristem.data.notebook_words import ATTRIBUTES, IN_USE
 from meristem.events import silent
 from meristem.models.generate import Sampling
 from meristem.models.load import Loaded, load
@@ -30,9 +30,6 @@ KEPT = ("run", "tokens", "config_sha256", "code", "tokenizer_fingerprint", "data
 
 N_FACTS = 72
 """Facts that one figure is the mean of."""
-
-N_IN_USE = 122
-"""The last names: those that people have."""
 
 
 def put(trained: Checkpoint, directory: Path) -> Path:
@@ -52,8 +49,8 @@ def put(trained: Checkpoint, directory: Path) -> Path:
 def asked(loaded: Loaded, n_facts: int, n_paragraphs: int, *, is_new: bool) -> float:
     """Share of facts that a chat gives back: each told in a line, then paragraphs of the manual, then each asked.
 
-    is_new: in wordings that no training text has. Names and values are those that training has; the likeliest token
-    is taken. A question leaves the conversation as it was.
+    is_new: in wordings that no training text has. One name in eight is held out, no value is; the likeliest token is
+    taken. A question leaves the conversation as it was.
     """
     n_right = 0
     prose = [" ".join(text.split()) for text in paragraphs(is_held_out=True, validation=0.1)]
@@ -66,7 +63,7 @@ def asked(loaded: Loaded, n_facts: int, n_paragraphs: int, *, is_new: bool) -> f
             return session.generate(40, until=BLANK_LINE)
 
         while len(told) < n_facts:
-            person, attribute = dice.pick(NAMES[-N_IN_USE:]), dice.pick(ATTRIBUTES)
+            person, attribute = dice.pick(IN_USE), dice.pick(ATTRIBUTES)
             if person not in told:
                 told[person] = attribute, dice.pick(attribute.values)
                 statement = dice.pick(wordings(attribute.statements, is_new))

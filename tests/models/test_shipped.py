@@ -34,6 +34,12 @@ def test_it_is_what_is_opened_where_nothing_is_named(capsys):
     assert capsys.readouterr().out.rstrip("\n") == expected.generate(5).rstrip("\n")
 
 
+def test_settings_may_follow_where_nothing_is_named(capsys):
+    """The first word is a setting then, and no checkpoint: a misspelt one is refused as such."""
+    assert run(["eval", "data.sorce=x", "--suite", "remember"]) == 2
+    assert "data.source" in capsys.readouterr().err
+
+
 def test_its_card_names_its_size_and_its_training():
     """As they are in the checkpoint."""
     card = (DIRECTORY / "card.md").read_text("utf-8")

@@ -132,7 +132,8 @@ def _opened(
     config = load_config(place, told, text=text).tree
     model, tokenizer = load_opened(found)
     device = resolve(from_checkpoint(config.device, found), tell)
-    return found, _Loaded(model.to(device.device), tokenizer, config, device, not overrides, picture)
+    is_its_own = checkpoint is not None and not overrides
+    return found, _Loaded(model.to(device.device), tokenizer, config, device, is_its_own, picture)
 
 
 @dataclass(frozen=True)

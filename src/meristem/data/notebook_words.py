@@ -17,7 +17,7 @@ _SITE_ENDS: Final = "burg ford haven mouth stad wick dale port field ness".split
 
 _MIDDLES: Final = ("", *"ra li no ve mi to sa lu be ki da re".split())
 
-_CALLED: Final = (
+IN_USE: Final = (
     "Ada Agnes Aisha Alan Alice Amir Anna Anton Ayla Ben Bob Boris Bruno Carla Carlos Chloe Clara Dana David Diego "
     "Dora Edith Elena Eli Emil Emma Erik Eva Felix Fiona Finn Frank Freya George Grace Greta Hana Hanna Hassan Helen "
     "Henry Hugo Ida Igor Ines Ingrid Iris Isaac Ivan Jack Jakob James Jane Jin John Jonas Jorge Judith Julia Karin "
@@ -26,9 +26,10 @@ _CALLED: Final = (
     "Rosa Ruth Sam Sara Simon Sofia Sonja Stefan Susan Tara Tariq Theo Thomas Tom Tove Vera Viktor Walter Yara Yusuf "
     "Zoe"
 ).split()
-NAMES: Final = (*(start + middle + end for start in _STARTS for middle in _MIDDLES for end in _ENDS), *_CALLED)
+"""Names that people have; every eighth of them is held out, as of all names."""
+NAMES: Final = (*(start + middle + end for start in _STARTS for middle in _MIDDLES for end in _ENDS), *IN_USE)
 """So many that a tokenizer does not have most of them as one token: who has learned to recall of names in general can
-recall of one that it never met. The last ones are in use."""
+recall of one that it never met."""
 _CITIES: Final = (
     "Oslo Lima Cairo Quito Turin Paris London Berlin Rome Madrid Lisbon Vienna Prague Warsaw Dublin Athens Bergen "
     "Boston Chicago Dallas Delhi Dakar Geneva Havana Helsinki Istanbul Jakarta Kyoto Lagos Leeds Lyon Milan Moscow "

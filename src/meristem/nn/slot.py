@@ -128,8 +128,9 @@ def put_slot(module: nn.Module, slot: Slot) -> None:
     Raises what ``require_slottable`` raises.
     """
     require_slottable(slot.name, module)
-    module.__class__ = _slotted(type(module))  # type: ignore[arg-type]
-    module.add_module(CHILD, slot)
+    host: Any = module
+    host.__class__ = _slotted(type(host))
+    host.add_module(CHILD, slot)
 
 
 def slot_of(module: nn.Module) -> Slot | None:
