@@ -128,9 +128,9 @@ def put_slot(module: nn.Module, slot: Slot) -> None:
     Raises what ``require_slottable`` raises.
     """
     require_slottable(slot.name, module)
-    host: Any = module
-    host.__class__ = _slotted(type(host))
-    host.add_module(CHILD, slot)
+    cls: Any = type(module)
+    module.__class__ = _slotted(cls)
+    module.add_module(CHILD, slot)
 
 
 def slot_of(module: nn.Module) -> Slot | None:
