@@ -11,8 +11,9 @@ MeristemError
 |- WorkerError (3)      WorkerTimeout  WorkerDied  QueueFull  BreakerOpen
 |- DataError (4)        CorpusTooShort  ManifestMismatch  BadRecords  SplitError  TokenizerMismatch  FileChanged
 |- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
-`- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost  RollbackFailed  Halted  StateTransferFailed
-                        AgreementFailed
+|- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost  RollbackFailed  Halted  StateTransferFailed
+|                       AgreementFailed
+`- GrowthError (5)      IllegalTransition
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.
@@ -231,3 +232,13 @@ def exit_code(error: BaseException) -> int:
         return 130
     is_refused = isinstance(error, (OSError, MemoryError)) or CPU_IS_FULL in str(error)
     return RunError.exit_code if is_refused else UNEXPECTED
+
+
+class GrowthError(MeristemError):
+    """A model cannot be grown as was asked; it is as it was."""
+
+    exit_code = 5
+
+
+class IllegalTransition(GrowthError):
+    """A seed cannot go from the stage that it is at to the one that was asked for."""
