@@ -28,6 +28,7 @@ from meristem.growth.measure import (
     n_left,
     size_ratio,
     spread,
+    switched,
 )
 from meristem.growth.report import GrowthReport, outcome_of
 from meristem.growth.seed import Origin
@@ -41,7 +42,8 @@ class Site(Protocol):
     """The run that a seed stands in, as the acts see it.
 
     tokens: that were read for training. quiet_steps: for how long the guard has said nothing. losses: of training, the
-    newest last. flops_per_token: of the model as it is, forward.
+    newest last. flops_per_token: of the model as it is, forward. step_flops: of a training step. measure_flops: of a
+    ``measure``.
     """
 
     @property
@@ -57,8 +59,9 @@ class Site(Protocol):
     @property
     def flops_per_token(self) -> float: ...
     @property
-    def n_probe_tokens(self) -> int:
-        """Tokens that one ``measure`` reads."""
+    def step_flops(self) -> float: ...
+    @property
+    def measure_flops(self) -> float: ...
 
     def slots(self) -> Collection[str]:
         """The slots of the model."""
@@ -79,7 +82,7 @@ class Site(Protocol):
         """Keep the run as it is, so that it can return to here; whether that could be done."""
 
     def change(self, make: Callable[[nn.Module], Any]) -> Any:
-        """Change the structure of the model; its optimizer, its engine and the log of changes follow, or nothing does."""
+        """Change the structure of the model; optimizer, engine and the log of changes follow, or nothing does."""
 
     def is_isolated(self, slot: str) -> bool | None:
         """Whether gradients of the host are the same with and without the pass of a seed."""
@@ -186,7 +189,7 @@ def start_blending(garden: Garden, order: Order, site: Site, config: GrowConfig,
     paired = ablation(model, life.slot, site.measure)
     found = gates.Stability(paired=paired, gradient_ratio=Gradients.of(model, life.slot, site.loss).ratio)
     result = gates.stability(life, found, config.gates, step=step)
-    garden = _probed(garden, site, 2)
+    garden = _spent(garden, life, 2 * site.measure_flops)
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
@@ -240,8 +243,6 @@ def evaluate(garden: Garden, order: Order, site: Site, config: GrowConfig, step:
 @torch.no_grad()
 def _is_resumed(model: nn.Module, slot: str, site: Site) -> bool:
     """Whether the model says the same after its seed was switched off and on again."""
-    from meristem.growth.measure import switched
-
     before = site.logits(model)
     with switched(model, slot, 0.0):
         site.logits(model)
@@ -254,9 +255,10 @@ def fossilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step
     weight, figures = find_seed(model, life.slot).way.weight, garden.figures.get(life.seed, {})
     without = ablation(model, life.slot, site.measure, weight=weight)
     gained = replace(without, mean=-without.mean, recent=tuple(-each for each in without.recent))
-    recovered, has_room = None, False
+    recovered, has_room, flops = None, False, 2 * site.measure_flops
     if config.gates.recovery != "off":
         recovered, has_room = site.recover(life.slot, config.gates.recovery_steps)
+        flops += has_room * (2 * site.measure_flops + config.gates.recovery_steps * site.step_flops)
     found = gates.Contribution(
         gained=gained,
         params_share=figures.get("params_share"),
@@ -265,7 +267,7 @@ def fossilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step
         has_room=has_room,
     )
     result = gates.contribution(life, found, config.gates, min_age=config.min_age, step=step)
-    garden = _probed(garden, site, 2).noted(
+    garden = _spent(garden, life, flops).noted(
         life.seed, gained=_plain(gained), rent=gates.rent(found, config.gates), recovered=recovered
     )
     passed, garden = _judged(garden, life, result, site, config, step, emit)
@@ -359,8 +361,9 @@ def _judged(
     return False, _culled(garden, life, site, config, step, emit, reason=result.code, gate=result.number)
 
 
-def _probed(garden: Garden, site: Site, n_times: int) -> Garden:
-    return replace(garden, probe_tokens=garden.probe_tokens + n_times * site.n_probe_tokens)
+def _spent(garden: Garden, life: Life, flops: float) -> Garden:
+    """The garden that knows what was spent on a seed beside training: comparisons and recoveries."""
+    return garden.noted(life.seed, flops_spent=garden.figures.get(life.seed, {}).get("flops_spent", 0.0) + flops)
 
 
 def _plain(paired: Paired) -> dict[str, float | int | None]:
@@ -386,7 +389,7 @@ def _report(garden: Garden, life: Life, site: Site, step: int, reason: str) -> N
             metrics=metrics,
             born=life.born,
             ended=step,
-            flops_spent=0.0,
+            flops_spent=figures.get("flops_spent", 0.0),
             notes=reason,
         )
     )

@@ -19,7 +19,7 @@ PENALTY: Final = 2.0
 BLOCKED: Final = 3.0
 """The penalty from which on a blueprint is not used: two culls with little between them."""
 
-MOST_RESULTS: Final = 64
+MOST_RESULTS: Final = 512
 """Gate results that are kept, the newest."""
 
 ENDED: Final = frozenset({Stage.DORMANT, Stage.FOSSILIZED, Stage.TERMINATED})
@@ -81,10 +81,10 @@ class Garden:
     """What growth knows of a run at one moment.
 
     lives: every seed of the run, in the order of their birth, those that have ended too. embargoes: by slot.
-    penalties: by blueprint. queue: orders for the next boundary. held_out: evaluations, the newest last.
-    results: what the gates said, the newest last. probe_tokens: tokens that were read for growth alone, a forward
-    pass each. flops: of all training so far. figures: by seed, what was measured of it at some stage and is needed at
-    a later one. is_stopped: no structure is changed any more, since something was not as it has to be.
+    penalties: by blueprint. queue: orders for the next boundary. held_out: evaluations, the newest last. results: what
+    the gates said, the newest last. flops: of all training so far. figures: by seed, what was measured of it at some
+    stage and is needed at a later one. is_stopped: no structure is changed any more, since something was not as it has
+    to be.
     """
 
     lives: tuple[Life, ...] = ()
@@ -94,7 +94,6 @@ class Garden:
     queue: tuple[Order, ...] = ()
     held_out: tuple[HeldOut, ...] = ()
     results: tuple[GateResult, ...] = ()
-    probe_tokens: int = 0
     flops: float = 0.0
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     is_stopped: bool = False
@@ -162,7 +161,6 @@ class Garden:
             "queue": [order.to_json() for order in self.queue],
             "held_out": [list(each) for each in self.held_out],
             "results": [each.to_json() for each in self.results],
-            "probe_tokens": self.probe_tokens,
             "flops": self.flops,
             "figures": {seed: dict(each) for seed, each in self.figures.items()},
             "is_stopped": self.is_stopped,
@@ -179,7 +177,6 @@ class Garden:
             queue=tuple(Order.from_json(each) for each in saved.get("queue", ())),
             held_out=tuple((step, tokens, flops, nats) for step, tokens, flops, nats in saved.get("held_out", ())),
             results=tuple(GateResult.from_json(each) for each in saved.get("results", ())),
-            probe_tokens=saved.get("probe_tokens", 0),
             flops=saved.get("flops", 0.0),
             figures={seed: dict(each) for seed, each in saved.get("figures", {}).items()},
             is_stopped=saved.get("is_stopped", False),

@@ -142,6 +142,7 @@ def check_order(
         )
     life = next((each for each in garden.lives if each.seed == order.seed), None)
     before = life.stage if life else Stage.DORMANT
+    is_over = life is not None and before is Stage.DORMANT
     target = TARGETS.get(order.operation)
     refusals = (
         ("unknown_operation", target is None, f"'{order.operation}' is none of {', '.join(TARGETS)}"),
@@ -154,8 +155,7 @@ def check_order(
         ("stopped", garden.is_stopped and target in OPEN, "the structure is not changed any more"),
         (
             "illegal_transition",
-            target is not None
-            and (target not in TRANSITIONS[before] or (life is not None and before is Stage.DORMANT)),
+            target is not None and (target not in TRANSITIONS[before] or is_over),
             f"a seed that is {before.name} cannot be made {target.name if target else 'that'}",
         ),
     )

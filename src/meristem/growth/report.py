@@ -35,7 +35,7 @@ Outcome: TypeAlias = Literal["success", "neutral", "regression", "aborted"]
 class GrowthReport:
     """How one seed ended. born, ended: steps. metrics: what was measured of it; None was not measured.
 
-    flops_spent: of reading for growth alone, in the whole run so far. issued_at: in UTC, ISO 8601; it is put in where
+    flops_spent: on comparing and recovering for it. issued_at: in UTC, ISO 8601; it is put in where
     the report is written, and a report without it is refused.
     """
 
@@ -95,7 +95,7 @@ def outcome_of(life: Life, differences: Sequence[float]) -> Outcome:
 
 
 def append(path: Path, report: GrowthReport) -> None:
-    """Write one report to the end of a log; it is on the disk when this returns. Raises ReportInvalid without a time."""
+    """Write one report to the end of a log, on the disk when this returns. Raises ReportInvalid without a time."""
     report.require_time()
     body = orjson.dumps(report.to_json())
     with path.open("ab") as file:

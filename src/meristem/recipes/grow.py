@@ -177,12 +177,16 @@ def _stage_words(payload: Any) -> str:
 
 
 def _gate_words(payload: Any) -> str:
-    checks = ", ".join(
-        f"{check['name']} {'?' if check['value'] is None else format(check['value'], '.4g')} (asked: {check['threshold']})"
-        for check in payload["checks"]
-        if check["status"] != "pass"
+    failed = [check for check in payload["checks"] if check["status"] != "pass"]
+    values = ["not measured" if check["value"] is None else f"{check['value']:.4g}" for check in failed]
+    words = ", ".join(
+        f"{check['name']} {value}, asked {check['threshold']}" for check, value in zip(failed, values, strict=True)
     )
-    return f"step {payload['step']}: {payload['seed']} does not pass {payload['gate']}: {checks}"
+    return f"step {payload['step']}: {payload['seed']} does not pass {payload['gate']}: {words}"
+
+
+def _graft_words(payload: Any) -> str:
+    return f"a seed '{payload['blueprint']}' of {payload['n_parameters']:,} parameters is put into {payload['slot']}"
 
 
 TOLD: Final[dict[str, Callable[[Any], str]]] = {
@@ -246,8 +250,13 @@ class RunSite:
         return int(self._job.config.grow.params_ratio * (n_all - n_seeds)) - n_all
 
     @property
-    def n_probe_tokens(self) -> int:
-        return sum(batch.n_targets for batch in self._held_out)
+    def step_flops(self) -> float:
+        data, train = self._job.config.data, self._job.config.train
+        return 3 * self.flops_per_token * data.batch_size * data.seq_len * train.grad_accum_steps
+
+    @property
+    def measure_flops(self) -> float:
+        return self.flops_per_token * sum(batch.n_targets for batch in self._held_out)
 
     def slots(self) -> Collection[str]:
         return slots_in(self.model).keys()
