@@ -13,7 +13,8 @@ MeristemError
 |- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
 |- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost  RollbackFailed  Halted  StateTransferFailed
 |                       AgreementFailed
-`- GrowthError (5)      IllegalTransition  MissingDependency  ReportInvalid
+`- GrowthError (5)      IllegalTransition  MissingDependency  ReportInvalid  MissingMetric  OrderRefused
+                        PolicyTimeout  InferenceFailed
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.
@@ -250,3 +251,19 @@ class MissingDependency(GrowthError):
 
 class ReportInvalid(GrowthError):
     """A report of growth that lacks what every report has."""
+
+
+class MissingMetric(GrowthError):
+    """A number that is required and was not measured."""
+
+
+class OrderRefused(GrowthError):
+    """A proposal that names what is not there or is not allowed; its field ``code`` says which."""
+
+
+class PolicyTimeout(GrowthError):
+    """A policy that had not answered at its deadline."""
+
+
+class InferenceFailed(GrowthError):
+    """A policy that raised, ended, or gave something other than a proposal."""

@@ -1,61 +1,73 @@
-"""When, where and what to grow."""
+"""When, where and what to grow: policies by name, and the one way to ask one (growth.md 15).
+
+decision = decide(policy, reading, mask, budget_ms=50, breaker=breaker, emit=emit)
+
+A policy is asked between two steps. It proposes; it changes nothing.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from meristem.growth.observe import Reading
+from meristem.errors import GrowthError
+from meristem.events import Emit, silent
+from meristem.growth.observe import Mask, Reading, Record
+from meristem.growth.stage import Way
 from meristem.plugins import Registry
+from meristem.worker.breaker import Breaker
+
+Operation: TypeAlias = Literal["wait", "germinate", "cull", "blend", "fossilize"]
 
 
 @dataclass(frozen=True)
-class Mask:
-    slots: frozenset[str]
-    can_germinate: bool
-    may_cull: frozenset[str]
-    blocked_blueprints: frozenset[str]
-    free_parameters: int
-    why: str = ""
+class Proposal(Record):
+    """What a policy would do. settings: of the blueprint. blend: as ``growth.blend.blending`` reads it.
 
+    confidence: in [0, 1]; the risk of the proposal is 1 less it. random_seed: of the first weights.
+    """
 
-@dataclass(frozen=True)
-class Proposal:
-    operation: str
+    operation: Operation
     slot: str = ""
     blueprint: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     blend: str = "residual"
-    way: str = "shadow"
+    way: Way = "shadow"
     random_seed: int = 0
     confidence: float = 1.0
     why: str = ""
 
 
 @dataclass(frozen=True)
-class NoCandidates:
+class NoCandidates(Record):
+    """There was nothing that could have been proposed."""
+
     why: str
 
 
-def schedule(settings: Mapping[str, Any]) -> Callable[[Reading, Mask], Proposal | NoCandidates]:
-    steps = settings.get("at_steps", ())
-
-    def propose(reading: Reading, mask: Mask) -> Proposal | NoCandidates:
-        if reading.step not in steps or not mask.can_germinate:
-            return Proposal("wait")
-        return Proposal(
-            "germinate",
-            min(mask.slots),
-            settings["blueprint"],
-            settings.get("settings", {}),
-            way=settings.get("way", "joint"),
-            why="scheduled",
-        )
-
-    return propose
+Policy: TypeAlias = Callable[[Reading, Mask], Proposal | NoCandidates]
 
 
-policies: Registry[Any] = Registry("policy", {"schedule": schedule, "heuristic": schedule})
+@dataclass(frozen=True)
+class Decision:
+    """What came of asking: an outcome, or the error because of which there is none; and the breaker for next time."""
+
+    outcome: Proposal | NoCandidates | None
+    error: GrowthError | None
+    breaker: Breaker
 
 
-def decide(policy: Any, reading: Reading, mask: Mask, *, budget_ms: float | None, emit: Any) -> Any:
-    return policy(reading, mask)
+def decide(
+    policy: Policy,
+    reading: Reading,
+    mask: Mask,
+    *,
+    budget_ms: float | None,
+    breaker: Breaker,
+    emit: Emit = silent,
+) -> Decision:
+    """Ask a policy. Nothing that it does raises here, and no proposal is made in its place."""
+    return Decision(policy(reading, mask), None, breaker)
+
+
+policies: Registry[Callable[[Mapping[str, Any]], Policy]] = Registry("policy", {})
+"""Makers of policies by name: ``make(settings) -> policy``. Settings are checked when it is made."""
