@@ -13,8 +13,8 @@ MeristemError
 |- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
 |- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost  RollbackFailed  Halted  StateTransferFailed
 |                       AgreementFailed
-`- GrowthError (5)      IllegalTransition  MissingDependency  ReportInvalid  MissingMetric  OrderRefused
-                        PolicyTimeout  InferenceFailed
+`- GrowthError (5)      IllegalTransition  MissingDependency  ReportInvalid  MissingMetric
+                        OrderRefused  PolicyTimeout  InferenceFailed  OverBudget  TransactionUndone
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.
@@ -267,3 +267,11 @@ class PolicyTimeout(GrowthError):
 
 class InferenceFailed(GrowthError):
     """A policy that raised, ended, or gave something other than a proposal."""
+
+
+class OverBudget(GrowthError):
+    """A change of structure that would cost more than it may."""
+
+
+class TransactionUndone(GrowthError):
+    """A change of structure that failed; model, optimizer and generators are what they were."""

@@ -16,13 +16,19 @@ from meristem.growth.graft import seeds_in as seeds_in
 from meristem.growth.graft import set_blend as set_blend
 from meristem.growth.optimizer import carry_on as carry_on
 from meristem.growth.optimizer import forget as forget
+from meristem.growth.plan import plan_fuse as plan_fuse
+from meristem.growth.plan import plan_graft as plan_graft
+from meristem.growth.plan import plan_remove as plan_remove
 from meristem.growth.seed import Seed as Seed
 from meristem.growth.topology import replay as replay
 from meristem.growth.topology import to_json as to_json
 from meristem.growth.topology import topology as topology
+from meristem.growth.transaction import Limits as Limits
+from meristem.growth.transaction import transaction as transaction
 
 __all__ = [
     "Blueprint",
+    "Limits",
     "Seed",
     "advance",
     "attach",
@@ -33,6 +39,9 @@ __all__ = [
     "forget",
     "fuse",
     "graft",
+    "plan_fuse",
+    "plan_graft",
+    "plan_remove",
     "remove",
     "replay",
     "seeds_in",
@@ -41,5 +50,6 @@ __all__ = [
     "strip",
     "to_json",
     "topology",
+    "transaction",
     "unfuse",
 ]
