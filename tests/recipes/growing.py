@@ -1,12 +1,16 @@
 """A run of forty steps in which a seed lives a whole life."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from meristem.checkpoint.store import newest
 from meristem.events import silent
+from meristem.growth.observe import Mask, Reading
+from meristem.growth.policy import NoCandidates, Policy, Proposal, policies
 from meristem.recipes import grow as grow_module
 from meristem.recipes.grow import grow
 from meristem.recipes.pretrain import Result
@@ -18,7 +22,7 @@ TINY = (
     "model.n_heads=2",
     "model.sliding_window=5",
     "memory.head_dim=4",
-    "optim.lr=0.02",
+    "optim.lr=0.01",
     "eval.every=2",
     "eval.n_samples=0",
     "eval.learn_rate=false",
@@ -43,14 +47,29 @@ GROWS = (
 )
 
 
-def planted(at: int, *, way: str = "joint") -> str:
-    """The policy that puts one seed in at a step."""
-    return f"grow.policy_settings={{at_steps: [{at}], blueprint: bottleneck, settings: {{hidden: 8}}, way: {way}}}"
+def planted(settings: Mapping[str, Any]) -> Policy:
+    """A policy that puts a seed in at a step, and takes it out at another."""
+
+    def propose(reading: Reading, mask: Mask) -> Proposal | NoCandidates:
+        if reading.step == settings["at"] and mask.can_germinate:
+            return Proposal(
+                "germinate", min(mask.slots), "bottleneck", {"hidden": 8}, way=settings["way"], why="it is time"
+            )
+        if reading.step == settings.get("cull") and mask.may_cull:
+            return Proposal("cull", min(mask.may_cull), why="it is time")
+        return Proposal("wait")
+
+    return propose
+
+
+if "planted" not in policies.names():
+    policies.register("planted", planted)
 
 
 def growing(text: Path, *more: str, at: int = 8, way: str = "joint") -> Config:
     """The settings of such a run. at: the step of the graft."""
-    return config(text, *GROWS, "grow.policy=schedule", planted(at, way=way), *more, preset="titans-mag")
+    policy = ("grow.policy=planted", f"grow.policy_settings={{at: {at}, way: {way}}}")
+    return config(text, *GROWS, *policy, *more, preset="titans-mag")
 
 
 def losses(run_dir: Path) -> dict[int, float]:

@@ -5,19 +5,19 @@ A seed whose gate fails is culled at once. Whatever is measured here is the same
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from meristem.errors import CheckpointMismatch, MeristemError
+from meristem.errors import CheckpointMismatch, GrowthError, MeristemError
 from meristem.events import Emit, Event
 from meristem.growth import gates
 from meristem.growth.attach import find_slot
 from meristem.growth.config import GrowConfig
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gates import GateResult
-from meristem.growth.graft import cost, find_seed, graft, remove, seeds_in, set_blend
+from meristem.growth.graft import cost, find_seed, seeds_in, set_blend
 from meristem.growth.measure import (
     Gradients,
     ablation,
@@ -30,6 +30,7 @@ from meristem.growth.measure import (
     spread,
     switched,
 )
+from meristem.growth.plan import Plan, plan_graft, plan_remove
 from meristem.growth.report import GrowthReport, outcome_of
 from meristem.growth.seed import Origin
 from meristem.growth.stage import LIVE, Life, Paired, Stage, Way, move
@@ -81,15 +82,15 @@ class Site(Protocol):
     def keep(self) -> bool:
         """Keep the run as it is, so that it can return to here; whether that could be done."""
 
-    def change(self, make: Callable[[nn.Module], Any]) -> Any:
+    def change(self, plan: Plan) -> None:
         """Change the structure of the model; optimizer, engine and the log of changes follow, or nothing does."""
 
     def is_isolated(self, slot: str) -> bool | None:
         """Whether gradients of the host are the same with and without the pass of a seed."""
 
     def recover(self, slot: str, n_steps: int) -> tuple[float | None, bool]:
-        """Loss without the seed after the host alone was trained on, in a copy, less the loss with it now; and whether
-        the run lasts long enough for that."""
+        """Loss without the seed after the host alone was trained on, less that with it after as many steps on the same
+        text, both in copies; and whether the run lasts long enough for that."""
 
     def report(self, report: GrowthReport) -> None:
         """Write down how a seed ended."""
@@ -112,19 +113,21 @@ def germinate(garden: Garden, order: Order, site: Site, config: GrowConfig, step
         return garden.culled(order.slot, origin.blueprint, step=step, embargo_steps=config.embargo_steps)
     is_stored = site.keep()
 
-    def put(model: nn.Module) -> None:
-        graft(
-            model,
+    try:
+        plan = plan_graft(
+            site.model,
             order.slot,
             origin.blueprint,
             blend=origin.blend,
             random_seed=origin.random_seed,
-            emit=emit,
             **origin.settings,
         )
-        set_blend(model, order.slot, 0.0)
-
-    site.change(put)
+        site.change(plan)
+    except GrowthError as cause:
+        payload = {"seed": life.seed, "slot": order.slot, "step": step, "reason": str(cause)}
+        emit(Event("graft.refused", payload, "error"))
+        return garden.culled(order.slot, origin.blueprint, step=step, embargo_steps=config.embargo_steps)
+    set_blend(site.model, order.slot, 0.0)
     life = move(life, Stage.GERMINATED, step=step, reason=order.why, gate=result.number, emit=emit)
     return garden.with_life(life).noted(life.seed, **shares, is_stored=is_stored)
 
@@ -258,7 +261,7 @@ def fossilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step
     recovered, has_room, flops = None, False, 2 * site.measure_flops
     if config.gates.recovery != "off":
         recovered, has_room = site.recover(life.slot, config.gates.recovery_steps)
-        flops += has_room * (2 * site.measure_flops + config.gates.recovery_steps * site.step_flops)
+        flops += has_room * 2 * (site.measure_flops + config.gates.recovery_steps * site.step_flops)
     found = gates.Contribution(
         gained=gained,
         params_share=figures.get("params_share"),
@@ -288,7 +291,7 @@ def _culled(
     garden: Garden, life: Life, site: Site, config: GrowConfig, step: int, emit: Emit, *, reason: str, gate: str = ""
 ) -> Garden:
     before, parameters = host_digest(site.model), [*find_seed(site.model, life.slot).parameters()]
-    site.change(lambda model: remove(model, life.slot, emit=emit))
+    site.change(plan_remove(site.model, life.slot))
     after, left = host_digest(site.model), n_left(site.optimizer, parameters)
     was_live = life.stage in LIVE
     life = move(life, Stage.CULLED, step=step, reason=reason, gate=gate or None, emit=emit)

@@ -5,10 +5,12 @@ A garden is saved with the run and rolled back with it: what a model holds and w
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, Self
 
 from meristem.growth.gates import GateResult
+from meristem.growth.observe import HeldOut, Trial
 from meristem.growth.stage import Life, Stage
+from meristem.worker.breaker import Breaker
 
 BACKOFF_MOST: Final = 16
 """A slot is locked at most so many times as long as at first."""
@@ -24,9 +26,6 @@ MOST_RESULTS: Final = 512
 
 ENDED: Final = frozenset({Stage.DORMANT, Stage.FOSSILIZED, Stage.TERMINATED})
 """Stages in which nothing more is done about a life that has begun."""
-
-HeldOut: TypeAlias = tuple[int, int, float, float]
-"""Of an evaluation: step, tokens, FLOPs and nats per target."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ class Garden:
     lives: every seed of the run, in the order of their birth, those that have ended too. embargoes: by slot.
     penalties: by blueprint. queue: orders for the next boundary. held_out: evaluations, the newest last. results: what
     the gates said, the newest last. flops: of all training so far. figures: by seed, what was measured of it at some
-    stage and is needed at a later one. is_stopped: no structure is changed any more, since something was not as it has
-    to be.
+    stage and is needed at a later one. breaker: whether the policy is still asked, in steps. is_stopped: no structure
+    is changed any more, since something was not as it has to be.
     """
 
     lives: tuple[Life, ...] = ()
@@ -96,6 +95,7 @@ class Garden:
     results: tuple[GateResult, ...] = ()
     flops: float = 0.0
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    breaker: Breaker = Breaker(n_failures=3, span=1000, pause=1000, n_successes=1)
     is_stopped: bool = False
 
     def open_in(self, slot: str) -> Life | None:
@@ -151,6 +151,27 @@ class Garden:
         """Blueprints that are not used for now."""
         return frozenset(name for name, value in self.penalties.items() if value >= BLOCKED)
 
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """What became of every seed, as policies see it."""
+        found = []
+        for life in self.lives:
+            figures = self.figures.get(life.seed, {})
+            gained, paired = figures.get("gained"), figures.get("paired")
+            ends = [each.step for each in life.history if each.after is Stage.CULLED]
+            found.append(
+                Trial(
+                    slot=life.slot,
+                    blueprint=life.origin.blueprint,
+                    born=life.born,
+                    ended=ends[0] if ends else None,
+                    is_kept=life.stage is Stage.FOSSILIZED,
+                    gain_nats=gained["mean"] if gained else -paired["mean"] if paired else None,
+                    flops_ratio=figures.get("flops_share"),
+                )
+            )
+        return tuple(found)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; ``from_json`` makes the same of them."""
         return {
@@ -163,6 +184,7 @@ class Garden:
             "results": [each.to_json() for each in self.results],
             "flops": self.flops,
             "figures": {seed: dict(each) for seed, each in self.figures.items()},
+            "breaker": self.breaker.to_json(),
             "is_stopped": self.is_stopped,
         }
 
@@ -175,9 +197,10 @@ class Garden:
             penalties=dict(saved.get("penalties", {})),
             latch=Latch(**saved.get("latch", {})),
             queue=tuple(Order.from_json(each) for each in saved.get("queue", ())),
-            held_out=tuple((step, tokens, flops, nats) for step, tokens, flops, nats in saved.get("held_out", ())),
+            held_out=tuple(HeldOut(*each) for each in saved.get("held_out", ())),
             results=tuple(GateResult.from_json(each) for each in saved.get("results", ())),
             flops=saved.get("flops", 0.0),
             figures={seed: dict(each) for seed, each in saved.get("figures", {}).items()},
+            breaker=Breaker.from_json(saved["breaker"]) if "breaker" in saved else cls.breaker,
             is_stopped=saved.get("is_stopped", False),
         )

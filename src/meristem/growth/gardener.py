@@ -1,6 +1,6 @@
 """Growth, step by step: observe -> propose -> check -> act (growth.md 17).
 
-garden = tend(garden, reading, config, propose=propose, slots=names)    # at a boundary: orders are given
+garden = tend(garden, reading, config, ask=ask, slots=names, ...)    # at a boundary: orders are given
 garden = act_on(garden, site, config, step=step)                        # before the next step: they are carried out
 
 All that is known between two steps is in the garden. What the model holds follows from the orders alone.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
-from meristem.errors import MeristemError, MissingDependency
+from meristem.errors import GrowthError, MeristemError, MissingDependency
 from meristem.events import Emit, Event, silent
 from meristem.growth.acts import ACTS, Site
 from meristem.growth.blend import blends
@@ -18,11 +18,12 @@ from meristem.growth.blueprint import blueprints
 from meristem.growth.config import GrowConfig
 from meristem.growth.garden import Garden, Order
 from meristem.growth.observe import Reading
-from meristem.growth.policy import Mask, NoCandidates, Proposal
+from meristem.growth.policy import Decision, Mask, Proposal
 from meristem.growth.stage import OPEN, TRANSITIONS, Life, Stage
+from meristem.worker.breaker import Breaker
 
-Propose: TypeAlias = Callable[[Reading, Mask], Proposal | NoCandidates]
-"""What asks a policy under its deadline and has risk judge the answer; raises nothing but errors of ours."""
+Ask: TypeAlias = Callable[[Reading, Mask, Breaker], Decision]
+"""What asks a policy under its deadline and has risk judge the answer."""
 
 TARGETS: Final[Mapping[str, Stage]] = {
     "germinate": Stage.GERMINATED,
@@ -197,24 +198,26 @@ def tend(
     reading: Reading,
     config: GrowConfig,
     *,
-    propose: Propose,
+    ask: Ask,
     slots: Collection[str],
     free_parameters: int,
     emit: Emit = silent,
 ) -> Garden:
     """The garden with the orders of this boundary in its queue: those by which lives go on, and what was proposed.
 
-    propose: an error of it is an event, and no order comes of it. slots: those of the model.
+    ask: where no answer comes of it, no order does. slots: those of the model.
     """
     orders = [order for life in garden.unfinished if (order := next_order(garden, life, config, reading))]
-    try:
-        proposal = propose(reading, mask_of(garden, reading, config, free_parameters=free_parameters))
-        if isinstance(proposal, Proposal) and (order := order_of(garden, proposal, reading, config)):
-            orders.append(order)
-    except MeristemError as cause:
-        emit(
-            Event("policy.failed", {"step": reading.step, "error": type(cause).__name__, "why": str(cause)}, "warning")
-        )
+    decision = ask(reading, mask_of(garden, reading, config, free_parameters=free_parameters), garden.breaker)
+    garden = replace(garden, breaker=decision.breaker)
+    if isinstance(decision.outcome, Proposal):
+        try:
+            order = order_of(garden, decision.outcome, reading, config)
+        except MissingDependency as cause:
+            payload = {"step": reading.step, "code": "missing", "reason": str(cause)}
+            emit(Event("order.refused", payload, "warning"))
+        else:
+            orders += [order] if order else []
     given: dict[str, Order] = {}
     for order in orders:
         if order.slot in given:
@@ -242,7 +245,7 @@ def _refusal(
 def act_on(garden: Garden, site: Site, config: GrowConfig, *, run_id: str, step: int, emit: Emit = silent) -> Garden:
     """The garden after the orders of its queue were carried out, each checked once more; the model follows.
 
-    Raises what changing the model raises; it is as it was before that order then.
+    Where a change of the model fails the model is what it was, and no structure is changed any more.
     """
     orders, garden = garden.queue, replace(garden, queue=())
     for order in orders:
@@ -250,5 +253,10 @@ def act_on(garden: Garden, site: Site, config: GrowConfig, *, run_id: str, step:
         if refusal:
             emit(Event("order.refused", order.to_json() | {"code": refusal.code, "reason": refusal.why}, "warning"))
             continue
-        garden = ACTS[order.operation](garden, order, site, config, step, emit)
+        try:
+            garden = ACTS[order.operation](garden, order, site, config, step, emit)
+        except GrowthError as cause:
+            payload = {"order": order.operation, "slot": order.slot, "step": step, "why": str(cause)}
+            emit(Event("growth.stopped", payload, "critical"))
+            garden = replace(garden, is_stopped=True)
     return garden

@@ -288,8 +288,8 @@ class Contribution:
     """Of a seed that was fully live, G6.
 
     gained: loss without it less loss with it, a held-out sequence each. params_share, flops_share: what it adds to its
-    host, by what its host has. recovered: the same difference after the host alone was trained on; None where that
-    was not done. has_room: whether the run would have lasted long enough for it.
+    host, by what its host has. recovered: the same difference after both went on for some steps, the host
+    alone and with it; None where that was not done. has_room: whether the run would have lasted long enough for it.
     """
 
     gained: Paired | None = None

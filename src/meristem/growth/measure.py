@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from meristem.growth.course import Course
-from meristem.growth.garden import HeldOut
 from meristem.growth.graft import find_seed
+from meristem.growth.observe import HeldOut
 from meristem.growth.stage import Paired
 from meristem.nn.slot import CHILD
 

@@ -24,16 +24,19 @@ from meristem.events import Event
 from meristem.growth.attach import attach, slots_in
 from meristem.growth.config import GrowConfig
 from meristem.growth.garden import Garden
-from meristem.growth.gardener import Propose, act_on, tend
+from meristem.growth.gardener import act_on, tend
 from meristem.growth.graft import advance, cost, seeds_in, set_blend
-from meristem.growth.observe import Reading, SlotReading
-from meristem.growth.optimizer import carry_on
-from meristem.growth.policy import decide, policies
+from meristem.growth.measure import differences
+from meristem.growth.observe import HeldOut, Reading, SlotReading
+from meristem.growth.plan import Plan
+from meristem.growth.policy import Decision, Mask, decide, policies
 from meristem.growth.report import FILE, GrowthReport, append
 from meristem.growth.stage import Stage
 from meristem.growth.topology import topology
+from meristem.growth.transaction import transaction
 from meristem.models.build import build
 from meristem.models.topology import Topology
+from meristem.optim.groups import build as build_optimizer
 from meristem.optim.schedule import rate_factor
 from meristem.optim.surgery import carried
 from meristem.recipes.plan.flops import counted
@@ -43,10 +46,12 @@ from meristem.runs.config import Config
 from meristem.runs.directory import Run
 from meristem.runs.recovery import Recovery
 from meristem.runs.resume import Job
+from meristem.runs.structure import followed
 from meristem.sinks.console import Console
 from meristem.train.loop import Step, steps
 from meristem.train.loss import cross_entropy
 from meristem.train.state import Held, TrainingState
+from meristem.worker.breaker import Breaker
 
 PROBE_ROWS: Final = 4
 """Held-out sequences that gradients and changes of logits are measured on."""
@@ -117,7 +122,7 @@ class Growth:
         self._run, self._job, self._config = run, job, job.config.grow
         self._site = RunSite(run, job, recovery)
         policy = policies.get(self._config.policy)(self._config.policy_settings)
-        self._propose: Propose = partial(decide, policy, budget_ms=None, emit=self._emit)
+        self._policy = policy
         if job.state.garden is None:
             self._garden = Garden()
 
@@ -154,16 +159,19 @@ class Growth:
             garden,
             reading,
             self._config,
-            propose=self._propose,
+            ask=self._ask,
             slots=self._site.slots(),
             free_parameters=self._site.free_parameters,
             emit=self._emit,
         )
 
+    def _ask(self, reading: Reading, mask: Mask, breaker: Breaker) -> Decision:
+        return decide(self._policy, reading, mask, budget_ms=None, breaker=breaker, emit=self._emit)
+
     def evaluated(self, found: Likelihood) -> None:
         """Hear what held-out text costs."""
         now, garden = self._job.state.progress, self._garden
-        self._garden = garden.evaluated((now.step, now.tokens, garden.flops, found.nats))
+        self._garden = garden.evaluated(HeldOut(now.step, now.tokens, garden.flops, found.nats))
 
     def _emit(self, event: Event) -> None:
         """Record what happens to a seed, and show it."""
@@ -234,8 +242,8 @@ class RunSite:
 
     @property
     def flops_per_token(self) -> float:
-        """Forward, counted once for each structure."""
-        key = repr(self._job.state.topology)
+        """Forward, counted once for each structure, and for each choice of seeds that are switched on."""
+        key = repr((self._job.state.topology, [seed.is_live for seed in seeds_in(self.model).values()]))
         if key not in self._flops:
             tokens_bt = self._probe.tokens_bt[:1]
             with torch.no_grad():
@@ -289,7 +297,7 @@ class RunSite:
             training_loss_nats=loss_nats,
             held_out=garden.held_out,
             slots=tuple(slots),
-            metrics={},
+            trials=garden.trials,
         )
 
     @cached_property
@@ -349,26 +357,41 @@ class RunSite:
     def keep(self) -> bool:
         return self._recovery.snapshot("growth") is not None
 
-    def change(self, make: Callable[[nn.Module], Any]) -> Any:
-        state = self._job.state
-        found = make(state.model)
-        optimizer = carry_on(state.optimizer, state.model, self._job.config.optim)
-        self._job.state = replace(state, optimizer=optimizer, topology=topology(state.model))
-        return found
+    def change(self, plan: Plan) -> None:
+        state, config = self._job.state, self._job.config
+        (probe_bt,) = self._job.device.move(self._probe.tokens_bt)
+        with self._job.device.autocast():
+            receipt = transaction(
+                state.model,
+                state.optimizer,
+                plan,
+                probe_bt,
+                rebuild=lambda model: build_optimizer(model, config.optim),
+                emit=self._run.emit,
+            )
+        self._job.state = followed(receipt, self._run, self._job)
 
     def is_isolated(self, slot: str) -> bool | None:
         return None
 
     def recover(self, slot: str, n_steps: int) -> tuple[float | None, bool]:
-        job, state = self._job, self._job.state
         if self._run.world.size > 1 or not self._has_room(n_steps):
             return None, False
-        live = self.measure(state.model)
-        values, tensors = random_state(job.device.device)
+        values, tensors = random_state(self._job.device.device)
+        losses = []
+        for weight in (0.0, seeds_in(self.model)[slot].way.weight):
+            model = self._trained_copy(slot, weight, n_steps)
+            losses.append(self.measure(model))
+            restore_random_state(values, tensors, self._run.emit, device=self._job.device.device)
+        return -differences(losses[1], losses[0]).mean, True
+
+    def _trained_copy(self, slot: str, weight: float, n_steps: int) -> nn.Module:
+        """A copy of the model with the seed of a slot at a weight, after some steps on the text that comes next."""
+        job, state = self._job, self._job.state
         model = deepcopy(state.model)
         names = {name: name for name, each in model.named_parameters() if each.requires_grad}
         optimizer = carried(state.optimizer, old=state.model, model=model, names=names, config=job.config.optim)
-        set_blend(model, slot, 0.0)
+        set_blend(model, slot, weight)
         held = Held(TrainingState(model, optimizer, alone(model), state.progress))
         schedule = partial(rate_factor, job.config.schedule)
         trained = steps(
@@ -376,9 +399,7 @@ class RunSite:
         )
         for _ in islice(trained, n_steps):
             pass
-        restore_random_state(values, tensors, self._run.emit, device=job.device.device)
-        off = self.measure(model)
-        return sum(off) / len(off) - sum(live) / len(live), True
+        return model
 
     def _has_room(self, n_steps: int) -> bool:
         """Whether the run has so many steps before it."""

@@ -143,7 +143,7 @@ def gate_lines(lives: Sequence[LifeReport]) -> list[tuple[object, ...]]:
 
 
 def draw_lives(path: Path, run_dir: Path, lives: Sequence[LifeReport], emit: Emit = silent) -> None:
-    """Write the losses of a run over its steps as a PNG, and below them a bar for each seed, a colour for each stage."""
+    """Write the losses of a run over its steps as a PNG, and below them a bar for each seed, coloured by stage."""
     records = history(run_dir, emit=emit)
     curves = {
         split: [
