@@ -20,10 +20,12 @@ from meristem.growth.seed import Seed as Seed
 from meristem.growth.topology import replay as replay
 from meristem.growth.topology import to_json as to_json
 from meristem.growth.topology import topology as topology
+from meristem.optim.origins import SeedSettings as SeedSettings
 
 __all__ = [
     "Blueprint",
     "Seed",
+    "SeedSettings",
     "advance",
     "attach",
     "blends",
