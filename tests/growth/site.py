@@ -90,7 +90,10 @@ class TinySite:
     def measure(self, model: nn.Module) -> list[float]:
         tokens_bt = self._tokens(3)
         logits_bto = model(tokens_bt, None)[0]
-        return [float(cross_entropy(row[None, :-1], each[None, 1:])) for row, each in zip(logits_bto, tokens_bt, strict=True)]
+        return [
+            float(cross_entropy(row[None, :-1], each[None, 1:]))
+            for row, each in zip(logits_bto, tokens_bt, strict=True)
+        ]
 
     def loss(self, model: nn.Module) -> Tensor:
         tokens_bt = self._tokens(2)

@@ -25,11 +25,13 @@ from meristem.growth.topology import to_json as to_json
 from meristem.growth.topology import topology as topology
 from meristem.growth.transaction import Limits as Limits
 from meristem.growth.transaction import transaction as transaction
+from meristem.optim.origins import SeedSettings as SeedSettings
 
 __all__ = [
     "Blueprint",
     "Limits",
     "Seed",
+    "SeedSettings",
     "advance",
     "attach",
     "blends",

@@ -77,7 +77,7 @@ class Beside(Protocol):
     """What is done once in every step when its gradients are complete and nothing has moved yet.
 
     It may put gradients on parameters that have none; those that it puts there move with the step. What it draws from
-    global generators, and any other change, is its own affair: the loop looks at nothing.
+    global generators, and any other change, is its own affair.
     """
 
     def __call__(
