@@ -1,16 +1,21 @@
 """A run that grows: whole, killed, rolled back, and against one that does not."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from meristem.checkpoint.run import read
-from meristem.errors import WrongValue
+from meristem.errors import UnknownKey, WrongValue
 from meristem.growth.garden import Garden
+from meristem.growth.graft import seeds_in
 from meristem.growth.stage import Stage
-from meristem.recipes.grow import grow
-from meristem.recipes.pretrain import pretrain
+from meristem.recipes.grow import Growth, grow, prepare
+from meristem.recipes.pretrain import begun, pretrain, train_until_trouble
 from meristem.runs.growth import draw_lives, lives_of, table
+from meristem.runs.logging import Log
+from meristem.runs.resume import contents
 from meristem.sinks.jsonl import read_records
 from recipes.growing import TINY, assert_same, garden, growing, killed_at, losses, run_to_the_end
 from recipes.small import config, write_text
@@ -65,6 +70,42 @@ def test_v3_killed_at_every_boundary_it_goes_on_to_the_bit(text, run_dir, tmp_pa
     assert kept == expected
 
 
+@pytest.mark.parametrize("n_snapshots", [2, 0])
+def test_v4_a_rollback_across_a_graft_brings_back_everything(text, tmp_path, n_snapshots):
+    """From memory or from the disk: the probe costs what it cost, and the seed, its moments and its life are gone."""
+    settings = growing(text, f"rollback.snapshots={n_snapshots}")
+    with begun(
+        settings,
+        run_dir=tmp_path / "run",
+        resume="never",
+        view=None,
+        planned=None,
+        make_job=prepare,
+        time_scale=1000.0,
+    ) as (run, job, recovery):
+        growth = Growth(run, job, recovery)
+        made = train_until_trouble(job, recovery, Log(run, job), growth)
+        assert not any(islice(made, 8))
+        recovery.save(reason="interval", metrics={})
+        before, log = contents(job, recovery.safety, 0.0), job.state.topology
+        expected = {name: {key: x.clone() for key, x in tree.items()} for name, tree in before.trees.items()}
+        assert not any(islice(made, 3))
+        (life,) = job.state.garden.lives
+        assert life.stage is Stage.TRAINING and len(job.state.topology) > len(log)
+        recovery.roll_back(reason="asked")
+        after = contents(job, recovery.safety, 0.0)
+        for name, tree in expected.items():
+            assert after.trees[name].keys() == tree.keys()
+            assert all(torch.equal(after.trees[name][key], tensor) for key, tensor in tree.items())
+        assert (
+            after.values["garden"] == before.values["garden"] and after.values["topology"] == before.values["topology"]
+        )
+        assert not seeds_in(job.model) and not job.state.garden.lives
+        # What was undone comes again, on other text.
+        assert not any(islice(train_until_trouble(job, recovery, Log(run, job), growth), 4))
+        assert [each.stage for each in job.state.garden.lives] == [Stage.TRAINING]
+
+
 def test_v10_growth_that_is_never_triggered_changes_no_bit(text, tmp_path):
     """The same run without growth has the same losses, weights, moments and random numbers."""
     grow(growing(text, at=1000), run_dir=tmp_path / "grown")
@@ -84,8 +125,6 @@ def test_v10_growth_that_is_never_triggered_changes_no_bit(text, tmp_path):
 )
 def test_bad_input_is_one_sentence(text, tmp_path, setting, match):
     """Before a step is made, and with what to do."""
-    from meristem.errors import UnknownKey
-
     with pytest.raises((WrongValue, UnknownKey), match=match) as caught:
         grow(growing(text, setting), run_dir=tmp_path / "run")
     assert "\n" not in str(caught.value)

@@ -159,6 +159,7 @@ def check_order(
             target is not None and (target not in TRANSITIONS[before] or is_over),
             f"a seed that is {before.name} cannot be made {target.name if target else 'that'}",
         ),
+        ("locked", target is Stage.RESETTING and garden.is_locked(order.slot, step), f"'{order.slot}' is locked"),
     )
     for code, is_refused, why in refusals:
         if is_refused:

@@ -355,7 +355,10 @@ class RunSite:
         return float(found.nats)
 
     def keep(self) -> bool:
-        return self._recovery.snapshot("growth") is not None
+        if self._recovery.snapshot("growth") is None:
+            self._recovery.save(reason="growth", metrics={})
+            self._recovery.wait()
+        return True
 
     def change(self, plan: Plan) -> None:
         state, config = self._job.state, self._job.config
