@@ -6,7 +6,6 @@ What was not measured is None, and never 0.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -48,16 +47,27 @@ class Record:
             first = cause.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise WrongValue(
-                f"'{place}' of a saved {cls.__name__}: {first['msg']}. Save what to_json gives, and all of it.",
+                f"'{place}' of a {cls.__name__}: {first['msg']}. Give every field, of its own type, and no other.",
                 value=first["input"],
                 path=place,
             ) from cause
+        except (ValueError, TypeError) as cause:
+            raise WrongValue(f"a {cls.__name__} that is no JSON was found: {cause}. Use plain values.") from cause
         return made
 
+    def checked(self) -> Self:
+        """The same, of plain values. Raises WrongValue where a field is of another type than it should be."""
+        return self.from_json({"version": VERSION, **vars(self)})
 
-@cache
+
 def _adapter(cls: type) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
+    if cls not in _ADAPTERS:
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
+
+
+_ADAPTERS: Final[dict[type, TypeAdapter[Any]]] = {}
+"""One for each class of records, made when it is first needed."""
 
 
 class HeldOut(NamedTuple):
