@@ -275,3 +275,7 @@ class OverBudget(GrowthError):
 
 class TransactionUndone(GrowthError):
     """A change of structure that failed; model, optimizer and generators are what they were."""
+
+
+class OwnershipRefused(GrowthError):
+    """A parameter that somebody else trains."""

@@ -14,10 +14,12 @@ from meristem.errors import CheckpointMismatch, GrowthError, MeristemError
 from meristem.events import Emit, Event
 from meristem.growth import gates
 from meristem.growth.attach import find_slot
+from meristem.growth.blend import Blending, blending
 from meristem.growth.config import GrowConfig
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gates import GateResult
-from meristem.growth.graft import cost, find_seed, seeds_in, set_blend
+from meristem.growth.graft import STEP, cost, find_seed, seeds_in, set_blend
+from meristem.growth.isolation import enter, leave
 from meristem.growth.measure import (
     Gradients,
     ablation,
@@ -101,7 +103,8 @@ Act: TypeAlias = Callable[[Garden, Order, Site, GrowConfig, int, Emit], Garden]
 
 def germinate(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
     """Put a seed into its slot, switched off; a seed that G0 refuses is not put in, and the slot is locked."""
-    origin = Origin.of(order.blueprint or "", order.settings, blend=order.blend, random_seed=order.random_seed)
+    blend = blending(order.blend, config.blending)
+    origin = Origin.of(order.blueprint or "", order.settings, blend=blend.name, random_seed=order.random_seed)
     way: Way = order.way  # type: ignore[assignment]
     life = Life(seed=order.seed, slot=order.slot, origin=origin, born=step, way=way, since=step)
     found, shares = _sanity(garden, life, site, step)
@@ -129,7 +132,7 @@ def germinate(garden: Garden, order: Order, site: Site, config: GrowConfig, step
         return garden.culled(order.slot, origin.blueprint, step=step, embargo_steps=config.embargo_steps)
     set_blend(site.model, order.slot, 0.0)
     life = move(life, Stage.GERMINATED, step=step, reason=order.why, gate=result.number, emit=emit)
-    return garden.with_life(life).noted(life.seed, **shares, is_stored=is_stored)
+    return garden.with_life(life).noted(life.seed, **shares, is_stored=is_stored, blending=str(blend))
 
 
 def _sanity(garden: Garden, life: Life, site: Site, step: int) -> tuple[gates.Sanity, dict[str, float]]:
@@ -180,8 +183,7 @@ def start_training(garden: Garden, order: Order, site: Site, config: GrowConfig,
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
-    if life.way != "shadow":
-        set_blend(model, life.slot, 1.0)
+    enter(model, life.slot, life.way)
     life = move(life, Stage.TRAINING, step=step, reason=order.why, gate=result.number, emit=emit)
     return garden.with_life(life)
 
@@ -192,13 +194,14 @@ def start_blending(garden: Garden, order: Order, site: Site, config: GrowConfig,
     paired = ablation(model, life.slot, site.measure)
     found = gates.Stability(paired=paired, gradient_ratio=Gradients.of(model, life.slot, site.loss).ratio)
     result = gates.stability(life, found, config.gates, step=step)
-    garden = _spent(garden, life, 2 * site.measure_flops)
+    garden = garden.spent(life.seed, 2 * site.measure_flops)
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
-    now = find_seed(model, life.slot).way.weight
-    if now != config.blend_target:
-        set_blend(model, life.slot, config.blend_target, steps=config.blend_steps, curve=config.blend_curve)
+    _unfreeze(model, life)
+    blend = blending_of(garden, life, config)
+    if abs(find_seed(model, life.slot).way.weight - blend.target) >= STEP:
+        set_blend(model, life.slot, blend.target, steps=blend.steps, curve=blend.curve)
     life = move(life, Stage.BLENDING, step=step, reason=order.why, gate=result.number, emit=emit)
     return garden.with_life(life).noted(life.seed, paired=_plain(paired), spread=spread(site.losses))
 
@@ -215,7 +218,8 @@ def stabilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step
         needed=(life.slot,),
         registered=site.slots(),
     )
-    result = gates.interface(life, found, config.gates, target=course.target, step=step)
+    target = blending_of(garden, life, config).target
+    result = gates.interface(life, found, config.gates, target=target, step=step)
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
@@ -270,7 +274,7 @@ def fossilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step
         has_room=has_room,
     )
     result = gates.contribution(life, found, config.gates, min_age=config.min_age, step=step)
-    garden = _spent(garden, life, flops).noted(
+    garden = garden.spent(life.seed, flops).noted(
         life.seed, gained=_plain(gained), rent=gates.rent(found, config.gates), recovered=recovered
     )
     passed, garden = _judged(garden, life, result, site, config, step, emit)
@@ -290,6 +294,7 @@ def cull(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int
 def _culled(
     garden: Garden, life: Life, site: Site, config: GrowConfig, step: int, emit: Emit, *, reason: str, gate: str = ""
 ) -> Garden:
+    _unfreeze(site.model, life)
     before, parameters = host_digest(site.model), [*find_seed(site.model, life.slot).parameters()]
     site.change(plan_remove(site.model, life.slot))
     after, left = host_digest(site.model), n_left(site.optimizer, parameters)
@@ -350,6 +355,17 @@ ACTS: Final[Mapping[str, Act]] = {
 """Operations by name."""
 
 
+def blending_of(garden: Garden, life: Life, config: GrowConfig) -> Blending:
+    """How a seed is blended in."""
+    return blending(garden.figures.get(life.seed, {}).get("blending", life.origin.blend), config.blending)
+
+
+def _unfreeze(model: nn.Module, life: Life) -> None:
+    """Let the host learn again, where it stood still while a seed learned."""
+    if life.way == "frozen_host" and life.stage is Stage.TRAINING:
+        leave(model, frozenset(name for name, _ in model.named_parameters()))
+
+
 def _life(garden: Garden, order: Order) -> Life:
     return next(life for life in garden.lives if life.seed == order.seed)
 
@@ -362,11 +378,6 @@ def _judged(
     if result.passed:
         return True, garden
     return False, _culled(garden, life, site, config, step, emit, reason=result.code, gate=result.number)
-
-
-def _spent(garden: Garden, life: Life, flops: float) -> Garden:
-    """The garden that knows what was spent on a seed beside training: comparisons and recoveries."""
-    return garden.noted(life.seed, flops_spent=garden.figures.get(life.seed, {}).get("flops_spent", 0.0) + flops)
 
 
 def _plain(paired: Paired) -> dict[str, float | int | None]:

@@ -1,11 +1,12 @@
 """Settings of growth: where, what, when, and how much a seed has to bring."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from meristem.config import ConfigSection
-from meristem.growth.stage import Way
+from meristem.growth.blend import Blending
+from meristem.growth.policy import GrowPolicyConfig
 
 
 class GatesConfig(ConfigSection):
@@ -45,25 +46,27 @@ class GrowConfig(ConfigSection):
         default=("blocks.*",), min_length=1, description="modules that get a slot, by name; * is one part of a name"
     )
     reads: Literal["output", "input"] = Field(default="output", description="what a seed reads of its module")
-    policy: str = Field(default="heuristic", description="what decides when, where and what: see `meristem plugins`")
-    policy_settings: dict[str, Any] = Field(default_factory=dict, description="settings of the policy")
-    blueprint: str = Field(default="bottleneck", description="what seeds are built from")
-    settings: dict[str, Any] = Field(default_factory=dict, description="settings of the blueprint")
-    blend: str = Field(default="residual", description="how what a seed adds enters its host")
-    way: Way = Field(default="shadow", description="how a seed on trial gets its gradients")
+    policy: GrowPolicyConfig = GrowPolicyConfig()
+    rate_scale: float = Field(default=1.0, gt=0, description="learning rate of a seed, by that of its host")
+    warmup_steps: int = Field(default=100, ge=0, description="steps until the learning rate of a seed has risen to it")
     shadow_every: int = Field(default=8, ge=1, description="steps between two shadow passes")
     boundary_every: int = Field(default=50, ge=1, description="steps between two looks at the run")
     max_open: int = Field(default=4, ge=1, description="seeds on their way at once")
     params_ratio: float = Field(default=4.0, gt=1, description="most parameters after a graft, by those of the host")
     flops_ratio: float = Field(default=4.0, gt=1, description="most FLOPs of a token, by those of the host")
-    blend_steps: int = Field(default=100, ge=1, description="steps from the blend weight 0 to its target")
+    blend_steps: int = Field(default=100, ge=0, description="steps from the blend weight 0 to its target")
     blend_target: float = Field(default=1.0, gt=0, le=1, description="the blend weight of a seed that was blended in")
     blend_curve: Literal["linear", "cosine", "sigmoid-6", "sigmoid-12", "sigmoid-24"] = Field(
-        default="cosine", description="how it gets there"
+        default="cosine", description="how it gets there; a policy may say otherwise of all three"
     )
     embargo_steps: int = Field(default=200, ge=0, description="steps for which a slot is locked after a first cull")
     min_age: int = Field(default=200, ge=0, description="steps before which no seed is kept, or culled by a policy")
     gates: GatesConfig = GatesConfig()
+
+    @property
+    def blending(self) -> Blending:
+        """How a seed is blended in where its policy says nothing of it."""
+        return Blending(target=self.blend_target, steps=self.blend_steps, curve=self.blend_curve)
 
     @property
     def is_outside_identity(self) -> bool:

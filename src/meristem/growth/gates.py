@@ -44,9 +44,10 @@ class Check:
     ) -> Self:
         """From ``least`` to ``most``, ends included. What is not finite was not measured."""
         words = " and ".join(f"{sign} {limit:g}" for sign, limit in ((">=", least), ("<=", most)) if limit is not None)
-        if value is None or not math.isfinite(value):
+        low, high = -math.inf if least is None else least, math.inf if most is None else most
+        if value is None or not math.isfinite(value) or math.isnan(low) or math.isnan(high):
             return cls(name, None, words, "unmeasured")
-        is_in = (least is None or value >= least) and (most is None or value <= most)
+        is_in = low <= value <= high
         return cls(name, float(value), words, "pass" if is_in else "fail")
 
     @classmethod
