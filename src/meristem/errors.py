@@ -13,7 +13,8 @@ MeristemError
 |- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
 |- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost  RollbackFailed  Halted  StateTransferFailed
 |                       AgreementFailed
-`- GrowthError (5)      IllegalTransition  MissingMetric  OrderRefused  PolicyTimeout  InferenceFailed
+`- GrowthError (5)      IllegalTransition  MissingDependency  MissingMetric
+                        OrderRefused  PolicyTimeout  InferenceFailed
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.
@@ -242,6 +243,10 @@ class GrowthError(MeristemError):
 
 class IllegalTransition(GrowthError):
     """A seed cannot go from the stage that it is at to the one that was asked for."""
+
+
+class MissingDependency(GrowthError):
+    """An order that does not name all that it needs."""
 
 
 class MissingMetric(GrowthError):

@@ -6,6 +6,8 @@ from meristem.growth.attach import strip as strip
 from meristem.growth.blend import blends as blends
 from meristem.growth.blueprint import Blueprint as Blueprint
 from meristem.growth.blueprint import blueprints as blueprints
+from meristem.growth.contribution import ablate as ablate
+from meristem.growth.contribution import contributions as contributions
 from meristem.growth.fuse import fuse as fuse
 from meristem.growth.fuse import unfuse as unfuse
 from meristem.growth.graft import advance as advance
@@ -16,6 +18,7 @@ from meristem.growth.graft import seeds_in as seeds_in
 from meristem.growth.graft import set_blend as set_blend
 from meristem.growth.optimizer import carry_on as carry_on
 from meristem.growth.optimizer import forget as forget
+from meristem.growth.score import slot_scores as slot_scores
 from meristem.growth.seed import Seed as Seed
 from meristem.growth.topology import replay as replay
 from meristem.growth.topology import to_json as to_json
@@ -24,11 +27,13 @@ from meristem.growth.topology import topology as topology
 __all__ = [
     "Blueprint",
     "Seed",
+    "ablate",
     "advance",
     "attach",
     "blends",
     "blueprints",
     "carry_on",
+    "contributions",
     "cost",
     "forget",
     "fuse",
@@ -37,6 +42,7 @@ __all__ = [
     "replay",
     "seeds_in",
     "set_blend",
+    "slot_scores",
     "slots_in",
     "strip",
     "to_json",
