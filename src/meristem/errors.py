@@ -15,6 +15,7 @@ MeristemError
 |                       AgreementFailed
 `- GrowthError (5)      IllegalTransition  MissingDependency  ReportInvalid  MissingMetric
                         OrderRefused  PolicyTimeout  InferenceFailed  OverBudget  TransactionUndone
+                        OwnershipRefused
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.

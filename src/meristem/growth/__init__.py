@@ -6,6 +6,8 @@ from meristem.growth.attach import strip as strip
 from meristem.growth.blend import blends as blends
 from meristem.growth.blueprint import Blueprint as Blueprint
 from meristem.growth.blueprint import blueprints as blueprints
+from meristem.growth.contribution import ablate as ablate
+from meristem.growth.contribution import contributions as contributions
 from meristem.growth.fuse import fuse as fuse
 from meristem.growth.fuse import unfuse as unfuse
 from meristem.growth.graft import advance as advance
@@ -19,6 +21,7 @@ from meristem.growth.optimizer import forget as forget
 from meristem.growth.plan import plan_fuse as plan_fuse
 from meristem.growth.plan import plan_graft as plan_graft
 from meristem.growth.plan import plan_remove as plan_remove
+from meristem.growth.score import slot_scores as slot_scores
 from meristem.growth.seed import Seed as Seed
 from meristem.growth.topology import replay as replay
 from meristem.growth.topology import to_json as to_json
@@ -32,11 +35,13 @@ __all__ = [
     "Limits",
     "Seed",
     "SeedSettings",
+    "ablate",
     "advance",
     "attach",
     "blends",
     "blueprints",
     "carry_on",
+    "contributions",
     "cost",
     "forget",
     "fuse",
@@ -48,6 +53,7 @@ __all__ = [
     "replay",
     "seeds_in",
     "set_blend",
+    "slot_scores",
     "slots_in",
     "strip",
     "to_json",

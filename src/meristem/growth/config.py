@@ -7,6 +7,7 @@ from pydantic import Field
 from meristem.config import ConfigSection
 from meristem.growth.blend import Blending
 from meristem.growth.policy import GrowPolicyConfig
+from meristem.growth.risk import RiskConfig
 
 
 class GatesConfig(ConfigSection):
@@ -62,6 +63,7 @@ class GrowConfig(ConfigSection):
     embargo_steps: int = Field(default=200, ge=0, description="steps for which a slot is locked after a first cull")
     min_age: int = Field(default=200, ge=0, description="steps before which no seed is kept, or culled by a policy")
     gates: GatesConfig = GatesConfig()
+    risk: RiskConfig = RiskConfig()
 
     @property
     def blending(self) -> Blending:

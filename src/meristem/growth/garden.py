@@ -9,6 +9,7 @@ from typing import Any, Final, Self
 
 from meristem.growth.gates import GateResult
 from meristem.growth.observe import HeldOut, Trial
+from meristem.growth.risk import Latch
 from meristem.growth.stage import Life, Stage
 from meristem.worker.breaker import Breaker
 
@@ -34,15 +35,6 @@ class Embargo:
 
     until: int
     n_culls: int
-
-
-@dataclass(frozen=True)
-class Latch:
-    """Whether the run is careful, since which step nothing has spoken for it, and why it began (growth.md 16)."""
-
-    is_closed: bool = False
-    quiet_since: int = 0
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,7 @@ class Garden:
     """What growth knows of a run at one moment.
 
     lives: every seed of the run, in the order of their birth, those that have ended too. embargoes: by slot.
-    penalties: by blueprint. queue: orders for the next boundary. held_out: evaluations, the newest last. results: what
+    penalties: by blueprint. latch: whether the run is conservative. queue: orders for the next boundary. held_out: evaluations, the newest last. results: what
     the gates said, the newest last. flops: of all training so far. figures: by seed, what was measured of it at some
     stage and is needed at a later one. breaker: whether the policy is still asked; None before it was for the first
     time. is_stopped: no structure is changed any more, since something was not as it has to be.
@@ -190,7 +182,7 @@ class Garden:
             "lives": [life.to_json() for life in self.lives],
             "embargoes": {slot: vars(each) for slot, each in self.embargoes.items()},
             "penalties": dict(self.penalties),
-            "latch": vars(self.latch),
+            "latch": self.latch.to_json(),
             "queue": [order.to_json() for order in self.queue],
             "held_out": [list(each) for each in self.held_out],
             "results": [each.to_json() for each in self.results],
@@ -207,7 +199,7 @@ class Garden:
             lives=tuple(Life.from_json(each) for each in saved.get("lives", ())),
             embargoes={slot: Embargo(**each) for slot, each in saved.get("embargoes", {}).items()},
             penalties=dict(saved.get("penalties", {})),
-            latch=Latch(**saved.get("latch", {})),
+            latch=Latch.from_json(saved["latch"]) if "latch" in saved else Latch(),
             queue=tuple(Order.from_json(each) for each in saved.get("queue", ())),
             held_out=tuple(HeldOut(*each) for each in saved.get("held_out", ())),
             results=tuple(GateResult.from_json(each) for each in saved.get("results", ())),

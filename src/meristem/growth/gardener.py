@@ -19,11 +19,12 @@ from meristem.growth.config import GrowConfig
 from meristem.growth.garden import Garden, Order
 from meristem.growth.observe import Reading
 from meristem.growth.policy import Decision, Mask, Proposal
+from meristem.growth.risk import judge
 from meristem.growth.stage import OPEN, TRANSITIONS, Life, Stage
 from meristem.worker.breaker import Breaker
 
 Ask: TypeAlias = Callable[[Reading, Mask, Breaker | None], Decision]
-"""What asks a policy under its deadline and has risk judge the answer."""
+"""What asks a policy under its deadline."""
 
 TARGETS: Final[Mapping[str, Stage]] = {
     "germinate": Stage.GERMINATED,
@@ -213,6 +214,17 @@ def tend(
     orders = [order for life in garden.unfinished if (order := next_order(garden, life, config, reading))]
     decision = ask(reading, mask_of(garden, reading, config, free_parameters=free_parameters), garden.breaker)
     garden = replace(garden, breaker=decision.breaker)
+    if decision.outcome is not None:
+        verdict = judge(reading, decision.outcome, config.risk, garden.latch)
+        garden = replace(garden, latch=verdict.latch)
+        if verdict.action != "allow":
+            payload = {
+                "step": reading.step,
+                "action": verdict.action,
+                "reasons": [str(each) for each in verdict.reasons],
+            }
+            emit(Event("risk.held_up", payload, "warning"))
+            decision = replace(decision, outcome=None)
     if isinstance(decision.outcome, Proposal):
         try:
             order = order_of(garden, decision.outcome, reading, config)

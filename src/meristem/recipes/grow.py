@@ -1,7 +1,7 @@
 """Training that grows: seeds are put where they are wanted, tried, blended in, and kept or removed (growth.md 17)."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
@@ -34,6 +34,7 @@ from meristem.growth.plan import Plan
 from meristem.growth.policy import Decision, Mask, Policy, breaker_of, budget_ms, decide, open_policy, policies
 from meristem.growth.report import FILE, GrowthReport, append
 from meristem.growth.schedule import BUDGET_SHARE
+from meristem.growth.score import slot_scores
 from meristem.growth.stage import Stage
 from meristem.growth.topology import topology
 from meristem.growth.transaction import transaction
@@ -61,6 +62,9 @@ from meristem.worker.breaker import Breaker
 
 MOST_VIOLATIONS: Final = 3
 """How often a host may be found not to be isolated from a seed before that is taken out."""
+
+SCORED_RANK: Final = 4
+"""The rank of the additions by which slots are compared."""
 
 PROBE_ROWS: Final = 4
 """Held-out sequences that gradients and changes of logits are measured on."""
@@ -214,7 +218,8 @@ class Growth:
             return
         for slot, weight in weights.items():
             self._run.emit(Event("blend.reported", {"step": now.step, "slot": slot, "weight": weight}))
-        reading = self._site.reading(garden, step.loss_nats)
+        is_open = len(garden.unfinished) < len(self._site.slots())
+        reading = self._site.reading(garden, step, self._site.scores() if is_open else {})
         self._garden = tend(
             garden,
             reading,
@@ -337,8 +342,20 @@ class RunSite:
     def slots(self) -> Collection[str]:
         return slots_in(self.model).keys()
 
-    def reading(self, garden: Garden, loss_nats: float | None) -> Reading:
+    def scores(self) -> dict[str, float | None]:
+        """How much a seed would help in each empty slot, from a few held-out sequences."""
+        places = slots_in(self.model)
+        empty = [name for name, place in places.items() if place.seed is None and min(place.widths) >= SCORED_RANK]
+        found = slot_scores(self.model, [None], lambda model, _: self.loss(model), empty, SCORED_RANK)
+        return {name: each.score for name, each in found.items()}
+
+    def reading(self, garden: Garden, step: Step, scores: Mapping[str, float | None]) -> Reading:
         """What is known of the run now."""
+        own = {
+            BUDGET_SHARE: step.progress.share(self._job.config.train),
+            "isolation_violations": float(sum(life.n_violations for life in garden.lives if life.is_open)),
+            "open_breakers": float(garden.breaker is not None and garden.breaker.state(step.progress.step) == "open"),
+        }
         now, seeds = self._job.state.progress, seeds_in(self.model)
         slots = []
         for name in self.slots():
@@ -352,8 +369,7 @@ class RunSite:
                     blueprint=seeds[name].origin.blueprint if name in seeds else None,
                     blend_weight=seeds[name].way.weight if name in seeds else 0.0,
                     age_steps=now.step - life.born if life else 0,
-                    score=None,
-                    gradient_rms=None,
+                    score=scores.get(name),
                     embargo_until=embargo.until if embargo else None,
                 )
             )
@@ -362,10 +378,10 @@ class RunSite:
             step=now.step,
             tokens=now.tokens,
             flops=garden.flops,
-            training_loss_nats=loss_nats,
+            training_loss_nats=step.loss_nats,
             held_out=garden.held_out,
             slots=tuple(slots),
-            metrics={BUDGET_SHARE: now.share(self._job.config.train)},
+            metrics=own,
             trials=garden.trials,
         )
 
