@@ -67,10 +67,9 @@ if "planted" not in policies.names():
     policies.register("planted", planted)
 
 
-def growing(text: Path, *more: str, at: int = 8, way: str = "shadow") -> Config:
-    """The settings of such a run. at: the step of the graft."""
-    policy = ("grow.policy.name=planted", f"grow.policy.settings={{at: {at}, way: {way}}}")
-    return config(text, *GROWS, *policy, *more, preset="titans-mag")
+def growing(text: Path, *more: str, policy: str = "{name: planted, settings: {at: 8, way: shadow}}") -> Config:
+    """The settings of such a run. policy: the name and settings of one; by default it grafts at step 8."""
+    return config(text, *GROWS, f"grow.policy={policy}", *more, preset="titans-mag")
 
 
 def losses(run_dir: Path) -> dict[int, float]:

@@ -123,7 +123,7 @@ def test_a_grown_model_is_opened_by_name_alone(run_dir):
 
 def test_v10_growth_that_is_never_triggered_changes_no_bit(text, tmp_path):
     """The same run without growth has the same losses, weights, moments and random numbers."""
-    grow(growing(text, at=1000), run_dir=tmp_path / "grown")
+    grow(growing(text, policy="{name: never}"), run_dir=tmp_path / "grown")
     pretrain(config(text, *TINY, preset="titans-mag"), run_dir=tmp_path / "plain")
     assert_same(tmp_path / "grown", tmp_path / "plain")
 
@@ -133,8 +133,6 @@ def test_v10_growth_that_is_never_triggered_changes_no_bit(text, tmp_path):
     [
         ("grow.slots=[block.1]", "no module is called 'block.1'. Nearest: blocks.1"),
         ("grow.policy.name=plantd", "planted"),
-        ("grow.policy={name: schedule, settings: {steps: [8], blueprint: bottle_neck}}", "bottleneck"),
-        ("grow.policy={name: schedule, settings: {steps: [8], settings: {hiden: 8}}}", "hidden"),
         ("grow.params_ratio=1.0001", "grow.params_ratio=1.0001 leaves"),
     ],
 )
@@ -143,4 +141,14 @@ def test_bad_input_is_one_sentence(text, tmp_path, setting, match):
     with pytest.raises((WrongValue, UnknownKey), match=match) as caught:
         grow(growing(text, setting), run_dir=tmp_path / "run")
     assert "\n" not in str(caught.value)
+    assert not losses(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [("{steps: [8], blueprint: bottle_neck}", "bottleneck"), ("{steps: [8], settings: {hiden: 8}}", "hidden")],
+)
+def test_a_policy_with_wrong_settings_is_refused_before_anything_is_made(text, tmp_path, settings, match):
+    with pytest.raises((WrongValue, UnknownKey), match=match):
+        grow(growing(text, policy=f"{{name: schedule, settings: {settings}}}"), run_dir=tmp_path / "run")
     assert not losses(tmp_path / "run")

@@ -28,9 +28,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pruned(text: Path, *more: str) -> Config:
     """A run into which a seed is put at one step, and taken out at another."""
-    planted = f"grow.policy.settings={{at: {GRAFT}, way: joint, cull: {PRUNE}}}"
+    policy = f"{{name: planted, settings: {{at: {GRAFT}, way: joint, cull: {PRUNE}}}}}"
     trial = "grow.gates.training_steps=100"
-    return growing(text, planted, trial, "checkpoint.every=1", "checkpoint.last=100", *more)
+    return growing(text, trial, "checkpoint.every=1", "checkpoint.last=100", *more, policy=policy)
 
 
 def test_g1_grafted_killed_resumed_pruned_killed_and_resumed_is_the_undisturbed_run(text, tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_g2_the_loss_stays_beside_that_of_the_twin(text, tmp_path, blueprint, op
     settings = {"memory": "{head_dim: 4, chunk: 3}"}.get(blueprint, "{}")
     how = f"{{name: schedule, settings: {{steps: [8], way: joint, blueprint: {blueprint}, settings: {settings}}}}}"
     more = (f"optim.name={optimizer}", "train.steps=120", "eval.every=8")
-    grown = growing(text, *more, "grow.gates.training_steps=1000", f"grow.policy={how}")
+    grown = growing(text, *more, "grow.gates.training_steps=1000", policy=how)
     grow(grown, run_dir=tmp_path / "grown")
     pretrain(config(text, *TINY, *more, preset="titans-mag"), run_dir=tmp_path / "twin")
     found, twin = held_out(tmp_path / "grown"), held_out(tmp_path / "twin")
@@ -80,7 +80,8 @@ def test_g2_the_loss_stays_beside_that_of_the_twin(text, tmp_path, blueprint, op
 
 def test_g2_a_seed_that_does_harm_is_taken_out_and_the_record_says_why(text, tmp_path):
     """One that moves a thousand times too fast: its trial ends with the number that it failed by."""
-    settings = growing(text, "grow.rate_scale=1000", "guard.enabled=false", way="joint")
+    policy = "{name: planted, settings: {at: 8, way: joint}}"
+    settings = growing(text, "grow.rate_scale=1000", "guard.enabled=false", policy=policy)
     grow(settings, run_dir=tmp_path / "run")
     (life,) = garden(tmp_path / "run")["lives"]
     (end,) = [each for each in life["history"] if each["after"] == Stage.CULLED]

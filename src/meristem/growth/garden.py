@@ -72,10 +72,11 @@ class Garden:
     """What growth knows of a run at one moment.
 
     lives: every seed of the run, in the order of their birth, those that have ended too. embargoes: by slot.
-    penalties: by blueprint. latch: whether the run is conservative. queue: orders for the next boundary. held_out: evaluations, the newest last. results: what
-    the gates said, the newest last. flops: of all training so far. figures: by seed, what was measured of it at some
-    stage and is needed at a later one. breaker: whether the policy is still asked; None before it was for the first
-    time. is_stopped: no structure is changed any more, since something was not as it has to be.
+    penalties: by blueprint. latch: whether the run is conservative. queue: orders for the next boundary. held_out:
+    evaluations, the newest last. results: what the gates said, the newest last. flops: of all training so far.
+    figures: by seed, what was measured of it at some stage and is needed at a later one. breaker: whether the policy is
+    still asked; None before it was for the first time. is_stopped: no structure is changed any more, since something
+    was not as it has to be.
     """
 
     lives: tuple[Life, ...] = ()
