@@ -48,6 +48,7 @@ FILLED_INITS = {
     "meristem.memory": "the public names of memory",
     "meristem.nn": "the lazy names of what other models take",
     "meristem.growth": "the public names of growth",
+    "meristem.growth.surgery": "its operators, which register themselves",
     "meristem.cli": "the entry point",
 }
 

@@ -1,5 +1,6 @@
 """Growth: new parts for any model, which change nothing when they come (docs/growth.md)."""
 
+from meristem.growth import surgery as surgery
 from meristem.growth.attach import attach as attach
 from meristem.growth.attach import slots_in as slots_in
 from meristem.growth.attach import strip as strip
@@ -56,6 +57,7 @@ __all__ = [
     "slot_scores",
     "slots_in",
     "strip",
+    "surgery",
     "to_json",
     "topology",
     "transaction",
