@@ -85,8 +85,8 @@ def test_g2_a_seed_that_does_harm_is_taken_out_and_the_record_says_why(text, tmp
     grow(settings, run_dir=tmp_path / "run")
     (life,) = garden(tmp_path / "run")["lives"]
     (end,) = [each for each in life["history"] if each["after"] == Stage.CULLED]
-    assert end["reason"] == "G2.paired:fail"
+    assert end["reason"] == "G2.gained:fail"
     (failed,) = [each for each in garden(tmp_path / "run")["results"] if each["gate"] == "G2"]
     assert end["gate"] == f"{life['seed']}/G2@{failed['step']}"
-    assert [check["value"] > 0 for check in failed["checks"] if check["name"] == "paired"] == [True]
+    assert [check["value"] < 0 for check in failed["checks"] if check["name"] == "gained"] == [True]
     assert not seeds_in(load(tmp_path / "run").model)

@@ -10,19 +10,19 @@ from typing import Final, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from meristem.errors import CheckpointMismatch, GrowthError, MeristemError
+from meristem.errors import CheckpointMismatch, GrowthError, MeristemError, MissingMetric
 from meristem.events import Emit, Event
 from meristem.growth import gates
 from meristem.growth.attach import find_slot
 from meristem.growth.blend import Blending, blending
 from meristem.growth.config import GrowConfig
+from meristem.growth.contribution import ablate, switched
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gates import GateResult
 from meristem.growth.graft import STEP, cost, find_seed, seeds_in, set_blend
 from meristem.growth.isolation import enter, leave
 from meristem.growth.measure import (
     Gradients,
-    ablation,
     expected,
     host_digest,
     is_grouped,
@@ -30,7 +30,6 @@ from meristem.growth.measure import (
     n_left,
     size_ratio,
     spread,
-    switched,
 )
 from meristem.growth.plan import Plan, plan_graft, plan_remove
 from meristem.growth.report import GrowthReport, outcome_of
@@ -191,8 +190,8 @@ def start_training(garden: Garden, order: Order, site: Site, config: GrowConfig,
 def start_blending(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
     """Blend a seed in, if held-out text costs less with it."""
     life, model = _life(garden, order), site.model
-    paired = ablation(model, life.slot, site.measure)
-    found = gates.Stability(paired=paired, gradient_ratio=Gradients.of(model, life.slot, site.loss).ratio)
+    gained = _gained(site, life.slot)
+    found = gates.Stability(gained=gained, gradient_ratio=Gradients.of(model, life.slot, site.loss).ratio)
     result = gates.stability(life, found, config.gates, step=step)
     garden = garden.spent(life.seed, 2 * site.measure_flops)
     passed, garden = _judged(garden, life, result, site, config, step, emit)
@@ -203,7 +202,7 @@ def start_blending(garden: Garden, order: Order, site: Site, config: GrowConfig,
     if abs(find_seed(model, life.slot).way.weight - blend.target) >= STEP:
         set_blend(model, life.slot, blend.target, steps=blend.steps, curve=blend.curve)
     life = move(life, Stage.BLENDING, step=step, reason=order.why, gate=result.number, emit=emit)
-    return garden.with_life(life).noted(life.seed, paired=_plain(paired), spread=spread(site.losses))
+    return garden.with_life(life).noted(life.seed, tried=_plain(gained), spread=spread(site.losses))
 
 
 def stabilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
@@ -251,17 +250,15 @@ def evaluate(garden: Garden, order: Order, site: Site, config: GrowConfig, step:
 def _is_resumed(model: nn.Module, slot: str, site: Site) -> bool:
     """Whether the model says the same after its seed was switched off and on again."""
     before = site.logits(model)
-    with switched(model, slot, 0.0):
+    with switched(model, {slot: 0.0}):
         site.logits(model)
     return torch.equal(before, site.logits(model))
 
 
 def fossilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
     """Keep a seed for good, if it brings more than its rent."""
-    life, model = _life(garden, order), site.model
-    weight, figures = find_seed(model, life.slot).way.weight, garden.figures.get(life.seed, {})
-    without = ablation(model, life.slot, site.measure, weight=weight)
-    gained = replace(without, mean=-without.mean, recent=tuple(-each for each in without.recent))
+    life = _life(garden, order)
+    figures, gained = garden.figures.get(life.seed, {}), _gained(site, life.slot)
     recovered, has_room, flops = None, False, 2 * site.measure_flops
     if config.gates.recovery != "off":
         recovered, has_room = site.recover(life.slot, config.gates.recovery_steps)
@@ -380,8 +377,16 @@ def _judged(
     return False, _culled(garden, life, site, config, step, emit, reason=result.code, gate=result.number)
 
 
-def _plain(paired: Paired) -> dict[str, float | int | None]:
-    return {"n": paired.n, "mean": paired.mean, "lower": paired.lower(), "upper": paired.upper()}
+def _gained(site: Site, slot: str) -> Paired | None:
+    """Loss without a seed less loss with it, over held-out sequences; None where one of them is not finite."""
+    try:
+        return ablate(site.model, [slot], site.measure)
+    except MissingMetric:
+        return None
+
+
+def _plain(paired: Paired | None) -> dict[str, float | int | None] | None:
+    return paired and {"n": paired.n, "mean": paired.mean, "lower": paired.lower(), "upper": paired.upper()}
 
 
 def _report(garden: Garden, life: Life, site: Site, step: int, reason: str) -> None:

@@ -162,7 +162,7 @@ class Garden:
         found = []
         for life in self.lives:
             figures = self.figures.get(life.seed, {})
-            gained, paired = figures.get("gained"), figures.get("paired")
+            gained = figures.get("gained") or figures.get("tried")
             ends = [each.step for each in life.history if each.after is Stage.CULLED]
             found.append(
                 Trial(
@@ -171,7 +171,7 @@ class Garden:
                     born=life.born,
                     ended=ends[0] if ends else None,
                     is_kept=life.stage is Stage.FOSSILIZED,
-                    gain_nats=gained["mean"] if gained else -paired["mean"] if paired else None,
+                    gain_nats=gained["mean"] if gained else None,
                     flops_ratio=figures.get("flops_share"),
                 )
             )

@@ -172,22 +172,22 @@ def health(life: Life, found: Health, *, changes_most: float, step: int) -> Gate
 class Stability:
     """Of a seed that has learned, G2.
 
-    paired: loss with it less loss without it, a held-out sequence each. gradient_ratio: size of its gradient in the
+    gained: loss without it less loss with it, a held-out sequence each. gradient_ratio: size of its gradient in the
     square mean, by its host's.
     """
 
-    paired: Paired | None = None
+    gained: Paired | None = None
     gradient_ratio: float | None = None
 
 
 def stability(life: Life, found: Stability, config: GatesConfig, *, step: int) -> GateResult:
-    """G2, to BLENDING: with it the loss is lower, ``mean + 1.65 s / sqrt(n) < -margin``."""
-    upper = None if found.paired is None else found.paired.upper()
-    n = None if found.paired is None else found.paired.n
+    """G2, to BLENDING: with it the loss is lower, ``mean - 1.65 s / sqrt(n) > margin``."""
+    lower = None if found.gained is None else found.gained.lower()
+    n = None if found.gained is None else found.gained.n
     checks = (
         Check.of("age", step - life.since, least=config.training_steps),
         Check.of("n_pairs", n, least=config.pairs),
-        Check.of("paired", upper, most=-config.margin_nats),
+        Check.of("gained", lower, least=config.margin_nats),
         Check.of("gradient_ratio", found.gradient_ratio, least=config.gradient_least, most=config.gradient_most),
         Check.of("n_violations", life.n_violations, most=0),
     )

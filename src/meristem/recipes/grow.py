@@ -28,7 +28,6 @@ from meristem.growth.garden import Garden, Order
 from meristem.growth.gardener import act_on, tend
 from meristem.growth.graft import advance, cost, seeds_in, set_blend
 from meristem.growth.isolation import Isolation, Pair, ShadowPass, check_isolation, enter
-from meristem.growth.measure import differences
 from meristem.growth.observe import HeldOut, Reading, SlotReading
 from meristem.growth.plan import Plan
 from meristem.growth.policy import Decision, Mask, Policy, breaker_of, budget_ms, decide, open_policy, policies
@@ -146,6 +145,7 @@ class Growth:
         self._site = RunSite(run, job, recovery)
         self._read = partial(read_again, device=job.device, by=job.config.aggregate)
         self._told: list[Pair | Isolation] = []
+        self._wanted: object = None
         if job.state.garden is None:
             self._garden = Garden()
 
@@ -247,7 +247,11 @@ class Growth:
         self._garden = garden.evaluated(HeldOut(now.step, now.tokens, garden.flops, found.nats))
 
     def _emit(self, event: Event) -> None:
-        """Record what happens to a seed, and show it."""
+        """Record what happens to a seed, and show it; that a policy is in want of the same thing again, once."""
+        wanted = event.payload.get("why") if event.name == "policy.no_candidates" else None
+        if wanted and wanted == self._wanted:
+            return
+        self._wanted = wanted or self._wanted
         self._run.emit(event)
         if event.name in TOLD:
             self._run.view.note(TOLD[event.name](event.payload))
@@ -484,7 +488,8 @@ class RunSite:
             model = self._trained_copy(slot, weight, n_steps)
             losses.append(self.measure(model))
             restore_random_state(values, tensors, self._run.emit, device=self._job.device.device)
-        return -differences(losses[1], losses[0]).mean, True
+        alone, live = (sum(each) / len(each) for each in losses)
+        return alone - live, True
 
     def _trained_copy(self, slot: str, weight: float, n_steps: int) -> nn.Module:
         """A copy of the model with the seed of a slot at a weight, after some steps on the text that comes next."""
