@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from meristem.events import Event
 from meristem.growth import gates
-from meristem.growth.config import GatesConfig
 from meristem.growth.gates import Check, GateResult
 from meristem.growth.measure import expected, spread
 from meristem.growth.observe import HeldOut
 from meristem.growth.seed import Origin
 from meristem.growth.stage import Life, Paired
+from meristem.models.growing import GatesConfig
 
 LIFE = Life("blocks.1#0", "blocks.1", Origin.of("norm", {}, blend="residual", random_seed=0), born=0, since=100)
 CONFIG = GatesConfig()

@@ -15,7 +15,6 @@ from meristem.events import Emit, Event
 from meristem.growth import gates
 from meristem.growth.attach import find_slot
 from meristem.growth.blend import Blending, blending
-from meristem.growth.config import GrowConfig
 from meristem.growth.contribution import ablate, switched
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gates import GateResult
@@ -35,6 +34,7 @@ from meristem.growth.plan import Plan, plan_graft, plan_remove
 from meristem.growth.report import GrowthReport, outcome_of
 from meristem.growth.seed import Origin
 from meristem.growth.stage import LIVE, Life, Paired, Stage, Way, move
+from meristem.models.growing import GrowConfig
 
 CHANGES_MOST: Final = 1e-3
 """By how much a logit may differ, relative to the largest, where a model is in less than float32; else not at all."""

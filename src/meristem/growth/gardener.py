@@ -15,12 +15,12 @@ from meristem.events import Emit, Event, silent
 from meristem.growth.acts import ACTS, Site, blending_of
 from meristem.growth.blend import blending
 from meristem.growth.blueprint import blueprints
-from meristem.growth.config import GrowConfig
 from meristem.growth.garden import Garden, Order
 from meristem.growth.observe import Reading
 from meristem.growth.policy import Decision, Mask, Proposal
 from meristem.growth.risk import judge
 from meristem.growth.stage import OPEN, TRANSITIONS, Life, Stage
+from meristem.models.growing import GrowConfig
 from meristem.worker.breaker import Breaker
 
 Ask: TypeAlias = Callable[[Reading, Mask, Breaker | None], Decision]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, Self, TypeAlias
 
 from meristem.events import Emit, Event, silent
-from meristem.growth.config import GatesConfig
 from meristem.growth.stage import Life, Paired, Stage
+from meristem.models.growing import GatesConfig
 
 Gate: TypeAlias = Literal["G0", "G1", "G2", "G3", "G4", "G5", "G6"]
 Status: TypeAlias = Literal["pass", "fail", "unmeasured"]

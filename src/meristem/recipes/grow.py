@@ -23,7 +23,6 @@ from meristem.errors import WrongValue
 from meristem.evaluate.likelihood import Likelihood
 from meristem.events import Event
 from meristem.growth.attach import attach, slots_in
-from meristem.growth.config import GrowConfig
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gardener import act_on, tend
 from meristem.growth.graft import advance, cost, seeds_in, set_blend
@@ -39,6 +38,7 @@ from meristem.growth.topology import topology
 from meristem.growth.transaction import transaction
 from meristem.memory.state import State
 from meristem.models.build import build
+from meristem.models.growing import GrowConfig
 from meristem.models.topology import Topology
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.origins import SeedSettings
