@@ -43,9 +43,19 @@ class Attention(nn.Module):
     matrices: ClassVar = frozenset({"qkv.weight", "out.weight"})
 
     def __init__(
-        self, width: int, heads: int, *, span: int | None, rope: bool = True, n_persistent: int = 0, bias: bool = False
+        self,
+        width: int,
+        heads: int,
+        *,
+        span: int | None,
+        rope: bool = True,
+        n_persistent: int = 0,
+        bias: bool = False,
+        head_dim: int | None = None,
     ) -> None:
+        """head_dim: the key width, where heads do not share the width."""
         super().__init__()
+        outer, width = width, width if head_dim is None else heads * head_dim
         if width % heads or (rope and width // heads % 2):
             raise WrongValue(
                 f"width {width} in {heads} heads makes a key width of {width / heads:g}; it must be a whole number, "
@@ -54,9 +64,9 @@ class Attention(nn.Module):
         self.heads = heads
         self.span = span
         self.rope = rope
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
-        self.persistent_gd = nn.Parameter(torch.randn(n_persistent, width) * 0.02) if n_persistent else None
+        self.qkv = nn.Linear(outer, 3 * width, bias=bias)
+        self.out = nn.Linear(width, outer, bias=bias)
+        self.persistent_gd = nn.Parameter(torch.randn(n_persistent, outer) * 0.02) if n_persistent else None
 
     def forward(self, hidden_btd: Hidden, state: Memory | None = None) -> tuple[Hidden, Memory]:
         mixed_btf, state = self.mix(hidden_btd, state)
