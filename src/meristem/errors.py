@@ -13,7 +13,7 @@ MeristemError
 |- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
 |- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost  RollbackFailed  Halted  StateTransferFailed
 |                       AgreementFailed
-`- GrowthError (5)      IllegalTransition
+`- GrowthError (5)      IllegalTransition  OwnershipRefused
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.
@@ -242,3 +242,7 @@ class GrowthError(MeristemError):
 
 class IllegalTransition(GrowthError):
     """A seed cannot go from the stage that it is at to the one that was asked for."""
+
+
+class OwnershipRefused(GrowthError):
+    """A parameter is not for the one that would train it; the fields ``code``, ``names`` and ``holder`` say why."""
