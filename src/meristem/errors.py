@@ -279,4 +279,4 @@ class TransactionUndone(GrowthError):
 
 
 class OwnershipRefused(GrowthError):
-    """A parameter that somebody else trains."""
+    """A parameter is not for the one that would train it; the fields ``code``, ``names`` and ``holder`` say why."""

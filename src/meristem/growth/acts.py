@@ -396,7 +396,7 @@ def _report(garden: Garden, life: Life, site: Site, step: int, reason: str) -> N
     lines = [(nats, expected(garden.held_out, born=life.born, tokens=tokens)) for tokens, nats in after]
     differences = [nats - line[0] for nats, line in lines if line]
     metrics = {
-        name: figures.get(name) for name in ("params_share", "flops_share", "gained", "rent", "recovered", "paired")
+        name: figures.get(name) for name in ("params_share", "flops_share", "tried", "gained", "rent", "recovered")
     }
     site.report(
         GrowthReport(

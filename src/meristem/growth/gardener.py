@@ -88,7 +88,7 @@ def mask_of(garden: Garden, reading: Reading, config: GrowConfig, *, free_parame
     elif not free:
         why = "every slot is in use or locked"
     elif any(life.way == "frozen_host" and life.stage is Stage.TRAINING for life in garden.lives):
-        why = "the host stands still while a seed learns"
+        why = "the host is frozen while a seed learns"
     old = {life.slot for life in garden.unfinished if reading.step - life.born >= config.min_age}
     return Mask(
         slots=frozenset(free),

@@ -59,7 +59,7 @@ class Check:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What a gate said of a seed at a step. missing: the host layers that were asked for and are not there (G3)."""
+    """What a gate said of a seed at a step. missing: the host layers that it needs and that are not there (G3)."""
 
     gate: str
     seed: str

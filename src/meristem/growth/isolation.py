@@ -30,6 +30,7 @@ from meristem.growth.seed import Seed
 from meristem.growth.stage import Way
 from meristem.memory.state import State
 from meristem.optim.multi_period import MultiPeriodOptimizer
+from meristem.optim.origins import origin_of, origins
 
 CHECK_EVERY: Final = 200
 """Steps from one check of the isolation to the next."""
@@ -300,24 +301,31 @@ WAYS: Final[Mapping[Way, HowToLearn]] = {
 """Every way that a seed can learn in while it is TRAINING."""
 
 
-def enter(model: nn.Module, slot: str, way: Way) -> frozenset[str]:
+def enter(model: nn.Module, slot: str, way: Way, *, teacher: nn.Module | None = None) -> frozenset[str]:
     """Have the seed of a slot learn in a way, in place; the names of the parameters that are frozen for it.
 
     joint: it is live, and learns with its host. shadow: it is off, and learns by a ``ShadowPass``. frozen_host: it is
     live, and no other parameter learns until ``leave`` is given the names; what an optimizer has gathered for them
-    stays, for they have no gradient. Raises WrongValue for a slot without a seed, and a way that is none, and
-    OwnershipRefused where a seed shares a parameter with its host or another seed.
+    stays, for they have no gradient.
+
+    teacher: what the seed is trained from, where there is one; what it is made of may not learn meanwhile. Raises
+    WrongValue for a slot without a seed, and a way that is none; OwnershipRefused where a seed shares a parameter with
+    its host or another seed, and where something that learns is the teacher's. The model is untouched then.
     """
     if way not in WAYS:
         raise WrongValue(f"a seed cannot learn '{way}'; ways are {', '.join(WAYS)}.", value=way)
-    Owners.of(model)
     found, own = WAYS[way], {id(each) for each in find_seed(model, slot).parameters()}
+    named = dict(model.named_parameters())
+    owners = Owners.of(model)
+    if teacher is not None:
+        names = {id(each): name for name, each in named.items()}
+        taught = [(name, id(each)) for name, each in teacher.named_parameters()]
+        owners = owners.with_teacher("teacher", [names.get(each, f"teacher.{name}") for name, each in taught])
+    learning = [name for name, each in named.items() if each.requires_grad and (id(each) in own or not found.freezes)]
+    for origin in origins(learning):
+        owners = owners.claim(origin, [name for name in learning if origin_of(name) == origin])
     set_blend(model, slot, found.blend_weight)
-    frozen = {
-        name: each
-        for name, each in model.named_parameters()
-        if found.freezes and each.requires_grad and id(each) not in own
-    }
+    frozen = {name: each for name, each in named.items() if each.requires_grad and name not in set(learning)}
     for each in frozen.values():
         each.requires_grad_(False)
         each.grad = None

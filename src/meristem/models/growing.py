@@ -82,7 +82,7 @@ class GrowPolicyConfig(ConfigSection):
         default=False, description="Ask it in another process, which is ended when it does not answer in time."
     )
     breaker_failures: Annotated[int, Field(ge=1, le=1000)] = Field(
-        default=3, description="Failures after which it is not asked for a while."
+        default=3, description="Failures after which it is left alone for a while."
     )
     breaker_pause_steps: Annotated[int, Field(ge=1, le=10**9)] = Field(
         default=1000, description="Steps for which it is not asked then, and after which a failure is forgotten."
@@ -130,7 +130,7 @@ class GrowConfig(ConfigSection):
     rate_scale: float = Field(default=1.0, gt=0, description="learning rate of a seed, by that of its host")
     warmup_steps: int = Field(default=100, ge=0, description="steps until the learning rate of a seed has risen to it")
     shadow_every: int = Field(default=8, ge=1, description="steps between two shadow passes")
-    boundary_every: int = Field(default=50, ge=1, description="steps between two looks at the run")
+    boundary_every: int = Field(default=50, ge=1, description="steps between two readings of the run")
     max_open: int = Field(default=4, ge=1, description="seeds on their way at once")
     params_ratio: float = Field(default=4.0, gt=1, description="most parameters after a graft, by those of the host")
     flops_ratio: float = Field(default=4.0, gt=1, description="most FLOPs of a token, by those of the host")

@@ -135,7 +135,7 @@ def _require_room(model: nn.Module, part: GrowConfig) -> None:
 
 
 class Growth:
-    """The companion of a training that grows it: orders before a step, a look at the run after it.
+    """The companion of a training that grows it: orders before a step, a reading of the run after it.
 
     It holds nothing that a run depends on: that is in ``job.state.garden``.
     """
@@ -159,7 +159,7 @@ class Growth:
         self._job.state = replace(self._job.state, garden=garden)
 
     def before(self) -> None:
-        """Carry out the orders that wait; a host that stands still does so after a resume too."""
+        """Carry out the orders that wait; a host that is frozen is so after a resume too."""
         garden, self._told = self._garden, []
         for life in garden.lives:
             if life.way == "frozen_host" and life.stage is Stage.TRAINING:
@@ -209,7 +209,7 @@ class Growth:
         return replace(garden, queue=(*garden.queue, *orders))
 
     def after(self, step: Step) -> None:
-        """Take blend weights one step further; at a boundary, look at the run and give orders."""
+        """Take blend weights one step further; at a boundary, read the run and give orders."""
         weights = advance(self._job.model)
         garden, now = self._garden, step.progress
         flops = 3 * self._site.flops_per_token * step.n_targets

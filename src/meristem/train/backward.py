@@ -18,7 +18,7 @@ from meristem.memory.state import State, join_rows, map_tensors, take_rows
 from meristem.nn.auxiliary import auxiliary
 from meristem.train.aggregate import Conflict, gather, settle, total
 from meristem.train.config import AggregateConfig
-from meristem.train.loss import cross_entropy
+from meristem.train.loss import Teacher, cross_entropy, distillation
 from meristem.train.state import TrainingState
 
 Losses: TypeAlias = dict[str, torch.Tensor]
@@ -95,6 +95,7 @@ def read_again(
     *,
     device: Device,
     by: AggregateConfig,
+    teacher: Teacher | None = None,
 ) -> torch.Tensor:
     """The loss of a step as ``backward`` reads it, with the model as it is now; gradients are the caller's affair.
 
@@ -102,12 +103,14 @@ def read_again(
     memory: what the step began from; what is left of it after the step is let go.
     take: is given the loss of each micro-batch in turn, the objectives summed by their weights and scaled for the
         optimizer, and is done with it when it returns.
-    The mean of all targets in nats, on the device.
+    teacher: what the text's part of it is distilled from (``loss.distillation``).
+    The mean of all targets in nats, on the device, whatever a teacher says.
     """
     beside = replace(state.engine, model=state.model, micro_batch=lambda is_last: nullcontext())
     n_rows = max(batch.tokens_bt.shape[0] for batch in batches)
     n_pieces = min(state.progress.n_micro_batches, n_rows)
-    return _read(beside, batches, memory, device, n_pieces, lambda losses: take(total(losses, by)))[0]
+    sums = lambda losses: take(total(losses, by))  # noqa: E731
+    return _read(beside, batches, memory, device, n_pieces, sums, teacher)[0]
 
 
 def make_room(model: nn.Module, device: Device) -> None:
@@ -142,6 +145,7 @@ def _read(
     device: Device,
     n_micro_batches: int,
     take: Callable[[Losses], None],
+    teacher: Teacher | None = None,
 ) -> tuple[torch.Tensor, State | None]:
     """The loss and the memory after a step's batches; ``take`` is given the scaled losses of each micro-batch."""
     n_ranks = engine.world.size
@@ -160,9 +164,9 @@ def _read(
             part, own = batch.take_rows(start, stop), before and take_rows(before, start, stop)
             is_last = batch is batches[-1] and (start, stop) == cuts[-1]
             with engine.micro_batch(is_last):
-                losses, state = _forward(engine.model, part, own, device, n_targets, share)
+                losses, nats, state = _forward(engine.model, part, own, device, n_targets, share, teacher)
                 take({name: engine.scale_loss(loss) for name, loss in losses.items()})
-            told.append(losses["text"].detach())
+            told.append(nats)
             states.append(map_tensors(_carried, state))
         memory = join_rows(states)
     return torch.stack(told).sum(), memory
@@ -189,17 +193,28 @@ def _teach(
 
 
 def _forward(
-    model: nn.Module, batch: Batch, memory: State | None, device: Device, n_targets: int, share: float
-) -> tuple[Losses, State]:
-    """What some rows cost by objective, and their memory. share: of the step's rows."""
+    model: nn.Module,
+    batch: Batch,
+    memory: State | None,
+    device: Device,
+    n_targets: int,
+    share: float,
+    teacher: Teacher | None,
+) -> tuple[Losses, torch.Tensor, State]:
+    """What some rows cost by objective, what their text costs without a teacher, and their memory. share: of the step's
+    rows."""
     tokens_bt, targets_bt = device.move(batch.tokens_bt, batch.targets_bt)
     with record_function("forward"), device.autocast():
         # Read on the host, and so not moved.
         resets = {} if batch.reset_mask_bt is None else {"reset_mask_bt": batch.reset_mask_bt}
         logits_bto, memory = model(tokens_bt, memory, **resets)
-    losses = {"text": cross_entropy(logits_bto, targets_bt) / n_targets}
-    own = auxiliary(memory)
-    return losses if own is None else losses | {"layers": own * share}, memory
+        teacher_bto = None if teacher is None else teacher.logits(tokens_bt, **resets)
+    text = cross_entropy(logits_bto, targets_bt) / n_targets
+    losses, nats, own = {"text": text}, text.detach(), auxiliary(memory)
+    if teacher is not None and teacher_bto is not None:
+        how = {"weight": teacher.weight, "temperature": teacher.temperature}
+        losses["text"] = distillation(logits_bto, targets_bt, teacher_bto, **how) / n_targets
+    return losses if own is None else losses | {"layers": own * share}, nats, memory
 
 
 def _cuts(n_rows: int, n_micro_batches: int) -> list[tuple[int, int]]:
