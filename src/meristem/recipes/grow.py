@@ -244,7 +244,7 @@ class Growth:
     def evaluated(self, found: Likelihood) -> None:
         """Hear what held-out text costs."""
         now, garden = self._job.state.progress, self._garden
-        self._garden = garden.evaluated(HeldOut(now.step, now.tokens, garden.flops, found.nats))
+        self._garden = garden.evaluated(HeldOut(now.step, now.tokens, garden.flops + garden.probe_flops, found.nats))
 
     def _emit(self, event: Event) -> None:
         """Record what happens to a seed, and show it; that a policy is in want of the same thing again, once."""
@@ -258,7 +258,7 @@ class Growth:
 
 
 def _stage_words(payload: Any) -> str:
-    return f"step {payload['step']}: {payload['seed']} {payload['from']} -> {payload['to']} ({payload['reason']})"
+    return f"step {payload['step']}: {payload['seed']} is {payload['to']}: {payload['reason']}"
 
 
 def _gate_words(payload: Any) -> str:
@@ -270,16 +270,9 @@ def _gate_words(payload: Any) -> str:
     return f"step {payload['step']}: {payload['seed']} does not pass {payload['gate']}: {words}"
 
 
-def _graft_words(payload: Any) -> str:
-    return f"a seed '{payload['blueprint']}' of {payload['n_parameters']:,} parameters is put into {payload['slot']}"
-
-
 TOLD: Final[dict[str, Callable[[Any], str]]] = {
     "slot.stage_changed": _stage_words,
     "gate.failed": _gate_words,
-    "graft.done": lambda payload: (
-        f"grafted: {payload['blueprint']} in {payload['slot']}, {payload['n_parameters']:,} parameters"
-    ),
 }
 """Events that a person sees as a line, and how they are said."""
 
@@ -381,7 +374,7 @@ class RunSite:
             run_id=self.run_id,
             step=now.step,
             tokens=now.tokens,
-            flops=garden.flops,
+            flops=garden.flops + garden.probe_flops,
             training_loss_nats=step.loss_nats,
             held_out=garden.held_out,
             slots=tuple(slots),
