@@ -20,6 +20,7 @@ from meristem.errors import (
     MissingMetric,
     OrderRefused,
     PolicyTimeout,
+    WorkerDied,
     WorkerError,
     WorkerTimeout,
     WrongValue,
@@ -56,6 +57,8 @@ __all__ = [
 
 START_S: Final = 120.0
 """How long the process of a policy may take until it has imported all that it needs."""
+MAKE_S: Final = 10.0
+"""How long another that takes its place may take to make the policy."""
 MAKE, ANSWER = f"{__name__}:make_in_child", f"{__name__}:answer_in_child"
 
 policies: Registry[Callable[[Mapping[str, Any]], Policy]] = Registry(
@@ -82,15 +85,25 @@ class Isolated:
 
     def __init__(self, worker: Worker, made: Mapping[str, Any]) -> None:
         """made: name and settings of the policy."""
-        self._worker, self._made = worker, made
+        self._worker, self._made, self._is_cold = worker, made, False
 
     def __call__(self, reading: Reading, mask: Mask) -> Proposal | NoCandidates:
         return self.ask(reading, mask, START_S)
 
     def ask(self, reading: Reading, mask: Mask, deadline_s: float) -> Proposal | NoCandidates:
-        """Its answer. The process is ended where that does not come in time; the errors are those of the worker."""
+        """Its answer. The process is ended where that does not come in time; the errors are those of the worker.
+
+        Before the first question to a process that took the place of such a one, it is given time to make the policy.
+        """
         payload = {**self._made, "reading": reading.to_json(), "mask": mask.to_json()}
-        answer = self._worker.call(ANSWER, payload, deadline_s, expects=dict)
+        try:
+            if self._is_cold:
+                self._worker.call(MAKE, self._made, MAKE_S)
+            self._is_cold = False
+            answer = self._worker.call(ANSWER, payload, deadline_s, expects=dict)
+        except (WorkerTimeout, WorkerDied):
+            self._is_cold = True
+            raise
         if "missing" in answer:
             raise MissingMetric(answer["why"], name=answer["missing"])
         kind = Proposal if "proposal" in answer else NoCandidates
