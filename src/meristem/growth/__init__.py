@@ -19,7 +19,6 @@ from meristem.growth.graft import seeds_in as seeds_in
 from meristem.growth.graft import set_blend as set_blend
 from meristem.growth.optimizer import carry_on as carry_on
 from meristem.growth.optimizer import forget as forget
-from meristem.growth.plan import plan_fuse as plan_fuse
 from meristem.growth.plan import plan_graft as plan_graft
 from meristem.growth.plan import plan_remove as plan_remove
 from meristem.growth.score import slot_scores as slot_scores
@@ -47,7 +46,6 @@ __all__ = [
     "forget",
     "fuse",
     "graft",
-    "plan_fuse",
     "plan_graft",
     "plan_remove",
     "remove",
