@@ -19,6 +19,7 @@ from meristem.growth.gardener import TARGETS, act_on, check_order, tend
 from meristem.growth.graft import advance, seeds_in
 from meristem.growth.observe import Mask, Reading, SlotReading
 from meristem.growth.policy import Decision, NoCandidates, Proposal
+from meristem.growth.settle import settled_in
 from meristem.growth.stage import TRANSITIONS, Stage
 from meristem.worker.breaker import Breaker
 
@@ -73,14 +74,14 @@ def assert_replays(site: TinySite) -> None:
     assert topology(twin) == topology(site.model)
 
 
-@pytest.mark.parametrize("n_orders", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_orders", [24, pytest.param(1000, marks=pytest.mark.slow)])
 def test_v1_random_legal_orders_keep_every_law(n_orders: int) -> None:
     draw, site, garden = random.Random(7), TinySite.of(*SLOTS), evaluated()
     config, reached = loose(), set()
     for step in range(1, n_orders + 1):
         choices = legal(garden, site, step)
-        # A seed that is kept holds its slot for good: they are taken out again so that lives go on.
-        choices = [each for each in choices if each.operation != "fossilize"] or choices
+        if sum(map(len, settled_in(site.model).values())) >= 6:  # or the model would only grow
+            choices = [each for each in choices if each.operation != "fossilize"]
         if choices:
             garden = replace(garden, queue=(draw.choice(choices),), penalties={})
             garden = act_on(garden, site, config, run_id="run", step=step)
@@ -91,7 +92,7 @@ def test_v1_random_legal_orders_keep_every_law(n_orders: int) -> None:
     assert_replays(site)
     assert not garden.is_stopped
     if n_orders >= 1000:
-        assert reached >= set(Stage) - {Stage.UNKNOWN, Stage.TERMINATED, Stage.FOSSILIZED}
+        assert reached == set(Stage) - {Stage.UNKNOWN, Stage.TERMINATED}
 
 
 def test_a_whole_life_by_tend_alone() -> None:
@@ -120,6 +121,7 @@ def test_a_whole_life_by_tend_alone() -> None:
     ]
     assert [each.step for each in life.history] == [1, 2, 3, 4, 5, 6]
     assert site.reports[0].outcome in ("success", "neutral")
+    assert not seeds_in(site.model) and len(settled_in(site.model)["blocks.0"]) == 1
     assert [event.payload["gate"] for event in heard if event.name == "gate.result"] == "G0 G1 G2 G3 G4 G6".split()
 
 

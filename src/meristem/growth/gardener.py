@@ -229,8 +229,7 @@ def tend(
         try:
             order = order_of(garden, decision.outcome, reading, config)
         except MissingDependency as cause:
-            payload = {"step": reading.step, "code": "missing", "reason": str(cause)}
-            emit(Event("order.refused", payload, "warning"))
+            emit(Event("order.refused", {"step": reading.step, "code": "missing", "reason": str(cause)}, "warning"))
         else:
             orders += [order] if order else []
     given: dict[str, Order] = {}

@@ -27,6 +27,7 @@ from meristem.growth.garden import Garden, Order
 from meristem.growth.gardener import act_on, tend
 from meristem.growth.graft import advance, cost, seeds_in, set_blend
 from meristem.growth.isolation import Isolation, Pair, ShadowPass, check_isolation, enter
+from meristem.growth.measure import n_host_parameters
 from meristem.growth.observe import HeldOut, Reading, SlotReading
 from meristem.growth.plan import Plan
 from meristem.growth.policy import Decision, Mask, Policy, breaker_of, budget_ms, decide, open_policy, policies
@@ -324,8 +325,7 @@ class RunSite:
     def free_parameters(self) -> int:
         """How many a seed may have for the model to stay within its cap."""
         n_all = sum(each.numel() for each in self.model.parameters())
-        n_seeds = sum(each.numel() for seed in seeds_in(self.model).values() for each in seed.parameters())
-        return int(self._job.config.grow.params_ratio * (n_all - n_seeds)) - n_all
+        return int(self._job.config.grow.params_ratio * n_host_parameters(self.model)) - n_all
 
     @property
     def step_flops(self) -> float:
@@ -357,11 +357,10 @@ class RunSite:
         slots = []
         for name in self.slots():
             life, embargo = garden.open_in(name), garden.embargoes.get(name)
-            is_kept = life is None and name in seeds
             slots.append(
                 SlotReading(
                     slot=name,
-                    stage=life.stage if life else Stage.FOSSILIZED if is_kept else Stage.DORMANT,
+                    stage=life.stage if life else Stage.DORMANT,
                     seed=life.seed if life else None,
                     blueprint=seeds[name].origin.blueprint if name in seeds else None,
                     blend_weight=seeds[name].way.weight if name in seeds else 0.0,
