@@ -9,7 +9,7 @@ A policy is asked between two steps. It proposes and changes nothing. Nothing of
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Final
 
@@ -81,7 +81,7 @@ class GrowPolicyConfig(ConfigSection):
         default=False, description="Ask it in another process, which is ended when it does not answer in time."
     )
     breaker_failures: Annotated[int, Field(ge=1, le=1000)] = Field(
-        default=3, description="Failures after which it is not asked for a while."
+        default=3, description="Failures after which it is left alone for a while."
     )
     breaker_pause_steps: Annotated[int, Field(ge=1, le=10**9)] = Field(
         default=1000, description="Steps for which it is not asked then, and after which a failure is forgotten."
@@ -169,6 +169,7 @@ def decide(
     *,
     budget_ms: float | None,
     breaker: Breaker,
+    score: Callable[[frozenset[str]], Mapping[str, float | None]] | None = None,
     emit: Emit = silent,
 ) -> Decision:
     """Ask a policy what to do. Whatever it does, training goes on: it raises nothing, and nothing is proposed in its
@@ -178,6 +179,8 @@ def decide(
     ``order.refused``, ``feature.missing`` or, as a failure opens the breaker, ``breaker.changed`` after it.
 
     budget_ms: how long it may take; None asks it here and waits. breaker: in steps; the decision has the next one.
+    score: measures these slots, as ``growth.score`` does, for a policy that cannot answer without; it is asked again
+    then. So scores are paid for when a seed is due, and not at every boundary.
     """
     step = reading.step
     told = {"run_id": reading.run_id, "step": step}
@@ -189,7 +192,13 @@ def decide(
         )
         return Decision(None, error, breaker)
     try:
-        outcome = _asked(policy, reading, mask, budget_ms)
+        try:
+            outcome = _asked(policy, reading, mask, budget_ms)
+        except MissingMetric as error:
+            if score is None or error.fields.get("name") != "score":
+                raise
+            reading = _scored(reading, score(mask.slots))
+            outcome = _asked(policy, reading, mask, budget_ms)
         require_allowed(outcome, reading, mask)
     except MissingMetric as error:
         emit(Event("feature.missing", told | {"name": error.fields.get("name"), "why": str(error)}, "warning"))
@@ -204,6 +213,11 @@ def decide(
     if isinstance(outcome, NoCandidates):
         emit(Event("policy.no_candidates", told | {"why": outcome.why}, "warning"))
     return Decision(outcome, None, breaker.succeeded(step))
+
+
+def _scored(reading: Reading, scores: Mapping[str, float | None]) -> Reading:
+    slots = [replace(each, score=scores.get(each.slot, each.score)) for each in reading.slots]
+    return replace(reading, slots=tuple(slots))
 
 
 def require_allowed(proposal: Proposal | NoCandidates, reading: Reading, mask: Mask) -> None:
