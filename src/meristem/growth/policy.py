@@ -36,7 +36,7 @@ from meristem.growth.observe import Mask, Reading
 from meristem.growth.proposal import NoCandidates, Policy, Proposal
 from meristem.growth.schedule import never, random, schedule
 from meristem.growth.stage import TRANSITIONS, Stage
-from meristem.plugins import Registry
+from meristem.plugins import Origin, Registry
 from meristem.worker.attempt import in_thread
 from meristem.worker.breaker import Breaker
 from meristem.worker.deadline import Deadline
@@ -142,8 +142,7 @@ def open_policy(config: GrowPolicyConfig, *, emit: Emit = silent) -> Iterator[Po
         yield policies.get(config.name)(config.settings)
         return
     made = {"name": config.name, "settings": config.settings}
-    plugin = [origin.entry_point.partition(":")[0] for origin in policies.origins() if origin.name == config.name]
-    imports = (__name__, *(module for module in plugin if module))
+    imports = (__name__, *(origin.entry_point.partition(":")[0] for origin in _origins(config) if origin.entry_point))
     with Worker("policy", imports=imports, emit=emit) as worker:
         worker.ready(START_S)
         worker.call(MAKE, made, START_S)
@@ -153,8 +152,12 @@ def open_policy(config: GrowPolicyConfig, *, emit: Emit = silent) -> Iterator[Po
 def budget_ms(config: GrowPolicyConfig) -> float | None:
     """How long the policy may take: None for one of ours in this process, which does nothing but arithmetic, so that
     a run with it repeats to the bit however slow the machine is."""
-    is_ours = any(origin.is_ours for origin in policies.origins() if origin.name == config.name.casefold())
+    is_ours = any(origin.is_ours for origin in _origins(config))
     return None if is_ours and not config.is_process_isolated else config.inference_budget_ms
+
+
+def _origins(config: GrowPolicyConfig) -> list[Origin]:
+    return [origin for origin in policies.origins() if origin.name == config.name.casefold()]
 
 
 def breaker_of(config: GrowPolicyConfig) -> Breaker:
@@ -172,8 +175,8 @@ def decide(
     score: Callable[[frozenset[str]], Mapping[str, float | None]] | None = None,
     emit: Emit = silent,
 ) -> Decision:
-    """Ask a policy what to do. Whatever it does, training goes on: it raises nothing, and nothing is proposed in its
-    place.
+    """Ask a policy what to do. Whatever it does, training goes on: nothing is raised, and nothing is proposed in its
+    place. (What ``score`` raises is raised.)
 
     The event of an outcome is ``policy.no_candidates`` or none; that of an error ``policy.timeout``, ``policy.failed``,
     ``order.refused``, ``feature.missing`` or, as a failure opens the breaker, ``breaker.changed`` after it.
@@ -295,8 +298,8 @@ def _asked(policy: Policy, reading: Reading, mask: Mask, budget_ms: float | None
         raise
     except WorkerTimeout as cause:
         raise PolicyTimeout(
-            f"the policy had not answered after {budget_ms:g} ms. Mend it, give it more time, or have it asked in "
-            f"another process, which can be ended.",
+            f"the policy had not answered after {budget_ms or START_S * 1000:g} ms. Mend it, give it more time, or "
+            f"have it asked in another process, which can be ended.",
             code="timeout",
             **cause.fields,
         ) from cause
@@ -311,7 +314,7 @@ def _asked(policy: Policy, reading: Reading, mask: Mask, budget_ms: float | None
 def _whole(answer: object) -> Proposal | NoCandidates:
     """The answer, if its fields have the types that they should have."""
     kind = type(answer).__name__
-    if not isinstance(answer, Proposal | NoCandidates):
+    if type(answer) is not Proposal and type(answer) is not NoCandidates:
         raise InferenceFailed(
             f"the policy gave a {kind}; expected a Proposal or NoCandidates. Mend it.", code="wrong type"
         )
