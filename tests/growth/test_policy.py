@@ -312,6 +312,23 @@ def test_a_score_that_is_needed_and_missing_is_named_and_no_failure(name: str) -
         assert [each.name for each in heard] == ["feature.missing"]
 
 
+def test_scores_are_measured_when_a_seed_is_due_and_only_then() -> None:
+    measured: list[frozenset[str]] = []
+
+    def score(slots: frozenset[str]) -> dict[str, float | None]:
+        measured.append(slots)
+        return {"a": 3.0, "b": None}
+
+    slots = (SlotReading("a"), SlotReading("b"))
+    asked(made("heuristic"), reading(FALLING, slots=slots), score=score)
+    assert measured == []
+    decision, heard = asked(made("heuristic"), reading(FLAT, slots=slots), score=score)
+    assert isinstance(decision.outcome, Proposal) and decision.outcome.slot == "a"
+    assert (measured, heard) == ([frozenset("ab")], [])
+    decision, _ = asked(made("heuristic"), reading(FLAT, slots=slots), score=lambda slots: {})
+    assert isinstance(decision.error, MissingMetric)
+
+
 def test_a_schedule_plants_once_for_each_share_and_step() -> None:
     found = made("schedule", steps=[1200], slots=["a", "b"], blueprint="low_rank", settings={"rank": 2})
     for share, planted, slot in ((0.2, 0, "a"), (0.3, 1, "b"), (0.6, 2, "a"), (0.6, 3, None)):

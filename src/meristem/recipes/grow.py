@@ -1,7 +1,7 @@
 """Training that grows: seeds are put where they are wanted, tried, blended in, and kept or removed (growth.md 17)."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
@@ -219,8 +219,7 @@ class Growth:
             return
         for slot, weight in weights.items():
             self._run.emit(Event("blend.reported", {"step": now.step, "slot": slot, "weight": weight}))
-        is_open = len(garden.unfinished) < len(self._site.slots())
-        reading = self._site.reading(garden, step, self._site.scores() if is_open else {})
+        reading = self._site.reading(garden, step)
         self._garden = tend(
             garden,
             reading,
@@ -239,6 +238,7 @@ class Growth:
             mask,
             budget_ms=budget_ms(part),
             breaker=breaker or breaker_of(part),
+            score=self._site.scores,
             emit=self._emit,
         )
 
@@ -339,14 +339,14 @@ class RunSite:
     def slots(self) -> Collection[str]:
         return slots_in(self.model).keys()
 
-    def scores(self) -> dict[str, float | None]:
-        """How much a seed would help in each empty slot, from a few held-out sequences."""
+    def scores(self, slots: Collection[str]) -> dict[str, float | None]:
+        """How much a seed would help in each of these empty slots, from a few held-out sequences."""
         places = slots_in(self.model)
-        empty = [name for name, place in places.items() if place.seed is None and min(place.widths) >= SCORED_RANK]
-        found = slot_scores(self.model, [None], lambda model, _: self.loss(model), empty, SCORED_RANK)
+        wide = [name for name in places if name in slots and min(places[name].widths) >= SCORED_RANK]
+        found = slot_scores(self.model, [None], lambda model, _: self.loss(model), wide, SCORED_RANK)
         return {name: each.score for name, each in found.items()}
 
-    def reading(self, garden: Garden, step: Step, scores: Mapping[str, float | None]) -> Reading:
+    def reading(self, garden: Garden, step: Step) -> Reading:
         """What is known of the run now."""
         own = {
             BUDGET_SHARE: step.progress.share(self._job.config.train),
@@ -365,7 +365,6 @@ class RunSite:
                     blueprint=seeds[name].origin.blueprint if name in seeds else None,
                     blend_weight=seeds[name].way.weight if name in seeds else 0.0,
                     age_steps=now.step - life.born if life else 0,
-                    score=scores.get(name),
                     embargo_until=embargo.until if embargo else None,
                 )
             )
