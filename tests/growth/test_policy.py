@@ -201,26 +201,22 @@ def test_a_loss_that_rises_is_no_plateau() -> None:
 def test_a_line_with_its_interval_is_that_of_least_squares() -> None:
     found = Trend.of([HeldOut(at, at * 100, 0.0, 3 - 0.25 * math.log(at * 100)) for at in range(1, 9)])
     assert found is not None and found.slope == pytest.approx(-0.25)
-    assert found.at(5000) == pytest.approx((3 - 0.25 * math.log(5000), 0), abs=1e-6)
     assert found.gain(0.1) == pytest.approx((0.25 * math.log(1.1), 0), abs=1e-6)
     assert Trend.of([HeldOut(1, 100, 0.0, 1.0)] * 5) is None
     assert Trend.of([HeldOut(0, 0, 0.0, 1.0), HeldOut(1, 1, 0.0, 1.0), HeldOut(2, 2, 0.0, 1.0)]) is None
 
 
 def test_the_line_keeps_its_promise() -> None:
-    """Where losses scatter around a line, the gain to come lies in the interval in 95 % of cases, and so does the next
-    evaluation: here in 90 % to 99 %."""
+    """Where losses scatter around a line, its gain lies in the interval in 95 % of cases: here in 92 % to 98 %."""
     import random
 
-    drawn, hits, next_hits = random.Random(3), 0, 0
+    drawn, hits = random.Random(3), 0
     for _ in range(400):
         found = Trend.of([HeldOut(at, at, 0.0, drawn.gauss(2 - 0.1 * math.log(at), 0.01)) for at in range(4, 12)])
         assert found is not None
         gain, half = found.gain(0.1)
         hits += abs(gain - 0.1 * math.log(1.1)) <= half
-        expected, wide = found.at(12)
-        next_hits += abs(drawn.gauss(2 - 0.1 * math.log(12), 0.01) - expected) <= wide
-    assert 0.90 <= hits / 400 <= 0.99 and 0.90 <= next_hits / 400 <= 0.99
+    assert 0.92 <= hits / 400 <= 0.98
 
 
 def test_the_host_has_to_settle_once_and_that_stays_so() -> None:
@@ -390,6 +386,7 @@ GERMINATE = Proposal("germinate", "a", "low_rank")
         (replace(GERMINATE, slot=""), "unknown_slot"),
         (replace(GERMINATE, slot="c"), "slot_taken"),
         (replace(GERMINATE, blueprint="lowrank"), "unknown_blueprint"),
+        (replace(GERMINATE, blueprint=""), "unknown_blueprint"),
         (replace(GERMINATE, blueprint="conv"), "blocked_blueprint"),
         (replace(GERMINATE, settings={"rank": 0}), "settings"),
         (replace(GERMINATE, settings={"rnk": 1}), "settings"),
@@ -401,7 +398,7 @@ GERMINATE = Proposal("germinate", "a", "low_rank")
         (Proposal("fossilize", "a"), "stage"),
     ],
 )
-def test_a_policy_that_lies_is_refused_with_a_code(proposed: Proposal, code: str) -> None:
+def test_t13_a_policy_that_lies_is_refused_with_a_code(proposed: Proposal, code: str) -> None:
     mask = replace(FREE, blocked_blueprints=frozenset({"conv"}))
     decision, heard = asked(lambda what, mask: proposed, reading(FLAT), mask)
     assert isinstance(decision.error, OrderRefused) and decision.error.fields["code"] == code
@@ -442,7 +439,7 @@ def raising(error: BaseException) -> Policy:
         (lambda what, mask: Proposal("germinate", "a", way="capped"), "way"),
     ],
 )
-def test_a_policy_that_fails_leaves_no_proposal_and_a_cause(
+def test_t15_a_policy_that_fails_leaves_no_proposal_and_a_cause(
     found: Callable[[Reading, Mask], Any], what: str, budget: float | None
 ) -> None:
     decision, heard = asked(found, reading(FLAT), budget_ms=budget)
