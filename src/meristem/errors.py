@@ -241,7 +241,7 @@ class GrowthError(MeristemError):
 
 
 class IllegalTransition(GrowthError):
-    """A seed cannot go from the stage that it is at to the one that was asked for."""
+    """A seed cannot go from the stage that it is at to the one that was requested."""
 
 
 class OverBudget(GrowthError):
