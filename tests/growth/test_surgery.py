@@ -17,6 +17,7 @@ from meristem.growth.plan import Plan
 from meristem.growth.surgery import (
     carry_state,
     plan_activate_vocabulary,
+    plan_add_level,
     plan_copy_blocks,
     plan_extend_vocabulary,
     plan_fossilize,
@@ -360,6 +361,32 @@ def test_a_settled_seed_stays_and_makes_room(name: str, first: str) -> None:
     assert bits(model) == before and torch.equal(logits(model, tokens_bt), wanted)
 
 
+@pytest.mark.parametrize("where", ["below", "on_top"])
+@pytest.mark.parametrize("name", ["lm-levels-each", "lm-levels-pooled", "lm-mag-frequency-output", "preset-titans-mal"])
+def test_a_block_gets_one_more_level(name: str, where: Any) -> None:
+    """Old levels keep weights and moments under their new numbers; a log rebuilds it, twice over; and it learns."""
+    model, optimizer = trained(name, dtype=torch.float64)
+    wanted = logits(model, zoo.ids(2))
+    for expected in ("nothing",) if "levels" not in name else ("exact", "exact") if name.endswith("each") else ("",):
+        was = {id(each): optimizer.state[each] for each in model.parameters()}
+        plan = plan_add_level(model, 1, where)
+        assert not expected or plan.preserves == expected
+        optimizer = operate(model, optimizer, plan)
+        if plan.preserves == "exact":
+            assert torch.equal(logits(model, zoo.ids(2)), wanted)
+        for parameter in [each for each in model.parameters() if id(each) in was]:
+            assert all(torch.equal(value, was[id(parameter)][key]) for key, value in optimizer.state[parameter].items())
+    again = build_model(*zoo.ZOO[name], zoo.VOCABULARY, 3, grow.topology(model)).double()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again, zoo.ids(2)), logits(model, zoo.ids(2)))
+    nudged(model)
+    whole_bto, _ = model(zoo.ids(2))
+    first_bto, state = model(zoo.ids(2)[:, :5])
+    then_bto, _ = model(zoo.ids(2)[:, 5:], state)
+    torch.testing.assert_close(torch.cat([first_bto, then_bto], dim=1), whole_bto, rtol=0, atol=1e-9)
+    step(model, optimizer)
+
+
 def _side_by_side() -> nn.Module:
     return zoo.moved(*zoo.ZOO["lm-hybrid-attention"], torch.float32)
 
@@ -393,6 +420,8 @@ REFUSED: list[tuple[Callable[[], nn.Module], Make, str]] = [
     (_seeded, lambda m: plan_widen_residual(m, 16), "the seed in blocks.0 has the width"),
     (of("preset-titans-mac"), lambda m: plan_widen_residual(m, 16), "is a MemoryAsContext"),
     (of("preset-hope-attention"), lambda m: plan_widen_residual(m, 16), "is a CMSMLP"),
+    (of("preset-attention"), lambda m: plan_add_level(m, 0), "a Attention and a SwiGLU has no levels"),
+    (of("preset-titans-mac"), lambda m: plan_add_level(m, 0), "MemoryAsContext"),
     (_seeded, lambda m: plan_unsettle(m, "blocks.0"), "has 0 settled seeds and an open one"),
     (_seeded_off, lambda m: plan_fossilize(m, "blocks.0"), "has arrived above 0"),
     (_seeded, lambda m: plan_raise_rank(m, "blocks.0", 4), "is a 'norm', which has no rank"),
