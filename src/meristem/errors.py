@@ -270,8 +270,6 @@ class InferenceFailed(GrowthError):
     """A policy that raised, ended, or gave something other than a proposal."""
 
 
-
-
 class OverBudget(GrowthError):
     """A change of structure that would cost more than it may."""
 
