@@ -194,7 +194,7 @@ def start_blending(garden: Garden, order: Order, site: Site, config: GrowConfig,
     gained = _gained(site, life.slot)
     found = gates.Stability(gained=gained, gradient_ratio=Gradients.of(model, life.slot, site.loss).ratio)
     result = gates.stability(life, found, config.gates, step=step)
-    garden = garden.spent(life.seed, 2 * site.measure_flops)
+    garden = garden.spent(life.seed, 2 * site.measure_flops).noted(life.seed, tried=_plain(gained))
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
@@ -203,7 +203,7 @@ def start_blending(garden: Garden, order: Order, site: Site, config: GrowConfig,
     if abs(find_seed(model, life.slot).way.weight - blend.target) >= STEP:
         set_blend(model, life.slot, blend.target, steps=blend.steps, curve=blend.curve)
     life = move(life, Stage.BLENDING, step=step, reason=order.why, gate=result.number, emit=emit)
-    return garden.with_life(life).noted(life.seed, tried=_plain(gained), spread=spread(site.losses))
+    return garden.with_life(life).noted(life.seed, spread=spread(site.losses))
 
 
 def stabilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
