@@ -2,15 +2,19 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+import house
+import meristem
 from growth.catalogue import bits, host
 from growth.site import TinySite, evaluated, loose
-from meristem.errors import MissingDependency, PolicyTimeout
+from meristem.errors import MissingDependency, PolicyTimeout, UnknownKey
 from meristem.events import Event
 from meristem.growth import replay, topology
 from meristem.growth import to_json as log_of
@@ -21,6 +25,7 @@ from meristem.growth.observe import Mask, Reading, SlotReading
 from meristem.growth.policy import Decision, NoCandidates, Proposal
 from meristem.growth.settle import settled_in
 from meristem.growth.stage import TRANSITIONS, Stage
+from meristem.runs.config import load_config
 from meristem.worker.breaker import Breaker
 
 SLOTS = ("blocks.0", "blocks.1")
@@ -224,3 +229,30 @@ def test_a_lock_lasts_twice_as_long_each_time_and_at_most_sixteen_times(n: int) 
         garden = garden.culled("blocks.0", "norm", step=0, embargo_steps=200)
     assert garden.embargoes["blocks.0"] == Embargo(200 * min(2 ** (n - 1), 16), n)
     assert ("norm" in garden.blocked) == (n > 1)
+
+
+def test_ta3_policies_risk_and_reports_do_not_know_each_other_nor_the_gardener() -> None:
+    """It alone composes them: each can be another."""
+    root = Path(meristem.__file__).parent
+    known = {source.name: {target for _, target in house.imports(source)} for source in house.modules(root, "meristem")}
+    parts = {
+        "policy": ("policy", "heuristic", "schedule", "trend"),
+        "risk": ("risk",),
+        "report": ("report",),
+        "gardener": ("gardener", "acts", "gates", "garden"),
+    }
+    for part, modules in parts.items():
+        others = [f"meristem.growth.{name}" for other, names in parts.items() if other != part for name in names]
+        for name in modules if part != "gardener" else ():
+            crossed = [target for target in known[f"meristem.growth.{name}"] if target.startswith(tuple(others))]
+            assert crossed == [], f"{name} imports {crossed}"
+
+
+def test_ta1_one_configuration_feeds_gates_policy_and_risk() -> None:
+    """Every part of it is one frozen value, and a key that no part knows is refused with the nearest."""
+    config = load_config("default", ["grow.risk.quiet_steps=7", "grow.policy.inference_budget_ms=9"], {}).tree.grow
+    assert (config.risk.quiet_steps, config.policy.inference_budget_ms) == (7, 9)
+    with pytest.raises(UnknownKey, match="quiet_steps"):
+        load_config("default", ["grow.risk.quiet_step=7"], {})
+    with pytest.raises(ValidationError):
+        config.risk = None

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from meristem.data.stream import Batch, held_out
 from meristem.device.random import GlobalGenerators, global_generators, random_state, restore_random_state
 from meristem.device.room import room_for
 from meristem.distributed.engine import alone
-from meristem.errors import WrongValue
+from meristem.errors import CapabilityError, WrongValue
 from meristem.evaluate.likelihood import Likelihood
 from meristem.events import Event
 from meristem.growth.attach import attach, slots_in
@@ -42,6 +42,7 @@ from meristem.models.build import build
 from meristem.models.growing import GrowConfig
 from meristem.models.topology import Topology
 from meristem.optim.groups import build as build_optimizer
+from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.origins import SeedSettings
 from meristem.optim.schedule import rate_factor
 from meristem.optim.surgery import carried
@@ -52,7 +53,6 @@ from meristem.runs.config import Config
 from meristem.runs.directory import Run
 from meristem.runs.recovery import Recovery
 from meristem.runs.resume import Job
-from meristem.runs.structure import followed
 from meristem.sinks.console import Console
 from meristem.train.backward import read_again
 from meristem.train.loop import Step, steps
@@ -96,6 +96,13 @@ def prepare(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     """The job of a run that trains, of a model with slots."""
     part = config.grow.policy
     policies.get(part.name)(part.settings)
+    if run.world.size > 1:
+        raise CapabilityError(
+            f"grow.enabled is true in {run.world.size} processes, and a seed that is switched off has no gradients for "
+            f"them to sum. Train in one process, or set grow.enabled=false.",
+            operation="grow",
+            reason="several processes",
+        )
     return prepare_job(run, config, checkpoint, with_slots)
 
 
@@ -452,10 +459,12 @@ class RunSite:
                 rebuild=lambda model: build_optimizer(model, config.optim),
                 emit=self._run.emit,
             )
-        self._job.state = followed(receipt, self._run, self._job)
-        now, part = self._job.optimizer, config.grow
-        joining = SeedSettings(part.rate_scale, part.warmup_steps, since=now.clock.count)
-        now.settings |= dict.fromkeys(now.settings.keys() - state.optimizer.settings.keys(), joining)
+        optimizer, part = cast(MultiPeriodOptimizer, receipt.optimizer), config.grow
+        joining = SeedSettings(part.rate_scale, part.warmup_steps, since=optimizer.clock.count)
+        optimizer.settings |= dict.fromkeys(optimizer.settings.keys() - state.optimizer.settings.keys(), joining)
+        self._job.state = replace(
+            state, model=receipt.model, optimizer=optimizer, engine=alone(receipt.model), topology=receipt.topology
+        )
 
     def is_isolated(self, slot: str) -> bool | None:
         device = self._job.device
@@ -471,7 +480,7 @@ class RunSite:
         return found.is_isolated
 
     def recover(self, slot: str, n_steps: int) -> tuple[float | None, bool]:
-        if self._run.world.size > 1 or not self._has_room(n_steps):
+        if not self._has_room(n_steps):
             return None, False
         values, tensors = random_state(self._job.device.device)
         losses = []
