@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import meristem.growth as grow
 from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
 from meristem.data.stream import Stream
 from meristem.device.config import DeviceConfig
+from meristem.device.resolve import resolve
 from meristem.distributed.agreement import Agreement, Change, fingerprint
 from meristem.distributed.config import DistributedConfig
 from meristem.distributed.engine import Engine, alone, replicated, sharded
 from meristem.distributed.shards import local, whole
 from meristem.distributed.world import World, joined
 from meristem.errors import AgreementFailed
+from meristem.events import silent
+from meristem.growth.isolation import Isolation, Pair, ShadowPass, enter
 from meristem.memory.state import State, detach, flatten
 from meristem.models.build import build as build_model
 from meristem.models.config import ModelConfig
@@ -36,7 +41,12 @@ from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.groups import levels
 from meristem.runs import recovery
+from meristem.train.backward import read_again
+from meristem.train.config import AggregateConfig, TrainConfig
+from meristem.train.loop import steps
 from meristem.train.loss import cross_entropy
+from meristem.train.progress import Progress
+from meristem.train.state import Held, TrainingState
 
 PERIODS = (1, 2, 4)
 N_STEPS = 2 * PERIODS[-1]
@@ -284,8 +294,32 @@ def killed(world: World, folder: Path) -> dict[str, Any]:
         return {"error": str(error), "step": step, "seconds": time.monotonic() - began}
 
 
+def shadow(world: World, folder: Path) -> dict[str, Any]:
+    """Steps beside which a seed learns in shadow: what host and seed are then, and the pairs of losses."""
+    model = grow.attach(_model(torch.float64), "blocks.1")
+    seed = grow.graft(model, "blocks.1", "bottleneck", hidden=7)
+    enter(model, "blocks.1", "shadow")
+    slow = [parameter for period, level in levels(model).items() if period > 1 for parameter in level]
+    engine = alone(model)
+    if world.size > 1:  # the engine sums nothing of a seed that is off
+        engine = replicated(model, world, slow=[*slow, *seed.parameters()], leaves_out=False)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01, grad_clip=0.5))
+    optimizer.reduce = None if world.size == 1 else world.all_reduce
+    stream = _stream(folder, "shuffled").share(world.rank, world.size)
+    device, told = resolve(DeviceConfig(device="cpu", dtype="fp32", threads=1), silent), []
+    read = partial(read_again, device=device, by=AggregateConfig())
+    beside = ShadowPass(read, ["blocks.1"], told.append, every=2)
+    held = Held(TrainingState(model, optimizer, engine, Progress(cursor=stream.start())))
+    config = TrainConfig.model_validate({"max_time": None, "steps": N_STEPS})
+    list(steps(held, stream, lambda _: 1.0, config=config, device=device, beside=beside))
+    save_file(_whole(model), _path(folder, KINDS[0], "shadow", world.rank))
+    pairs = [[float(each.without), float(each.with_seed)] for each in told if isinstance(each, Pair)]
+    return {"pairs": pairs, "is_isolated": [each.is_isolated for each in told if isinstance(each, Isolation)]}
+
+
 SCENES: dict[str, Callable[..., dict[str, Any]]] = {
     "train": train,
+    "shadow": shadow,
     "agree": agree,
     "decider": decider,
     "meet": meet,

@@ -124,3 +124,24 @@ def test_a_whole_model_answers_each_process_for_itself(trained, kind):
     _, first, second = trained.trees(kind.name, "answer")
     assert first["logits"].shape[1] == 5 and second["logits"].shape[1] == 7
     torch.testing.assert_close(first["logits"], second["logits"][:, :5], rtol=0, atol=1e-4)
+
+
+@pytest.mark.fault
+def test_a_seed_learns_in_shadow_in_two_processes_as_in_one(stage: Stage, tmp_path: Path) -> None:
+    """Host and seed are the same bits in both, and those of one process but for the rounding of losses, which
+    are float32; so are the pairs."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    one, two = (stage.play(n_ranks, "shadow", tmp_path / name) for n_ranks, name in ((1, "one"), (2, "two")))
+    single, first, second = one.found(), two.found(0), two.found(1)
+    assert first == second and first["is_isolated"] == single["is_isolated"] == [True]
+    torch.testing.assert_close(
+        torch.tensor(first["pairs"]), torch.tensor(single["pairs"]), rtol=0, atol=TOLERANCE["float32"]
+    )
+    assert first["pairs"][0][0] == first["pairs"][0][1] != first["pairs"][-1][1] != first["pairs"][-1][0]
+    paths = [
+        tmp_path / folder / f"plain.shadow.{rank}.safetensors" for folder, rank in (("one", 0), ("two", 0), ("two", 1))
+    ]
+    alone, mine, its = map(load_file, paths)
+    assert all(torch.equal(mine[name], its[name]) for name in alone)
+    for name, weight in alone.items():
+        torch.testing.assert_close(mine[name], weight, rtol=0, atol=TOLERANCE["float32"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import meristem.growth as grow
 import zoo
@@ -300,3 +301,23 @@ def test_what_teaches_does_not_learn_meanwhile() -> None:
         assert caught.value.fields["code"] == ("other_seed" if teacher is seed else "teacher_clash")
     assert bits(model) == before and all(each.requires_grad for each in model.parameters())
     assert enter(model, PLACE, "frozen_host", teacher=model.blocks[0])
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_a_pass_of_compiled_blocks_compiles_them_once(corpus: Corpus) -> None:
+    """The graphs of a seed that is off and of one that is live are made in the first step; pairs are those without."""
+    stream, found = stream_of(corpus, "shuffled"), []
+    for is_compiled in (False, True):
+        model, pairs, n_graphs = model_of("preset-default"), [], []
+        grow.graft(model, PLACE, "bottleneck", hidden=8)
+        enter(model, PLACE, "shadow")
+        for block in model.blocks if is_compiled else ():
+            block.compile(backend="aot_eager")
+        held, shadow = training(model, stream), ShadowPass(READ, (PLACE,), pairs.append, every=1, check_every=0)
+        for n_steps in (1, 2, 4):
+            train(held, stream, n_steps, shadow)
+            n_graphs.append(counters["stats"]["unique_graphs"])
+        assert len(set(n_graphs)) == 1
+        found.append([each.difference() for each in pairs])
+    assert found[0] == pytest.approx(found[1], abs=1e-5) and found[0][-1] != 0

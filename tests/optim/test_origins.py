@@ -252,8 +252,8 @@ def test_an_optimizer_that_was_saved_before_seeds_had_settings_is_restored() -> 
     assert other.settings[ORIGIN].factor(other.clock.count) == 1
 
 
-def test_settings_go_on_with_their_seed() -> None:
-    """L13: those of a seed that stays are kept when another joins or goes, and when the optimizer is rebuilt."""
+def test_l13_settings_go_on_with_their_seed() -> None:
+    """Those of a seed that stays are kept when another joins or goes, and when the optimizer is rebuilt."""
     model, seed, optimizer = with_seed("adamw", rate_scale=0.3)
     grow.attach(model, "blocks.0")
     grow.graft(model, "blocks.0", "norm")
@@ -276,8 +276,8 @@ def blueprint(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
 
 
-def test_a_seed_that_came_and_went_leaves_the_optimizer_as_it_was(blueprint: str) -> None:
-    """V2: attach and detach is the identity on the bytes of host and optimizer."""
+def test_v2_a_seed_that_came_and_went_leaves_the_optimizer_as_it_was(blueprint: str) -> None:
+    """Attach and detach is the identity on the bytes of host and optimizer."""
     model = grow.attach(host("preset-default", torch.float32), PLACE)
     optimizer = build(model, config_of("adamw"))
     step(model, optimizer, 0)
@@ -291,8 +291,8 @@ def test_a_seed_that_came_and_went_leaves_the_optimizer_as_it_was(blueprint: str
     assert found == before and after.settings == {}
 
 
-def test_a_transfer_that_would_lose_moments_is_refused() -> None:
-    """L14: StateTransferFailed with an event, and the old optimizer goes on."""
+def test_l14_a_transfer_that_would_lose_moments_is_refused() -> None:
+    """StateTransferFailed with an event, and the old optimizer goes on."""
     model, _, optimizer = with_seed("adamw")
     before, events = copy.deepcopy(state.tensors(model, optimizer)), list[Event]()
     with pytest.raises(StateTransferFailed, match="is of no use to the optimizer 'muon'.*stays in use"):

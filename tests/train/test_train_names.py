@@ -13,7 +13,7 @@ PUBLIC = {
         *("Conflict", "Gradients", "HIGH", "JUMP", "Report", "WARN"),
         *("changes", "combine", "gather", "keep_graphs", "settle", "total"),
     },
-    "backward": {"BackwardResult", "backward", "make_room"},
+    "backward": {"BackwardResult", "backward", "make_room", "read_again"},
     "emergency": {
         *("Emergency", "Level", "raised", "quiet", "downgraded"),
         *("PER_MINUTE", "Clock", "Signal", "Signals"),
@@ -25,8 +25,8 @@ PUBLIC = {
         *("LEAST_SHARE", "IN_ROW", "TIMES_MEDIAN", "FLOOR_NATS", "TIMES_SEVERE", "COLLAPSE", "COLLAPSE_FROM"),
         *("TIMES_NORM", "FLOOR_NORM", "UPDATE_RATIO", "HELD_OUT_SPAN", "HELD_OUT_MARGIN_NATS", "HELD_OUT_IN_ROW"),
     },
-    "loop": {"MOVING", "Step", "steps"},
-    "loss": {"cross_entropy"},
+    "loop": {"Beside", "MOVING", "Step", "steps"},
+    "loss": {"Teacher", "cross_entropy", "distillation"},
     "config": {
         *(
             "Duration",

@@ -21,7 +21,7 @@ from meristem.train.config import AggregateConfig
 from meristem.train.loss import Teacher, cross_entropy, distillation
 from meristem.train.state import TrainingState
 
-Losses: TypeAlias = dict[str, torch.Tensor]
+_Losses: TypeAlias = dict[str, torch.Tensor]
 """By objective, ``text`` first: each a share of that of the step."""
 
 
@@ -54,7 +54,7 @@ def backward(
     """Gradients of the mean loss over all targets of the step, added to those that there are.
 
     loss = (sum of nats over all batches and targets) / N with N the targets of the whole step: however the targets are
-    spread over batches, micro-batches and processes, each counts the same. Losses of layers are in the gradient, and
+    spread over batches, micro-batches and processes, each counts the same. _Losses of layers are in the gradient, and
     not in the reported loss.
 
     by: how the gradients of the text and of the layers' own losses become one. step: its number, from which the order
@@ -130,7 +130,7 @@ def _attempt(
     """The loss, the memory, and by objective the gradients that are still to be settled."""
     gathered: dict[str, list[torch.Tensor | None]] = {}
 
-    def teach(losses: Losses) -> None:
+    def teach(losses: _Losses) -> None:
         nonlocal gathered
         gathered = _teach(engine.model, losses, by, gathered)
 
@@ -144,7 +144,7 @@ def _read(
     memory: State | None,
     device: Device,
     n_micro_batches: int,
-    take: Callable[[Losses], None],
+    take: Callable[[_Losses], None],
     teacher: Teacher | None = None,
 ) -> tuple[torch.Tensor, State | None]:
     """The loss and the memory after a step's batches; ``take`` is given the scaled losses of each micro-batch."""
@@ -180,7 +180,7 @@ def _carried(leaf: torch.Tensor) -> torch.Tensor:
 
 def _teach(
     model: nn.Module,
-    losses: Losses,
+    losses: _Losses,
     by: AggregateConfig,
     gathered: dict[str, list[torch.Tensor | None]],
 ) -> dict[str, list[torch.Tensor | None]]:
@@ -200,7 +200,7 @@ def _forward(
     n_targets: int,
     share: float,
     teacher: Teacher | None,
-) -> tuple[Losses, torch.Tensor, State]:
+) -> tuple[_Losses, torch.Tensor, State]:
     """What some rows cost by objective, what their text costs without a teacher, and their memory. share: of the step's
     rows."""
     tokens_bt, targets_bt = device.move(batch.tokens_bt, batch.targets_bt)
