@@ -13,7 +13,7 @@ MeristemError
 |- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
 |- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost  RollbackFailed  Halted  StateTransferFailed
 |                       AgreementFailed
-`- GrowthError (5)      IllegalTransition
+`- GrowthError (5)      IllegalTransition  ArtifactFailed  CertificateRefused  ReportInvalid
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.
@@ -242,3 +242,15 @@ class GrowthError(MeristemError):
 
 class IllegalTransition(GrowthError):
     """A seed cannot go from the stage that it is at to the one that was asked for."""
+
+
+class ArtifactFailed(GrowthError):
+    """A blueprint or trained seed that could not be had from a library; the field ``reason`` says why."""
+
+
+class CertificateRefused(GrowthError):
+    """A seed that is trusted less than was allowed, or whose certificate speaks against it."""
+
+
+class ReportInvalid(GrowthError):
+    """A report of growth without its time or ids."""

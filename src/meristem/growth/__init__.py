@@ -6,6 +6,7 @@ from meristem.growth.attach import strip as strip
 from meristem.growth.blend import blends as blends
 from meristem.growth.blueprint import Blueprint as Blueprint
 from meristem.growth.blueprint import blueprints as blueprints
+from meristem.growth.certify import certify as certify
 from meristem.growth.fuse import fuse as fuse
 from meristem.growth.fuse import unfuse as unfuse
 from meristem.growth.graft import advance as advance
@@ -14,6 +15,9 @@ from meristem.growth.graft import graft as graft
 from meristem.growth.graft import remove as remove
 from meristem.growth.graft import seeds_in as seeds_in
 from meristem.growth.graft import set_blend as set_blend
+from meristem.growth.library import Library as Library
+from meristem.growth.library import graft_from as graft_from
+from meristem.growth.library import seed_for as seed_for
 from meristem.growth.optimizer import carry_on as carry_on
 from meristem.growth.optimizer import forget as forget
 from meristem.growth.seed import Seed as Seed
@@ -23,18 +27,22 @@ from meristem.growth.topology import topology as topology
 
 __all__ = [
     "Blueprint",
+    "Library",
     "Seed",
     "advance",
     "attach",
     "blends",
     "blueprints",
     "carry_on",
+    "certify",
     "cost",
     "forget",
     "fuse",
     "graft",
+    "graft_from",
     "remove",
     "replay",
+    "seed_for",
     "seeds_in",
     "set_blend",
     "slots_in",
