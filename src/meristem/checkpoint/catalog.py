@@ -406,12 +406,12 @@ def changes_in(payload: Mapping[str, Any]) -> list[Any]:
     return [*_opened(payload["place"]).changes(payload["since"])]
 
 
-def card_in(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """The newest card of ``name`` in ``place``."""
+def row_in(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The newest version of ``name`` in ``place``."""
     return _opened(payload["place"]).card(payload["name"])
 
 
 def copy_in(payload: Mapping[str, Any]) -> str:
-    """The path of a copy, in the directory ``to``, of the file of the ``card`` of the library in ``place``."""
-    found = Path(payload["place"]) / payload["card"]["weights"]["path"]
+    """The path of a copy, in the directory ``to``, of the file of a ``row`` of the library in ``place``."""
+    found = Path(payload["place"]) / payload["row"]["weights"]["path"]
     return str(shutil.copyfile(found, Path(payload["to"]) / found.name))

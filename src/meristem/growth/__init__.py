@@ -18,6 +18,7 @@ from meristem.growth.graft import set_blend as set_blend
 from meristem.growth.library import Library as Library
 from meristem.growth.library import graft_from as graft_from
 from meristem.growth.library import seed_for as seed_for
+from meristem.growth.loader import Loader as Loader
 from meristem.growth.optimizer import carry_on as carry_on
 from meristem.growth.optimizer import forget as forget
 from meristem.growth.seed import Seed as Seed
@@ -28,6 +29,7 @@ from meristem.growth.topology import topology as topology
 __all__ = [
     "Blueprint",
     "Library",
+    "Loader",
     "Seed",
     "advance",
     "attach",
