@@ -1,5 +1,6 @@
 """The library: what is stored comes back to the bit, or not at all; several processes write; nothing is executed."""
 
+import datetime
 import json
 import os
 import sqlite3
@@ -26,12 +27,14 @@ from meristem.errors import (
     CheckpointTooNew,
     DiskFull,
     MeristemError,
+    ReportInvalid,
     RunError,
     RunInUse,
     ShapeError,
     WrongValue,
 )
 from meristem.growth.library import TRUST, Library, packed
+from meristem.growth.report import GrowthReport, append
 
 PLACE = PLACES["foreign"]
 
@@ -421,3 +424,24 @@ def test_no_code_is_stored(library: Library) -> None:
             assert all(isinstance(value, int | float | str | None) for value in row)
     length = int.from_bytes(file.read_bytes()[:8], "little")
     assert "layer.out.weight" in json.loads(file.read_bytes()[8 : 8 + length])
+
+
+def test_t12_reports_are_gathered_by_their_time_alone(library: Library, tmp_path: Path) -> None:
+    """Each once, in the order in which they were issued; one that was written again takes the place of the first."""
+    log, noon = tmp_path / "growth.log", datetime.datetime(2026, 11, 28, 12, tzinfo=datetime.UTC)
+    made = [
+        GrowthReport(f"s#{n}", "blocks.1", "norm", "run", "success", 1, 9, 0.0, {"gain": None}).issued(
+            noon + datetime.timedelta(hours=n)
+        )
+        for n in range(4)
+    ]
+    for each in (made[2], made[0], made[3], made[1]):
+        append(log, each)
+    assert library.gather_reports(log, since=made[2].issued_at) == 2 and library.reports() == made[2:]
+    assert library.gather_reports(log) == 2 and library.gather_reports(log) == 0
+    assert library.reports("norm") == made and library.reports("conv") == []
+    again = replace(made[1], outcome="regression").issued(noon + datetime.timedelta(hours=9))
+    append(log, again)
+    assert library.gather_reports(log) == 1 and library.reports() == [made[0], *made[2:], again]
+    with pytest.raises(ReportInvalid, match="has no issued_at"):
+        append(log, replace(made[1], issued_at=""))

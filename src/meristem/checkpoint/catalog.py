@@ -62,7 +62,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         FOREIGN KEY (name, version) REFERENCES blueprints (name, version)
     ) STRICT;
     CREATE TABLE reports (
-        report_id TEXT PRIMARY KEY, blueprint TEXT NOT NULL, outcome TEXT NOT NULL, issued_at REAL NOT NULL,
+        report_id TEXT PRIMARY KEY, blueprint TEXT NOT NULL, outcome TEXT NOT NULL, issued_at TEXT NOT NULL,
         body TEXT NOT NULL
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE changes (
@@ -285,10 +285,16 @@ class Catalog:
         return [{**each, "shape": json.loads(each["shape"]), "is_compiled": bool(each["is_compiled"])} for each in rows]
 
     def report(self, body: Mapping[str, Any]) -> bool:
-        """Store a report under its ``report_id``; whether it was not there yet."""
+        """Store a report under its ``report_id``, unless that was stored as late or later; whether it was stored."""
         values = [body["report_id"], body["blueprint"], body["outcome"], body["issued_at"], _text(body)]
         with self._writing() as run:
-            return run("INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?, ?)", values).rowcount == 1
+            done = run(
+                "INSERT INTO reports VALUES (?, ?, ?, ?, ?) ON CONFLICT (report_id) DO UPDATE SET outcome = "
+                "excluded.outcome, issued_at = excluded.issued_at, body = excluded.body "
+                "WHERE excluded.issued_at > issued_at",
+                values,
+            )
+        return done.rowcount == 1
 
     def reports(self, blueprint: str | None = None) -> list[dict[str, Any]]:
         """Reports of a blueprint or of all, by the time at which they were issued."""

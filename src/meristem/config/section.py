@@ -18,6 +18,9 @@ class ConfigSection(BaseModel):
 
     outside_identity: ClassVar[frozenset[str]] = frozenset()
 
+    is_outside_identity: ClassVar[bool | property] = False
+    """Whether nothing of the section changes what is trained; a property where that depends on its values."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {}

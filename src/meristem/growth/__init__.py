@@ -21,16 +21,24 @@ from meristem.growth.library import seed_for as seed_for
 from meristem.growth.loader import Loader as Loader
 from meristem.growth.optimizer import carry_on as carry_on
 from meristem.growth.optimizer import forget as forget
+from meristem.growth.plan import plan_fuse as plan_fuse
+from meristem.growth.plan import plan_graft as plan_graft
+from meristem.growth.plan import plan_remove as plan_remove
 from meristem.growth.seed import Seed as Seed
 from meristem.growth.topology import replay as replay
 from meristem.growth.topology import to_json as to_json
 from meristem.growth.topology import topology as topology
+from meristem.growth.transaction import Limits as Limits
+from meristem.growth.transaction import transaction as transaction
+from meristem.optim.origins import SeedSettings as SeedSettings
 
 __all__ = [
     "Blueprint",
     "Library",
     "Loader",
+    "Limits",
     "Seed",
+    "SeedSettings",
     "advance",
     "attach",
     "blends",
@@ -42,6 +50,9 @@ __all__ = [
     "fuse",
     "graft",
     "graft_from",
+    "plan_fuse",
+    "plan_graft",
+    "plan_remove",
     "remove",
     "replay",
     "seed_for",
@@ -51,5 +62,6 @@ __all__ = [
     "strip",
     "to_json",
     "topology",
+    "transaction",
     "unfuse",
 ]

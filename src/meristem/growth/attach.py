@@ -33,7 +33,7 @@ def attach(
     Raises WrongValue where nothing has such a name, ShapeError for a width that is unknown or not the module's, and
     CapabilityError for modules that cannot have a slot; the model is untouched then.
     """
-    _require_unwrapped(model)
+    require_unwrapped(model)
     names = _matching(model, [slots] if isinstance(slots, str) else list(slots))
     modules = {name: model.get_submodule(name) for name in names}
     for name, module in modules.items():
@@ -93,7 +93,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f"Nearest: {', '.join(nearest)}." if nearest else ""
 
 
-def _require_unwrapped(model: nn.Module) -> None:
+def require_unwrapped(model: nn.Module) -> None:
     for name, module in model.named_modules():
         wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in WRAPPERS), None)
         if wrapper:

@@ -4,12 +4,17 @@ Each gives the addition a in ``y = h + alpha a``: per token, out of the hidden v
 """
 
 from collections.abc import Callable
-from typing import ClassVar, Final
+from typing import Annotated, ClassVar, Final
 
 import torch
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
-from meristem.plugins import Registry
+from meristem.config import ConfigSection
+from meristem.config.mistakes import explain
+from meristem.errors import WrongValue
+from meristem.growth.course import CURVES
+from meristem.plugins import Registry, read_call
 
 CHANNEL_OPEN: Final = 4.0
 """First logit of a channel: sigmoid(4) = 0.98."""
@@ -67,3 +72,38 @@ blends: Registry[Callable[[int], nn.Module]] = Registry(
     },
 )
 """Makers of blends by the width of the host: modules ``(host_btd, delta_btd) -> addition_btd``, zero where delta is."""
+
+
+class Blending(ConfigSection):
+    """How a seed enters its host, and the way of its blend weight from 0 to the target."""
+
+    name: Annotated[str, Field(description="What is added of what a seed gives: residual, channel, ...")] = "residual"
+    target: Annotated[float, Field(gt=0, le=1, description="The blend weight at the end.")] = 1.0
+    steps: Annotated[int, Field(ge=0, le=10_000_000, description="Steps until it is reached; 0: at once.")] = 100
+    curve: Annotated[str, Field(description="The way: linear, cosine, sigmoid-6, -12 or -24.")] = "cosine"
+
+    def __str__(self) -> str:
+        """As ``blending`` reads it."""
+        return f"{self.name}(target={self.target!r}, steps={self.steps}, curve={self.curve!r})"
+
+
+def blending(text: str, usual: Blending | None = None) -> Blending:
+    """What ``channel`` or ``channel(target=0.5, steps=50)`` says; the policy and what carries out its orders read it
+    with this alone.
+
+    usual: what holds of all that the text leaves open. Raises WrongValue and UnknownKey with what was found.
+    """
+    name, places, chosen = read_call("blend", text)
+    blends.get(name)
+    if places or "name" in chosen:
+        raise WrongValue(
+            f"found '{text}'; expected a blend and its settings with their names, as channel(target=0.5).", value=text
+        )
+    given = (usual or Blending()).model_dump() | chosen | {"name": name.casefold()}
+    try:
+        found = Blending.model_validate(given)
+    except ValidationError as cause:
+        raise explain(cause, Blending, lambda path: f"the blend '{text}'") from cause
+    if found.curve not in CURVES:
+        raise WrongValue(f"found the curve '{found.curve}'; expected one of {', '.join(CURVES)}.", value=found.curve)
+    return found

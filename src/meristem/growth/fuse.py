@@ -103,12 +103,12 @@ def _why_not(model: nn.Module, host: Any, seed: Seed) -> str:
     if is_parametrized(host):
         return "the weight of its host is computed from others by a parametrization"
     for own in (host.weight, host.bias):
-        others = [name for name, each in model.named_parameters(remove_duplicate=False) if _shares(each, own)]
+        others = [name for name, each in model.named_parameters(remove_duplicate=False) if shares(each, own)]
         if own is not None and len(others) > 1:
             return f"the weight of its host is shared by {' and '.join(others)}, which would change too"
     return ""
 
 
-def _shares(one: Tensor, other: Tensor | None) -> bool:
+def shares(one: Tensor, other: Tensor | None) -> bool:
     """Whether two tensors are held in the same place."""
     return other is not None and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

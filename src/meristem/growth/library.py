@@ -4,7 +4,7 @@ with grow.Library("seeds") as library:
     library.put_blueprint("small", "low_rank", rank=4)
     card = library.put_seed("arithmetic", model, "blocks.1")
     library.put_certificate(card, grow.certify(model, "blocks.1"))
-    library.gather_reports("runs/arithmetic/reports.log")
+    library.gather_reports("runs/arithmetic/growth.log")
     grow.graft_from(other, "blocks.3", library.load("arithmetic"))
     grow.set_blend(other, "blocks.3", 1.0, steps=100)
 
@@ -29,7 +29,7 @@ from meristem.growth.attach import find_slot
 from meristem.growth.certify import Certificate, Handling
 from meristem.growth.course import Course
 from meristem.growth.graft import build, find_seed, graft
-from meristem.growth.report_log import Report, read_reports
+from meristem.growth.report import GrowthReport, read
 from meristem.growth.seed import Origin, Seed
 from meristem.nn.slot import Reads
 
@@ -210,14 +210,18 @@ class Library:
         """What seeds of a name were measured at, oldest first: device, dtype, shape, ms, tokens per second, bytes."""
         return self._catalog.benchmarks(name)
 
-    def gather_reports(self, log: str | Path, *, since: float = 0, emit: Emit = silent) -> int:
-        """Store the reports of a log that were issued at ``since`` or later and are not there yet; how many."""
-        reports, _ = read_reports(log, emit=emit)
+    def gather_reports(self, log: str | Path, *, since: str = "", emit: Emit = silent) -> int:
+        """Store the reports of the log of a run (``growth.log``) that are not there yet, and how many those are.
+
+        since: only those issued then or later, in UTC, ISO 8601. One that was written again takes the place of the
+        first.
+        """
+        reports = read(Path(log), emit)
         return sum(self._catalog.report(each.to_json()) for each in reports if each.issued_at >= since)
 
-    def reports(self, blueprint: str | None = None) -> list[Report]:
+    def reports(self, blueprint: str | None = None) -> list[GrowthReport]:
         """Reports of a blueprint or of all, by the time at which they were issued."""
-        return [Report.from_json(each) for each in self._catalog.reports(blueprint)]
+        return [GrowthReport.from_json(each) for each in self._catalog.reports(blueprint)]
 
 
 def graft_from(

@@ -3,18 +3,21 @@
 The log is read off the model: it cannot differ from what is there. Weights are not in it; they are in the state dict.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, Final
 
+import torch
 from torch import nn
 
-from meristem.errors import CheckpointCorrupt, CheckpointMismatch, MeristemError, WrongValue
-from meristem.growth.attach import attach, find_slot, slots_in, strip
+from meristem.errors import CapabilityError, CheckpointCorrupt, CheckpointMismatch, WrongValue
+from meristem.growth.attach import attach, find_slot, slots_in
 from meristem.growth.graft import build, seeds_in
 from meristem.growth.seed import Origin
-from meristem.models.topology import Change, Topology, changed, changes, from_json
+from meristem.models.topology import Change, Topology, changed, changes, from_json, recorded
 from meristem.models.topology import to_json as listed
 from meristem.nn.slot import CHILD
 
@@ -22,7 +25,7 @@ VERSION: Final = 1
 
 
 def topology(model: nn.Module) -> Topology:
-    """The changes that make the grown model of its host: every slot, then every seed.
+    """The changes that make the grown model of its host: every operation, then every slot, then every seed.
 
     For a model of ours it is the last argument of ``models.build.build``, and what a run keeps as its topology.
     """
@@ -30,7 +33,8 @@ def topology(model: nn.Module) -> Topology:
         Change("slot", {"name": name, "reads": slot.reads, "width": slot.widths[1], "layout": slot.layout})
         for name, slot in slots_in(model).items()
     ]
-    return (*slots, *(Change("seed", {"slot": name, **vars(seed.origin)}) for name, seed in seeds_in(model).items()))
+    seeds = (Change("seed", {"slot": name, **vars(seed.origin)}) for name, seed in seeds_in(model).items())
+    return (*recorded(model), *slots, *seeds)
 
 
 def to_json(model: nn.Module) -> dict[str, Any]:
@@ -46,11 +50,12 @@ def replay(model: nn.Module, saved: Mapping[str, Any]) -> nn.Module:
     another host or that this version does not know, WrongValue for a model that has grown already; the host is
     untouched then.
     """
-    if slots_in(model):
+    if slots_in(model) or recorded(model):
+        has = ", ".join([*slots_in(model), *(change.name for change in recorded(model))])
         raise WrongValue(
-            f"the model has the slots {', '.join(slots_in(model))} already; a log is replayed on a host without any. "
-            f"Strip it first.",
-            value=list(slots_in(model)),
+            f"the model has grown already ({has}); a log is replayed on a host that has not. Strip it first, or build "
+            f"it anew.",
+            value=has,
         )
     body = {key: saved.get(key) for key in ("version", "host", "changes")}
     if saved.get("sha256") != _digest(body) or not isinstance(body["changes"], list):
@@ -58,19 +63,24 @@ def replay(model: nn.Module, saved: Mapping[str, Any]) -> nn.Module:
             "the topology log is broken: it is not what its checksum was made of. Take another copy, or the checkpoint "
             "before it."
         )
-    if body["version"] != VERSION or body["host"] != _host(model):
-        what = f"version {body['version']}" if body["version"] != VERSION else "a host with other weights"
-        raise CheckpointMismatch(
-            f"the topology log is of {what}; expected version {VERSION} and a host whose parameters have the names and "
-            f"shapes of this one. Build the host that the log was made with.",
-            found=body["host"],
-            expected=_host(model),
-        )
-    try:
-        return changed(model, from_json(body["changes"]))
-    except MeristemError:
-        strip(model)
-        raise
+    found = f"version {body['version']}"
+    if body["version"] == VERSION:
+        log = from_json(body["changes"])
+        operations = tuple(change for change in log if change.name not in ("slot", "seed"))
+        twin = without_numbers(model)
+        with torch.device("meta"):
+            is_host = body["host"] == _host(changed(twin, operations))
+            if is_host:
+                changed(twin, log[len(operations) :])
+        if is_host:
+            return changed(model, log)
+        found = "a host with other weights"
+    raise CheckpointMismatch(
+        f"the topology log is of {found}; expected version {VERSION} and a host whose parameters have the names and "
+        f"shapes of this one. Build the host that the log was made with.",
+        found=body["host"],
+        expected=_host(model),
+    )
 
 
 def _slot(model: nn.Module, fields: Mapping[str, Any]) -> nn.Module:
@@ -88,8 +98,26 @@ changes.register("slot", _slot)
 changes.register("seed", _seed)
 
 
+def without_numbers(model: nn.Module) -> nn.Module:
+    """A copy of a model in shapes only, on ``meta``. Raises CapabilityError where it holds what cannot be copied."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        bare = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(bare, requires_grad=tensor.requires_grad) if is_parameter else bare
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as cause:
+        raise CapabilityError(
+            f"a change of structure is tried on a copy first, and {type(model).__name__} holds something that cannot "
+            f"be copied: {cause}. Take it off the model, or give its class a __deepcopy__.",
+            operation="grow",
+            reason="no copy",
+        ) from cause
+
+
 def _host(model: nn.Module) -> str:
-    """What tells one host from another: names, shapes and nothing else."""
+    """What tells one host from another: names and shapes of all but seeds, after all operations."""
     shapes = [
         [name, list(tensor.shape)] for name, tensor in model.state_dict().items() if f".{CHILD}." not in f".{name}"
     ]

@@ -6,7 +6,7 @@ A model that was changed is no longer the one that its settings describe. Its ch
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from torch import nn
 
@@ -30,6 +30,23 @@ changes: Registry[Callable[[nn.Module, Mapping[str, Any]], nn.Module]] = Registr
 
 A change gives the shapes alone; what the weights are is put back afterwards.
 """
+
+
+LOG: Final = "operations"
+"""The attribute of a model that was operated on: the changes that are not slots and seeds, in order."""
+
+
+def recorded(model: nn.Module) -> Topology:
+    """The operations that a model went through, as inserted blocks; slots and seeds are read off the model."""
+    found: Topology = getattr(model, LOG, ())
+    return found
+
+
+def record(model: nn.Module, change: Change, *, undoes: Change | None = None) -> nn.Module:
+    """The model, with one operation more in its log; or with one less, where the last one is what this undoes."""
+    before = recorded(model)
+    setattr(model, LOG, before[:-1] if undoes and before[-1:] == (undoes,) else (*before, change))
+    return model
 
 
 def changed(model: nn.Module, topology: Topology) -> nn.Module:

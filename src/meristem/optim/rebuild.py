@@ -4,18 +4,15 @@ A part for growth: nothing calls it yet.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from torch import nn
 
 from meristem.errors import BreakerOpen, StateTransferFailed
 from meristem.events import Emit, Event
 from meristem.optim.multi_period import MultiPeriodOptimizer
-from meristem.optim.surgery import transferred
+from meristem.optim.surgery import keep_settings, transferred
 from meristem.worker.breaker import Breaker
-
-NOT_KEPT: Final = frozenset({"params", "param_names"})
-"""What a group is about and not how it is set."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +144,5 @@ def _given(before: MultiPeriodOptimizer, after: MultiPeriodOptimizer) -> list[st
     reasons += [f"gradients wait for {name}, which now moves at every step" for name in left.stranded]
     if reasons:
         return reasons
-    settings = {group["name"]: group for group in before.param_groups}
-    for group in after.param_groups:
-        group |= {key: value for key, value in settings[group["name"]].items() if key not in NOT_KEPT}
-    after.clip = before.clip
+    keep_settings(before, after)
     return []

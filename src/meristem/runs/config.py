@@ -15,6 +15,7 @@ from meristem.device.config import DeviceConfig
 from meristem.distributed.config import DistributedConfig, require_shardable
 from meristem.errors import ConflictingKeys, DeadKey
 from meristem.evaluate.config import EvalConfig
+from meristem.growth.config import GrowConfig
 from meristem.models.config import LearnConfig, ModelConfig
 from meristem.models.layers import memory_keys, require_pattern
 from meristem.nn.config import MemoryConfig
@@ -56,6 +57,7 @@ class Config(ConfigSection):
     profile: ProfileConfig = ProfileConfig()
     guard: GuardConfig = GuardConfig()
     rollback: RollbackConfig = RollbackConfig()
+    grow: GrowConfig = GrowConfig()
     learn: LearnConfig = LearnConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

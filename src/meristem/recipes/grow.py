@@ -1,0 +1,421 @@
+"""Training that grows: seeds are put where they are wanted, tried, blended in, and kept or removed (growth.md 17)."""
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from meristem.checkpoint.store import Checkpoint
+from meristem.data.stream import Batch, held_out
+from meristem.device.random import random_state, restore_random_state
+from meristem.device.room import room_for
+from meristem.distributed.engine import alone
+from meristem.errors import WrongValue
+from meristem.evaluate.likelihood import Likelihood
+from meristem.events import Event
+from meristem.growth.attach import attach, slots_in
+from meristem.growth.config import GrowConfig
+from meristem.growth.garden import Garden
+from meristem.growth.gardener import act_on, tend
+from meristem.growth.graft import advance, cost, seeds_in, set_blend
+from meristem.growth.measure import differences
+from meristem.growth.observe import HeldOut, Reading, SlotReading
+from meristem.growth.plan import Plan
+from meristem.growth.policy import Decision, Mask, decide, policies
+from meristem.growth.report import FILE, GrowthReport, append
+from meristem.growth.stage import Stage
+from meristem.growth.topology import topology
+from meristem.growth.transaction import transaction
+from meristem.models.build import build
+from meristem.models.topology import Topology
+from meristem.optim.groups import build as build_optimizer
+from meristem.optim.schedule import rate_factor
+from meristem.optim.surgery import carried
+from meristem.recipes.plan.flops import counted
+from meristem.recipes.plan.report import PlanReport
+from meristem.recipes.pretrain import Result, begun, finish, measure, prepare_job, stop, train
+from meristem.runs.config import Config
+from meristem.runs.directory import Run
+from meristem.runs.recovery import Recovery
+from meristem.runs.resume import Job
+from meristem.runs.structure import followed
+from meristem.sinks.console import Console
+from meristem.train.loop import Step, steps
+from meristem.train.loss import cross_entropy
+from meristem.train.state import Held, TrainingState
+from meristem.worker.breaker import Breaker
+
+PROBE_ROWS: Final = 4
+"""Held-out sequences that gradients and changes of logits are measured on."""
+
+
+def grow(
+    config: Config,
+    *,
+    run_dir: Path | None = None,
+    resume: str = "auto",
+    view: Console | None = None,
+    planned: PlanReport | None = None,
+    time_scale: float = 1.0,
+) -> Result:
+    """Train a language model as ``config`` says, and let it grow as ``config.grow`` says.
+
+    The arguments are those of ``pretrain``. Raises WrongValue for a policy or a blueprint that is none, a pattern of
+    slots that matches nothing, and caps that leave no room for a single seed; nothing is trained then.
+    """
+    with begun(
+        config, run_dir=run_dir, resume=resume, view=view, planned=planned, make_job=prepare, time_scale=time_scale
+    ) as (run, job, recovery):
+        growth = Growth(run, job, recovery)
+        is_interrupted = train(run, job, recovery, growth)
+        return stop(run, job, recovery) if is_interrupted else finish(run, job, recovery)
+
+
+def prepare(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
+    """The job of a run that trains, of a model with slots."""
+    policies.get(config.grow.policy)
+    return prepare_job(run, config, checkpoint, with_slots)
+
+
+def with_slots(config: Config, vocabulary: int, before: Topology) -> Topology:
+    """The changes of a model that has a slot in every module that ``grow.slots`` names."""
+    part = config.grow
+    make = partial(build, config.model, config.memory, vocabulary, config.run.seed)
+    with torch.device("meta"):
+        model, wanted = make(before), slots_in(attach(make(), part.slots, reads=part.reads))
+    missing = [name for name in wanted if name not in slots_in(model)]
+    if missing:
+        attach(model, missing, reads=part.reads)
+    _require_room(model, part)
+    return topology(model)
+
+
+def _require_room(model: nn.Module, part: GrowConfig) -> None:
+    """Raise WrongValue unless one seed stays within the caps, and what building it raises."""
+    n_host = sum(each.numel() for each in model.parameters())
+    for name, slot in slots_in(model).items():
+        n_seed = cost(part.blueprint, slot.widths, blend=part.blend, **part.settings).n_parameters
+        if n_host + n_seed > part.params_ratio * n_host:
+            raise WrongValue(
+                f"a seed '{part.blueprint}' in '{name}' has {n_seed:,} parameters, and grow.params_ratio="
+                f"{part.params_ratio:g} leaves {int((part.params_ratio - 1) * n_host):,} beside the {n_host:,} of the "
+                f"model. Raise it, or make the seed smaller by grow.settings.",
+                value=part.params_ratio,
+            )
+
+
+class Growth:
+    """The companion of a training that grows it: orders before a step, a look at the run after it.
+
+    It holds nothing that a run depends on: that is in ``job.state.garden``.
+    """
+
+    def __init__(self, run: Run, job: Job, recovery: Recovery) -> None:
+        self._run, self._job, self._config = run, job, job.config.grow
+        self._site = RunSite(run, job, recovery)
+        policy = policies.get(self._config.policy)(self._config.policy_settings)
+        self._policy = policy
+        if job.state.garden is None:
+            self._garden = Garden()
+
+    @property
+    def _garden(self) -> Garden:
+        garden = self._job.state.garden
+        return garden if isinstance(garden, Garden) else Garden()
+
+    @_garden.setter
+    def _garden(self, garden: Garden) -> None:
+        self._job.state = replace(self._job.state, garden=garden)
+
+    def before(self) -> None:
+        """Carry out the orders that wait."""
+        garden = self._garden
+        if garden.queue:
+            step = self._job.state.progress.step
+            self._garden = act_on(
+                garden, self._site, self._config, run_id=self._site.run_id, step=step, emit=self._emit
+            )
+
+    def after(self, step: Step) -> None:
+        """Take blend weights one step further; at a boundary, look at the run and give orders."""
+        weights = advance(self._job.model)
+        garden, now = self._garden, step.progress
+        flops = 3 * self._site.flops_per_token * step.n_targets
+        self._garden = garden = replace(garden, flops=garden.flops + flops)
+        if now.step % self._config.boundary_every:
+            return
+        for slot, weight in weights.items():
+            self._run.emit(Event("blend.reported", {"step": now.step, "slot": slot, "weight": weight}))
+        reading = self._site.reading(garden, step.loss_nats)
+        self._garden = tend(
+            garden,
+            reading,
+            self._config,
+            ask=self._ask,
+            slots=self._site.slots(),
+            free_parameters=self._site.free_parameters,
+            emit=self._emit,
+        )
+
+    def _ask(self, reading: Reading, mask: Mask, breaker: Breaker) -> Decision:
+        return decide(self._policy, reading, mask, budget_ms=None, breaker=breaker, emit=self._emit)
+
+    def evaluated(self, found: Likelihood) -> None:
+        """Hear what held-out text costs."""
+        now, garden = self._job.state.progress, self._garden
+        self._garden = garden.evaluated(HeldOut(now.step, now.tokens, garden.flops, found.nats))
+
+    def _emit(self, event: Event) -> None:
+        """Record what happens to a seed, and show it."""
+        self._run.emit(event)
+        if event.name in TOLD:
+            self._run.view.note(TOLD[event.name](event.payload))
+
+
+def _stage_words(payload: Any) -> str:
+    return f"step {payload['step']}: {payload['seed']} {payload['from']} -> {payload['to']} ({payload['reason']})"
+
+
+def _gate_words(payload: Any) -> str:
+    failed = [check for check in payload["checks"] if check["status"] != "pass"]
+    values = ["not measured" if check["value"] is None else f"{check['value']:.4g}" for check in failed]
+    words = ", ".join(
+        f"{check['name']} {value}, asked {check['threshold']}" for check, value in zip(failed, values, strict=True)
+    )
+    return f"step {payload['step']}: {payload['seed']} does not pass {payload['gate']}: {words}"
+
+
+def _graft_words(payload: Any) -> str:
+    return f"a seed '{payload['blueprint']}' of {payload['n_parameters']:,} parameters is put into {payload['slot']}"
+
+
+TOLD: Final[dict[str, Callable[[Any], str]]] = {
+    "slot.stage_changed": _stage_words,
+    "gate.failed": _gate_words,
+    "graft.done": lambda payload: (
+        f"grafted: {payload['blueprint']} in {payload['slot']}, {payload['n_parameters']:,} parameters"
+    ),
+}
+"""Events that a person sees as a line, and how they are said."""
+
+
+class RunSite:
+    """The run as the acts of the gardener see it (``growth.acts.Site``)."""
+
+    def __init__(self, run: Run, job: Job, recovery: Recovery) -> None:
+        self._run, self._job, self._recovery = run, job, recovery
+        self._flops: dict[str, float] = {}
+
+    @property
+    def run_id(self) -> str:
+        return str(self._run.manifest.content["id"])
+
+    @property
+    def model(self) -> nn.Module:
+        return self._job.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._job.optimizer
+
+    @property
+    def tokens(self) -> int:
+        return self._job.state.progress.tokens
+
+    @property
+    def quiet_steps(self) -> int:
+        """Steps since the guard spoke, or all of them."""
+        emergency = self._recovery.safety.emergency
+        return emergency.n_quiet if emergency.level else self._job.state.progress.step
+
+    @property
+    def losses(self) -> Sequence[float]:
+        return self._recovery.safety.guard.losses
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward, counted once for each structure, and for each choice of seeds that are switched on."""
+        key = repr((self._job.state.topology, [seed.is_live for seed in seeds_in(self.model).values()]))
+        if key not in self._flops:
+            tokens_bt = self._probe.tokens_bt[:1]
+            with torch.no_grad():
+                self._flops[key] = counted(partial(self._read, self.model, tokens_bt)) / tokens_bt.numel()
+        return self._flops[key]
+
+    @property
+    def free_parameters(self) -> int:
+        """How many a seed may have for the model to stay within its cap."""
+        n_all = sum(each.numel() for each in self.model.parameters())
+        n_seeds = sum(each.numel() for seed in seeds_in(self.model).values() for each in seed.parameters())
+        return int(self._job.config.grow.params_ratio * (n_all - n_seeds)) - n_all
+
+    @property
+    def step_flops(self) -> float:
+        data, train = self._job.config.data, self._job.config.train
+        return 3 * self.flops_per_token * data.batch_size * data.seq_len * train.grad_accum_steps
+
+    @property
+    def measure_flops(self) -> float:
+        return self.flops_per_token * sum(batch.n_targets for batch in self._held_out)
+
+    def slots(self) -> Collection[str]:
+        return slots_in(self.model).keys()
+
+    def reading(self, garden: Garden, loss_nats: float | None) -> Reading:
+        """What is known of the run now."""
+        now, seeds = self._job.state.progress, seeds_in(self.model)
+        slots = []
+        for name in self.slots():
+            life, embargo = garden.open_in(name), garden.embargoes.get(name)
+            is_kept = life is None and name in seeds
+            slots.append(
+                SlotReading(
+                    slot=name,
+                    stage=life.stage if life else Stage.FOSSILIZED if is_kept else Stage.DORMANT,
+                    seed=life.seed if life else None,
+                    blueprint=seeds[name].origin.blueprint if name in seeds else None,
+                    blend_weight=seeds[name].way.weight if name in seeds else 0.0,
+                    age_steps=now.step - life.born if life else 0,
+                    score=None,
+                    gradient_rms=None,
+                    embargo_until=embargo.until if embargo else None,
+                )
+            )
+        return Reading(
+            run_id=self.run_id,
+            step=now.step,
+            tokens=now.tokens,
+            flops=garden.flops,
+            training_loss_nats=loss_nats,
+            held_out=garden.held_out,
+            slots=tuple(slots),
+            trials=garden.trials,
+        )
+
+    @cached_property
+    def _held_out(self) -> list[Batch]:
+        config = self._job.config
+        return [
+            *held_out(
+                self._job.corpus,
+                "val",
+                window=config.data.seq_len,
+                batch=config.eval.batch_size,
+                max_windows=config.grow.gates.pairs,
+            )
+        ]
+
+    @cached_property
+    def _probe(self) -> Batch:
+        first = self._held_out[0]
+        return first.take_rows(0, min(PROBE_ROWS, len(first.tokens_bt)))
+
+    def _reading(self) -> AbstractContextManager[Any]:
+        return self._job.engine.whole()
+
+    def _read(self, model: nn.Module, tokens_bt: Tensor) -> Tensor:
+        device = self._job.device
+        (moved_bt,) = device.move(tokens_bt)
+        with device.autocast():
+            logits_bto: Tensor = model(moved_bt, None)[0]
+        return logits_bto
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> list[float]:
+        found = []
+        with room_for("a comparison on held-out text", self._job.device.device), self._reading():
+            for batch in self._held_out:
+                logits_bto = self._read(model, batch.tokens_bt)
+                (targets_bt,) = self._job.device.move(batch.targets_bt)
+                for row, targets in zip(logits_bto, targets_bt, strict=True):
+                    found.append(float(cross_entropy(row[None], targets[None])) / targets.numel())
+        return found
+
+    def loss(self, model: nn.Module) -> Tensor:
+        (targets_bt,) = self._job.device.move(self._probe.targets_bt)
+        return cross_entropy(self._read(model, self._probe.tokens_bt), targets_bt) / targets_bt.numel()
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module) -> Tensor:
+        return self._read(model, self._probe.tokens_bt)
+
+    def evaluate(self) -> float | None:
+        job, garden = self._job, self._job.state.garden
+        if isinstance(garden, Garden) and garden.held_out and garden.held_out[-1][0] == job.state.progress.step:
+            return garden.held_out[-1][3]
+        found = measure(self._run, job, job.config.eval.n_windows, task="growth")
+        return float(found.nats)
+
+    def keep(self) -> bool:
+        if self._recovery.snapshot("growth") is None:
+            self._recovery.save(reason="growth", metrics={})
+            self._recovery.wait()
+        return True
+
+    def change(self, plan: Plan) -> None:
+        state, config = self._job.state, self._job.config
+        (probe_bt,) = self._job.device.move(self._probe.tokens_bt)
+        with self._job.device.autocast():
+            receipt = transaction(
+                state.model,
+                state.optimizer,
+                plan,
+                probe_bt,
+                rebuild=lambda model: build_optimizer(model, config.optim),
+                emit=self._run.emit,
+            )
+        self._job.state = followed(receipt, self._run, self._job)
+
+    def is_isolated(self, slot: str) -> bool | None:
+        return None
+
+    def recover(self, slot: str, n_steps: int) -> tuple[float | None, bool]:
+        if self._run.world.size > 1 or not self._has_room(n_steps):
+            return None, False
+        values, tensors = random_state(self._job.device.device)
+        losses = []
+        for weight in (0.0, seeds_in(self.model)[slot].way.weight):
+            model = self._trained_copy(slot, weight, n_steps)
+            losses.append(self.measure(model))
+            restore_random_state(values, tensors, self._run.emit, device=self._job.device.device)
+        return -differences(losses[1], losses[0]).mean, True
+
+    def _trained_copy(self, slot: str, weight: float, n_steps: int) -> nn.Module:
+        """A copy of the model with the seed of a slot at a weight, after some steps on the text that comes next."""
+        job, state = self._job, self._job.state
+        model = deepcopy(state.model)
+        names = {name: name for name, each in model.named_parameters() if each.requires_grad}
+        optimizer = carried(state.optimizer, old=state.model, model=model, names=names, config=job.config.optim)
+        set_blend(model, slot, weight)
+        held = Held(TrainingState(model, optimizer, alone(model), state.progress))
+        schedule = partial(rate_factor, job.config.schedule)
+        trained = steps(
+            held, job.stream, schedule, config=job.config.train, device=job.device, aggregate=job.config.aggregate
+        )
+        for _ in islice(trained, n_steps):
+            pass
+        return model
+
+    def _has_room(self, n_steps: int) -> bool:
+        """Whether the run has so many steps before it."""
+        now, limits = self._job.state.progress, self._job.config.train
+        each = max(now.step, 1)
+        left = (
+            (now.step, limits.steps, 1.0),
+            (now.tokens, limits.tokens, now.tokens / each),
+            (now.seconds_used, limits.max_time, now.seconds_used / each),
+        )
+        return all(limit is None or used + n_steps * of_step <= limit for used, limit, of_step in left)
+
+    def report(self, report: GrowthReport) -> None:
+        report = replace(report, run_id=self.run_id).issued(datetime.now(UTC))
+        append(self._run.directory / FILE, report)
+        self._run.emit(Event("growth.reported", report.to_json()))
