@@ -104,7 +104,7 @@ def test_what_is_listed_can_be_narrowed(library: Library) -> None:
 NAMES = st.from_regex(catalog.NAME, fullmatch=True).filter(lambda name: len(name) < 20)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=NAMES,
     rank=st.integers(1, 5),
@@ -257,7 +257,7 @@ def test_a_broken_library_is_one_sentence(
 
 
 def test_a_library_with_a_hole_in_it_is_refused(library: Library) -> None:
-    for number in range(200):
+    for number in range(40):
         library.put_blueprint(f"n{number}", "norm")
     library.close()
     file = library.place / catalog.FILE
@@ -308,7 +308,7 @@ WRITER = """
 import sys
 from meristem.checkpoint.catalog import Catalog
 with Catalog(sys.argv[1]) as catalog:
-    for number in range(40):
+    for number in range(15):
         catalog.put(f"own-{sys.argv[2]}-{number}", origin={"number": number}, trust="safe")
         catalog.put("shared", origin={"writer": sys.argv[2], "number": number}, trust="safe")
 """
@@ -319,10 +319,10 @@ def test_several_processes_write(tmp_path: Path) -> None:
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(n)]) for n in range(3)]
     assert [writer.wait() for writer in writers] == [0, 0, 0]
     with catalog.Catalog(tmp_path) as found:
-        assert len(found.cards()) == 3 * 40 + 1 and found.card("shared")["version"] == 120
+        assert len(found.cards()) == 3 * 15 + 1 and found.card("shared")["version"] == 45
         at, changes = found.changes()
-        assert at == len(changes) == 240
-        assert sorted(each["version"] for each in changes if each["name"] == "shared") == [*range(1, 121)]
+        assert at == len(changes) == 90
+        assert sorted(each["version"] for each in changes if each["name"] == "shared") == [*range(1, 46)]
 
 
 @pytest.mark.fault

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
-from typing import Any, Final, Literal, Self, TypeAlias, get_args
+from typing import Any, Final, Literal, Self, TypeAlias, cast, get_args
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
@@ -89,6 +89,11 @@ class Card:
         said = [self.trust] if self.handling is None else [self.trust, TRUSTED[self.handling]]
         return max(said, key=TRUST.index)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        fitting = self.fitting and {**vars(self.fitting), "widths": [*self.fitting.widths]}
+        return {**vars(self), "origin": _plain(self.origin), "fitting": fitting, "risk": self.risk}
+
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Self:
         """Of what the catalog gives."""
@@ -112,15 +117,23 @@ class Artifact:
 
 
 class Library:
-    """The open library in a directory, which is made where there is none. Threads and processes may share it.
+    """The open library in a directory, which is made where there is none, unless ``is_there`` says that there is one.
+    Threads and processes may share it.
 
     Raises CheckpointCorrupt for a file that is broken or of another program, CheckpointTooNew for one that a later
     meristem made, RunError for a place that cannot be used.
     """
 
-    def __init__(self, place: str | Path, *, clock: Callable[[], float] = time, emit: Emit = silent) -> None:
+    def __init__(
+        self,
+        place: str | Path,
+        *,
+        is_there: bool = False,
+        clock: Callable[[], float] = time,
+        emit: Emit = silent,
+    ) -> None:
         self.place = Path(place)
-        self._catalog = Catalog(place, clock=clock, emit=emit)
+        self._catalog = Catalog(place, is_there=is_there, clock=clock, emit=emit)
 
     def __enter__(self) -> Self:
         return self
@@ -140,7 +153,7 @@ class Library:
         Raises what ``graft`` raises for a blueprint, blend or settings that are none.
         """
         origin = Origin.of(blueprint, settings, blend=blend, random_seed=0)
-        version = self._catalog.put(name, origin=_plain(origin), trust=_trusted(trust))
+        version = self._catalog.put(name, origin=_plain(origin), trust=trusted(trust))
         return self.card(name, version)
 
     def put_seed(self, name: str, model: nn.Module, slot: str, *, trust: Trust = "experimental") -> Card:
@@ -152,7 +165,7 @@ class Library:
         seed, place = find_seed(model, slot), find_slot(model, slot)
         fitting = Fitting.of(seed, place.reads, place.widths)
         weights = {"content": packed(seed), "fitting": {**vars(fitting), "widths": [*fitting.widths]}}
-        version = self._catalog.put(name, origin=_plain(seed.origin), trust=_trusted(trust), weights=weights)
+        version = self._catalog.put(name, origin=_plain(seed.origin), trust=trusted(trust), weights=weights)
         return self.card(name, version)
 
     def card(self, name: str, version: int | None = None) -> Card:
@@ -173,7 +186,7 @@ class Library:
             for card in found
             if blueprint in (None, card.origin.blueprint)
             and (width is None or card.fitting is None or card.fitting.widths[1] == width)
-            and TRUST.index(card.risk) <= TRUST.index(_trusted(allow))
+            and TRUST.index(card.risk) <= TRUST.index(trusted(allow))
         ]
 
     def load(self, name: str, version: int | None = None) -> Artifact:
@@ -238,7 +251,7 @@ def graft_from(
     tensors; the model is untouched then. The event is ``graft.done``.
     """
     card = artifact.card
-    if TRUST.index(card.risk) > TRUST.index(_trusted(allow)):
+    if TRUST.index(card.risk) > TRUST.index(trusted(allow)):
         said = f", and its certificate says '{card.handling}'" if card.handling else ""
         raise CertificateRefused(
             f"'{card.name}', version {card.version}, has the trust '{card.trust}'{said}; expected '{allow}' or more. "
@@ -302,7 +315,8 @@ def _plain(origin: Origin) -> dict[str, Any]:
     return {**vars(origin), "settings": dict(origin.settings)}
 
 
-def _trusted(trust: Trust) -> Trust:
+def trusted(trust: str) -> Trust:
+    """That word as a trust. Raises WrongValue for any other."""
     if trust not in TRUST:
         raise WrongValue(f"the trust '{trust}' was found; expected one of {', '.join(TRUST)}.", value=trust)
-    return trust
+    return cast(Trust, trust)

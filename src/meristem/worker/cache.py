@@ -140,12 +140,11 @@ class Cache(Generic[K, V]):
         with self._lock:
             if self._flights.get(key) is flight:
                 del self._flights[key]
-                self._counted["n_evicted"] += key in self._entries  # it was too old
-                self._entries[key] = (value, self._clock())
-                self._entries.move_to_end(key)
-                while len(self._entries) > self._capacity:
+                self._counted["n_evicted"] += self._entries.pop(key, None) is not None  # it was too old
+                while len(self._entries) >= self._capacity:
                     self._entries.popitem(last=False)
                     self._counted["n_evicted"] += 1
+                self._entries[key] = (value, self._clock())
         flight.set_result(value)
 
     def _land(self, key: K, flight: Future[V], cause: BaseException) -> None:
