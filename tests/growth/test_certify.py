@@ -89,6 +89,7 @@ def test_what_is_wrong_is_found_and_weighed(name: str) -> None:
     [
         ("causal", lambda x, w: w * x.flip(1)),
         ("causal", lambda x, w: w * x.mean(1, keepdim=True).expand_as(x)),
+        ("causal", lambda x, w: w * x.square().amax(1, keepdim=True).expand_as(x)),
         ("deterministic", lambda x, w: w * torch.rand_like(x)),
         ("batch", lambda x, w: w * (x - x.mean(0, keepdim=True))),
         ("batch", lambda x, w: w * x.roll(1, 0)),

@@ -33,16 +33,19 @@ from meristem.errors import (
     ShapeError,
     WrongValue,
 )
-from meristem.growth.library import TRUST, Library, packed
+from meristem.growth.certify import Certificate
+from meristem.growth.library import TRUST, Library
 from meristem.growth.report import GrowthReport, append
+from meristem.growth.weights import packed
 
+certifying = import_module("meristem.growth.certify")
 PLACE = PLACES["foreign"]
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Certificates of the same probes, with fewer steps on noise."""
-    monkeypatch.setattr(import_module("meristem.growth.certify"), "N_STEPS", 2)
+    monkeypatch.setattr(certifying, "N_STEPS", 2)
 
 
 @pytest.fixture
@@ -148,24 +151,31 @@ def test_ta4_changes_are_numbered_and_seen_by_others(library: Library) -> None:
         ]
 
 
-def certificate(library: Library, name: str) -> int:
-    """A certificate of a stored blueprint, of probes that were run."""
-    model = grow.attach(host("foreign"), PLACE)
-    artifact = library.load(name)
-    return library.put_certificate(artifact.card, grow.certify(model, PLACE, grow.seed_for(model, PLACE, artifact)))
+def certified(library: Library, name: str, **settings: int) -> Certificate:
+    """The certificate of what a library holds, of probes that were run."""
+    return library.certify(name, grow.attach(host("foreign"), PLACE), PLACE, **settings)
 
 
 def test_certificates_are_a_chain(library: Library) -> None:
     """Altering, removing or inserting one is noticed, and so is a certificate of another seed."""
     library.put_blueprint("a", "norm")
     library.put_blueprint("b", "low_rank")
-    assert [certificate(library, name) for name in "abab"] == [1, 2, 3, 4]
-    assert len(library.certificates()) == 4 and len(library.certificates("a")) == 2
+    made = [certified(library, name) for name in "abab"]
+    assert library.certificates() == made and library.certificates("a") == made[::2]
     speed = library.benchmarks("a")
     assert len(speed) == 2 and speed[0]["shape"] == [3, 24, 12] and speed[0]["p95_ms"] >= speed[0]["p50_ms"] > 0
     assert library.card("a").handling == "standard" and library.certificates("a")[0].band == "low"
-    with pytest.raises(CertificateRefused, match="'norm' with other settings was found for 'b'"):
-        library.put_certificate(library.card("b"), library.certificates("a")[0])
+
+
+def test_a_certificate_is_of_the_weights_that_are_stored(library: Library) -> None:
+    """In the dtype of its host: the same file, where that is the one of the model that it was trained in."""
+    stored(library)
+    found = certified(library, "s")
+    assert (found.weights_sha256, found.origin) == (library.card("s").sha256, library.card("s").origin)
+    other = library.certify("s", grow.attach(host("foreign", torch.float32), PLACE), PLACE)
+    assert other.weights_sha256 != found.weights_sha256 and other.benchmark.dtype == "float32"
+    with pytest.raises(WrongValue, match="holds no 't'"):
+        certified(library, "t")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +192,7 @@ def test_a_certificate_that_was_altered_or_removed_is_noticed(change: str, libra
     for name in ("a", "b"):
         library.put_blueprint(name, "norm")
     for _ in range(3):
-        certificate(library, "a")
+        certified(library, "a")
     raw = sqlite3.connect(library.place / catalog.FILE)
     raw.execute(change)
     raw.commit()
@@ -191,7 +201,7 @@ def test_a_certificate_that_was_altered_or_removed_is_noticed(change: str, libra
         library.certificates()
 
 
-def test_trust_is_that_of_the_certificate_too(library: Library) -> None:
+def test_trust_is_that_of_the_certificate_too(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     model = grow.attach(host("foreign"), PLACE)
     library.put_blueprint("risky", "norm", trust="high_risk")
     before = bits(model)
@@ -203,12 +213,10 @@ def test_trust_is_that_of_the_certificate_too(library: Library) -> None:
     grow.graft_from(model, PLACE, library.load("risky"), allow="high_risk")
     library.put_blueprint("heavy", "norm")
     assert library.load("heavy").card.risk == "safe"
-    seed = grow.remove(model, PLACE)
-    card = library.card("heavy")
-    found = grow.certify(model, PLACE, seed, watermark_bytes=0)
-    assert found.band == "low", "one small complaint is not enough"
-    worse = replace(found, probes=tuple(replace(each, outcome="failed") for each in found.probes))
-    library.put_certificate(card, worse)
+    grow.remove(model, PLACE)
+    assert certified(library, "heavy", watermark_bytes=0).band == "low", "one small complaint is not enough"
+    monkeypatch.setitem(certifying.WEIGHTS, "watermark", 0.7)
+    assert certified(library, "heavy", watermark_bytes=0).handling == "quarantine"
     with pytest.raises(CertificateRefused, match="certificate says 'quarantine'"):
         grow.graft_from(model, PLACE, library.load("heavy"))
 
@@ -415,7 +423,7 @@ def test_what_cannot_be_stored_or_found_is_named(library: Library) -> None:
 def test_no_code_is_stored(library: Library) -> None:
     """Every column is a number or a text, every text is plain JSON or a word, and files are safetensors."""
     file = stored(library)
-    certificate(library, "s")
+    certified(library, "s")
     raw = sqlite3.connect(library.place / catalog.FILE)
     tables = [name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     assert {"blueprints", "weights", "certificates", "benchmarks", "reports", "changes"} <= set(tables)

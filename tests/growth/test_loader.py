@@ -26,9 +26,9 @@ from meristem.checkpoint import catalog
 from meristem.errors import ArtifactFailed, QueueFull, WorkerError
 from meristem.events import Event
 from meristem.growth import loader as loading
+from meristem.growth.cache import Cache
 from meristem.growth.library import Library
 from meristem.growth.loader import Loader, Processes
-from meristem.worker.cache import Cache
 from meristem.worker.pool import Pool
 
 PLACE = PLACES["foreign"]

@@ -90,15 +90,11 @@ def certify(place: Place, name: Name, checkpoint: Checkpoint, slot: SlotName, as
     Example:
       meristem grow library certify seeds arithmetic runs/latest --slot blocks.1
     """
-    from meristem.growth.certify import certify
-    from meristem.growth.library import seed_for
     from meristem.models.load import load
 
     model = load(checkpoint, tell).model
     with _opened(place) as library:
-        artifact = library.load(name)
-        found = certify(model, slot, seed_for(model, slot, artifact))
-        library.put_certificate(artifact.card, found)
+        found = library.certify(name, model, slot)
     answer(found.to_json(), as_json, lambda said: _probes(said, found.complaints))
 
 

@@ -7,7 +7,6 @@ The copy is fully blended in. The model, the seed and all generators of random n
 """
 
 import copy
-import hashlib
 import math
 import statistics
 import time
@@ -15,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from meristem.checkpoint.atomic import sha256
 from meristem.device.random import random_state, restore_random_state, stream
 from meristem.device.room import is_out_of_room
 from meristem.errors import CheckpointMismatch
@@ -30,6 +31,7 @@ from meristem.growth.attach import find_slot
 from meristem.growth.course import Course
 from meristem.growth.graft import find_seed
 from meristem.growth.seed import Origin, Seed
+from meristem.growth.weights import packed
 from meristem.nn.slot import Slot
 
 Band: TypeAlias = Literal["low", "medium", "high", "critical", "refused"]
@@ -78,12 +80,16 @@ SAME: Final = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 @dataclass(frozen=True)
 class Probe:
-    """One probe: what was measured, what is expected, and the outcome. value: None where it was not measured."""
+    """One probe: what was measured, what is expected, and the outcome.
+
+    value: None where it was not measured, or is not finite. why: what was raised, where it could not be measured.
+    """
 
     name: str
     value: float | None
     bound: float
     outcome: Outcome
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,8 @@ class Benchmark:
 class Certificate:
     """What was found of a seed in a slot.
 
-    weights_sha256: of its parameters and buffers, as they were. score: 0 is the best, 1 the worst. band, handling: what
-    follows of it. benchmark: None where there was no room to run it.
+    weights_sha256: of the file that ``weights.packed`` makes of it. score: 0 is the best, 1 the worst; band and
+    handling follow from it. benchmark: None where it could not be run.
     """
 
     origin: Origin
@@ -194,17 +200,7 @@ def certify(
     with _untouched(original):
         bench = _Bench(place, original, (n_batch, n_time))
         probes, measured = _probed(bench, watermark_bytes, clock)
-    return Certificate(original.origin, slot, weights_sha256(original), probes, measured)
-
-
-def weights_sha256(seed: Seed) -> str:
-    """The SHA-256 of names, dtypes and bytes of all that a seed holds, but where it is in its course."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(seed.state_dict().items()):
-        if name not in ("blend_weight", "course"):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return Certificate(original.origin, slot, sha256(packed(original)), probes, measured)
 
 
 @contextmanager
@@ -262,35 +258,29 @@ class _Bench:
 def _probed(
     bench: _Bench, watermark_bytes: int, clock: Callable[[], float]
 ) -> tuple[tuple[Probe, ...], Benchmark | None]:
-    """Every probe, and the speed. What there is no room for, and all that comes after it, is unmeasured."""
+    """Every probe, and the speed. What raises is unmeasured; where there is no room, so is all that comes after it."""
+    values: dict[str, float | None] = {}
+    why: dict[str, str] = {}
     has_room = True
 
-    def measured(work: Callable[[], T]) -> T | None:
+    def measured(work: Callable[[], T], *names: str) -> T | None:
         nonlocal has_room
         try:
             return work() if has_room else None
         except (RuntimeError, MemoryError) as error:
             has_room = not is_out_of_room(error)
-            if has_room:
-                raise
+            why.update(dict.fromkeys(names, str(error).partition("\n")[0]))
             return None
 
-    values: dict[str, float | None] = {}
-    values["watermark"] = measured(lambda: _peak_bytes(bench))
-    values["nonfinite"] = measured(lambda: _n_nonfinite(bench))
-    values["exploding"] = values["vanishing"] = measured(lambda: _gradient(bench))
-    values["bf16"] = measured(lambda: _difference(bench))
-    values["oscillation"] = measured(lambda: _rise(bench))
-    values["causal"] = measured(lambda: _leak(bench, _later))
-    values["deterministic"] = measured(lambda: _leak(bench, _same))
-    values["batch"] = measured(lambda: max(_leak(bench, _other_rows), _leak(bench, _row_of_nan)))
+    for names, work in PROBES.items():
+        values.update(dict.fromkeys(names, measured(partial(work, bench), *names)))
     seconds = measured(lambda: _seconds(bench, clock))
     values["memory"] = 0.0 if has_room else 1.0
-    probes = tuple(_judged(name, values[name], watermark_bytes) for name in (*WEIGHTS, *REFUSED))
+    probes = tuple(_judged(name, values[name], watermark_bytes, why.get(name, "")) for name in (*WEIGHTS, *REFUSED))
     return probes, _benchmark(bench, seconds, values["watermark"]) if seconds else None
 
 
-def _judged(name: str, value: float | None, watermark_bytes: int) -> Probe:
+def _judged(name: str, value: float | None, watermark_bytes: int, why: str) -> Probe:
     bounds = {
         "exploding": LARGEST_GRADIENT,
         "vanishing": SMALLEST_GRADIENT,
@@ -300,7 +290,7 @@ def _judged(name: str, value: float | None, watermark_bytes: int) -> Probe:
     }
     bound = bounds.get(name, 0.0)
     if value is None:
-        return Probe(name, None, bound, "unmeasured")
+        return Probe(name, None, bound, "unmeasured", why)
     is_passed = value >= bound if name == "vanishing" else value <= bound
     return Probe(name, value if math.isfinite(value) else None, bound, "passed" if is_passed else "failed")
 
@@ -314,23 +304,24 @@ def _n_nonfinite(bench: _Bench) -> float:
         read = read.detach().requires_grad_(True)
         host = read if bench.place.reads == "output" else host
         after = bench.run(slot, host, read)
-        after.backward(_direction(after))
+        _backward(after)
         found = [after, read.grad, *(each.grad for each in slot.parameters())]
         n_wrong += not all(bool(torch.isfinite(each).all()) for each in found if each is not None)
     return float(n_wrong)
 
 
-def _direction(after: Tensor) -> Tensor:
-    """A gradient of the output, of size 1 over all of it."""
+def _backward(after: Tensor) -> None:
+    """Gradients for one of the output that has the norm 1; none where nothing that it depends on has any."""
     drawn = torch.randn(after.shape, generator=stream(0, "growth.certify.direction"))
-    return (drawn / drawn.norm()).to(after.device, after.dtype)
+    if after.requires_grad:
+        after.backward((drawn / drawn.norm()).to(after.device, after.dtype))
 
 
 def _gradient(bench: _Bench) -> float:
     """The norm of the gradient of all weights, for inputs of size 1 and a gradient of the output of norm 1."""
     slot = bench.slot()
     after = bench.run(slot, *bench.inputs("gradient"))
-    after.backward(_direction(after))
+    _backward(after)
     squares = [each.grad.double().square().sum() for each in slot.parameters() if each.grad is not None]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
@@ -357,7 +348,8 @@ def _rise(bench: _Bench) -> float:
     for _ in range(N_STEPS):
         optimizer.zero_grad(set_to_none=True)
         loss = (bench.run(slot, host, read) - wanted).square().mean()
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     squares = [(each - lowest) ** 2 for each, lowest in zip(losses, accumulate(losses, min), strict=True)]
@@ -372,14 +364,18 @@ def _same(each: Tensor) -> tuple[Tensor, tuple[slice | Tensor, slice]]:
     return each, (slice(None), slice(None))
 
 
+def _others(each: Tensor) -> Tensor:
+    return torch.randn(each.shape, generator=stream(0, "growth.certify.others")).to(each)
+
+
 def _later(each: Tensor) -> tuple[Tensor, tuple[slice | Tensor, slice]]:
     cut = each.shape[1] // 2
-    return torch.cat([each[:, :cut], -each[:, cut:]], dim=1), (slice(None), slice(0, cut))
+    return torch.cat([each[:, :cut], _others(each)[:, cut:]], dim=1), (slice(None), slice(0, cut))
 
 
 def _other_rows(each: Tensor) -> tuple[Tensor, tuple[slice | Tensor, slice]]:
     changed = each.clone()
-    changed[0] = -changed[0]
+    changed[0] = _others(each)[0]
     return changed, (slice(1, None), slice(None))
 
 
@@ -406,39 +402,12 @@ def _leak(bench: _Bench, change: Change) -> float:
     return float(not bool((one - other).abs().max() <= bound))
 
 
-@torch.no_grad()
-def _seconds(bench: _Bench, clock: Callable[[], float]) -> list[float]:
-    slot, inputs, found = bench.slot(), bench.inputs("speed"), []
-    for _ in range(N_WARM_UP + N_MEASURED):
-        begun = clock()
-        bench.run(slot, *inputs)
-        if bench.like.device.type == "cuda":
-            torch.cuda.synchronize(bench.like.device)
-        found.append(clock() - begun)
-    return found[N_WARM_UP:]
-
-
-def _benchmark(bench: _Bench, seconds: list[float], peak_bytes: float | None) -> Benchmark:
-    n_batch, n_time = bench.rows_and_time
-    half = statistics.median(seconds)
-    return Benchmark(
-        device=str(bench.like.device),
-        dtype=str(bench.like.dtype).removeprefix("torch."),
-        shape=(n_batch, n_time, bench.place.widths[0]),
-        is_compiled=False,
-        p50_ms=1e3 * half,
-        p95_ms=1e3 * statistics.quantiles(seconds, n=20, method="inclusive")[-1],
-        tokens_per_s=n_batch * n_time / half if half else 0.0,
-        peak_bytes=None if peak_bytes is None else int(peak_bytes),
-    )
-
-
 def _peak_bytes(bench: _Bench) -> float:
     """The most bytes that one pass forward and backward holds at once, beside parameters and inputs."""
     slot, inputs = bench.slot(), bench.inputs("watermark")
     with _Held() as held:
         after = bench.run(slot, *inputs)
-        after.backward(_direction(after))
+        _backward(after)
     return float(held.peak_bytes)
 
 
@@ -470,3 +439,43 @@ class _Held(TorchDispatchMode):
     def _release(self, key: int, n_bytes: int) -> None:
         self._known.discard(key)
         self._bytes -= n_bytes
+
+
+PROBES: Final[Mapping[tuple[str, ...], Callable[[_Bench], float]]] = {
+    ("watermark",): _peak_bytes,
+    ("nonfinite",): _n_nonfinite,
+    ("exploding", "vanishing"): _gradient,
+    ("bf16",): _difference,
+    ("oscillation",): _rise,
+    ("causal",): lambda bench: _leak(bench, _later),
+    ("deterministic",): lambda bench: _leak(bench, _same),
+    ("batch",): lambda bench: max(_leak(bench, _other_rows), _leak(bench, _row_of_nan)),
+}
+"""What is measured, in this order, for the probes of these names."""
+
+
+@torch.no_grad()
+def _seconds(bench: _Bench, clock: Callable[[], float]) -> list[float]:
+    slot, inputs, found = bench.slot(), bench.inputs("speed"), []
+    for _ in range(N_WARM_UP + N_MEASURED):
+        begun = clock()
+        bench.run(slot, *inputs)
+        if bench.like.device.type == "cuda":
+            torch.cuda.synchronize(bench.like.device)
+        found.append(clock() - begun)
+    return found[N_WARM_UP:]
+
+
+def _benchmark(bench: _Bench, seconds: list[float], peak_bytes: float | None) -> Benchmark:
+    n_batch, n_time = bench.rows_and_time
+    half = statistics.median(seconds)
+    return Benchmark(
+        device=str(bench.like.device),
+        dtype=str(bench.like.dtype).removeprefix("torch."),
+        shape=(n_batch, n_time, bench.place.widths[0]),
+        is_compiled=False,
+        p50_ms=1e3 * half,
+        p95_ms=1e3 * statistics.quantiles(seconds, n=20, method="inclusive")[-1],
+        tokens_per_s=n_batch * n_time / half if half else 0.0,
+        peak_bytes=None if peak_bytes is None else int(peak_bytes),
+    )

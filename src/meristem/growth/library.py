@@ -2,8 +2,8 @@
 
 with grow.Library("seeds") as library:
     library.put_blueprint("small", "low_rank", rank=4)
-    card = library.put_seed("arithmetic", model, "blocks.1")
-    library.put_certificate(card, grow.certify(model, "blocks.1"))
+    library.put_seed("arithmetic", model, "blocks.1")
+    library.certify("arithmetic", other, "blocks.3")
     library.gather_reports("runs/arithmetic/growth.log")
     grow.graft_from(other, "blocks.3", library.load("arithmetic"))
     grow.set_blend(other, "blocks.3", 1.0, steps=100)
@@ -18,19 +18,18 @@ from pathlib import Path
 from time import time
 from typing import Any, Final, Literal, Self, TypeAlias, cast, get_args
 
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from meristem.checkpoint.catalog import Catalog
 from meristem.errors import CertificateRefused, CheckpointCorrupt, ShapeError, WrongValue
 from meristem.events import Emit, silent
 from meristem.growth.attach import find_slot
-from meristem.growth.certify import Certificate, Handling
+from meristem.growth.certify import Certificate, Handling, certify
 from meristem.growth.course import Course
 from meristem.growth.graft import build, find_seed, graft
 from meristem.growth.report import GrowthReport, read
 from meristem.growth.seed import Origin, Seed
+from meristem.growth.weights import STATE, packed, unpacked
 from meristem.nn.slot import Reads
 
 Trust: TypeAlias = Literal["safe", "experimental", "high_risk"]
@@ -43,8 +42,6 @@ TRUSTED: Final[Mapping[Handling, Trust]] = {
     "quarantine": "high_risk",
 }
 """What a certificate says of trust."""
-STATE: Final = ("blend_weight", "course")
-"""What a seed holds of its place in a life, which is not stored with its weights."""
 
 
 @dataclass(frozen=True)
@@ -202,18 +199,15 @@ class Library:
         """Where the feed of changes stands, and the changes after ``since``: seq, kind, name and version of each."""
         return self._catalog.changes(since)
 
-    def put_certificate(self, card: Card, certificate: Certificate) -> int:
-        """Append a certificate and its benchmark to those of a card; its number in the chain.
+    def certify(self, name: str, model: nn.Module, slot: str, **settings: Any) -> Certificate:
+        """Probe what a name holds in a copy of a slot, and append the certificate and the speed to what is known of it.
 
-        Raises CertificateRefused for one of a seed with another blueprint or settings.
+        settings: those of ``growth.certify``. Raises what ``seed_for`` raises for a slot that does not fit.
         """
-        if certificate.origin != card.origin:
-            raise CertificateRefused(
-                f"a certificate of a seed '{certificate.origin.blueprint}' with other settings was found for "
-                f"'{card.name}', version {card.version}. Certify a seed that was built from that card.",
-                name=card.name,
-            )
-        return self._catalog.certify(card.name, card.version, certificate.to_json())
+        artifact = self.load(name)
+        found = certify(model, slot, seed_for(model, slot, artifact), **settings)
+        self._catalog.certify(name, artifact.card.version, found.to_json())
+        return found
 
     def certificates(self, name: str | None = None) -> list[Certificate]:
         """Certificates of a name or of all, oldest first. Raises CheckpointCorrupt where one was altered or removed."""
@@ -292,23 +286,6 @@ def seed_for(model: nn.Module, slot: str, artifact: Artifact) -> Seed:
         ) from cause
     seed.follow(Course(0.0, 0.0))
     return seed
-
-
-def packed(seed: Seed) -> bytes:
-    """The weights of a seed as a safetensors file; equal weights give equal bytes."""
-    held = {name: each for name, each in seed.state_dict().items() if name not in STATE}
-    # A copy of each: the format takes no tensor that shares its memory with another.
-    return safetensors.save({name: held[name].detach().cpu().contiguous().clone() for name in sorted(held)})
-
-
-def unpacked(content: bytes, name: str) -> dict[str, Tensor]:
-    """The tensors in a safetensors file. name: of the seed, for CheckpointCorrupt."""
-    try:
-        return safetensors.load(content)
-    except SafetensorError as cause:
-        raise CheckpointCorrupt(
-            f"the weights of '{name}' are no safetensors file: {cause}. Store the seed again.", name=name
-        ) from cause
 
 
 def _plain(origin: Origin) -> dict[str, Any]:

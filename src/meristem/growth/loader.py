@@ -23,9 +23,10 @@ from torch import Tensor
 from meristem.checkpoint.catalog import require_same
 from meristem.errors import ArtifactFailed, BreakerOpen, MeristemError, WorkerError
 from meristem.events import Emit, Event, silent
-from meristem.growth.library import Artifact, Card, unpacked
+from meristem.growth.cache import Cache, Statistics
+from meristem.growth.library import Artifact, Card
+from meristem.growth.weights import unpacked
 from meristem.worker.breaker import Breaker
-from meristem.worker.cache import Cache, Statistics
 from meristem.worker.pool import Health, Pool
 from meristem.worker.process import Worker
 
@@ -150,8 +151,9 @@ class Loader:
         clock: Callable[[], float] = time.monotonic,
         emit: Emit = silent,
     ) -> None:
-        is_place = isinstance(source, str | Path)
-        self._source: Source = Processes(source, n_fetches=n_fetches, emit=emit) if is_place else source  # type: ignore[arg-type,assignment]
+        if isinstance(source, str | Path):
+            source = Processes(source, n_fetches=n_fetches, emit=emit)
+        self._source: Source = source
         self._clock, self._emit = clock, emit
         self._index: Cache[str, dict[str, Any]] = Cache("index", n_index, ttl_s, clock=clock, emit=emit)
         self._loaded: Cache[tuple[str, int], Mapping[str, Tensor]] = Cache(
@@ -223,8 +225,8 @@ class Loader:
             found.add_done_callback(lambda done: self._fetched(name, done, result))
         return result
 
-    def _found(self, name: str) -> tuple[dict[str, Any], Future[Mapping[str, Tensor]]]:
-        """The row of a name as it is now, and the future of its tensors."""
+    def _found(self, name: str) -> tuple[Card, Future[Mapping[str, Tensor]]]:
+        """The card of a name as it is now, and the future of its tensors."""
         self._at, changes = self._guarded(lambda: self._source.changes(self._at))
         for change in changes:
             self._index.drop(change["name"])
@@ -232,22 +234,22 @@ class Loader:
         flight = self._loaded.ask(
             (name, row["version"]), lambda: self._guarded(lambda: self._source.tensors(row)), self._fetching.submit
         )
-        return row, flight
+        return Card.of(row), flight
 
     def _fetched(self, name: str, found: Future[Any], result: Future[Artifact]) -> None:
-        """Hand on the row and the tensors, or the error, once both are there."""
+        """Hand on the card and the tensors, or the error, once both are there."""
         cause = InterruptedError() if found.cancelled() else found.exception()
         if cause is not None:
             result.set_exception(self._explained(name, cause))
             return
-        row, flight = found.result()
+        card, flight = found.result()
 
         def hand_on(done: Future[Mapping[str, Tensor]]) -> None:
             lost = done.exception()
             if lost is not None:
                 result.set_exception(self._explained(name, lost))
             else:
-                result.set_result(Artifact(Card.of(row), done.result()))
+                result.set_result(Artifact(card, done.result()))
 
         flight.add_done_callback(hand_on)
 
