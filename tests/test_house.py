@@ -37,6 +37,7 @@ EXCEPTIONS: dict[str, str] = {}
 
 UNCALLED = {
     "meristem.config.text.ignore_aliases": "yaml calls it",
+    "meristem.cli.grow.resolve_command": "click calls it",
     "meristem.memory.structure.setup_context": "torch.autograd calls it",
     "meristem.distributed.agreement.barrier": "growth meets there before it changes the structure",
 }
@@ -48,6 +49,7 @@ FILLED_INITS = {
     "meristem.memory": "the public names of memory",
     "meristem.nn": "the lazy names of what other models take",
     "meristem.growth": "the public names of growth",
+    "meristem.growth.surgery": "its operators, which register themselves",
     "meristem.cli": "the entry point",
 }
 

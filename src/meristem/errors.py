@@ -15,7 +15,7 @@ MeristemError
 |                       AgreementFailed
 `- GrowthError (5)      IllegalTransition  MissingDependency  ReportInvalid  MissingMetric
                         OrderRefused  PolicyTimeout  InferenceFailed  OverBudget  TransactionUndone
-                        ArtifactFailed  CertificateRefused
+                        OwnershipRefused  ArtifactFailed  CertificateRefused
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.
@@ -276,6 +276,10 @@ class OverBudget(GrowthError):
 
 class TransactionUndone(GrowthError):
     """A change of structure that failed; model, optimizer and generators are what they were."""
+
+
+class OwnershipRefused(GrowthError):
+    """A parameter is not for the one that would train it; the fields ``code``, ``names`` and ``holder`` say why."""
 
 
 class ArtifactFailed(GrowthError):

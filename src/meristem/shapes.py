@@ -49,6 +49,8 @@ Tokens = Int[Tensor, "b t"]
 Targets = Int[Tensor, "b t"]
 Hidden = Float[Tensor, "b t d"]
 Logits = Float[Tensor, "b t o"]
+Mixed = Float[Tensor, "b t f"]
+"""What heads give, side by side: as wide as a hidden vector, but where the residual stream was widened since."""
 
 Keys = Float[Tensor, "b t h k"]
 Queries = Float[Tensor, "b t h k"]

@@ -11,6 +11,8 @@ SETTINGS = {
     "bottleneck": {"hidden": 5},
     "gated_feedforward": {"hidden": 7},
     "memory": {"head_dim": 4, "chunk": 3},
+    "attention": {"n_heads": 3, "head_dim": 2, "sliding_window": 5},
+    "block": {"n_heads": 1, "head_dim": 6, "sliding_window": None, "hidden": 7},
 }
 """What a blueprint needs to be small enough for a width of 12; a new one is built with its defaults."""
 SEEDS = {name: (name, SETTINGS.get(name, {})) for name in grow.blueprints.names()} | {

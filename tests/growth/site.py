@@ -10,12 +10,12 @@ from torch import Tensor, nn
 import zoo
 from growth.catalogue import host
 from meristem.growth.attach import attach, slots_in
-from meristem.growth.config import GrowConfig
 from meristem.growth.garden import Garden
 from meristem.growth.observe import HeldOut
 from meristem.growth.plan import Plan
 from meristem.growth.report import GrowthReport
 from meristem.growth.transaction import transaction
+from meristem.models.growing import GrowConfig
 from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build
 from meristem.train.loss import cross_entropy

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from meristem.events import Event
 from meristem.growth import gates
-from meristem.growth.config import GatesConfig
 from meristem.growth.gates import Check, GateResult
 from meristem.growth.measure import expected, spread
 from meristem.growth.observe import HeldOut
 from meristem.growth.seed import Origin
 from meristem.growth.stage import Life, Paired
+from meristem.models.growing import GatesConfig
 
 LIFE = Life("blocks.1#0", "blocks.1", Origin.of("norm", {}, blend="residual", random_seed=0), born=0, since=100)
 CONFIG = GatesConfig()
@@ -40,7 +40,7 @@ GOOD: dict[str, tuple[Any, Callable[[Any], GateResult]]] = {
         lambda found: gates.health(LIFE, found, changes_most=0.0, step=STEP),
     ),
     "G2": (
-        gates.Stability(paired=paired(-0.01), gradient_ratio=0.1),
+        gates.Stability(gained=paired(0.01), gradient_ratio=0.1),
         lambda found: gates.stability(LIFE, found, CONFIG, step=STEP),
     ),
     "G3": (
@@ -81,7 +81,7 @@ BAD: dict[str, dict[str, Any]] = {
         "is_stored": False,
         "is_isolated": False,
     },
-    "G2": {"paired": paired(-0.001), "gradient_ratio": 1e-4},
+    "G2": {"gained": paired(0.001), "gradient_ratio": 1e-4},
     "G3": {"weight": 0.69, "size_ratio": 4.1, "spread_ratio": 2.1, "registered": ()},
     "G4": {"held_out": 3.07, "is_fallback": True, "quiet_steps": 49, "is_resumed": False},
     "G5": {

@@ -32,7 +32,8 @@ GROWS = (
     *TINY,
     "grow.enabled=true",
     "grow.slots=[blocks.1]",
-    "grow.settings={hidden: 8}",
+    "grow.warmup_steps=0",
+    "grow.shadow_every=1",
     "grow.boundary_every=2",
     "grow.blend_steps=4",
     "grow.embargo_steps=4",
@@ -66,10 +67,9 @@ if "planted" not in policies.names():
     policies.register("planted", planted)
 
 
-def growing(text: Path, *more: str, at: int = 8, way: str = "joint") -> Config:
-    """The settings of such a run. at: the step of the graft."""
-    policy = ("grow.policy=planted", f"grow.policy_settings={{at: {at}, way: {way}}}")
-    return config(text, *GROWS, *policy, *more, preset="titans-mag")
+def growing(text: Path, *more: str, policy: str = "{name: planted, settings: {at: 8, way: shadow}}") -> Config:
+    """The settings of such a run. policy: the name and settings of one; by default it grafts at step 8."""
+    return config(text, *GROWS, f"grow.policy={policy}", *more, preset="titans-mag")
 
 
 def losses(run_dir: Path) -> dict[int, float]:

@@ -21,6 +21,10 @@ DEMO: Final = (
     "eval.every_s=null",
     "eval.n_windows=16",
     "grow.boundary_every=10",
+    "grow.warmup_steps=10",
+    "grow.shadow_every=2",
+    "grow.policy.settings={blueprints: {gated_feedforward: {hidden: 128}}, flat_nats: 0.06, span: 5, "
+    "flat_evaluations: 2, stable_evaluations: 2, between_evaluations: 3}",
     "grow.gates.training_steps=40",
     "grow.blend_steps=30",
     "grow.gates.holding_steps=20",
@@ -73,8 +77,8 @@ def run(
     \b
     Examples:
       meristem grow run titans-mag --demo
-      meristem grow run default grow.slots=[blocks.1] grow.policy=schedule
-      meristem grow run default grow.blueprint=memory grow.settings={head_dim: 32}
+      meristem grow run default "grow.slots=[blocks.1]" "grow.policy.settings={flat_nats: 0.01}"
+      meristem grow run default grow.policy.name=schedule "grow.policy.settings={steps: [500]}"
     """
     settings = ["grow.enabled=true", *(DEMO if demo else ()), *(overrides or ())]
     training.train(

@@ -18,9 +18,6 @@ class ConfigSection(BaseModel):
 
     outside_identity: ClassVar[frozenset[str]] = frozenset()
 
-    is_outside_identity: ClassVar[bool | property] = False
-    """Whether nothing of the section changes what is trained; a property where that depends on its values."""
-
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -31,6 +28,11 @@ class ConfigSection(BaseModel):
     def _numbers_are_numbers(cls, value: object, info: ValidationInfo) -> object:
         require_numbers(cls.model_fields[str(info.field_name)], value)
         return value
+
+    @property
+    def is_outside_identity(self) -> bool:
+        """Whether nothing of this section changes what is trained."""
+        return False
 
     def refuse_dead(self, section: str, reads: frozenset[str], why: str, choice: str, *, who: str = "it") -> None:
         """Raise DeadKey where a key that is not in ``reads`` has another value than its default.

@@ -1,5 +1,6 @@
 """Growth: new parts for any model, which change nothing when they come (docs/growth.md)."""
 
+from meristem.growth import surgery as surgery
 from meristem.growth.attach import attach as attach
 from meristem.growth.attach import slots_in as slots_in
 from meristem.growth.attach import strip as strip
@@ -7,6 +8,8 @@ from meristem.growth.blend import blends as blends
 from meristem.growth.blueprint import Blueprint as Blueprint
 from meristem.growth.blueprint import blueprints as blueprints
 from meristem.growth.certify import certify as certify
+from meristem.growth.contribution import ablate as ablate
+from meristem.growth.contribution import contributions as contributions
 from meristem.growth.fuse import fuse as fuse
 from meristem.growth.fuse import unfuse as unfuse
 from meristem.growth.graft import advance as advance
@@ -24,6 +27,7 @@ from meristem.growth.optimizer import forget as forget
 from meristem.growth.plan import plan_fuse as plan_fuse
 from meristem.growth.plan import plan_graft as plan_graft
 from meristem.growth.plan import plan_remove as plan_remove
+from meristem.growth.score import slot_scores as slot_scores
 from meristem.growth.seed import Seed as Seed
 from meristem.growth.topology import replay as replay
 from meristem.growth.topology import to_json as to_json
@@ -39,12 +43,14 @@ __all__ = [
     "Limits",
     "Seed",
     "SeedSettings",
+    "ablate",
     "advance",
     "attach",
     "blends",
     "blueprints",
     "carry_on",
     "certify",
+    "contributions",
     "cost",
     "forget",
     "fuse",
@@ -58,8 +64,10 @@ __all__ = [
     "seed_for",
     "seeds_in",
     "set_blend",
+    "slot_scores",
     "slots_in",
     "strip",
+    "surgery",
     "to_json",
     "topology",
     "transaction",

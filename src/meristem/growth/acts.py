@@ -10,17 +10,18 @@ from typing import Final, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from meristem.errors import CheckpointMismatch, GrowthError, MeristemError
+from meristem.errors import CheckpointMismatch, GrowthError, MeristemError, MissingMetric
 from meristem.events import Emit, Event
 from meristem.growth import gates
 from meristem.growth.attach import find_slot
-from meristem.growth.config import GrowConfig
+from meristem.growth.blend import Blending, blending
+from meristem.growth.contribution import ablate, switched
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gates import GateResult
-from meristem.growth.graft import cost, find_seed, seeds_in, set_blend
+from meristem.growth.graft import STEP, cost, find_seed, seeds_in, set_blend
+from meristem.growth.isolation import enter, leave
 from meristem.growth.measure import (
     Gradients,
-    ablation,
     expected,
     host_digest,
     is_grouped,
@@ -28,12 +29,12 @@ from meristem.growth.measure import (
     n_left,
     size_ratio,
     spread,
-    switched,
 )
 from meristem.growth.plan import Plan, plan_graft, plan_remove
 from meristem.growth.report import GrowthReport, outcome_of
 from meristem.growth.seed import Origin
 from meristem.growth.stage import LIVE, Life, Paired, Stage, Way, move
+from meristem.models.growing import GrowConfig
 
 CHANGES_MOST: Final = 1e-3
 """By how much a logit may differ, relative to the largest, where a model is in less than float32; else not at all."""
@@ -101,7 +102,8 @@ Act: TypeAlias = Callable[[Garden, Order, Site, GrowConfig, int, Emit], Garden]
 
 def germinate(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
     """Put a seed into its slot, switched off; a seed that G0 refuses is not put in, and the slot is locked."""
-    origin = Origin.of(order.blueprint or "", order.settings, blend=order.blend, random_seed=order.random_seed)
+    blend = blending(order.blend, config.blending)
+    origin = Origin.of(order.blueprint or "", order.settings, blend=blend.name, random_seed=order.random_seed)
     way: Way = order.way  # type: ignore[assignment]
     life = Life(seed=order.seed, slot=order.slot, origin=origin, born=step, way=way, since=step)
     found, shares = _sanity(garden, life, site, step)
@@ -129,7 +131,7 @@ def germinate(garden: Garden, order: Order, site: Site, config: GrowConfig, step
         return garden.culled(order.slot, origin.blueprint, step=step, embargo_steps=config.embargo_steps)
     set_blend(site.model, order.slot, 0.0)
     life = move(life, Stage.GERMINATED, step=step, reason=order.why, gate=result.number, emit=emit)
-    return garden.with_life(life).noted(life.seed, **shares, is_stored=is_stored)
+    return garden.with_life(life).noted(life.seed, **shares, is_stored=is_stored, blending=str(blend))
 
 
 def _sanity(garden: Garden, life: Life, site: Site, step: int) -> tuple[gates.Sanity, dict[str, float]]:
@@ -180,8 +182,7 @@ def start_training(garden: Garden, order: Order, site: Site, config: GrowConfig,
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
-    if life.way != "shadow":
-        set_blend(model, life.slot, 1.0)
+    enter(model, life.slot, life.way)
     life = move(life, Stage.TRAINING, step=step, reason=order.why, gate=result.number, emit=emit)
     return garden.with_life(life)
 
@@ -189,18 +190,19 @@ def start_training(garden: Garden, order: Order, site: Site, config: GrowConfig,
 def start_blending(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
     """Blend a seed in, if held-out text costs less with it."""
     life, model = _life(garden, order), site.model
-    paired = ablation(model, life.slot, site.measure)
-    found = gates.Stability(paired=paired, gradient_ratio=Gradients.of(model, life.slot, site.loss).ratio)
+    gained = _gained(site, life.slot)
+    found = gates.Stability(gained=gained, gradient_ratio=Gradients.of(model, life.slot, site.loss).ratio)
     result = gates.stability(life, found, config.gates, step=step)
-    garden = _spent(garden, life, 2 * site.measure_flops)
+    garden = garden.spent(life.seed, 2 * site.measure_flops)
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
-    now = find_seed(model, life.slot).way.weight
-    if now != config.blend_target:
-        set_blend(model, life.slot, config.blend_target, steps=config.blend_steps, curve=config.blend_curve)
+    _unfreeze(model, life)
+    blend = blending_of(garden, life, config)
+    if abs(find_seed(model, life.slot).way.weight - blend.target) >= STEP:
+        set_blend(model, life.slot, blend.target, steps=blend.steps, curve=blend.curve)
     life = move(life, Stage.BLENDING, step=step, reason=order.why, gate=result.number, emit=emit)
-    return garden.with_life(life).noted(life.seed, paired=_plain(paired), spread=spread(site.losses))
+    return garden.with_life(life).noted(life.seed, tried=_plain(gained), spread=spread(site.losses))
 
 
 def stabilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
@@ -215,7 +217,8 @@ def stabilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step
         needed=(life.slot,),
         registered=site.slots(),
     )
-    result = gates.interface(life, found, config.gates, target=course.target, step=step)
+    target = blending_of(garden, life, config).target
+    result = gates.interface(life, found, config.gates, target=target, step=step)
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
@@ -247,17 +250,15 @@ def evaluate(garden: Garden, order: Order, site: Site, config: GrowConfig, step:
 def _is_resumed(model: nn.Module, slot: str, site: Site) -> bool:
     """Whether the model says the same after its seed was switched off and on again."""
     before = site.logits(model)
-    with switched(model, slot, 0.0):
+    with switched(model, {slot: 0.0}):
         site.logits(model)
     return torch.equal(before, site.logits(model))
 
 
 def fossilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
     """Keep a seed for good, if it brings more than its rent."""
-    life, model = _life(garden, order), site.model
-    weight, figures = find_seed(model, life.slot).way.weight, garden.figures.get(life.seed, {})
-    without = ablation(model, life.slot, site.measure, weight=weight)
-    gained = replace(without, mean=-without.mean, recent=tuple(-each for each in without.recent))
+    life = _life(garden, order)
+    figures, gained = garden.figures.get(life.seed, {}), _gained(site, life.slot)
     recovered, has_room, flops = None, False, 2 * site.measure_flops
     if config.gates.recovery != "off":
         recovered, has_room = site.recover(life.slot, config.gates.recovery_steps)
@@ -270,7 +271,7 @@ def fossilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step
         has_room=has_room,
     )
     result = gates.contribution(life, found, config.gates, min_age=config.min_age, step=step)
-    garden = _spent(garden, life, flops).noted(
+    garden = garden.spent(life.seed, flops).noted(
         life.seed, gained=_plain(gained), rent=gates.rent(found, config.gates), recovered=recovered
     )
     passed, garden = _judged(garden, life, result, site, config, step, emit)
@@ -290,6 +291,7 @@ def cull(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int
 def _culled(
     garden: Garden, life: Life, site: Site, config: GrowConfig, step: int, emit: Emit, *, reason: str, gate: str = ""
 ) -> Garden:
+    _unfreeze(site.model, life)
     before, parameters = host_digest(site.model), [*find_seed(site.model, life.slot).parameters()]
     site.change(plan_remove(site.model, life.slot))
     after, left = host_digest(site.model), n_left(site.optimizer, parameters)
@@ -350,6 +352,17 @@ ACTS: Final[Mapping[str, Act]] = {
 """Operations by name."""
 
 
+def blending_of(garden: Garden, life: Life, config: GrowConfig) -> Blending:
+    """How a seed is blended in."""
+    return blending(garden.figures.get(life.seed, {}).get("blending", life.origin.blend), config.blending)
+
+
+def _unfreeze(model: nn.Module, life: Life) -> None:
+    """Let the host learn again, where it stood still while a seed learned."""
+    if life.way == "frozen_host" and life.stage is Stage.TRAINING:
+        leave(model, frozenset(name for name, _ in model.named_parameters()))
+
+
 def _life(garden: Garden, order: Order) -> Life:
     return next(life for life in garden.lives if life.seed == order.seed)
 
@@ -364,13 +377,16 @@ def _judged(
     return False, _culled(garden, life, site, config, step, emit, reason=result.code, gate=result.number)
 
 
-def _spent(garden: Garden, life: Life, flops: float) -> Garden:
-    """The garden that knows what was spent on a seed beside training: comparisons and recoveries."""
-    return garden.noted(life.seed, flops_spent=garden.figures.get(life.seed, {}).get("flops_spent", 0.0) + flops)
+def _gained(site: Site, slot: str) -> Paired | None:
+    """Loss without a seed less loss with it, over held-out sequences; None where one of them is not finite."""
+    try:
+        return ablate(site.model, [slot], site.measure)
+    except MissingMetric:
+        return None
 
 
-def _plain(paired: Paired) -> dict[str, float | int | None]:
-    return {"n": paired.n, "mean": paired.mean, "lower": paired.lower(), "upper": paired.upper()}
+def _plain(paired: Paired | None) -> dict[str, float | int | None] | None:
+    return paired and {"n": paired.n, "mean": paired.mean, "lower": paired.lower(), "upper": paired.upper()}
 
 
 def _report(garden: Garden, life: Life, site: Site, step: int, reason: str) -> None:
@@ -380,7 +396,7 @@ def _report(garden: Garden, life: Life, site: Site, step: int, reason: str) -> N
     lines = [(nats, expected(garden.held_out, born=life.born, tokens=tokens)) for tokens, nats in after]
     differences = [nats - line[0] for nats, line in lines if line]
     metrics = {
-        name: figures.get(name) for name in ("params_share", "flops_share", "gained", "rent", "recovered", "paired")
+        name: figures.get(name) for name in ("params_share", "flops_share", "tried", "gained", "rent", "recovered")
     }
     site.report(
         GrowthReport(

@@ -4,16 +4,16 @@ Each gives the addition a in ``y = h + alpha a``: per token, out of the hidden v
 """
 
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Final
+from typing import ClassVar, Final
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from meristem.config import ConfigSection
 from meristem.config.mistakes import explain
 from meristem.errors import WrongValue
 from meristem.growth.course import CURVES
+from meristem.models.growing import Blending
 from meristem.plugins import Registry, read_call
 
 CHANNEL_OPEN: Final = 4.0
@@ -72,19 +72,6 @@ blends: Registry[Callable[[int], nn.Module]] = Registry(
     },
 )
 """Makers of blends by the width of the host: modules ``(host_btd, delta_btd) -> addition_btd``, zero where delta is."""
-
-
-class Blending(ConfigSection):
-    """How a seed enters its host, and the way of its blend weight from 0 to the target."""
-
-    name: Annotated[str, Field(description="What is added of what a seed gives: residual, channel, ...")] = "residual"
-    target: Annotated[float, Field(gt=0, le=1, description="The blend weight at the end.")] = 1.0
-    steps: Annotated[int, Field(ge=0, le=10_000_000, description="Steps until it is reached; 0: at once.")] = 100
-    curve: Annotated[str, Field(description="The way: linear, cosine, sigmoid-6, -12 or -24.")] = "cosine"
-
-    def __str__(self) -> str:
-        """As ``blending`` reads it."""
-        return f"{self.name}(target={self.target!r}, steps={self.steps}, curve={self.curve!r})"
 
 
 def blending(text: str, usual: Blending | None = None) -> Blending:

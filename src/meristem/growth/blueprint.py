@@ -62,6 +62,31 @@ class ConvConfig(ConfigSection):
     kernel: Annotated[int, Field(ge=2, le=64, description="Tokens that a channel sees, the present one included.")] = 4
 
 
+class AttentionConfig(ConfigSection):
+    """Of heads of attention."""
+
+    n_heads: Annotated[int, Field(ge=1, le=1024, description="Heads.")] = 2
+    head_dim: Annotated[int, Field(ge=1, le=1024, description="Width of the keys of a head; even with rope.")] = 32
+    sliding_window: Annotated[int | None, Field(ge=1, description="Keys that are seen; null for all before.")] = 64
+    rope: Annotated[bool, Field(description="Rotary positions.")] = True
+
+
+class BlockConfig(AttentionConfig):
+    """Of attention and a gated feed-forward layer."""
+
+    hidden: Annotated[int, Field(ge=1, le=262144, description="Width between the projections of the second.")] = 128
+
+
+def _attention(widths: tuple[int, int], settings: AttentionConfig) -> nn.Module:
+    sizes = settings.n_heads, settings.head_dim, settings.sliding_window
+    return layers.attention(widths[1], *sizes, rope=settings.rope)
+
+
+def _block(widths: tuple[int, int], settings: BlockConfig) -> nn.Module:
+    sizes = settings.n_heads, settings.head_dim
+    return layers.block(widths[1], sizes, settings.sliding_window, rope=settings.rope, hidden=settings.hidden)
+
+
 def _memory(widths: tuple[int, int], settings: MemoryConfig) -> nn.Module:
     if widths[1] % settings.head_dim:
         raise ShapeError(
@@ -81,6 +106,8 @@ blueprints: Registry[Blueprint] = Registry(
         "bottleneck": Blueprint(lambda w, s: layers.bottleneck(w[1], s.hidden), FeedforwardConfig),
         "gated_feedforward": Blueprint(lambda w, s: layers.gated_feedforward(w[1], s.hidden), FeedforwardConfig),
         "conv": Blueprint(lambda w, s: layers.Convolution(w[1], s.kernel), ConvConfig, has_state=True),
+        "attention": Blueprint(_attention, AttentionConfig, has_state=True),
+        "block": Blueprint(_block, BlockConfig, has_state=True),
         "memory": Blueprint(_memory, MemoryConfig, has_state=True),
     },
     accepts=lambda found: isinstance(found, Blueprint),

@@ -3,12 +3,13 @@
 A garden is saved with the run and rolled back with it: what a model holds and what is known of it are of one moment.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
 from meristem.growth.gates import GateResult
 from meristem.growth.observe import HeldOut, Trial
+from meristem.growth.risk import Latch
 from meristem.growth.stage import Life, Stage
 from meristem.worker.breaker import Breaker
 
@@ -34,15 +35,6 @@ class Embargo:
 
     until: int
     n_culls: int
-
-
-@dataclass(frozen=True)
-class Latch:
-    """Whether the run is careful, since which step nothing has spoken for it, and why it began (growth.md 16)."""
-
-    is_closed: bool = False
-    quiet_since: int = 0
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,10 +72,11 @@ class Garden:
     """What growth knows of a run at one moment.
 
     lives: every seed of the run, in the order of their birth, those that have ended too. embargoes: by slot.
-    penalties: by blueprint. queue: orders for the next boundary. held_out: evaluations, the newest last. results: what
-    the gates said, the newest last. flops: of all training so far. figures: by seed, what was measured of it at some
-    stage and is needed at a later one. breaker: whether the policy is still asked, in steps. is_stopped: no structure
-    is changed any more, since something was not as it has to be.
+    penalties: by blueprint. latch: whether the run is conservative. queue: orders for the next boundary. held_out:
+    evaluations, the newest last. results: what the gates said, the newest last. flops: of all training so far.
+    figures: by seed, what was measured of it at some stage and is needed at a later one. breaker: whether the policy is
+    still asked; None before it was for the first time. is_stopped: no structure is changed any more, since something
+    was not as it has to be.
     """
 
     lives: tuple[Life, ...] = ()
@@ -95,7 +88,7 @@ class Garden:
     results: tuple[GateResult, ...] = ()
     flops: float = 0.0
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    breaker: Breaker = Breaker(n_failures=3, span=1000, pause=1000, n_successes=1)
+    breaker: Breaker | None = None
     is_stopped: bool = False
 
     def open_in(self, slot: str) -> Life | None:
@@ -121,9 +114,21 @@ class Garden:
         """The garden that knows what a gate said."""
         return replace(self, results=(*self.results, result)[-MOST_RESULTS:])
 
+    def violated(self, slots: Collection[str]) -> Self:
+        """The garden after a host was not isolated from the seeds in these slots: nothing more is put in."""
+        lives = [
+            replace(life, n_violations=life.n_violations + (life.is_open and life.slot in slots)) for life in self.lives
+        ]
+        return replace(self, lives=tuple(lives), is_stopped=True)
+
     def noted(self, seed: str, **figures: Any) -> Self:
         """The garden that keeps some figures of a seed."""
         return replace(self, figures={**self.figures, seed: {**self.figures.get(seed, {}), **figures}})
+
+    def spent(self, seed: str, flops: float) -> Self:
+        """The garden that knows what was spent on a seed beside the steps of the run: passes of its own, comparisons
+        on held-out text, recoveries."""
+        return self.noted(seed, flops_spent=self.figures.get(seed, {}).get("flops_spent", 0.0) + flops)
 
     def culled(self, slot: str, blueprint: str, *, step: int, embargo_steps: int) -> Self:
         """The garden after a seed was culled: its slot is locked, twice as long as the last time, its blueprint
@@ -157,7 +162,7 @@ class Garden:
         found = []
         for life in self.lives:
             figures = self.figures.get(life.seed, {})
-            gained, paired = figures.get("gained"), figures.get("paired")
+            gained = figures.get("gained") or figures.get("tried")
             ends = [each.step for each in life.history if each.after is Stage.CULLED]
             found.append(
                 Trial(
@@ -166,7 +171,7 @@ class Garden:
                     born=life.born,
                     ended=ends[0] if ends else None,
                     is_kept=life.stage is Stage.FOSSILIZED,
-                    gain_nats=gained["mean"] if gained else -paired["mean"] if paired else None,
+                    gain_nats=gained["mean"] if gained else None,
                     flops_ratio=figures.get("flops_share"),
                 )
             )
@@ -178,13 +183,13 @@ class Garden:
             "lives": [life.to_json() for life in self.lives],
             "embargoes": {slot: vars(each) for slot, each in self.embargoes.items()},
             "penalties": dict(self.penalties),
-            "latch": vars(self.latch),
+            "latch": self.latch.to_json(),
             "queue": [order.to_json() for order in self.queue],
             "held_out": [list(each) for each in self.held_out],
             "results": [each.to_json() for each in self.results],
             "flops": self.flops,
             "figures": {seed: dict(each) for seed, each in self.figures.items()},
-            "breaker": self.breaker.to_json(),
+            "breaker": self.breaker and self.breaker.to_json(),
             "is_stopped": self.is_stopped,
         }
 
@@ -195,12 +200,12 @@ class Garden:
             lives=tuple(Life.from_json(each) for each in saved.get("lives", ())),
             embargoes={slot: Embargo(**each) for slot, each in saved.get("embargoes", {}).items()},
             penalties=dict(saved.get("penalties", {})),
-            latch=Latch(**saved.get("latch", {})),
+            latch=Latch.from_json(saved["latch"]) if "latch" in saved else Latch(),
             queue=tuple(Order.from_json(each) for each in saved.get("queue", ())),
             held_out=tuple(HeldOut(*each) for each in saved.get("held_out", ())),
             results=tuple(GateResult.from_json(each) for each in saved.get("results", ())),
             flops=saved.get("flops", 0.0),
             figures={seed: dict(each) for seed, each in saved.get("figures", {}).items()},
-            breaker=Breaker.from_json(saved["breaker"]) if "breaker" in saved else cls.breaker,
+            breaker=Breaker.from_json(saved["breaker"]) if saved.get("breaker") else None,
             is_stopped=saved.get("is_stopped", False),
         )

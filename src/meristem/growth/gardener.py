@@ -12,18 +12,19 @@ from typing import Final, TypeAlias
 
 from meristem.errors import GrowthError, MeristemError, MissingDependency
 from meristem.events import Emit, Event, silent
-from meristem.growth.acts import ACTS, Site
-from meristem.growth.blend import blends
+from meristem.growth.acts import ACTS, Site, blending_of
+from meristem.growth.blend import blending
 from meristem.growth.blueprint import blueprints
-from meristem.growth.config import GrowConfig
 from meristem.growth.garden import Garden, Order
 from meristem.growth.observe import Reading
 from meristem.growth.policy import Decision, Mask, Proposal
+from meristem.growth.risk import judge
 from meristem.growth.stage import OPEN, TRANSITIONS, Life, Stage
+from meristem.models.growing import GrowConfig
 from meristem.worker.breaker import Breaker
 
-Ask: TypeAlias = Callable[[Reading, Mask, Breaker], Decision]
-"""What asks a policy under its deadline and has risk judge the answer."""
+Ask: TypeAlias = Callable[[Reading, Mask, Breaker | None], Decision]
+"""What asks a policy under its deadline."""
 
 TARGETS: Final[Mapping[str, Stage]] = {
     "germinate": Stage.GERMINATED,
@@ -57,7 +58,7 @@ def next_order(garden: Garden, life: Life, config: GrowConfig, reading: Reading)
     due: Mapping[Stage, tuple[str, int]] = {
         Stage.GERMINATED: ("start_training", 1),
         Stage.TRAINING: ("start_blending", gates.training_steps),
-        Stage.BLENDING: ("stabilize", config.blend_steps),
+        Stage.BLENDING: ("stabilize", max(1, blending_of(garden, life, config).steps)),
         Stage.SHADOWING: ("evaluate", gates.holding_steps),
         Stage.PROBATIONARY: ("fossilize", max(gates.probation_steps, config.min_age - (life.since - life.born))),
         Stage.CULLED: ("embargo", 1),
@@ -86,6 +87,8 @@ def mask_of(garden: Garden, reading: Reading, config: GrowConfig, *, free_parame
         why = "no parameter is left under grow.params_ratio"
     elif not free:
         why = "every slot is in use or locked"
+    elif any(life.way == "frozen_host" and life.stage is Stage.TRAINING for life in garden.lives):
+        why = "the host is frozen while a seed learns"
     old = {life.slot for life in garden.unfinished if reading.step - life.born >= config.min_age}
     return Mask(
         slots=frozenset(free),
@@ -117,7 +120,7 @@ def order_of(garden: Garden, proposal: Proposal, reading: Reading, config: GrowC
         why=proposal.why,
         blueprint=proposal.blueprint,
         settings=dict(proposal.settings),
-        blend=proposal.blend,
+        blend=str(blending(proposal.blend, config.blending)),
         way=proposal.way,
         random_seed=proposal.random_seed,
     )
@@ -185,7 +188,7 @@ def _germination(order: Order, garden: Garden, config: GrowConfig, step: int) ->
     for code, settle in (
         ("unknown_blueprint", lambda: blueprints.get(order.blueprint or "")),
         ("wrong_settings", lambda: blueprints.get(order.blueprint or "").settle(order.settings)),
-        ("unknown_blend", lambda: blends.get(order.blend)),
+        ("unknown_blend", lambda: blending(order.blend)),
     ):
         try:
             settle()
@@ -211,6 +214,17 @@ def tend(
     orders = [order for life in garden.unfinished if (order := next_order(garden, life, config, reading))]
     decision = ask(reading, mask_of(garden, reading, config, free_parameters=free_parameters), garden.breaker)
     garden = replace(garden, breaker=decision.breaker)
+    if decision.outcome is not None:
+        verdict = judge(reading, decision.outcome, config.risk, garden.latch)
+        garden = replace(garden, latch=verdict.latch)
+        if verdict.action != "allow":
+            payload = {
+                "step": reading.step,
+                "action": verdict.action,
+                "reasons": [str(each) for each in verdict.reasons],
+            }
+            emit(Event("risk.held_up", payload, "warning"))
+            decision = replace(decision, outcome=None)
     if isinstance(decision.outcome, Proposal):
         try:
             order = order_of(garden, decision.outcome, reading, config)

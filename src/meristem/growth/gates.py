@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, Self, TypeAlias
 
 from meristem.events import Emit, Event, silent
-from meristem.growth.config import GatesConfig
 from meristem.growth.stage import Life, Paired, Stage
+from meristem.models.growing import GatesConfig
 
 Gate: TypeAlias = Literal["G0", "G1", "G2", "G3", "G4", "G5", "G6"]
 Status: TypeAlias = Literal["pass", "fail", "unmeasured"]
@@ -44,9 +44,10 @@ class Check:
     ) -> Self:
         """From ``least`` to ``most``, ends included. What is not finite was not measured."""
         words = " and ".join(f"{sign} {limit:g}" for sign, limit in ((">=", least), ("<=", most)) if limit is not None)
-        if value is None or not math.isfinite(value):
+        low, high = -math.inf if least is None else least, math.inf if most is None else most
+        if value is None or not math.isfinite(value) or math.isnan(low) or math.isnan(high):
             return cls(name, None, words, "unmeasured")
-        is_in = (least is None or value >= least) and (most is None or value <= most)
+        is_in = low <= value <= high
         return cls(name, float(value), words, "pass" if is_in else "fail")
 
     @classmethod
@@ -58,7 +59,7 @@ class Check:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What a gate said of a seed at a step. missing: the host layers that were asked for and are not there (G3)."""
+    """What a gate said of a seed at a step. missing: the host layers that it needs and that are not there (G3)."""
 
     gate: str
     seed: str
@@ -171,22 +172,22 @@ def health(life: Life, found: Health, *, changes_most: float, step: int) -> Gate
 class Stability:
     """Of a seed that has learned, G2.
 
-    paired: loss with it less loss without it, a held-out sequence each. gradient_ratio: size of its gradient in the
+    gained: loss without it less loss with it, a held-out sequence each. gradient_ratio: size of its gradient in the
     square mean, by its host's.
     """
 
-    paired: Paired | None = None
+    gained: Paired | None = None
     gradient_ratio: float | None = None
 
 
 def stability(life: Life, found: Stability, config: GatesConfig, *, step: int) -> GateResult:
-    """G2, to BLENDING: with it the loss is lower, ``mean + 1.65 s / sqrt(n) < -margin``."""
-    upper = None if found.paired is None else found.paired.upper()
-    n = None if found.paired is None else found.paired.n
+    """G2, to BLENDING: with it the loss is lower, ``mean - 1.65 s / sqrt(n) > margin``."""
+    lower = None if found.gained is None else found.gained.lower()
+    n = None if found.gained is None else found.gained.n
     checks = (
         Check.of("age", step - life.since, least=config.training_steps),
         Check.of("n_pairs", n, least=config.pairs),
-        Check.of("paired", upper, most=-config.margin_nats),
+        Check.of("gained", lower, least=config.margin_nats),
         Check.of("gradient_ratio", found.gradient_ratio, least=config.gradient_least, most=config.gradient_most),
         Check.of("n_violations", life.n_violations, most=0),
     )

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meristem.memory.state import State
+from meristem.nn.attention import Attention
 from meristem.nn.config import MemoryConfig
 from meristem.nn.conv import CausalConv
 from meristem.nn.documents import Documents
 from meristem.nn.memory import MemoryLayer, build_memory
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.nn.norm import RMSNorm
+from meristem.shapes import Hidden
 
 
 class LowRank(nn.Module):
@@ -90,10 +92,10 @@ class Convolution(nn.Module):
         return self.out(mixed_btd), state
 
 
-class Memory(nn.Module):
-    """``layer(norm x)`` for a layer with a memory, which is written while it reads. State: that of the layer."""
+class Carrying(nn.Module):
+    """``layer(norm x)`` for a layer with a state, which is that of the whole."""
 
-    def __init__(self, width: int, layer: MemoryLayer) -> None:
+    def __init__(self, width: int, layer: MemoryLayer | Attention) -> None:
         super().__init__()
         self.norm, self.layer = RMSNorm(width), layer
 
@@ -101,7 +103,7 @@ class Memory(nn.Module):
         return self.layer(self.norm(hidden_btd), state)
 
     def forward_documents(self, hidden_btd: Tensor, state: State | None, documents: Documents) -> tuple[Tensor, State]:
-        """The same of packed documents, each of which the memory reads by itself."""
+        """The same of packed documents, which know nothing of each other."""
         return self.layer.forward_documents(self.norm(hidden_btd), state, documents)
 
 
@@ -109,4 +111,45 @@ def memory(width: int, settings: MemoryConfig) -> nn.Module:
     """What a memory recalls, normed and gated as in ``nn.memory.MemoryLayer``. Parameters and FLOPs by its rule."""
     layer = MemoryLayer(width, settings, build_memory(width, settings))
     nn.init.zeros_(layer.out.weight)
-    return Memory(width, layer)
+    return Carrying(width, layer)
+
+
+def _silent_heads(width: int, n_heads: int, head_dim: int, window: int | None, *, rope: bool) -> Attention:
+    """Attention whose output projection is zero."""
+    heads = Attention(width, n_heads, head_dim=head_dim, span=window, rope=rope)
+    nn.init.normal_(heads.qkv.weight, std=1 / math.sqrt(width))
+    nn.init.zeros_(heads.out.weight)
+    return heads
+
+
+def attention(width: int, n_heads: int, head_dim: int, window: int | None, *, rope: bool) -> nn.Module:
+    """Heads of attention on norm x, over a sliding window or all before. Parameters 4 d e + d, FLOPs 8 d e + 4 t e for
+    n_heads * head_dim = e and t tokens seen. State: keys and values of the window."""
+    return Carrying(width, _silent_heads(width, n_heads, head_dim, window, rope=rope))
+
+
+class SilentBlock(nn.Module):
+    """What a whole block adds: ``a + mlp(norm(x + a))`` with ``a = attention(norm x)``.
+
+    Parameters and FLOPs: those of attention and of a gated feed-forward layer. State: that of attention.
+    """
+
+    def __init__(self, width: int, mixer: Attention, hidden: int) -> None:
+        super().__init__()
+        self.mixer_norm, self.mixer = RMSNorm(width), mixer
+        self.mlp_norm, self.mlp = RMSNorm(width), SwiGLU(width, hidden)
+        nn.init.zeros_(self.mlp.out.weight)
+
+    def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+        mixed_btd, state = self.mixer(self.mixer_norm(hidden_btd), state)
+        return mixed_btd + self.mlp(self.mlp_norm(hidden_btd + mixed_btd)), state
+
+    def forward_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Hidden, State]:
+        """The same of packed documents, which know nothing of each other."""
+        mixed_btd, state = self.mixer.forward_documents(self.mixer_norm(hidden_btd), state, documents)
+        return mixed_btd + self.mlp(self.mlp_norm(hidden_btd + mixed_btd)), state
+
+
+def block(width: int, mixer_sizes: tuple[int, int], window: int | None, *, rope: bool, hidden: int) -> nn.Module:
+    """Attention and a gated feed-forward layer after it, with zero outputs both. mixer_sizes: heads and their width."""
+    return SilentBlock(width, _silent_heads(width, *mixer_sizes, window, rope=rope), hidden)

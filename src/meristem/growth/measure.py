@@ -2,22 +2,17 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from meristem.growth.course import Course
+from meristem.growth.contribution import switched
 from meristem.growth.graft import find_seed
 from meristem.growth.observe import HeldOut
-from meristem.growth.stage import Paired
 from meristem.nn.slot import CHILD
-
-Measure: TypeAlias = Callable[[nn.Module], Sequence[float]]
-"""Held-out losses of a model in nats per target, a sequence each and always the same ones; the caller's."""
 
 Loss: TypeAlias = Callable[[nn.Module], Tensor]
 """The loss of a model on a probe batch, always the same one, with its graph; the caller's."""
@@ -26,44 +21,12 @@ SPAN: tuple[int, int] = (3, 20)
 """Evaluations through which a line is drawn to the next: at least, at most."""
 
 
-@contextmanager
-def switched(model: nn.Module, slot: str, weight: float) -> Iterator[None]:
-    """While it lasts the seed of a slot has this blend weight, and stands on its course afterwards where it stood."""
-    seed = find_seed(model, slot)
-    before = seed.way
-    seed.follow(Course(weight, weight))
-    try:
-        yield
-    finally:
-        seed.follow(before)
-
-
-def ablation(model: nn.Module, slot: str, measure: Measure, *, weight: float = 1.0) -> Paired:
-    """Loss with the seed of a slot, at this blend weight, less loss without it, over held-out sequences.
-
-    A difference that is not finite is left out.
-    """
-    with switched(model, slot, weight):
-        on = measure(model)
-    with switched(model, slot, 0.0):
-        off = measure(model)
-    return differences(on, off)
-
-
-def differences(on: Sequence[float], off: Sequence[float]) -> Paired:
-    """Of losses on the same targets, the first less the second."""
-    paired = Paired()
-    for difference in (each - other for each, other in zip(on, off, strict=True)):
-        paired = paired.add(difference) if math.isfinite(difference) else paired
-    return paired
-
-
 @torch.no_grad()
 def largest_change(model: nn.Module, slot: str, logits: Callable[[nn.Module], Tensor]) -> float:
     """The most by which a logit of a probe differs with the seed of a slot fully live and without it."""
-    with switched(model, slot, 1.0):
+    with switched(model, {slot: 1.0}):
         live = logits(model)
-    with switched(model, slot, 0.0):
+    with switched(model, {slot: 0.0}):
         off = logits(model)
     return float((live - off).abs().max())
 
@@ -86,7 +49,7 @@ class Gradients:
             for name, each in model.named_parameters()
             if each.requires_grad and id(each) not in ids and f".{CHILD}." not in f".{name}."
         ]
-        with switched(model, slot, 1.0), torch.enable_grad():
+        with switched(model, {slot: 1.0}), torch.enable_grad():
             found = torch.autograd.grad(loss(model), [*own, *host], allow_unused=True)
         seed_grads, host_grads = (
             [each for each in part if each is not None] for part in (found[: len(own)], found[len(own) :])

@@ -76,7 +76,7 @@ class Plan:
         """By the name afterwards, what every tensor that is not new goes on from."""
         taken = {carry.source for carry in self.carries.values()}
         same = {name: Carry(name) for name in self.after if name in self.before and name not in taken}
-        return same | dict(self.carries)
+        return same | {name: carry for name, carry in self.carries.items() if name in self.after}
 
     @property
     def added(self) -> list[str]:

@@ -11,11 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from pydantic import Field
-
-from meristem.config import ConfigSection
 from meristem.errors import (
     BreakerOpen,
     InferenceFailed,
@@ -35,6 +32,7 @@ from meristem.growth.observe import Mask, Reading
 from meristem.growth.proposal import NoCandidates, Policy, Proposal
 from meristem.growth.schedule import never, random, schedule
 from meristem.growth.stage import TRANSITIONS, Stage
+from meristem.models.growing import GrowPolicyConfig
 from meristem.plugins import Registry
 from meristem.worker.attempt import in_thread
 from meristem.worker.breaker import Breaker
@@ -64,25 +62,6 @@ policies: Registry[Callable[[Mapping[str, Any]], Policy]] = Registry(
     "policy", {"never": never, "schedule": schedule, "random": random, "heuristic": heuristic}
 )
 """Makers of policies by name: ``make(settings) -> policy``. Settings are checked then, and never again."""
-
-
-class GrowPolicyConfig(ConfigSection):
-    """What decides when, where and what to grow, and how far it is trusted."""
-
-    name: str = Field(default="heuristic", description="The policy: see `meristem plugins`.")
-    settings: dict[str, Any] = Field(default_factory=dict, description="Settings of the policy.")
-    inference_budget_ms: Annotated[float, Field(gt=0, le=60_000)] = Field(
-        default=50.0, description="How long a policy of a plugin may take to answer; ours are not timed."
-    )
-    is_process_isolated: bool = Field(
-        default=False, description="Ask it in another process, which is ended when it does not answer in time."
-    )
-    breaker_failures: Annotated[int, Field(ge=1, le=1000)] = Field(
-        default=3, description="Failures after which it is not asked for a while."
-    )
-    breaker_pause_steps: Annotated[int, Field(ge=1, le=10**9)] = Field(
-        default=1000, description="Steps for which it is not asked then, and after which a failure is forgotten."
-    )
 
 
 @dataclass(frozen=True)

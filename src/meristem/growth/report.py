@@ -53,7 +53,7 @@ class GrowthReport:
 
     @property
     def report_id(self) -> str:
-        """The same for a report that is written again after the run went back."""
+        """The same for a report that is written again after a rollback."""
         return f"{self.run_id}/{self.seed}@{self.ended}"
 
     def to_json(self) -> dict[str, Any]:

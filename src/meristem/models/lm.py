@@ -100,6 +100,8 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
         super().__init__()
+        # By which growth makes another one like it.
+        self.settings = model, memory
         self.mixer_norm = RMSNorm(model.dim)
         self.mixer = mixers.get(model.mixer)(model, memory)
         hidden = model.mlp_dim or _derived_hidden(model)
@@ -170,10 +172,13 @@ class LM(nn.Module):
     """Embedding, ``blocks``, norm, head. The blocks stand on each other, or side by side and are joined.
 
     State: what each block carries, ``{"layer": {"0": ..., "1": ...}}``.
+
+    n_masked: so many tokens at the end of the vocabulary are not in use yet, and have the least logit there is.
     """
 
     matrices: ClassVar = frozenset({"head.weight"})
     window: int | None = None
+    n_masked: int = 0
 
     def __init__(self, model: ModelConfig, memory: MemoryConfig, vocabulary: int, random_seed: int) -> None:
         super().__init__()
@@ -216,5 +221,10 @@ class LM(nn.Module):
         if self.join is not None:
             hidden_btd = self.join(torch.stack(beside))
         hidden_btd = self.norm(hidden_btd)
-        logits_bto = F.linear(hidden_btd, self.embedding.weight) if self.head is None else self.head(hidden_btd)
+        if self.n_masked:
+            head_od = self.embedding.weight if self.head is None else self.head.weight
+            used_bto = F.linear(hidden_btd, head_od[: -self.n_masked])
+            logits_bto = F.pad(used_bto, (0, self.n_masked), value=torch.finfo(used_bto.dtype).min)
+        else:
+            logits_bto = F.linear(hidden_btd, self.embedding.weight) if self.head is None else self.head(hidden_btd)
         return logits_bto, {"layer": after}

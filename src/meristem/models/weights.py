@@ -441,6 +441,13 @@ def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     head = getattr(model, "embedding" if getattr(model, "head", model) is None else "head", None)
     if not isinstance(head, nn.Linear | nn.Embedding):
         raise _lacking("head")
+    if getattr(model, "n_masked", 0):
+        raise CapabilityError(
+            f"the last {model.n_masked} tokens of this model's vocabulary are not in use yet, and a head that learns "
+            f"would use them. Activate them first, or set learn.which to another.",
+            operation="learn",
+            reason="masked tokens",
+        )
     return head.weight, getattr(head, "bias", None)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meristem.errors import WrongValue
 from meristem.memory.state import LENGTHS, Memory, State, rows_apart
 from meristem.nn.documents import Documents
-from meristem.shapes import Hidden, Keys, Queries, Values
+from meristem.shapes import Hidden, Keys, Mixed, Queries, Values
 
 BLOCK: Final = 64
 """Queries that share one set of keys. Fewer copy more keys, more mask more scores; 64 was fastest for spans 64, 128."""
@@ -43,9 +43,19 @@ class Attention(nn.Module):
     matrices: ClassVar = frozenset({"qkv.weight", "out.weight"})
 
     def __init__(
-        self, width: int, heads: int, *, span: int | None, rope: bool = True, n_persistent: int = 0, bias: bool = False
+        self,
+        width: int,
+        heads: int,
+        *,
+        span: int | None,
+        rope: bool = True,
+        n_persistent: int = 0,
+        bias: bool = False,
+        head_dim: int | None = None,
     ) -> None:
+        """head_dim: the key width, where heads do not share the width."""
         super().__init__()
+        outer, width = width, width if head_dim is None else heads * head_dim
         if width % heads or (rope and width // heads % 2):
             raise WrongValue(
                 f"width {width} in {heads} heads makes a key width of {width / heads:g}; it must be a whole number, "
@@ -54,24 +64,24 @@ class Attention(nn.Module):
         self.heads = heads
         self.span = span
         self.rope = rope
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
-        self.persistent_gd = nn.Parameter(torch.randn(n_persistent, width) * 0.02) if n_persistent else None
+        self.qkv = nn.Linear(outer, 3 * width, bias=bias)
+        self.out = nn.Linear(width, outer, bias=bias)
+        self.persistent_gd = nn.Parameter(torch.randn(n_persistent, outer) * 0.02) if n_persistent else None
 
     def forward(self, hidden_btd: Hidden, state: Memory | None = None) -> tuple[Hidden, Memory]:
-        mixed_btd, state = self.mix(hidden_btd, state)
-        return self.out(mixed_btd), state
+        mixed_btf, state = self.mix(hidden_btd, state)
+        return self.out(mixed_btf), state
 
-    def mix(self, hidden_btd: Hidden, state: Memory | None = None) -> tuple[Hidden, Memory]:
+    def mix(self, hidden_btd: Hidden, state: Memory | None = None) -> tuple[Mixed, Memory]:
         """What the heads gathered, side by side, before it is projected back: where a gate can act."""
         return self._gather(self.qkv(hidden_btd), state)
 
     def forward_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Hidden, State]:
         """The same of packed documents, of which each token sees its own."""
-        mixed_btd, state = self.mix_documents(hidden_btd, state, documents)
-        return self.out(mixed_btd), state
+        mixed_btf, state = self.mix_documents(hidden_btd, state, documents)
+        return self.out(mixed_btf), state
 
-    def mix_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Hidden, State]:
+    def mix_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Mixed, State]:
         """``mix`` of packed documents: a mask hides from each token the keys that are not of its document."""
         query_bthk, keys_bshk, values_bshv = self.project(hidden_btd)
         n_before, n_rows = 0, len(hidden_btd)
@@ -100,7 +110,7 @@ class Attention(nn.Module):
         return state | {LENGTHS + name: held_b for name in last}
 
     @rows_apart
-    def _gather(self, vectors_btf: Float[Tensor, "b t f"], state: Memory | None) -> tuple[Hidden, Memory]:
+    def _gather(self, vectors_btf: Float[Tensor, "b t n"], state: Memory | None) -> tuple[Mixed, Memory]:
         query_bthk, keys_bshk, values_bshv = vectors_btf.unflatten(-1, (3, self.heads, -1)).unbind(2)
         if state is not None:
             keys_bshk = torch.cat([state["keys_bshk"], keys_bshk], dim=1)

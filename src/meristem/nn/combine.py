@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from meristem.nn.norm import RMSNorm
-from meristem.shapes import Hidden
+from meristem.shapes import Hidden, Mixed
 
 OPEN: Final = 2.0
 """First bias of a gate: sigmoid(2) = 0.88. A raw sigmoid of an empty memory halves attention and adds nothing."""
@@ -22,8 +22,8 @@ class Normalised(nn.Module):
         self.memory_norm = RMSNorm(width)
         self.bias_d = nn.Parameter(torch.full((width,), OPEN))
 
-    def forward(self, attended_btd: Hidden, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
-        return self.attention_norm(attended_btd) * (self.memory_norm(recalled_btd) + self.bias_d).sigmoid()
+    def forward(self, attended_btf: Mixed, recalled_btf: Mixed, hidden_btd: Hidden) -> Mixed:
+        return self.attention_norm(attended_btf) * (self.memory_norm(recalled_btf) + self.bias_d).sigmoid()
 
 
 class Gated(nn.Module):
@@ -38,8 +38,8 @@ class Gated(nn.Module):
         self.memory_norm = RMSNorm(width)
         self.bias_d = nn.Parameter(torch.full((width,), OPEN))
 
-    def forward(self, attended_btd: Hidden, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
-        return attended_btd * (self.memory_norm(recalled_btd) + self.bias_d).sigmoid()
+    def forward(self, attended_btf: Mixed, recalled_btf: Mixed, hidden_btd: Hidden) -> Mixed:
+        return attended_btf * (self.memory_norm(recalled_btf) + self.bias_d).sigmoid()
 
 
 class Projected(nn.Module):
@@ -54,8 +54,8 @@ class Projected(nn.Module):
         self.gate = nn.Linear(width, width)
         nn.init.constant_(self.gate.bias, OPEN)
 
-    def forward(self, attended_btd: Hidden, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
-        return self.attention_norm(attended_btd) * self.gate(self.memory_norm(recalled_btd)).sigmoid()
+    def forward(self, attended_btf: Mixed, recalled_btf: Mixed, hidden_btd: Hidden) -> Mixed:
+        return self.attention_norm(attended_btf) * self.gate(self.memory_norm(recalled_btf)).sigmoid()
 
 
 class Sigmoid(nn.Module):
@@ -64,8 +64,8 @@ class Sigmoid(nn.Module):
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()
 
-    def forward(self, attended_btd: Hidden, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
-        return attended_btd * recalled_btd.sigmoid()
+    def forward(self, attended_btf: Mixed, recalled_btf: Mixed, hidden_btd: Hidden) -> Mixed:
+        return attended_btf * recalled_btf.sigmoid()
 
 
 QUIET: Final = 0.1
@@ -87,9 +87,9 @@ class Additive(nn.Module):
         self.gate = nn.Linear(width, width)
         nn.init.constant_(self.gate.bias, OPEN)
 
-    def forward(self, attended_btd: Hidden, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
-        normed_btd = self.memory_norm(recalled_btd.unflatten(-1, (-1, self.head_width))).flatten(2)
-        return attended_btd + normed_btd * self.gate(hidden_btd).sigmoid()
+    def forward(self, attended_btf: Mixed, recalled_btf: Mixed, hidden_btd: Hidden) -> Mixed:
+        normed_btf = self.memory_norm(recalled_btf.unflatten(-1, (-1, self.head_width))).flatten(2)
+        return attended_btf + normed_btf * self.gate(hidden_btd).sigmoid()
 
 
 COMBINATIONS: Final[dict[str, Callable[[int, int], nn.Module]]] = {

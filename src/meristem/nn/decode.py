@@ -17,7 +17,7 @@ from meristem.memory.rule import Rule
 from meristem.memory.state import State
 from meristem.nn.conv import CausalConv
 from meristem.nn.gates import GateMap
-from meristem.shapes import Hidden
+from meristem.shapes import Hidden, Mixed
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ def can_decode(recall: Decodable, hidden_btd: Hidden, state: State | None) -> bo
     return is_full and not is_cast and "unfinished" not in state["memory"]
 
 
-def decode(recall: Decodable, hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
+def decode(recall: Decodable, hidden_btd: Hidden, state: State) -> tuple[Mixed, State]:
     """The memory's output for one token, and the state after it; the state that came in is unchanged."""
     read_bh1v, _, after = decode_heads(recall, hidden_btd, state)
     return read_bh1v.view(hidden_btd.shape[0], 1, -1), after

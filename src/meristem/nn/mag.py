@@ -35,17 +35,17 @@ class MemoryAsGate(nn.Module):
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         if state is None:
             state = {"attention": None, "recall": initial_state(self.recall, self.attention.persistent_gd, hidden_btd)}
-        attended_btd, attention = self.attention.mix(hidden_btd, state["attention"])
+        attended_btf, attention = self.attention.mix(hidden_btd, state["attention"])
         read = self.recall if self.is_writing else self.recall.forward_frozen
-        recalled_btd, recall = read(hidden_btd, state["recall"])
-        combined_btd = self.combine(attended_btd, recalled_btd, hidden_btd)
-        return self.out(combined_btd), {"attention": attention, "recall": recall}
+        recalled_btf, recall = read(hidden_btd, state["recall"])
+        combined_btf = self.combine(attended_btf, recalled_btf, hidden_btd)
+        return self.out(combined_btf), {"attention": attention, "recall": recall}
 
     def forward_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Hidden, State]:
         """The same of packed documents: attention hides the others by a mask, the memory reads each by itself."""
         before = state or {"attention": None, "recall": None}
-        attended_btd, attention = self.attention.mix_documents(hidden_btd, before["attention"], documents)
+        attended_btf, attention = self.attention.mix_documents(hidden_btd, before["attention"], documents)
         read = begun_with(self.recall, self.attention.persistent_gd, is_writing=self.is_writing)
-        recalled_btd, recall = read_documents(read, hidden_btd, before["recall"], documents)
-        combined_btd = self.combine(attended_btd, recalled_btd, hidden_btd)
-        return self.out(combined_btd), {"attention": attention, "recall": recall}
+        recalled_btf, recall = read_documents(read, hidden_btd, before["recall"], documents)
+        combined_btf = self.combine(attended_btf, recalled_btf, hidden_btd)
+        return self.out(combined_btf), {"attention": attention, "recall": recall}

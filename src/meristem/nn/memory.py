@@ -15,13 +15,13 @@ from meristem.nn.documents import Documents, Read, read_documents
 from meristem.nn.memory_cache import MemoryCache, with_cache
 from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.norm import RMSNorm, inverse_size
-from meristem.shapes import Hidden
+from meristem.shapes import Hidden, Mixed
 
 
 def build_memory(
     width: int, config: MemoryConfig, *, is_queried: bool = False
 ) -> NeuralMemory | MemoryCache | CMSMemory:
-    """A module ``(hidden_btd, state) -> (recalled_btd, state)``: one memory, one with a cache, or several levels.
+    """A module ``(hidden_btd, state) -> (recalled_btf, state)``: one memory, one with a cache, or several levels.
 
     is_queried: the layer also reads the memory without writing; where outputs of levels are mixed by learned shares,
     these have shares of their own.
@@ -47,9 +47,9 @@ def begun_with(recall: Any, persistent_gd: Float[Tensor, "g d"] | None, *, is_wr
     """``recall``, or what it reads unwritten, as a function that begins after the persistent vectors."""
     forward = recall if is_writing else recall.forward_frozen
 
-    def read(hidden_btd: Hidden, state: State | None) -> tuple[Hidden, State]:
+    def read(hidden_btd: Hidden, state: State | None) -> tuple[Mixed, State]:
         state = initial_state(recall, persistent_gd, hidden_btd) if state is None else state
-        found: tuple[Hidden, State] = forward(hidden_btd, state)
+        found: tuple[Mixed, State] = forward(hidden_btd, state)
         return found
 
     return read
@@ -74,8 +74,8 @@ class MemoryLayer(nn.Module):
 
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         recall = self.recall if self.is_writing else self.recall.forward_frozen
-        recalled_btd, state = recall(hidden_btd, state)
-        return self._gated(recalled_btd, hidden_btd), state
+        recalled_btf, state = recall(hidden_btd, state)
+        return self._gated(recalled_btf, hidden_btd), state
 
     def forward_documents(self, hidden_btd: Hidden, state: State | None, documents: Documents) -> tuple[Hidden, State]:
         """The same of packed documents, each of which the memory reads by itself."""
@@ -90,37 +90,37 @@ class MemoryLayer(nn.Module):
     ) -> tuple[Hidden, State]:
         """``forward_documents`` of a memory that every document finds with the persistent vectors written into it."""
         read = begun_with(self.recall, persistent_gd, is_writing=self.is_writing)
-        recalled_btd, state = read_documents(read, hidden_btd, state, documents)
-        return self._gated(recalled_btd, hidden_btd), state
+        recalled_btf, state = read_documents(read, hidden_btd, state, documents)
+        return self._gated(recalled_btf, hidden_btd), state
 
-    def _gated(self, recalled_btd: Hidden, hidden_btd: Hidden) -> Hidden:
-        gain_k = self.norm.gain_d.to(recalled_btd.dtype)
-        gated_btd: Hidden = self.out(GatedNorm.apply(recalled_btd, self.gate(hidden_btd), gain_k, self.norm.eps))
+    def _gated(self, recalled_btf: Mixed, hidden_btd: Hidden) -> Hidden:
+        gain_k = self.norm.gain_d.to(recalled_btf.dtype)
+        gated_btd: Hidden = self.out(GatedNorm.apply(recalled_btf, self.gate(hidden_btd), gain_k, self.norm.eps))
         return gated_btd
 
 
 class GatedNorm(torch.autograd.Function):
-    """``apply(recalled_btd, gate_btd, gain_k, eps)``: ``RMSNorm`` of every head times ``sigmoid(gate)``.
+    """``apply(recalled_btf, gate_btd, gain_k, eps)``: ``RMSNorm`` of every head times ``sigmoid(gate)``.
 
     Autograd would keep three tensors as large as these two beside them, and pass seventeen times over such.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        recalled_btd, gate_btd, gain_k, eps = inputs
-        ctx.save_for_backward(recalled_btd, gate_btd, gain_k)
+        recalled_btf, gate_btd, gain_k, eps = inputs
+        ctx.save_for_backward(recalled_btf, gate_btd, gain_k)
         ctx.eps = eps
-        recalled_bthk = precise(recalled_btd).unflatten(-1, (-1, len(gain_k)))
+        recalled_bthk = precise(recalled_btf).unflatten(-1, (-1, len(gain_k)))
         open_bthk = precise(gate_btd).sigmoid().view_as(recalled_bthk)
         gained_bthk = open_bthk.mul_(recalled_bthk).mul_(inverse_size(recalled_bthk, eps)).mul_(gain_k)
-        return gained_bthk.flatten(2).to(recalled_btd.dtype)
+        return gained_bthk.flatten(2).to(recalled_btf.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_gained_btd: Tensor) -> tuple[Tensor | None, ...]:
         """With n = x / size: ``dx = (dn - n mean(n dn)) / size``."""
-        recalled_btd, gate_btd, gain_k = ctx.saved_tensors
-        recalled_bthk = precise(recalled_btd).unflatten(-1, (-1, len(gain_k)))
+        recalled_btf, gate_btd, gain_k = ctx.saved_tensors
+        recalled_bthk = precise(recalled_btf).unflatten(-1, (-1, len(gain_k)))
         scale_bth1, open_btd = inverse_size(recalled_bthk, ctx.eps), precise(gate_btd).sigmoid()
         normed_bthk = recalled_bthk * scale_bth1
         d_normed_bthk = (d_gained_btd * open_btd).view_as(recalled_bthk)
@@ -130,5 +130,5 @@ class GatedNorm(torch.autograd.Function):
         d_gate_btd = torch.addcmul(weighed_bthk.flatten(2), weighed_bthk.flatten(2), open_btd, value=-1)
         along_bth1 = weighed_bthk.mean(dim=-1, keepdim=True)
         d_recalled_bthk = d_normed_bthk.mul_(gain_k).addcmul_(normed_bthk, along_bth1, value=-1).mul_(scale_bth1)
-        d_recalled_btd = d_recalled_bthk.flatten(2).to(recalled_btd.dtype)
-        return d_recalled_btd, d_gate_btd.to(gate_btd.dtype), d_gain_k.to(gain_k.dtype), None
+        d_recalled_btf = d_recalled_bthk.flatten(2).to(recalled_btf.dtype)
+        return d_recalled_btf, d_gate_btd.to(gate_btd.dtype), d_gain_k.to(gain_k.dtype), None

@@ -23,7 +23,7 @@ from meristem.nn.documents import Documents, Mask, read_documents
 from meristem.nn.gates import GateMap
 from meristem.nn.precision import KeepsFloat32
 from meristem.nn.rule import rule_of
-from meristem.shapes import Gate, Hidden, Keys, Queries, Values
+from meristem.shapes import Gate, Hidden, Keys, Mixed, Queries, Values
 
 
 class Initial(KeepsFloat32):
@@ -173,7 +173,7 @@ class NeuralMemory(nn.Module):
         *,
         reset_mask: Mask | None = None,
         padding_mask: Mask | None = None,
-    ) -> tuple[Hidden, State]:
+    ) -> tuple[Mixed, State]:
         """What every token reads, after it was written, and the state after the sequence; None begins one.
 
         reset_mask: ``(b, t)``, True where a document begins: it reads as if it stood alone, from a fresh memory
@@ -195,7 +195,7 @@ class NeuralMemory(nn.Module):
         return read_documents(self._read, hidden_btd, state, documents, self.init_state)
 
     @rows_apart
-    def _read(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+    def _read(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Mixed, State]:
         if state is not None and can_decode(self, hidden_btd, state):
             return decode(self, hidden_btd, state)
         state = self.init_state(hidden_btd) if state is None else state
@@ -211,7 +211,7 @@ class NeuralMemory(nn.Module):
         return read_bthv.flatten(2).to(value_bthv.dtype), {"memory": memory, "conv": tail}
 
     @rows_apart
-    def forward_frozen(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
+    def forward_frozen(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Mixed, State]:
         """The same of a memory that is not written: each token reads it as it stands. The convolution moves on."""
         state = self.init_state(hidden_btd) if state is None else state
         query_bthk, _, value_bthv, tail = self.project(hidden_btd, state["conv"])

@@ -131,10 +131,10 @@ def placed(value: Tensor, places: Places, fill: float = 0.0) -> Tensor:
     for axis, place in enumerate(places):
         if place is None:
             continue
-        place = place.to(value.device)
-        value = value.index_select(axis, place.clamp_min(0))
-        if bool((place < 0).any()):
-            value = value.index_fill(axis, (place < 0).nonzero().flatten(), fill)
+        fresh = (place < 0).nonzero().flatten()
+        value = value.index_select(axis, place.clamp_min(0).to(value.device))
+        if len(fresh):
+            value = value.index_fill(axis, fresh.to(value.device), fill)
     return value
 
 

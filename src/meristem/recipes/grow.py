@@ -1,6 +1,7 @@
 """Training that grows: seeds are put where they are wanted, tried, blended in, and kept or removed (growth.md 17)."""
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
@@ -15,28 +16,32 @@ from torch import Tensor, nn
 
 from meristem.checkpoint.store import Checkpoint
 from meristem.data.stream import Batch, held_out
-from meristem.device.random import random_state, restore_random_state
+from meristem.device.random import GlobalGenerators, global_generators, random_state, restore_random_state
 from meristem.device.room import room_for
 from meristem.distributed.engine import alone
 from meristem.errors import WrongValue
 from meristem.evaluate.likelihood import Likelihood
 from meristem.events import Event
 from meristem.growth.attach import attach, slots_in
-from meristem.growth.config import GrowConfig
-from meristem.growth.garden import Garden
+from meristem.growth.garden import Garden, Order
 from meristem.growth.gardener import act_on, tend
 from meristem.growth.graft import advance, cost, seeds_in, set_blend
-from meristem.growth.measure import differences
+from meristem.growth.isolation import Isolation, Pair, ShadowPass, check_isolation, enter
 from meristem.growth.observe import HeldOut, Reading, SlotReading
 from meristem.growth.plan import Plan
-from meristem.growth.policy import Decision, Mask, decide, policies
+from meristem.growth.policy import Decision, Mask, Policy, breaker_of, budget_ms, decide, open_policy, policies
 from meristem.growth.report import FILE, GrowthReport, append
+from meristem.growth.schedule import BUDGET_SHARE
+from meristem.growth.score import slot_scores
 from meristem.growth.stage import Stage
 from meristem.growth.topology import topology
 from meristem.growth.transaction import transaction
+from meristem.memory.state import State
 from meristem.models.build import build
+from meristem.models.growing import GrowConfig
 from meristem.models.topology import Topology
 from meristem.optim.groups import build as build_optimizer
+from meristem.optim.origins import SeedSettings
 from meristem.optim.schedule import rate_factor
 from meristem.optim.surgery import carried
 from meristem.recipes.plan.flops import counted
@@ -48,10 +53,17 @@ from meristem.runs.recovery import Recovery
 from meristem.runs.resume import Job
 from meristem.runs.structure import followed
 from meristem.sinks.console import Console
+from meristem.train.backward import read_again
 from meristem.train.loop import Step, steps
 from meristem.train.loss import cross_entropy
 from meristem.train.state import Held, TrainingState
 from meristem.worker.breaker import Breaker
+
+MOST_VIOLATIONS: Final = 3
+"""How often a host may be found not to be isolated from a seed before that is taken out."""
+
+SCORED_RANK: Final = 4
+"""The rank of the additions by which slots are compared."""
 
 PROBE_ROWS: Final = 4
 """Held-out sequences that gradients and changes of logits are measured on."""
@@ -74,14 +86,15 @@ def grow(
     with begun(
         config, run_dir=run_dir, resume=resume, view=view, planned=planned, make_job=prepare, time_scale=time_scale
     ) as (run, job, recovery):
-        growth = Growth(run, job, recovery)
-        is_interrupted = train(run, job, recovery, growth)
+        with open_policy(config.grow.policy, emit=run.emit) as policy:
+            is_interrupted = train(run, job, recovery, Growth(run, job, recovery, policy))
         return stop(run, job, recovery) if is_interrupted else finish(run, job, recovery)
 
 
 def prepare(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     """The job of a run that trains, of a model with slots."""
-    policies.get(config.grow.policy)
+    part = config.grow.policy
+    policies.get(part.name)(part.settings)
     return prepare_job(run, config, checkpoint, with_slots)
 
 
@@ -99,30 +112,40 @@ def with_slots(config: Config, vocabulary: int, before: Topology) -> Topology:
 
 
 def _require_room(model: nn.Module, part: GrowConfig) -> None:
-    """Raise WrongValue unless one seed stays within the caps, and what building it raises."""
+    """Raise WrongValue unless the smallest seed that the policy may put in stays within the caps.
+
+    Which these are its settings say, as ours name them; of a policy that names none nothing is known.
+    """
+    said = part.policy.settings
+    given = said.get("blueprints") or {said.get("blueprint", "bottleneck"): said.get("settings", {})}
     n_host = sum(each.numel() for each in model.parameters())
-    for name, slot in slots_in(model).items():
-        n_seed = cost(part.blueprint, slot.widths, blend=part.blend, **part.settings).n_parameters
-        if n_host + n_seed > part.params_ratio * n_host:
-            raise WrongValue(
-                f"a seed '{part.blueprint}' in '{name}' has {n_seed:,} parameters, and grow.params_ratio="
-                f"{part.params_ratio:g} leaves {int((part.params_ratio - 1) * n_host):,} beside the {n_host:,} of the "
-                f"model. Raise it, or make the seed smaller by grow.settings.",
-                value=part.params_ratio,
-            )
+    sizes = {
+        (cost(name, slot.widths, **settings).n_parameters, name, place)
+        for place, slot in slots_in(model).items()
+        for name, settings in given.items()
+    }
+    n_seed, name, place = min(sizes)
+    if n_host + n_seed > part.params_ratio * n_host:
+        raise WrongValue(
+            f"the smallest seed, '{name}' in '{place}', has {n_seed:,} parameters, and grow.params_ratio="
+            f"{part.params_ratio:g} leaves {int((part.params_ratio - 1) * n_host):,} beside the {n_host:,} of the "
+            f"model. Raise it, or make the seed smaller by grow.policy.settings.",
+            value=part.params_ratio,
+        )
 
 
 class Growth:
-    """The companion of a training that grows it: orders before a step, a look at the run after it.
+    """The companion of a training that grows it: orders before a step, a reading of the run after it.
 
     It holds nothing that a run depends on: that is in ``job.state.garden``.
     """
 
-    def __init__(self, run: Run, job: Job, recovery: Recovery) -> None:
-        self._run, self._job, self._config = run, job, job.config.grow
+    def __init__(self, run: Run, job: Job, recovery: Recovery, policy: Policy) -> None:
+        self._run, self._job, self._config, self._policy = run, job, job.config.grow, policy
         self._site = RunSite(run, job, recovery)
-        policy = policies.get(self._config.policy)(self._config.policy_settings)
-        self._policy = policy
+        self._read = partial(read_again, device=job.device, by=job.config.aggregate)
+        self._told: list[Pair | Isolation] = []
+        self._wanted: object = None
         if job.state.garden is None:
             self._garden = Garden()
 
@@ -136,25 +159,67 @@ class Growth:
         self._job.state = replace(self._job.state, garden=garden)
 
     def before(self) -> None:
-        """Carry out the orders that wait."""
-        garden = self._garden
+        """Carry out the orders that wait; a host that is frozen is so after a resume too."""
+        garden, self._told = self._garden, []
+        for life in garden.lives:
+            if life.way == "frozen_host" and life.stage is Stage.TRAINING:
+                enter(self._job.model, life.slot, life.way)
         if garden.queue:
             step = self._job.state.progress.step
             self._garden = act_on(
                 garden, self._site, self._config, run_id=self._site.run_id, step=step, emit=self._emit
             )
 
+    def beside(
+        self,
+        state: TrainingState,
+        batches: list[Batch],
+        memory: State | None,
+        loss: Tensor,
+        generators: GlobalGenerators,
+    ) -> None:
+        """Let the seeds on trial learn from a pass of their own."""
+        lives = [life for life in self._garden.lives if life.way == "shadow" and life.stage is Stage.TRAINING]
+        if lives:
+            shadow = ShadowPass(
+                self._read,
+                [life.slot for life in lives],
+                self._told.append,
+                every=self._config.shadow_every,
+                emit=self._emit,
+            )
+            shadow(state, batches, memory, loss, generators)
+
+    def _heed(self, garden: Garden, step: int) -> Garden:
+        """The garden that knows what the passes of this step told."""
+        for told in self._told:
+            if isinstance(told, Isolation):
+                garden = garden.violated(told.slots) if told.is_isolated is False else garden
+                continue
+            life = garden.open_in(told.slot)
+            difference = told.difference()
+            if life is not None and math.isfinite(difference):
+                garden = garden.with_life(replace(life, paired=life.paired.add(difference)))
+                garden = garden.spent(life.seed, self._site.step_flops)
+        bad = [life for life in garden.lives if life.is_open and life.n_violations >= MOST_VIOLATIONS]
+        orders = [
+            Order("cull", life.slot, life.seed, self._site.run_id, step, "its host was not isolated from it")
+            for life in bad
+        ]
+        return replace(garden, queue=(*garden.queue, *orders))
+
     def after(self, step: Step) -> None:
-        """Take blend weights one step further; at a boundary, look at the run and give orders."""
+        """Take blend weights one step further; at a boundary, read the run and give orders."""
         weights = advance(self._job.model)
         garden, now = self._garden, step.progress
         flops = 3 * self._site.flops_per_token * step.n_targets
-        self._garden = garden = replace(garden, flops=garden.flops + flops)
+        self._garden = garden = self._heed(replace(garden, flops=garden.flops + flops), now.step)
         if now.step % self._config.boundary_every:
             return
         for slot, weight in weights.items():
             self._run.emit(Event("blend.reported", {"step": now.step, "slot": slot, "weight": weight}))
-        reading = self._site.reading(garden, step.loss_nats)
+        is_open = len(garden.unfinished) < len(self._site.slots())
+        reading = self._site.reading(garden, step, self._site.scores() if is_open else {})
         self._garden = tend(
             garden,
             reading,
@@ -165,8 +230,16 @@ class Growth:
             emit=self._emit,
         )
 
-    def _ask(self, reading: Reading, mask: Mask, breaker: Breaker) -> Decision:
-        return decide(self._policy, reading, mask, budget_ms=None, breaker=breaker, emit=self._emit)
+    def _ask(self, reading: Reading, mask: Mask, breaker: Breaker | None) -> Decision:
+        part = self._config.policy
+        return decide(
+            self._policy,
+            reading,
+            mask,
+            budget_ms=budget_ms(part),
+            breaker=breaker or breaker_of(part),
+            emit=self._emit,
+        )
 
     def evaluated(self, found: Likelihood) -> None:
         """Hear what held-out text costs."""
@@ -174,7 +247,11 @@ class Growth:
         self._garden = garden.evaluated(HeldOut(now.step, now.tokens, garden.flops, found.nats))
 
     def _emit(self, event: Event) -> None:
-        """Record what happens to a seed, and show it."""
+        """Record what happens to a seed, and show it; that a policy is in want of the same thing again, once."""
+        wanted = event.payload.get("why") if event.name == "policy.no_candidates" else None
+        if wanted and wanted == self._wanted:
+            return
+        self._wanted = wanted or self._wanted
         self._run.emit(event)
         if event.name in TOLD:
             self._run.view.note(TOLD[event.name](event.payload))
@@ -269,8 +346,20 @@ class RunSite:
     def slots(self) -> Collection[str]:
         return slots_in(self.model).keys()
 
-    def reading(self, garden: Garden, loss_nats: float | None) -> Reading:
+    def scores(self) -> dict[str, float | None]:
+        """How much a seed would help in each empty slot, from a few held-out sequences."""
+        places = slots_in(self.model)
+        empty = [name for name, place in places.items() if place.seed is None and min(place.widths) >= SCORED_RANK]
+        found = slot_scores(self.model, [None], lambda model, _: self.loss(model), empty, SCORED_RANK)
+        return {name: each.score for name, each in found.items()}
+
+    def reading(self, garden: Garden, step: Step, scores: Mapping[str, float | None]) -> Reading:
         """What is known of the run now."""
+        own = {
+            BUDGET_SHARE: step.progress.share(self._job.config.train),
+            "isolation_violations": float(sum(life.n_violations for life in garden.lives if life.is_open)),
+            "open_breakers": float(garden.breaker is not None and garden.breaker.state(step.progress.step) == "open"),
+        }
         now, seeds = self._job.state.progress, seeds_in(self.model)
         slots = []
         for name in self.slots():
@@ -284,8 +373,7 @@ class RunSite:
                     blueprint=seeds[name].origin.blueprint if name in seeds else None,
                     blend_weight=seeds[name].way.weight if name in seeds else 0.0,
                     age_steps=now.step - life.born if life else 0,
-                    score=None,
-                    gradient_rms=None,
+                    score=scores.get(name),
                     embargo_until=embargo.until if embargo else None,
                 )
             )
@@ -294,9 +382,10 @@ class RunSite:
             step=now.step,
             tokens=now.tokens,
             flops=garden.flops,
-            training_loss_nats=loss_nats,
+            training_loss_nats=step.loss_nats,
             held_out=garden.held_out,
             slots=tuple(slots),
+            metrics=own,
             trials=garden.trials,
         )
 
@@ -373,9 +462,22 @@ class RunSite:
                 emit=self._run.emit,
             )
         self._job.state = followed(receipt, self._run, self._job)
+        now, part = self._job.optimizer, config.grow
+        joining = SeedSettings(part.rate_scale, part.warmup_steps, since=now.clock.count)
+        now.settings |= dict.fromkeys(now.settings.keys() - state.optimizer.settings.keys(), joining)
 
     def is_isolated(self, slot: str) -> bool | None:
-        return None
+        device = self._job.device
+        found = check_isolation(
+            self._job.state,
+            [self._probe],
+            None,
+            global_generators(device.device),
+            read=partial(read_again, device=device, by=self._job.config.aggregate),
+            slots=[slot],
+            emit=self._run.emit,
+        )
+        return found.is_isolated
 
     def recover(self, slot: str, n_steps: int) -> tuple[float | None, bool]:
         if self._run.world.size > 1 or not self._has_room(n_steps):
@@ -386,7 +488,8 @@ class RunSite:
             model = self._trained_copy(slot, weight, n_steps)
             losses.append(self.measure(model))
             restore_random_state(values, tensors, self._run.emit, device=self._job.device.device)
-        return -differences(losses[1], losses[0]).mean, True
+        alone, live = (sum(each) / len(each) for each in losses)
+        return alone - live, True
 
     def _trained_copy(self, slot: str, weight: float, n_steps: int) -> nn.Module:
         """A copy of the model with the seed of a slot at a weight, after some steps on the text that comes next."""

@@ -51,7 +51,7 @@ from meristem.runs.resume import (
 from meristem.runs.structure import fresh
 from meristem.sinks.console import Console
 from meristem.train.aggregate import keep_graphs
-from meristem.train.loop import MOVING, Step, steps
+from meristem.train.loop import MOVING, Beside, Step, steps
 from meristem.train.loss import cross_entropy
 from meristem.train.profile import profiled
 from meristem.train.progress import Progress
@@ -238,7 +238,13 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Saf
 
 
 class Companion(Protocol):
-    """What goes along with a training: a recipe that does more between two steps than this one."""
+    """What goes along with a training: a recipe that does more between two steps than this one.
+
+    beside: called in every step, between its gradients and its move; None for nothing.
+    """
+
+    @property
+    def beside(self) -> Beside | None: ...
 
     def before(self) -> None:
         """Called before each step: what trains may be replaced by assignment to ``job.state``."""
@@ -252,6 +258,8 @@ class Companion(Protocol):
 
 class Nobody:
     """A companion that does nothing."""
+
+    beside = None
 
     def before(self) -> None:
         pass
@@ -330,7 +338,15 @@ def training_steps(job: Job, companion: Companion = ALONE) -> Iterator[Step]:
     """The steps of a job from where it stands."""
     config = job.config
     schedule = partial(rate_factor, config.schedule)
-    made = steps(job, job.stream, schedule, config=config.train, device=job.device, aggregate=config.aggregate)
+    made = steps(
+        job,
+        job.stream,
+        schedule,
+        config=config.train,
+        device=job.device,
+        aggregate=config.aggregate,
+        beside=companion.beside,
+    )
     while not job.state.progress.is_over(config.train):
         companion.before()
         yield next(made)

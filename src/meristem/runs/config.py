@@ -15,8 +15,8 @@ from meristem.device.config import DeviceConfig
 from meristem.distributed.config import DistributedConfig, require_shardable
 from meristem.errors import ConflictingKeys, DeadKey
 from meristem.evaluate.config import EvalConfig
-from meristem.growth.config import GrowConfig
 from meristem.models.config import LearnConfig, ModelConfig
+from meristem.models.growing import GrowConfig
 from meristem.models.layers import memory_keys, require_pattern
 from meristem.nn.config import MemoryConfig
 from meristem.optim.config import OptimConfig, ScheduleConfig

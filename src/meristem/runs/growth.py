@@ -102,7 +102,7 @@ def lives_of(run_dir: Path, emit: Emit = silent) -> list[LifeReport]:
 
 def table(lives: Sequence[LifeReport]) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Titles and a row for each seed: what came of it, and the figures that decided."""
-    titles = ("seed", "blueprint", "way", "stages", "blend", "paired", "gained", "rent", "FLOPs", "outcome")
+    titles = ("seed", "blueprint", "way", "stages", "blend", "on trial", "gained", "rent", "FLOPs", "outcome")
     return titles, [_row(each) for each in lives]
 
 
@@ -117,7 +117,7 @@ def _row(each: LifeReport) -> tuple[object, ...]:
         life.way,
         stages,
         blend,
-        interval(figures.get("paired")),
+        interval(figures.get("tried")),
         interval(figures.get("gained")),
         figures.get("rent"),
         figures.get("flops_spent"),
