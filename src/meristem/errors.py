@@ -243,7 +243,7 @@ class GrowthError(MeristemError):
 
 
 class IllegalTransition(GrowthError):
-    """A seed cannot go from the stage that it is at to the one that was asked for."""
+    """A seed cannot go from the stage that it is at to the one that was requested."""
 
 
 class MissingDependency(GrowthError):

@@ -2,15 +2,19 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+import house
+import meristem
 from growth.catalogue import bits, host
 from growth.site import TinySite, evaluated, loose
-from meristem.errors import MissingDependency, PolicyTimeout
+from meristem.errors import MissingDependency, PolicyTimeout, UnknownKey
 from meristem.events import Event
 from meristem.growth import replay, topology
 from meristem.growth import to_json as log_of
@@ -19,7 +23,9 @@ from meristem.growth.gardener import TARGETS, act_on, check_order, tend
 from meristem.growth.graft import advance, seeds_in
 from meristem.growth.observe import Mask, Reading, SlotReading
 from meristem.growth.policy import Decision, NoCandidates, Proposal
+from meristem.growth.settle import settled_in
 from meristem.growth.stage import TRANSITIONS, Stage
+from meristem.runs.config import load_config
 from meristem.worker.breaker import Breaker
 
 SLOTS = ("blocks.0", "blocks.1")
@@ -73,14 +79,14 @@ def assert_replays(site: TinySite) -> None:
     assert topology(twin) == topology(site.model)
 
 
-@pytest.mark.parametrize("n_orders", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_orders", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_v1_random_legal_orders_keep_every_law(n_orders: int) -> None:
     draw, site, garden = random.Random(7), TinySite.of(*SLOTS), evaluated()
     config, reached = loose(), set()
     for step in range(1, n_orders + 1):
         choices = legal(garden, site, step)
-        # A seed that is kept holds its slot for good: they are taken out again so that lives go on.
-        choices = [each for each in choices if each.operation != "fossilize"] or choices
+        if sum(map(len, settled_in(site.model).values())) >= 6:  # or the model would only grow
+            choices = [each for each in choices if each.operation != "fossilize"]
         if choices:
             garden = replace(garden, queue=(draw.choice(choices),), penalties={})
             garden = act_on(garden, site, config, run_id="run", step=step)
@@ -91,7 +97,7 @@ def test_v1_random_legal_orders_keep_every_law(n_orders: int) -> None:
     assert_replays(site)
     assert not garden.is_stopped
     if n_orders >= 1000:
-        assert reached >= set(Stage) - {Stage.UNKNOWN, Stage.TERMINATED, Stage.FOSSILIZED}
+        assert reached == set(Stage) - {Stage.UNKNOWN, Stage.TERMINATED}
 
 
 def test_a_whole_life_by_tend_alone() -> None:
@@ -120,6 +126,7 @@ def test_a_whole_life_by_tend_alone() -> None:
     ]
     assert [each.step for each in life.history] == [1, 2, 3, 4, 5, 6]
     assert site.reports[0].outcome in ("success", "neutral")
+    assert not seeds_in(site.model) and len(settled_in(site.model)["blocks.0"]) == 1
     assert [event.payload["gate"] for event in heard if event.name == "gate.result"] == "G0 G1 G2 G3 G4 G6".split()
 
 
@@ -222,3 +229,30 @@ def test_a_lock_lasts_twice_as_long_each_time_and_at_most_sixteen_times(n: int) 
         garden = garden.culled("blocks.0", "norm", step=0, embargo_steps=200)
     assert garden.embargoes["blocks.0"] == Embargo(200 * min(2 ** (n - 1), 16), n)
     assert ("norm" in garden.blocked) == (n > 1)
+
+
+def test_ta3_policies_risk_and_reports_do_not_know_each_other_nor_the_gardener() -> None:
+    """It alone composes them: each can be another."""
+    root = Path(meristem.__file__).parent
+    known = {source.name: {target for _, target in house.imports(source)} for source in house.modules(root, "meristem")}
+    parts = {
+        "policy": ("policy", "heuristic", "schedule", "trend"),
+        "risk": ("risk",),
+        "report": ("report",),
+        "gardener": ("gardener", "acts", "gates", "garden"),
+    }
+    for part, modules in parts.items():
+        others = [f"meristem.growth.{name}" for other, names in parts.items() if other != part for name in names]
+        for name in modules if part != "gardener" else ():
+            crossed = [target for target in known[f"meristem.growth.{name}"] if target.startswith(tuple(others))]
+            assert crossed == [], f"{name} imports {crossed}"
+
+
+def test_ta1_one_configuration_feeds_gates_policy_and_risk() -> None:
+    """Every part of it is one frozen value, and a key that no part knows is refused with the nearest."""
+    config = load_config("default", ["grow.risk.quiet_steps=7", "grow.policy.inference_budget_ms=9"], {}).tree.grow
+    assert (config.risk.quiet_steps, config.policy.inference_budget_ms) == (7, 9)
+    with pytest.raises(UnknownKey, match="quiet_steps"):
+        load_config("default", ["grow.risk.quiet_step=7"], {})
+    with pytest.raises(ValidationError):
+        config.risk = None

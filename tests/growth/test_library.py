@@ -36,6 +36,7 @@ from meristem.errors import (
 from meristem.growth.certify import Certificate
 from meristem.growth.library import TRUST, Library
 from meristem.growth.report import GrowthReport, append
+from meristem.growth.settle import settle
 from meristem.growth.weights import packed
 
 certifying = import_module("meristem.growth.certify")
@@ -453,3 +454,15 @@ def test_t12_reports_are_gathered_by_their_time_alone(library: Library, tmp_path
     assert library.gather_reports(log) == 1 and library.reports() == [made[0], *made[2:], again]
     with pytest.raises(ReportInvalid, match="has no issued_at"):
         append(log, replace(made[1], issued_at=""))
+
+
+def test_a_seed_that_was_kept_is_stored_and_others_may_stand_on_it(library: Library) -> None:
+    """The open seed of a slot comes first; where there is none, the one that settled last."""
+    model, made = grown("foreign", "low_rank")
+    settle(model, PLACE)
+    assert library.put_seed("kept", model, PLACE).origin == made.origin
+    assert packed(grow.seed_for(model, PLACE, library.load("kept"))) == packed(made)
+    before = bits(model)
+    assert library.certify("kept", model, PLACE).band == "low" and bits(model) == before
+    grow.graft_from(model, PLACE, library.load("kept"))
+    assert library.put_seed("again", model, PLACE).fitting.blend_weight == 0.0

@@ -11,19 +11,22 @@ from torch import nn
 
 import meristem.growth as grow
 import zoo
-from growth.catalogue import bits, host, logits
+from growth.catalogue import PLACES, bits, grown, host, logits
 from meristem.errors import MeristemError
 from meristem.growth.plan import Plan
 from meristem.growth.surgery import (
     carry_state,
     plan_activate_vocabulary,
+    plan_add_level,
     plan_copy_blocks,
     plan_extend_vocabulary,
+    plan_fossilize,
     plan_insert_block,
     plan_raise_rank,
     plan_remove_block,
     plan_shrink_vocabulary,
     plan_stack,
+    plan_unsettle,
     plan_widen_residual,
 )
 from meristem.models.build import build as build_model
@@ -295,6 +298,95 @@ def test_a_low_rank_seed_gets_more_rank(name: str) -> None:
     assert torch.equal(logits(again, zoo.ids(2)), logits(model, zoo.ids(2)))
 
 
+@pytest.mark.parametrize("blend", ["residual", "channel"])
+@pytest.mark.parametrize(
+    ("name", "blueprint"), [("preset-default", "gated_feedforward"), ("lm-persistent", "bottleneck")]
+)
+def test_a_parallel_feed_forward_seed_becomes_channels_of_its_host(name: str, blueprint: str, blend: str) -> None:
+    """Its weights stand beside the old ones, the slot is free, and a log of the host's settings has the wider layer."""
+    place = "blocks.1.mlp"
+    model: Any = grow.attach(host(name, torch.float64), place, reads="input")
+    made = grow.graft(model, place, blueprint, hidden=5, is_normed=False, blend=blend)
+    nudged(made)
+    grow.set_blend(model, place, 0.7)
+    optimizer: Any = of_ours("adamw")(model)
+    step(model, optimizer)
+    wanted = logits(model, zoo.ids(2))
+    kept = {name: each.clone() for name, each in optimizer.state[model.blocks[1].mlp.out.weight].items()}
+    plan = plan_fossilize(model, place)
+    assert plan.fields["how"] == "concatenated"
+    optimizer = operate(model, optimizer, plan)
+    torch.testing.assert_close(logits(model, zoo.ids(2)), wanted, rtol=0, atol=1e-11)
+    assert model.blocks[1].mlp.out.weight.shape == (12, 17 + 5) and grow.seeds_in(model) == {}
+    assert torch.equal(optimizer.state[model.blocks[1].mlp.out.weight]["exp_avg"][:, :17], kept["exp_avg"])
+    again = build_model(*zoo.ZOO[name], zoo.VOCABULARY, 3, grow.topology(model)).double()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again, zoo.ids(2)), logits(model, zoo.ids(2)))
+    step(model, optimizer)
+    grow.graft(model, place, blueprint, hidden=3)
+
+
+@pytest.mark.parametrize("name", ["foreign", "preset-default"])
+@pytest.mark.parametrize("first", ["conv", "attention", "norm", "memory"])
+def test_a_settled_seed_stays_and_makes_room(name: str, first: str) -> None:
+    """The same function and states to the bit; another seed comes after it; files rebuild both; it can come back."""
+    place = PLACES[name]
+    model, made = grown(name, first)
+    optimizer: Any = torch.optim.AdamW(model.parameters())
+    step(model, optimizer)
+    tokens_bt, held = zoo.ids(2), dict(optimizer.state[next(made.layer.parameters())])
+    wanted = logits(model, tokens_bt)
+    state = model(tokens_bt[:, :5])[1] if name != "foreign" else None
+    before = bits(model)
+    grow.transaction(model, optimizer, plan_fossilize(model, place), tokens_bt)
+    assert torch.equal(logits(model, tokens_bt), wanted) and grow.seeds_in(model) == {}
+    assert optimizer.state[next(made.layer.parameters())] == held
+    second = grow.graft(model, place, "attention", n_heads=1, head_dim=4, sliding_window=3)
+    assert torch.equal(logits(model, tokens_bt), wanted)
+    if state is not None:
+        then_bto, after = model(tokens_bt[:, 5:], state)
+        torch.testing.assert_close(then_bto, wanted[:, 5:], rtol=0, atol=1e-10)
+        assert "slot_blocks_1" in after["layer"]["1"]
+    nudged(second)
+    again = grow.replay(host(name), grow.to_json(model))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again, tokens_bt), logits(model, tokens_bt))
+    assert not torch.allclose(logits(model, tokens_bt), wanted, atol=1e-4)
+    if state is not None:
+        first_bto, state = model(tokens_bt[:, :5])
+        then_bto, _ = model(tokens_bt[:, 5:], state)
+        torch.testing.assert_close(torch.cat([first_bto, then_bto], 1), logits(model, tokens_bt), rtol=0, atol=1e-10)
+    grow.remove(model, place)
+    grow.transaction(model, optimizer, plan_unsettle(model, place), tokens_bt)
+    assert bits(model) == before and torch.equal(logits(model, tokens_bt), wanted)
+
+
+@pytest.mark.parametrize("where", ["below", "on_top"])
+@pytest.mark.parametrize("name", ["lm-levels-each", "lm-levels-pooled", "lm-mag-frequency-output", "preset-titans-mal"])
+def test_a_block_gets_one_more_level(name: str, where: Any) -> None:
+    """Old levels keep weights and moments under their new numbers; a log rebuilds it, twice over; and it learns."""
+    model, optimizer = trained(name, dtype=torch.float64)
+    wanted = logits(model, zoo.ids(2))
+    for expected in ("nothing",) if "levels" not in name else ("exact", "exact") if name.endswith("each") else ("",):
+        was = {id(each): optimizer.state[each] for each in model.parameters()}
+        plan = plan_add_level(model, 1, where)
+        assert not expected or plan.preserves == expected
+        optimizer = operate(model, optimizer, plan)
+        if plan.preserves == "exact":
+            assert torch.equal(logits(model, zoo.ids(2)), wanted)
+        for parameter in [each for each in model.parameters() if id(each) in was]:
+            assert all(torch.equal(value, was[id(parameter)][key]) for key, value in optimizer.state[parameter].items())
+    again = build_model(*zoo.ZOO[name], zoo.VOCABULARY, 3, grow.topology(model)).double()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again, zoo.ids(2)), logits(model, zoo.ids(2)))
+    nudged(model)
+    whole_bto, _ = model(zoo.ids(2))
+    first_bto, state = model(zoo.ids(2)[:, :5])
+    then_bto, _ = model(zoo.ids(2)[:, 5:], state)
+    torch.testing.assert_close(torch.cat([first_bto, then_bto], dim=1), whole_bto, rtol=0, atol=1e-9)
+    step(model, optimizer)
+
+
 def _side_by_side() -> nn.Module:
     return zoo.moved(*zoo.ZOO["lm-hybrid-attention"], torch.float32)
 
@@ -302,6 +394,12 @@ def _side_by_side() -> nn.Module:
 def _seeded() -> nn.Module:
     model = grow.attach(host("preset-default"), "blocks.0")
     grow.graft(model, "blocks.0", "norm")
+    return model
+
+
+def _seeded_off() -> nn.Module:
+    model = _seeded()
+    grow.set_blend(model, "blocks.0", 0.0)
     return model
 
 
@@ -322,6 +420,10 @@ REFUSED: list[tuple[Callable[[], nn.Module], Make, str]] = [
     (_seeded, lambda m: plan_widen_residual(m, 16), "the seed in blocks.0 has the width"),
     (of("preset-titans-mac"), lambda m: plan_widen_residual(m, 16), "is a MemoryAsContext"),
     (of("preset-hope-attention"), lambda m: plan_widen_residual(m, 16), "is a CMSMLP"),
+    (of("preset-attention"), lambda m: plan_add_level(m, 0), "a Attention and a SwiGLU has no levels"),
+    (of("preset-titans-mac"), lambda m: plan_add_level(m, 0), "MemoryAsContext"),
+    (_seeded, lambda m: plan_unsettle(m, "blocks.0"), "has 0 settled seeds and an open one"),
+    (_seeded_off, lambda m: plan_fossilize(m, "blocks.0"), "has arrived above 0"),
     (_seeded, lambda m: plan_raise_rank(m, "blocks.0", 4), "is a 'norm', which has no rank"),
 ]
 

@@ -309,7 +309,7 @@ def test_a_fused_seed_is_a_transaction_as_well() -> None:
     optimizer = grow.transaction(model, optimizer, plan, zoo.ids(2), rebuild=rebuild).optimizer
     step(model, optimizer, 1)
     wanted = logits(model, zoo.ids(3))
-    plan = grow.plan_fuse(model, "blocks.1.mlp.gate_up")
+    plan = grow.surgery.plan_fossilize(model, "blocks.1.mlp.gate_up")
     receipt = grow.transaction(model, optimizer, plan, zoo.ids(2), rebuild=rebuild)
     assert 0 < receipt.max_error < 1e-5 and grow.seeds_in(model) == {}
     torch.testing.assert_close(logits(model, zoo.ids(3)), wanted, rtol=1e-5, atol=1e-5)

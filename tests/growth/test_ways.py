@@ -207,7 +207,7 @@ def test_a_seed_that_takes_part_in_the_step_has_no_shadow(corpus: Corpus) -> Non
     grow.graft(model, PLACE, "norm")
     with pytest.raises(WrongValue, match="has the blend weight 1, and takes part in the step; expected 0"):
         train(training(model, stream), stream, 1, ShadowPass(READ, (PLACE,), lambda _: None, check_every=0))
-    with pytest.raises(WrongValue, match="a pass every 0 steps and a check every 200 were found"):
+    with pytest.raises(WrongValue, match="a pass every 0 steps and a check every 400 were found"):
         ShadowPass(READ, (PLACE,), lambda _: None, every=0)
     with pytest.raises(WrongValue, match="a seed cannot learn 'alone'; ways are joint, shadow, frozen_host"):
         enter(model, PLACE, "alone")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import meristem.growth as grow
 import zoo
 from growth.catalogue import SEEDS, bits, host, logits
+from meristem.checkpoint.store import open_checkpoint, save
 from meristem.errors import StateTransferFailed, WrongValue
 from meristem.events import Event
 from meristem.nn.slot import CHILD
@@ -229,6 +231,17 @@ def test_the_settings_of_a_seed_are_saved(kind: str) -> None:
             set_rates(its, 0.7)
             step(each, its, index, grow.seeds_in(each)[PLACE])
     assert bits(model) == bits(other_model)
+
+
+def test_the_settings_of_a_seed_are_in_a_checkpoint(tmp_path: Path) -> None:
+    """Through the files of one and back."""
+    model, seed, optimizer = with_seed("adamw", warmup_steps=6, rate_scale=0.3)
+    step(model, optimizer, 2, seed)
+    trees = {"optim": state.tensors(model, optimizer)}
+    path = save(tmp_path, step=3, trees=trees, values={}, files={}, header={})
+    other = build(model, config_of("adamw"))
+    state.restore(model, other, open_checkpoint(path).tree("optim"))
+    assert other.settings == {ORIGIN: SeedSettings(0.3, 6, since=2)} == optimizer.settings
 
 
 def test_an_optimizer_that_was_saved_before_seeds_had_settings_is_restored() -> None:

@@ -33,6 +33,7 @@ def pruned(text: Path, *more: str) -> Config:
     return growing(text, trial, "checkpoint.every=1", "checkpoint.last=100", *more, policy=policy)
 
 
+@pytest.mark.slow
 def test_g1_grafted_killed_resumed_pruned_killed_and_resumed_is_the_undisturbed_run(text, tmp_path, monkeypatch):
     settings = pruned(text)
     run_to_the_end(settings, tmp_path / "whole")
@@ -81,7 +82,7 @@ def test_g2_the_loss_stays_beside_that_of_the_twin(text, tmp_path, blueprint, op
 def test_g2_a_seed_that_does_harm_is_taken_out_and_the_record_says_why(text, tmp_path):
     """One that moves a thousand times too fast: its trial ends with the number that it failed by."""
     policy = "{name: planted, settings: {at: 8, way: joint}}"
-    settings = growing(text, "grow.rate_scale=1000", "guard.enabled=false", policy=policy)
+    settings = growing(text, "grow.rate_scale=1000", "guard.enabled=false", "train.steps=16", policy=policy)
     grow(settings, run_dir=tmp_path / "run")
     (life,) = garden(tmp_path / "run")["lives"]
     (end,) = [each for each in life["history"] if each["after"] == Stage.CULLED]

@@ -159,13 +159,13 @@ def test_ka5_a_student_comes_to_say_what_its_teacher_says():
     """The divergence falls, and the teacher, which is read without gradients, is the same bits."""
     torch.manual_seed(0)
     student, teacher = (torch.nn.Sequential(torch.nn.Embedding(7, 6), torch.nn.Linear(6, 7)) for _ in range(2))
-    taught, before = Teacher(teacher, weight=1.0), {name: x.clone() for name, x in teacher.state_dict().items()}
+    source, before = Teacher(teacher, weight=1.0), {name: x.clone() for name, x in teacher.state_dict().items()}
     tokens_bt, optimizer = torch.arange(7)[None], torch.optim.Adam(student.parameters(), lr=0.05)
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
-        logits_bto = taught.logits(tokens_bt)
-        loss = distillation(student(tokens_bt), tokens_bt, logits_bto, weight=taught.weight)
+        logits_bto = source.logits(tokens_bt)
+        loss = distillation(student(tokens_bt), tokens_bt, logits_bto, weight=source.weight)
         assert not logits_bto.requires_grad
         loss.backward()
         optimizer.step()

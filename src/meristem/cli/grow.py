@@ -21,18 +21,19 @@ DEMO: Final = (
     "eval.every_s=null",
     "eval.n_windows=16",
     "grow.boundary_every=10",
-    "grow.warmup_steps=10",
+    "grow.warmup_steps=20",
     "grow.shadow_every=2",
-    "grow.policy.settings={blueprints: {gated_feedforward: {hidden: 128}}, flat_nats: 0.06, span: 5, "
-    "flat_evaluations: 2, stable_evaluations: 2, between_evaluations: 3}",
-    "grow.gates.training_steps=40",
-    "grow.blend_steps=30",
-    "grow.gates.holding_steps=20",
+    "grow.policy.settings={blueprints: {gated_feedforward: {hidden: 128}}, flat_nats: 0.03, span: 6}",
+    "grow.blend_steps=60",
+    "grow.embargo_steps=60",
+    "grow.min_age=100",
+    "grow.gates.training_steps=100",
+    "grow.gates.holding_steps=40",
     "grow.gates.quiet_steps=20",
-    "grow.gates.probation_steps=60",
+    "grow.gates.impact_nats=0.1",
+    "grow.gates.probation_steps=150",
+    "grow.gates.recovery_steps=40",
     "grow.gates.recovery=if_room",
-    "grow.embargo_steps=40",
-    "grow.min_age=40",
 )
 """Settings by which a whole life passes within three minutes of the default text."""
 

@@ -24,7 +24,6 @@ from meristem.growth.library import seed_for as seed_for
 from meristem.growth.loader import Loader as Loader
 from meristem.growth.optimizer import carry_on as carry_on
 from meristem.growth.optimizer import forget as forget
-from meristem.growth.plan import plan_fuse as plan_fuse
 from meristem.growth.plan import plan_graft as plan_graft
 from meristem.growth.plan import plan_remove as plan_remove
 from meristem.growth.score import slot_scores as slot_scores
@@ -56,7 +55,6 @@ __all__ = [
     "fuse",
     "graft",
     "graft_from",
-    "plan_fuse",
     "plan_graft",
     "plan_remove",
     "remove",

@@ -14,7 +14,7 @@ from meristem.errors import CheckpointMismatch, GrowthError, MeristemError, Miss
 from meristem.events import Emit, Event
 from meristem.growth import gates
 from meristem.growth.attach import find_slot
-from meristem.growth.blend import Blending, blending
+from meristem.growth.blend import blending
 from meristem.growth.contribution import ablate, switched
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gates import GateResult
@@ -26,6 +26,7 @@ from meristem.growth.measure import (
     host_digest,
     is_grouped,
     largest_change,
+    n_host_parameters,
     n_left,
     size_ratio,
     spread,
@@ -34,7 +35,8 @@ from meristem.growth.plan import Plan, plan_graft, plan_remove
 from meristem.growth.report import GrowthReport, outcome_of
 from meristem.growth.seed import Origin
 from meristem.growth.stage import LIVE, Life, Paired, Stage, Way, move
-from meristem.models.growing import GrowConfig
+from meristem.growth.surgery.fold import plan_fossilize
+from meristem.models.growing import Blending, GrowConfig
 
 CHANGES_MOST: Final = 1e-3
 """By how much a logit may differ, relative to the largest, where a model is in less than float32; else not at all."""
@@ -149,9 +151,8 @@ def _sanity(garden: Garden, life: Life, site: Site, step: int) -> tuple[gates.Sa
         spent = cost(origin.blueprint, place.widths, blend=origin.blend, **origin.settings)
     except MeristemError as cause:
         return replace(known, is_known=not isinstance(cause, CheckpointMismatch)), {}
-    n_seeds = sum(each.numel() for seed in seeds_in(model).values() for each in seed.parameters())
     n_all = sum(each.numel() for each in model.parameters())
-    n_host, flops = n_all - n_seeds, site.flops_per_token
+    n_host, flops = n_host_parameters(model), site.flops_per_token
     shares = {"params_share": spent.n_parameters / n_host, "flops_share": spent.flops_per_token / max(flops, 1.0)}
     # ``graft`` probes the seed itself before it is put in, and refuses one that adds anything or is not finite.
     found = replace(
@@ -193,7 +194,7 @@ def start_blending(garden: Garden, order: Order, site: Site, config: GrowConfig,
     gained = _gained(site, life.slot)
     found = gates.Stability(gained=gained, gradient_ratio=Gradients.of(model, life.slot, site.loss).ratio)
     result = gates.stability(life, found, config.gates, step=step)
-    garden = garden.spent(life.seed, 2 * site.measure_flops)
+    garden = garden.spent(life.seed, 2 * site.measure_flops).noted(life.seed, tried=_plain(gained))
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
@@ -202,7 +203,7 @@ def start_blending(garden: Garden, order: Order, site: Site, config: GrowConfig,
     if abs(find_seed(model, life.slot).way.weight - blend.target) >= STEP:
         set_blend(model, life.slot, blend.target, steps=blend.steps, curve=blend.curve)
     life = move(life, Stage.BLENDING, step=step, reason=order.why, gate=result.number, emit=emit)
-    return garden.with_life(life).noted(life.seed, tried=_plain(gained), spread=spread(site.losses))
+    return garden.with_life(life).noted(life.seed, spread=spread(site.losses))
 
 
 def stabilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
@@ -256,7 +257,7 @@ def _is_resumed(model: nn.Module, slot: str, site: Site) -> bool:
 
 
 def fossilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
-    """Keep a seed for good, if it brings more than its rent."""
+    """Make a seed part of its host for good, if it brings more than its rent; its slot is free then."""
     life = _life(garden, order)
     figures, gained = garden.figures.get(life.seed, {}), _gained(site, life.slot)
     recovered, has_room, flops = None, False, 2 * site.measure_flops
@@ -277,6 +278,9 @@ def fossilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
+    plan = plan_fossilize(site.model, life.slot)
+    site.change(plan)
+    emit(Event("seed.fused", {"seed": life.seed, "step": step, **plan.fields}))
     life = move(life, Stage.FOSSILIZED, step=step, reason=order.why, gate=result.number, emit=emit)
     _report(garden, life, site, step, order.why)
     return garden.with_life(life)
@@ -386,7 +390,9 @@ def _gained(site: Site, slot: str) -> Paired | None:
 
 
 def _plain(paired: Paired | None) -> dict[str, float | int | None] | None:
-    return paired and {"n": paired.n, "mean": paired.mean, "lower": paired.lower(), "upper": paired.upper()}
+    if paired is None:
+        return None
+    return {"n": paired.n, "mean": paired.mean, "lower": paired.lower(), "upper": paired.upper()}
 
 
 def _report(garden: Garden, life: Life, site: Site, step: int, reason: str) -> None:

@@ -54,6 +54,9 @@ class FeedforwardConfig(ConfigSection):
     """Of a feed-forward layer."""
 
     hidden: Annotated[int, Field(ge=1, le=262144, description="Width between the projections.")] = 64
+    is_normed: Annotated[
+        bool, Field(description="Whether it norms what it reads; false where that is normed, as the input of a layer.")
+    ] = True
 
 
 class ConvConfig(ConfigSection):
@@ -103,8 +106,12 @@ blueprints: Registry[Blueprint] = Registry(
     {
         "low_rank": Blueprint(lambda w, s: layers.LowRank(*w, s.rank), LowRankConfig, is_square=False),
         "norm": Blueprint(lambda w, s: layers.norm(w[1]), NormConfig),
-        "bottleneck": Blueprint(lambda w, s: layers.bottleneck(w[1], s.hidden), FeedforwardConfig),
-        "gated_feedforward": Blueprint(lambda w, s: layers.gated_feedforward(w[1], s.hidden), FeedforwardConfig),
+        "bottleneck": Blueprint(
+            lambda w, s: layers.bottleneck(w[1], s.hidden, is_normed=s.is_normed), FeedforwardConfig
+        ),
+        "gated_feedforward": Blueprint(
+            lambda w, s: layers.gated_feedforward(w[1], s.hidden, is_normed=s.is_normed), FeedforwardConfig
+        ),
         "conv": Blueprint(lambda w, s: layers.Convolution(w[1], s.kernel), ConvConfig, has_state=True),
         "attention": Blueprint(_attention, AttentionConfig, has_state=True),
         "block": Blueprint(_block, BlockConfig, has_state=True),

@@ -228,13 +228,17 @@ class _Bench:
         return next(self.seed.parameters())
 
     def slot(self, dtype: torch.dtype | None = None) -> Slot:
-        """A copy of the slot with a copy of the seed, fully blended in; its gradients are its own."""
+        """A copy of the slot, and of all that is settled in it, with a copy of the seed, fully blended in.
+
+        Gradients are those of the copied seed alone.
+        """
         was = self.place.seed
         memo: dict[int, Any] = {} if was is None else {id(was): None}
         made, seed = copy.deepcopy(self.place, memo), copy.deepcopy(self.seed)
         seed.follow(Course(1.0, 1.0))
-        made.seed = seed.eval().requires_grad_(True)
-        seed.zero_grad(set_to_none=True)
+        made.requires_grad_(False)
+        made.seed = seed.requires_grad_(True)
+        made.eval().zero_grad(set_to_none=True)
         return made.to(dtype) if dtype else made
 
     def inputs(self, name: str, scale: float = 1.0, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -251,7 +255,7 @@ class _Bench:
         """What the slot makes of it, ``(b, t, d)``."""
         if slot.layout == "tbd":
             host, read = host.transpose(0, 1), read.transpose(0, 1)
-        after: Tensor = slot(host, read, None, None, has_state=False)
+        after: Tensor = slot(host, read, {}, None, has_state=False)
         return after.transpose(0, 1) if slot.layout == "tbd" else after
 
 
@@ -343,7 +347,7 @@ def _rise(bench: _Bench) -> float:
     slot = bench.slot(torch.float32)
     host, read = bench.inputs("noise", dtype=torch.float32)
     wanted = host + bench.inputs("target", dtype=torch.float32)[0]
-    optimizer = torch.optim.AdamW(slot.parameters(), lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([each for each in slot.parameters() if each.requires_grad], lr=RATE, weight_decay=0.0)
     losses: list[float] = []
     for _ in range(N_STEPS):
         optimizer.zero_grad(set_to_none=True)

@@ -43,7 +43,7 @@ def fuse(model: nn.Module, slot: str, *, emit: Emit = silent) -> Fused:
     """
     seed = find_seed(model, slot)
     host: Any = model.get_submodule(slot)
-    reason = _why_not(model, host, seed)
+    reason = why_not(model, host, seed)
     if reason:
         raise CapabilityError(
             f"the seed of '{slot}' cannot be fused: {reason}. Keep it in its slot, or remove it.",
@@ -92,7 +92,8 @@ def _matrix(seed: Seed) -> Tensor:
     return seed.way.weight * matrix
 
 
-def _why_not(model: nn.Module, host: Any, seed: Seed) -> str:
+def why_not(model: nn.Module, host: Any, seed: Seed) -> str:
+    """Why a seed cannot be added to the weight of its host, or nothing."""
     cls = type(host).unslotted
     if not isinstance(seed.layer, LowRank):
         return f"a '{seed.origin.blueprint}' is no linear map; only low_rank is"

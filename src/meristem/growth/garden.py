@@ -91,6 +91,11 @@ class Garden:
     breaker: Breaker | None = None
     is_stopped: bool = False
 
+    @property
+    def probe_flops(self) -> float:
+        """What was spent for growth alone."""
+        return sum(each.get("flops_spent", 0.0) for each in self.figures.values())
+
     def open_in(self, slot: str) -> Life | None:
         """The life that is in a slot or was there last and has not ended; a slot has one at most."""
         return next((life for life in self.unfinished if life.slot == slot), None)

@@ -69,7 +69,7 @@ def next_order(garden: Garden, life: Life, config: GrowConfig, reading: Reading)
     is_locked = life.stage is Stage.EMBARGOED and garden.is_locked(life.slot, reading.step)
     if not operation or since < steps or is_locked:
         return None
-    return Order(operation, life.slot, life.seed, reading.run_id, reading.step, "its time has come")
+    return Order(operation, life.slot, life.seed, reading.run_id, reading.step, "it is due")
 
 
 def mask_of(garden: Garden, reading: Reading, config: GrowConfig, *, free_parameters: int) -> Mask:
@@ -229,8 +229,7 @@ def tend(
         try:
             order = order_of(garden, decision.outcome, reading, config)
         except MissingDependency as cause:
-            payload = {"step": reading.step, "code": "missing", "reason": str(cause)}
-            emit(Event("order.refused", payload, "warning"))
+            emit(Event("order.refused", {"step": reading.step, "code": "missing", "reason": str(cause)}, "warning"))
         else:
             orders += [order] if order else []
     given: dict[str, Order] = {}

@@ -19,7 +19,7 @@ from meristem.growth.stage import Way
 from meristem.growth.trend import Trend
 
 REQUESTED = "growth_requested"
-"""The metric by which something outside asks for a seed: above 0 it is due at once."""
+"""The metric by which something outside requests a seed: above 0 it is due at once."""
 
 NEXT = 0.1
 """The gain is that of the next tenth of the tokens."""
@@ -60,7 +60,7 @@ class HeuristicConfig(ConfigSection):
 
 
 def heuristic(settings: Mapping[str, Any]) -> Policy:
-    """Plant where the slot scores highest, when held-out loss is flat, has drifted, or somebody asks for it; take out
+    """Plant where the slot scores highest, when held-out loss is flat, has drifted, or one is requested; take out
     a live seed since whose graft the loss has risen. Raises MissingMetric where a score is needed."""
     config = settled(HeuristicConfig, settings, "heuristic")
     require_known(config.blueprints, config.blend)

@@ -32,8 +32,8 @@ from meristem.memory.state import State
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.origins import origin_of, origins
 
-CHECK_EVERY: Final = 200
-"""Steps from one check of the isolation to the next."""
+CHECK_EVERY: Final = 400
+"""Steps from one check of the isolation to the next. It takes about three steps, and so adds less than a hundredth."""
 
 SAMPLED: Final = 256
 """Entries of a gradient that are compared, at most."""
@@ -121,8 +121,9 @@ class ShadowPass:
     all other steps these have none. Buffers, generators and the memory of the run are afterwards what A left. A seed
     with a memory of its own begins it anew in every pass. In several processes gradients and losses are summed.
 
-    A device that has no room for a pass loses that pass and no more: event ``shadow.skipped``. Whether the host is
-    isolated is checked on every ``check_every``-th step (``check_isolation``), 0 for never.
+    Where a device has no room for a pass, what is left of the passes of that step is left out: event
+    ``shadow.skipped``. Whether the host is isolated is checked on every ``check_every``-th step, 0 for never
+    (``check_isolation``).
 
     read: how the trainer reads a step. slots: of the seeds; more than one learn each without the others.
     tell: is given every pair and every check.
@@ -155,20 +156,19 @@ class ShadowPass:
         step = state.progress.step
         if not self.slots or step % self.every:
             return
-        if self.check_every and step % self.check_every < self.every:
-            self.tell(
-                check_isolation(state, batches, memory, generators, read=self.read, slots=self.slots, emit=self.emit)
-            )
-        for slot in self.slots:
-            try:
-                with_seed = shadow_gradients(state, batches, memory, generators, read=self.read, slot=slot)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_room(error) or state.optimizer.reduce is not None:
-                    raise  # the other processes already wait for its gradients
-                empty_cache(loss.device)
-                self.emit(Event("shadow.skipped", {"slot": slot, "step": step, "cause": str(error)[:200]}, "warning"))
-                continue
-            self.tell(Pair(slot, step, _summed(state, loss), with_seed))
+        began = state, batches, memory, generators
+        try:
+            if self.check_every and step % self.check_every < self.every:
+                self.tell(check_isolation(*began, read=self.read, slots=self.slots, emit=self.emit))
+            for slot in self.slots:
+                with_seed = shadow_gradients(*began, read=self.read, slot=slot)
+                self.tell(Pair(slot, step, _summed(state, loss), with_seed))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_room(error) or state.optimizer.reduce is not None:
+                raise  # the other processes already wait for its gradients
+            empty_cache(loss.device)
+            payload = {"step": step, "slots": list(self.slots), "cause": str(error)[:200]}
+            self.emit(Event("shadow.skipped", payload, "warning"))
 
 
 def shadow_gradients(
@@ -287,7 +287,7 @@ def drawn_entries(shape: Sequence[int], most: int, generator: torch.Generator) -
 
 @dataclass(frozen=True)
 class HowToLearn:
-    """What a way is: the blend weight of the seed while it learns, and whether all else stands still."""
+    """What a way is: the blend weight of the seed while it learns, and whether nothing else does."""
 
     blend_weight: float
     freezes: bool = False
@@ -319,8 +319,8 @@ def enter(model: nn.Module, slot: str, way: Way, *, teacher: nn.Module | None = 
     owners = Owners.of(model)
     if teacher is not None:
         names = {id(each): name for name, each in named.items()}
-        taught = [(name, id(each)) for name, each in teacher.named_parameters()]
-        owners = owners.with_teacher("teacher", [names.get(each, f"teacher.{name}") for name, each in taught])
+        its = [names.get(id(each), f"teacher.{name}") for name, each in teacher.named_parameters()]
+        owners = owners.with_teacher("teacher", its)
     learning = [name for name, each in named.items() if each.requires_grad and (id(each) in own or not found.freezes)]
     for origin in origins(learning):
         owners = owners.claim(origin, [name for name in learning if origin_of(name) == origin])

@@ -58,19 +58,19 @@ def norm(width: int) -> nn.Module:
     return made
 
 
-def bottleneck(width: int, hidden: int) -> nn.Module:
+def bottleneck(width: int, hidden: int, *, is_normed: bool) -> nn.Module:
     """``out(gelu(up(norm x)))``, with biases. Parameters 2 d m + 2 d + m, FLOPs 4 d m, for m = ``hidden``."""
     layer = Feedforward(width, hidden, F.gelu)
     nn.init.zeros_(layer.out.weight)
     nn.init.zeros_(layer.out.bias)
-    return Normed(width, layer)
+    return Normed(width, layer) if is_normed else layer
 
 
-def gated_feedforward(width: int, hidden: int) -> nn.Module:
+def gated_feedforward(width: int, hidden: int, *, is_normed: bool) -> nn.Module:
     """``out(silu(gate n) * up(n))`` of n = norm x. Parameters 3 d m + d, FLOPs 6 d m, for m = ``hidden``."""
     layer = SwiGLU(width, hidden)
     nn.init.zeros_(layer.out.weight)
-    return Normed(width, layer)
+    return Normed(width, layer) if is_normed else layer
 
 
 class Convolution(nn.Module):

@@ -29,6 +29,7 @@ from meristem.growth.course import Course
 from meristem.growth.graft import build, find_seed, graft
 from meristem.growth.report import GrowthReport, read
 from meristem.growth.seed import Origin, Seed
+from meristem.growth.settle import settled_in
 from meristem.growth.weights import STATE, packed, unpacked
 from meristem.nn.slot import Reads
 
@@ -154,12 +155,13 @@ class Library:
         return self.card(name, version)
 
     def put_seed(self, name: str, model: nn.Module, slot: str, *, trust: Trust = "experimental") -> Card:
-        """Store the seed in a slot with its weights as they are; the model is only read.
+        """Store the seed in a slot, or else the one that settled there last, with its weights; the model is only read.
 
         The weights are a safetensors file; its SHA-256 is in the card. Raises WrongValue for a slot that is not there
         or empty, DiskFull where there is no room: nothing is stored then.
         """
-        seed, place = find_seed(model, slot), find_slot(model, slot)
+        place, settled = find_slot(model, slot), settled_in(model).get(slot, [])
+        seed = settled[-1] if place.seed is None and settled else find_seed(model, slot)
         fitting = Fitting.of(seed, place.reads, place.widths)
         weights = {"content": packed(seed), "fitting": {**vars(fitting), "widths": [*fitting.widths]}}
         version = self._catalog.put(name, origin=_plain(seed.origin), trust=trusted(trust), weights=weights)

@@ -83,6 +83,11 @@ def size_ratio(model: nn.Module, slot: str, run: Callable[[nn.Module], Any]) -> 
     return math.sqrt(after / before) if before else None
 
 
+def n_host_parameters(model: nn.Module) -> int:
+    """Numbers that a model learns outside of its slots."""
+    return sum(each.numel() for name, each in model.named_parameters() if f".{CHILD}." not in f".{name}")
+
+
 def host_digest(model: nn.Module) -> str:
     """SHA-256 of the names, shapes and bytes of all that a model holds outside of its slots."""
     found = hashlib.sha256()

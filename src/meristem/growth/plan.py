@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from meristem.growth.attach import find_slot, require_unwrapped
-from meristem.growth.fuse import fuse
 from meristem.growth.graft import cost, find_seed, graft, remove
 from meristem.growth.seed import Origin, Seed
 from meristem.growth.topology import topology, without_numbers
@@ -171,23 +170,6 @@ def plan_remove(model: nn.Module, slot: str) -> Plan:
     fields = {"slot": slot, "blueprint": seed.origin.blueprint}
     preserves: Preserves = "nothing" if seed.is_live else "exact"
     return draft(model, "remove", fields, apply, preserves=preserves, writes=frozenset())
-
-
-def plan_fuse(model: nn.Module, slot: str) -> Plan:
-    """The plan of ``fuse``; raises what that raises."""
-    seed = find_seed(model, slot)
-
-    def apply(host: nn.Module) -> Applied:
-        fuse(host, slot)
-        return Applied(host)
-
-    def shapes(twin: nn.Module) -> Applied:
-        remove(twin, slot)
-        return Applied(twin)
-
-    fields = {"slot": slot, "blueprint": seed.origin.blueprint}
-    writes = frozenset({f"{slot}.weight", f"{slot}.bias"})
-    return draft(model, "fuse", fields, apply, shapes=shapes, preserves="rounding", writes=writes)
 
 
 def _size(model: nn.Module) -> tuple[int, int]:

@@ -9,7 +9,7 @@ A policy is asked between two steps. It proposes and changes nothing. Nothing of
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from meristem.errors import (
     MissingMetric,
     OrderRefused,
     PolicyTimeout,
+    WorkerDied,
     WorkerError,
     WorkerTimeout,
     WrongValue,
@@ -33,7 +34,7 @@ from meristem.growth.proposal import NoCandidates, Policy, Proposal
 from meristem.growth.schedule import never, random, schedule
 from meristem.growth.stage import TRANSITIONS, Stage
 from meristem.models.growing import GrowPolicyConfig
-from meristem.plugins import Registry
+from meristem.plugins import Origin, Registry
 from meristem.worker.attempt import in_thread
 from meristem.worker.breaker import Breaker
 from meristem.worker.deadline import Deadline
@@ -56,6 +57,8 @@ __all__ = [
 
 START_S: Final = 120.0
 """How long the process of a policy may take until it has imported all that it needs."""
+MAKE_S: Final = 10.0
+"""How long another that takes its place may take to make the policy."""
 MAKE, ANSWER = f"{__name__}:make_in_child", f"{__name__}:answer_in_child"
 
 policies: Registry[Callable[[Mapping[str, Any]], Policy]] = Registry(
@@ -82,15 +85,25 @@ class Isolated:
 
     def __init__(self, worker: Worker, made: Mapping[str, Any]) -> None:
         """made: name and settings of the policy."""
-        self._worker, self._made = worker, made
+        self._worker, self._made, self._is_cold = worker, made, False
 
     def __call__(self, reading: Reading, mask: Mask) -> Proposal | NoCandidates:
         return self.ask(reading, mask, START_S)
 
     def ask(self, reading: Reading, mask: Mask, deadline_s: float) -> Proposal | NoCandidates:
-        """Its answer. The process is ended where that does not come in time; the errors are those of the worker."""
+        """Its answer. The process is ended where that does not come in time; the errors are those of the worker.
+
+        Before the first question to a process that took the place of such a one, it is given time to make the policy.
+        """
         payload = {**self._made, "reading": reading.to_json(), "mask": mask.to_json()}
-        answer = self._worker.call(ANSWER, payload, deadline_s, expects=dict)
+        try:
+            if self._is_cold:
+                self._worker.call(MAKE, self._made, MAKE_S)
+            self._is_cold = False
+            answer = self._worker.call(ANSWER, payload, deadline_s, expects=dict)
+        except (WorkerTimeout, WorkerDied):
+            self._is_cold = True
+            raise
         if "missing" in answer:
             raise MissingMetric(answer["why"], name=answer["missing"])
         kind = Proposal if "proposal" in answer else NoCandidates
@@ -108,8 +121,7 @@ def open_policy(config: GrowPolicyConfig, *, emit: Emit = silent) -> Iterator[Po
         yield policies.get(config.name)(config.settings)
         return
     made = {"name": config.name, "settings": config.settings}
-    plugin = [origin.entry_point.partition(":")[0] for origin in policies.origins() if origin.name == config.name]
-    imports = (__name__, *(module for module in plugin if module))
+    imports = (__name__, *(origin.entry_point.partition(":")[0] for origin in _origins(config) if origin.entry_point))
     with Worker("policy", imports=imports, emit=emit) as worker:
         worker.ready(START_S)
         worker.call(MAKE, made, START_S)
@@ -119,8 +131,12 @@ def open_policy(config: GrowPolicyConfig, *, emit: Emit = silent) -> Iterator[Po
 def budget_ms(config: GrowPolicyConfig) -> float | None:
     """How long the policy may take: None for one of ours in this process, which does nothing but arithmetic, so that
     a run with it repeats to the bit however slow the machine is."""
-    is_ours = any(origin.is_ours for origin in policies.origins() if origin.name == config.name.casefold())
+    is_ours = any(origin.is_ours for origin in _origins(config))
     return None if is_ours and not config.is_process_isolated else config.inference_budget_ms
+
+
+def _origins(config: GrowPolicyConfig) -> list[Origin]:
+    return [origin for origin in policies.origins() if origin.name == config.name.casefold()]
 
 
 def breaker_of(config: GrowPolicyConfig) -> Breaker:
@@ -135,15 +151,18 @@ def decide(
     *,
     budget_ms: float | None,
     breaker: Breaker,
+    score: Callable[[frozenset[str]], Mapping[str, float | None]] | None = None,
     emit: Emit = silent,
 ) -> Decision:
-    """Ask a policy what to do. Whatever it does, training goes on: it raises nothing, and nothing is proposed in its
-    place.
+    """Ask a policy what to do. Whatever it does, training goes on: nothing is raised, and nothing is proposed in its
+    place. (What ``score`` raises is raised.)
 
     The event of an outcome is ``policy.no_candidates`` or none; that of an error ``policy.timeout``, ``policy.failed``,
     ``order.refused``, ``feature.missing`` or, as a failure opens the breaker, ``breaker.changed`` after it.
 
     budget_ms: how long it may take; None asks it here and waits. breaker: in steps; the decision has the next one.
+    score: measures these slots, as ``growth.score`` does, for a policy that cannot answer without; it is asked again
+    then. So scores are paid for when a seed is due, and not at every boundary.
     """
     step = reading.step
     told = {"run_id": reading.run_id, "step": step}
@@ -155,7 +174,13 @@ def decide(
         )
         return Decision(None, error, breaker)
     try:
-        outcome = _asked(policy, reading, mask, budget_ms)
+        try:
+            outcome = _asked(policy, reading, mask, budget_ms)
+        except MissingMetric as error:
+            if score is None or error.fields.get("name") != "score":
+                raise
+            reading = _scored(reading, score(mask.slots))
+            outcome = _asked(policy, reading, mask, budget_ms)
         require_allowed(outcome, reading, mask)
     except MissingMetric as error:
         emit(Event("feature.missing", told | {"name": error.fields.get("name"), "why": str(error)}, "warning"))
@@ -170,6 +195,11 @@ def decide(
     if isinstance(outcome, NoCandidates):
         emit(Event("policy.no_candidates", told | {"why": outcome.why}, "warning"))
     return Decision(outcome, None, breaker.succeeded(step))
+
+
+def _scored(reading: Reading, scores: Mapping[str, float | None]) -> Reading:
+    slots = [replace(each, score=scores.get(each.slot, each.score)) for each in reading.slots]
+    return replace(reading, slots=tuple(slots))
 
 
 def require_allowed(proposal: Proposal | NoCandidates, reading: Reading, mask: Mask) -> None:
@@ -247,8 +277,8 @@ def _asked(policy: Policy, reading: Reading, mask: Mask, budget_ms: float | None
         raise
     except WorkerTimeout as cause:
         raise PolicyTimeout(
-            f"the policy had not answered after {budget_ms:g} ms. Mend it, give it more time, or have it asked in "
-            f"another process, which can be ended.",
+            f"the policy had not answered after {budget_ms or START_S * 1000:g} ms. Mend it, give it more time, or "
+            f"have it asked in another process, which can be ended.",
             code="timeout",
             **cause.fields,
         ) from cause
@@ -263,7 +293,7 @@ def _asked(policy: Policy, reading: Reading, mask: Mask, budget_ms: float | None
 def _whole(answer: object) -> Proposal | NoCandidates:
     """The answer, if its fields have the types that they should have."""
     kind = type(answer).__name__
-    if not isinstance(answer, Proposal | NoCandidates):
+    if type(answer) is not Proposal and type(answer) is not NoCandidates:
         raise InferenceFailed(
             f"the policy gave a {kind}; expected a Proposal or NoCandidates. Mend it.", code="wrong type"
         )

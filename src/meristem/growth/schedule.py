@@ -1,4 +1,4 @@
-"""Policies that do not look at the loss: never, at fixed places of the budget, and there at random (growth.md 15)."""
+"""Policies that do not depend on the loss: never, at fixed places of the budget, and there at random (growth.md 15)."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -28,7 +28,8 @@ class SlotScore:
 
     score: nats by which the loss falls at first, per size of what a seed of rank k adds. correlation: between 0 and k,
     how much of the gradient follows from what is read; unlike the score it can be compared between slots of which one
-    matters more than another. projection: A, (k, d_read) in float64. n_tokens: over which all was measured.
+    matters more than another, but of fewer than some twenty tokens for each number in the width much of it is chance.
+    projection: A, (k, d_read) in float64. n_tokens: over which all was measured.
     """
 
     score: float | None

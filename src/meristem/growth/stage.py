@@ -195,7 +195,7 @@ def move(life: Life, to: Stage, *, step: int, reason: str, gate: str | None = No
         emit(Event("slot.stage_refused", payload | {"to": str(getattr(to, "name", to))}, "error"))
         why = f"it came there at step {life.history[-1].step}" if to in allowed else "the table does not allow it"
         raise IllegalTransition(
-            f"seed '{life.seed}' is {life.stage.name}, and {getattr(to, 'name', to)} was asked for at step {step}: "
+            f"seed '{life.seed}' is {life.stage.name}, and {getattr(to, 'name', to)} was requested at step {step}: "
             f"{why}. From {life.stage.name} it may go to "
             f"{', '.join(sorted(each.name for each in allowed)) or 'nowhere'}, one stage at a step.",
             found=life.stage.name,

@@ -17,15 +17,19 @@ from meristem.errors import CapabilityError, CheckpointCorrupt, CheckpointMismat
 from meristem.growth.attach import attach, find_slot, slots_in
 from meristem.growth.graft import build, seeds_in
 from meristem.growth.seed import Origin
+from meristem.growth.settle import settle, settled_in
 from meristem.models.topology import Change, Topology, changed, changes, from_json, recorded
 from meristem.models.topology import to_json as listed
 from meristem.nn.slot import CHILD
 
 VERSION: Final = 1
 
+PLACED: Final = ("slot", "settled", "seed")
+"""Changes that are read off the model, and come after its operations."""
+
 
 def topology(model: nn.Module) -> Topology:
-    """The changes that make the grown model of its host: every operation, then every slot, then every seed.
+    """The changes that make the grown model of its host: operations, slots, what is settled in them, and seeds.
 
     For a model of ours it is the last argument of ``models.build.build``, and what a run keeps as its topology.
     """
@@ -33,8 +37,13 @@ def topology(model: nn.Module) -> Topology:
         Change("slot", {"name": name, "reads": slot.reads, "width": slot.widths[1], "layout": slot.layout})
         for name, slot in slots_in(model).items()
     ]
+    settled = (
+        Change("settled", {"slot": name, **vars(seed.origin)})
+        for name, seeds in settled_in(model).items()
+        for seed in seeds
+    )
     seeds = (Change("seed", {"slot": name, **vars(seed.origin)}) for name, seed in seeds_in(model).items())
-    return (*recorded(model), *slots, *seeds)
+    return (*recorded(model), *slots, *settled, *seeds)
 
 
 def to_json(model: nn.Module) -> dict[str, Any]:
@@ -66,7 +75,7 @@ def replay(model: nn.Module, saved: Mapping[str, Any]) -> nn.Module:
     found = f"version {body['version']}"
     if body["version"] == VERSION:
         log = from_json(body["changes"])
-        operations = tuple(change for change in log if change.name not in ("slot", "seed"))
+        operations = tuple(change for change in log if change.name not in PLACED)
         twin = without_numbers(model)
         with torch.device("meta"):
             is_host = body["host"] == _host(changed(twin, operations))
@@ -94,7 +103,13 @@ def _seed(model: nn.Module, fields: Mapping[str, Any]) -> nn.Module:
     return model
 
 
+def _settled(model: nn.Module, fields: Mapping[str, Any]) -> nn.Module:
+    settle(_seed(model, fields), fields["slot"])
+    return model
+
+
 changes.register("slot", _slot)
+changes.register("settled", _settled)
 changes.register("seed", _seed)
 
 

@@ -1,4 +1,4 @@
-"""The course of a loss, and where it leads: a line against the logarithm of the tokens, with its uncertainty."""
+"""The course of a loss against the logarithm of the tokens: a line, and how sure its slope is."""
 
 import math
 from collections.abc import Sequence
@@ -11,17 +11,11 @@ from meristem.linalg import student_t
 
 @dataclass(frozen=True)
 class Trend:
-    """``nats = mean_y + slope (ln tokens - mean_x)`` by least squares through n evaluations, at least three.
-
-    noise: standard deviation of the losses around the line. spread: the sum of squares of ``ln tokens - mean_x``.
-    """
+    """The slope of the loss in nats per ``ln tokens``, by least squares, and its standard error, of n evaluations."""
 
     n: int
-    mean_x: float
-    mean_y: float
     slope: float
-    noise: float
-    spread: float
+    error: float
 
     @classmethod
     def of(cls, held_out: Sequence[HeldOut]) -> Self | None:
@@ -36,15 +30,9 @@ class Trend:
             return None
         slope = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / spread
         squares = math.fsum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in points)
-        return cls(n, mean_x, mean_y, slope, math.sqrt(squares / (n - 2)), spread)
+        return cls(n, slope, math.sqrt(squares / (n - 2) / spread))
 
     def gain(self, share: float) -> tuple[float, float]:
         """How far the loss falls over the next ``share`` of the tokens, in nats, and half its 95 % interval."""
         way = math.log1p(share)
-        return -self.slope * way, student_t(self.n - 2) * self.noise / math.sqrt(self.spread) * way
-
-    def at(self, tokens: int) -> tuple[float, float]:
-        """The loss to be expected at ``tokens``, and half the 95 % interval of a single evaluation there."""
-        away = math.log(tokens) - self.mean_x
-        error = self.noise * math.sqrt(1 + 1 / self.n + away**2 / self.spread)
-        return self.mean_y + self.slope * away, student_t(self.n - 2) * error
+        return -self.slope * way, student_t(self.n - 2) * self.error * way

@@ -1,5 +1,4 @@
 """Levels that are added to a trained module: a fresh fast one below, or a fresh slow one on top (memory.md 6.7).
-A part for growth: nothing calls it yet.
 
 Nothing is changed: a new module comes back, with the names under which the old parameters are found in it, so that an
 optimizer can keep its moments. What a level is given afresh, and vectors with one number per level, are not named. The

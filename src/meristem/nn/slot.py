@@ -39,13 +39,16 @@ class Slot(nn.Module):
 
     reads: ``output``, what the module gives, or ``input``, what it is given; a seed adds to the output either way.
     widths: of what is read and of what is added to. layout: the axes of both; ``tbd`` has time first.
+    settled: seeds that are part of the host for good. Each adds to what comes out of those before it; the seed is last.
 
     A module whose forward has an argument ``state`` and gives ``(hidden, state)`` with a dict carries the state of the
     seed in it, under ``entry``: ``slot_blocks`` of ``blocks.1``, ``slot_mixer`` of ``blocks.1.mixer``, whose states are
-    one dict. In any other module a seed begins anew with every call.
+    one dict. Where seeds are settled, the n-th in the slot has the entry ``slot_blocks_n``, the first ``slot_blocks``,
+    so that settling changes no state. In any other module a seed begins anew with every call.
     """
 
     seed: nn.Module | None
+    settled: nn.ModuleList
 
     def __init__(self, name: str, *, reads: Reads, widths: tuple[int, int], layout: Layout) -> None:
         super().__init__()
@@ -53,31 +56,49 @@ class Slot(nn.Module):
         # The same for all blocks of a stack, which so share what is compiled.
         self.entry = f"{CHILD}_{[part for part in ('', *name.split('.')) if not part.isdecimal()][-1]}"
         self.register_module("seed", None)
+        self.settled = nn.ModuleList()
+
+    @property
+    def parts(self) -> list[tuple[str, Growing]]:
+        """What is added, in order, each with its entry in a state; the seed also where it is not live."""
+        seeds = [*self.settled] if self.seed is None else [*self.settled, self.seed]
+        return [(f"{self.entry}_{n}" if n else self.entry, cast(Growing, each)) for n, each in enumerate(seeds)]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether anything is added; what is settled always is."""
+        seed = cast(Growing | None, self.seed)
+        return (seed is not None and seed.is_live) or len(self.settled) > 0
 
     def forward(
-        self, given: Any, read: Any, carried: State | None, documents: Documents | None, *, has_state: bool
+        self, given: Any, read: Any, carried: Mapping[str, State], documents: Documents | None, *, has_state: bool
     ) -> Any:
         """What the module gave, with what the seed adds to it; the same object where there is nothing to add.
 
-        given: a tensor, or a tuple that begins with one. has_state: whether its second entry is a state.
+        given: a tensor, or a tuple that begins with one. carried: states of seeds by entry. has_state: whether the
+        second entry of the tuple is a state.
         Raises ShapeError for tensors other than the slot was made for.
         """
-        seed = cast(Growing | None, self.seed)
-        if seed is None or not seed.is_live:
+        if not self.is_live:
             return given
         host = given[0] if isinstance(given, tuple) else given
         self._require(host, self.widths[1], "gives")
-        read = host if self.reads == "output" else read
-        self._require(read, self.widths[0], "is given")
-        if self.layout == "tbd":
-            host, state = seed(host.transpose(0, 1), read.transpose(0, 1), carried, documents)
-            host = host.transpose(0, 1)
-        else:
-            host, state = seed(host, read, carried, documents)
+        if self.reads == "input":
+            self._require(read, self.widths[0], "is given")
+        is_time_first = self.layout == "tbd"
+        host = host.transpose(0, 1) if is_time_first else host
+        read = read.transpose(0, 1) if is_time_first and self.reads == "input" else read
+        after: State = {}
+        for entry, part in self.parts:
+            if part.is_live:
+                seen = host if self.reads == "output" else read
+                host, state = part(host, seen, carried.get(entry), documents)
+                after |= {entry: state} if state else {}
+        host = host.transpose(0, 1) if is_time_first else host
         if not isinstance(given, tuple):
             return host
         if has_state and len(given) == 2 and isinstance(given[1], Mapping):
-            return host, {**given[1], **({self.entry: state} if state else {})}
+            return host, {**given[1], **after}
         return type(given)._make((host, *given[1:])) if hasattr(given, "_make") else (host, *given[1:])
 
     def _require(self, found: Any, width: int, verb: str) -> None:
@@ -153,8 +174,10 @@ def _slotted(cls: type[nn.Module]) -> type[nn.Module]:
     has_state = "state" in names
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given, carried, entry = {**dict(zip(names, args, strict=False)), **kwargs}, None, self.slot.entry
-        if has_state and isinstance(given.get("state"), Mapping) and entry in given["state"]:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        carried: Mapping[str, State] = {}
+        entry = self.slot.entry
+        if has_state and isinstance(given.get("state"), Mapping) and _has(given["state"], entry):
             carried, rest = _taken(given["state"], entry)
             at = names.index("state")
             if at < len(args):
@@ -163,7 +186,7 @@ def _slotted(cls: type[nn.Module]) -> type[nn.Module]:
                 kwargs = {**kwargs, "state": rest}
         found = cls.forward(self, *args, **kwargs)
         slot = self.slot
-        if slot.seed is None or not slot.seed.is_live:
+        if not slot.is_live:
             return found
         read = args[0] if args else next(iter(kwargs.values()), None)
         packing = _packing(found, given) if has_state else None
@@ -173,7 +196,7 @@ def _slotted(cls: type[nn.Module]) -> type[nn.Module]:
     if hasattr(cls, "forward_documents"):
 
         def forward_documents(self: Any, hidden_btd: Tensor, state: State | None, documents: Documents) -> Any:
-            carried, rest = (None, None) if state is None else _taken(state, self.slot.entry)
+            carried, rest = ({}, None) if state is None else _taken(state, self.slot.entry)
             found = cls.forward_documents(self, hidden_btd, rest, documents)
             return self.slot(found, hidden_btd, carried, documents, has_state=True)
 
@@ -181,9 +204,19 @@ def _slotted(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), body)
 
 
-def _taken(state: State, entry: str) -> tuple[State | None, State]:
-    """The state of a seed, and that of its host without it."""
-    return state.get(entry) or None, {name: leaf for name, leaf in state.items() if name != entry}
+def _has(state: State, entry: str) -> bool:
+    return any(_is_of(name, entry) for name in state)
+
+
+def _is_of(name: str, entry: str) -> bool:
+    """Whether a name in a state is that of a seed in the slot with this entry."""
+    return name == entry or (name.startswith(f"{entry}_") and name.removeprefix(f"{entry}_").isdecimal())
+
+
+def _taken(state: State, entry: str) -> tuple[dict[str, State], State]:
+    """The states of seeds, and that of their host without them."""
+    seeds = {name: leaf for name, leaf in state.items() if _is_of(name, entry) and leaf}
+    return seeds, {name: leaf for name, leaf in state.items() if not _is_of(name, entry)}
 
 
 def _packing(found: Any, given: Mapping[str, Any]) -> Documents | None:

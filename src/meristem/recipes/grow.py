@@ -1,7 +1,7 @@
 """Training that grows: seeds are put where they are wanted, tried, blended in, and kept or removed (growth.md 17)."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from meristem.data.stream import Batch, held_out
 from meristem.device.random import GlobalGenerators, global_generators, random_state, restore_random_state
 from meristem.device.room import room_for
 from meristem.distributed.engine import alone
-from meristem.errors import WrongValue
+from meristem.errors import CapabilityError, WrongValue
 from meristem.evaluate.likelihood import Likelihood
 from meristem.events import Event
 from meristem.growth.attach import attach, slots_in
@@ -27,6 +27,7 @@ from meristem.growth.garden import Garden, Order
 from meristem.growth.gardener import act_on, tend
 from meristem.growth.graft import advance, cost, seeds_in, set_blend
 from meristem.growth.isolation import Isolation, Pair, ShadowPass, check_isolation, enter
+from meristem.growth.measure import n_host_parameters
 from meristem.growth.observe import HeldOut, Reading, SlotReading
 from meristem.growth.plan import Plan
 from meristem.growth.policy import Decision, Mask, Policy, breaker_of, budget_ms, decide, open_policy, policies
@@ -41,6 +42,7 @@ from meristem.models.build import build
 from meristem.models.growing import GrowConfig
 from meristem.models.topology import Topology
 from meristem.optim.groups import build as build_optimizer
+from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.origins import SeedSettings
 from meristem.optim.schedule import rate_factor
 from meristem.optim.surgery import carried
@@ -51,7 +53,6 @@ from meristem.runs.config import Config
 from meristem.runs.directory import Run
 from meristem.runs.recovery import Recovery
 from meristem.runs.resume import Job
-from meristem.runs.structure import followed
 from meristem.sinks.console import Console
 from meristem.train.backward import read_again
 from meristem.train.loop import Step, steps
@@ -95,6 +96,13 @@ def prepare(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     """The job of a run that trains, of a model with slots."""
     part = config.grow.policy
     policies.get(part.name)(part.settings)
+    if run.world.size > 1:
+        raise CapabilityError(
+            f"grow.enabled is true in {run.world.size} processes, and a seed that is switched off has no gradients for "
+            f"them to sum. Train in one process, or set grow.enabled=false.",
+            operation="grow",
+            reason="several processes",
+        )
     return prepare_job(run, config, checkpoint, with_slots)
 
 
@@ -218,8 +226,7 @@ class Growth:
             return
         for slot, weight in weights.items():
             self._run.emit(Event("blend.reported", {"step": now.step, "slot": slot, "weight": weight}))
-        is_open = len(garden.unfinished) < len(self._site.slots())
-        reading = self._site.reading(garden, step, self._site.scores() if is_open else {})
+        reading = self._site.reading(garden, step)
         self._garden = tend(
             garden,
             reading,
@@ -238,13 +245,14 @@ class Growth:
             mask,
             budget_ms=budget_ms(part),
             breaker=breaker or breaker_of(part),
+            score=self._site.scores,
             emit=self._emit,
         )
 
     def evaluated(self, found: Likelihood) -> None:
         """Hear what held-out text costs."""
         now, garden = self._job.state.progress, self._garden
-        self._garden = garden.evaluated(HeldOut(now.step, now.tokens, garden.flops, found.nats))
+        self._garden = garden.evaluated(HeldOut(now.step, now.tokens, garden.flops + garden.probe_flops, found.nats))
 
     def _emit(self, event: Event) -> None:
         """Record what happens to a seed, and show it; that a policy is in want of the same thing again, once."""
@@ -258,7 +266,7 @@ class Growth:
 
 
 def _stage_words(payload: Any) -> str:
-    return f"step {payload['step']}: {payload['seed']} {payload['from']} -> {payload['to']} ({payload['reason']})"
+    return f"step {payload['step']}: {payload['seed']} is {payload['to']}: {payload['reason']}"
 
 
 def _gate_words(payload: Any) -> str:
@@ -270,16 +278,9 @@ def _gate_words(payload: Any) -> str:
     return f"step {payload['step']}: {payload['seed']} does not pass {payload['gate']}: {words}"
 
 
-def _graft_words(payload: Any) -> str:
-    return f"a seed '{payload['blueprint']}' of {payload['n_parameters']:,} parameters is put into {payload['slot']}"
-
-
 TOLD: Final[dict[str, Callable[[Any], str]]] = {
     "slot.stage_changed": _stage_words,
     "gate.failed": _gate_words,
-    "graft.done": lambda payload: (
-        f"grafted: {payload['blueprint']} in {payload['slot']}, {payload['n_parameters']:,} parameters"
-    ),
 }
 """Events that a person sees as a line, and how they are said."""
 
@@ -331,8 +332,7 @@ class RunSite:
     def free_parameters(self) -> int:
         """How many a seed may have for the model to stay within its cap."""
         n_all = sum(each.numel() for each in self.model.parameters())
-        n_seeds = sum(each.numel() for seed in seeds_in(self.model).values() for each in seed.parameters())
-        return int(self._job.config.grow.params_ratio * (n_all - n_seeds)) - n_all
+        return int(self._job.config.grow.params_ratio * n_host_parameters(self.model)) - n_all
 
     @property
     def step_flops(self) -> float:
@@ -346,14 +346,14 @@ class RunSite:
     def slots(self) -> Collection[str]:
         return slots_in(self.model).keys()
 
-    def scores(self) -> dict[str, float | None]:
-        """How much a seed would help in each empty slot, from a few held-out sequences."""
+    def scores(self, slots: Collection[str]) -> dict[str, float | None]:
+        """How much a seed would help in each of these empty slots, from a few held-out sequences."""
         places = slots_in(self.model)
-        empty = [name for name, place in places.items() if place.seed is None and min(place.widths) >= SCORED_RANK]
-        found = slot_scores(self.model, [None], lambda model, _: self.loss(model), empty, SCORED_RANK)
+        wide = [name for name in places if name in slots and min(places[name].widths) >= SCORED_RANK]
+        found = slot_scores(self.model, [None], lambda model, _: self.loss(model), wide, SCORED_RANK)
         return {name: each.score for name, each in found.items()}
 
-    def reading(self, garden: Garden, step: Step, scores: Mapping[str, float | None]) -> Reading:
+    def reading(self, garden: Garden, step: Step) -> Reading:
         """What is known of the run now."""
         own = {
             BUDGET_SHARE: step.progress.share(self._job.config.train),
@@ -364,16 +364,14 @@ class RunSite:
         slots = []
         for name in self.slots():
             life, embargo = garden.open_in(name), garden.embargoes.get(name)
-            is_kept = life is None and name in seeds
             slots.append(
                 SlotReading(
                     slot=name,
-                    stage=life.stage if life else Stage.FOSSILIZED if is_kept else Stage.DORMANT,
+                    stage=life.stage if life else Stage.DORMANT,
                     seed=life.seed if life else None,
                     blueprint=seeds[name].origin.blueprint if name in seeds else None,
                     blend_weight=seeds[name].way.weight if name in seeds else 0.0,
                     age_steps=now.step - life.born if life else 0,
-                    score=scores.get(name),
                     embargo_until=embargo.until if embargo else None,
                 )
             )
@@ -381,7 +379,7 @@ class RunSite:
             run_id=self.run_id,
             step=now.step,
             tokens=now.tokens,
-            flops=garden.flops,
+            flops=garden.flops + garden.probe_flops,
             training_loss_nats=step.loss_nats,
             held_out=garden.held_out,
             slots=tuple(slots),
@@ -461,10 +459,12 @@ class RunSite:
                 rebuild=lambda model: build_optimizer(model, config.optim),
                 emit=self._run.emit,
             )
-        self._job.state = followed(receipt, self._run, self._job)
-        now, part = self._job.optimizer, config.grow
-        joining = SeedSettings(part.rate_scale, part.warmup_steps, since=now.clock.count)
-        now.settings |= dict.fromkeys(now.settings.keys() - state.optimizer.settings.keys(), joining)
+        optimizer, part = cast(MultiPeriodOptimizer, receipt.optimizer), config.grow
+        joining = SeedSettings(part.rate_scale, part.warmup_steps, since=optimizer.clock.count)
+        optimizer.settings |= dict.fromkeys(optimizer.settings.keys() - state.optimizer.settings.keys(), joining)
+        self._job.state = replace(
+            state, model=receipt.model, optimizer=optimizer, engine=alone(receipt.model), topology=receipt.topology
+        )
 
     def is_isolated(self, slot: str) -> bool | None:
         device = self._job.device
@@ -480,7 +480,7 @@ class RunSite:
         return found.is_isolated
 
     def recover(self, slot: str, n_steps: int) -> tuple[float | None, bool]:
-        if self._run.world.size > 1 or not self._has_room(n_steps):
+        if not self._has_room(n_steps):
             return None, False
         values, tensors = random_state(self._job.device.device)
         losses = []

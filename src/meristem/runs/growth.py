@@ -86,14 +86,14 @@ def lives_of(run_dir: Path, emit: Emit = silent) -> list[LifeReport]:
     found = []
     for life in garden.lives:
         end = next((each.step for each in life.history if each.after in (Stage.FOSSILIZED, Stage.CULLED)), None)
-        until = checkpoint.step if end is None or life.stage is Stage.FOSSILIZED else end
+        until = checkpoint.step if end is None else end
         points = [(each["step"], each["payload"]["weight"]) for each in told if each["payload"]["slot"] == life.slot]
         found.append(
             LifeReport(
                 life=life,
                 figures=garden.figures.get(life.seed, {}),
                 results=tuple(each for each in garden.results if each.seed == life.seed),
-                blend=tuple(point for point in points if life.born <= point[0] <= until),
+                blend=tuple(point for point in points if life.born < point[0] <= until),
                 report=None if end is None else reports.get((life.seed, end)),
             )
         )

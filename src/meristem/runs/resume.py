@@ -30,6 +30,7 @@ from meristem.errors import CheckpointMismatch, NoCheckpoint, TokenizerMismatch
 from meristem.events import Emit, Event
 from meristem.growth.garden import Garden
 from meristem.growth.graft import seeds_in
+from meristem.growth.settle import settled_in
 from meristem.memory.state import State, as_tensors, from_tensors, join_rows, move, take_rows
 from meristem.models.load import of_today, put_weights
 from meristem.models.topology import to_json
@@ -340,7 +341,8 @@ def put_back_weights(job: Job, weights: Mapping[str, torch.Tensor]) -> None:
     live = job.model.state_dict()
     own = {name: as_part_of(live[name], tensor) if name in live else tensor for name, tensor in weights.items()}
     copy_into(local_by_name(live), local_by_name(own))
-    for seed in seeds_in(job.model).values():
+    settled = [seed for seeds in settled_in(job.model).values() for seed in seeds]
+    for seed in (*seeds_in(job.model).values(), *settled):
         seed.follow(seed.way)
 
 

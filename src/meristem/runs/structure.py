@@ -1,6 +1,5 @@
 """A model with what trains it: made when a run begins, and again where a run rolls back to another structure."""
 
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -13,19 +12,17 @@ from meristem.device.compile import compile_blocks
 from meristem.device.resolve import Device
 from meristem.device.room import room_for
 from meristem.distributed.agreement import fingerprint
-from meristem.distributed.engine import Engine, engine_for
+from meristem.distributed.engine import engine_for
 from meristem.distributed.shards import fill
-from meristem.growth.transaction import Receipt
 from meristem.models.build import build, drawn
 from meristem.models.load import fitting
 from meristem.models.topology import Topology
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.groups import levels
 from meristem.optim.half import LossScale
-from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.runs.config import Config
 from meristem.runs.directory import Run
-from meristem.runs.resume import Job, put_saved_weights
+from meristem.runs.resume import put_saved_weights
 from meristem.train.progress import Progress
 from meristem.train.state import TrainingState
 
@@ -71,24 +68,7 @@ def trainable(
 ) -> TrainingState:
     """The state in which a model on its device is trained: compiled, called for all processes, with a new optimizer."""
     compile_blocks(model, config.device, device.device, run.emit)
-    engine = _engine(model, run, config, device)
-    optimizer = build_optimizer(model, config.optim)
-    optimizer.loss_scale = LossScale(device.device) if device.dtype == torch.float16 else None
-    optimizer.reduce = None if run.world.size == 1 else run.world.all_reduce
-    return TrainingState(model, optimizer, engine, progress, topology)
-
-
-def followed(receipt: Receipt, run: Run, job: Job) -> TrainingState:
-    """The state in which a model is trained after a change of structure, with an engine made anew for processes."""
-    state, model = job.state, receipt.model
-    if not isinstance(receipt.optimizer, MultiPeriodOptimizer):
-        raise TypeError(f"the optimizer of a run is a MultiPeriodOptimizer, not a {type(receipt.optimizer).__name__}")
-    engine = state.engine if run.world.size == 1 else _engine(model, run, job.config, job.device)
-    return replace(state, model=model, optimizer=receipt.optimizer, engine=engine, topology=receipt.topology)
-
-
-def _engine(model: nn.Module, run: Run, config: Config, device: Device) -> Engine:
-    return engine_for(
+    engine = engine_for(
         model,
         config.distributed,
         run.world,
@@ -97,3 +77,7 @@ def _engine(model: nn.Module, run: Run, config: Config, device: Device) -> Engin
         # A memory that is carried on gives no gradient to what it began from.
         leaves_out=config.data.order in CARRIED,
     )
+    optimizer = build_optimizer(model, config.optim)
+    optimizer.loss_scale = LossScale(device.device) if device.dtype == torch.float16 else None
+    optimizer.reduce = None if run.world.size == 1 else run.world.all_reduce
+    return TrainingState(model, optimizer, engine, progress, topology)

@@ -18,6 +18,7 @@ from meristem.distributed.shards import local
 from meristem.errors import NonFinite
 from meristem.memory.state import State
 from meristem.optim.multi_period import MultiPeriodOptimizer, Update
+from meristem.optim.origins import HOST, origin_of
 from meristem.optim.schedule import ScheduleProgress, set_rates
 from meristem.train.aggregate import Conflict
 from meristem.train.backward import BackwardResult, backward, make_room
@@ -206,9 +207,11 @@ def _move(
     """Step; and how far the weight that moved most was moved, as a share of itself, or ``_UNMEASURED``.
 
     A weight of less than a thousandth on average counts as one of that: what began at 0 moves by more than itself.
+    Seeds, which do begin at 0, are left out: what is reported is how the host does.
     Where weights are sharded, each shard counts as a weight.
     """
-    trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad] if is_measured else []
+    named = engine.model.named_parameters() if is_measured else ()
+    trained = [parameter for name, parameter in named if parameter.requires_grad and origin_of(name) == HOST]
     cause, moved = "", None
     try:
         weights = [weight for parameter in trained if (weight := local(parameter)).numel()]

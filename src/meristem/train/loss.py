@@ -83,8 +83,8 @@ def distillation(
     log_teacher_bto = functional.log_softmax(teacher_bto.detach().to(logits_bto.device).float() / temperature, dim=-1)
     divergence_bt = functional.kl_div(log_student_bto, log_teacher_bto, reduction="none", log_target=True).sum(-1)
     is_counted_bt = targets_bt.to(logits_bto.device, non_blocking=True) != IGNORED
-    taught = torch.where(is_counted_bt, divergence_bt, 0).sum()
-    return (1 - weight) * nats + weight * temperature**2 * taught
+    divergence = torch.where(is_counted_bt, divergence_bt, 0).sum()
+    return (1 - weight) * nats + weight * temperature**2 * divergence
 
 
 def _require_fit(logits: torch.Tensor, targets: torch.Tensor) -> None:

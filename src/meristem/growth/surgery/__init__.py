@@ -4,7 +4,10 @@ from meristem.growth.surgery.blocks import plan_copy_blocks as plan_copy_blocks
 from meristem.growth.surgery.blocks import plan_insert_block as plan_insert_block
 from meristem.growth.surgery.blocks import plan_remove_block as plan_remove_block
 from meristem.growth.surgery.blocks import plan_stack as plan_stack
+from meristem.growth.surgery.fold import plan_fossilize as plan_fossilize
+from meristem.growth.surgery.fold import plan_unsettle as plan_unsettle
 from meristem.growth.surgery.host import carry_state as carry_state
+from meristem.growth.surgery.levels import plan_add_level as plan_add_level
 from meristem.growth.surgery.rank import plan_raise_rank as plan_raise_rank
 from meristem.growth.surgery.vocabulary import plan_activate_vocabulary as plan_activate_vocabulary
 from meristem.growth.surgery.vocabulary import plan_extend_vocabulary as plan_extend_vocabulary

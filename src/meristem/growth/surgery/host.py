@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from meristem.errors import CapabilityError, WrongValue
 from meristem.growth.attach import slots_in
-from meristem.growth.graft import seeds_in
 from meristem.growth.plan import Carry, Plan
+from meristem.growth.seed import Seed
 from meristem.memory.state import State
 from meristem.models.lm import LM
 from meristem.optim.surgery import Places, placed
@@ -64,8 +64,9 @@ def rename_slots(model: nn.Module) -> None:
     """Slots and seeds are called as the modules that they stand at are now."""
     for name, slot in slots_in(model).items():
         slot.name = name
-    for name, seed in seeds_in(model).items():
-        seed.slot = name
+        for _, part in slot.parts:
+            if isinstance(part, Seed):
+                part.slot = name
 
 
 def carry_state(plan: Plan, state: State) -> State:

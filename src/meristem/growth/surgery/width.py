@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from meristem.growth.attach import slots_in
-from meristem.growth.graft import seeds_in
 from meristem.growth.plan import Applied, Carry, Plan, draft
 from meristem.growth.surgery.host import refused, require_lm, resize
 from meristem.models.init import seeded
@@ -49,8 +48,9 @@ def plan_widen_residual(model: nn.Module, width: int, *, random_seed: int = 0) -
     old = lm.embedding.weight.shape[1]
     if width <= old:
         raise refused(WIDEN, f"it is {old} wide, and {width} is no more")
-    if seeds_in(lm):
-        raise refused(WIDEN, f"the seed in {next(iter(seeds_in(lm)))} has the width of its slot; fuse or remove it")
+    full = [name for name, slot in slots_in(lm).items() if slot.parts]
+    if full:
+        raise refused(WIDEN, f"the seed in {full[0]} has the width of its slot; fuse or remove it")
     fields = {"width": width, "random_seed": random_seed}
     share = width / old
     flops = sum((share - 1) * 2 * each.numel() for name, each in _along(lm))
