@@ -62,6 +62,17 @@ def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
+def test_every_session_of_the_page_on_growth_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session begins with its imports; any other block shows a few lines of one."""
+    page = (ROOT / "docs" / "growth.md").read_text(encoding="utf-8")
+    blocks = [text for language, text in BLOCK.findall(page) if language == "python"]
+    sessions = [text for text in blocks if text.startswith("import ")]
+    monkeypatch.chdir(tmp_path)
+    for text in sessions:
+        exec(compile(text, "docs/growth.md", "exec"), {})
+    assert sessions
+
+
 def borrow_environment(root: Path) -> None:
     """Make ``root/.venv`` out of links, with the stamp that keeps the set-up from installing into what it links to."""
     (root / ".venv").mkdir()

@@ -15,7 +15,7 @@ MeristemError
 |                       AgreementFailed
 `- GrowthError (5)      IllegalTransition  MissingDependency  ReportInvalid  MissingMetric
                         OrderRefused  PolicyTimeout  InferenceFailed  OverBudget  TransactionUndone
-                        OwnershipRefused
+                        OwnershipRefused  ArtifactFailed  CertificateRefused
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.
@@ -280,3 +280,11 @@ class TransactionUndone(GrowthError):
 
 class OwnershipRefused(GrowthError):
     """A parameter is not for the one that would train it; the fields ``code``, ``names`` and ``holder`` say why."""
+
+
+class ArtifactFailed(GrowthError):
+    """A blueprint or trained seed that could not be had from a library; the field ``reason`` says why."""
+
+
+class CertificateRefused(GrowthError):
+    """A seed that is trusted less than was allowed, or whose certificate speaks against it."""

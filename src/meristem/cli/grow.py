@@ -6,7 +6,7 @@ from typing import Annotated, Final
 import typer
 from typer.core import TyperGroup
 
-from meristem.cli import complete
+from meristem.cli import complete, library
 from meristem.cli import train as training
 from meristem.cli.answer import Json, Overrides, Preset, columns, json_line, tell
 
@@ -52,6 +52,7 @@ app = typer.Typer(
     help="Train with growth: `meristem grow PRESET_OR_FILE [a.b=c ...]`, which is short for `grow run`.",
     no_args_is_help=True,
 )
+app.add_typer(library.app, name="library")
 
 
 @app.command("run")

@@ -7,6 +7,7 @@ from meristem.growth.attach import strip as strip
 from meristem.growth.blend import blends as blends
 from meristem.growth.blueprint import Blueprint as Blueprint
 from meristem.growth.blueprint import blueprints as blueprints
+from meristem.growth.certify import certify as certify
 from meristem.growth.contribution import ablate as ablate
 from meristem.growth.contribution import contributions as contributions
 from meristem.growth.fuse import fuse as fuse
@@ -17,6 +18,10 @@ from meristem.growth.graft import graft as graft
 from meristem.growth.graft import remove as remove
 from meristem.growth.graft import seeds_in as seeds_in
 from meristem.growth.graft import set_blend as set_blend
+from meristem.growth.library import Library as Library
+from meristem.growth.library import graft_from as graft_from
+from meristem.growth.library import seed_for as seed_for
+from meristem.growth.loader import Loader as Loader
 from meristem.growth.optimizer import carry_on as carry_on
 from meristem.growth.optimizer import forget as forget
 from meristem.growth.plan import plan_graft as plan_graft
@@ -32,6 +37,8 @@ from meristem.optim.origins import SeedSettings as SeedSettings
 
 __all__ = [
     "Blueprint",
+    "Library",
+    "Loader",
     "Limits",
     "Seed",
     "SeedSettings",
@@ -41,15 +48,18 @@ __all__ = [
     "blends",
     "blueprints",
     "carry_on",
+    "certify",
     "contributions",
     "cost",
     "forget",
     "fuse",
     "graft",
+    "graft_from",
     "plan_graft",
     "plan_remove",
     "remove",
     "replay",
+    "seed_for",
     "seeds_in",
     "set_blend",
     "slot_scores",
