@@ -12,7 +12,7 @@ from meristem.growth.attach import find_slot
 from meristem.growth.blend import Channel, Residual
 from meristem.growth.fuse import fuse, why_not
 from meristem.growth.graft import find_seed, remove
-from meristem.growth.plan import Applied, Carry, Plan, Preserves, draft
+from meristem.growth.plan import Applied, Carry, Plan, Preserves, draft, flops_of
 from meristem.growth.seed import Seed
 from meristem.growth.settle import require_arrived, settle, unsettle
 from meristem.growth.surgery.host import resize, saved_names
@@ -73,10 +73,10 @@ def _plan(
 ) -> Plan:
     preserves: Preserves = "exact" if how == "settled" else "rounding"
     written = frozenset(f"{fields['slot']}.{name}" for name in writes)
-    flops = {"folded": None, "concatenated": None, "settled": 0.0}[how]
+    own_flops = -flops_of(model, fields["slot"], find_seed(model, fields["slot"])) if how == "folded" else 0.0
     own = dict(fields) | {"how": how}
     return draft(
-        model, operation, own, apply, preserves=preserves, shapes=shapes, flops_per_token=flops, writes=written
+        model, operation, own, apply, preserves=preserves, shapes=shapes, flops_per_token=own_flops, writes=written
     )
 
 
