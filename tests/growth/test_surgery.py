@@ -308,17 +308,24 @@ def test_a_parallel_feed_forward_seed_becomes_channels_of_its_host(name: str, bl
     model: Any = grow.attach(host(name, torch.float64), place, reads="input")
     made = grow.graft(model, place, blueprint, hidden=5, is_normed=False, blend=blend)
     nudged(made)
-    grow.set_blend(model, place, 0.7)
+    grow.set_blend(model, place, 1.0 if blend == "residual" else 0.7)
     optimizer: Any = of_ours("adamw")(model)
     step(model, optimizer)
     wanted = logits(model, zoo.ids(2))
     kept = {name: each.clone() for name, each in optimizer.state[model.blocks[1].mlp.out.weight].items()}
+    of_seed = optimizer.state[made.layer.out.weight]["exp_avg"].clone()
+    first = "gate_up" if blueprint == "gated_feedforward" else "up"
+    of_first = optimizer.state[getattr(made.layer, first).weight]["exp_avg"][:5].clone()
     plan = plan_fossilize(model, place)
     assert plan.fields["how"] == "concatenated"
     optimizer = operate(model, optimizer, plan)
     torch.testing.assert_close(logits(model, zoo.ids(2)), wanted, rtol=0, atol=1e-11)
     assert model.blocks[1].mlp.out.weight.shape == (12, 17 + 5) and grow.seeds_in(model) == {}
     assert torch.equal(optimizer.state[model.blocks[1].mlp.out.weight]["exp_avg"][:, :17], kept["exp_avg"])
+    fresh = optimizer.state[model.blocks[1].mlp.out.weight]["exp_avg"][:, 17:]
+    assert torch.equal(fresh, of_seed if blend == "residual" else torch.zeros_like(of_seed))
+    moved = optimizer.state[model.get_submodule(f"{place}.{first}").weight]["exp_avg"]
+    assert torch.equal(moved[17 : 17 + 5], of_first)
     again = build_model(*zoo.ZOO[name], zoo.VOCABULARY, 3, grow.topology(model)).double()
     again.load_state_dict(model.state_dict())
     assert torch.equal(logits(again, zoo.ids(2)), logits(model, zoo.ids(2)))
@@ -406,6 +413,13 @@ def _seeded() -> nn.Module:
     return model
 
 
+def _parallel_off() -> nn.Module:
+    model = grow.attach(host("preset-default"), "blocks.0.mlp", reads="input")
+    grow.graft(model, "blocks.0.mlp", "gated_feedforward", hidden=3, is_normed=False)
+    grow.set_blend(model, "blocks.0.mlp", 0.0)
+    return model
+
+
 def _seeded_off() -> nn.Module:
     model = _seeded()
     grow.set_blend(model, "blocks.0", 0.0)
@@ -432,6 +446,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], Make, str]] = [
     (of("preset-attention"), lambda m: plan_add_level(m, 0), "a Attention and a SwiGLU has no levels"),
     (of("preset-titans-mac"), lambda m: plan_add_level(m, 0), "MemoryAsContext"),
     (_seeded, lambda m: plan_unsettle(m, "blocks.0"), "has 0 settled seeds and an open one"),
+    (_parallel_off, lambda m: plan_fossilize(m, "blocks.0.mlp"), "has the blend weight 0"),
     (_seeded_off, lambda m: plan_fossilize(m, "blocks.0"), "has arrived above 0"),
     (_seeded, lambda m: plan_raise_rank(m, "blocks.0", 4), "is a 'norm', which has no rank"),
 ]

@@ -31,10 +31,14 @@ EVERYTHING: Final = frozenset({"*"})
 
 @dataclass(frozen=True)
 class Carry:
-    """What a parameter goes on from: the one that was called ``source``, and where its entries are now."""
+    """What a parameter goes on from: the one that was called ``source``, and where its entries are now.
+
+    beside: other parameters whose entries stand at fresh places, and where: their moments do too.
+    """
 
     source: str
     places: Places = ()
+    beside: Mapping[str, Places] = field(default_factory=dict)
 
 
 class Applied(NamedTuple):
