@@ -126,6 +126,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 
 
+def test_k8_the_table_of_stages_is_that_of_the_code() -> None:
+    stages = script("stages")
+    written = stages.PAGE.read_text(encoding="utf-8")
+    assert written == stages.page(written), "docs/growth.md is stale: run .venv/bin/python scripts/stages.py"
+
+
 def test_the_table_of_faults_is_current() -> None:
     faults = script("faults")
     written = faults.PAGE.read_text(encoding="utf-8")

@@ -37,6 +37,7 @@ EXCEPTIONS: dict[str, str] = {}
 
 UNCALLED = {
     "meristem.config.text.ignore_aliases": "yaml calls it",
+    "meristem.cli.grow.resolve_command": "click calls it",
     "meristem.memory.structure.setup_context": "torch.autograd calls it",
     "meristem.nn.promotion.cms_mlp_from": "makes a chain of levels of a trained transformer, in its owner's program",
     "meristem.distributed.agreement.barrier": "growth meets there before it changes the structure",

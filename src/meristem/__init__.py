@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from meristem.models.load import load as load
+    from meristem.runs.open import load as load
     from meristem.serve.session import Session as Session
 
 __version__ = "0.1.0"
 __all__ = ["Session", "__version__", "load"]
 
-_LATER = {"load": "meristem.models.load", "Session": "meristem.serve.session"}
+_LATER = {"load": "meristem.runs.open", "Session": "meristem.serve.session"}
 
 
 def __getattr__(name: str) -> object:

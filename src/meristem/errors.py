@@ -13,7 +13,9 @@ MeristemError
 |- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
 |- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost  RollbackFailed  Halted  StateTransferFailed
 |                       AgreementFailed
-`- GrowthError (5)      IllegalTransition  OverBudget  TransactionUndone
+`- GrowthError (5)      IllegalTransition  MissingDependency  ReportInvalid  MissingMetric
+                        OrderRefused  PolicyTimeout  InferenceFailed  OverBudget  TransactionUndone
+                        OwnershipRefused
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.
@@ -244,9 +246,37 @@ class IllegalTransition(GrowthError):
     """A seed cannot go from the stage that it is at to the one that was requested."""
 
 
+class MissingDependency(GrowthError):
+    """An order that does not name all that it needs."""
+
+
+class ReportInvalid(GrowthError):
+    """A report of growth that lacks what every report has."""
+
+
+class MissingMetric(GrowthError):
+    """A number that is required and was not measured."""
+
+
+class OrderRefused(GrowthError):
+    """A proposal that names what is not there or is not allowed; its field ``code`` says which."""
+
+
+class PolicyTimeout(GrowthError):
+    """A policy that had not answered at its deadline."""
+
+
+class InferenceFailed(GrowthError):
+    """A policy that raised, ended, or gave something other than a proposal."""
+
+
 class OverBudget(GrowthError):
     """A change of structure that would cost more than it may."""
 
 
 class TransactionUndone(GrowthError):
     """A change of structure that failed; model, optimizer and generators are what they were."""
+
+
+class OwnershipRefused(GrowthError):
+    """A parameter is not for the one that would train it; the fields ``code``, ``names`` and ``holder`` say why."""

@@ -207,27 +207,38 @@ def spelled(registry: Registry[Callable[..., T]], text: str) -> T:
 
     Raises WrongValue where the text is neither, or the entry takes no such key.
     """
+    name, places, chosen = read_call(registry.kind, text)
+    made = registry.get(name)
     if "(" not in text:
-        return registry.get(text)()
-    try:
-        call = ast.parse(text, mode="eval").body
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
-            raise ValueError("it is no call of a name")
-        chosen = {key.arg: ast.literal_eval(key.value) for key in call.keywords if key.arg}
-        places = [ast.literal_eval(value) for value in call.args]
-    except (SyntaxError, ValueError) as cause:
-        raise WrongValue(
-            f"found '{text}' as a {registry.kind} ({cause}); expected a name, or name(key=value, ...) with numbers, "
-            f"texts or true and false.",
-            value=text,
-        ) from cause
-    made = registry.get(call.func.id)
+        return made()
     taken = inspect.signature(made).replace(return_annotation=inspect.Signature.empty)
     try:
         taken.bind(*places, **chosen)
     except TypeError as cause:
         raise WrongValue(
-            f"found '{text}': {cause}. The {registry.kind} '{call.func.id}' takes {taken}.",
+            f"found '{text}': {cause}. The {registry.kind} '{name}' takes {taken}.",
             value=text,
         ) from cause
     return made(*places, **chosen)
+
+
+def read_call(kind: str, text: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """The name in ``name`` or ``name(value, key=value, ...)``, and the plain values that follow it.
+
+    Raises WrongValue where the text is neither.
+    """
+    name, bracket, rest = text.partition("(")
+    if not bracket:
+        return text, [], {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and NAME.fullmatch(name.casefold())):
+            raise ValueError("it is no call of a name")
+        chosen = {key.arg: ast.literal_eval(key.value) for key in call.keywords if key.arg}
+        return name, [ast.literal_eval(value) for value in call.args], chosen
+    except (SyntaxError, ValueError) as cause:
+        raise WrongValue(
+            f"found '{text}' as a {kind} ({cause}); expected a name, or name(key=value, ...) with numbers, "
+            f"texts or true and false.",
+            value=text,
+        ) from cause

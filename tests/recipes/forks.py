@@ -113,6 +113,7 @@ def _say(answer: dict[str, Any]) -> None:
 def _run(order: dict[str, Any]) -> int:
     from meristem.drills.training import garble
     from meristem.errors import MeristemError
+    from meristem.recipes.grow import grow
     from meristem.recipes.pretrain import prepare_job, pretrain
     from meristem.runs.config import load_config
     from meristem.sinks.console import Console
@@ -122,14 +123,12 @@ def _run(order: dict[str, Any]) -> int:
     config = load_config(order["preset"], order["overrides"], {}).tree
     # stdout carries the answers of the server; the words of a run go to stderr, and stderr nowhere.
     sys.stderr = open(os.devnull, "w")
+    how = {"run_dir": Path(order["run_dir"]), "resume": order["resume"], "view": Console(json=True)}
     try:
-        result = pretrain(
-            config,
-            run_dir=Path(order["run_dir"]),
-            resume=order["resume"],
-            view=Console(json=True),
-            make_job=lambda run, *given: breaks(run, prepare_job(run, *given)),
-        )
+        if config.grow.enabled:
+            result = grow(config, **how)
+        else:
+            result = pretrain(config, **how, make_job=lambda run, *given: breaks(run, prepare_job(run, *given)))
     except MeristemError as error:
         return error.exit_code
     except KeyboardInterrupt:

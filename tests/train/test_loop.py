@@ -488,3 +488,43 @@ def test_one_place_computes_gradients():
         if ".backward(" in path.read_text() and "bench" not in path.parts
     }
     assert callers == {"train/backward", "device/resolve"}
+
+
+class WithSpare(nn.Module):
+    """A model with a parameter that its text does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.spare_d = tiny(), nn.Parameter(torch.ones(5))
+
+    def forward(self, tokens_bt, state=None):
+        return self.inner(tokens_bt, state)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+def test_what_is_called_beside_a_step_meets_its_whole_gradient(corpus, order):
+    """Once per step, with the memory, the batches and the loss of the step; a gradient that it puts is moved by, and
+    the other weights are bit for bit those of a run without it."""
+    stream, part = stream_of(corpus, batch=3, order=order), limit(steps=4, grad_accum_steps=2)
+    alone, model, seen = WithSpare(), WithSpare(), []
+
+    def beside(state, batches, memory, loss, generators):
+        gradients = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+        again = WithSpare()
+        again.load_state_dict(model.state_dict())
+        backward(again, batches, memory, DEVICE, n_micro_batches=1, by=AggregateConfig(), step=0)
+        assert all(torch.equal(x.grad, gradients[name]) for name, x in again.inner.named_parameters("inner"))
+        assert "spare_d" not in gradients and torch.equal(generators["cpu"], torch.get_rng_state())
+        seen.append((state.progress.step, float(loss), memory is None))
+        model.spare_d.grad = torch.full_like(model.spare_d, 1e-3)
+
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01, grad_clip=None))
+    held, schedule = Held.alone(model, optimizer, Progress(cursor=stream.start())), lambda done: 1 - done.share / 2
+    plain = build_optimizer(alone, OptimConfig(lr=0.01, grad_clip=None))
+    first = Held.alone(alone, plain, Progress(cursor=stream.start()))
+    wanted = list(steps(first, stream, schedule, config=part, device=DEVICE))
+    made = list(steps(held, stream, schedule, config=part, device=DEVICE, beside=beside))
+    assert seen == [(n, step.loss_nats, n == 0) for n, step in enumerate(wanted)]
+    assert [step.loss_nats for step in made] == [step.loss_nats for step in wanted]
+    assert all(torch.equal(x, alone.inner.get_parameter(name)) for name, x in model.inner.named_parameters())
+    assert (model.spare_d < 1).all() and (alone.spare_d == 1).all()

@@ -10,12 +10,7 @@ from typing import Final
 from meristem.bench.evidence import TOLERANCE, Cell, EvidenceConfig, Group, ReadingConfig
 from meristem.bench.trial import FAR, Outcome
 from meristem.evaluate.remember import N_FACTS, SPANS
-
-T_975: Final = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
-"""Student's t, exceeded in one case of forty, by degrees of freedom from 1; beyond, the last is a little wide."""
+from meristem.linalg import student_t
 
 BITS: Final = "bits_per_byte"
 MENTIONS: Final = "mentions/memory/"
@@ -59,7 +54,7 @@ class Result:
 def estimate(values: Sequence[float]) -> Estimate:
     """Of independent seeds."""
     n = len(values)
-    half = T_975[min(n - 1, len(T_975)) - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    half = student_t(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
     return Estimate(statistics.fmean(values), half)
 
 

@@ -146,6 +146,7 @@ SECTIONS: Final[Mapping[str, tuple[Migration, ...]]] = {
     "safety.json": (),
     "probe.json": (),
     "topology.json": (),
+    "garden.json": (),
     "learn.json": (),
     "session": (_with_unnamed_fingerprint,),
 }

@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from meristem import __version__
-from meristem.cli import answer, bench, chat, checkpoint, config, data, doctor, evaluate, plugins, runs, sample, train
+from meristem.cli import (
+    answer,
+    bench,
+    chat,
+    checkpoint,
+    config,
+    data,
+    doctor,
+    evaluate,
+    grow,
+    plugins,
+    runs,
+    sample,
+    train,
+)
 from meristem.errors import MeristemError, WrongValue
 
 app = typer.Typer(rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,6 +55,7 @@ app.command("plan")(train.plan)
 app.command("sample")(sample.sample)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
+app.add_typer(grow.app, name="grow")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(runs.app, name="runs")

@@ -120,9 +120,9 @@ def _opened(
     """
     from meristem.checkpoint.store import find
     from meristem.device.resolve import resolve
-    from meristem.models.load import load_opened
     from meristem.models.shipped import DIRECTORY
     from meristem.runs.config import load_config
+    from meristem.runs.open import load_opened
     from meristem.runs.resume import from_checkpoint
 
     found = find(checkpoint or DIRECTORY, tell)

@@ -28,6 +28,7 @@ REGISTRIES: Final = (
     "meristem.models.lm:mixers",
     "meristem.growth.blueprint:blueprints",
     "meristem.growth.blend:blends",
+    "meristem.growth.policy:policies",
     "meristem.drills.catalogue:drills",
 )
 """Every registry of the package, as ``module:attribute``."""

@@ -76,7 +76,7 @@ def open_session(
 ) -> "Session":
     """A fresh session with the model of a checkpoint, or with the one that comes along."""
     from meristem.models.generate import Sampling
-    from meristem.models.load import load
+    from meristem.runs.open import load
     from meristem.serve.session import Session
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)

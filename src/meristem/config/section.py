@@ -29,6 +29,11 @@ class ConfigSection(BaseModel):
         require_numbers(cls.model_fields[str(info.field_name)], value)
         return value
 
+    @property
+    def is_outside_identity(self) -> bool:
+        """Whether nothing of this section changes what is trained."""
+        return False
+
     def refuse_dead(self, section: str, reads: frozenset[str], why: str, choice: str, *, who: str = "it") -> None:
         """Raise DeadKey where a key that is not in ``reads`` has another value than its default.
 

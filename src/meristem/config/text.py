@@ -130,7 +130,11 @@ class _TextReader(_Reader):
 def _inside(settings: ConfigSection) -> dict[str, Any]:
     plain = settings.model_dump(mode="json")
     kept = {key: getattr(settings, key) for key in plain if key not in settings.outside_identity}
-    return {key: _inside(value) if isinstance(value, ConfigSection) else plain[key] for key, value in kept.items()}
+    return {
+        key: _inside(value) if isinstance(value, ConfigSection) else plain[key]
+        for key, value in kept.items()
+        if not (isinstance(value, ConfigSection) and value.is_outside_identity)
+    }
 
 
 def _parsed(text: str, source: str, reader: type[_Reader] = _Reader) -> Any:

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ import torch
 from meristem.events import Emit, Event, silent
 
 CPU: Final = torch.device("cpu")
+
+GlobalGenerators: TypeAlias = Mapping[str, torch.Tensor]
+"""Where the global generators of torch stand, by the type of their device."""
 
 
 def key(random_seed: int, name: str, *indices: int) -> int:
@@ -35,10 +38,15 @@ def random_state(device: torch.device = CPU) -> tuple[dict[str, Any], dict[str, 
     numpy_state: dict[str, Any] = dict(np.random.get_state(legacy=False))
     numpy_state["state"] = {"key": numpy_state["state"]["key"].tolist(), "pos": int(numpy_state["state"]["pos"])}
     values = {"python": {"version": version, "words": list(words), "gauss": gauss}, "numpy": numpy_state}
+    return values, global_generators(device)
+
+
+def global_generators(device: torch.device = CPU) -> dict[str, torch.Tensor]:
+    """Where those of torch stand, on the CPU and on ``device``; ``restore_random_state({}, ...)`` puts them back."""
     tensors = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         tensors[device.type] = torch.get_device_module(device).get_rng_state(*_named(device))
-    return values, tensors
+    return tensors
 
 
 def restore_random_state(

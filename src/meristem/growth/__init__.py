@@ -7,6 +7,8 @@ from meristem.growth.attach import strip as strip
 from meristem.growth.blend import blends as blends
 from meristem.growth.blueprint import Blueprint as Blueprint
 from meristem.growth.blueprint import blueprints as blueprints
+from meristem.growth.contribution import ablate as ablate
+from meristem.growth.contribution import contributions as contributions
 from meristem.growth.fuse import fuse as fuse
 from meristem.growth.fuse import unfuse as unfuse
 from meristem.growth.graft import advance as advance
@@ -19,6 +21,7 @@ from meristem.growth.optimizer import carry_on as carry_on
 from meristem.growth.optimizer import forget as forget
 from meristem.growth.plan import plan_graft as plan_graft
 from meristem.growth.plan import plan_remove as plan_remove
+from meristem.growth.score import slot_scores as slot_scores
 from meristem.growth.seed import Seed as Seed
 from meristem.growth.together import together as together
 from meristem.growth.topology import replay as replay
@@ -26,16 +29,20 @@ from meristem.growth.topology import to_json as to_json
 from meristem.growth.topology import topology as topology
 from meristem.growth.transaction import Limits as Limits
 from meristem.growth.transaction import transaction as transaction
+from meristem.optim.origins import SeedSettings as SeedSettings
 
 __all__ = [
     "Blueprint",
     "Limits",
     "Seed",
+    "SeedSettings",
+    "ablate",
     "advance",
     "attach",
     "blends",
     "blueprints",
     "carry_on",
+    "contributions",
     "cost",
     "forget",
     "fuse",
@@ -46,6 +53,7 @@ __all__ = [
     "replay",
     "seeds_in",
     "set_blend",
+    "slot_scores",
     "slots_in",
     "strip",
     "surgery",

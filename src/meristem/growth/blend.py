@@ -7,9 +7,14 @@ from collections.abc import Callable
 from typing import ClassVar, Final
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from meristem.plugins import Registry
+from meristem.config.mistakes import explain
+from meristem.errors import WrongValue
+from meristem.growth.course import CURVES
+from meristem.models.growing import Blending
+from meristem.plugins import Registry, read_call
 
 CHANNEL_OPEN: Final = 4.0
 """First logit of a channel: sigmoid(4) = 0.98."""
@@ -67,3 +72,25 @@ blends: Registry[Callable[[int], nn.Module]] = Registry(
     },
 )
 """Makers of blends by the width of the host: modules ``(host_btd, delta_btd) -> addition_btd``, zero where delta is."""
+
+
+def blending(text: str, usual: Blending | None = None) -> Blending:
+    """What ``channel`` or ``channel(target=0.5, steps=50)`` says; the policy and what carries out its orders read it
+    with this alone.
+
+    usual: what holds of all that the text leaves open. Raises WrongValue and UnknownKey with what was found.
+    """
+    name, places, chosen = read_call("blend", text)
+    blends.get(name)
+    if places or "name" in chosen:
+        raise WrongValue(
+            f"found '{text}'; expected a blend and its settings with their names, as channel(target=0.5).", value=text
+        )
+    given = (usual or Blending()).model_dump() | chosen | {"name": name.casefold()}
+    try:
+        found = Blending.model_validate(given)
+    except ValidationError as cause:
+        raise explain(cause, Blending, lambda path: f"the blend '{text}'") from cause
+    if found.curve not in CURVES:
+        raise WrongValue(f"found the curve '{found.curve}'; expected one of {', '.join(CURVES)}.", value=found.curve)
+    return found

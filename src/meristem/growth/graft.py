@@ -1,11 +1,12 @@
 """Seeds put into slots, blended in, and taken out (growth.md 11): each checked before anything is touched."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from meristem.device.random import stream
@@ -64,6 +65,7 @@ def graft(
     *,
     blend: str = "residual",
     random_seed: int = 0,
+    first_weights: Mapping[str, Tensor] | None = None,
     emit: Emit = silent,
     **settings: Any,
 ) -> Seed:
@@ -75,6 +77,8 @@ def graft(
 
     seed: the name of a blueprint, or a seed that ``remove`` gave back. settings: those of the blueprint.
     blend: how what it gives enters (``growth.blend``). random_seed: of its first weights.
+    first_weights: parameters of its layer that begin with these values and not with drawn ones, by their names, as
+    ``growth.score`` finds them. What the seed adds has to be zero with them too.
 
     Raises WrongValue for a slot that is not there or not empty, or a name that is none; UnknownKey, WrongValue,
     ConflictingKeys and ShapeError for settings that are none, out of bounds, or do not fit the slot; NonFinite where
@@ -86,15 +90,16 @@ def graft(
             f"slot '{slot}' holds a seed already. Fuse or remove it, or attach a slot elsewhere.", value=slot
         )
     if isinstance(seed, Seed):
-        if settings or seed.slot != slot:
+        if settings or first_weights or seed.slot != slot:
             raise WrongValue(
-                f"a seed of slot '{seed.slot}' with the settings {settings} was found for '{slot}'. A seed that was "
+                f"a seed of slot '{seed.slot}' with settings or first weights was found for '{slot}'. A seed that was "
                 f"removed is put back into its own slot, as it was.",
                 value=seed.slot,
             )
         made = seed
     else:
         made = build(model, place, Origin.of(seed, settings, blend=blend, random_seed=random_seed))
+        _begin(made, first_weights or {})
         _probe(made, place)
     place.seed = made
     names = [f"{slot}.{CHILD}.seed.{name}" for name, _ in made.named_parameters()]
@@ -123,6 +128,27 @@ def _built(origin: Origin, widths: tuple[int, int], slot: str) -> Seed:
             expected=widths[1],
         )
     return Seed(origin, widths, slot)
+
+
+@torch.no_grad()
+def _begin(seed: Seed, weights: Mapping[str, Tensor]) -> None:
+    """Give parameters of its layer their first values. Raises WrongValue and ShapeError for those that do not fit."""
+    own = dict(seed.layer.named_parameters())
+    for name, weight in weights.items():
+        if name not in own:
+            raise WrongValue(
+                f"first weights '{name}' were found for a seed '{seed.origin.blueprint}'; expected some of "
+                f"{', '.join(own)}.",
+                value=name,
+            )
+        if weight.shape != own[name].shape:
+            raise ShapeError(
+                f"first weights '{name}' of shape {tuple(weight.shape)} were found for a seed of slot '{seed.slot}'; "
+                f"expected {tuple(own[name].shape)}.",
+                found=tuple(weight.shape),
+                expected=tuple(own[name].shape),
+            )
+        own[name].copy_(weight)
 
 
 @torch.no_grad()

@@ -1,24 +1,47 @@
 """Which parameters the optimizer decays, when and by what it moves them, and the optimizer over them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from meristem.errors import ConflictingKeys, WrongValue
 from meristem.optim.config import OptimConfig
-from meristem.optim.kinds import KINDS, Group
+from meristem.optim.kinds import KINDS, Group, Maker
 from meristem.optim.multi_period import MultiPeriodOptimizer
+from meristem.optim.origins import FROM_THE_START, HOST, origin_of, origins
 
 
 def build(model: nn.Module, config: OptimConfig) -> MultiPeriodOptimizer:
-    """The optimizer over every trainable parameter: one group for each period, decayed or not, and what moves it.
+    """The optimizer over every trainable parameter: a group for each origin, period, decayed or not, and what moves it.
 
     A group has a ``name``, as ``level:8:no_decay`` with the period of its level, the ``param_names`` of what is in it,
-    and its highest ``rate``. The third word is ``matrix`` for what a matrix optimizer takes, which says its own speed.
-    Matrix optimizers take what ``split`` decays, but for the head, whose rows are tokens and not directions.
+    its ``origin``, and its highest ``rate``. The third word is ``matrix`` for what a matrix optimizer takes, which says
+    its own speed. Matrix optimizers take what ``split`` decays, but for the head, whose rows are tokens and not
+    directions. The groups of a seed have its origin before that name, and optimizers of their own.
     """
-    kind, every_level = KINDS[config.name], levels(model)
+    every_level = levels(model)
     _require_levels(config, every_level)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    made = []
+    for origin in origins(names[id(each)] for parameters in every_level.values() for each in parameters):
+        own = {
+            period: [each for each in parameters if origin_of(names[id(each)]) == origin]
+            for period, parameters in every_level.items()
+        }
+        for maker, groups in _grouped(model, config, own):
+            filled = [_described(group, origin, names) for group in groups if group["params"]]
+            if maker and filled:
+                made.append(maker(filled, config))
+    settings = replace(FROM_THE_START, grad_clip=config.grad_clip)
+    return MultiPeriodOptimizer(made, every_level, clip=config.grad_clip, settings=settings)
+
+
+def _grouped(
+    model: nn.Module, config: OptimConfig, every_level: Mapping[int, list[nn.Parameter]]
+) -> Sequence[tuple[Maker | None, list[Group]]]:
+    """The groups of one origin, by what moves them."""
+    kind = KINDS[config.name]
     decayed = {id(parameter) for parameter in split(model)[0]}
     is_end = {id(parameter) for parameter in _head(model)} if kind.matrices else decayed
     matrices: list[Group] = []
@@ -35,13 +58,13 @@ def build(model: nn.Module, config: OptimConfig) -> MultiPeriodOptimizer:
             matrices.append(group if speed is None else group | of_speed)
         decays = {"name": f"level:{period}:decay", "params": shrunk, "weight_decay": config.weight_decay}
         rest += [common | decays, common | {"name": f"level:{period}:no_decay", "params": plain, "weight_decay": 0.0}]
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    made = []
-    for maker, groups in ((kind.rest, rest), (kind.matrices, matrices)):
-        filled = [group | {"param_names": _named(group["params"], names)} for group in groups if group["params"]]
-        if maker and filled:
-            made.append(maker(filled, config))
-    return MultiPeriodOptimizer(made, every_level, clip=config.grad_clip)
+    return (kind.rest, rest), (kind.matrices, matrices)
+
+
+def _described(group: Group, origin: str, names: Mapping[int, str]) -> Group:
+    name = group["name"] if origin == HOST else f"{origin}:{group['name']}"
+    own = [names[id(parameter)] for parameter in group["params"]]
+    return group | {"name": name, "origin": origin, "param_names": own}
 
 
 def levels(model: nn.Module) -> dict[int, list[nn.Parameter]]:
@@ -104,10 +127,6 @@ def _with_periods(module: nn.Module, inherited: int) -> Iterator[tuple[nn.Parame
         yield parameter, period
     for child in module.children():
         yield from _with_periods(child, period)
-
-
-def _named(parameters: list[nn.Parameter], names: Mapping[int, str]) -> list[str]:
-    return [names[id(parameter)] for parameter in parameters]
 
 
 def _by_speed(model: nn.Module, parameters: list[nn.Parameter]) -> dict[int | None, list[nn.Parameter]]:

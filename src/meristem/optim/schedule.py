@@ -56,12 +56,13 @@ def set_rates(optimizer: MultiPeriodOptimizer, factor: float) -> None:
     """Give every group ``factor`` times its highest learning rate, before the step that it is for.
 
     The highest rate stands in the group as ``rate``, and what the step reads as ``lr``: ratios between groups stay as
-    they are, and setting a factor twice is setting it once. Raises WrongValue, with nothing changed, where a group has
+    they are, and setting a factor twice is setting it once. In groups of a seed it is multiplied by the scale of the
+    seed and by its warm-up. Raises WrongValue, with nothing changed, where a group has
     no rate.
     """
     rates = [rate_of(group) for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * factor
+        group["lr"] = rate * factor * optimizer.rate_scale(group)
 
 
 def _constant(done: float, config: ScheduleConfig) -> float:

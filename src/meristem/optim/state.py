@@ -11,6 +11,7 @@ from meristem.events import Emit, Event, silent
 from meristem.optim.adamuon import AdaMuon
 from meristem.optim.m3 import M3, EmaM3
 from meristem.optim.multi_period import MultiPeriodOptimizer
+from meristem.optim.origins import SeedSettings
 from meristem.optim.period_clock import Clock
 
 PENDING: Final = "pending"
@@ -19,6 +20,8 @@ COUNT: Final = "clock/count"
 PERIODS: Final = "clock/periods"
 SCALE: Final = "loss_scale/scale"
 N_GOOD: Final = "loss_scale/n_good"
+SETTINGS: Final = "settings"
+N_DROPPED: Final = "n_dropped"
 
 SIGNS: Final[dict[type, str]] = {
     torch.optim.AdamW: "exp_avg",
@@ -41,20 +44,25 @@ ALIGNED_BYTES: Final = 64
 
 
 def tensors(model: nn.Module, optimizer: MultiPeriodOptimizer) -> dict[str, Tensor]:
-    """Moments, step counters and pending gradients under ``<parameter>/<tensor>``, and the clock.
+    """Moments, step counters and pending gradients under ``<parameter>/<tensor>``, what each seed is set to and how
+    many of its gradients were dropped under ``<origin>/<tensor>``, and the clock.
 
     By name, so that neither order nor grouping matters. Counters that the host holds become whole numbers without axes.
     A parameter of which nothing was gathered while something was of others, as in a grown level, says so.
     """
     held: dict[str, Tensor] = {}
+    moved = {id(each) for group in optimizer.param_groups for each in group["params"]}
     for name, parameter in model.named_parameters():
         gathered = optimizer.state.get(parameter, {})
         for key, value in gathered.items():
             held[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-        if optimizer.state and parameter.requires_grad and not gathered:
+        if optimizer.state and id(parameter) in moved and not gathered:
             held[f"{name}/{NOTHING}"] = torch.tensor(1)
         if parameter in optimizer.pending:
             held[f"{name}/{PENDING}"] = optimizer.pending[parameter]
+    for origin, settings in optimizer.settings.items():
+        held[f"{origin}/{SETTINGS}"] = settings.to_tensor()
+    held |= {f"{origin}/{N_DROPPED}": torch.tensor(count) for origin, count in optimizer.n_dropped().items() if count}
     clock = {COUNT: torch.tensor(optimizer.clock.count), PERIODS: torch.tensor(optimizer.clock.periods)}
     if optimizer.loss_scale is not None:
         clock |= {SCALE: optimizer.loss_scale.scale, N_GOOD: optimizer.loss_scale.n_good}
@@ -70,14 +78,16 @@ def restore(
     are written into and keep their place in memory: a rollback must not need room for a second set of moments.
 
     A parameter that another optimizer moved when it was saved, as Muon did the taps of convolutions, has its moments
-    begin at zero, and keeps what waits for it. The event ``optimizer.begun_afresh`` names those.
+    begin at zero, and keeps what waits for it. The event ``optimizer.begun_afresh`` names those. Seeds of which no
+    settings were saved have those that the optimizer was made with.
     """
     clock = _clock(optimizer, saved)
+    seeds = {f"{origin}/{what}" for origin in optimizer.settings for what in (SETTINGS, N_DROPPED)} & saved.keys()
     parameters = dict(model.named_parameters())
     found: dict[Tensor, dict[str, Tensor]] = {}
     known: set[str] = set()
     for path, value in saved.items():
-        if path in (COUNT, PERIODS, SCALE, N_GOOD):
+        if path in (COUNT, PERIODS, SCALE, N_GOOD) or path in seeds:
             continue
         name, key = path.rsplit("/", 1)
         parameter = parameters.get(name)
@@ -119,6 +129,12 @@ def restore(
     optimizer.pending.clear()
     optimizer.pending.update(pending)
     optimizer.clock = clock
+    for origin in optimizer.settings:
+        if f"{origin}/{SETTINGS}" in seeds:
+            optimizer.settings[origin] = SeedSettings.from_tensor(saved[f"{origin}/{SETTINGS}"])
+    optimizer.count_dropped(
+        {origin: int(saved[path]) for origin in optimizer.settings if (path := f"{origin}/{N_DROPPED}") in seeds}
+    )
     if optimizer.loss_scale is not None and SCALE in saved:
         optimizer.loss_scale.scale.copy_(saved[SCALE])
         optimizer.loss_scale.n_good.copy_(saved[N_GOOD])

@@ -11,6 +11,7 @@ from meristem.errors import WrongValue
 from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build
 from meristem.optim.multi_period import MultiPeriodOptimizer
+from meristem.optim.origins import SeedSettings, origin_of
 
 Places: TypeAlias = tuple[Tensor | None, ...]
 """For each axis of a tensor that was resized, which entry of the old one stands at each place, -1 where it is fresh;
@@ -25,7 +26,13 @@ NOT_KEPT: Final = frozenset({"params", "param_names"})
 
 
 def carried(
-    before: MultiPeriodOptimizer, *, old: nn.Module, model: nn.Module, names: Mapping[str, str], config: OptimConfig
+    before: MultiPeriodOptimizer,
+    *,
+    old: nn.Module,
+    model: nn.Module,
+    names: Mapping[str, str],
+    config: OptimConfig,
+    joining: SeedSettings | None = None,
 ) -> MultiPeriodOptimizer:
     """An optimizer over ``model`` that goes on where ``before``, that of ``old``, stands.
 
@@ -36,11 +43,14 @@ def carried(
     Moments are as the old period left them: a level that now waits longer meets larger sums than its moments know of.
     Leave its names out to have them begin afresh.
 
-    names: of a parameter of ``model``, to its name in ``old``. Raises WrongValue where one of them is not there, and
-    where a sum would wait for ever, since its parameter now moves at every step.
+    names: of a parameter of ``model``, to its name in ``old``. joining: how seeds of which nothing goes on are moved,
+    from this step on; None leaves that to ``config``, without a warm-up. Raises WrongValue where one of them is not
+    there, and where a sum would wait for ever, since its parameter now moves at every step.
     """
     sources = _sources(dict(model.named_parameters()), dict(old.named_parameters()), names)
     after = build(model, config)
+    joining = joining and replace(joining, since=before.clock.count)
+    after.settings = {origin: joining or settings for origin, settings in after.settings.items()}
     stranded = transferred(before, after, sources).stranded
     if stranded:
         raise WrongValue(
@@ -66,7 +76,8 @@ def transferred(
 ) -> Leftover:
     """Give ``after`` copies of what ``before`` has gathered; what could not be given.
 
-    How many steps there were, how several processes sum and the scale of the loss are handed on too.
+    How many steps there were, how several processes sum and the scale of the loss are handed on too, and to a seed of
+    which something goes on what it is set to.
 
     sources: by name, a parameter of ``after`` and the one of ``before`` that it goes on from.
     resized: by name, how those of another shape came out of the old ones (``placed``).
@@ -89,6 +100,9 @@ def transferred(
             after.pending[parameter] = _copied(placed(before.pending[source], places), parameter)
         elif source in before.pending and before.pending[source].any():
             left.stranded.append(name)
+    goes_on = {origin_of(name) for name in sources} & before.settings.keys() & after.settings.keys()
+    after.settings |= {origin: before.settings[origin] for origin in goes_on}
+    after.count_dropped({origin: count for origin, count in before.n_dropped().items() if origin in goes_on})
     after.clock = replace(after.clock, count=before.clock.count)
     after.reduce, after.loss_scale = before.reduce, before.loss_scale
     return left

@@ -13,6 +13,7 @@ from meristem.errors import WrongValue
 from meristem.events import Emit, Event
 from meristem.optim.kinds import Group
 from meristem.optim.multi_period import MultiPeriodOptimizer
+from meristem.optim.origins import HOST
 from meristem.optim.schedule import rate_of
 
 
@@ -20,8 +21,9 @@ from meristem.optim.schedule import rate_of
 class GroupRecord:
     """What a group is set to.
 
-    rate: the highest; rate_now: what the last step that was scheduled went by. betas: None where what moves the group
-    has none. n_parameters: numbers in its tensors.
+    origin: ``host``, or that of a seed, as ``seed:blocks.1``. rate: the highest, before the scale of a seed; rate_now:
+    what the last step that was scheduled went by. betas: None where what moves the group has none. n_parameters:
+    numbers in its tensors.
     """
 
     name: str
@@ -31,6 +33,7 @@ class GroupRecord:
     weight_decay: float
     betas: tuple[float, ...] | None
     n_parameters: int
+    origin: str = HOST
 
 
 def view(optimizer: MultiPeriodOptimizer) -> Mapping[str, GroupRecord]:
@@ -81,6 +84,7 @@ def _record(group: Group) -> GroupRecord:
         weight_decay=group["weight_decay"],
         betas=tuple(group["betas"]) if "betas" in group else None,
         n_parameters=sum(parameter.numel() for parameter in group["params"]),
+        origin=group["origin"],
     )
 
 

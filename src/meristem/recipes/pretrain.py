@@ -1,10 +1,11 @@
 """The main job: from a text to a model that was trained on it, evaluated, saved and described."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal, Protocol
 
 from meristem.checkpoint.store import Checkpoint
 from meristem.config import fingerprint as config_fingerprint
@@ -24,6 +25,7 @@ from meristem.evaluate.likelihood import Likelihood, likelihood
 from meristem.evaluate.report import Sample
 from meristem.events import Event
 from meristem.models.load import topology_of
+from meristem.models.topology import Topology
 from meristem.models.validate import require_resets
 from meristem.models.weights import put_rates
 from meristem.optim.schedule import rate_factor
@@ -49,7 +51,7 @@ from meristem.runs.resume import (
 from meristem.runs.structure import fresh
 from meristem.sinks.console import Console
 from meristem.train.aggregate import keep_graphs
-from meristem.train.loop import MOVING, Step, steps
+from meristem.train.loop import MOVING, Beside, Step, steps
 from meristem.train.loss import cross_entropy
 from meristem.train.profile import profiled
 from meristem.train.progress import Progress
@@ -95,13 +97,41 @@ def pretrain(
     time_scale: a factor on the deadlines of a rollback (``Recovery``).
     The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint from which it can go on.
     """
+    with begun(
+        config,
+        run_dir=run_dir,
+        resume=resume,
+        view=view,
+        planned=planned,
+        make_job=make_job or prepare_job,
+        time_scale=time_scale,
+    ) as (run, job, recovery):
+        is_interrupted = train(run, job, recovery)
+        return stop(run, job, recovery) if is_interrupted else finish(run, job, recovery)
+
+
+@contextmanager
+def begun(
+    config: Config,
+    *,
+    run_dir: Path | None,
+    resume: str,
+    view: Console | None,
+    planned: PlanReport | None,
+    make_job: Callable[[Run, Config, Checkpoint | None], Job],
+    time_scale: float,
+) -> Iterator[tuple[Run, Job, Recovery]]:
+    """A run in its directory, its job where it goes on, and what keeps it from being lost, while the block lasts.
+
+    The arguments are those of ``pretrain``.
+    """
     with joined(config.distributed, config.device) as world:
         place = str(run_dir or directory_for(config, resume, world.n_restarts))
         directory = Path(world.broadcast("run directory", place))
         resume = world.broadcast("resume", after_restart(resume, directory, world.n_restarts))
         with opened(config, directory, view or Console(), is_new=resume == "never", world=world) as run:
             checkpoint = checkpoint_to_resume(run, resume)
-            job = (make_job or prepare_job)(run, config, checkpoint)
+            job = make_job(run, config, checkpoint)
             safety = begin(run, job, resume, checkpoint)
             if planned and planned.training:
                 predicted = {"peak_bytes": planned.needed_bytes, "flops_per_token": planned.training.flops_per_token}
@@ -112,12 +142,20 @@ def pretrain(
                 room_for("the run", device),
                 recovering(run, job, safety, time_scale) as recovery,
             ):
-                is_interrupted = train(run, job, recovery)
-                return stop(run, job, recovery) if is_interrupted else finish(run, job, recovery)
+                yield run, job, recovery
 
 
-def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
-    """Text -> tokenizer -> corpus -> sequences -> stream; and the model with its optimizer, on the device."""
+def prepare_job(
+    run: Run,
+    config: Config,
+    checkpoint: Checkpoint | None,
+    change: Callable[[Config, int, Topology], Topology] = lambda config, vocabulary, topology: topology,
+) -> Job:
+    """Text -> tokenizer -> corpus -> sequences -> stream; and the model with its optimizer, on the device.
+
+    change: what is to be changed of the structure before the model is made: the settings, the size of the vocabulary,
+    and the changes that it went through -> those that it has gone through then.
+    """
     world = run.world
     require_alone(world.size, config.aggregate.how)
     if config.run.deterministic:
@@ -143,6 +181,7 @@ def prepare_job(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     topology = topology_of(checkpoint) if checkpoint else ()
     if checkpoint:
         require_same(config, corpus.tokenizer, checkpoint)
+    topology = change(config, corpus.tokenizer.vocab_size, topology)
     world.require_same({"settings": lambda: config_fingerprint(config), "text": lambda: corpus.fingerprint})
     state, weights = fresh(
         run,
@@ -198,7 +237,44 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Saf
     return safety
 
 
-def train(run: Run, job: Job, recovery: Recovery) -> bool:
+class Companion(Protocol):
+    """What goes along with a training: a recipe that does more between two steps than this one.
+
+    beside: called in every step, between its gradients and its move; None for nothing.
+    """
+
+    @property
+    def beside(self) -> Beside | None: ...
+
+    def before(self) -> None:
+        """Called before each step: what trains may be replaced by assignment to ``job.state``."""
+
+    def after(self, step: Step) -> None:
+        """Called after each sound step, before a state of the run is kept."""
+
+    def evaluated(self, found: Likelihood) -> None:
+        """Called after each evaluation, before a checkpoint is saved."""
+
+
+class Nobody:
+    """A companion that does nothing."""
+
+    beside = None
+
+    def before(self) -> None:
+        pass
+
+    def after(self, step: Step) -> None:
+        pass
+
+    def evaluated(self, found: Likelihood) -> None:
+        pass
+
+
+ALONE: Final = Nobody()
+
+
+def train(run: Run, job: Job, recovery: Recovery, companion: Companion = ALONE) -> bool:
     """Step until a limit is reached, rolling back where the run is not sound. Whether it was interrupted before."""
     config, used_s = job.config, job.state.progress.seconds_used
     log = Log(run, job)
@@ -214,11 +290,11 @@ def train(run: Run, job: Job, recovery: Recovery) -> bool:
         is_interrupted = is_asked_to_stop()
         while not job.state.progress.is_over(config.train) and not is_interrupted:
             trouble: RollbackReason | None = None
-            for trouble in train_until_trouble(job, recovery, log):
+            for trouble in train_until_trouble(job, recovery, log, companion):
                 for path in trace(job.state.progress.step):
                     run.view.note(f"profile: {path}")
                 if trouble is None:
-                    evaluate_and_save(run, job, recovery, log, evaluation=evaluation, saving=saving)
+                    evaluate_and_save(run, job, recovery, log, companion, evaluation=evaluation, saving=saving)
                 is_interrupted = is_asked_to_stop()
                 if is_interrupted:
                     break
@@ -238,12 +314,17 @@ class RollbackReason:
     n_micro_batches: int | None = None
 
 
-def train_until_trouble(job: Job, recovery: Recovery, log: Log) -> Iterator[RollbackReason | None]:
+def train_until_trouble(
+    job: Job, recovery: Recovery, log: Log, companion: Companion
+) -> Iterator[RollbackReason | None]:
     """Steps, each checked: what is wrong after it, which ends them, or None; all are sound where a limit is reached."""
     try:
-        for step in training_steps(job):
+        for step in training_steps(job, companion):
             log.take(step)
             reason = recovery.check(step)
+            if reason is None:
+                companion.after(step)
+                recovery.keep(step)
             yield RollbackReason(reason) if reason else None
             if reason:
                 return
@@ -253,15 +334,33 @@ def train_until_trouble(job: Job, recovery: Recovery, log: Log) -> Iterator[Roll
         yield RollbackReason(str(error), n_micro_batches=2 * job.state.progress.n_micro_batches)
 
 
-def training_steps(job: Job) -> Iterator[Step]:
+def training_steps(job: Job, companion: Companion = ALONE) -> Iterator[Step]:
     """The steps of a job from where it stands."""
     config = job.config
     schedule = partial(rate_factor, config.schedule)
-    return steps(job, job.stream, schedule, config=config.train, device=job.device, aggregate=config.aggregate)
+    made = steps(
+        job,
+        job.stream,
+        schedule,
+        config=config.train,
+        device=job.device,
+        aggregate=config.aggregate,
+        beside=companion.beside,
+    )
+    while not job.state.progress.is_over(config.train):
+        companion.before()
+        yield next(made)
 
 
 def evaluate_and_save(
-    run: Run, job: Job, recovery: Recovery, log: Log, *, evaluation: Interval, saving: Interval
+    run: Run,
+    job: Job,
+    recovery: Recovery,
+    log: Log,
+    companion: Companion,
+    *,
+    evaluation: Interval,
+    saving: Interval,
 ) -> None:
     """Evaluate and save after a sound step, where either is due."""
     metrics: dict[str, float] = {}
@@ -269,6 +368,7 @@ def evaluate_and_save(
     if evaluation.is_due(progress) and not run.world.broadcast_number(recovery.should_skip_eval()):
         found = measure(run, job, job.config.eval.n_windows)
         recovery.evaluated(progress.step, found.nats)
+        companion.evaluated(found)
         metrics, log.held_out = ranked(found), found.bits_per_byte
     if is_best(run, job.config, recovery, metrics):
         recovery.save(reason="best", metrics=metrics)

@@ -16,6 +16,7 @@ from meristem.distributed.config import DistributedConfig, require_shardable
 from meristem.errors import ConflictingKeys, DeadKey
 from meristem.evaluate.config import EvalConfig
 from meristem.models.config import LearnConfig, ModelConfig
+from meristem.models.growing import GrowConfig
 from meristem.models.layers import memory_keys, require_pattern
 from meristem.nn.config import MemoryConfig
 from meristem.optim.config import OptimConfig, ScheduleConfig
@@ -56,6 +57,7 @@ class Config(ConfigSection):
     profile: ProfileConfig = ProfileConfig()
     guard: GuardConfig = GuardConfig()
     rollback: RollbackConfig = RollbackConfig()
+    grow: GrowConfig = GrowConfig()
     learn: LearnConfig = LearnConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -89,7 +89,7 @@ class Recovery:
             self._level.close()
 
     def check(self, step: Step) -> str | None:
-        """Why the run must roll back, or None; and a snapshot where one is due."""
+        """Why the run must roll back, or None."""
         self._saver.poll()
         self._signals.flush()
         for stats in step.stats:
@@ -98,10 +98,13 @@ class Recovery:
             self._heed(verdict)
             if verdict.level == "panic":
                 return ", ".join(verdict.detectors)
+        return None
+
+    def keep(self, step: Step) -> None:
+        """A snapshot after a sound step, where one is due."""
         self._is_due |= step.progress.step % self._config.snapshot_every == 0
         if self._is_due and step.stats:
             self.snapshot("interval")
-        return None
 
     def evaluated(self, step: int, nats: float) -> None:
         """Hear what the held-out text cost."""

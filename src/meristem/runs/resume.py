@@ -28,6 +28,9 @@ from meristem.distributed.shards import as_part_of, is_part, local_by_name, whol
 from meristem.distributed.world import World
 from meristem.errors import CheckpointMismatch, NoCheckpoint, TokenizerMismatch
 from meristem.events import Emit, Event
+from meristem.growth.garden import Garden
+from meristem.growth.graft import seeds_in
+from meristem.growth.settle import settled_in
 from meristem.memory.state import State, as_tensors, from_tensors, join_rows, move, take_rows
 from meristem.models.load import of_today, put_weights
 from meristem.models.topology import to_json
@@ -88,7 +91,7 @@ class Contents:
     def of(cls, checkpoint: Checkpoint) -> Self:
         """What a checkpoint holds; its tensors are mapped from the file."""
         trees = {name: checkpoint.tree(name) for name in ("model", "optim", "random", "memory") if checkpoint.has(name)}
-        names = ("progress", "cursor", "random", "safety", "probe", "topology")
+        names = ("progress", "cursor", "random", "safety", "probe", "topology", "garden")
         values = {name: checkpoint.value(name) for name in names if checkpoint.has(name)}
         counted = {"step": checkpoint.step, "tokens": checkpoint.manifest["tokens"] or 0}
         return cls(trees, values | {"progress": counted | values.get("progress", {})})
@@ -217,6 +220,8 @@ def contents(job: Job, safety: Safety, probe_nats: float) -> Contents:
         "probe": {"nats": probe_nats if math.isfinite(probe_nats) else None},
         "topology": to_json(job.state.topology),
     }
+    if job.state.garden is not None:
+        values["garden"] = job.state.garden.to_json()
     if rates := rates_of(job.model):
         values["learn"] = {"rates": dict(rates)}
     return Contents(trees, values)
@@ -326,7 +331,8 @@ def restore(job: Job, saved: Contents, emit: Emit) -> Safety:
         found = from_tensors(saved.trees["memory"])
         memory = of_today(job.model, move(found, job.device.device))
     progress = Progress.from_json(saved.values["progress"], cursor, memory)
-    job.state = replace(job.state, progress=progress)
+    garden = Garden.from_json(saved.values["garden"]) if "garden" in saved.values else None
+    job.state = replace(job.state, progress=progress, garden=garden)
     return Safety.from_json(saved.values.get("safety", {}))
 
 
@@ -335,6 +341,9 @@ def put_back_weights(job: Job, weights: Mapping[str, torch.Tensor]) -> None:
     live = job.model.state_dict()
     own = {name: as_part_of(live[name], tensor) if name in live else tensor for name, tensor in weights.items()}
     copy_into(local_by_name(live), local_by_name(own))
+    settled = [seed for seeds in settled_in(job.model).values() for seed in seeds]
+    for seed in (*seeds_in(job.model).values(), *settled):
+        seed.follow(seed.way)
 
 
 def _in_parts(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,10 @@
 """From the batches of a step to gradients, in as few pieces as the device has room for."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -15,7 +18,11 @@ from meristem.memory.state import State, join_rows, map_tensors, take_rows
 from meristem.nn.auxiliary import auxiliary
 from meristem.train.aggregate import Conflict, gather, settle, total
 from meristem.train.config import AggregateConfig
-from meristem.train.loss import cross_entropy
+from meristem.train.loss import Teacher, cross_entropy, distillation
+from meristem.train.state import TrainingState
+
+Losses: TypeAlias = dict[str, torch.Tensor]
+"""By objective, ``text`` first: each a share of that of the step."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,32 @@ def backward(
     )
 
 
+def read_again(
+    state: TrainingState,
+    batches: Sequence[Batch],
+    memory: State | None,
+    take: Callable[[torch.Tensor], None],
+    *,
+    device: Device,
+    by: AggregateConfig,
+    teacher: Teacher | None = None,
+) -> torch.Tensor:
+    """The loss of a step as ``backward`` reads it, with the model as it is now; gradients are the caller's affair.
+
+    state: as ``loop.Beside`` is given it: of several processes each gives its share, and no engine sums anything.
+    memory: what the step began from; what is left of it after the step is let go.
+    take: is given the loss of each micro-batch in turn, the objectives summed by their weights and scaled for the
+        optimizer, and is done with it when it returns.
+    teacher: what the text's part of it is distilled from (``loss.distillation``).
+    The mean of all targets in nats, on the device, whatever a teacher says.
+    """
+    beside = replace(state.engine, model=state.model, micro_batch=lambda is_last: nullcontext())
+    n_rows = max(batch.tokens_bt.shape[0] for batch in batches)
+    n_pieces = min(state.progress.n_micro_batches, n_rows)
+    sums = lambda losses: take(total(losses, by))  # noqa: E731
+    return _read(beside, batches, memory, device, n_pieces, sums, teacher)[0]
+
+
 def make_room(model: nn.Module, device: Device) -> None:
     """Let go of gradients, and of what the device keeps for later."""
     model.zero_grad()
@@ -95,6 +128,26 @@ def _attempt(
     by: AggregateConfig,
 ) -> tuple[torch.Tensor, State | None, dict[str, list[torch.Tensor | None]]]:
     """The loss, the memory, and by objective the gradients that are still to be settled."""
+    gathered: dict[str, list[torch.Tensor | None]] = {}
+
+    def teach(losses: Losses) -> None:
+        nonlocal gathered
+        gathered = _teach(engine.model, losses, by, gathered)
+
+    loss, memory = _read(engine, batches, memory, device, n_micro_batches, teach)
+    return loss, memory, gathered
+
+
+def _read(
+    engine: Engine,
+    batches: Sequence[Batch],
+    memory: State | None,
+    device: Device,
+    n_micro_batches: int,
+    take: Callable[[Losses], None],
+    teacher: Teacher | None = None,
+) -> tuple[torch.Tensor, State | None]:
+    """The loss and the memory after a step's batches; ``take`` is given the scaled losses of each micro-batch."""
     n_ranks = engine.world.size
     n_targets = max(1, n_ranks * sum(batch.n_targets for batch in batches))
     masks = [batch.reset_mask_bt for batch in batches if batch.reset_mask_bt is not None]
@@ -102,7 +155,6 @@ def _attempt(
         # A row that begins a document uses what a memory begins from; a process whose rows all go on does not.
         engine.use_all(engine.world.any(any(bool(mask_bt.any()) for mask_bt in masks)))
     told = []
-    gathered: dict[str, list[torch.Tensor | None]] = {}
     for batch in batches:
         states = []
         before = None if batch.starts else memory
@@ -112,13 +164,12 @@ def _attempt(
             part, own = batch.take_rows(start, stop), before and take_rows(before, start, stop)
             is_last = batch is batches[-1] and (start, stop) == cuts[-1]
             with engine.micro_batch(is_last):
-                losses, state = _read(engine.model, part, own, device, n_targets, share)
-                scaled = {name: engine.scale_loss(loss) for name, loss in losses.items()}
-                gathered = _teach(engine.model, scaled, by, gathered)
-            told.append(losses["text"].detach())
+                losses, nats, state = _forward(engine.model, part, own, device, n_targets, share, teacher)
+                take({name: engine.scale_loss(loss) for name, loss in losses.items()})
+            told.append(nats)
             states.append(map_tensors(_carried, state))
         memory = join_rows(states)
-    return torch.stack(told).sum(), memory, gathered
+    return torch.stack(told).sum(), memory
 
 
 def _carried(leaf: torch.Tensor) -> torch.Tensor:
@@ -129,7 +180,7 @@ def _carried(leaf: torch.Tensor) -> torch.Tensor:
 
 def _teach(
     model: nn.Module,
-    losses: dict[str, torch.Tensor],
+    losses: Losses,
     by: AggregateConfig,
     gathered: dict[str, list[torch.Tensor | None]],
 ) -> dict[str, list[torch.Tensor | None]]:
@@ -141,18 +192,29 @@ def _teach(
     return gathered
 
 
-def _read(
-    model: nn.Module, batch: Batch, memory: State | None, device: Device, n_targets: int, share: float
-) -> tuple[dict[str, torch.Tensor], State]:
-    """What some rows cost by objective, and their memory. share: of the step's rows."""
+def _forward(
+    model: nn.Module,
+    batch: Batch,
+    memory: State | None,
+    device: Device,
+    n_targets: int,
+    share: float,
+    teacher: Teacher | None,
+) -> tuple[Losses, torch.Tensor, State]:
+    """What some rows cost by objective, what their text costs without a teacher, and their memory. share: of the step's
+    rows."""
     tokens_bt, targets_bt = device.move(batch.tokens_bt, batch.targets_bt)
     with record_function("forward"), device.autocast():
         # Read on the host, and so not moved.
         resets = {} if batch.reset_mask_bt is None else {"reset_mask_bt": batch.reset_mask_bt}
         logits_bto, memory = model(tokens_bt, memory, **resets)
-    losses = {"text": cross_entropy(logits_bto, targets_bt) / n_targets}
-    own = auxiliary(memory)
-    return losses if own is None else losses | {"layers": own * share}, memory
+        teacher_bto = None if teacher is None else teacher.logits(tokens_bt, **resets)
+    text = cross_entropy(logits_bto, targets_bt) / n_targets
+    losses, nats, own = {"text": text}, text.detach(), auxiliary(memory)
+    if teacher is not None and teacher_bto is not None:
+        how = {"weight": teacher.weight, "temperature": teacher.temperature}
+        losses["text"] = distillation(logits_bto, targets_bt, teacher_bto, **how) / n_targets
+    return losses if own is None else losses | {"layers": own * share}, nats, memory
 
 
 def _cuts(n_rows: int, n_micro_batches: int) -> list[tuple[int, int]]:

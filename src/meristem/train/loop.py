@@ -4,25 +4,28 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch.profiler import record_function
 
 from meristem.data.stream import Batch, Cursor, Stream
+from meristem.device.random import GlobalGenerators, global_generators
 from meristem.device.resolve import Device
 from meristem.device.room import is_out_of_room, no_room
 from meristem.distributed.engine import Engine
 from meristem.distributed.shards import local
 from meristem.errors import NonFinite
+from meristem.memory.state import State
 from meristem.optim.multi_period import MultiPeriodOptimizer, Update
+from meristem.optim.origins import HOST, origin_of
 from meristem.optim.schedule import ScheduleProgress, set_rates
 from meristem.train.aggregate import Conflict
-from meristem.train.backward import backward, make_room
+from meristem.train.backward import BackwardResult, backward, make_room
 from meristem.train.config import AggregateConfig, TrainConfig
 from meristem.train.guard import StepStats
 from meristem.train.progress import Progress
-from meristem.train.state import Holder
+from meristem.train.state import Holder, TrainingState
 
 MOVING: Final = "moving the weights"
 """Where there was no room, if weights may have been moved already and must be brought back."""
@@ -71,6 +74,27 @@ class Step:
         return None if self.loss_nats is None else self.loss_nats * self.n_targets / (math.log(2) * self.n_bytes)
 
 
+class Beside(Protocol):
+    """What is done once in every step when its gradients are complete and nothing has moved yet.
+
+    It may put gradients on parameters that have none; those that it puts there move with the step. What it draws from
+    global generators, and any other change, is its own affair.
+    """
+
+    def __call__(
+        self,
+        state: TrainingState,
+        batches: list[Batch],
+        memory: State | None,
+        loss: torch.Tensor,
+        generators: GlobalGenerators,
+    ) -> None:
+        """state: before the step, but that its progress says in how many micro-batches the step was read.
+        memory: what the step began from. loss: of the step, in nats per target, on the device; of several processes
+        each has its share. generators: where those of torch stood before the step was read.
+        """
+
+
 def steps(
     held: Holder,
     stream: Stream,
@@ -79,6 +103,7 @@ def steps(
     config: TrainConfig,
     device: Device,
     aggregate: AggregateConfig = _PLAIN,
+    beside: Beside | None = None,
 ) -> Iterator[Step]:
     """Train on from where ``held.state`` is until a limit of ``config`` is reached, yielding after every step.
 
@@ -86,6 +111,7 @@ def steps(
         its place in between: the next step is then one of that.
     schedule: where the run stands to the factor on the highest rate of each group in the step that follows.
     aggregate: how gradients of several objectives become one.
+    beside: what is called in every step between its gradients and its move.
     Which parameters move in a step, and how they are clipped, is the optimizer's affair, as is what waits at the end.
     A step whose loss or gradient is not finite changes neither weights nor moments, and the memory begins afresh after
     it; ``config.max_nonfinite`` such steps in a row raise NonFinite, after a step was yielded that reports them.
@@ -103,16 +129,7 @@ def steps(
         with record_function("data"):
             batches, cursor = _take(stream, now.cursor, config.grad_accum_steps)
         n_targets = engine.world.size * sum(batch.n_targets for batch in batches)
-        result = backward(
-            state.model,
-            batches,
-            now.memory,
-            device,
-            n_micro_batches=now.n_micro_batches,
-            by=aggregate,
-            step=now.step,
-            engine=engine,
-        )
+        result = _backward(replace(state, engine=engine), batches, device, by=aggregate, beside=beside)
         is_measured = (now.step + 1) % config.measure_updates_every == 0
         with record_function("optimizer"):
             update, ratio = _move(engine, optimizer, result.loss, device, is_measured=is_measured)
@@ -162,15 +179,39 @@ def _take(stream: Stream, cursor: Cursor, n_batches: int) -> tuple[list[Batch], 
     return batches, cursor
 
 
+def _backward(
+    state: TrainingState, batches: list[Batch], device: Device, *, by: AggregateConfig, beside: Beside | None
+) -> BackwardResult:
+    """The gradients of a step, and then what is done beside it."""
+    now = state.progress
+    generators = global_generators(device.device) if beside else {}
+    result = backward(
+        state.model,
+        batches,
+        now.memory,
+        device,
+        n_micro_batches=now.n_micro_batches,
+        by=by,
+        step=now.step,
+        engine=state.engine,
+    )
+    if beside:
+        as_read = replace(state, progress=replace(now, n_micro_batches=result.n_micro_batches))
+        beside(as_read, batches, now.memory, result.loss, generators)
+    return result
+
+
 def _move(
     engine: Engine, optimizer: MultiPeriodOptimizer, loss: torch.Tensor, device: Device, *, is_measured: bool
 ) -> tuple[Update, torch.Tensor]:
     """Step; and how far the weight that moved most was moved, as a share of itself, or ``_UNMEASURED``.
 
     A weight of less than a thousandth on average counts as one of that: what began at 0 moves by more than itself.
+    Seeds, which do begin at 0, are left out: what is reported is how the host does.
     Where weights are sharded, each shard counts as a weight.
     """
-    trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad] if is_measured else []
+    named = engine.model.named_parameters() if is_measured else ()
+    trained = [parameter for name, parameter in named if parameter.requires_grad and origin_of(name) == HOST]
     cause, moved = "", None
     try:
         weights = [weight for parameter in trained if (weight := local(parameter)).numel()]

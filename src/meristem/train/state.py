@@ -7,7 +7,7 @@ keeps a model, an optimizer or an engine from one step to the next.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from torch import nn
 
@@ -17,12 +17,20 @@ from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.train.progress import Progress
 
 
+class Saved(Protocol):
+    """A value that is saved as plain ones."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """A run at one moment, between two steps.
 
     engine: how ``model`` is called so that its gradients are those of all processes.
     topology: every change of structure that ``model`` went through since it was built from its settings.
+    garden: what is known of its growth (``growth.garden``), saved and brought back with all else; None of a run that
+        does not grow.
     """
 
     model: nn.Module
@@ -30,6 +38,7 @@ class TrainingState:
     engine: Engine
     progress: Progress
     topology: Topology = ()
+    garden: Saved | None = None
 
 
 class Holder(Protocol):

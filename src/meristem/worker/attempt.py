@@ -1,5 +1,4 @@
 """One place for deadline, retry, giving up and telemetry, whichever make of worker does the work.
-A part for growth: nothing calls it yet.
 
     outcome = attempt("score", lambda deadline: worker.call(SCORE, plan, deadline.left_s), patience, breaker)
     breaker = outcome.breaker

@@ -1,5 +1,4 @@
 """When to stop trying what keeps failing, as a value.
-A part for growth: nothing calls it yet.
 
 Source: growth.md section 22.
 """

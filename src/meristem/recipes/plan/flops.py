@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
@@ -52,6 +53,26 @@ def flops_of(operation: OpOverload, args: Sequence[object], kwargs: dict[str, ob
     if formula is not None:
         return int(formula(*args, **kwargs, out_val=out))
     return 0 if is_free(operation) else None
+
+
+def counted(run: Callable[[], object]) -> int:
+    """Operations that ``run`` carries out on tensors; of what no formula is known, none."""
+    with _Sum() as found:
+        run()
+    return found.n
+
+
+class _Sum(TorchDispatchMode):
+    """Adds up what is called while it is entered."""
+
+    n = 0
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        self.n += flops_of(func, args, kwargs or {}, out) or 0
+        return out
 
 
 def is_free(operation: OpOverload) -> bool:

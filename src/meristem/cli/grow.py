@@ -1,0 +1,130 @@
+"""`meristem grow`: a run that grows, and the life of every seed of one."""
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from typer.core import TyperGroup
+
+from meristem.cli import complete
+from meristem.cli import train as training
+from meristem.cli.answer import Json, Overrides, Preset, columns, json_line, tell
+
+DEMO: Final = (
+    "train.max_time=3m",
+    "train.log_every=5",
+    "data.seq_len=128",
+    "data.batch_size=8",
+    "model.dim=64",
+    "model.n_layers=2",
+    "eval.every=20",
+    "eval.every_s=null",
+    "eval.n_windows=16",
+    "grow.boundary_every=10",
+    "grow.warmup_steps=20",
+    "grow.shadow_every=2",
+    "grow.policy.settings={blueprints: {gated_feedforward: {hidden: 128}}, flat_nats: 0.03, span: 6}",
+    "grow.blend_steps=60",
+    "grow.embargo_steps=60",
+    "grow.min_age=100",
+    "grow.gates.training_steps=100",
+    "grow.gates.holding_steps=40",
+    "grow.gates.quiet_steps=20",
+    "grow.gates.impact_nats=0.1",
+    "grow.gates.probation_steps=150",
+    "grow.gates.recovery_steps=40",
+    "grow.gates.recovery=if_room",
+)
+"""Settings by which a whole life passes within three minutes of the default text."""
+
+
+class _WithDefault(TyperGroup):
+    """A verb below which `run` may be left out: any word that is no verb begins its arguments."""
+
+    def resolve_command(self, ctx, args):  # type: ignore[no-untyped-def]
+        if args and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_WithDefault,
+    help="Train with growth: `meristem grow PRESET_OR_FILE [a.b=c ...]`, which is short for `grow run`.",
+    no_args_is_help=True,
+)
+
+
+@app.command("run")
+def run(
+    preset: Preset,
+    overrides: Overrides = None,
+    demo: Annotated[bool, typer.Option("--demo", help="A small model for three minutes, with a whole life.")] = False,
+    resume: Annotated[
+        str, typer.Option("--resume", metavar="auto|must|never|PATH", help="Whether to go on from a checkpoint.")
+    ] = "auto",
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Where the run is written; by default one under run.dir.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and stop, as `meristem plan` does.")] = False,
+    no_plan: Annotated[bool, typer.Option("--no-plan", help="Start without a check whether it can work.")] = False,
+    n_processes: Annotated[
+        int, typer.Option("--nproc", min=1, help="Processes on this machine that share each batch.")
+    ] = 1,
+    as_json: Json = False,
+) -> None:
+    """Train as `meristem train` does, and give the model new parts where they help. The word `run` may be left out.
+
+    \b
+    Examples:
+      meristem grow run titans-mag --demo
+      meristem grow run default "grow.slots=[blocks.1]" "grow.policy.settings={flat_nats: 0.01}"
+      meristem grow run default grow.policy.name=schedule "grow.policy.settings={steps: [500]}"
+    """
+    settings = ["grow.enabled=true", *(DEMO if demo else ()), *(overrides or ())]
+    training.train(
+        preset,
+        settings,
+        resume=resume,
+        run_dir=run_dir,
+        dry_run=dry_run,
+        no_plan=no_plan,
+        n_processes=n_processes,
+        as_json=as_json,
+    )
+
+
+@app.command("report")
+def report(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", autocompletion=complete.run_directories, help="A run directory.")
+    ],
+    gates: Annotated[bool, typer.Option("--gates", help="Every check of every gate, with its value.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="PNG of the timeline; by default growth.png in the run.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the life of every seed of a run: a table, what the gates asked and found, and a timeline as a picture.
+
+    \b
+    Examples:
+      meristem grow report runs/latest
+      meristem grow report runs/latest --gates --picture lives.png
+    """
+    from meristem.checkpoint.run import run_of
+    from meristem.runs.growth import draw_lives, gate_lines, lives_of, table
+
+    place = run_of(run)
+    lives = lives_of(place, tell)
+    path = picture or place / "growth.png"
+    draw_lives(path, place, lives, tell)
+    if as_json:
+        json_line({"seeds": [each.to_json() for each in lives], "picture": str(path)})
+        return
+    for line in columns(*table(lives)) if lives else ("no seed was put in",):
+        typer.echo(line)
+    if gates:
+        typer.echo(
+            "\n" + "\n".join(columns(("seed", "gate", "step", "check", "value", "asked", "status"), gate_lines(lives)))
+        )
+    typer.echo(f"\nthe timeline is {path}")

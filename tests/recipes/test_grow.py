@@ -1,0 +1,155 @@
+"""A run that grows: whole, killed, rolled back, and against one that does not."""
+
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from meristem.checkpoint.run import read
+from meristem.errors import UnknownKey, WrongValue
+from meristem.growth.garden import Garden
+from meristem.growth.graft import seeds_in
+from meristem.growth.stage import Stage
+from meristem.recipes.grow import Growth, grow, prepare
+from meristem.recipes.pretrain import begun, pretrain, train_until_trouble
+from meristem.runs.growth import draw_lives, lives_of, table
+from meristem.runs.logging import Log
+from meristem.runs.resume import contents
+from meristem.sinks.jsonl import read_records
+from recipes.growing import TINY, assert_same, garden, growing, killed_at, losses, planted, run_to_the_end
+from recipes.small import config, write_text
+
+WHOLE = ["GERMINATED", "TRAINING", "BLENDING", "SHADOWING", "PROBATIONARY"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("grow"))
+
+
+@pytest.fixture(scope="module")
+def run_dir(text: Path) -> Path:
+    """Of a run in which one seed goes through all stages."""
+    run_to_the_end(growing(text), text.parent / "whole")
+    return text.parent / "whole"
+
+
+def test_a_seed_lives_a_whole_life(run_dir):
+    """Each stage comes at the boundary at which it is due, and each gate has its numbers in the record."""
+    (life,) = Garden.from_json(garden(run_dir)).lives
+    assert [each.after.name for each in life.history][:5] == WHOLE
+    assert [each.step for each in life.history][:5] == [8, 10, 14, 18, 22]
+    assert life.stage is Stage.FOSSILIZED and life.paired.n == 4
+    results = [each.to_json() for each in Garden.from_json(garden(run_dir)).results]
+    assert [each["gate"] for each in results][:6] == ["G0", "G1", "G2", "G3", "G4", "G6"]
+    told = [each for each in read_records(run_dir / "events.ndjson") if each["name"].startswith("gate.")]
+    assert [each["payload"]["gate"] for each in told] == [each["gate"] for each in results]
+    assert read(run_dir)["status"] == "finished"
+
+
+def test_its_life_is_told(run_dir, tmp_path):
+    (found,) = lives_of(run_dir)
+    titles, (row,) = table([found])
+    shown = dict(zip(titles, row, strict=True))
+    assert shown["seed"] == "blocks.1#0" and "blending 14" in shown["stages"] and shown["gained"]
+    assert found.report and found.report.run_id and found.report.issued_at
+    draw_lives(tmp_path / "lives.png", run_dir, [found])
+    assert (tmp_path / "lives.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_v3_killed_at_every_boundary_it_goes_on_to_the_bit(text, run_dir, tmp_path, monkeypatch):
+    """After the graft, in the middle of its trial, and after the verdict, each time before that was saved."""
+    settings = growing(text, "checkpoint.every=2")
+    for step in (9, 13, 26):
+        killed_at(monkeypatch, step, settings, tmp_path / "run")
+    run_to_the_end(settings, tmp_path / "run")
+    assert_same(tmp_path / "run", run_dir)
+    kept, expected = garden(tmp_path / "run"), garden(run_dir)
+    for order in (*kept["queue"], *expected["queue"]):
+        del order["run_id"]
+    assert kept == expected
+
+
+@pytest.mark.parametrize("n_snapshots", [2, 0])
+def test_v4_a_rollback_across_a_graft_brings_back_everything(text, tmp_path, n_snapshots):
+    """From memory or from the disk: the probe costs what it cost, and the seed, its moments and its life are gone."""
+    settings = growing(text, f"rollback.snapshots={n_snapshots}")
+    with begun(
+        settings,
+        run_dir=tmp_path / "run",
+        resume="never",
+        view=None,
+        planned=None,
+        make_job=prepare,
+        time_scale=1000.0,
+    ) as (run, job, recovery):
+        growth = Growth(run, job, recovery, planted(settings.grow.policy.settings))
+        made = train_until_trouble(job, recovery, Log(run, job), growth)
+        assert not any(islice(made, 8))
+        recovery.save(reason="interval", metrics={})
+        before, log = contents(job, recovery.safety, 0.0), job.state.topology
+        expected = {name: {key: x.clone() for key, x in tree.items()} for name, tree in before.trees.items()}
+        assert not any(islice(made, 3))
+        (life,) = job.state.garden.lives
+        assert life.stage is Stage.TRAINING and len(job.state.topology) > len(log)
+        recovery.roll_back(reason="asked")
+        after = contents(job, recovery.safety, 0.0)
+        for name, tree in expected.items():
+            assert after.trees[name].keys() == tree.keys()
+            assert all(torch.equal(after.trees[name][key], tensor) for key, tensor in tree.items())
+        assert (
+            after.values["garden"] == before.values["garden"] and after.values["topology"] == before.values["topology"]
+        )
+        assert not seeds_in(job.model) and not job.state.garden.lives
+        # What was undone comes again, on other text.
+        assert not any(islice(train_until_trouble(job, recovery, Log(run, job), growth), 4))
+        assert [each.stage for each in job.state.garden.lives] == [Stage.TRAINING]
+
+
+@pytest.mark.slow
+def test_a_grown_model_is_opened_by_name_alone(run_dir):
+    """In a process that knows nothing of growth."""
+    probe = (
+        "import sys, meristem; model, _ = meristem.load(sys.argv[1]); "
+        "print(sum(each.numel() for name, each in model.named_parameters() if '.slot.' in name))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe, str(run_dir)], check=True, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == "224\n"
+
+
+def test_v10_growth_that_is_never_triggered_changes_no_bit(text, tmp_path):
+    """The same run without growth has the same losses, weights, moments and random numbers."""
+    grow(growing(text, "train.steps=10", policy="{name: never}"), run_dir=tmp_path / "grown")
+    pretrain(config(text, *TINY, "train.steps=10", preset="titans-mag"), run_dir=tmp_path / "plain")
+    assert_same(tmp_path / "grown", tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        ("grow.slots=[block.1]", "no module is called 'block.1'. Nearest: blocks.1"),
+        ("grow.policy.name=plantd", "planted"),
+        ("grow.params_ratio=1.0001", "grow.params_ratio=1.0001 leaves"),
+    ],
+)
+def test_bad_input_is_one_sentence(text, tmp_path, setting, match):
+    """Before a step is made, and with what to do."""
+    with pytest.raises((WrongValue, UnknownKey), match=match) as caught:
+        grow(growing(text, setting), run_dir=tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not losses(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [("{steps: [8], blueprint: bottle_neck}", "bottleneck"), ("{steps: [8], settings: {hiden: 8}}", "hidden")],
+)
+def test_a_policy_with_wrong_settings_is_refused_before_anything_is_made(text, tmp_path, settings, match):
+    with pytest.raises((WrongValue, UnknownKey), match=match):
+        grow(growing(text, policy=f"{{name: schedule, settings: {settings}}}"), run_dir=tmp_path / "run")
+    assert not losses(tmp_path / "run")
