@@ -2,18 +2,22 @@
 
 import copy
 import random
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import meristem.growth as grow
 import zoo
 from growth.catalogue import PLACES, SEEDS, bits, grown, host, logits
-from meristem.errors import MeristemError, OverBudget, StateTransferFailed, TransactionUndone
+from meristem.distributed.agreement import Agreement
+from meristem.errors import AgreementFailed, MeristemError, OverBudget, StateTransferFailed, TransactionUndone
 from meristem.events import Event
 from meristem.growth.plan import Applied, Carry, Plan, draft
 from meristem.optim.config import OptimConfig
@@ -61,8 +65,11 @@ def structure(model: nn.Module) -> list[tuple[str, int, type, list[str]]]:
     return [(name, id(module), type(module), sorted(vars(module))) for name, module in model.named_modules()]
 
 
-@every_host
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [("preset-default", seed) for seed in SEEDS if "-" not in seed]
+    + [("foreign", seed) for seed in ("low_rank", "conv", "memory-trellis")],
+)
 def test_v2_a_seed_that_comes_and_goes_leaves_nothing(name: str, seed: str) -> None:
     """Model, optimizer and outputs are afterwards to the bit what they were; the receipt says what it cost."""
     model, optimizer = trained(name)
@@ -79,6 +86,7 @@ def test_v2_a_seed_that_comes_and_goes_leaves_nothing(name: str, seed: str) -> N
     assert torch.equal(logits(model, zoo.ids(3)), wanted)
     went = grow.transaction(model, came.optimizer, grow.plan_remove(model, PLACES[name]), zoo.ids(2), rebuild=rebuild)
     assert went.optimizer is not None and went.plan.n_parameters == -plan.n_parameters
+    assert went.plan.flops_per_token == -plan.flops_per_token
     assert bits(model) == before and gathered(model, went.optimizer) == held
     assert torch.equal(logits(model, zoo.ids(3)), wanted)
 
@@ -306,19 +314,21 @@ def test_a_fused_seed_is_a_transaction_as_well() -> None:
     model = grow.attach(host("preset-default", torch.float32), "blocks.1.mlp.gate_up", reads="input")
     optimizer: Any = rebuild(model)
     plan = grow.plan_graft(model, "blocks.1.mlp.gate_up", "low_rank", rank=3)
+    cost = plan.flops_per_token
     optimizer = grow.transaction(model, optimizer, plan, zoo.ids(2), rebuild=rebuild).optimizer
     step(model, optimizer, 1)
     wanted = logits(model, zoo.ids(3))
     plan = grow.surgery.plan_fossilize(model, "blocks.1.mlp.gate_up")
     receipt = grow.transaction(model, optimizer, plan, zoo.ids(2), rebuild=rebuild)
+    assert plan.flops_per_token == -cost < 0
     assert 0 < receipt.max_error < 1e-5 and grow.seeds_in(model) == {}
     torch.testing.assert_close(logits(model, zoo.ids(3)), wanted, rtol=1e-5, atol=1e-5)
     step(model, receipt.optimizer, 2)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "m3", "sgd"])
-def test_k1_a_change_of_settings_of_a_group_outlives_a_graft(kind: str) -> None:
-    """What was set on a group, and the norm of clipping, is kept by the optimizer that follows."""
+def test_what_was_set_on_a_group_outlives_a_graft(kind: str) -> None:
+    """And so does the norm of clipping: the optimizer that follows has them."""
     model, optimizer = trained("preset-default", kind)
     assert isinstance(optimizer, MultiPeriodOptimizer)
     optimizer.param_groups[0]["weight_decay"], optimizer.clip = 0.25, 0.5
@@ -333,3 +343,97 @@ def test_a_removed_seed_goes_back_as_it_was_by_a_plan() -> None:
     assert grow.transaction(model, None, grow.plan_remove(model, PLACES["foreign"]), zoo.ids(2)).max_error > 0
     grow.transaction(model, None, grow.plan_graft(model, PLACES["foreign"], made), zoo.ids(2))
     assert bits(model) == before and torch.equal(logits(model, zoo.ids(2)), wanted)
+
+
+@pytest.mark.parametrize("mood", ["willing", "refuses", "plans otherwise", "fails"])
+def test_ka7_two_processes_change_or_neither_does(mood: str) -> None:
+    """Whatever the second one does: both have the same new model, or both are to the bit what they were."""
+    store, lock, place = dist.HashStore(), threading.Lock(), PLACES["preset-default"]
+    trainings = [trained("preset-default") for _ in range(2)]
+    before = [bits(model) for model, _ in trainings]
+    found: list[Any] = [None, None]
+
+    def process(rank: int) -> None:
+        model, optimizer = trainings[rank]
+        is_odd = rank == 1
+
+        def plan(order: bytes) -> Plan:
+            with lock:  # the two share the generators of one process here
+                if is_odd and mood == "refuses":
+                    raise OverBudget("no room")
+                planned = grow.plan_graft(model, place, "norm" if is_odd and "otherwise" in mood else order.decode())
+                return replace(planned, apply=fail) if is_odd and mood == "fails" else planned
+
+        def fail(host: nn.Module) -> Applied:
+            planned = grow.plan_graft(host, place, "low_rank")
+            planned.apply(host)
+            raise RuntimeError("half done")
+
+        def make(planned: Plan) -> Any:
+            with lock:
+                return grow.transaction(model, optimizer, planned, zoo.ids(2), rebuild=rebuild)
+
+        try:
+            found[rank] = grow.together(Agreement(rank, 2, store, timeout_s=60), b"low_rank", plan, make)
+        except MeristemError as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    after = [bits(model) for model, _ in trainings]
+    if mood == "willing":
+        assert after[0] == after[1] != before[0] and found[0].topology == found[1].topology
+        return
+    assert after == before
+    expected = AgreementFailed if mood == "fails" else TransactionUndone
+    assert all(isinstance(each, expected) for each in found)
+    assert all("process 1" in str(each) for each in found)
+
+
+@pytest.mark.parametrize("blend", grow.blends.names())
+def test_k1_blending_is_pure(blend: str) -> None:
+    """Neither hidden vectors nor what is added are written, views of others as little, and gradients are right."""
+    module = grow.blends.get(blend)(6).double()
+    host_btd = torch.randn(1, 1, 6, dtype=torch.float64).expand(2, 3, 6)
+    delta_btd = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    before = host_btd.tolist(), delta_btd.tolist()
+    assert module(host_btd, delta_btd) is not host_btd
+    assert (host_btd.tolist(), delta_btd.tolist()) == before and host_btd._version == delta_btd._version == 0
+    assert torch.autograd.gradcheck(module, (host_btd.clone().requires_grad_(), delta_btd))
+
+
+@pytest.mark.parametrize("weight", [-1.0, 2.0, float("nan")])
+def test_k1_a_blend_weight_out_of_bounds_changes_nothing(weight: float) -> None:
+    model, _ = grown("foreign", "conv")
+    before = bits(model)
+    with pytest.raises(MeristemError, match="expected a number from 0"):
+        grow.set_blend(model, PLACES["foreign"], weight)
+    assert bits(model) == before
+
+
+@pytest.mark.parametrize("vector", ["missing", "wrong length", "empty"])
+def test_k2_a_channel_blend_without_its_vector_raises(vector: str) -> None:
+    """There is no other blend to fall back to: weights without the vector are refused by its name."""
+    model, _ = grown("foreign", "low_rank", blend="channel")
+    name = f"{PLACES['foreign']}.slot.seed.blend.logit_d"
+    saved = dict(model.state_dict())
+    lost = saved.pop(name)
+    if vector != "missing":
+        saved[name] = lost[: 0 if vector == "empty" else 5]
+    with pytest.raises(RuntimeError, match="blend.logit_d"):
+        model.load_state_dict(saved)
+
+
+def test_k2_a_channel_vector_that_is_not_finite_is_undone_and_said() -> None:
+    model, made = grown("foreign", "low_rank", blend="channel")
+    grow.remove(model, PLACES["foreign"])
+    with torch.no_grad():
+        made.blend.logit_d[3] = float("nan")
+    before, heard = bits(model), []
+    plan = grow.plan_graft(model, PLACES["foreign"], made)
+    with pytest.raises(TransactionUndone, match="blend.logit_d is not finite"):
+        grow.transaction(model, None, plan, zoo.ids(2), emit=heard.append)
+    assert bits(model) == before and [each.name for each in heard] == ["graft.undone"]

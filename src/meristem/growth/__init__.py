@@ -28,6 +28,7 @@ from meristem.growth.plan import plan_graft as plan_graft
 from meristem.growth.plan import plan_remove as plan_remove
 from meristem.growth.score import slot_scores as slot_scores
 from meristem.growth.seed import Seed as Seed
+from meristem.growth.together import together as together
 from meristem.growth.topology import replay as replay
 from meristem.growth.topology import to_json as to_json
 from meristem.growth.topology import topology as topology
@@ -67,6 +68,7 @@ __all__ = [
     "strip",
     "surgery",
     "to_json",
+    "together",
     "topology",
     "transaction",
     "unfuse",

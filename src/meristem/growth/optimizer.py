@@ -1,7 +1,7 @@
 """Optimizers that follow a model as it grows: what they have gathered for the other parameters stays (growth.md 10)."""
 
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from meristem.growth.plan import Carry
 from meristem.optim.config import OptimConfig
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.origins import SeedSettings
-from meristem.optim.surgery import carried, keep_settings, state_of, transferred
+from meristem.optim.surgery import carried, keep_settings, lay_beside, state_of, transferred
 
 JOINING: Final = SeedSettings()
 
@@ -114,6 +114,7 @@ def follow(
             f"one stays in use. Rebuild with the settings that it was made with.",
             reasons=reasons,
         )
+    _lay_beside(optimizer.state, after.state, now, old, sources)
     keep_settings(optimizer, after)
     return after
 
@@ -130,7 +131,7 @@ def follow_in_place(
 
     Raises StateTransferFailed where something that was gathered has no place.
     """
-    now = dict(model.named_parameters())
+    now, gathered_before = dict(model.named_parameters()), dict(optimizer.state)
     heirs = {id(old[sources[name].source]): name for name in now if name in sources}
     stays = {id(each) for each in now.values()}
     for group in optimizer.param_groups:
@@ -154,6 +155,7 @@ def follow_in_place(
                 reasons=odd,
             )
         optimizer.state[now[name]] = state_of(gathered, now[name], places)
+    _lay_beside(gathered_before, optimizer.state, now, old, sources)
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     moved = {id(each) for group in optimizer.param_groups for each in group["params"]}
     fresh = {name: each for name, each in now.items() if name not in sources and each.requires_grad}
@@ -163,6 +165,20 @@ def follow_in_place(
         settings = {key: value for key, value in like.items() if key not in ("params", "param_names")}
         given = [*fresh.items()] if "param_names" in like else [*fresh.values()]
         optimizer.add_param_group(settings | {"params": given})
+
+
+def _lay_beside(
+    before: Mapping[torch.Tensor, dict[str, Any]],
+    after: MutableMapping[torch.Tensor, dict[str, Any]],
+    now: Mapping[str, nn.Parameter],
+    old: Mapping[str, nn.Parameter],
+    sources: Mapping[str, Carry],
+) -> None:
+    """Where entries of several parameters became one, their moments do too."""
+    for name, parameter in now.items():
+        for other, places in sources[name].beside.items() if name in sources else ():
+            if old[other] in before and parameter in after:
+                after[parameter] = lay_beside(after[parameter], before[old[other]], places)
 
 
 def _is_odd(value: object, parameter: torch.Tensor, *, has_rule: bool) -> bool:

@@ -3,6 +3,8 @@
 receipt = transaction(model, optimizer, plan_graft(model, "blocks.1", "low_rank", rank=4), probe, rebuild=rebuild)
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -15,7 +17,7 @@ from meristem.growth.attach import find_slot, require_unwrapped
 from meristem.growth.graft import cost, find_seed, graft, remove
 from meristem.growth.seed import Origin, Seed
 from meristem.growth.topology import topology, without_numbers
-from meristem.models.topology import Topology
+from meristem.models.topology import Topology, to_json
 from meristem.optim.surgery import Places
 
 Preserves: TypeAlias = Literal["exact", "rounding", "nothing"]
@@ -29,10 +31,14 @@ EVERYTHING: Final = frozenset({"*"})
 
 @dataclass(frozen=True)
 class Carry:
-    """What a parameter goes on from: the one that was called ``source``, and where its entries are now."""
+    """What a parameter goes on from: the one that was called ``source``, and where its entries are now.
+
+    beside: other parameters whose entries stand at fresh places, and where: their moments do too.
+    """
 
     source: str
     places: Places = ()
+    beside: Mapping[str, Places] = field(default_factory=dict)
 
 
 class Applied(NamedTuple):
@@ -69,6 +75,12 @@ class Plan:
     topology: Topology
     carries: Mapping[str, Carry] = field(default_factory=dict)
     writes: frozenset[str] = EVERYTHING
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that the plan says; the same in every process that plans the same for the same model."""
+        said = [self.operation, sorted(self.fields.items()), self.after, to_json(self.topology), self.preserves]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
     def sources(self) -> dict[str, Carry]:
@@ -169,7 +181,15 @@ def plan_remove(model: nn.Module, slot: str) -> Plan:
 
     fields = {"slot": slot, "blueprint": seed.origin.blueprint}
     preserves: Preserves = "nothing" if seed.is_live else "exact"
-    return draft(model, "remove", fields, apply, preserves=preserves, writes=frozenset())
+    flops = -flops_of(model, slot, seed)
+    return draft(model, "remove", fields, apply, preserves=preserves, flops_per_token=flops, writes=frozenset())
+
+
+def flops_of(model: nn.Module, slot: str, seed: Seed) -> float:
+    """FLOPs per token of a seed of that slot."""
+    origin = seed.origin
+    found = cost(origin.blueprint, find_slot(model, slot).widths, blend=origin.blend, **origin.settings)
+    return found.flops_per_token
 
 
 def _size(model: nn.Module) -> tuple[int, int]:

@@ -5,7 +5,7 @@ A plan (``growth.plan``, ``growth.surgery``) says what will be there; what is th
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Receipt:
 
     optimizer: the one to use from now on; of ours it is a new one, of torch's the same, of None None.
     topology: the log of the model. max_error: the largest change of an output on the probe, as a share of the largest
-    output. seconds: from the first check to the last, without planning.
+    output. seconds: from the first check to the last, without planning. before: what there was.
     """
 
     model: nn.Module
@@ -55,6 +55,12 @@ class Receipt:
     plan: Plan
     seconds: float
     max_error: float
+    before: "Before" = field(repr=False)
+
+    def undo(self) -> None:
+        """Put the model, and an optimizer of torch, back to the bit, as long as nothing was trained since; an optimizer
+        of ours from before the change is as it was."""
+        self.before.put_back()
 
 
 def transaction(
@@ -88,7 +94,7 @@ def transaction(
     _refuse(model, optimizer, plan, rebuild, limits)
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
     generators = random_state(device)
-    before = _Before.of(model, optimizer, plan)
+    before = Before.of(model, optimizer, plan)
     try:
         wanted = said(model, probe)
         after = plan.apply(model).model
@@ -110,7 +116,7 @@ def transaction(
         ) from cause
     finally:
         restore_random_state(*generators, device=device)
-    receipt = Receipt(after, follower, topology(after), plan, clock() - began, max_error)
+    receipt = Receipt(after, follower, topology(after), plan, clock() - began, max_error, before)
     payload = {"operation": plan.operation, **plan.fields, "n_parameters": plan.n_parameters, "added": plan.added}
     payload |= {"removed": plan.removed, "resized": plan.resized, "preserves": plan.preserves}
     emit(Event("graft.done", payload | {"max_error": max_error, "seconds": receipt.seconds}))
@@ -118,8 +124,8 @@ def transaction(
 
 
 @dataclass(frozen=True)
-class _Before:
-    """What there was: to put it back, and to see what was touched.
+class Before:
+    """What there was before a change: to put it back, and to see what was touched.
 
     untouched: tensors that have to be where they were and as they were, with how often they had been written.
     moved: names of the parameters that the optimizer moves.
@@ -132,7 +138,7 @@ class _Before:
     moved: frozenset[str]
 
     @classmethod
-    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer | None, plan: Plan) -> "_Before":
+    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer | None, plan: Plan) -> "Before":
         named: dict[str, Any] = model.state_dict(keep_vars=True)
         may_write = set(named) if plan.writes is EVERYTHING else set(plan.writes)
         resized = set(plan.resized)

@@ -126,6 +126,19 @@ def state_of(gathered: Mapping[str, Any], parameter: Tensor, places: Places = ()
     return found
 
 
+def lay_beside(gathered: Mapping[str, Any], other: Mapping[str, Any], places: Places) -> dict[str, Any]:
+    """Moments in which those of another parameter stand where its entries went; the larger of two counters."""
+    found = dict(gathered)
+    for key in gathered.keys() & other.keys():
+        mine, theirs = gathered[key], other[key]
+        if isinstance(mine, Tensor) and mine.dim() == len(places):
+            is_theirs = placed(torch.ones_like(theirs), places).bool()
+            found[key] = torch.where(is_theirs, placed(theirs, places), mine)
+        else:
+            found[key] = torch.maximum(mine, theirs.to(mine)) if isinstance(mine, Tensor) else max(mine, theirs)
+    return found
+
+
 def placed(value: Tensor, places: Places, fill: float = 0.0) -> Tensor:
     """A tensor whose entries are those of ``value`` at the old places, and ``fill`` where they are fresh."""
     for axis, place in enumerate(places):

@@ -1,6 +1,7 @@
 """Seeds that become part of their host for good, each in the simplest way that is exact (growth.md 11.3)."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 import torch
@@ -12,7 +13,7 @@ from meristem.growth.attach import find_slot
 from meristem.growth.blend import Channel, Residual
 from meristem.growth.fuse import fuse, why_not
 from meristem.growth.graft import find_seed, remove
-from meristem.growth.plan import Applied, Carry, Plan, Preserves, draft
+from meristem.growth.plan import Applied, Carry, Plan, Preserves, draft, flops_of
 from meristem.growth.seed import Seed
 from meristem.growth.settle import require_arrived, settle, unsettle
 from meristem.growth.surgery.host import resize, saved_names
@@ -34,19 +35,20 @@ def plan_fossilize(model: nn.Module, slot: str) -> Plan:
     a feed-forward seed without a norm, at a feed-forward layer of a model of ours whose input it reads, become channels
     of that layer. settled: any other stays in its slot under the name ``settled``, its blend held.
 
-    The first two change outputs by rounding, the last not at all. Raises WrongValue for an empty slot, and a seed to be
-    settled that has not arrived.
+    The first two change outputs by rounding, the last not at all. Raises WrongValue for an empty slot, and a seed of
+    the last two that is on its way or switched off.
     """
     seed = find_seed(model, slot)
     host: Any = model.get_submodule(slot)
     fields = {"slot": slot, "blueprint": seed.origin.blueprint}
     if not why_not(model, host, seed):
         return _plan(model, "fuse", fields, "folded", _folded(slot), shapes=_removed(slot), writes={"weight", "bias"})
+    require_arrived(seed)
     if _can_join(model, slot, seed):
         hidden = host.out.weight.shape[1]
-        apply = _concatenated(slot, hidden)
+        is_plain = isinstance(seed.blend, Residual) and seed.way.weight == 1
+        apply = _concatenated(slot, hidden, is_plain=is_plain)
         return _plan(model, "fuse", fields, "concatenated", apply, writes={"out.bias"})
-    require_arrived(seed)
     return _plan(model, "fuse", fields, "settled", _settled(slot), writes=set())
 
 
@@ -73,10 +75,10 @@ def _plan(
 ) -> Plan:
     preserves: Preserves = "exact" if how == "settled" else "rounding"
     written = frozenset(f"{fields['slot']}.{name}" for name in writes)
-    flops = {"folded": None, "concatenated": None, "settled": 0.0}[how]
+    own_flops = -flops_of(model, fields["slot"], find_seed(model, fields["slot"])) if how == "folded" else 0.0
     own = dict(fields) | {"how": how}
     return draft(
-        model, operation, own, apply, preserves=preserves, shapes=shapes, flops_per_token=flops, writes=written
+        model, operation, own, apply, preserves=preserves, shapes=shapes, flops_per_token=own_flops, writes=written
     )
 
 
@@ -119,7 +121,9 @@ def _can_join(model: nn.Module, slot: str, seed: Seed) -> bool:
     return isinstance(model, LM) and is_alike and is_fixed and find_slot(model, slot).reads == "input"
 
 
-def _concatenated(slot: str, hidden: int) -> Callable[[nn.Module], Applied]:
+def _concatenated(slot: str, hidden: int, *, is_plain: bool) -> Callable[[nn.Module], Applied]:
+    """is_plain: nothing multiplies what the seed gives, and the moments of its last projection stay right."""
+
     @torch.no_grad()
     def apply(model: nn.Module) -> Applied:
         seed = remove(model, slot)
@@ -137,9 +141,25 @@ def _concatenated(slot: str, hidden: int) -> Callable[[nn.Module], Applied]:
         else:
             host.up.weight[hidden:], host.up.bias[hidden:] = layer.up.weight, layer.up.bias
             host.out.bias.add_(scale_d * layer.out.bias)
-        return found
+        carries = {name: _with_moments(slot, name, carry, is_plain=is_plain) for name, carry in found.carries.items()}
+        return Applied(found.model, carries)
 
     return apply
+
+
+def _with_moments(slot: str, name: str, carry: Carry, *, is_plain: bool) -> Carry:
+    """A parameter of the host, whose fresh entries have the moments of the seed."""
+    own = name.removeprefix(f"{slot}.")
+    if own == "out.weight" and not is_plain:
+        return carry
+    places: Places = tuple(None if place is None else _counted(place) for place in carry.places)
+    return replace(carry, beside={f"{slot}.{CHILD}.seed.layer.{own}": places})
+
+
+def _counted(place: Tensor) -> Tensor:
+    """The fresh places of an axis in order, -1 elsewhere."""
+    is_fresh = place < 0
+    return torch.where(is_fresh, is_fresh.long().cumsum(0) - 1, -1)
 
 
 def _widen(model: nn.Module, fields: Mapping[str, Any]) -> Applied:

@@ -37,7 +37,8 @@ def plan_activate_vocabulary(model: nn.Module) -> Plan:
     n = require_lm(model, ACTIVATE).n_masked
     if not n:
         raise refused(ACTIVATE, "all tokens of its vocabulary are in use")
-    return draft(model, ACTIVATE, {"n": n}, _of(ACTIVATE, n), preserves="nothing", writes=frozenset())
+    fields, apply = {"n": n}, _of(ACTIVATE, n)
+    return draft(model, ACTIVATE, fields, apply, preserves="nothing", flops_per_token=0.0, writes=frozenset())
 
 
 def plan_shrink_vocabulary(model: nn.Module, n: int) -> Plan:
