@@ -53,6 +53,10 @@ FEWEST: Final = 2
 MOST: Final = 128
 """Bounds of the number of facts of a document, drawn log-uniformly; fewer where its length does not allow them."""
 
+FEWEST_ATTRIBUTES: Final = 1
+"""Least number of attributes that a document is about, drawn log-uniformly up to all: where there are few of them only
+the person tells one fact from another."""
+
 CHANGED: Final = 0.15
 RETURNS: Final = 0.75
 STATED: Final = 0.3
@@ -136,6 +140,11 @@ class Dice:
         """One of them, all as likely."""
         return choices[int(self.share() * len(choices))]
 
+    def some(self, choices: Sequence[T], n: int) -> list[T]:
+        """So many of them, all as likely, none twice."""
+        left = list(choices)
+        return [left.pop(int(self.share() * len(left))) for _ in range(n)]
+
     def between(self, low: float, high: float) -> float:
         """Log-uniform."""
         return low * math.exp(self.share() * math.log(high / low))
@@ -175,7 +184,8 @@ def document(settings: NotebookConfig, validation: float, number: int, done: flo
     dice = Dice(name)
     n_facts = round(dice.between(FEWEST, MOST))
     is_talk = dice.share() < TALKED
-    writer = _Writer(dice, paragraphs(is_held_out, validation), is_held_out, n_facts, is_talk)
+    attributes = dice.some(ATTRIBUTES, round(dice.between(FEWEST_ATTRIBUTES, len(ATTRIBUTES))))
+    writer = _Writer(dice, paragraphs(is_held_out, validation), is_held_out, n_facts, is_talk, attributes)
     writer.write(writer.dice.between(SHORTEST, LONGEST), share)
     return Notebook(name, "".join(writer.parts).encode(), is_held_out, tuple(writer.recalls))
 
@@ -215,6 +225,7 @@ class _Writer:
     is_held_out: bool
     most_facts: int
     is_talk: bool
+    attributes: Sequence[Attribute]
     parts: list[str] = field(default_factory=list)
     recalls: list[Recall] = field(default_factory=list)
     facts: dict[tuple[str, str], _Fact] = field(default_factory=dict)
@@ -279,8 +290,8 @@ class _Writer:
             return SPEAKER, self.dice.pick(OWN)
         others = [subject for subject, _ in self.facts if subject != SPEAKER]
         if others and self.dice.share() < KNOWN:
-            return self.dice.pick(others), self.dice.pick(ATTRIBUTES)
-        return self._name(), self.dice.pick(ATTRIBUTES)
+            return self.dice.pick(others), self.dice.pick(self.attributes)
+        return self._name(), self.dice.pick(self.attributes)
 
     def _name(self) -> str:
         is_new = self.is_held_out and self.dice.share() < 0.5
