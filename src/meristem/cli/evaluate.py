@@ -94,8 +94,8 @@ def evaluate(
     With --learn weights it is read without a memory that is written, with one, and with weights that learn.
     remember tells eight facts in words of `data.source=notebook` that were held out, and asks after 1, 5, 10 and 50
     attention spans of prose: with the memory, with it frozen, with all that was read dropped, and with weights that
-    learn; and with the memory in words that were trained on too. It also reads held-out documents of that text: how many values were predicted where they came back, by
-    distance in bytes.
+    learn; and with the memory in words that were trained on too. It also reads held-out documents of that text: how
+    many values were predicted where they came back, by distance in bytes.
 
     \b
     Examples:

@@ -197,7 +197,7 @@ def names(is_held_out: bool, is_in_use: bool | None = None) -> tuple[str, ...]:
     return tuple(
         name
         for number, name in enumerate(NAMES)
-        if (number % 8 == 0) == is_held_out and is_in_use in (None, number >= first)
+        if (number % 8 == 3) == is_held_out and is_in_use in (None, number >= first)
     )
 
 

@@ -53,14 +53,13 @@ def draw_remembered(
     """
     figure = empty_figure(path, 10, 4.5)
     left, right = figure.subplots(1, 2, sharey=True)
-    colours = {name: f"C{number}" for number, name in enumerate(told | returned)}
+    colours = {name: f"C{number}" for number, name in enumerate({**told, **returned})}
     for axes, curves in ((left, told), (right, returned)):
         for name, points in curves.items():
             at, share, low, high = zip(*points, strict=True)
             below, above = ([abs(a - b) for a, b in zip(share, ends, strict=True)] for ends in (low, high))
-            axes.errorbar(
-                at, share, yerr=(below, above), marker="o", markersize=4, capsize=2, label=name, color=colours[name]
-            )
+            drawn = {"marker": "o", "markersize": 4, "capsize": 2, "color": colours[name]}
+            axes.errorbar(at, share, yerr=(below, above), label=name, **drawn)
         mark_doublings(axes, sorted({point[0] for points in curves.values() for point in points}))
         axes.tick_params(axis="x", labelrotation=45)
     left.axhline(chance, linewidth=0.8, linestyle="--", color="grey", label="chance")
