@@ -8,6 +8,7 @@ table of its card.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from meristem.checkpoint import store
@@ -65,14 +66,15 @@ def asked(loaded: Loaded, n_facts: int, n_paragraphs: int, *, is_new: bool) -> f
         while len(told) < n_facts:
             person, attribute = dice.pick(IN_USE), dice.pick(ATTRIBUTES)
             if person not in told:
-                told[person] = attribute, dice.pick(attribute.values)
+                told[person] = attribute, dice.pick(attribute.values or IN_USE)
                 statement = dice.pick(wordings(attribute.statements, is_new))
                 say(session, statement.format(s=person, v=told[person][1]))
         for _ in range(n_paragraphs):
             say(session, dice.pick(prose))
         for person, (attribute, value) in told.items():
             wording = dice.pick(wordings(attribute.questions, is_new)).format(s=person, v=value)
-            n_right += value in say(session.fork(), ANSWER.split(wording, maxsplit=1)[0])
+            reply = say(session.fork(), ANSWER.split(wording, maxsplit=1)[0])
+            n_right += bool(re.search(rf"\b{value}\b", reply))
     return n_right / (N_FACTS // n_facts * n_facts)
 
 

@@ -115,14 +115,17 @@ def test_adaptation_reads_long_documents_with_and_without_a_memory(place, answer
 def test_facts_are_asked_after_spans_of_attention(place, answered):
     """Four ways to remember, four distances; a model that was hardly trained says no value."""
     assert answered(*words("runs/ivy", 2))[0] == 0
-    code, summary = answered("eval", "runs/ivy", "--suite", "remember", "--max-windows", 1, "learn.which=head")
+    drawn = ("--picture", "remembered.png", "learn.which=head")
+    code, summary = answered("eval", "runs/ivy", "--suite", "remember", "--max-windows", 1, *drawn)
+    assert (place / "remembered.png").read_bytes().startswith(b"\x89PNG")
     told = [task for task in summary["tasks"] if task["name"].startswith("remember/")]
     assert code == 0 and [task["name"] for task in told] == [
         f"remember/{mode}/{times}" for mode in ("memory", "frozen", "reset", "weights") for times in (1, 5, 10, 50)
     ]
     others = [task["name"] for task in summary["tasks"] if task not in told]
     assert {name.rpartition("/")[0] for name in others} == {
-        f"mentions/{mode}" for mode in ("memory", "frozen", "weights")
+        *(f"mentions/{mode}" for mode in ("memory", "frozen", "weights")),
+        "remember-known/memory",
     }
     for task in told:
         figures = {name: metric["value"] for name, metric in task["metrics"].items()}

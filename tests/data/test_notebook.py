@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from meristem.data.config import DataConfig, NotebookConfig, TokenizerConfig
 from meristem.data.notebook import FARTHEST, HELD_OUT_GAP, document, documents, names, wordings
-from meristem.data.notebook_words import ATTRIBUTES, NAMES, OWN, TITLES, UNTOLD
+from meristem.data.notebook_words import ATTRIBUTES, CITIES, IN_USE, NAMES, NEWS, OWN, TITLES, UNTOLD
 from meristem.data.prepare import prepare
 from meristem.data.sources import resolve
 from meristem.errors import DataError
@@ -115,6 +115,24 @@ def test_what_nobody_told_is_not_in_the_document_before(made):
             ]
             assert asked, exchange[1]
             assert not before & set(asked), exchange[1]
+
+
+def test_people_and_towns_that_there_are_have_their_share(made):
+    """Half of the names that facts are told of, and more than half of the homes."""
+    told = {(one.id, recall.subject) for one in made for recall in one.recalls if recall.subject != "I"}
+    in_use = [name for _, name in told if name in set(IN_USE)]
+    assert len(in_use) / len(told) == pytest.approx(0.5, abs=0.05)
+    assert len(set(in_use)) > 0.5 * len(IN_USE)
+    homes = [recall.value for one in made for recall in one.recalls if recall.attribute == "home"]
+    assert 0.6 < sum(home in set(CITIES) for home in homes) / len(homes) < 0.9
+
+
+def test_a_value_changes_with_a_word_or_without_the_old_one(made):
+    """Half of the corrections name the value that was; behind the others it comes up no more unless it is told."""
+    texts = [one.text.decode() for one in made]
+    n_plain = sum(text.count(f"{opening} ") for text in texts for opening in ("Since today", "From now on", "Wait:"))
+    n_named = sum(len(re.findall(r"About (?:the|my) [\w ]+,", text)) for text in texts)
+    assert n_plain / 3 * len(NEWS) == pytest.approx(n_named, rel=0.3)
 
 
 def test_distances_reach_from_a_few_bytes_to_the_farthest(made):

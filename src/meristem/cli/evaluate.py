@@ -1,6 +1,6 @@
 """`meristem eval`: how well a checkpoint predicts held-out text, what its memory recalls, what it gains by reading."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -29,13 +29,19 @@ N_WINDOWS: Final = 128
 SMALLER_IS_BETTER: Final = ("nats", "perplexity", "bits_per_byte")
 """How the names of metrics end of which less is better; of a gain, as of an accuracy, more is."""
 
+DRAWN: Final = ("adaptation", "remember")
+"""Suites with a picture."""
+
 Learn = Literal["none", "memory", "levels", "weights"]
 
 
 Picture = Annotated[
     Path | None,
     typer.Option(
-        "--picture", help="Where adaptation draws bits per byte over the tokens read, as a PNG.", show_default=False
+        "--picture",
+        help="Where adaptation draws bits per byte over the tokens read, and remember what is remembered over the "
+        "distance, as a PNG.",
+        show_default=False,
     ),
 ]
 
@@ -88,12 +94,12 @@ def evaluate(
     With --learn weights it is read without a memory that is written, with one, and with weights that learn.
     remember tells eight facts in words of `data.source=notebook` that were held out, and asks after 1, 5, 10 and 50
     attention spans of prose: with the memory, with it frozen, with all that was read dropped, and with weights that
-    learn. It also reads held-out documents of that text: how many values were predicted where they came back, by
-    distance in bytes.
+    learn; and with the memory in words that were trained on too. It also reads held-out documents of that text: how
+    many values were predicted where they came back, by distance in bytes.
 
     \b
     Examples:
-      meristem eval --suite remember
+      meristem eval --suite remember --picture remembered.png
       meristem eval runs/latest --suite likelihood
       meristem eval runs/latest data.source=other.txt data.validation=0.9 --json
       meristem eval runs/latest --suite recall data.seq_len=1024
@@ -102,8 +108,9 @@ def evaluate(
     """
     if checkpoint is not None and "=" in checkpoint.name and not checkpoint.exists():
         checkpoint, overrides = None, [str(checkpoint), *(overrides or ())]
-    if picture is not None and suite != "adaptation":
-        raise WrongValue(f"--picture draws adaptation, and --suite is {suite}. Leave it out.", key="picture")
+    if picture is not None and suite not in DRAWN:
+        drawn = " and ".join(DRAWN)
+        raise WrongValue(f"--picture draws {drawn}, and --suite is {suite}. Leave it out.", key="picture")
     found, loaded = _opened(checkpoint, overrides or (), device_name, picture)
     suites = {"likelihood": _likelihood, "recall": _recall, "adaptation": _adaptation, "remember": _remember}
     tasks = suites[suite](loaded, learn, max_windows)
@@ -239,12 +246,17 @@ def _adaptation(loaded: _Loaded, learn: Learn | None, n_documents: int | None) -
 def _remember(loaded: _Loaded, learn: Learn | None, n_texts: int | None) -> list[dict[str, Any]]:
     """A task for every way to remember and every distance; all read the same."""
     from meristem.evaluate import remember as suite
+    from meristem.evaluate.picture import Share, draw_remembered
 
     data, model = loaded.config.data, loaded.config.model
     span = (model.sliding_window if "sliding_window" in model.reads else None) or data.seq_len
-    texts = suite.tell_facts(loaded.tokenizer, span, n_texts or suite.N_TEXTS, data.validation)
+    how_many = span, n_texts or suite.N_TEXTS, data.validation
+    texts = {"remember": suite.tell_facts(loaded.tokenizer, *how_many)}
+    in_known_words = {"remember-known": suite.tell_facts(loaded.tokenizer, *how_many, is_new=False)}
     chosen = suite.held_out_documents(data.notebook, data.validation, n_texts or suite.N_DOCUMENTS)
-    tasks = []
+    tasks: list[dict[str, Any]] = []
+    told: dict[str, list[Share]] = {}
+    returned: dict[str, list[Share]] = {}
     for name, mode in suite.MODES.items():
         if learn not in (None, mode.learn):
             continue
@@ -257,15 +269,27 @@ def _remember(loaded: _Loaded, learn: Learn | None, n_texts: int | None) -> list
             continue
         reader, batch = how.pop("reader"), how.pop("batch")
         how.pop("loss")
-        found = suite.remember(reader, texts, is_reset=mode.is_reset, batch=batch, **how)
-        for times, measured in zip(suite.SPANS, found, strict=True):
-            tasks.append(_task(f"remember/{name}/{times}", texts.fingerprint, measured.n, measured.figures()))
+        for task, facts in (texts | in_known_words if name == "memory" else texts).items():
+            found = suite.remember(reader, facts, is_reset=mode.is_reset, batch=batch, **how)
+            label = name if task in texts else f"{name}, known words"
+            for times, measured in zip(suite.SPANS, found, strict=True):
+                figures = measured.figures()
+                told.setdefault(label, []).append((span * times, *_interval(figures, "choice")))
+                tasks.append(_task(f"{task}/{name}/{times}", facts.fingerprint, measured.n, figures))
         if mode.is_reset:
             continue
         fingerprint = suite.fingerprint(chosen)
         for distance, (n, n_right) in suite.mentions(reader, chosen, loaded.tokenizer, **how).items():
-            tasks.append(_task(f"mentions/{name}/{distance}", fingerprint, n, suite.share("greedy", n_right, n)))
+            figures = suite.share("greedy", n_right, n)
+            returned.setdefault(name, []).append((distance, *_interval(figures, "greedy")))
+            tasks.append(_task(f"mentions/{name}/{distance}", fingerprint, n, figures))
+    if loaded.picture is not None:
+        draw_remembered(loaded.picture, told, returned, chance=1 / suite.N_FACTS)
     return tasks
+
+
+def _interval(figures: Mapping[str, float], name: str) -> tuple[float, float, float]:
+    return figures[name], figures[f"{name}_low"], figures[f"{name}_high"]
 
 
 def _task(name: str, dataset_fingerprint: str, n: int, figures: dict[str, float]) -> dict[str, Any]:

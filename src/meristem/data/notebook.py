@@ -20,12 +20,16 @@ from typing import Final, TypeVar
 from meristem.data.config import NotebookConfig
 from meristem.data.notebook_words import (
     ATTRIBUTES,
+    CITIES,
     CORRECTIONS,
     ECHOES,
     HELD_OUT,
+    IN_USE,
     LEADS,
     NAMES,
+    NEWS,
     OWN,
+    PLACES,
     REPLIES,
     TITLES,
     UNTOLD,
@@ -49,10 +53,17 @@ FEWEST: Final = 2
 MOST: Final = 128
 """Bounds of the number of facts of a document, drawn log-uniformly; fewer where its length does not allow them."""
 
+FEWEST_ATTRIBUTES: Final = 1
+"""Least number of attributes that a document is about, drawn log-uniformly up to all: where there are few of them only
+the person tells one fact from another."""
+
 CHANGED: Final = 0.15
 RETURNS: Final = 0.75
 STATED: Final = 0.3
 """Of the times a fact comes back: shares that correct it, that are followed by another, that are statements."""
+
+NAMED: Final = 0.5
+"""Share of the corrections that name the value that was."""
 
 TALKED: Final = 0.5
 """Share of the documents that are conversations."""
@@ -63,6 +74,9 @@ SELF: Final = 0.15
 TITLED: Final = 0.15
 """Shares of the sentences that have a lead, of the new facts that are about somebody of whom one is known, and, in a
 conversation, of those that are about whoever speaks, and of the sentences that have a title before the name."""
+
+USUAL: Final = 0.5
+"""Share of the names that are names in use, and least share of the homes that are towns that there are."""
 
 SPEAKER: Final = "I"
 """The subject of these."""
@@ -126,6 +140,11 @@ class Dice:
         """One of them, all as likely."""
         return choices[int(self.share() * len(choices))]
 
+    def some(self, choices: Sequence[T], n: int) -> list[T]:
+        """So many of them, all as likely, none twice."""
+        left = list(choices)
+        return [left.pop(int(self.share() * len(left))) for _ in range(n)]
+
     def between(self, low: float, high: float) -> float:
         """Log-uniform."""
         return low * math.exp(self.share() * math.log(high / low))
@@ -165,15 +184,21 @@ def document(settings: NotebookConfig, validation: float, number: int, done: flo
     dice = Dice(name)
     n_facts = round(dice.between(FEWEST, MOST))
     is_talk = dice.share() < TALKED
-    writer = _Writer(dice, paragraphs(is_held_out, validation), is_held_out, n_facts, is_talk)
+    attributes = dice.some(ATTRIBUTES, round(dice.between(FEWEST_ATTRIBUTES, len(ATTRIBUTES))))
+    writer = _Writer(dice, paragraphs(is_held_out, validation), is_held_out, n_facts, is_talk, attributes)
     writer.write(writer.dice.between(SHORTEST, LONGEST), share)
     return Notebook(name, "".join(writer.parts).encode(), is_held_out, tuple(writer.recalls))
 
 
 @cache
-def names(is_held_out: bool) -> tuple[str, ...]:
-    """The names of one side of the split."""
-    return tuple(name for number, name in enumerate(NAMES) if (number % 8 == 0) == is_held_out)
+def names(is_held_out: bool, is_in_use: bool | None = None) -> tuple[str, ...]:
+    """The names of one side of the split; all, or those that are in use, or those that are not."""
+    first = len(NAMES) - len(IN_USE)
+    return tuple(
+        name
+        for number, name in enumerate(NAMES)
+        if (number % 8 == 3) == is_held_out and is_in_use in (None, number >= first)
+    )
 
 
 @cache
@@ -186,6 +211,11 @@ def wordings(choices: Sequence[str], is_held_out: bool) -> Sequence[str]:
     return choices[-HELD_OUT:] if is_held_out else choices[:-HELD_OUT]
 
 
+def _behind(lead: str, wording: str) -> str:
+    first = wording[0] if wording.startswith("I ") else wording[0].lower()
+    return f"{lead} {first}{wording[1:]}"
+
+
 @dataclass
 class _Writer:
     """A document while it is written. at: its bytes so far; fact_bytes: those that are about facts."""
@@ -195,6 +225,7 @@ class _Writer:
     is_held_out: bool
     most_facts: int
     is_talk: bool
+    attributes: Sequence[Attribute]
     parts: list[str] = field(default_factory=list)
     recalls: list[Recall] = field(default_factory=list)
     facts: dict[tuple[str, str], _Fact] = field(default_factory=dict)
@@ -213,6 +244,8 @@ class _Writer:
                 continue
             else:
                 self._digress()
+        if self.is_talk and not self.parts[-1].endswith("\n"):
+            self._put(f"\n{self.dice.pick(REPLIES)}\n\n", is_fact=True)
 
     def _digress(self) -> None:
         """A paragraph of prose: in a conversation one line, and what is answered."""
@@ -234,8 +267,7 @@ class _Writer:
             title = self.dice.pick(TITLES)
             wording = wording.replace("{s}", f"{title.capitalize() if wording.startswith('{s}') else title} {{s}}")
         if self.dice.share() < LED:
-            first = wording[0] if wording.startswith("I ") else wording[0].lower()
-            wording = f"{self.dice.pick(LEADS)} {first}{wording[1:]}"
+            wording = _behind(self.dice.pick(LEADS), wording)
         return wording, is_new
 
     def _tell(self) -> bool:
@@ -258,17 +290,21 @@ class _Writer:
             return SPEAKER, self.dice.pick(OWN)
         others = [subject for subject, _ in self.facts if subject != SPEAKER]
         if others and self.dice.share() < KNOWN:
-            return self.dice.pick(others), self.dice.pick(ATTRIBUTES)
-        return self._name(), self.dice.pick(ATTRIBUTES)
+            return self.dice.pick(others), self.dice.pick(self.attributes)
+        return self._name(), self.dice.pick(self.attributes)
 
     def _name(self) -> str:
-        return self.dice.pick(names(self.is_held_out and self.dice.share() < 0.5))
+        is_new = self.is_held_out and self.dice.share() < 0.5
+        return self.dice.pick(names(is_new, is_in_use=self.dice.share() < USUAL))
 
     def _value(self, attribute: Attribute, but: str = "") -> str:
         """One that the attribute may have, another than the one given."""
         found = but
         while found == but:
-            found = self.dice.pick(attribute.values) if attribute.values else self._name()
+            values = attribute.values
+            if values is PLACES and self.dice.share() < USUAL:
+                values = CITIES
+            found = self.dice.pick(values) if values else self._name()
         return found
 
     def _come_back(self, fact: _Fact) -> None:
@@ -283,12 +319,7 @@ class _Writer:
     def _mention(self, fact: _Fact) -> bool:
         """The value again, or that it has changed. Always True: something was written."""
         if self.dice.share() < CHANGED:
-            opening, is_new = self._wording(CORRECTIONS)
-            name = fact.attribute.name
-            about = f"my {name}" if fact.subject == SPEAKER else f"the {name} of {{s}}"
-            self._recall(f"About {about}, {opening} ", fact, is_new)
-            fact.value = self._value(fact.attribute, fact.value)
-            fact.last = self._append(self._wording(fact.attribute.statements)[0] + self._ending(), fact)
+            self._correct(fact)
         elif self.dice.share() < STATED:
             wording, is_new = self._sentence(fact.attribute.statements)
             self._recall(wording + self._ending(), fact, is_new)
@@ -304,6 +335,19 @@ class _Writer:
                 return True
         self._respond(fact)
         return True
+
+    def _correct(self, fact: _Fact) -> None:
+        """The value has changed: the old one is named first, or the new one is stated alone."""
+        opening, statement = "", self._wording(fact.attribute.statements)[0]
+        if self.dice.share() < NAMED:
+            opening, is_new = self._wording(CORRECTIONS)
+            name = fact.attribute.name
+            about = f"my {name}" if fact.subject == SPEAKER else f"the {name} of {{s}}"
+            self._recall(f"About {about}, {opening} ", fact, is_new)
+        else:
+            statement = _behind(self.dice.pick(NEWS), statement)
+        fact.value = self._value(fact.attribute, fact.value)
+        fact.last = self._append(statement + self._ending(), fact)
 
     def _ask_untold(self) -> None:
         """A question, in a conversation, of which nothing was said, and that one does not know."""

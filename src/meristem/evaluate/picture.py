@@ -11,6 +11,9 @@ from meristem.errors import MissingExtra
 Point = tuple[int, float]
 """Tokens read, and bits per byte there."""
 
+Share = tuple[int, float, float, float]
+"""A distance, the share that is remembered there, and the bounds of its interval."""
+
 
 def draw_loss(
     path: Path, training: Sequence[Point], held_out: Sequence[Point], baselines: Sequence[tuple[str, float]]
@@ -39,6 +42,32 @@ def draw_reading(path: Path, curves: Mapping[str, Sequence[Point]]) -> None:
     axes.set_xlabel("tokens read")
     axes.set_ylabel("bits per byte of all that was read")
     axes.legend(fontsize="small")
+    write_figure(path, figure)
+
+
+def draw_remembered(
+    path: Path, told: Mapping[str, Sequence[Share]], returned: Mapping[str, Sequence[Share]], *, chance: float
+) -> None:
+    """Write as a PNG what is remembered, a curve for each way, with intervals of 95 %: on the left facts that were told
+    once, over the tokens since; on the right values in documents, over the bytes since they stood there last.
+    """
+    figure = empty_figure(path, 10, 4.5)
+    left, right = figure.subplots(1, 2, sharey=True)
+    colours = {name: f"C{number}" for number, name in enumerate({**told, **returned})}
+    for axes, curves in ((left, told), (right, returned)):
+        for name, points in curves.items():
+            at, share, low, high = zip(*points, strict=True)
+            below, above = ([abs(a - b) for a, b in zip(share, ends, strict=True)] for ends in (low, high))
+            drawn = {"marker": "o", "markersize": 4, "capsize": 2, "color": colours[name]}
+            axes.errorbar(at, share, yerr=(below, above), label=name, **drawn)
+        mark_doublings(axes, sorted({point[0] for points in curves.values() for point in points}))
+        axes.tick_params(axis="x", labelrotation=45)
+    left.axhline(chance, linewidth=0.8, linestyle="--", color="grey", label="chance")
+    left.set_xlabel("tokens since eight facts were told")
+    left.set_ylabel("share remembered")
+    left.set_ylim(0, 1.02)
+    left.legend(fontsize="small")
+    right.set_xlabel("bytes since a value stood in the document, at most")
     write_figure(path, figure)
 
 

@@ -1,4 +1,5 @@
-"""What is remembered of facts that a text gave once: asked after multiples of the attention span, in words held out.
+"""What is remembered of facts that a text gave once: asked after multiples of the attention span, in words held out,
+and beside it in words that were trained on.
 
 Every text tells ``N_FACTS`` facts of one attribute about as many people, with prose of held-out topics before and
 behind. Who knows the values and not whose they are is right once in ``N_FACTS``. Beside it ``mentions`` scores the
@@ -110,8 +111,14 @@ def wilson(n_right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def tell_facts(tokenizer: Tokenizer, span: int, n_texts: int, validation: float, random_seed: int = 0) -> FactTexts:
-    """Texts of one length: prose, the facts, and prose of ``SPANS[-1] * span`` tokens; the same ones for a seed."""
+def tell_facts(
+    tokenizer: Tokenizer, span: int, n_texts: int, validation: float, *, is_new: bool = True, random_seed: int = 0
+) -> FactTexts:
+    """Texts of one length: prose, the facts, and prose of ``SPANS[-1] * span`` tokens; the same ones for a seed.
+
+    is_new: in wordings that no training text has. The names are held out either way. A question is a paragraph of its
+    own.
+    """
     rows, questions, distances = [], [], tuple(span * times for times in SPANS)
     asked_of = [attribute for attribute in ATTRIBUTES if len(attribute.values) >= N_FACTS]
     for number in range(n_texts):
@@ -122,10 +129,10 @@ def tell_facts(tokenizer: Tokenizer, span: int, n_texts: int, validation: float,
         prose = paragraphs(validation > 0, validation)
         facts, asked = "", []
         for place, person in enumerate(people):
-            statement = dice.pick(wordings(attribute.statements, True))
+            statement = dice.pick(wordings(attribute.statements, is_new))
             facts += statement.format(s=person, v=values[place]) + " "
-            query = dice.pick(wordings(attribute.questions, True))
-            asked.append(_question(tokenizer, query.format(s=person, v="{v}"), values, place))
+            query = dice.pick(wordings(attribute.questions, is_new)).format(s=person, v="{v}")
+            asked.append(_question(tokenizer, f"\n\n{query}", values, place))
         behind = _prose(dice, prose, tokenizer, distances[-1])
         before = _prose(dice, prose, tokenizer, 64)
         rows.append((before, tokenizer.encode("\n\n" + facts + "\n\n"), behind[: distances[-1]]))
