@@ -15,7 +15,8 @@ from meristem.checkpoint import store
 from meristem.checkpoint.store import Checkpoint
 from meristem.cli.chat import BLANK_LINE
 from meristem.data.notebook import ANSWER, Dice, paragraphs, wordings
-from meristem.data.notebook_words import ATTRIBUTES, IN_USE
+from meristem.data.notebook_names import IN_USE
+from meristem.data.notebook_words import ATTRIBUTES
 from meristem.events import silent
 from meristem.models.generate import Sampling
 from meristem.models.load import Loaded, load

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from meristem.data.config import DataConfig, NotebookConfig, TokenizerConfig
 from meristem.data.notebook import FARTHEST, HELD_OUT_GAP, document, documents, names, wordings
-from meristem.data.notebook_words import ATTRIBUTES, CITIES, IN_USE, NAMES, NEWS, OWN, TITLES, UNTOLD
+from meristem.data.notebook_names import CITIES, IN_USE, NAMES
+from meristem.data.notebook_phrases import NEWS, TITLES, UNTOLD
+from meristem.data.notebook_words import ATTRIBUTES, OWN
 from meristem.data.prepare import prepare
 from meristem.data.sources import resolve
 from meristem.errors import DataError
@@ -144,7 +146,7 @@ def test_distances_reach_from_a_few_bytes_to_the_farthest(made):
 def test_another_version_of_its_words_is_read_anew():
     """A text that was prepared is taken as it is while its files stay; the modules that write it are among them."""
     paths = {path.name for path in resolve(DataConfig(source="notebook")).paths()}
-    assert paths == {"topics.py", "notebook.py", "notebook_words.py"}
+    assert paths == {"topics.py", "notebook.py", "notebook_names.py", "notebook_phrases.py", "notebook_words.py"}
 
 
 def test_it_is_prepared_as_any_text(tmp_path):

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from meristem.data.config import NotebookConfig
-from meristem.data.notebook_words import ATTRIBUTES, NAMES
+from meristem.data.notebook_names import NAMES
+from meristem.data.notebook_words import ATTRIBUTES
 from meristem.data.tokenizer import byte_tokenizer
 from meristem.device.config import DeviceConfig
 from meristem.device.resolve import resolve

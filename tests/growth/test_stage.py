@@ -20,7 +20,7 @@ def born(stage: Stage = Stage.DORMANT) -> Life:
     return Life(seed="blocks.1#0", slot="blocks.1", origin=ORIGIN, born=0, stage=stage)
 
 
-@pytest.mark.parametrize(("before", "after"), product(Stage, Stage))
+@pytest.mark.parametrize(("before", "after"), list(product(Stage, Stage)))
 def test_k9_every_pair_of_stages_is_as_the_table_says(before: Stage, after: Stage) -> None:
     heard: list[Event] = []
     life = born(before)

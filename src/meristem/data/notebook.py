@@ -18,23 +18,9 @@ from functools import cache
 from typing import Final, TypeVar
 
 from meristem.data.config import NotebookConfig
-from meristem.data.notebook_words import (
-    ATTRIBUTES,
-    CITIES,
-    CORRECTIONS,
-    ECHOES,
-    HELD_OUT,
-    IN_USE,
-    LEADS,
-    NAMES,
-    NEWS,
-    OWN,
-    PLACES,
-    REPLIES,
-    TITLES,
-    UNTOLD,
-    Attribute,
-)
+from meristem.data.notebook_names import CITIES, IN_USE, NAMES, PLACES
+from meristem.data.notebook_phrases import CORRECTIONS, ECHOES, LEADS, NEWS, REPLIES, TITLES, UNTOLD
+from meristem.data.notebook_words import ATTRIBUTES, HELD_OUT, OWN, Attribute
 from meristem.data.split import assign, ratios_for
 from meristem.errors import DataError
 
@@ -301,7 +287,7 @@ class _Writer:
         """One that the attribute may have, another than the one given."""
         found = but
         while found == but:
-            values = attribute.values
+            values: Sequence[str] = attribute.values
             if values is PLACES and self.dice.share() < USUAL:
                 values = CITIES
             found = self.dice.pick(values) if values else self._name()

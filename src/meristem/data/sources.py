@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
 
-from meristem.data import files, notebook, notebook_words
+from meristem.data import files, notebook, notebook_names, notebook_phrases, notebook_words
 from meristem.data.config import DataConfig
 from meristem.data.download import Registered, available, local, registered
 from meristem.errors import DataError
@@ -185,7 +185,8 @@ def _topic_paths() -> list[Path]:
 
 def _notebook_paths() -> list[Path]:
     """Its prose, and the modules that make it: another version of them makes another text."""
-    return [*_topic_paths(), Path(notebook.__file__), Path(notebook_words.__file__)]
+    made_by = (notebook, notebook_names, notebook_phrases, notebook_words)
+    return [*_topic_paths(), *(Path(each.__file__ or "") for each in made_by)]
 
 
 def _registered(data: DataConfig, entry: Registered) -> Iterator[Document]:

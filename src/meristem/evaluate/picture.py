@@ -48,8 +48,8 @@ def draw_reading(path: Path, curves: Mapping[str, Sequence[Point]]) -> None:
 def draw_remembered(
     path: Path, told: Mapping[str, Sequence[Share]], returned: Mapping[str, Sequence[Share]], *, chance: float
 ) -> None:
-    """Write as a PNG what is remembered, a curve for each way, with intervals of 95 %: on the left facts that were told
-    once, over the tokens since; on the right values in documents, over the bytes since they stood there last.
+    """Write as a PNG what is remembered, a curve for each way, with intervals of 95 %: on the left facts that a text
+    gave once, over the tokens since; on the right values in documents, over the bytes since they stood there last.
     """
     figure = empty_figure(path, 10, 4.5)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -63,7 +63,7 @@ def draw_remembered(
         mark_doublings(axes, sorted({point[0] for points in curves.values() for point in points}))
         axes.tick_params(axis="x", labelrotation=45)
     left.axhline(chance, linewidth=0.8, linestyle="--", color="grey", label="chance")
-    left.set_xlabel("tokens since eight facts were told")
+    left.set_xlabel("tokens since the text gave eight facts")
     left.set_ylabel("share remembered")
     left.set_ylim(0, 1.02)
     left.legend(fontsize="small")
