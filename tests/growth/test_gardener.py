@@ -79,6 +79,7 @@ def assert_replays(site: TinySite) -> None:
     assert topology(twin) == topology(site.model)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("n_orders", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_v1_random_legal_orders_keep_every_law(n_orders: int) -> None:
     draw, site, garden = random.Random(7), TinySite.of(*SLOTS), evaluated()
