@@ -18,7 +18,7 @@ from meristem.growth.blend import blending
 from meristem.growth.contribution import ablate, switched
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gates import GateResult
-from meristem.growth.graft import STEP, cost, find_seed, seeds_in, set_blend
+from meristem.growth.graft import STEP, addition, build, cost, find_seed, seeds_in, set_blend
 from meristem.growth.isolation import enter, leave
 from meristem.growth.measure import (
     Gradients,
@@ -154,13 +154,13 @@ def _sanity(garden: Garden, life: Life, site: Site, step: int) -> tuple[gates.Sa
     n_all = sum(each.numel() for each in model.parameters())
     n_host, flops = n_host_parameters(model), site.flops_per_token
     shares = {"params_share": spent.n_parameters / n_host, "flops_share": spent.flops_per_token / max(flops, 1.0)}
-    # ``graft`` probes the seed itself before it is put in, and refuses one that adds anything or is not finite.
+    seed = build(model, place, origin)
     found = replace(
         known,
         params_ratio=(n_all + spent.n_parameters) / n_host,
         flops_ratio=1 + shares["flops_share"],
-        adds=0.0,
-        is_finite=True,
+        adds=addition(seed, place),
+        is_finite=all(bool(each.isfinite().all()) for each in seed.parameters()),
     )
     return found, shares
 

@@ -151,22 +151,28 @@ def _begin(seed: Seed, weights: Mapping[str, Tensor]) -> None:
         own[name].copy_(weight)
 
 
-@torch.no_grad()
 def _probe(seed: Seed, place: Slot) -> None:
     """Raise NonFinite unless the seed adds zero to what it is given."""
+    added = addition(seed, place)
+    if added:
+        raise NonFinite(
+            f"a seed '{seed.origin.blueprint}' for slot '{place.name}' adds {added:.3g} to a probe; expected zero. A "
+            f"blueprint has to begin with a last projection of zeros.",
+            slot=place.name,
+        )
+
+
+@torch.no_grad()
+def addition(seed: Seed, place: Slot) -> float:
+    """The most that a seed adds to a hidden number of a probe, NaN where that is none; 0 of one without numbers."""
     like = next(seed.layer.parameters())
     if like.is_meta:
-        return
+        return 0.0
     generator = stream(0, "growth.probe")
     drawn = [torch.randn(2, 5, width, generator=generator).to(like.device, like.dtype) for width in place.widths]
     host = drawn[0] if place.reads == "output" else drawn[1]
     after, _ = seed(host, drawn[0], None, None)
-    if not torch.equal(after, host):
-        raise NonFinite(
-            f"a seed '{seed.origin.blueprint}' for slot '{place.name}' adds {float((after - host).abs().max()):.3g} to "
-            f"a probe; expected zero. A blueprint has to begin with a last projection of zeros.",
-            slot=place.name,
-        )
+    return float((after - host).abs().max())
 
 
 def remove(model: nn.Module, slot: str, *, emit: Emit = silent) -> Seed:
