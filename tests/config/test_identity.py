@@ -43,9 +43,10 @@ def changed(tree: ConfigSection, path: tuple[str, ...]) -> ConfigSection:
 
 
 def test_key_makes_another_run_unless_it_is_declared_outside():
-    """Each key is changed alone."""
-    usual = identity(Config())
-    kept = {path for path in KEYS if identity(changed(Config(), path)) == usual}
+    """Each key is changed alone, in a run that grows: of one that does not, what is said of growth is outside."""
+    grows = changed(Config(), ("grow", "enabled"))
+    kept = {path for path in KEYS if identity(changed(grows, path)) == identity(grows)}
+    assert identity(changed(Config(), ("grow", "boundary_every"))) == identity(Config())
     assert kept == {path for path, is_outside in KEYS.items() if is_outside}
 
 

@@ -32,7 +32,7 @@ GROWS = (
     *TINY,
     "grow.enabled=true",
     "grow.slots=[blocks.1]",
-    "grow.warmup_steps=0",
+    "grow.seed_warmup=0",
     "grow.shadow_every=1",
     "grow.boundary_every=2",
     "grow.blend_steps=4",

@@ -71,7 +71,7 @@ def test_g2_the_loss_stays_beside_that_of_the_twin(text, tmp_path, blueprint, op
     settings = {"memory": "{head_dim: 4, chunk: 3}"}.get(blueprint, "{}")
     how = f"{{name: schedule, settings: {{steps: [8], way: joint, blueprint: {blueprint}, settings: {settings}}}}}"
     more = (f"optim.name={optimizer}", "train.steps=40", "eval.every=8")
-    grown = growing(text, *more, "grow.warmup_steps=100", "grow.gates.training_steps=1000", policy=how)
+    grown = growing(text, *more, "grow.seed_warmup=100", "grow.gates.training_steps=1000", policy=how)
     grow(grown, run_dir=tmp_path / "grown")
     pretrain(config(text, *TINY, *more, preset="titans-mag"), run_dir=tmp_path / "twin")
     found, twin = held_out(tmp_path / "grown"), held_out(tmp_path / "twin")

@@ -3,7 +3,7 @@
 They stand below the room that reads them: that needs torch, and settings are checked before it is loaded.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,8 @@ class Blending(ConfigSection):
 class Limit(ConfigSection):
     """Two marks of one number, reached from below; null: no mark."""
 
+    outside_identity: ClassVar = frozenset()
+
     downgrade: float | None = Field(default=None, description="From here on only what changes no structure.")
     pause: float | None = Field(default=None, description="From here on nothing.")
 
@@ -42,6 +44,8 @@ class Limit(ConfigSection):
 
 class RiskConfig(ConfigSection):
     """What holds a proposal up. Each limit is of the metric of its name in the reading."""
+
+    outside_identity: ClassVar = frozenset()
 
     policy_risk: Limit = Field(Limit(downgrade=0.85, pause=0.98), description="1 less the confidence of the policy.")
     blueprint_risk: Limit = Field(Limit(downgrade=0.5, pause=0.8), description="Of the blueprint, from 0 to 1.")
@@ -73,8 +77,12 @@ class RiskConfig(ConfigSection):
 class GrowPolicyConfig(ConfigSection):
     """What decides when, where and what to grow, and how far it is trusted."""
 
+    outside_identity: ClassVar = frozenset()
+
     name: str = Field(default="heuristic", description="The policy: see `meristem plugins`.")
-    settings: dict[str, Any] = Field(default_factory=dict, description="Settings of the policy.")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="Settings of the policy.", examples=[{"flat_nats": 0.01}]
+    )
     inference_budget_ms: Annotated[float, Field(gt=0, le=60_000)] = Field(
         default=50.0, description="How long a policy of a plugin may take to answer; ours are not timed."
     )
@@ -91,6 +99,8 @@ class GrowPolicyConfig(ConfigSection):
 
 class GatesConfig(ConfigSection):
     """What a seed has to show before it goes on (growth.md 13). Losses are in nats per token."""
+
+    outside_identity: ClassVar = frozenset()
 
     training_steps: int = Field(
         default=200, ge=1, description="G2: steps for which a seed learns before it is blended in"
@@ -121,6 +131,8 @@ class GatesConfig(ConfigSection):
 class GrowConfig(ConfigSection):
     """Growth in a run: `meristem grow` switches it on."""
 
+    outside_identity: ClassVar = frozenset()
+
     enabled: bool = Field(default=False, description="whether the run grows")
     slots: tuple[str, ...] = Field(
         default=("blocks.*",), min_length=1, description="modules that get a slot, by name; * is one part of a name"
@@ -128,7 +140,7 @@ class GrowConfig(ConfigSection):
     reads: Literal["output", "input"] = Field(default="output", description="what a seed reads of its module")
     policy: GrowPolicyConfig = GrowPolicyConfig()
     rate_scale: float = Field(default=1.0, gt=0, description="learning rate of a seed, by that of its host")
-    warmup_steps: int = Field(default=100, ge=0, description="steps until the learning rate of a seed has risen to it")
+    seed_warmup: int = Field(default=100, ge=0, description="steps until the learning rate of a seed has risen to it")
     shadow_every: int = Field(default=8, ge=1, description="steps between two shadow passes")
     boundary_every: int = Field(default=50, ge=1, description="steps between two readings of the run")
     max_open: int = Field(default=4, ge=1, description="seeds on their way at once")

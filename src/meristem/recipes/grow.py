@@ -460,7 +460,7 @@ class RunSite:
                 emit=self._run.emit,
             )
         optimizer, part = cast(MultiPeriodOptimizer, receipt.optimizer), config.grow
-        joining = SeedSettings(part.rate_scale, part.warmup_steps, since=optimizer.clock.count)
+        joining = SeedSettings(part.rate_scale, part.seed_warmup, since=optimizer.clock.count)
         optimizer.settings |= dict.fromkeys(optimizer.settings.keys() - state.optimizer.settings.keys(), joining)
         self._job.state = replace(
             state, model=receipt.model, optimizer=optimizer, engine=alone(receipt.model), topology=receipt.topology
