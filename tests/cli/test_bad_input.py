@@ -110,6 +110,13 @@ READING = [
     ["data", "tokenizer", "decode", "PATH", "65"],
     ["bench", "evidence", "--config", "PATH", "--out", "PLACE"],
     ["train", *TINY, "--no-plan", "--run-dir", "PLACE", "--resume", "PATH"],
+    ["grow", "run", "PATH", "--run-dir", "PLACE"],
+    ["grow", "report", "PATH"],
+    ["grow", "library", "ls", "PATH"],
+    ["grow", "library", "show", "PATH", "ada"],
+    ["grow", "library", "put", "PATH", "ada", "GOOD", "--slot", "blocks.0"],
+    ["grow", "library", "put", "PLACE", "ada", "PATH", "--slot", "blocks.0"],
+    ["grow", "library", "certify", "PATH", "ada", "GOOD", "--slot", "blocks.0"],
 ]
 KINDS = (
     "missing below-missing file below-file directory directory-as-yaml not-writable long long-yaml very-long empty nul "

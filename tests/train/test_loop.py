@@ -487,7 +487,8 @@ def test_one_place_computes_gradients():
         for path in package.rglob("*.py")
         if ".backward(" in path.read_text() and "bench" not in path.parts
     }
-    assert callers == {"train/backward", "device/resolve"}
+    # Certificates train a copy of a seed on noise, which no run is made of.
+    assert callers == {"train/backward", "device/resolve", "growth/certify"}
 
 
 class WithSpare(nn.Module):

@@ -40,7 +40,7 @@ PUBLIC = {
     },
     "profile": {"N_ROWS", "PHASES", "Tick", "activities", "profiled", "table"},
     "progress": {"Progress"},
-    "state": {"Held", "Holder", "TrainingState"},
+    "state": {"Held", "Holder", "Saved", "TrainingState"},
     "rollback": {
         *("Tier", "TierName", "Act", "Attempt", "restore", "Rollbacks", "Latency"),
         *("FAST", "FULL", "BOUNDS_S", "USUAL", "SOUND_AFTER", "MOST_IN_ROW", "n_snapshots", "most_bytes"),
