@@ -38,6 +38,8 @@ TTL_S: Final = 300.0
 N_FETCHES: Final = 2
 METADATA_S: Final = 5.0
 FETCH_S: Final = 30.0
+START_S: Final = 60.0
+"""How long a process may take to start; only what it does then has the shorter deadlines."""
 WITHIN_S: Final = 60.0
 HERE: Final = "meristem.checkpoint.catalog"
 REASONS: Final = {
@@ -100,13 +102,13 @@ class Processes:
     def changes(self, since: int) -> tuple[int, list[dict[str, Any]]]:
         """As ``Source`` says; raises WorkerError."""
         payload = {"place": self._place, "since": since}
-        at, found = self._metadata.call(f"{HERE}:changes_in", payload, self._metadata_s, expects=list)
+        at, found = _call(self._metadata, "changes_in", payload, self._metadata_s, list)
         return at, found
 
     def row(self, name: str) -> dict[str, Any]:
         """As ``Source`` says; raises WorkerError."""
         payload = {"place": self._place, "name": name}
-        found: dict[str, Any] = self._metadata.call(f"{HERE}:row_in", payload, self._metadata_s, expects=dict)
+        found: dict[str, Any] = _call(self._metadata, "row_in", payload, self._metadata_s, dict)
         return found
 
     def tensors(self, row: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -116,7 +118,7 @@ class Processes:
         payload = {"place": self._place, "row": dict(row), "to": self._copies.name}
         worker = self._free.get()
         try:
-            copy = Path(worker.call(f"{HERE}:copy_in", payload, self._fetch_s, expects=str))
+            copy = Path(_call(worker, "copy_in", payload, self._fetch_s, str))
             content = copy.read_bytes()
             copy.unlink()
         finally:
@@ -129,6 +131,12 @@ class Processes:
         for worker in (self._metadata, *self._fetching):
             worker.stop()
         self._copies.cleanup()
+
+
+def _call(worker: Worker, name: str, payload: Mapping[str, Any], deadline_s: float, expects: type) -> Any:
+    """What a function of ``HERE`` gives in the process of a worker, once that has started."""
+    worker.ready(START_S)
+    return worker.call(f"{HERE}:{name}", payload, deadline_s, expects=expects)
 
 
 class Loader:
