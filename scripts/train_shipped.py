@@ -11,6 +11,8 @@ import argparse
 import re
 from pathlib import Path
 
+import torch
+
 from meristem.checkpoint import store
 from meristem.checkpoint.store import Checkpoint
 from meristem.cli.chat import BLANK_LINE
@@ -30,6 +32,9 @@ SETTINGS = Path(__file__).with_name("shipped.yaml")
 KEPT = ("run", "tokens", "config_sha256", "code", "tokenizer_fingerprint", "dataset_fingerprint", "metrics")
 """Fields of the manifest that say where the weights are from."""
 
+HALF = ("embedding.weight", "head.weight")
+"""Tensors that are kept in bfloat16, so that all fits into eight megabytes; a reader has them in float32 again."""
+
 N_FACTS = 72
 """Facts that one figure is the mean of."""
 
@@ -38,10 +43,12 @@ def put(trained: Checkpoint, directory: Path) -> Path:
     """Write what a reader needs of a checkpoint, without what only a training goes on from."""
     for entry in store.entries(directory):
         store.delete(entry.path)
+    weights = trained.tree("model")
+    weights |= {name: weights[name].to(torch.bfloat16) for name in HALF}
     return store.save(
         directory,
         step=trained.step,
-        trees={"model": trained.tree("model")},
+        trees={"model": weights},
         values={name: trained.value(name) for name in ("learn", "device") if trained.has(name)},
         files={name: trained.file(name) for name in ("config.yaml", "tokenizer.json")},
         header={name: trained.manifest[name] for name in KEPT} | {"reason": "final"},

@@ -1,6 +1,7 @@
 """From a checkpoint to a model that can be talked to."""
 
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,13 +94,16 @@ def topology_of(checkpoint: Checkpoint) -> Topology:
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Copy the saved weights into a model, whose parameters stay where they are and take the saved precision; what a
-    model keeps in float32 is never narrower. Raises what ``fitting`` does.
+    """Copy the saved weights into a model, whose parameters stay where they are and take the widest precision that is
+    saved; what a model keeps in float32 is never narrower. Raises what ``fitting`` does.
     """
     weights = fitting(model, weights, checkpoint)
     stays = float32_ids(model)
+    # A file may hold some of them in fewer bits than they are used with.
+    others = [weights[name].dtype for name, parameter in model.named_parameters() if id(parameter) not in stays]
+    dtype = reduce(torch.promote_types, others, others[0]) if others else torch.float32
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(wide(weights[name].dtype) if id(parameter) in stays else weights[name].dtype)
+        parameter.data = parameter.data.to(wide(weights[name].dtype) if id(parameter) in stays else dtype)
     model.load_state_dict(weights)
 
 

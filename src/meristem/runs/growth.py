@@ -174,14 +174,16 @@ def draw_lives(path: Path, run_dir: Path, lives: Sequence[LifeReport], emit: Emi
         if each.blend:
             steps, weights = zip(*each.blend, strict=True)
             below.plot(steps, [place + 0.3 - 0.6 * weight for weight in weights], color="black", linewidth=0.8)
-        below.text(
-            each.life.born, place - 0.36, f" {each.life.origin.blueprint}: {each.outcome}", fontsize=7, va="bottom"
+        side, words = (
+            ("right" if each.life.born > last / 2 else "left"),
+            f"{each.life.origin.blueprint}: {each.outcome}",
         )
+        below.text(each.life.born, place - 0.36, words, fontsize=7, va="bottom", ha=side)
     below.set_yticks(range(len(lives)), [each.life.seed for each in lives])
     below.set_ylim(max(len(lives), 1) - 0.4, -0.7)
     below.set_xlabel("steps; the black line is the blend weight, from 0 at the bottom of a bar to 1 at its top")
     if seen:
-        below.legend(fontsize="x-small", ncols=min(len(seen), 5), loc="upper left", bbox_to_anchor=(0, -0.25))
+        below.legend(fontsize="x-small", ncols=min(len(seen), 5), loc="upper left", bbox_to_anchor=(0, -0.12))
     if above.lines:
         above.legend(fontsize="small")
     write_figure(path, figure)
