@@ -49,7 +49,7 @@ class _WithDefault(TyperGroup):
 
 app = typer.Typer(
     cls=_WithDefault,
-    help="Train with growth: `meristem grow PRESET_OR_FILE [a.b=c ...]`, which is short for `grow run`.",
+    help=r"Train with growth: `meristem grow PRESET_OR_FILE \[a.b=c ...]`, which is short for `grow run`.",
     no_args_is_help=True,
 )
 app.add_typer(library.app, name="library")
