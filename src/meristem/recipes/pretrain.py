@@ -347,9 +347,12 @@ def training_steps(job: Job, companion: Companion = ALONE) -> Iterator[Step]:
         aggregate=config.aggregate,
         beside=companion.beside,
     )
-    while not job.state.progress.is_over(config.train):
+    if not job.state.progress.is_over(config.train):
         companion.before()
-        yield next(made)
+    for step in made:  # to its end: what the last step failed by is raised there
+        yield step
+        if not job.state.progress.is_over(config.train):
+            companion.before()
 
 
 def evaluate_and_save(
