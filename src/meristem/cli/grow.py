@@ -1,7 +1,7 @@
 """`meristem grow`: a run that grows, and the life of every seed of one."""
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from meristem.cli import complete, library
 from meristem.cli import train as training
 from meristem.cli.answer import Json, Overrides, Preset, columns, json_line, tell
+from meristem.cli.train import DryRun, NoPlan, Processes, Resume, RunDir
 
 DEMO: Final = (
     "train.max_time=3m",
@@ -35,13 +36,13 @@ DEMO: Final = (
     "grow.gates.recovery_steps=40",
     "grow.gates.recovery=if_room",
 )
-"""Settings by which a whole life passes within three minutes of the default text."""
+"""Settings by which seeds are tried and judged within three minutes of the default text."""
 
 
 class _WithDefault(TyperGroup):
     """A verb below which `run` may be left out: any word that is no verb begins its arguments."""
 
-    def resolve_command(self, ctx, args):  # type: ignore[no-untyped-def]
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # the types are private to typer
         if args and args[0] not in self.commands:
             args = ["run", *args]
         return super().resolve_command(ctx, args)
@@ -59,18 +60,12 @@ app.add_typer(library.app, name="library")
 def run(
     preset: Preset,
     overrides: Overrides = None,
-    demo: Annotated[bool, typer.Option("--demo", help="A small model for three minutes, with a whole life.")] = False,
-    resume: Annotated[
-        str, typer.Option("--resume", metavar="auto|must|never|PATH", help="Whether to go on from a checkpoint.")
-    ] = "auto",
-    run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Where the run is written; by default one under run.dir.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and stop, as `meristem plan` does.")] = False,
-    no_plan: Annotated[bool, typer.Option("--no-plan", help="Start without a check whether it can work.")] = False,
-    n_processes: Annotated[
-        int, typer.Option("--nproc", min=1, help="Processes on this machine that share each batch.")
-    ] = 1,
+    demo: Annotated[bool, typer.Option("--demo", help="A small model for three minutes, and short lives.")] = False,
+    resume: Resume = "auto",
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    no_plan: NoPlan = False,
+    n_processes: Processes = 1,
     as_json: Json = False,
 ) -> None:
     """Train as `meristem train` does, and give the model new parts where they help. The word `run` may be left out.

@@ -16,20 +16,25 @@ if TYPE_CHECKING:
     from meristem.sinks.console import Console
 
 
+Resume = Annotated[
+    str, typer.Option("--resume", metavar="auto|must|never|PATH", help="Whether to go on from a checkpoint.")
+]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", help="Where the run is written; by default one under run.dir.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and stop, as `meristem plan` does.")]
+NoPlan = Annotated[bool, typer.Option("--no-plan", help="Start without a check whether it can work.")]
+Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine that share each batch.")]
+
+
 def train(
     preset: Preset,
     overrides: Overrides = None,
-    resume: Annotated[
-        str, typer.Option("--resume", metavar="auto|must|never|PATH", help="Whether to go on from a checkpoint.")
-    ] = "auto",
-    run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Where the run is written; by default one under run.dir.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and stop, as `meristem plan` does.")] = False,
-    no_plan: Annotated[bool, typer.Option("--no-plan", help="Start without a check whether it can work.")] = False,
-    n_processes: Annotated[
-        int, typer.Option("--nproc", min=1, help="Processes on this machine that share each batch.")
-    ] = 1,
+    resume: Resume = "auto",
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    no_plan: NoPlan = False,
+    n_processes: Processes = 1,
     as_json: Json = False,
 ) -> None:
     """Prepare the text, train, evaluate, keep checkpoints, write samples. Ctrl-C leaves a checkpoint to go on from.

@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import importlib.util
+import inspect
 import io
 import itertools
 import os
@@ -186,7 +187,7 @@ def _topic_paths() -> list[Path]:
 def _notebook_paths() -> list[Path]:
     """Its prose, and the modules that make it: another version of them makes another text."""
     made_by = (notebook, notebook_names, notebook_phrases, notebook_words)
-    return [*_topic_paths(), *(Path(each.__file__ or "") for each in made_by)]
+    return [*_topic_paths(), *(Path(inspect.getfile(each)) for each in made_by)]
 
 
 def _registered(data: DataConfig, entry: Registered) -> Iterator[Document]:

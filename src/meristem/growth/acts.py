@@ -34,7 +34,7 @@ from meristem.growth.measure import (
 from meristem.growth.plan import Plan, plan_graft, plan_remove
 from meristem.growth.report import GrowthReport, outcome_of
 from meristem.growth.seed import Origin
-from meristem.growth.stage import LIVE, Life, Paired, Stage, Way, move
+from meristem.growth.stage import LIVE, Life, Paired, Stage, move
 from meristem.growth.surgery.fold import plan_fossilize
 from meristem.models.growing import Blending, GrowConfig
 
@@ -106,8 +106,7 @@ def germinate(garden: Garden, order: Order, site: Site, config: GrowConfig, step
     """Put a seed into its slot, switched off; a seed that G0 refuses is not put in, and the slot is locked."""
     blend = blending(order.blend, config.blending)
     origin = Origin.of(order.blueprint or "", order.settings, blend=blend.name, random_seed=order.random_seed)
-    way: Way = order.way  # type: ignore[assignment]
-    life = Life(seed=order.seed, slot=order.slot, origin=origin, born=step, way=way, since=step)
+    life = Life(seed=order.seed, slot=order.slot, origin=origin, born=step, way=order.way, since=step)
     found, shares = _sanity(garden, life, site, step)
     result = gates.sanity(
         life, found, params_ratio=config.params_ratio, flops_ratio=config.flops_ratio, step=step

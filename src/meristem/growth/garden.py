@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 from meristem.growth.gates import GateResult
 from meristem.growth.observe import HeldOut, Trial
 from meristem.growth.risk import Latch
-from meristem.growth.stage import Life, Stage
+from meristem.growth.stage import Life, Stage, Way
 from meristem.worker.breaker import Breaker
 
 BACKOFF_MOST: Final = 16
@@ -54,7 +54,7 @@ class Order:
     blueprint: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     blend: str = "residual"
-    way: str = "shadow"
+    way: Way = "shadow"
     random_seed: int = 0
 
     def to_json(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """From the batches of a step to gradients, in as few pieces as the device has room for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -109,7 +109,10 @@ def read_again(
     beside = replace(state.engine, model=state.model, micro_batch=lambda is_last: nullcontext())
     n_rows = max(batch.tokens_bt.shape[0] for batch in batches)
     n_pieces = min(state.progress.n_micro_batches, n_rows)
-    sums = lambda losses: take(total(losses, by))  # noqa: E731
+
+    def sums(losses: Mapping[str, torch.Tensor]) -> None:
+        take(total(losses, by))
+
     return _read(beside, batches, memory, device, n_pieces, sums, teacher)[0]
 
 
