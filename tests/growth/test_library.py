@@ -370,6 +370,7 @@ def test_ta5_what_fails_in_the_middle_leaves_what_was(library: Library, monkeypa
     with pytest.raises(RunInUse, match="another process has been writing"):
         impatient.put("t", origin={}, trust="safe")
     raw.execute("ROLLBACK")
+    raw.close()
     assert impatient.put("t", origin={}, trust="safe") == 1
     impatient.close()
 
@@ -431,6 +432,7 @@ def test_no_code_is_stored(library: Library) -> None:
     for table in tables:
         for row in raw.execute(f"SELECT * FROM {table}"):
             assert all(isinstance(value, int | float | str | None) for value in row)
+    raw.close()
     length = int.from_bytes(file.read_bytes()[:8], "little")
     assert "layer.out.weight" in json.loads(file.read_bytes()[8 : 8 + length])
 

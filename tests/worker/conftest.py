@@ -1,6 +1,8 @@
 """Ways to see what became of a process."""
 
+import gc
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -32,6 +34,16 @@ def eventually():
             time.sleep(0.005)
 
     return wait
+
+
+@pytest.fixture
+def n_open():
+    """Counts open descriptors, where the system tells, and threads. What earlier tests have left to the garbage
+    collector is closed first: it would go while this one counts.
+    """
+    gc.collect()
+    place = "/proc/self/fd"
+    return lambda: (len(os.listdir(place)) if os.path.isdir(place) else 0, threading.active_count())
 
 
 @pytest.fixture

@@ -194,18 +194,14 @@ def test_an_interrupted_caller_takes_the_process_with_it(worker, gone, eventuall
     gone(*map(int, place.read_text().split()))
 
 
-def test_losses_leave_no_descriptor_behind(worker):
+def test_losses_leave_no_descriptor_behind(worker, n_open):
     """Twenty processes lost and replaced: as many open files and threads as before."""
-
-    def n_open():
-        worker.ready(AMPLE_S)
-        n_files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-        return n_files, threading.active_count()
-
+    worker.ready(AMPLE_S)
     before = n_open()
     for _ in range(20):
         with pytest.raises(WorkerDied):
             worker.call(f"{HERE}:leave", 0, AMPLE_S)
+    worker.ready(AMPLE_S)
     assert n_open() == before
 
 
