@@ -54,6 +54,12 @@ Note for {{s}}: {what} {v}.
 About {{s}}: the {what} is {v}.
 {{s}}, {what}: {v}.
 It is known that the {what} of {{s}} is {v}.
+{{s}} calls {v} the right {what}.
+In the list {{s}} stands with {v} as the {what}.
+Concerning {{s}}, the {what} would be {v}.
+The right {what} for {{s}} is {v}.
+{{s}} will tell anybody that the {what} is {v}.
+The {what} belonging to {{s}} is {v}.
 {{s}} told me the {what}: {v}.
 The {what} that {{s}} gave was {v}.
 Write down for {{s}} that the {what} is {v}.
@@ -80,6 +86,19 @@ And {{s}}, which {what}? That is {v}.
 The {what} of {{s}}, please? That is {v}.
 {{s}}, {what}? {v}.
 Is the {what} of {{s}} known? It is {v}.
+How about {{s}}'s {what}? It is {v}.
+What about the {what} of {{s}}? That is {v}.
+{{s}} has which {what}? {v}.
+I would like to know {{s}}'s {what}. That is {v}.
+Please tell me the {what} of {{s}}. It is {v}.
+Somebody asked about {{s}}'s {what}. They can hear it: {v}.
+Have I told you {{s}}'s {what}? You have: {v}.
+Which {what} did I say {{s}} has? You mentioned {v}.
+What would you call {{s}}'s {what}? I call it {v}.
+Does anybody know {{s}}'s {what}? Everybody does: {v}.
+Guess the {what} of {{s}}. My guess is {v}.
+What is it that {{s}} has as {a} {what}? Simply {v}.
+Name {{s}}'s {what}. Here it is: {v}.
 Say the {what} of {{s}}. It is {v}.
 What did {{s}} give as the {what}? It was {v}.
 And if they want the {what} of {{s}}? It is {v}.
@@ -119,6 +138,18 @@ Letters for {s} go to {v}.
 The house of {s} stands in {v}.
 The town of {s} is {v}.
 {s} went to live in {v}.
+{s} rents a room in {v}.
+{s} found a home in {v}.
+{s} spends every winter in {v}.
+{s} built a house in {v}.
+{s} grew old in {v}.
+{s} keeps a garden in {v}.
+{s} belongs to {v}.
+{s} never leaves {v}.
+{s} dwells in {v}.
+To visit {s} we went to {v}.
+The train to {s} goes to {v}.
+{s}, town: {v}.
 One meets {s} in {v}.
 Home, for {s}, means {v}.
 These days {s} resides in {v}.""",
@@ -145,6 +176,16 @@ And {s}, which town? That is {v}.
 Where is {s} from? From {v}.
 Where does {s} come from? From {v}.
 Where is {s} at home? In {v}.
+Where is the home of {s}? They told me in {v}.
+How about {s}, where is that home? Somewhere in {v}.
+Does {s} live in a town? Yes, that of {v}.
+Where should I send a letter to {s}? Send it to {v}.
+Where did I say {s} lives? You mentioned {v}.
+Where might {s} be found? Try {v}.
+I would like to visit {s}. Then go to {v}.
+Which place is home to {s}? That place is {v}.
+Where does one go to meet {s}? One goes to {v}.
+Name the town of {s}. Here it is: {v}.
 What is the town of {s}? It is {v}.
 {s}, which town? {v}.
 Who knows where {s} lives? I do: in {v}.
@@ -206,6 +247,12 @@ What has {s} become? A {v}.
 What is {s} known as? As a {v}.
 As what was {s} trained? As a {v}.
 Is the trade of {s} known? That of a {v}.
+How about the trade of {s}? Simply a {v}.
+What did I say {s} does? You mentioned a {v}.
+What would you call {s}? I call {s} a {v}.
+Name the trade of {s}. Here it is: a {v}.
+Guess the trade of {s}. My guess is a {v}.
+What is {s} paid for? For the work of a {v}.
 Who remembers the work of {s}? I do: a {v}.
 What was {s} hired as? As a {v}.
 What does {s} do for a living? The work of a {v}.""",
