@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 
 from meristem.data.config import NotebookConfig
 from meristem.data.notebook_names import CITIES, IN_USE, NAMES, PLACES
+from meristem.data.notebook_own import OWN
 from meristem.data.notebook_phrases import (
     ADDED,
     ASKING,
@@ -32,7 +33,7 @@ from meristem.data.notebook_phrases import (
     TITLES,
     UNTOLD,
 )
-from meristem.data.notebook_words import ATTRIBUTES, HELD_OUT, OWN, Attribute
+from meristem.data.notebook_words import ATTRIBUTES, HELD_OUT, Attribute
 from meristem.data.split import assign, ratios_for
 from meristem.errors import DataError
 
