@@ -124,7 +124,7 @@ def write_report(
 def go_on(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
     """Commands that make sense now, and what they do."""
     place = run.directory
-    lengths = [f"train.{name}={2 * value}" for name in ("steps", "tokens") if (value := getattr(train, name))]
+    lengths = [f"train.{name}={2 * value}" for name in ("steps", "tokens", "flops") if (value := getattr(train, name))]
     return [
         (f"meristem chat {place}", "talks with the model; its memory learns from what is said"),
         (f'meristem sample {place} --prompt "..."', "lets it write on from a text"),
