@@ -8,12 +8,14 @@ import pytest
 
 from bench.evidences import listed, tables
 from meristem.bench import trial as trials_module
+from meristem.bench.estimate import estimate, paired, said
 from meristem.bench.evidence import Group, cells, groups, n_parameters, of_one_size, read_evidence
 from meristem.bench.picture import plot_table
 from meristem.bench.reading import reading_figures
-from meristem.bench.study import best_rate, rate_trials, result_of, seed_trials, study
+from meristem.bench.study import result_of, seed_trials, study
 from meristem.bench.trial import Measures, Outcome, recall_figures, run_trials
-from meristem.bench.verdict import estimate, page, paired, said, sentences
+from meristem.bench.tuned import best_rate, rate_trials
+from meristem.bench.verdict import page, sentences
 from meristem.data.config import DataConfig
 from meristem.data.tokenizer import byte_tokenizer
 from meristem.device.resolve import resolve

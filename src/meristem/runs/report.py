@@ -1,6 +1,6 @@
 """What is said about a run when it is over: samples, the report and how to go on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -136,7 +136,7 @@ def go_on(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
     ]
 
 
-def _draw(run: Run, records: list[dict[str, Any]], scale: list[Baseline], readings: Mapping[str, list[Point]]) -> bool:
+def _draw(run: Run, records: list[dict[str, Any]], scale: Sequence[Baseline], readings: Mapping[str, list[Point]]) -> bool:
     try:
         draw_loss(
             run.directory / "loss.png",
