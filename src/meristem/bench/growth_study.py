@@ -10,7 +10,7 @@ import orjson
 from meristem.bench.growth import ArmCell, GrowthConfig, arm_cells, read_growth
 from meristem.bench.growth_verdict import growth_page, is_worth_it, measured, verdict
 from meristem.bench.picture import plot_growth
-from meristem.bench.trial import Outcome, Trial
+from meristem.bench.trial import Outcome, Trial, running
 from meristem.bench.tuned import Known, Result, origin, read_known, result_of, run_missing, trials_of
 from meristem.checkpoint.atomic import write_atomic
 from meristem.device.describe import code_version, hardware
@@ -31,10 +31,11 @@ def growth_study(config: Path, out: Path, *, jobs: int, command: str, say: Calla
     def keep() -> dict[str, Any]:
         return write_growth(out, tree, planned, known, command)
 
-    for budget in tree.budgets:
-        cells = [cell for cell in planned if cell.budget == budget]
-        say(f"{budget}:")
-        run_missing(partial(_trials, tree, cells), known, jobs=jobs, say=say, keep=keep)
+    with running(jobs) as run:
+        for budget in tree.budgets:
+            cells = [cell for cell in planned if cell.budget == budget]
+            say(f"{budget}:")
+            run_missing(partial(_trials, tree, cells), known, run=run, say=say, keep=keep)
     n_stale = len(known) - len(keep()["outcomes"])
     say(f"{len(known)} runs are known, none is missing; {n_stale} of other settings are left out")
     results = results_of(tree, planned, known)

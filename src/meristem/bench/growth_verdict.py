@@ -239,15 +239,15 @@ def growth_page(config: GrowthConfig, results: Results, *, title: str, picture: 
     lines += [
         "",
         "**Equal cost.** All arms under a budget end when they have spent its floating-point operations: every pass of "
-        "the host and of seeds, every gate, probe and check, and evaluation for arms that decide by it. A step counts as "
-        "three forward passes. The learning rate warms up, and falls along a cosine to "
+        "the host and of seeds, every gate, probe and check, and evaluation for arms that decide by it. A step counts "
+        "as three forward passes. The learning rate warms up, and falls along a cosine to "
         f"{_floor(results)} of it at the end of the budget. Tuned alike: {tuning_words(config)} What is new in a grown "
         f"model has its own moments and warm-up. `{config.large}` has the last size of the grown arms from the "
         "beginning: it is both *larger from scratch* and *static final shape*.",
         "",
         f"**Figures** are means over {len(config.seeds)} seeds ± half of a 95 % interval (Student's t); differences "
-        "are paired by seed, whose runs read the same text in the same order. Bits per byte are of held-out text at the "
-        "end; less is better. *Saved* is the share of the budget that an arm does not need to reach the last loss of "
+        "are paired by seed, whose runs read the same text in the same order. Bits per byte are of held-out text at "
+        "the end; less is better. *Saved* is the share of the budget that an arm does not need to reach the last loss of "
         f"`{config.large}`, of the same seed. Seconds are of the whole run, evaluation included, on a machine that did "
         "other work beside.",
     ]

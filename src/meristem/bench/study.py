@@ -9,7 +9,7 @@ import orjson
 from meristem.bench import tuned
 from meristem.bench.evidence import Cell, EvidenceConfig, cells, groups, read_evidence
 from meristem.bench.picture import plot_table
-from meristem.bench.trial import Measures, Trial
+from meristem.bench.trial import Measures, Trial, running
 from meristem.bench.tuned import Known, Result, origin, read_known, run_missing, trials_of
 from meristem.bench.verdict import page, sentences
 from meristem.checkpoint.atomic import write_atomic
@@ -31,13 +31,14 @@ def study(
     known = read_known(out.with_suffix(".json"), SCHEMA)
     planned = [cell for group in groups(tree) for cell in cells(tree, group)]
     asked = [cell for cell in planned if cell.group in chosen]
-    run_missing(
-        lambda known: (trial for cell in asked for trial in _trials(tree, cell, known)),
-        known,
-        jobs=jobs,
-        say=say,
-        keep=lambda: write(out, tree, planned, known, command),
-    )
+    with running(jobs) as run:
+        run_missing(
+            lambda known: (trial for cell in asked for trial in _trials(tree, cell, known)),
+            known,
+            run=run,
+            say=say,
+            keep=lambda: write(out, tree, planned, known, command),
+        )
     n_stale = len(known) - len(write(out, tree, planned, known, command)["outcomes"])
     say(f"{len(known)} runs are known, none is missing; {n_stale} of other settings are left out")
     for table, results in _by_table(tree, planned, known).items():

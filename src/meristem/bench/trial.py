@@ -1,13 +1,14 @@
 """One run of a cell of the evidence: trained, then measured."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 import rich.console
 import torch
@@ -118,18 +119,28 @@ class Outcome:
         return cls(**dict(values) | {"curve": tuple((tokens, bits) for tokens, bits in values["curve"])})
 
 
-def run_trials(planned: Sequence[Trial], *, jobs: int) -> Iterator[Outcome]:
-    """The outcomes of all trials as they end: one after the other in this process, or in so many at once.
+Runner: TypeAlias = Callable[[Sequence[Trial]], Iterator[Outcome]]
+"""What gives the outcomes of trials as they end."""
 
-    Raises KeyboardInterrupt once a trial was interrupted; it has left a checkpoint and goes on from there next time.
+
+@contextmanager
+def running(jobs: int) -> Iterator[Runner]:
+    """What runs trials one after the other in this process, or so many at once, in processes that last as the block.
+
+    It raises KeyboardInterrupt once a trial was interrupted; that has left a checkpoint and goes on from there next
+    time.
     """
     if jobs == 1:
-        yield from map(run_trial, planned)
+        yield partial(map, run_trial)
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as processes:
-        try:
+
+        def run(planned: Sequence[Trial]) -> Iterator[Outcome]:
             for done in as_completed([processes.submit(run_trial, trial) for trial in planned]):
                 yield done.result()
+
+        try:
+            yield run
         except BaseException:
             processes.shutdown(wait=False, cancel_futures=True)
             raise

@@ -8,7 +8,7 @@ from typing import Final, Generic, Protocol, TypeVar
 
 import orjson
 
-from meristem.bench.trial import Measures, Outcome, Trial, run_trials
+from meristem.bench.trial import Measures, Outcome, Runner, Trial
 from meristem.bench.tuning import TunedConfig
 from meristem.device.describe import code_version
 from meristem.errors import BadRecords
@@ -101,7 +101,7 @@ def run_missing(
     trials: Callable[[Known], Iterable[Trial]],
     known: dict[str, Outcome],
     *,
-    jobs: int,
+    run: Runner,
     say: Callable[[str], object],
     keep: Callable[[], object],
 ) -> None:
@@ -112,7 +112,7 @@ def run_missing(
     """
     while left := _missing(trials(known), known):
         say(f"{len(known)} runs are known, {len(left)} can go now")
-        for outcome in run_trials(left, jobs=jobs):
+        for outcome in run(left):
             known[outcome.fingerprint] = outcome
             say(_line(outcome))
             keep()

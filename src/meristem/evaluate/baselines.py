@@ -26,7 +26,7 @@ def baselines(training: bytes, held_out: bytes) -> tuple[Baseline, ...]:
     """gzip, bz2 and xz on the held-out text alone, and xz after the training text.
 
     The last is the difference of two compressed sizes, with and without the held-out text at the end: like the model,
-    xz may then refer to what it has read before. Of runs on one text, one after the other, the first alone waits for it.
+    xz may then refer to what it has read before. Of runs on one text, one after the other, only the first waits.
     """
     text = held_out[:HELD_OUT_BYTES]
     primer = training[-PRIMING_BYTES:]

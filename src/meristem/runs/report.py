@@ -136,7 +136,9 @@ def go_on(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
     ]
 
 
-def _draw(run: Run, records: list[dict[str, Any]], scale: Sequence[Baseline], readings: Mapping[str, list[Point]]) -> bool:
+def _draw(
+    run: Run, records: list[dict[str, Any]], scale: Sequence[Baseline], readings: Mapping[str, list[Point]]
+) -> bool:
     try:
         draw_loss(
             run.directory / "loss.png",
