@@ -31,19 +31,21 @@ def growth_study(config: Path, out: Path, *, jobs: int, command: str, say: Calla
     def keep() -> dict[str, Any]:
         return write_growth(out, tree, planned, known, command)
 
+    def draw() -> None:
+        try:
+            plot_growth(out.with_suffix(".png"), measured(results_of(tree, planned, known)))
+        except MissingExtra as error:
+            say(str(error))
+
     with running(jobs) as run:
         for budget in tree.budgets:
             cells = [cell for cell in planned if cell.budget == budget]
             say(f"{budget}:")
             run_missing(partial(_trials, tree, cells), known, run=run, say=say, keep=keep)
+            draw()
     n_stale = len(known) - len(keep()["outcomes"])
     say(f"{len(known)} runs are known, none is missing; {n_stale} of other settings are left out")
-    results = results_of(tree, planned, known)
-    try:
-        plot_growth(out.with_suffix(".png"), measured(results))
-    except MissingExtra as error:
-        say(str(error))
-    for line in verdict(tree, results):
+    for line in verdict(tree, results_of(tree, planned, known)):
         say(line)
     return keep()
 

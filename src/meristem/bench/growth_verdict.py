@@ -150,52 +150,54 @@ def is_worth_it(config: GrowthConfig, results: Results) -> bool:
 def verdict(config: GrowthConfig, results: Results) -> list[str]:
     """In plain sentences: where size begins to pay, where growth does, and whether it is worth it."""
     found = wins(config, results)
-    if not found:
-        return ["Nothing can be said yet: no budget has both arms that do not grow."]
-    return [*_about_size(config, results), *_about_winning(found), *_about_worth(config, results), *_failed(results)]
-
-
-def _about_size(config: GrowthConfig, results: Results) -> Iterator[str]:
-    for budget, own in measured(results).items():
-        if config.small in own and config.large in own:
-            apart = paired(own[config.large].values(BITS), own[config.small].values(BITS))
-            if apart is not None:
-                yield f"{budget}: `{config.large}` against `{config.small}`: {said(apart, 'bits per byte')}."
-    at, budgets = crossover(config, results), list(found_budgets(config, results))
-    if at is None:
-        yield (
-            f"**Crossover.** Under none of the budgets is the larger model better on average: up to "
-            f"{_tera(budgets[-1])} the best is not to grow, and not to begin larger."
-        )
-    elif at <= budgets[0]:
-        yield f"**Crossover.** The larger model is better on average already under the smallest budget, {_tera(at)}."
-    else:
-        yield f"**Crossover.** The larger model is better on average from about {_tera(at)} on."
-
-
-def found_budgets(config: GrowthConfig, results: Results) -> Iterator[float]:
-    """The budgets under which both arms that do not grow are known, in operations."""
-    for own in measured(results).values():
-        if config.small in own and config.large in own:
-            yield own[config.small].cell.flops
+    if not any(found.values()):
+        return ["Nothing can be said yet: under no budget are both baselines and a grown arm known."]
+    return [
+        *_about_worth(config, results),
+        *_about_winning(found),
+        *_about_size(config, results),
+        *_differences(config, results),
+        *_failed(results),
+    ]
 
 
 def _about_winning(found: Mapping[str, Sequence[Win]]) -> Iterator[str]:
     first: dict[str, Win | None] = {}
-    for budget, own in found.items():
-        for win in own:
-            first[win.arm] = first.get(win.arm) or (win if win.is_better else None)
-            chance = "" if win.bits.half is None else f", p = {win.p:.2g} beside the others that grow"
-            saved = "" if win.saved is None else f"; operations saved to the loss of the large: {_share(win.saved)}"
-            yield (
-                f"{budget}: `{win.arm}` against the better of both, `{win.against}`: "
-                f"{said(win.bits, 'bits per byte')}{chance}{saved}."
-            )
+    for win in (win for own in found.values() for win in own):
+        first[win.arm] = first.get(win.arm) or (win if win.is_better else None)
     for arm, won in first.items():
         if won is None:
             yield f"**`{arm}` does not win** within the budgets tried: under none is it better than both."
         else:
             yield f"**`{arm}` starts to win** at {_tera(won.flops)}, the first budget under which it beats both."
+
+
+def _about_size(config: GrowthConfig, results: Results) -> Iterator[str]:
+    at, budgets = crossover(config, results), [own[0].flops for own in wins(config, results).values() if own]
+    if at is None:
+        yield (
+            f"**Crossover.** Under none of the budgets is the larger model better on average: up to "
+            f"{_tera(max(budgets))} it is better to begin small than to begin large."
+        )
+    elif at <= min(budgets):
+        yield f"**Crossover.** The larger model is better on average already under the smallest budget, {_tera(at)}."
+    else:
+        yield f"**Crossover.** The larger model is better on average from about {_tera(at)} on."
+
+
+def _differences(config: GrowthConfig, results: Results) -> Iterator[str]:
+    for budget, own in wins(config, results).items():
+        known = results[budget]
+        apart = paired(known[config.large].values(BITS), known[config.small].values(BITS))
+        if apart is not None:
+            yield f"{budget}: `{config.large}` against `{config.small}`: {said(apart, 'bits per byte')}."
+        for win in own:
+            chance = "" if win.bits.p is None else f"; p = {win.p:.2g} beside the others that grow"
+            saved = "" if win.saved is None else f"; operations saved to the loss of the large: {_share(win.saved)}"
+            yield (
+                f"{budget}: `{win.arm}` against the better of both, `{win.against}`: "
+                f"{said(win.bits, 'bits per byte')}{chance}{saved}."
+            )
 
 
 def _about_worth(config: GrowthConfig, results: Results) -> Iterator[str]:
@@ -247,9 +249,9 @@ def growth_page(config: GrowthConfig, results: Results, *, title: str, picture: 
         "",
         f"**Figures** are means over {len(config.seeds)} seeds ± half of a 95 % interval (Student's t); differences "
         "are paired by seed, whose runs read the same text in the same order. Bits per byte are of held-out text at "
-        "the end; less is better. *Saved* is the share of the budget that an arm does not need to reach the last loss of "
-        f"`{config.large}`, of the same seed. Seconds are of the whole run, evaluation included, on a machine that did "
-        "other work beside.",
+        "the end; less is better. *Saved* is the share of the budget that an arm does not need to reach the last loss "
+        f"of `{config.large}`, of the same seed. Seconds are of the whole run, evaluation included, on a machine that "
+        "did other work beside.",
     ]
     for budget, own in results.items():
         known = {name: result for name, result in own.items() if result.is_measured}
