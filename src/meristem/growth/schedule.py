@@ -24,7 +24,7 @@ N_DEEPENINGS = "n_deepenings"
 """The metric that says how often a run was made deeper."""
 
 LOSS_BLIND = frozenset({"never", "schedule", "random"})
-"""Policies that do not look at what held-out text costs."""
+"""Policies that decide without what held-out text costs."""
 
 NO_SLOTS = NoCandidates("the model has no slot")
 
