@@ -77,7 +77,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for."""
-        return b"".join(map(self._token, ids))
+        given, tokens = list(ids), self.tokens
+        if given and not (min(given) >= 0 and max(given) < len(tokens)):
+            return b"".join(map(self._token, given))  # which says what it is that is none
+        return b"".join([tokens[token_id] for token_id in given])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are not UTF-8, as half a character at the end, show as U+FFFD."""
