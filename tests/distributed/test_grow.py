@@ -30,6 +30,18 @@ def planted(way: str, prune: int | None = None) -> str:
     return f"grow.policy={{name: planted, settings: {{at: {GRAFT}, way: {way}{cull}}}}}"
 
 
+KINDS = {
+    "shadow": (planted("shadow"), "model.mlp=levels", "model.levels={count: 3, periods: [1, 2, 4]}"),
+    "frozen_host": (planted("frozen_host"),),
+    # A seed that carries a memory of its own from one sequence to the next.
+    "reading_on": (
+        "grow.policy={name: schedule, settings: {steps: [8], way: joint, blueprint: memory, settings: {head_dim: 4}}}",
+        "data.order=sequential",
+    ),
+}
+"""Ways to learn, each with something that a process has for itself."""
+
+
 def run(stage: Stage, n_processes: int, folder: Path, *more: str, breaks: str = "") -> Played:
     """A run that grows in so many processes; where there is one in the folder already, it goes on."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,12 +101,12 @@ def test_g1_two_processes_graft_and_prune_as_one_and_survive_the_loss_of_one_of_
         torch.testing.assert_close(grafted.tree("optim")[name], alone[name], rtol=1e-3, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("way", ["shadow", "frozen_host"])
-def test_two_processes_grow_as_one(stage, tmp_path, way):
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_grow_as_one(stage, tmp_path, kind):
     """A whole life: on trial, blended in, on probation, judged, kept or removed: the same stages at the same steps."""
     one, two = tmp_path / "one", tmp_path / "two"
-    run(stage, 1, one, planted(way)).found()
-    assert_one(run(stage, 2, two, planted(way)))
+    run(stage, 1, one, *KINDS[kind]).found()
+    assert_one(run(stage, 2, two, *KINDS[kind]))
     assert stages(two / "run") == stages(one / "run") and stages(one / "run")[0][-1][0] > GRAFT
     assert_close(two / "run", one / "run")
 
@@ -112,3 +124,13 @@ def test_what_one_process_cannot_do_none_does(stage, tmp_path):
         told = [each for each in read_records(place / "events.ndjson") if each["name"].startswith("graft.")]
         assert {each["name"] for each in told} == {"graft.undone", "graft.refused"}
         assert any("process 1 refused: " in str(each["payload"]) for each in told)
+
+
+def test_parts_of_a_model_do_not_grow(stage, tmp_path):
+    """Where each process holds a part of a weight the run is refused in one sentence, before anything is trained."""
+    played = run(stage, 2, tmp_path, planted("joint"), "distributed.shard=true")
+    assert played.codes == [1, 1]
+    assert (
+        "a change of structure needs every parameter whole. Set distributed.shard=false"
+        in (tmp_path / "1.err").read_text()
+    )
