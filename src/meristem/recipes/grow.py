@@ -172,6 +172,7 @@ class Growth:
         self._site = RunSite(run, job, recovery)
         self._read = partial(read_again, device=job.device, by=job.config.aggregate)
         self._told: list[Pair | Isolation] = []
+        self._shadow: ShadowPass | None = None
         self._wanted: object = None
         if job.state.garden is None:
             self._garden = Garden()
@@ -198,6 +199,15 @@ class Growth:
             self._garden = self._of_first(lambda: garden)
             self._run.world.require_same({"what has grown": lambda: structure_digest(site.model)})
         self._site.follow()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Prepare the passes of the seeds that learn in shadow, or put an end to them."""
+        slots = [life.slot for life in self._garden.lives if life.way == "shadow" and life.stage is Stage.TRAINING]
+        if slots or self._shadow is not None:
+            shadow = ShadowPass(self._read, slots, self._told.append, every=self._config.shadow_every, emit=self._emit)
+            shadow.watch(self._job.state)
+            self._shadow = shadow if slots else None
 
     def _of_first(self, make: Callable[[], Garden]) -> Garden:
         """The garden that the first process makes, in all of them."""
@@ -216,16 +226,8 @@ class Growth:
         generators: GlobalGenerators,
     ) -> None:
         """Let the seeds on trial learn from a pass of their own."""
-        lives = [life for life in self._garden.lives if life.way == "shadow" and life.stage is Stage.TRAINING]
-        if lives:
-            shadow = ShadowPass(
-                self._read,
-                [life.slot for life in lives],
-                self._told.append,
-                every=self._config.shadow_every,
-                emit=self._emit,
-            )
-            shadow(state, batches, memory, loss, generators)
+        if self._shadow is not None:
+            self._shadow(state, batches, memory, loss, generators)
 
     def _heed(self, garden: Garden, step: int) -> Garden:
         """The garden that knows what the passes of this step told."""
