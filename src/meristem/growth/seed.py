@@ -91,7 +91,7 @@ class Seed(KeepsFloat32):
             delta_btd, after = self.layer.forward_documents(read, state, documents)
         else:
             delta_btd, after = read_documents(self._carry, read, state, documents)
-        added_btd = self.blend_weight * self.blend(host, delta_btd.to(host.dtype))
+        added_btd = self.blend(host, delta_btd.to(host.dtype), self.blend_weight)
         return host + added_btd.to(host.dtype), after
 
     @rows_apart

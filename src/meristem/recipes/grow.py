@@ -27,7 +27,7 @@ from meristem.growth.garden import Garden, Order
 from meristem.growth.gardener import act_on, tend
 from meristem.growth.graft import advance, cost, seeds_in, set_blend
 from meristem.growth.isolation import Isolation, Pair, ShadowPass, check_isolation, enter
-from meristem.growth.measure import n_host_parameters
+from meristem.growth.measure import blend_report, n_host_parameters
 from meristem.growth.observe import HeldOut, Reading, SlotReading
 from meristem.growth.plan import Plan
 from meristem.growth.policy import Decision, Mask, Policy, breaker_of, budget_ms, decide, open_policy, policies
@@ -225,7 +225,9 @@ class Growth:
         if now.step % self._config.boundary_every:
             return
         for slot, weight in weights.items():
-            self._run.emit(Event("blend.reported", {"step": now.step, "slot": slot, "weight": weight}))
+            report = blend_report(self._job.model, slot, self._site.logits)
+            told = {"step": now.step, "slot": slot, "weight": weight}
+            self._run.emit(Event("blend.reported", told | (vars(report) if report else {})))
         reading = self._site.reading(garden, step)
         self._garden = tend(
             garden,
