@@ -35,6 +35,7 @@ from meristem.growth.report import FILE, GrowthReport, append
 from meristem.growth.schedule import BUDGET_SHARE
 from meristem.growth.score import slot_scores
 from meristem.growth.stage import Stage
+from meristem.growth.surgery import carry_state
 from meristem.growth.topology import topology
 from meristem.growth.transaction import transaction
 from meristem.memory.state import State
@@ -464,9 +465,11 @@ class RunSite:
         optimizer, part = cast(MultiPeriodOptimizer, receipt.optimizer), config.grow
         joining = SeedSettings(part.rate_scale, part.seed_warmup, since=optimizer.clock.count)
         optimizer.settings |= dict.fromkeys(optimizer.settings.keys() - state.optimizer.settings.keys(), joining)
-        self._job.state = replace(
-            state, model=receipt.model, optimizer=optimizer, engine=alone(receipt.model), topology=receipt.topology
-        )
+        progress = state.progress
+        if progress.memory is not None:
+            progress = replace(progress, memory=carry_state(plan, progress.memory))
+        changed = replace(state, model=receipt.model, optimizer=optimizer, engine=alone(receipt.model))
+        self._job.state = replace(changed, topology=receipt.topology, progress=progress)
 
     def is_isolated(self, slot: str) -> bool | None:
         device = self._job.device
