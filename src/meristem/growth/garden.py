@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
+from meristem.growth.features import Normaliser
 from meristem.growth.gates import GateResult
 from meristem.growth.observe import HeldOut, Trial
 from meristem.growth.risk import Latch
@@ -75,8 +76,8 @@ class Garden:
     penalties: by blueprint. latch: whether the run is conservative. queue: orders for the next boundary. held_out:
     evaluations, the newest last. results: what the gates said, the newest last. flops: of all training so far.
     figures: by seed, what was measured of it at some stage and is needed at a later one. breaker: whether the policy is
-    still asked; None before it was for the first time. is_stopped: no structure is changed any more, since something
-    was not as it has to be.
+    still asked; None before it was for the first time. normaliser: of what a policy observes. is_stopped: no structure
+    is changed any more, since something was not as it has to be.
     """
 
     lives: tuple[Life, ...] = ()
@@ -89,6 +90,7 @@ class Garden:
     flops: float = 0.0
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     breaker: Breaker | None = None
+    normaliser: Normaliser = Normaliser()
     is_stopped: bool = False
 
     @property
@@ -195,6 +197,7 @@ class Garden:
             "flops": self.flops,
             "figures": {seed: dict(each) for seed, each in self.figures.items()},
             "breaker": self.breaker and self.breaker.to_json(),
+            "normaliser": self.normaliser.to_json(),
             "is_stopped": self.is_stopped,
         }
 
@@ -212,5 +215,6 @@ class Garden:
             flops=saved.get("flops", 0.0),
             figures={seed: dict(each) for seed, each in saved.get("figures", {}).items()},
             breaker=Breaker.from_json(saved["breaker"]) if saved.get("breaker") else None,
+            normaliser=Normaliser.from_json(saved["normaliser"]) if "normaliser" in saved else Normaliser(),
             is_stopped=saved.get("is_stopped", False),
         )

@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
+from meristem.checkpoint.side_file import SideFile
 from meristem.checkpoint.store import Checkpoint
 from meristem.data.stream import Batch, held_out
 from meristem.device.random import GlobalGenerators, global_generators, random_state, restore_random_state
@@ -23,6 +24,7 @@ from meristem.errors import CapabilityError, WrongValue
 from meristem.evaluate.likelihood import Likelihood
 from meristem.events import Event
 from meristem.growth.attach import attach, slots_in
+from meristem.growth.features import Normaliser
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gardener import act_on, tend
 from meristem.growth.graft import advance, cost, seeds_in, set_blend
@@ -30,7 +32,17 @@ from meristem.growth.isolation import Isolation, Pair, ShadowPass, check_isolati
 from meristem.growth.measure import blend_report, n_host_parameters
 from meristem.growth.observe import HeldOut, Reading, SlotReading
 from meristem.growth.plan import Plan
-from meristem.growth.policy import Decision, Mask, Policy, breaker_of, budget_ms, decide, open_policy, policies
+from meristem.growth.policy import (
+    Decision,
+    Mask,
+    Policy,
+    breaker_of,
+    budget_ms,
+    decide,
+    observes_of,
+    open_policy,
+    policies,
+)
 from meristem.growth.report import FILE, GrowthReport, append
 from meristem.growth.schedule import BUDGET_SHARE
 from meristem.growth.score import slot_scores
@@ -155,8 +167,13 @@ class Growth:
         self._read = partial(read_again, device=job.device, by=job.config.aggregate)
         self._told: list[Pair | Isolation] = []
         self._wanted: object = None
+        part = self._config.policy
+        self._observes, self._kept = observes_of(policy), None
+        if part.normaliser and self._observes:
+            self._kept = SideFile(Path(part.normaliser), "normaliser_flush_failed", part.normaliser_every)
         if job.state.garden is None:
-            self._garden = Garden()
+            before = self._kept and self._kept.read()
+            self._garden = Garden(normaliser=Normaliser.from_json(before)) if before else Garden()
 
     @property
     def _garden(self) -> Garden:
@@ -237,8 +254,12 @@ class Growth:
             ask=self._ask,
             slots=self._site.slots(),
             free_parameters=self._site.free_parameters,
+            observes=self._observes,
             emit=self._emit,
         )
+        if self._kept and self._observes:
+            is_strict, normaliser = self._observes.is_strict, self._garden.normaliser.to_json()
+            self._kept = self._kept.flush(normaliser, now=now.step, is_strict=is_strict, emit=self._run.emit)
 
     def _ask(self, reading: Reading, mask: Mask, breaker: Breaker | None) -> Decision:
         part = self._config.policy
