@@ -28,6 +28,7 @@ from meristem.growth.features import Normaliser
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gardener import act_on, tend
 from meristem.growth.graft import advance, cost, seeds_in, set_blend
+from meristem.growth.heuristic import REQUESTED
 from meristem.growth.isolation import Isolation, Pair, ShadowPass, check_isolation, enter
 from meristem.growth.measure import blend_report, n_host_parameters
 from meristem.growth.observe import HeldOut, Reading, SlotReading
@@ -44,6 +45,7 @@ from meristem.growth.policy import (
     policies,
 )
 from meristem.growth.report import FILE, GrowthReport, append
+from meristem.growth.request import pending
 from meristem.growth.schedule import BUDGET_SHARE
 from meristem.growth.score import slot_scores
 from meristem.growth.stage import Stage
@@ -385,6 +387,7 @@ class RunSite:
             "open_breakers": float(garden.breaker is not None and garden.breaker.state(step.progress.step) == "open"),
         }
         now, seeds = self._job.state.progress, seeds_in(self.model)
+        own[REQUESTED] = float(len(pending(self._run.directory, garden, now.step, emit=self._run.emit)))
         slots = []
         for name in self.slots():
             life, embargo = garden.open_in(name), garden.embargoes.get(name)
