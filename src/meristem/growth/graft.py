@@ -126,6 +126,14 @@ def graft(
                 f"removed is put back into its own slot, as it was.",
                 value=seed.slot,
             )
+        if seed.widths != place.widths:
+            raise ShapeError(
+                f"a seed that reads the width {seed.widths[0]} and adds to {seed.widths[1]} was found for slot "
+                f"'{slot}', which reads {place.widths[0]} and adds to {place.widths[1]}. Put it back into the model "
+                f"that it was taken out of, or graft a new one.",
+                found=seed.widths,
+                expected=place.widths,
+            )
         made = seed
         _bind(made, model, place)
     else:

@@ -67,7 +67,7 @@ class Seed(KeepsFloat32):
         """widths: of what it reads and of what it adds to. slot: the name of its slot."""
         super().__init__()
         found = origin.described()
-        self.origin, self.slot, self.has_state = origin, slot, found.has_state
+        self.origin, self.slot, self.widths, self.has_state = origin, slot, widths, found.has_state
         with seeded(origin.random_seed, f"growth.{slot}"):
             self.layer = found.build(widths, found.settle(origin.settings))
             self.blend = blends.get(origin.blend)(widths[1])
