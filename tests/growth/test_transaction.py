@@ -194,6 +194,18 @@ def test_what_fails_is_undone_to_the_bit(name: str, fault: str) -> None:
     assert bits(model) == bits(twin)
 
 
+def test_v8_a_change_takes_the_time_of_the_clock_that_it_is_given() -> None:
+    """The receipt and the event say the same; what a slow machine takes changes nothing of the model."""
+    model, optimizer = trained("preset-default")
+    twin, its = trained("preset-default")
+    ticks, heard = iter([3.0, 3.25]), list[Event]()
+    for each, moves, more in ((model, optimizer, {"clock": lambda: next(ticks)}), (twin, its, {})):
+        plan = grow.plan_graft(each, PLACES["preset-default"], "low_rank", rank=3)
+        receipt = grow.transaction(each, moves, plan, zoo.ids(2), rebuild=rebuild, emit=heard.append, **more)
+        assert receipt.seconds == heard[-1].payload["seconds"]
+    assert heard[0].payload["seconds"] == 0.25 and bits(model) == bits(twin)
+
+
 def test_a_key_that_is_pressed_undoes_the_change_and_goes_on() -> None:
     model, optimizer = trained("foreign")
 

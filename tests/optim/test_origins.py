@@ -144,7 +144,7 @@ def test_a_slow_seed_without_gradients_is_not_touched_either() -> None:
     assert optimizer.state[seed.layer.out.weight]["step"] == 1
 
 
-def test_a_spoilt_gradient_of_a_seed_is_dropped_alone() -> None:
+def test_v9_a_spoilt_gradient_of_a_seed_is_dropped_alone() -> None:
     """The host steps as without it; the seed stays to the bit, and the drop is counted and saved."""
     model, seed, optimizer = with_seed("adamw", warmup_steps=0)
     alone, _, its = with_seed("adamw", warmup_steps=0)
@@ -167,7 +167,7 @@ def test_a_spoilt_gradient_of_a_seed_is_dropped_alone() -> None:
     assert grow.carry_on(other, model, config_of("adamw")).n_dropped() == {ORIGIN: 2}
 
 
-def test_a_spoilt_host_holds_its_seed_back() -> None:
+def test_v9_a_spoilt_host_holds_its_seed_back() -> None:
     model, seed, optimizer = with_seed("adamw", warmup_steps=0)
     first = bits(model)
     (logits(model, zoo.ids(2)).mean() * math.nan).backward()
