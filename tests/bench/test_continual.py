@@ -13,7 +13,8 @@ from meristem.bench.continual.host import Size, Texts, grow_beside, maker, sizes
 from meristem.bench.continual.page import Arm, page, sentences
 from meristem.bench.continual.settings import read_continual
 from meristem.bench.continual.study import continual, is_kept
-from meristem.bench.continual.trial import Outcome, measured
+from meristem.bench.continual.trial import measured
+from meristem.bench.trial import Outcome
 from meristem.cli import run
 from meristem.config import dump_yaml
 from meristem.errors import BadRecords, ConfigError, ConflictingKeys
@@ -23,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 LOW_RANK = {"seeds": [{"slots": "blocks.*.mixer", "reads": "input", "blueprint": "low_rank", "settings": {"rank": 25}}]}
 LLAMA = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 ARMS = {
-    "all": {"rates": [1.0e-3]},
-    "replay": {"rates": [1.0e-3], "replay_every": 2},
+    "all": {},
+    "replay": {"replay_every": 2},
     "low_rank": LOW_RANK,
     "grown": {"seeds": [{"slots": "blocks.0", "blueprint": "bottleneck", "sized": "hidden"}]},
 }
@@ -61,7 +62,7 @@ def test_it_runs_writes_and_is_not_run_again(tmp_path, monkeypatch):
     path.write_text(dump_yaml(tree | {"hosts": tree["hosts"] | {"theirs": other}}))
     report = continual(path, out, command="meristem bench continual", say=heard.append)
     assert json.loads(out.with_suffix(".json").read_text()) == report
-    assert len(report["outcomes"]) == 2 * 2 + 4 * 2 and is_kept(report)
+    assert len(report["outcomes"]) == 4 * 2 + 4 * 2 and is_kept(report)
     for one in report["outcomes"]:
         is_beside = "low_rank" in one["name"] or "grown" in one["name"]
         assert ("is_same" in one["figures"]) is is_beside
@@ -75,6 +76,10 @@ def test_it_runs_writes_and_is_not_run_again(tmp_path, monkeypatch):
     heard.clear()
     assert continual(path, out, command="", say=heard.append)["outcomes"] == report["outcomes"]
     assert len(heard) == 1, "only that a host is left out"
+    left = report | {"outcomes": [*report["outcomes"], report["outcomes"][0] | {"name": "theirs, low_rank"}]}
+    left["outcomes"][-1]["fingerprint"] = "of a host that cannot be made here"
+    out.with_suffix(".json").write_text(json.dumps(left))
+    assert continual(path, out, command="", say=heard.append)["outcomes"] == left["outcomes"]
 
 
 def test_what_is_grown_has_the_size_of_the_adapters(tmp_path):
@@ -118,8 +123,8 @@ def test_figures_that_are_a_fault_are_said(tmp_path):
     """Other bits with the seeds off, and an arm that could not be trained."""
     tree = read_continual(listed(tmp_path))
     figures = {f"{when}/{text}": 2.0 for when in ("before", "on", "off") for text in ("first", "second")}
-    bad = {0: Outcome("ours", "a", figures | {"is_same": 0.0})}
-    failed = {0: Outcome("ours", "b", {}, "the gradient of step 3 is not finite.")}
+    bad = {0: Outcome("ours", "a", figures | {"is_same": 0.0}, (), "")}
+    failed = {0: Outcome("ours", "b", {}, (), "", "the gradient of step 3 is not finite.")}
     arms = [Arm("low_rank", Size(800, 1.0, ""), 1e-2, bad), Arm("grown", Size(800, 1.0, "hidden=23"), 1e-3, failed)]
     said = list(sentences(tree.hosts["ours"], arms))
     assert said[0].endswith("in 0 of 1 runs: **that is a fault**.")
@@ -154,8 +159,8 @@ def test_an_arm_of_another_size_is_refused(tmp_path):
 
 def test_from_the_command_line(tmp_path, capsys):
     """The page stands where it was asked for; results of something else are not overwritten."""
-    few = {"low_rank": LOW_RANK | {"rates": [1e-2]}}
-    path, out = listed(tmp_path, seeds=[3], host={"arms": few}), tmp_path / "pages" / "mine.md"
+    few = {"low_rank": LOW_RANK}
+    path, out = listed(tmp_path, seeds=[3], rates=[1e-2], host={"arms": few}), tmp_path / "pages" / "mine.md"
     assert run(["bench", "continual", "--config", str(path), "--out", str(out)]) == 0
     assert "ours, low_rank, seed 3 at 0.01: first" in capsys.readouterr().out
     assert run(["bench", "continual", "--config", str(path), "--out", str(out), "--json"]) == 0
@@ -163,5 +168,5 @@ def test_from_the_command_line(tmp_path, capsys):
     assert report["schema"] == "meristem.continual/1" and len(report["outcomes"]) == 1
     assert f"`meristem bench continual --config {path}`" in out.read_text()
     out.with_suffix(".json").write_text('{"schema": "meristem.evidence/1"}')
-    with pytest.raises(BadRecords, match="holds no outcomes of this benchmark.*evidence/1.*another --out"):
+    with pytest.raises(BadRecords, match="holds no evidence.*evidence/1.*another --out"):
         continual(path, out, command="", say=print)

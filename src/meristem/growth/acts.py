@@ -35,6 +35,7 @@ from meristem.growth.plan import Plan, plan_graft, plan_remove
 from meristem.growth.report import GrowthReport, outcome_of
 from meristem.growth.seed import Origin
 from meristem.growth.stage import LIVE, Life, Paired, Stage, move
+from meristem.growth.surgery.blocks import plan_interleave, plan_stack
 from meristem.growth.surgery.fold import plan_fossilize
 from meristem.models.growing import Blending, GrowConfig
 
@@ -340,6 +341,14 @@ def clear(garden: Garden, order: Order, site: Site, config: GrowConfig, step: in
     return garden.with_life(move(life, Stage.DORMANT, step=step, reason=order.why, gate=result.number, emit=emit))
 
 
+def deepen(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
+    """Make the whole stack twice as deep."""
+    is_stack = order.operation == "stack"
+    model = site.model
+    site.change(plan_stack(model) if is_stack else plan_interleave(model, random_seed=order.random_seed))
+    return replace(garden, deepened=(*garden.deepened, step))
+
+
 ACTS: Final[Mapping[str, Act]] = {
     "germinate": germinate,
     "start_training": start_training,
@@ -351,6 +360,8 @@ ACTS: Final[Mapping[str, Act]] = {
     "embargo": embargo,
     "reset": reset,
     "clear": clear,
+    "insert": deepen,
+    "stack": deepen,
 }
 """Operations by name."""
 

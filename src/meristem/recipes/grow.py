@@ -31,24 +31,26 @@ from meristem.growth.measure import n_host_parameters
 from meristem.growth.observe import HeldOut, Reading, SlotReading
 from meristem.growth.plan import Plan
 from meristem.growth.policy import Decision, Mask, Policy, breaker_of, budget_ms, decide, open_policy, policies
+from meristem.growth.proposal import DEEPENINGS
 from meristem.growth.report import FILE, GrowthReport, append
-from meristem.growth.schedule import BUDGET_SHARE
+from meristem.growth.schedule import BUDGET_SHARE, LOSS_BLIND, N_DEEPENINGS
 from meristem.growth.score import slot_scores
 from meristem.growth.stage import Stage
+from meristem.growth.surgery import carry_state
 from meristem.growth.topology import topology
 from meristem.growth.transaction import transaction
 from meristem.memory.state import State
 from meristem.models.build import build
 from meristem.models.growing import GrowConfig
-from meristem.models.topology import Topology
+from meristem.models.topology import Topology, recorded
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.origins import SeedSettings
 from meristem.optim.schedule import rate_factor
 from meristem.optim.surgery import carried
-from meristem.recipes.plan.flops import counted
+from meristem.recipes.plan.flops import forward_flops
 from meristem.recipes.plan.report import PlanReport
-from meristem.recipes.pretrain import Result, begun, finish, measure, prepare_job, stop, train
+from meristem.recipes.pretrain import PASSES, Result, begun, finish, measure, prepare_job, stop, train
 from meristem.runs.config import Config
 from meristem.runs.directory import Run
 from meristem.runs.recovery import Recovery
@@ -65,6 +67,13 @@ MOST_VIOLATIONS: Final = 3
 
 SCORED_RANK: Final = 4
 """The rank of the additions by which slots are compared."""
+
+CHECKED: Final = 4
+"""Passes over the probe batch by which a change of structure is verified: what the model says before and after it, and
+two that see whether it is causal."""
+
+ISOLATED: Final = 3
+"""Training steps' worth of passes that a check of the isolation makes: twice without the seeds, and once of theirs."""
 
 PROBE_ROWS: Final = 4
 """Held-out sequences that gradients and changes of logits are measured on."""
@@ -112,7 +121,8 @@ def with_slots(config: Config, vocabulary: int, before: Topology) -> Topology:
     make = partial(build, config.model, config.memory, vocabulary, config.run.seed)
     with torch.device("meta"):
         model, wanted = make(before), slots_in(attach(make(), part.slots, reads=part.reads))
-    missing = [name for name in wanted if name not in slots_in(model)]
+    # Blocks that came later moved the slots of those above them: a model that has been changed keeps what it has.
+    missing = [name for name in wanted if name not in slots_in(model) and not (recorded(model) and slots_in(model))]
     if missing:
         attach(model, missing, reads=part.reads)
     _require_room(model, part)
@@ -122,9 +132,12 @@ def with_slots(config: Config, vocabulary: int, before: Topology) -> Topology:
 def _require_room(model: nn.Module, part: GrowConfig) -> None:
     """Raise WrongValue unless the smallest seed that the policy may put in stays within the caps.
 
-    Which these are its settings say, as ours name them; of a policy that names none nothing is known.
+    Which these are its settings say, as ours name them; of a policy that names none nothing is known, and one that
+    makes the whole stack deeper puts in none.
     """
     said = part.policy.settings
+    if said.get("operation", "germinate") in DEEPENINGS:
+        return
     given = said.get("blueprints") or {said.get("blueprint", "bottleneck"): said.get("settings", {})}
     n_host = sum(each.numel() for each in model.parameters())
     sizes = {
@@ -166,6 +179,10 @@ class Growth:
     def _garden(self, garden: Garden) -> None:
         self._job.state = replace(self._job.state, garden=garden)
 
+    @property
+    def flops_per_token(self) -> float:
+        return self._site.flops_per_token
+
     def before(self) -> None:
         """Carry out the orders that wait; a host that is frozen is so after a resume too."""
         garden, self._told = self._garden, []
@@ -202,8 +219,10 @@ class Growth:
         """The garden that knows what the passes of this step told."""
         for told in self._told:
             if isinstance(told, Isolation):
+                self._site.spend(ISOLATED * self._site.step_flops)
                 garden = garden.violated(told.slots) if told.is_isolated is False else garden
                 continue
+            self._site.spend(self._site.step_flops)
             life = garden.open_in(told.slot)
             difference = told.difference()
             if life is not None and math.isfinite(difference):
@@ -250,7 +269,9 @@ class Growth:
         )
 
     def evaluated(self, found: Likelihood) -> None:
-        """Hear what held-out text costs."""
+        """Hear what held-out text costs. Where that decides what is grown, the growth has to pay for it."""
+        if self._config.policy.name.casefold() not in LOSS_BLIND:
+            self._site.spend(self._site.evaluation_flops)
         now, garden = self._job.state.progress, self._garden
         self._garden = garden.evaluated(HeldOut(now.step, now.tokens, garden.flops + garden.probe_flops, found.nats))
 
@@ -323,10 +344,18 @@ class RunSite:
         """Forward, counted once for each structure, and for each choice of seeds that are switched on."""
         key = repr((self._job.state.topology, [seed.is_live for seed in seeds_in(self.model).values()]))
         if key not in self._flops:
-            tokens_bt = self._probe.tokens_bt[:1]
-            with torch.no_grad():
-                self._flops[key] = counted(partial(self._read, self.model, tokens_bt)) / tokens_bt.numel()
+            self._flops[key] = forward_flops(self.model, self._job.device, self._job.config.data.seq_len)
         return self._flops[key]
+
+    def spend(self, flops: float) -> None:
+        """Take what was computed beside the training off the budget, where that is one of operations."""
+        if self._job.config.train.flops is not None:
+            state = self._job.state
+            self._job.state = replace(state, progress=state.progress.spent(flops))
+
+    def _spend_probe(self, n_passes: int) -> None:
+        """So many forward passes over the probe batch."""
+        self.spend(n_passes * self.flops_per_token * self._probe.n_targets)
 
     @property
     def free_parameters(self) -> int:
@@ -343,6 +372,11 @@ class RunSite:
     def measure_flops(self) -> float:
         return self.flops_per_token * sum(batch.n_targets for batch in self._held_out)
 
+    @property
+    def evaluation_flops(self) -> float:
+        config = self._job.config
+        return self.flops_per_token * config.eval.n_windows * config.data.seq_len
+
     def slots(self) -> Collection[str]:
         return slots_in(self.model).keys()
 
@@ -357,6 +391,7 @@ class RunSite:
         """What is known of the run now."""
         own = {
             BUDGET_SHARE: step.progress.share(self._job.config.train),
+            N_DEEPENINGS: float(len(garden.deepened)),
             "isolation_violations": float(sum(life.n_violations for life in garden.lives if life.is_open)),
             "open_breakers": float(garden.breaker is not None and garden.breaker.state(step.progress.step) == "open"),
         }
@@ -418,6 +453,7 @@ class RunSite:
     @torch.no_grad()
     def measure(self, model: nn.Module) -> list[float]:
         found = []
+        self.spend(self.measure_flops)
         with room_for("a comparison on held-out text", self._job.device.device), self._reading():
             for batch in self._held_out:
                 logits_bto = self._read(model, batch.tokens_bt)
@@ -427,11 +463,13 @@ class RunSite:
         return found
 
     def loss(self, model: nn.Module) -> Tensor:
+        self._spend_probe(PASSES)
         (targets_bt,) = self._job.device.move(self._probe.targets_bt)
         return cross_entropy(self._read(model, self._probe.tokens_bt), targets_bt) / targets_bt.numel()
 
     @torch.no_grad()
     def logits(self, model: nn.Module) -> Tensor:
+        self._spend_probe(1)
         return self._read(model, self._probe.tokens_bt)
 
     def evaluate(self) -> float | None:
@@ -439,6 +477,7 @@ class RunSite:
         if isinstance(garden, Garden) and garden.held_out and garden.held_out[-1][0] == job.state.progress.step:
             return garden.held_out[-1][3]
         found = measure(self._run, job, job.config.eval.n_windows, task="growth")
+        self.spend(self.evaluation_flops)
         return float(found.nats)
 
     def keep(self) -> bool:
@@ -448,6 +487,7 @@ class RunSite:
         return True
 
     def change(self, plan: Plan) -> None:
+        self._spend_probe(CHECKED)
         state, config = self._job.state, self._job.config
         (probe_bt,) = self._job.device.move(self._probe.tokens_bt)
         with self._job.device.autocast():
@@ -462,12 +502,22 @@ class RunSite:
         optimizer, part = cast(MultiPeriodOptimizer, receipt.optimizer), config.grow
         joining = SeedSettings(part.rate_scale, part.seed_warmup, since=optimizer.clock.count)
         optimizer.settings |= dict.fromkeys(optimizer.settings.keys() - state.optimizer.settings.keys(), joining)
+        optimizer.joined |= dict.fromkeys(optimizer.joined.keys() - state.optimizer.joined.keys(), joining)
+        progress = state.progress
+        if progress.memory is not None:
+            progress = replace(progress, memory=carry_state(plan, progress.memory))
         self._job.state = replace(
-            state, model=receipt.model, optimizer=optimizer, engine=alone(receipt.model), topology=receipt.topology
+            state,
+            model=receipt.model,
+            optimizer=optimizer,
+            engine=alone(receipt.model),
+            progress=progress,
+            topology=receipt.topology,
         )
 
     def is_isolated(self, slot: str) -> bool | None:
         device = self._job.device
+        self._spend_probe(ISOLATED * PASSES)
         found = check_isolation(
             self._job.state,
             [self._probe],
@@ -483,6 +533,7 @@ class RunSite:
         if not self._has_room(n_steps):
             return None, False
         values, tensors = random_state(self._job.device.device)
+        self.spend(2 * n_steps * self.step_flops)
         losses = []
         for weight in (0.0, seeds_in(self.model)[slot].way.weight):
             model = self._trained_copy(slot, weight, n_steps)
@@ -514,6 +565,7 @@ class RunSite:
         left = (
             (now.step, limits.steps, 1.0),
             (now.tokens, limits.tokens, now.tokens / each),
+            (now.flops, limits.flops, self.step_flops),
             (now.seconds_used, limits.max_time, now.seconds_used / each),
         )
         return all(limit is None or used + n_steps * of_step <= limit for used, limit, of_step in left)

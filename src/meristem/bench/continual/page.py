@@ -7,9 +7,10 @@ from typing import Final
 
 from meristem.bench.continual.host import Size
 from meristem.bench.continual.settings import ContinualConfig, HostConfig
-from meristem.bench.continual.trial import Outcome
+from meristem.bench.estimate import estimate, paired, said, table
 from meristem.bench.evidence import TOLERANCE
-from meristem.bench.verdict import estimate, paired, said
+from meristem.bench.trial import Outcome
+from meristem.bench.tuned import rate_words, tuning_words
 from meristem.evaluate.picture import empty_figure, write_figure
 
 UNIT: Final = "bits per byte"
@@ -56,9 +57,8 @@ def page(
         "",
         f"**Fair.** All arms of a host begin with the same weights and read the same batches of the second text; with "
         f"replay, fewer of it, for the batches of both together are as many. Arms with a frozen host add as many "
-        f"parameters within {TOLERANCE:.0%}. Each arm tried its learning rates for {tree.rate_share:.0%} of the tokens "
-        f"from seed {tree.seeds[0]}, and ran with what was best on the second text; where that is the smallest or "
-        "largest, another might be better. Host and arms are trained in one plain loop of torch with AdamW.",
+        f"parameters within {TOLERANCE:.0%}. They were tuned alike, on the second text: {tuning_words(tree)} Host and "
+        "arms are trained in one plain loop of torch with AdamW.",
         "",
         f"**Figures** are {UNIT} of held-out text ({tree.n_windows} sequences), less is better: means over "
         f"{len(tree.seeds)} random seeds, each with a host of its own, ± half of a 95 % interval (Student's t). "
@@ -142,34 +142,26 @@ def _described(host: HostConfig) -> str:
     return f"The preset `{host.preset}` with {', '.join(f'`{one}`' for one in host.settings) or 'no changes'}."
 
 
-def _table(tree: ContinualConfig, host: HostConfig, arms: Sequence[Arm]) -> Iterator[str]:
+def _table(tree: ContinualConfig, host: HostConfig, arms: Sequence[Arm]) -> list[str]:
     """Both texts before and after, and what was added."""
     titles = ["arm", "new parameters", "FLOPs per token", "learning rate", "second text", "gained", "first text"]
     titles += ["forgotten", "first text, off"]
-    yield f"| {' | '.join(titles)} |"
-    yield f"|{'---|' * len(titles)}"
     before = [estimate([*arms[0].values(f"before/{text}").values()]).text() for text in ("second", "first")]
-    yield f"| the host before | | | {host.rate:g} | {before[0]} | | {before[1]} | | |"
+    rows = [["the host before", "", "", f"{host.rate:g}", before[0], "", before[1], "", ""]]
     for arm in arms:
         first, second = arm.values("on/first"), arm.values("on/second")
         off = [*arm.values("off/first").values()]
         is_same = all(value == 1 for value in arm.values("is_same").values())
-        cells = [
+        row = [
             f"`{arm.name}`",
             f"{arm.size.n_parameters:,} {f'({arm.size.chosen})' if arm.size.chosen else ''}".strip(),
             f"{arm.size.flops_per_token:,.0f}",
-            _rate(tree, host, arm),
+            rate_words(tree, arm.rate),
             estimate([*second.values()]).text(),
             f"**{estimate([-bits for bits in _changes(arm, 'second')]).text(sign='+')}**",
             estimate([*first.values()]).text(),
             f"**{estimate(_changes(arm, 'first')).text(sign='+')}**",
             f"{estimate(off).text()}, {'the same bits' if is_same else 'OTHER BITS'}" if off else "",
         ]
-        yield f"| {' | '.join(cells)} |"
-
-
-def _rate(tree: ContinualConfig, host: HostConfig, arm: Arm) -> str:
-    rates = host.arms[arm.name].rates or tree.rates
-    if arm.rate is None or len(rates) == 1:
-        return f"{arm.rate or rates[0]:g}"
-    return f"{arm.rate:g}" + {min(rates): " (smallest)", max(rates): " (largest)"}.get(arm.rate, "")
+        rows.append(row)
+    return table(titles, rows)

@@ -1,19 +1,17 @@
 """What ``docs/continual.yaml`` lists: two texts, hosts that are trained on the first, and ways to learn the second."""
 
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import Field, model_validator
 
-from meristem.bench.evidence import Settings
+from meristem.bench.tuning import Settings, TunedConfig
 from meristem.config import ConfigSection, Loaded, load
 from meristem.errors import ConflictingKeys
 from meristem.nn.slot import Reads
 
 SETTINGS: Final = ("device.threads=1", "device.dtype=fp32")
 """One thread, whose results are the same bits again, in the precision in which a digest means most."""
-
-Rates = Annotated[tuple[float, ...], Field(min_length=1, description="Learning rates, the best of which is used.")]
 
 
 class SeedsConfig(ConfigSection):
@@ -34,7 +32,6 @@ class ArmConfig(ConfigSection):
     replay_every: Annotated[
         int | None, Field(ge=2, description="Every so many batches one of the first text is read again.")
     ] = None
-    rates: Annotated[Rates | None, Field(description="In place of those of the file.")] = None
 
     @model_validator(mode="after")
     def _has_one_size(self) -> Self:
@@ -70,18 +67,16 @@ class HostConfig(ConfigSection):
         return self
 
 
-class ContinualConfig(ConfigSection):
-    """Both texts, how long each is learned, and every host."""
+class ContinualConfig(TunedConfig):
+    """Both texts, how long each is learned, and every host. settings: of all of them, data and tokenizer."""
+
+    place: ClassVar = "continual"
 
     first: Annotated[str, Field(description="data.source of the text that hosts are trained on.")]
     second: Annotated[str, Field(description="data.source of the text that comes afterwards.")]
     first_tokens: Annotated[int, Field(ge=1, description="Tokens of the first that a host reads.")]
     second_tokens: Annotated[int, Field(ge=1, description="Tokens of the second that an arm reads.")]
-    seeds: Annotated[tuple[int, ...], Field(min_length=1, description="Random seeds: a host and its arms for each.")]
-    rates: Rates
-    rate_share: Annotated[float, Field(gt=0, le=1, description="Share of the tokens for which a rate is tried.")] = 0.3
     n_windows: Annotated[int, Field(ge=1, description="Held-out sequences of each text.")] = 64
-    settings: Annotated[Settings, Field(description="Of all hosts: data, tokenizer, device.")] = ()
     hosts: Annotated[dict[str, HostConfig], Field(min_length=1, description="Name to what it is.")]
 
     @property

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,16 +10,15 @@ import orjson
 from meristem.bench.continual.host import Make, Size, Texts, maker, sizes
 from meristem.bench.continual.page import Arm, draw, page
 from meristem.bench.continual.settings import ContinualConfig, HostConfig, read_continual
-from meristem.bench.continual.trial import Outcome, Trained, Trial, run, trained_host
+from meristem.bench.continual.trial import Trained, Trial, run, trained_host
+from meristem.bench.trial import Outcome
+from meristem.bench.tuned import Known, origin, read_known
 from meristem.checkpoint.atomic import write_atomic
 from meristem.config import fingerprint
 from meristem.device.describe import code_version, hardware
-from meristem.errors import BadRecords, MissingExtra
+from meristem.errors import MissingExtra
 
 SCHEMA: Final = "meristem.continual/1"
-
-Known = dict[str, Outcome]
-"""Outcomes by their fingerprints."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,9 @@ class Bench:
 
     def tries(self, arm: str) -> dict[float, Trial]:
         """By learning rate, a run from the first seed for a share of the tokens; none where there is no choice."""
-        rates, n_tokens = self._rates(arm), max(1, round(self.tree.second_tokens * self.tree.rate_share))
-        tried = {rate: self.trial(arm, self.tree.seeds[0], rate, n_tokens=n_tokens) for rate in rates}
-        return tried if len(rates) > 1 else {}
+        n_tokens = max(1, round(self.tree.second_tokens * self.tree.rate_share))
+        tried = {rate: self.trial(arm, self.tree.seeds[0], rate, n_tokens=n_tokens) for rate in self.tree.rates}
+        return tried if len(tried) > 1 else {}
 
     def best_rate(self, arm: str, known: Known) -> float | None:
         """The rate whose try ended lowest on the second text, the first where all failed; None while one is missing."""
@@ -59,7 +57,7 @@ class Bench:
         if None in tried.values():
             return None
         found = {rate: one.figures["on/second"] for rate, one in tried.items() if one and one.figures}
-        return min(found, key=found.__getitem__, default=self._rates(arm)[0])
+        return min(found, key=found.__getitem__, default=self.tree.rates[0])
 
     def trial(self, arm: str, random_seed: int, rate: float, *, n_tokens: int | None = None) -> Trial:
         """A run of an arm. n_tokens: of the second text, None for all."""
@@ -67,7 +65,7 @@ class Bench:
         aside = {"hosts", "seeds", "rates", "rate_share", "second_tokens"}
         decides = self.tree.model_dump(mode="json", exclude=aside) | {
             "host": self.host.model_dump(mode="json", exclude={"arms", "same_size_as"}),
-            "arm": self.host.arms[arm].model_dump(mode="json", exclude={"rates"}),
+            "arm": self.host.arms[arm].model_dump(mode="json"),
             "texts": [self.texts.first.fingerprint, self.texts.second.fingerprint],
             "run": [size, random_seed, rate, n_tokens],
         }
@@ -83,9 +81,6 @@ class Bench:
             arms.append(Arm(name, size, rate, by_seed))
         return arms
 
-    def _rates(self, arm: str) -> tuple[float, ...]:
-        return self.host.arms[arm].rates or self.tree.rates
-
 
 def continual(config: Path, out: Path, *, command: str, say: Callable[[str], object]) -> dict[str, Any]:
     """Run what is missing of what ``config`` lists, and write page, picture and JSON; gives what is in the JSON.
@@ -93,7 +88,7 @@ def continual(config: Path, out: Path, *, command: str, say: Callable[[str], obj
     Page and JSON are written after every arm, so that one which is interrupted has lost nothing that had ended. A host
     is trained where an arm of it is missing. One that needs a package which is not there is left out, and said.
     """
-    tree, known = read_continual(config), _known(out.with_suffix(".json"))
+    tree, known = read_continual(config), read_known(out.with_suffix(".json"), SCHEMA)
     benches, left_out = _benches(tree, Texts.of(tree))
     for line in left_out:
         say(line)
@@ -108,7 +103,16 @@ def continual(config: Path, out: Path, *, command: str, say: Callable[[str], obj
                 known[outcome.fingerprint] = outcome
                 say(_line(outcome))
                 _write(out, tree, benches, known, left_out=left_out, command=command)
+    try:
+        draw(picture_of(out), tree, {bench.name: bench.found(known) for bench in benches})
+    except MissingExtra as error:
+        say(str(error))
     return _write(out, tree, benches, known, left_out=left_out, command=command)
+
+
+def picture_of(out: Path) -> Path:
+    """Where the picture of a page stands."""
+    return out.with_suffix(".png")
 
 
 def is_kept(report: Mapping[str, Any]) -> bool:
@@ -132,47 +136,27 @@ def _benches(tree: ContinualConfig, texts: Texts) -> tuple[list[Bench], list[str
 def _write(
     out: Path, tree: ContinualConfig, benches: Sequence[Bench], known: Known, *, left_out: Sequence[str], command: str
 ) -> dict[str, Any]:
-    """The page, its picture and the JSON, whose content is given; outcomes of other settings are left out."""
+    """The page and the JSON, whose content is given; outcomes of other settings are left out.
+
+    Those of a host that is left out stay in the JSON: nothing says that they are of other settings.
+    """
     found = {bench.name: bench.found(known) for bench in benches}
     used = {one.fingerprint for bench in benches for arm in bench.host.arms for one in bench.tries(arm).values()}
     used |= {outcome.fingerprint for arms in found.values() for arm in arms for outcome in arm.by_seed.values()}
-    code, picture = code_version(), out.with_suffix(".png")
-    title = (
-        f"Written by `{command}` on {datetime.now(UTC):%Y-%m-%d}, version {code['version']}, commit "
-        f"`{str(code['commit'])[:12]}`, on one thread of {hardware()['cpu']}."
-    )
-    try:
-        draw(picture, tree, found)
-    except MissingExtra as error:
-        left_out = [*left_out, str(error)]
+    absent = tuple(f"{name}, " for name in tree.hosts if name not in found)
+    outcomes = [one for one in known.values() if one.fingerprint in used or one.name.startswith(absent)]
     report = {
         "schema": SCHEMA,
         "hardware": hardware(),
-        "code": code,
+        "code": code_version(),
         "settings": tree.model_dump(mode="json"),
-        "outcomes": [outcome.to_json() for outcome in known.values() if outcome.fingerprint in used],
+        "outcomes": [outcome.to_json() for outcome in outcomes],
     }
     write_atomic(out.with_suffix(".json"), orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+    title, picture = origin(tree, outcomes, command), picture_of(out)
     text = page(tree, found, title=title, left_out=left_out, picture=picture.name if picture.exists() else None)
     write_atomic(out, text.encode())
     return report
-
-
-def _known(path: Path) -> Known:
-    """What an earlier call has measured."""
-    if not path.exists():
-        return {}
-    try:
-        report = orjson.loads(path.read_bytes())
-        if report["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {report['schema']}")
-        return {values["fingerprint"]: Outcome(**values) for values in report["outcomes"]}
-    except (ValueError, KeyError, TypeError) as cause:
-        raise BadRecords(
-            f"{path} holds no outcomes of this benchmark ({cause}), and would be overwritten. Move it away, or choose "
-            f"another --out.",
-            path=str(path),
-        ) from cause
 
 
 def _line(outcome: Outcome) -> str:

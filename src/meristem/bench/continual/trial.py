@@ -2,11 +2,11 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import meristem.growth as grow
 from meristem.bench.continual.host import Texts, grow_beside, reader, slotted
 from meristem.bench.continual.settings import ArmConfig, ContinualConfig, HostConfig
+from meristem.bench.trial import Outcome
 from meristem.data.corpus import Corpus
 from meristem.data.stream import Batch, Stream, held_out
+from meristem.device.describe import hardware
 from meristem.errors import NonFinite
 from meristem.evaluate.likelihood import Likelihood, Reader, likelihood
 from meristem.memory.state import State
@@ -48,20 +50,6 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a trial: figures, or why it ended before there were any."""
-
-    name: str
-    fingerprint: str
-    figures: Mapping[str, float]
-    failure: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as JSON gives them back."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class Trained:
     """A host after the first text, and what was measured of it. digest: of its logits on held-out text of the first."""
 
@@ -89,12 +77,13 @@ def run(tree: ContinualConfig, trial: Trial, texts: Texts, held: Trained) -> Out
     host, model = tree.hosts[trial.host], deepcopy(held.model)
     arm = host.arms[trial.arm]
     grow_beside(model, slotted(model, arm, trial.size), random_seed=trial.random_seed)
-    began = time.perf_counter()
+    began, found = time.perf_counter(), hardware()
+    chip = found["cpu"] if texts.device.device.type == "cpu" or not found["gpus"] else found["gpus"][0]["name"]
     try:
         batches = _mixed(texts, arm, trial.random_seed)
         learn(model, host, batches, texts, rate=trial.rate, n_tokens=trial.n_tokens)
     except NonFinite as cause:
-        return Outcome(trial.name, trial.fingerprint, {}, str(cause))
+        return Outcome(trial.name, trial.fingerprint, {}, (), chip, str(cause))
     figures = {"seconds": time.perf_counter() - began, "before/first": held.first.bits_per_byte}
     figures["before/second"] = held.second.bits_per_byte
     figures["on/first"] = measured(model, host, texts, texts.first, tree.n_windows)[0].bits_per_byte
@@ -104,7 +93,7 @@ def run(tree: ContinualConfig, trial: Trial, texts: Texts, held: Trained) -> Out
             grow.set_blend(model, slot, 0)
         off, digest = measured(model, host, texts, texts.first, tree.n_windows)
         figures |= {"off/first": off.bits_per_byte, "is_same": float(digest == held.digest)}
-    return Outcome(trial.name, trial.fingerprint, figures)
+    return Outcome(trial.name, trial.fingerprint, figures, (), chip)
 
 
 def learn(
