@@ -34,8 +34,8 @@ class SessionFile(NamedTuple):
     header: dict[str, Any]
 
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Put tensors and header into one file, whole or not at all.
+def pack(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> bytes:
+    """Tensors and header as the bytes of a session file.
 
     The hash stands inside the file, so it is taken with its own 64 digits set to zero.
     """
@@ -50,7 +50,12 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, 
     }
     content = safetensors.torch.save(whole, metadata)
     digest = sha256(content).encode()
-    content = content.replace(_DIGEST_FIELD + _NO_DIGEST, _DIGEST_FIELD + digest, 1)
+    return content.replace(_DIGEST_FIELD + _NO_DIGEST, _DIGEST_FIELD + digest, 1)
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+    """Put tensors and header into one file, whole or not at all."""
+    content = pack(tensors, header)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
@@ -63,10 +68,7 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, 
 
 
 def read(path: Path) -> SessionFile:
-    """The tensors and header of a session file, after its hash was checked; those of an earlier meristem as today's.
-
-    CheckpointTooNew names the section that a later one saved.
-    """
+    """The tensors and header of a session file; see ``unpack``."""
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as cause:
@@ -75,6 +77,14 @@ def read(path: Path) -> SessionFile:
             f"no session could be read from {path}: {reason}. Give a file that `/save` or Session.save wrote.",
             path=str(path),
         ) from cause
+    return unpack(content, path)
+
+
+def unpack(content: bytes, path: Path | str) -> SessionFile:
+    """The tensors and header that ``pack`` wrote, after the hash was checked; those of an earlier meristem as today's.
+
+    path: where the bytes came from, for messages. CheckpointTooNew names the section that a later meristem saved.
+    """
     metadata = _metadata(path, content)
     digest = str(metadata.get("sha256")).encode()
     if sha256(content.replace(_DIGEST_FIELD + digest, _DIGEST_FIELD + _NO_DIGEST, 1)).encode() != digest:
@@ -119,7 +129,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _metadata(path: Path, content: bytes) -> dict[str, str]:
+def _metadata(path: Path | str, content: bytes) -> dict[str, str]:
     """The metadata of a safetensors file: eight bytes of length, then JSON."""
     end = 8 + int.from_bytes(content[:8], "little")
     if len(content) < 8 or end > len(content):
@@ -131,7 +141,7 @@ def _metadata(path: Path, content: bytes) -> dict[str, str]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _corrupt(path: Path, reason: str) -> CheckpointCorrupt:
+def _corrupt(path: Path | str, reason: str) -> CheckpointCorrupt:
     return CheckpointCorrupt(
         f"{path} is not an intact session file: {reason}. Restore it from a copy, or begin a new session.",
         path=str(path),
