@@ -289,7 +289,11 @@ class Engine:
         begun: dict[object, list[Row]] = {}
         for job in self._joining:
             reader, state = job.order.reader, job.moment.state or {}
-            key = id(reader), alike_by(state)
+            try:
+                key = id(reader), alike_by(state)
+            except ValueError as error:  # a state that names no rows
+                self._finish(job, "error", error)
+                continue
             batch = next((each for each in self._batches if None in each.owners and each.key == key), None)
             if batch is None:
                 begun.setdefault(key, []).append((state, job))

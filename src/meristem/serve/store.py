@@ -99,13 +99,13 @@ def unpack(content: bytes, path: Path | str) -> SessionFile:
         tensors = {name: tensor.clone() for name, tensor in mapped.items()}
         header = json.loads(metadata["session"])
         of_state = int(metadata.get("state", 1))
-    except (SafetensorError, KeyError, ValueError) as cause:
+        state = {name.removeprefix(INSIDE): tensors.pop(name) for name in list(tensors) if name.startswith(INSIDE)}
+        beside = {"memory_integers.json": header.get("integers"), HEADER: header}.get
+        state = migrate.migrated(STATE, state, of_state, path, beside)
+        tensors |= {f"{INSIDE}{name}": tensor for name, tensor in state.items()}
+        return SessionFile(tensors, migrate.migrated(HEADER, header, version, path))
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as cause:
         raise _corrupt(path, str(cause)) from cause
-    state = {name.removeprefix(INSIDE): tensors.pop(name) for name in list(tensors) if name.startswith(INSIDE)}
-    beside = {"memory_integers.json": header.get("integers"), HEADER: header}.get
-    state = migrate.migrated(STATE, state, of_state, path, beside)
-    tensors |= {f"{INSIDE}{name}": tensor for name, tensor in state.items()}
-    return SessionFile(tensors, migrate.migrated(HEADER, header, version, path))
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -136,7 +136,7 @@ def _metadata(path: Path | str, content: bytes) -> dict[str, str]:
         raise _corrupt(path, f"it holds {len(content)} bytes and its header needs {end}")
     try:
         metadata = json.loads(content[8:end])["__metadata__"]
-    except (ValueError, KeyError, TypeError) as cause:
+    except (ValueError, KeyError, TypeError, RecursionError) as cause:
         raise _corrupt(path, "its header is not that of a session") from cause
     return metadata if isinstance(metadata, dict) else {}
 
