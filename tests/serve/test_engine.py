@@ -317,9 +317,9 @@ def test_a_thread_runs_the_rounds_and_ends_with_its_orders():
     engine.submit(endless.order)
     while not done.end:
         time.sleep(0.001)
-    assert engine.is_alive and endless.end is None
+    assert not engine.has_ended and endless.end is None
     engine.close()
-    assert (endless.end.reason, engine.is_alive, engine.n_at_work) == ("cancelled", False, 0)
+    assert (endless.end.reason, engine.has_ended, engine.n_at_work) == ("cancelled", True, 0)
     with pytest.raises(WorkerDied, match="closed"):
         engine.submit(Asked(WIDE, (1,)).order)
 

@@ -107,7 +107,7 @@ def test_forks_and_rollback_are_exact(sessions):
 def test_a_stated_number_of_turns_is_kept_and_those_with_a_label(sessions):
     record = say(sessions, sessions.create(), "0")
     saved = sessions.moment(record)
-    assert sessions.label(record, "start").label == "start"
+    assert sessions.label(record.id, label="start").label == "start"
     for at in range(KEPT_TURNS + 2):
         record = say(sessions, record, str(at))
     assert [each.turn for each in sessions.turns(record.id) if not each.can_return] == [2, 3]

@@ -25,6 +25,7 @@ CHECKED_LENGTHS: Final = (1, 29, 100)
 """Tokens that the rows of ``exact_sizes`` have read before."""
 
 CHECKED_STEPS: Final = 2
+CHECKED_TEXTS: Final = 8
 
 
 class Batch(Generic[Owner]):
@@ -82,9 +83,9 @@ class Batch(Generic[Owner]):
 def exact_sizes(reader: Reader, n_ids: int, most: int, device: torch.device | str = "cpu") -> tuple[int, ...]:
     """The numbers of rows, ascending, in which a batch gives each row the bits that it has in a batch of the least.
 
-    (1,) where there are none, or the reader takes one row at a time: then rows read one by one. ``most`` random texts
-    are read to several lengths, and then on in batches of every size, at every place of the least batch and of the
-    larger ones. A size that differs anywhere in a logit or a state is left out.
+    (1,) where there are none, or the reader takes one row at a time: then rows read one by one. Random texts are read
+    to several lengths, and then on, each row with tokens of its own, in batches of every size, at every place of the
+    least batch and of the larger ones. A size that differs anywhere in a logit or a state is left out.
 
     n_ids: of the vocabulary. most: rows of the largest batch, at least ``LEAST``.
     """
@@ -95,18 +96,21 @@ def exact_sizes(reader: Reader, n_ids: int, most: int, device: torch.device | st
         sizes.append(sizes[-1] * 2)
     generator = random_stream(0, "serve.exact_sizes")
     for n_read in CHECKED_LENGTHS:
-        tokens_bt = torch.randint(n_ids, (sizes[-1], n_read + CHECKED_STEPS), generator=generator).to(device)
-        places = torch.randperm(len(tokens_bt), generator=generator).tolist()
-        sizes = _exact_for(reader, tokens_bt, sizes, places)
+        texts_bt = torch.randint(n_ids, (min(CHECKED_TEXTS, sizes[-1]), n_read), generator=generator)
+        of_text = [row % len(texts_bt) for row in range(sizes[-1])]
+        begun = select_rows(_prefilled(reader, texts_bt.to(device)), of_text)
+        later_bt = torch.randint(n_ids, (sizes[-1], CHECKED_STEPS), generator=generator)
+        sizes = _exact_for(reader, begun, later_bt, sizes, torch.randperm(sizes[-1], generator=generator).tolist())
         if LEAST not in sizes:
             return (1,)
     return tuple(sizes)
 
 
-def _exact_for(reader: nn.Module, tokens_bt: Tokens, sizes: Sequence[int], places: Sequence[int]) -> list[int]:
-    """The sizes in which texts, put into other places, are read on as in batches of the least in their own order."""
-    begun, later_bt = _prefilled(reader, tokens_bt[:, :-CHECKED_STEPS]), tokens_bt[:, -CHECKED_STEPS:]
-    truth = _read_on(reader, begun, later_bt, LEAST, range(len(tokens_bt)))
+def _exact_for(
+    reader: nn.Module, begun: State, later_bt: Tokens, sizes: Sequence[int], places: Sequence[int]
+) -> list[int]:
+    """The sizes in which rows, put into other places, are read on as in batches of the least in their own order."""
+    truth = _read_on(reader, begun, later_bt, LEAST, range(len(later_bt)))
     exact = []
     for size in sizes:
         rows = places if size == LEAST else places[:size]

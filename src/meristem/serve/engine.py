@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meristem.device.random import stream as random_stream
 from meristem.errors import NonFinite, QueueFull, WorkerDied
@@ -141,7 +141,7 @@ class Engine:
         """Find the batches in which this reader is exact, which takes seconds; else its first order has to wait."""
         if id(reader) not in self._sizes:
             sizes = exact_sizes(reader, self.n_ids, self.most_rows, self.device)
-            if sizes == (1,):
+            if sizes == (1,) and isinstance(reader, nn.Module):
                 payload = {"what": "batches", "reason": "rows depend on their batch, so they are read one by one"}
                 self.emit(Event("degraded", payload, "warning"))
             # The reader is kept, so that no other can come to have its id.
@@ -170,9 +170,9 @@ class Engine:
         return len(self._new)
 
     @property
-    def is_alive(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread is not None and self._thread.is_alive()
+    def has_ended(self) -> bool:
+        """Whether its thread ran, and does no more."""
+        return self._thread is not None and not self._thread.is_alive()
 
     def start(self) -> None:
         """Run rounds in a thread, until ``close``."""

@@ -201,14 +201,7 @@ class Session:
 
     def memory(self) -> MemoryView:
         """What is remembered now; nothing changes."""
-        modules = {
-            numbers(path): module
-            for path, module in self.model.named_modules()
-            if isinstance(module, NeuralMemory | SelfReference)
-        }
-        held = dict(_memories(self._now.state or {}))
-        layers = {path: _looked_at(modules[numbers(path)], memory) for path, memory in held.items()}
-        return {"n_tokens": self.n_tokens, "size_bytes": self.size_bytes, "layers": layers}
+        return memory_view(self.model, self._now)
 
     def save(self, path: Path | str) -> None:
         """Write all that the future of this session depends on into one file, whole or not at all.
@@ -280,6 +273,18 @@ class Session:
     def _read(self, moment: Moment, token_ids: Sequence[int]) -> tuple[Moment, Tensor]:
         """The moment after reading some tokens, and the prediction made at each of them."""
         return read(self._reader, moment, token_ids, self._device)
+
+
+def memory_view(model: nn.Module, moment: Moment) -> MemoryView:
+    """What is remembered at a moment; nothing changes."""
+    modules = {
+        numbers(path): module
+        for path, module in model.named_modules()
+        if isinstance(module, NeuralMemory | SelfReference)
+    }
+    held = dict(_memories(moment.state or {}))
+    layers = {path: _looked_at(modules[numbers(path)], memory) for path, memory in held.items()}
+    return {"n_tokens": moment.n_tokens, "size_bytes": moment.size_bytes, "layers": layers}
 
 
 def _require_learning(header: Mapping[str, Any], path: Path, learn: Learn | None, learning: LearnConfig | None) -> None:

@@ -240,6 +240,9 @@ class Sessions:
         row = {"session": record.id, "turn": turn, **asdict(said), "file": name, "n_tokens": moment.n_tokens}
         row |= {"size_bytes": size_bytes, "created": now, "seed": None if said.seed is None else str(said.seed)}
         with self._database.writing() as run:
+            if not run("SELECT 1 FROM sessions WHERE id=? AND turn=?", (record.id, record.turn)).fetchone():
+                (self.directory / STATES / name).unlink()
+                raise SessionBusy(f"session '{record.id}' was changed meanwhile. Try again.", session=record.id)
             run(f"INSERT INTO turns ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
             values = (turn, moment.n_tokens, size_bytes, said.is_open, now, record.id)
             run("UPDATE sessions SET turn=?, n_tokens=?, size_bytes=?, is_open=?, used=? WHERE id=?", values)
@@ -252,13 +255,14 @@ class Sessions:
             self._live.put(record.id, moment)
         return self.get(record.id, record.owner)
 
-    def label(self, record: SessionRecord, label: str) -> TurnRecord:
+    def label(self, session_id: str, owner: str = "", *, label: str) -> TurnRecord:
         """Save the last turn under a label: however much is said later, the session can return to it."""
-        if not record.turn:
-            raise NoSession("nothing was said in this session, so there is no turn to save.", session=record.id)
-        with self._database.writing() as run:
-            run("UPDATE turns SET label=? WHERE session=? AND turn=?", (label, record.id, record.turn))
-        return self.turns(record.id, record.owner)[-1]
+        with self.writing(session_id, owner) as record:
+            if not record.turn:
+                raise NoSession("nothing was said in this session, so there is no turn to save.", session=session_id)
+            with self._database.writing() as run:
+                run("UPDATE turns SET label=? WHERE session=? AND turn=?", (label, session_id, record.turn))
+            return self.turns(session_id, owner)[-1]
 
     def fork(self, session_id: str, owner: str = "", *, name: str | None = None) -> SessionRecord:
         """A second session that stands where this one stands; from here on neither knows of the other."""
