@@ -36,7 +36,7 @@ def serve(
     top_p: TopP = 1.0,
     max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Requests that are worked on at once.")] = 64,
     max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=0, help="Requests that wait for a place; more are refused (429).")
+        int, typer.Option("--max-waiting", min=1, help="Requests that wait for a place; more are refused (429).")
     ] = 256,
     deadline: Annotated[float, typer.Option("--deadline", min=0.0, help="Seconds that a reply may take.")] = 600.0,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the processor for each product.")] = 1,
@@ -53,7 +53,7 @@ def serve(
     if host not in LOOPBACK:
         raise WrongValue(
             f"--host is {host}; without keys, which this version does not have, a server listens at {LOOPBACK[0]} "
-            f"alone. Leave it out, and put a proxy that asks for a password before it.",
+            f"alone. Leave it out, and put a proxy with a password before it.",
             key="host",
             value=host,
         )
@@ -88,8 +88,7 @@ def serve(
         deadline_s=deadline,
         created=int(time.time()),
     )
-    listening = _listening(host, port)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    listening, url = _listening(host, port)
     if as_json:
         json_line({"url": url, "model": served.name, "data": str(directory)})
     else:
@@ -106,8 +105,8 @@ def _data_home() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens there."""
+def _listening(host: str, port: int) -> tuple[socket.socket, str]:
+    """A socket that listens there, and its address for clients."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -117,4 +116,4 @@ def _listening(host: str, port: int) -> socket.socket:
         listening.close()
         raise RunError(f"{host}:{port} cannot be listened at: {cause.strerror}. Choose another --port.") from cause
     listening.listen(2048)
-    return listening
+    return listening, f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"

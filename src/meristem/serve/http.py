@@ -17,10 +17,11 @@ from meristem import __version__
 from meristem.config import ConfigSection
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import WrongValue
+from meristem.events import Event
 from meristem.models.config import LearnConfig
 from meristem.models.generate import Sampling
 from meristem.models.online import Learn
-from meristem.serve.engine import Engine, Order
+from meristem.serve.engine import Ended, Engine, Order
 from meristem.serve.failures import LimitBody, NoModel, answer_failures, failure, failure_of
 from meristem.serve.layout import END_OF_REPLY, message_ids
 from meristem.serve.moment import BEGINNING, FRESH, portion
@@ -56,14 +57,17 @@ class Served:
 
     def warm_up(self) -> None:
         """Find the batches in which the model is exact, write one token, and be ready."""
-        for learn in ("memory", "none"):
-            self.engine.prepare(self.sessions.reader(learn))
-        self.engine.start()
-        ids = tuple(self.tokenizer.encode(BEGINNING))
-        order = Order(self.sessions.reader(), FRESH, ids, max_tokens=1, ended=self._warmed_up)
-        self.engine.submit(order)
+        try:
+            for learn in ("memory", "none"):
+                self.engine.prepare(self.sessions.reader(learn))
+            self.engine.start()
+            ids = tuple(self.tokenizer.encode(BEGINNING))
+            self.engine.submit(Order(self.sessions.reader(), FRESH, ids, max_tokens=1, ended=self._warmed_up))
+        except Exception as error:
+            self.engine.emit(Event("not_ready", {"error": type(error).__name__, "message": str(error)}, "error"))
+            raise
 
-    def _warmed_up(self, end: Any) -> None:
+    def _warmed_up(self, end: Ended) -> None:
         self.is_ready = end.reason == "length"
 
 
@@ -114,7 +118,8 @@ def make_app(served: Served) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         warming = asyncio.create_task(asyncio.to_thread(served.warm_up))
         yield
-        await warming
+        # What kept it from being ready was said; the rest is let go as ever.
+        await asyncio.wait([warming])
         await asyncio.to_thread(served.engine.close)
         await asyncio.to_thread(served.sessions.close)
 

@@ -143,7 +143,7 @@ class Usage:
 
 
 class Shape:
-    """The answers to one request. is_chat: a chat's, or those of plain text."""
+    """The bodies for one request. is_chat: of a chat, or else of plain text."""
 
     def __init__(self, model: str, tokenizer: Tokenizer, *, is_chat: bool, has_logprobs: bool) -> None:
         self.tokenizer, self.is_chat, self.has_logprobs = tokenizer, is_chat, has_logprobs
