@@ -116,11 +116,12 @@ def test_the_official_client_lists_and_completes(client):
         "length",
         7,
     )
-    several = client.completions.create(
-        model="small", prompt=["Hello", list(b"Hello")], max_tokens=7, temperature=0, n=2
-    )
-    assert [choice.text for choice in several.choices] == [found.choices[0].text] * 4
-    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    for prompt in (["Hello", "Hello"], [list(b"Hello")] * 2):
+        several = client.completions.create(model="small", prompt=prompt, max_tokens=7, temperature=0, n=2)
+        assert [choice.text for choice in several.choices] == [found.choices[0].text] * 4
+        assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    ids = client.completions.create(model="small", prompt=list(b"Hello"), max_tokens=7, temperature=0)
+    assert ids.choices == found.choices
     with pytest.raises(openai.NotFoundError, match="there is no model"):
         client.completions.create(model="other", prompt="x")
 
