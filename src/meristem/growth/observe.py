@@ -150,6 +150,7 @@ class Mask(Record):
     """What may be proposed at this boundary. slots: those that may get a seed; may_cull: those whose seed may go.
 
     free_parameters: how many a new seed may have at most. why: what stands against germination, if anything.
+    can_deepen: whether the whole stack may be made deeper.
     """
 
     slots: frozenset[str] = frozenset()
@@ -158,3 +159,4 @@ class Mask(Record):
     blocked_blueprints: frozenset[str] = frozenset()
     free_parameters: int = 0
     why: str = ""
+    can_deepen: bool = False

@@ -1,5 +1,6 @@
 """Training that grows: seeds are put where they are wanted, tried, blended in, and kept or removed (growth.md 17)."""
 
+import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
@@ -18,41 +19,55 @@ from meristem.checkpoint.store import Checkpoint
 from meristem.data.stream import Batch, held_out
 from meristem.device.random import GlobalGenerators, global_generators, random_state, restore_random_state
 from meristem.device.room import room_for
-from meristem.distributed.engine import alone
+from meristem.distributed.engine import Engine
 from meristem.errors import CapabilityError, WrongValue
 from meristem.evaluate.likelihood import Likelihood
-from meristem.events import Event
+from meristem.events import Emit, Event
 from meristem.growth.attach import attach, slots_in
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gardener import act_on, tend
+from meristem.growth.gates import GateResult
 from meristem.growth.graft import advance, cost, seeds_in, set_blend
 from meristem.growth.isolation import Isolation, Pair, ShadowPass, check_isolation, enter
-from meristem.growth.measure import n_host_parameters
+from meristem.growth.measure import n_host_parameters, structure_digest
 from meristem.growth.observe import HeldOut, Reading, SlotReading
 from meristem.growth.plan import Plan
-from meristem.growth.policy import Decision, Mask, Policy, breaker_of, budget_ms, decide, open_policy, policies
+from meristem.growth.policy import (
+    Decision,
+    Mask,
+    Policy,
+    breaker_of,
+    budget_ms,
+    decide,
+    open_policy,
+    policies,
+)
+from meristem.growth.proposal import DEEPENINGS
 from meristem.growth.report import FILE, GrowthReport, append
-from meristem.growth.schedule import BUDGET_SHARE
+from meristem.growth.schedule import BUDGET_SHARE, LOSS_BLIND, N_DEEPENINGS
 from meristem.growth.score import slot_scores
 from meristem.growth.stage import Stage
+from meristem.growth.surgery import carry_state
+from meristem.growth.together import made_in_all
 from meristem.growth.topology import topology
-from meristem.growth.transaction import transaction
+from meristem.growth.transaction import Receipt, transaction
 from meristem.memory.state import State
 from meristem.models.build import build
-from meristem.models.growing import GrowConfig
-from meristem.models.topology import Topology
+from meristem.models.growing import GrowConfig, GrowPolicyConfig
+from meristem.models.topology import Topology, recorded
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.origins import SeedSettings
 from meristem.optim.schedule import rate_factor
 from meristem.optim.surgery import carried
-from meristem.recipes.plan.flops import counted
+from meristem.recipes.plan.flops import forward_flops
 from meristem.recipes.plan.report import PlanReport
-from meristem.recipes.pretrain import Result, begun, finish, measure, prepare_job, stop, train
+from meristem.recipes.pretrain import PASSES, Result, begun, finish, measure, prepare_job, stop, train
 from meristem.runs.config import Config
 from meristem.runs.directory import Run
 from meristem.runs.recovery import Recovery
 from meristem.runs.resume import Job
+from meristem.runs.structure import engine_of, is_current
 from meristem.sinks.console import Console
 from meristem.train.backward import read_again
 from meristem.train.loop import Step, steps
@@ -65,6 +80,16 @@ MOST_VIOLATIONS: Final = 3
 
 SCORED_RANK: Final = 4
 """The rank of the additions by which slots are compared."""
+
+CHECKED: Final = 4
+"""Passes over the probe batch by which a change of structure is verified: what the model says before and after it, and
+two that see whether it is causal."""
+
+ISOLATED: Final = 3
+"""Training steps' worth of passes that a check of the isolation makes: twice without the seeds, and once of theirs."""
+
+NOBODY: Final = GrowPolicyConfig(name="never")
+"""The policy of the processes that do not decide."""
 
 PROBE_ROWS: Final = 4
 """Held-out sequences that gradients and changes of logits are measured on."""
@@ -87,7 +112,8 @@ def grow(
     with begun(
         config, run_dir=run_dir, resume=resume, view=view, planned=planned, make_job=prepare, time_scale=time_scale
     ) as (run, job, recovery):
-        with open_policy(config.grow.policy, emit=run.emit) as policy:
+        # The first process decides for all.
+        with open_policy(config.grow.policy if run.world.is_first else NOBODY, emit=run.emit) as policy:
             is_interrupted = train(run, job, recovery, Growth(run, job, recovery, policy))
         return stop(run, job, recovery) if is_interrupted else finish(run, job, recovery)
 
@@ -96,12 +122,12 @@ def prepare(run: Run, config: Config, checkpoint: Checkpoint | None) -> Job:
     """The job of a run that trains, of a model with slots."""
     part = config.grow.policy
     policies.get(part.name)(part.settings)
-    if run.world.size > 1:
+    if run.world.size > 1 and config.distributed.shard:
         raise CapabilityError(
-            f"grow.enabled is true in {run.world.size} processes, and a seed that is switched off has no gradients for "
-            f"them to sum. Train in one process, or set grow.enabled=false.",
+            f"grow.enabled and distributed.shard are true in {run.world.size} processes: a change of structure needs "
+            f"every parameter whole. Set distributed.shard=false, or grow.enabled=false.",
             operation="grow",
-            reason="several processes",
+            reason="sharded parameters",
         )
     return prepare_job(run, config, checkpoint, with_slots)
 
@@ -112,7 +138,8 @@ def with_slots(config: Config, vocabulary: int, before: Topology) -> Topology:
     make = partial(build, config.model, config.memory, vocabulary, config.run.seed)
     with torch.device("meta"):
         model, wanted = make(before), slots_in(attach(make(), part.slots, reads=part.reads))
-    missing = [name for name in wanted if name not in slots_in(model)]
+    # Blocks that came later moved the slots of those above them: a model that has been changed keeps what it has.
+    missing = [name for name in wanted if name not in slots_in(model) and not (recorded(model) and slots_in(model))]
     if missing:
         attach(model, missing, reads=part.reads)
     _require_room(model, part)
@@ -122,9 +149,12 @@ def with_slots(config: Config, vocabulary: int, before: Topology) -> Topology:
 def _require_room(model: nn.Module, part: GrowConfig) -> None:
     """Raise WrongValue unless the smallest seed that the policy may put in stays within the caps.
 
-    Which these are its settings say, as ours name them; of a policy that names none nothing is known.
+    Which these are its settings say, as ours name them; of a policy that names none nothing is known, and one that
+    makes the whole stack deeper puts in none.
     """
     said = part.policy.settings
+    if said.get("operation", "germinate") in DEEPENINGS:
+        return
     given = said.get("blueprints") or {said.get("blueprint", "bottleneck"): said.get("settings", {})}
     n_host = sum(each.numel() for each in model.parameters())
     sizes = {
@@ -145,7 +175,8 @@ def _require_room(model: nn.Module, part: GrowConfig) -> None:
 class Growth:
     """The companion of a training that grows it: orders before a step, a reading of the run after it.
 
-    It holds nothing that a run depends on: that is in ``job.state.garden``.
+    It holds nothing that a run depends on: that is in ``job.state.garden``. Of several processes the first gives orders
+    and judges, and all carry them out.
     """
 
     def __init__(self, run: Run, job: Job, recovery: Recovery, policy: Policy) -> None:
@@ -153,6 +184,7 @@ class Growth:
         self._site = RunSite(run, job, recovery)
         self._read = partial(read_again, device=job.device, by=job.config.aggregate)
         self._told: list[Pair | Isolation] = []
+        self._shadow: ShadowPass | None = None
         self._wanted: object = None
         if job.state.garden is None:
             self._garden = Garden()
@@ -166,6 +198,10 @@ class Growth:
     def _garden(self, garden: Garden) -> None:
         self._job.state = replace(self._job.state, garden=garden)
 
+    @property
+    def flops_per_token(self) -> float:
+        return self._site.flops_per_token
+
     def before(self) -> None:
         """Carry out the orders that wait; a host that is frozen is so after a resume too."""
         garden, self._told = self._garden, []
@@ -174,9 +210,31 @@ class Growth:
                 enter(self._job.model, life.slot, life.way)
         if garden.queue:
             step = self._job.state.progress.step
-            self._garden = act_on(
-                garden, self._site, self._config, run_id=self._site.run_id, step=step, emit=self._emit
-            )
+            site = self._site
+            garden = act_on(garden, site, self._config, run_id=site.run_id, step=step, emit=self._emit)
+            self._garden = self._of_first(lambda: garden)
+            self._run.world.require_same({"what has grown": lambda: structure_digest(site.model)})
+        self._site.follow()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Prepare the passes of the seeds that learn in shadow, or put an end to them."""
+        slots = [life.slot for life in self._garden.lives if life.way == "shadow" and life.stage is Stage.TRAINING]
+        if slots or self._shadow is not None:
+            shadow = ShadowPass(self._read, slots, self._told.append, every=self._config.shadow_every, emit=self._emit)
+            shadow.watch(self._job.state)
+            self._shadow = shadow if slots else None
+
+    def _of_first(self, make: Callable[[], Garden]) -> Garden:
+        """The garden that the first process makes, in all of them, and what it has spent by then."""
+        world = self._run.world
+        if world.size == 1:
+            return make()
+        text = world.broadcast("garden", json.dumps(make().to_json()) if world.is_first else "")
+        state = self._job.state
+        flops = world.broadcast_number(state.progress.flops)
+        self._job.state = replace(state, progress=replace(state.progress, flops=flops))
+        return Garden.from_json(json.loads(text))
 
     def beside(
         self,
@@ -187,23 +245,18 @@ class Growth:
         generators: GlobalGenerators,
     ) -> None:
         """Let the seeds on trial learn from a pass of their own."""
-        lives = [life for life in self._garden.lives if life.way == "shadow" and life.stage is Stage.TRAINING]
-        if lives:
-            shadow = ShadowPass(
-                self._read,
-                [life.slot for life in lives],
-                self._told.append,
-                every=self._config.shadow_every,
-                emit=self._emit,
-            )
-            shadow(state, batches, memory, loss, generators)
+        if self._shadow is not None:
+            self._shadow(state, batches, memory, loss, generators)
 
     def _heed(self, garden: Garden, step: int) -> Garden:
         """The garden that knows what the passes of this step told."""
         for told in self._told:
             if isinstance(told, Isolation):
-                garden = garden.violated(told.slots) if told.is_isolated is False else garden
+                self._site.spend(ISOLATED * self._site.step_flops)
+                is_violated = self._run.world.any(told.is_isolated is False)
+                garden = garden.violated(told.slots) if is_violated else garden
                 continue
+            self._site.spend(self._site.step_flops)
             life = garden.open_in(told.slot)
             difference = told.difference()
             if life is not None and math.isfinite(difference):
@@ -226,10 +279,12 @@ class Growth:
             return
         for slot, weight in weights.items():
             self._run.emit(Event("blend.reported", {"step": now.step, "slot": slot, "weight": weight}))
-        reading = self._site.reading(garden, step)
-        self._garden = tend(
+        self._garden = self._of_first(partial(self._tended, garden, step))
+
+    def _tended(self, garden: Garden, step: Step) -> Garden:
+        return tend(
             garden,
-            reading,
+            self._site.reading(garden, step),
             self._config,
             ask=self._ask,
             slots=self._site.slots(),
@@ -250,7 +305,9 @@ class Growth:
         )
 
     def evaluated(self, found: Likelihood) -> None:
-        """Hear what held-out text costs."""
+        """Hear what held-out text costs. Where that decides what is grown, the growth has to pay for it."""
+        if self._config.policy.name.casefold() not in LOSS_BLIND:
+            self._site.spend(self._site.evaluation_flops)
         now, garden = self._job.state.progress, self._garden
         self._garden = garden.evaluated(HeldOut(now.step, now.tokens, garden.flops + garden.probe_flops, found.nats))
 
@@ -291,10 +348,7 @@ class RunSite:
     def __init__(self, run: Run, job: Job, recovery: Recovery) -> None:
         self._run, self._job, self._recovery = run, job, recovery
         self._flops: dict[str, float] = {}
-
-    @property
-    def run_id(self) -> str:
-        return str(self._run.manifest.content["id"])
+        self.run_id = run.world.broadcast("run id", str(run.manifest.content["id"]))
 
     @property
     def model(self) -> nn.Module:
@@ -323,10 +377,18 @@ class RunSite:
         """Forward, counted once for each structure, and for each choice of seeds that are switched on."""
         key = repr((self._job.state.topology, [seed.is_live for seed in seeds_in(self.model).values()]))
         if key not in self._flops:
-            tokens_bt = self._probe.tokens_bt[:1]
-            with torch.no_grad():
-                self._flops[key] = counted(partial(self._read, self.model, tokens_bt)) / tokens_bt.numel()
+            self._flops[key] = forward_flops(self.model, self._job.device, self._job.config.data.seq_len)
         return self._flops[key]
+
+    def spend(self, flops: float) -> None:
+        """Take what was computed beside the training off the budget, where that is one of operations."""
+        if self._job.config.train.flops is not None:
+            state = self._job.state
+            self._job.state = replace(state, progress=state.progress.spent(flops))
+
+    def _spend_probe(self, n_passes: int) -> None:
+        """So many forward passes over the probe batch."""
+        self.spend(n_passes * self.flops_per_token * self._probe.n_targets)
 
     @property
     def free_parameters(self) -> int:
@@ -343,6 +405,11 @@ class RunSite:
     def measure_flops(self) -> float:
         return self.flops_per_token * sum(batch.n_targets for batch in self._held_out)
 
+    @property
+    def evaluation_flops(self) -> float:
+        config = self._job.config
+        return self.flops_per_token * config.eval.n_windows * config.data.seq_len
+
     def slots(self) -> Collection[str]:
         return slots_in(self.model).keys()
 
@@ -357,6 +424,7 @@ class RunSite:
         """What is known of the run now."""
         own = {
             BUDGET_SHARE: step.progress.share(self._job.config.train),
+            N_DEEPENINGS: float(len(garden.deepened)),
             "isolation_violations": float(sum(life.n_violations for life in garden.lives if life.is_open)),
             "open_breakers": float(garden.breaker is not None and garden.breaker.state(step.progress.step) == "open"),
         }
@@ -417,21 +485,32 @@ class RunSite:
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> list[float]:
-        found = []
+        """Each process reads its share of the batches, in full, so that a number is the same whoever reads it."""
+        world, found, readers = self._run.world, [], []
+        self.spend(self.measure_flops)
         with room_for("a comparison on held-out text", self._job.device.device), self._reading():
-            for batch in self._held_out:
-                logits_bto = self._read(model, batch.tokens_bt)
-                (targets_bt,) = self._job.device.move(batch.targets_bt)
-                for row, targets in zip(logits_bto, targets_bt, strict=True):
-                    found.append(float(cross_entropy(row[None], targets[None])) / targets.numel())
-        return found
+            for number, batch in enumerate(self._held_out):
+                reader = number % world.size
+                readers += [reader] * len(batch.tokens_bt)
+                found += self._costs(model, batch) if reader == world.rank else [0.0] * len(batch.tokens_bt)
+        every = world.all_gather_numbers(found)
+        return [every[reader][index] for index, reader in enumerate(readers)]
+
+    def _costs(self, model: nn.Module, batch: Batch) -> list[float]:
+        """Nats per target of each row."""
+        logits_bto = self._read(model, batch.tokens_bt)
+        (targets_bt,) = self._job.device.move(batch.targets_bt)
+        rows = zip(logits_bto, targets_bt, strict=True)
+        return [float(cross_entropy(row[None], targets[None])) / targets.numel() for row, targets in rows]
 
     def loss(self, model: nn.Module) -> Tensor:
+        self._spend_probe(PASSES)
         (targets_bt,) = self._job.device.move(self._probe.targets_bt)
         return cross_entropy(self._read(model, self._probe.tokens_bt), targets_bt) / targets_bt.numel()
 
     @torch.no_grad()
     def logits(self, model: nn.Module) -> Tensor:
+        self._spend_probe(1)
         return self._read(model, self._probe.tokens_bt)
 
     def evaluate(self) -> float | None:
@@ -439,35 +518,72 @@ class RunSite:
         if isinstance(garden, Garden) and garden.held_out and garden.held_out[-1][0] == job.state.progress.step:
             return garden.held_out[-1][3]
         found = measure(self._run, job, job.config.eval.n_windows, task="growth")
+        self.spend(self.evaluation_flops)
         return float(found.nats)
 
     def keep(self) -> bool:
-        if self._recovery.snapshot("growth") is None:
+        if self._run.world.any(self._recovery.snapshot("growth") is None):
             self._recovery.save(reason="growth", metrics={})
             self._recovery.wait()
         return True
 
     def change(self, plan: Plan) -> None:
+        self._spend_probe(CHECKED)
+        state, world = self._job.state, self._run.world
+        make = partial(self._transaction, plan)
+        receipt = make(self._run.emit) if world.size == 1 else made_in_all(world.agreement, plan, make, self._run.emit)
+        optimizer, part = cast(MultiPeriodOptimizer, receipt.optimizer), self._job.config.grow
+        joining = SeedSettings(part.rate_scale, part.seed_warmup, since=optimizer.clock.count)
+        optimizer.settings |= dict.fromkeys(optimizer.settings.keys() - state.optimizer.settings.keys(), joining)
+        optimizer.joined |= dict.fromkeys(optimizer.joined.keys() - state.optimizer.joined.keys(), joining)
+        progress = state.progress
+        if progress.memory is not None:
+            progress = replace(progress, memory=carry_state(plan, progress.memory))
+        self._job.state = replace(
+            state,
+            model=receipt.model,
+            optimizer=optimizer,
+            engine=self._engine(receipt.model),
+            progress=progress,
+            topology=receipt.topology,
+        )
+
+    def _transaction(self, plan: Plan, emit: Emit) -> Receipt:
+        """The change in this process."""
         state, config = self._job.state, self._job.config
         (probe_bt,) = self._job.device.move(self._probe.tokens_bt)
         with self._job.device.autocast():
-            receipt = transaction(
+            return transaction(
                 state.model,
                 state.optimizer,
                 plan,
                 probe_bt,
                 rebuild=lambda model: build_optimizer(model, config.optim),
-                emit=self._run.emit,
+                emit=emit,
             )
-        optimizer, part = cast(MultiPeriodOptimizer, receipt.optimizer), config.grow
-        joining = SeedSettings(part.rate_scale, part.seed_warmup, since=optimizer.clock.count)
-        optimizer.settings |= dict.fromkeys(optimizer.settings.keys() - state.optimizer.settings.keys(), joining)
-        self._job.state = replace(
-            state, model=receipt.model, optimizer=optimizer, engine=alone(receipt.model), topology=receipt.topology
-        )
+
+    def _engine(self, model: nn.Module) -> Engine:
+        return engine_of(model, self._run.world, self._job.config, self._job.device)
+
+    def follow(self) -> None:
+        """Have the engine sum the gradients of what learns now."""
+        state = self._job.state
+        if not is_current(state.engine, state.model):
+            self._job.state = replace(state, engine=self._engine(state.model))
+
+    def agreed(self, result: GateResult) -> GateResult:
+        text = self._run.world.broadcast("verdict", json.dumps(result.to_json()))
+        return GateResult.from_json(json.loads(text))
 
     def is_isolated(self, slot: str) -> bool | None:
+        """In no process a difference, and none that could not measure it."""
+        found = self._isolation(slot)
+        order = (False, None, True)
+        return order[min(int(each) for (each,) in self._run.world.all_gather_numbers([order.index(found)]))]
+
+    def _isolation(self, slot: str) -> bool | None:
         device = self._job.device
+        self._spend_probe(ISOLATED * PASSES)
         found = check_isolation(
             self._job.state,
             [self._probe],
@@ -483,6 +599,7 @@ class RunSite:
         if not self._has_room(n_steps):
             return None, False
         values, tensors = random_state(self._job.device.device)
+        self.spend(2 * n_steps * self.step_flops)
         losses = []
         for weight in (0.0, seeds_in(self.model)[slot].way.weight):
             model = self._trained_copy(slot, weight, n_steps)
@@ -498,7 +615,7 @@ class RunSite:
         names = {name: name for name, each in model.named_parameters() if each.requires_grad}
         optimizer = carried(state.optimizer, old=state.model, model=model, names=names, config=job.config.optim)
         set_blend(model, slot, weight)
-        held = Held(TrainingState(model, optimizer, alone(model), state.progress))
+        held = Held(TrainingState(model, optimizer, self._engine(model), state.progress))
         schedule = partial(rate_factor, job.config.schedule)
         trained = steps(
             held, job.stream, schedule, config=job.config.train, device=job.device, aggregate=job.config.aggregate
@@ -514,11 +631,13 @@ class RunSite:
         left = (
             (now.step, limits.steps, 1.0),
             (now.tokens, limits.tokens, now.tokens / each),
+            (now.flops, limits.flops, self.step_flops),
             (now.seconds_used, limits.max_time, now.seconds_used / each),
         )
         return all(limit is None or used + n_steps * of_step <= limit for used, limit, of_step in left)
 
     def report(self, report: GrowthReport) -> None:
         report = replace(report, run_id=self.run_id).issued(datetime.now(UTC))
-        append(self._run.directory / FILE, report)
+        if self._run.world.is_first:
+            append(self._run.directory / FILE, report)
         self._run.emit(Event("growth.reported", report.to_json()))
