@@ -88,6 +88,7 @@ class GrowPolicyConfig(ConfigSection):
     )
     normaliser: str | None = Field(
         default=None,
+        examples=["scales.json"],
         description="A file for how the numbers of a policy that observes are scaled: a new run begins with it, and "
         "keeps it. The checkpoints have it too.",
     )

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 
 from meristem.checkpoint.atomic import sync_directory
@@ -432,7 +432,7 @@ def _turn(row: Mapping[str, Any]) -> TurnRecord:
 def _checked(header: Mapping[str, Any], place: str) -> "_Header":
     """The header of a session file that anybody may have written: what is read of it has the right types."""
     try:
-        return _Header.model_validate(header)
+        return _Header.model_validate({key: header[key] for key in _Header.model_fields.keys() & header.keys()})
     except ValidationError as cause:
         wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in cause.errors()[:3])
         raise CheckpointCorrupt(
@@ -442,8 +442,6 @@ def _checked(header: Mapping[str, Any], place: str) -> "_Header":
 
 class _Header(ConfigSection):
     """What is read of the header of a session file; whatever else is there is passed over."""
-
-    model_config = ConfigDict(extra="ignore")
 
     name: Annotated[str, Field(max_length=LONGEST_NAME)] | None = None
     n_tokens: Count = 0
