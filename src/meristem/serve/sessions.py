@@ -12,8 +12,8 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
@@ -432,12 +432,21 @@ def _turn(row: Mapping[str, Any]) -> TurnRecord:
 def _checked(header: Mapping[str, Any], place: str) -> "_Header":
     """The header of a session file that anybody may have written: what is read of it has the right types."""
     try:
-        return _Header.model_validate({key: header[key] for key in _Header.model_fields.keys() & header.keys()})
+        read = {key: header[key] for key in _Header.model_fields.keys() & header.keys()}
+        if isinstance(read.get("turns"), list):
+            said = {each.name for each in fields(Said)}
+            read["turns"] = [_only(said, each) for each in read["turns"]]
+        return _Header.model_validate(read)
     except ValidationError as cause:
         wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in cause.errors()[:3])
         raise CheckpointCorrupt(
             f"{place} has a header that is not that of a session ({wrong}). Export it again.", path=place
         ) from cause
+
+
+def _only(keys: Collection[str], value: object) -> object:
+    """A mapping without its other keys; what is none stays as it is, to be refused."""
+    return {key: value[key] for key in value if key in keys} if isinstance(value, Mapping) else value
 
 
 class _Header(ConfigSection):
