@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from meristem.errors import CapabilityError, WrongValue
 from meristem.evaluate.likelihood import Likelihood
 from meristem.events import Event
 from meristem.growth.attach import attach, slots_in
+from meristem.growth.certifier import Certifier
+from meristem.growth.certify import Certificate
 from meristem.growth.features import Normaliser
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gardener import act_on, tend
@@ -103,7 +105,8 @@ def grow(
         config, run_dir=run_dir, resume=resume, view=view, planned=planned, make_job=prepare, time_scale=time_scale
     ) as (run, job, recovery):
         with open_policy(config.grow.policy, emit=run.emit) as policy:
-            is_interrupted = train(run, job, recovery, Growth(run, job, recovery, policy))
+            with Growth(run, job, recovery, policy) as growth:
+                is_interrupted = train(run, job, recovery, growth)
         return stop(run, job, recovery) if is_interrupted else finish(run, job, recovery)
 
 
@@ -176,6 +179,12 @@ class Growth:
         if job.state.garden is None:
             before = self._kept and self._kept.read()
             self._garden = Garden(normaliser=Normaliser.from_json(before)) if before else Garden()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._site.close()
 
     @property
     def _garden(self) -> Garden:
@@ -317,6 +326,21 @@ class RunSite:
     def __init__(self, run: Run, job: Job, recovery: Recovery) -> None:
         self._run, self._job, self._recovery = run, job, recovery
         self._flops: dict[str, float] = {}
+        self._closing = ExitStack()
+
+    def close(self) -> None:
+        """End the process that certifies, if there is one."""
+        self._closing.close()
+
+    @cached_property
+    def _certifier(self) -> Certifier:
+        return self._closing.enter_context(Certifier(emit=self._run.emit))
+
+    def certify(self, slot: str) -> None:
+        self._certifier.begin(self.model, slot)
+
+    def certificate(self, slot: str) -> Certificate | None:
+        return self._certifier.result(self.model, slot)
 
     @property
     def run_id(self) -> str:
