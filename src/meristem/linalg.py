@@ -1,5 +1,6 @@
 """What more than one room computes: unit vectors, triangular systems, near-orthogonal matrices, an interval."""
 
+import math
 from typing import Final
 
 import torch
@@ -20,6 +21,21 @@ T_975: Final = (
 def student_t(freedom: int) -> float:
     """Student's t, exceeded in one case of forty, by degrees of freedom from 1; beyond 20 it is a little wide."""
     return T_975[min(freedom, len(T_975)) - 1]
+
+
+def student_p(t: float, freedom: int) -> float:
+    """How often Student's t lies further from 0 than ``t`` on either side, by whole degrees of freedom from 1.
+
+    Abramowitz and Stegun 26.7.3 and 26.7.4, exact.
+    """
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    cosine, is_odd = math.cos(angle), freedom % 2
+    terms, term = 0.0, cosine if is_odd else 1.0
+    for n in range(3 if is_odd else 2, freedom + 1, 2):
+        terms += term
+        term *= cosine**2 * (n - 1) / n
+    inside = math.sin(angle) * terms
+    return 1 - (2 / math.pi * (angle + inside) if is_odd else inside)
 
 
 def precise(vector: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ import pytest
 
 from bench.evidences import listed, tables
 from meristem.bench import trial as trials_module
+from meristem.bench.estimate import estimate, paired, said
 from meristem.bench.evidence import Group, cells, groups, n_parameters, of_one_size, read_evidence
 from meristem.bench.picture import plot_table
 from meristem.bench.reading import reading_figures
-from meristem.bench.study import best_rate, rate_trials, result_of, seed_trials, study
-from meristem.bench.trial import Measures, Outcome, recall_figures, run_trials
-from meristem.bench.verdict import estimate, page, paired, said, sentences
+from meristem.bench.study import result_of, seed_trials, study
+from meristem.bench.trial import Measures, Outcome, recall_figures, running
+from meristem.bench.tuned import best_rate, rate_trials
+from meristem.bench.verdict import page, sentences
 from meristem.data.config import DataConfig
 from meristem.data.tokenizer import byte_tokenizer
 from meristem.device.resolve import resolve
@@ -41,7 +43,7 @@ def test_what_is_listed_in_the_documents_can_be_compared():
     assert len(config.seeds) >= 3 and len(config.rates) >= 2
     assert all(len(of_one_size(config, group, 2048)) > 1 for group in groups(config))
     memory = config.tables["memory"]
-    assert set(memory.budgets) == {"tokens", "time"} and {"notebook", "stdlib", "stdlib-docs"} <= set(memory.texts)
+    assert set(memory.budgets) == {"tokens", "time"} and {"notebook", "stdlib", "sympy"} <= set(memory.texts)
     assert config.tables["reading"].reading.marks == (1024, 4096, 16384, 65536)
 
 
@@ -116,7 +118,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
     def measured(jobs):
         tree = read_evidence(listed(tmp_path, f"run.dir={tmp_path / str(jobs)}"))
         trials = [seed_trials(tree, cell, 1e-3)[0] for cell in cells(tree, MEMORY)]
-        return {one.name: (one.figures["bits_per_byte"], one.curve) for one in run_trials(trials, jobs=jobs)}
+        with running(jobs) as run:
+            return {one.name: (one.figures["bits_per_byte"], one.curve) for one in run(trials)}
 
     assert measured(1) == measured(2)
 
@@ -130,7 +133,8 @@ def test_a_run_that_cannot_be_trained_is_a_result(tmp_path, monkeypatch):
     monkeypatch.setattr(trials_module, "pretrain", fails)
     tree = read_evidence(listed(tmp_path, rates=[1e-3]))
     _, cell = cells(tree, MEMORY)
-    outcomes = list(run_trials(list(seed_trials(tree, cell, 1e-3).values()), jobs=1))
+    with running(1) as run:
+        outcomes = list(run(list(seed_trials(tree, cell, 1e-3).values())))
     assert [dict(one.figures) for one in outcomes] == [{}, {}]
     assert Outcome.from_json(outcomes[0].to_json()) == outcomes[0]
     results = [result_of(tree, cell, {one.fingerprint: one for one in outcomes})]

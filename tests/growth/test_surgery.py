@@ -23,6 +23,7 @@ from meristem.growth.surgery import (
     plan_extend_vocabulary,
     plan_fossilize,
     plan_insert_block,
+    plan_interleave,
     plan_raise_rank,
     plan_remove_block,
     plan_shrink_vocabulary,
@@ -41,6 +42,7 @@ Make = Callable[[nn.Module], Plan]
 OPERATORS: dict[str, Make] = {
     "insert below": lambda m: plan_insert_block(m, 0),
     "insert inside": lambda m: plan_insert_block(m, 1, random_seed=3),
+    "interleave": lambda m: plan_interleave(m, random_seed=3),
     "insert on top": lambda m: plan_insert_block(m, len(m.blocks), like=0),
     "remove": lambda m: plan_remove_block(m, 0),
     "copy": lambda m: plan_copy_blocks(m, [1], 1),

@@ -25,5 +25,5 @@ def test_dump_reads_back():
 
 
 def test_a_run_without_end_is_refused():
-    with pytest.raises(ValidationError, match="set train.steps, train.tokens or train.max_time"):
+    with pytest.raises(ValidationError, match="set train.steps, train.tokens, train.flops or train.max_time"):
         TrainConfig(max_time=None)

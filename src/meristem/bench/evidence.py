@@ -7,11 +7,12 @@ is a cell, of which every seed is a run.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Self
+from typing import Annotated, ClassVar, Final, Self
 
 import torch
 from pydantic import Field, model_validator
 
+from meristem.bench.tuning import Settings, TunedConfig
 from meristem.config import ConfigSection, Loaded, load
 from meristem.data.prepare import prepare
 from meristem.errors import ConflictingKeys, WrongValue
@@ -27,8 +28,6 @@ MULTIPLES: Final = (16, 8, 4, 2, 1)
 
 SAME: Final = ("data", "tokenizer", "train")
 """Sections in which variants must not differ: they would read other tokens, or other numbers of them."""
-
-Settings = Annotated[tuple[str, ...], Field(description="Settings as on the command line, as memory.rule=delta.")]
 
 
 class VariantConfig(ConfigSection):
@@ -65,16 +64,14 @@ class TableConfig(ConfigSection):
     reading: Annotated[ReadingConfig | None, Field(description="Also measure what is gained while reading.")] = None
 
 
-class EvidenceConfig(ConfigSection):
+class EvidenceConfig(TunedConfig):
     """All tables, and what they share."""
 
-    seeds: Annotated[tuple[int, ...], Field(min_length=1, description="Random seeds, one run of each cell for each.")]
-    rates: Annotated[tuple[float, ...], Field(min_length=1, description="Learning rates, the best of which is used.")]
-    rate_share: Annotated[float, Field(gt=0, le=1, description="Share of the budget for which a rate is tried.")] = 0.2
+    place: ClassVar = "evidence"
+
     span: Annotated[int, Field(ge=1, description="Tokens of an attention span; distances of recall are so many.")] = 64
     n_texts: Annotated[int, Field(ge=1, description="Texts of eight facts that are asked after.")] = 16
     n_documents: Annotated[int, Field(ge=1, description="Held-out documents in which recall is measured.")] = 8
-    settings: Settings = ()
     same_size_as: Annotated[str, Field(description="The variant whose number of parameters all others are given.")]
     variants: Annotated[dict[str, VariantConfig], Field(min_length=1, description="Name to what it is.")]
     tables: Annotated[dict[str, TableConfig], Field(min_length=1, description="Name to what it compares.")]

@@ -7,8 +7,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from meristem.bench.evidence import ReadingConfig, TableConfig
-from meristem.bench.verdict import BITS, MENTIONS, Result, estimate, recall_distances
+from meristem.bench.estimate import Estimate, estimate
+from meristem.bench.evidence import Cell, ReadingConfig, TableConfig
+from meristem.bench.growth import ArmCell
+from meristem.bench.tuned import BITS, Result
+from meristem.bench.verdict import MENTIONS, recall_distances
 from meristem.evaluate.picture import empty_figure, mark_doublings, write_figure
 
 COLOURS: Final = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#d62728", "#17becf", "#bcbd22")
@@ -40,14 +43,14 @@ def plot_speeds(path: Path, figures: Sequence[Mapping[str, Any]]) -> None:
     write_figure(path, figure)
 
 
-def plot_table(path: Path, table: TableConfig, results: Sequence[Result]) -> None:
+def plot_table(path: Path, table: TableConfig, results: Sequence[Result[Cell]]) -> None:
     """Write a row of panels for each text and budget as a PNG.
 
     They show the curves, the ends with 95 % intervals and recall by distance; of a table that reads, a panel for each
     text instead. results: measured ones, in the order of the table.
     """
     rows = [(group, list(own)) for group, own in groupby(results, key=lambda result: result.cell.group)]
-    panels: list[Callable[[Any, Sequence[Result]], None]] = [_draw_curves, _draw_ends]
+    panels: list[Callable[[Any, Sequence[Result[Cell]]], None]] = [_draw_curves, _draw_ends]
     if recall_distances(results):
         panels.append(_draw_recall)
     if table.reading is not None:
@@ -60,7 +63,34 @@ def plot_table(path: Path, table: TableConfig, results: Sequence[Result]) -> Non
     write_figure(path, figure)
 
 
-def _draw_curves(axes: Any, measured: Sequence[Result]) -> None:
+def plot_growth(path: Path, results: Mapping[str, Mapping[str, Result[ArmCell]]]) -> None:
+    """Write a panel for each budget, with held-out text over operations, and one with the ends by budget, as a PNG.
+
+    results: measured ones, by budget and arm.
+    """
+    if not results:
+        return
+    figure = empty_figure(path, 1 + 4.2 * (len(results) + 1), 4.2)
+    *panels, last = figure.subplots(1, len(results) + 1)
+    ends: dict[str, list[tuple[float, Estimate]]] = {}
+    for axes, (budget, own) in zip(panels, results.items(), strict=True):
+        _draw_curves(axes, [*own.values()])
+        bits = [bits for result in own.values() for one in result.by_seed.values() for _, bits in one.curve]
+        axes.set(xlabel="operations", xscale="log", ylim=(min(bits) - 0.03, sorted(bits)[2 * len(bits) // 3]))
+        axes.set_title(budget, fontsize="medium", loc="left")
+        for name, result in own.items():
+            ends.setdefault(name, []).append((result.cell.flops, estimate([*result.values(BITS).values()])))
+    for place, (name, points) in enumerate(ends.items()):
+        at, found = zip(*points, strict=True)
+        halves = [each.half or 0 for each in found]
+        beside = [flops * (1 + 0.02 * place) for flops in at]  # so that each interval is seen
+        last.errorbar(beside, [each.mean for each in found], yerr=halves, capsize=3, **_style(place), label=name)
+    last.set(xlabel="budget in operations", xscale="log", ylabel="bits per byte at the end, with 95 %")
+    last.legend(fontsize="x-small")
+    write_figure(path, figure)
+
+
+def _draw_curves(axes: Any, measured: Sequence[Result[Any]]) -> None:
     for place, result in enumerate(measured):
         points = zip(*(one.curve for one in result.by_seed.values() if one.curve), strict=False)
         mean = [(statistics.fmean(n for n, _ in at), statistics.fmean(bits for _, bits in at)) for at in points]
@@ -71,7 +101,7 @@ def _draw_curves(axes: Any, measured: Sequence[Result]) -> None:
         axes.legend(fontsize="x-small")
 
 
-def _draw_ends(axes: Any, measured: Sequence[Result]) -> None:
+def _draw_ends(axes: Any, measured: Sequence[Result[Cell]]) -> None:
     for place, result in enumerate(measured):
         bits = list(result.values(BITS).values())
         found = estimate(bits)
@@ -83,7 +113,7 @@ def _draw_ends(axes: Any, measured: Sequence[Result]) -> None:
     axes.set_xlabel("bits per byte at the end: means with 95 %, a point for every seed")
 
 
-def _draw_recall(axes: Any, measured: Sequence[Result]) -> None:
+def _draw_recall(axes: Any, measured: Sequence[Result[Cell]]) -> None:
     distances = recall_distances(measured)
     if not distances:
         axes.set_axis_off()
@@ -95,7 +125,7 @@ def _draw_recall(axes: Any, measured: Sequence[Result]) -> None:
     axes.set(xlabel="distance in bytes (up to)", ylabel="share of values recalled", ylim=(-0.03, 1.03))
 
 
-def _draw_reading(axes: Any, measured: Sequence[Result], *, text: str, reading: ReadingConfig) -> None:
+def _draw_reading(axes: Any, measured: Sequence[Result[Cell]], *, text: str, reading: ReadingConfig) -> None:
     for place, result in enumerate(measured):
         for learn, line in zip(reading.learn, LINES * len(reading.learn), strict=False):
             values = [result.values(f"reading/{learn}/{text}/{mark}").values() for mark in reading.marks]

@@ -1,12 +1,14 @@
 """One run of a cell of the evidence: trained, then measured."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 import rich.console
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 
 from meristem.bench.evidence import EvidenceConfig, ReadingConfig
 from meristem.bench.reading import reading_figures
+from meristem.checkpoint.store import open_checkpoint
 from meristem.config import fingerprint
 from meristem.config.text import identity
 from meristem.data.prepare import prepare
@@ -25,10 +28,13 @@ from meristem.errors import TrainingError
 from meristem.evaluate import remember
 from meristem.evaluate.likelihood import likelihood
 from meristem.events import silent
+from meristem.growth.garden import Garden
+from meristem.growth.stage import Stage
 from meristem.memory.state import size_bytes
 from meristem.models.load import load
 from meristem.models.online import frozen
-from meristem.recipes.pretrain import pretrain
+from meristem.recipes.grow import grow
+from meristem.recipes.pretrain import Result, pretrain
 from meristem.runs.config import Config
 from meristem.sinks.console import Console
 from meristem.sinks.records import history
@@ -55,11 +61,15 @@ class Measures:
 
 @dataclass(frozen=True)
 class Trial:
-    """One variant from one start. measures: None where a learning rate is tried, and only its likelihood counts."""
+    """One variant from one start. measures: None where only its likelihood counts, as when a learning rate is tried.
+
+    place: the directory below ``run.dir`` that it is in.
+    """
 
     variant: str
     config: Config
     measures: Measures | None
+    place: str
 
     @cached_property
     def fingerprint(self) -> str:
@@ -81,20 +91,21 @@ class Trial:
     @property
     def directory(self) -> Path:
         """Where it is trained: another one for other settings, whatever is measured of it."""
-        return self.config.run.dir / "evidence" / f"{self.variant}-{self.config.run.seed}-{self._identity[:12]}"
+        return self.config.run.dir / self.place / f"{self.variant}-{self.config.run.seed}-{self._identity[:12]}"
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What came of a trial: figures, or why training ended before there were any.
 
-    curve: tokens read, and bits per byte of held-out text there. chip: what it ran on.
+    curve: tokens read, or operations where these are the budget, and bits per byte of held-out text there.
+    chip: what it ran on.
     """
 
     name: str
     fingerprint: str
     figures: Mapping[str, float]
-    curve: tuple[tuple[int, float], ...]
+    curve: tuple[tuple[float, float], ...]
     chip: str
     failure: str | None = None
 
@@ -108,18 +119,28 @@ class Outcome:
         return cls(**dict(values) | {"curve": tuple((tokens, bits) for tokens, bits in values["curve"])})
 
 
-def run_trials(planned: Sequence[Trial], *, jobs: int) -> Iterator[Outcome]:
-    """The outcomes of all trials as they end: one after the other in this process, or in so many at once.
+Runner: TypeAlias = Callable[[Sequence[Trial]], Iterator[Outcome]]
+"""What gives the outcomes of trials as they end."""
 
-    Raises KeyboardInterrupt once a trial was interrupted; it has left a checkpoint and goes on from there next time.
+
+@contextmanager
+def running(jobs: int) -> Iterator[Runner]:
+    """What runs trials one after the other in this process, or so many at once, in processes that last as the block.
+
+    It raises KeyboardInterrupt once a trial was interrupted; that has left a checkpoint and goes on from there next
+    time.
     """
     if jobs == 1:
-        yield from map(run_trial, planned)
+        yield partial(map, run_trial)
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as processes:
-        try:
+
+        def run(planned: Sequence[Trial]) -> Iterator[Outcome]:
             for done in as_completed([processes.submit(run_trial, trial) for trial in planned]):
                 yield done.result()
+
+        try:
+            yield run
         except BaseException:
             processes.shutdown(wait=False, cancel_futures=True)
             raise
@@ -133,12 +154,15 @@ def run_trial(trial: Trial) -> Outcome:
     trial.directory.parent.mkdir(parents=True, exist_ok=True)
     found, is_cpu = hardware(), trial.config.device.device == "cpu"
     chip = found["cpu"] if is_cpu or not found["gpus"] else found["gpus"][0]["name"]
+    recipe = grow if trial.config.grow.enabled else pretrain
     with Path(f"{trial.directory}.log").open("a", encoding="utf-8") as log:
         view = Console(screen=rich.console.Console(file=log, highlight=False))
+        began = time.perf_counter()
         try:
-            result = pretrain(trial.config, run_dir=trial.directory, view=view)
+            result = recipe(trial.config, run_dir=trial.directory, view=view)
         except TrainingError as cause:
             return Outcome(trial.name, trial.fingerprint, {}, (), chip, str(cause))
+        wall_s = time.perf_counter() - began
     if result.status == "interrupted" or result.bits_per_byte is None:
         raise KeyboardInterrupt
     figures = {
@@ -147,11 +171,29 @@ def run_trial(trial: Trial) -> Outcome:
         "seconds": result.seconds_used,
         "tokens_per_s": result.tokens / max(result.seconds_used, 1e-9),
     }
+    if trial.config.train.flops is not None:
+        figures |= {"flops": result.flops, "nats": result.nats or 0.0, "wall_s": wall_s} | end_of(result)
     if trial.measures is not None:
         figures |= measure(trial.config, trial.measures, result.checkpoint)
     held_out = (r for r in history(trial.directory) if r["split"] == "val" and r["task"] is None)
-    curve = tuple((r["tokens"], r["metrics"]["bits_per_byte"]) for r in held_out)
+    curve = tuple((r["metrics"].get("flops", r["tokens"]), r["metrics"]["bits_per_byte"]) for r in held_out)
     return Outcome(trial.name, trial.fingerprint, figures, curve, chip)
+
+
+def end_of(result: Result) -> dict[str, float]:
+    """How large the model of a run is at its end; where it grew, how many seeds it put in and kept, and the operations
+    that were no training."""
+    model, _ = load(result.checkpoint)
+    found = {"n_parameters": float(sum(each.numel() for each in model.parameters()))}
+    saved = open_checkpoint(result.checkpoint)
+    if saved.has("garden"):
+        garden = Garden.from_json(saved.value("garden"))
+        found |= {
+            "n_seeds": float(len(garden.lives)),
+            "n_kept": float(sum(life.stage is Stage.FOSSILIZED for life in garden.lives)),
+            "probe_flops": result.flops - garden.flops,
+        }
+    return found
 
 
 def measure(config: Config, measures: Measures, checkpoint: Path) -> dict[str, float]:

@@ -1,95 +1,35 @@
 """What the evidence says: tables of means with 95 % intervals, and plain sentences on what has an effect or none."""
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
 
+from meristem.bench.estimate import estimate, paired, said, table
 from meristem.bench.evidence import TOLERANCE, Cell, EvidenceConfig, Group, ReadingConfig
-from meristem.bench.trial import FAR, Outcome
+from meristem.bench.trial import FAR
+from meristem.bench.tuned import BITS, Result, rate_words, tuning_words
 from meristem.evaluate.remember import N_FACTS, SPANS
-from meristem.linalg import student_t
 
-BITS: Final = "bits_per_byte"
 MENTIONS: Final = "mentions/memory/"
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and half the width of its 95 % interval, t s / sqrt(n); no interval is known of one seed."""
-
-    mean: float
-    half: float | None
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.half is not None and abs(self.mean) > self.half
-
-    def text(self, digits: int = 4, sign: str = "") -> str:
-        """As ``2.4100 ± 0.0071``."""
-        return f"{self.mean:{sign}.{digits}f}" + ("" if self.half is None else f" ± {self.half:.{digits}f}")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What is known of a cell: the learning rate once it is chosen, and outcomes by seed."""
-
-    cell: Cell
-    rate: float | None
-    by_seed: Mapping[int, Outcome]
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether a seed has figures."""
-        return any(outcome.figures for outcome in self.by_seed.values())
-
-    def values(self, key: str) -> dict[int, float]:
-        """A figure by seed."""
-        return {seed: one.figures[key] for seed, one in self.by_seed.items() if key in one.figures}
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Of independent seeds."""
-    n = len(values)
-    half = student_t(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
-    return Estimate(statistics.fmean(values), half)
-
-
-def recall_distances(results: Sequence[Result]) -> list[int]:
+def recall_distances(results: Sequence[Result[Cell]]) -> list[int]:
     """At which distances recall was measured, in bytes; none where it was not."""
     figures = [one.figures for result in results for one in result.by_seed.values()]
     places = {key.split("/")[2] for own in figures for key in own if key.startswith(MENTIONS)}
     return sorted(int(place) for place in places if place.isdigit())
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-    """Ours less theirs, seed by seed: two runs of one seed read the same batches. None without a common seed."""
-    apart = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return estimate(apart) if apart else None
-
-
-def said(difference: Estimate, unit: str, *, less_is_better: bool = True) -> str:
-    """In words: better, worse, no effect, or that one seed says nothing."""
-    if difference.half is None:
-        return f"{difference.text(sign='+')} {unit} (a single seed, so no interval)"
-    if not difference.is_clear:
-        return f"**no effect** ({difference.text(sign='+')} {unit})"
-    is_better = (difference.mean < 0) is less_is_better
-    return f"{'better' if is_better else 'worse'} by {abs(difference.mean):.4f} ± {difference.half:.4f} {unit}"
-
-
 def page(
-    config: EvidenceConfig, by_table: Mapping[str, Sequence[Result]], *, title: str, pictures: Mapping[str, str]
+    config: EvidenceConfig, by_table: Mapping[str, Sequence[Result[Cell]]], *, title: str, pictures: Mapping[str, str]
 ) -> str:
     """The whole document. title: where, when and by which command; pictures: file names by table."""
     lines = [
         *("# Evidence", "", title, ""),
         "**Fair.** Within a table all variants read the same batches, have as many parameters as "
         f"`{config.same_size_as}` within {TOLERANCE:.0%} (the hidden width of their feed-forward layers makes up for "
-        f"what they have elsewhere), and were tuned alike: {_tuning(config)}",
+        f"what they have elsewhere), and were tuned alike: {tuning_words(config)}",
         "",
         f"**Figures** are means over {len(config.seeds)} seeds ± half of a 95 % interval (Student's t). Differences "
         "are paired by seed; where their interval holds 0, that is called no effect. Bits per byte are of held-out "
@@ -116,7 +56,7 @@ def page(
     return "\n".join([*lines, ""])
 
 
-def sentences(config: EvidenceConfig, table: str, results: Sequence[Result]) -> Iterator[str]:
+def sentences(config: EvidenceConfig, table: str, results: Sequence[Result[Cell]]) -> Iterator[str]:
     """Each variant against those that the table names, what its memory and its learning bring, and what failed."""
     for group, own in _grouped(results):
         where = f"{group.text}, {group.budget}: "
@@ -133,7 +73,7 @@ def sentences(config: EvidenceConfig, table: str, results: Sequence[Result]) -> 
                     yield f"{where}`{name}` from seed {seed} ended before it was trained: {outcome.failure}"
 
 
-def _against(config: EvidenceConfig, result: Result, own: Sequence[Result]) -> Iterator[str]:
+def _against(config: EvidenceConfig, result: Result[Cell], own: Sequence[Result[Cell]]) -> Iterator[str]:
     name = result.cell.variant
     published = config.variants[name].published
     for other in _others(config, result, own):
@@ -147,14 +87,14 @@ def _against(config: EvidenceConfig, result: Result, own: Sequence[Result]) -> I
         yield line + (f". Published: {published}." if published else ".")
 
 
-def _while_reading(result: Result) -> Iterator[str]:
+def _while_reading(result: Result[Cell]) -> Iterator[str]:
     brings = paired(result.values("documents/memory"), result.values("documents/frozen"))
     if brings is not None and not _reads_alike(result):
         words = said(brings, "bits per byte")
         yield f"`{result.cell.variant}` with its memory written through documents, against frozen: {words}."
 
 
-def _while_learning(result: Result, reading: ReadingConfig) -> Iterator[str]:
+def _while_learning(result: Result[Cell], reading: ReadingConfig) -> Iterator[str]:
     name, (baseline, *others) = result.cell.variant, reading.learn
     for learn in others:
         for text in reading.texts:
@@ -173,7 +113,7 @@ def _while_learning(result: Result, reading: ReadingConfig) -> Iterator[str]:
             yield f"`{name}` with learn={learn}, the first text again after the others, against at first: {words}."
 
 
-def _likelihoods(config: EvidenceConfig, measured: Sequence[Result]) -> list[str]:
+def _likelihoods(config: EvidenceConfig, measured: Sequence[Result[Cell]]) -> list[str]:
     others = config.tables[measured[0].cell.group.table].against
     titles = ["variant", "parameters", "learning rate", "seeds", "bits per byte"]
     titles += [f"less `{other}`" for other in others]
@@ -181,7 +121,12 @@ def _likelihoods(config: EvidenceConfig, measured: Sequence[Result]) -> list[str
     rows = []
     for result in measured:
         bits = result.values(BITS)
-        row = [f"`{result.cell.variant}`", f"{result.cell.n_parameters:,}", _rate(config, result), str(len(bits))]
+        row = [
+            f"`{result.cell.variant}`",
+            f"{result.cell.n_parameters:,}",
+            rate_words(config, result.rate),
+            str(len(bits)),
+        ]
         row.append(f"**{estimate(list(bits.values())).text()}**")
         for name in others:
             other = next((one for one in measured if one.cell.variant == name and one is not result), None)
@@ -194,10 +139,10 @@ def _likelihoods(config: EvidenceConfig, measured: Sequence[Result]) -> list[str
             f"{statistics.fmean(result.values(key).values()):,.0f}" for key in ("tokens", "tokens_per_s", "state_bytes")
         ]
         rows.append(row)
-    return _table(titles, rows)
+    return table(titles, rows)
 
 
-def _recall(measured: Sequence[Result]) -> list[str]:
+def _recall(measured: Sequence[Result[Cell]]) -> list[str]:
     """Shares by distance, of values that come back and of facts asked after; with the memory written, then frozen."""
     distances = recall_distances(measured)
     numbers = [measured[0].values(f"{MENTIONS}{distance}/n") for distance in distances]
@@ -215,17 +160,17 @@ def _recall(measured: Sequence[Result]) -> list[str]:
     return [
         "Share of values predicted where they come back in held-out documents, by distance in bytes (up to):",
         "",
-        *_table(["variant", "memory", *(f"{distance:,}" for distance in distances), "far"], rows),
+        *table(["variant", "memory", *(f"{distance:,}" for distance in distances), "far"], rows),
         "",
         f"{N_FACTS} facts told once and asked after, in wordings held out: share for which the right value is the "
         f"likeliest of the {N_FACTS} (a guess: {1 / N_FACTS:.3f}), and in brackets the greedy continuation, after so "
         "many attention spans:",
         "",
-        *_table(["variant", "memory", *map(str, SPANS)], asked),
+        *table(["variant", "memory", *map(str, SPANS)], asked),
     ]
 
 
-def _readings(reading: ReadingConfig, measured: Sequence[Result]) -> Iterator[str]:
+def _readings(reading: ReadingConfig, measured: Sequence[Result[Cell]]) -> Iterator[str]:
     """A table for each text; in brackets the tokens since the mark before."""
     for text in reading.texts:
         is_first = text == next(iter(reading.texts))
@@ -250,20 +195,20 @@ def _readings(reading: ReadingConfig, measured: Sequence[Result]) -> Iterator[st
             + ("; *again*: all of them after the other texts, in one session:" if is_first else ":"),
             "",
         )
-        yield from _table([*titles, "tokens/s"], rows)
+        yield from table([*titles, "tokens/s"], rows)
 
 
-def _grouped(results: Sequence[Result]) -> Iterator[tuple[Group, list[Result]]]:
+def _grouped(results: Sequence[Result[Cell]]) -> Iterator[tuple[Group, list[Result[Cell]]]]:
     for group, own in groupby(results, key=lambda result: result.cell.group):
         yield group, list(own)
 
 
-def _others(config: EvidenceConfig, result: Result, own: Sequence[Result]) -> list[Result]:
+def _others(config: EvidenceConfig, result: Result[Cell], own: Sequence[Result[Cell]]) -> list[Result[Cell]]:
     names = config.tables[result.cell.group.table].against
     return [one for name in names for one in own if one.cell.variant == name and one is not result]
 
 
-def _budget(result: Result) -> str:
+def _budget(result: Result[Cell]) -> str:
     train, data = result.cell.config.train, result.cell.config.data
     length = f"{train.tokens:,} tokens" if train.tokens else f"{train.steps:,} steps" if train.steps else None
     name = result.cell.group.budget
@@ -271,30 +216,10 @@ def _budget(result: Result) -> str:
     return f"equal {name} ({spent}; {data.batch_size} rows of {data.seq_len}, {data.order})"
 
 
-def _tuning(config: EvidenceConfig) -> str:
-    rates = ", ".join(f"{rate:g}" for rate in config.rates)
-    if len(config.rates) == 1:
-        return f"all with the learning rate {rates}."
-    return (
-        f"each tried the learning rates {rates} for {config.rate_share:.0%} of its budget from seed {config.seeds[0]}, "
-        "and used the best; where that is the smallest or largest of them, another might be better."
-    )
-
-
-def _reads_alike(result: Result) -> bool:
+def _reads_alike(result: Result[Cell]) -> bool:
     return result.values("documents/memory") == result.values("documents/frozen")
 
 
-def _rate(config: EvidenceConfig, result: Result) -> str:
-    is_edge = len(config.rates) > 1 and result.rate in (min(config.rates), max(config.rates))
-    which = "smallest" if result.rate == min(config.rates) else "largest"
-    return f"{result.rate:g}" + (f" ({which})" if is_edge else "")
-
-
-def _asked_after(result: Result, key: str) -> str:
+def _asked_after(result: Result[Cell], key: str) -> str:
     choice, greedy = (list(result.values(f"{key}{tail}").values()) for tail in ("", "/greedy"))
     return f"{estimate(choice).text(2)} ({statistics.fmean(greedy):.2f})"
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *rows)]

@@ -14,9 +14,12 @@ class ConfigSection(BaseModel):
 
     outside_identity: the keys that change nothing of what is trained. A run is still the same where these are others
         (``config.identity``). Every section of the settings of a run declares it.
+    outside_while_null: the keys that change nothing where they are null. A key that is new is one of these, so that the
+        runs of before it are still the same.
     """
 
     outside_identity: ClassVar[frozenset[str]] = frozenset()
+    outside_while_null: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 

@@ -129,7 +129,8 @@ class _TextReader(_Reader):
 
 def _inside(settings: ConfigSection) -> dict[str, Any]:
     plain = settings.model_dump(mode="json")
-    kept = {key: getattr(settings, key) for key in plain if key not in settings.outside_identity}
+    unset = {key for key in settings.outside_while_null if plain[key] is None}
+    kept = {key: getattr(settings, key) for key in plain if key not in settings.outside_identity | unset}
     return {
         key: _inside(value) if isinstance(value, ConfigSection) else plain[key]
         for key, value in kept.items()

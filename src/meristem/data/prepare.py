@@ -245,7 +245,9 @@ def _settings(source: sources.Source, data: DataConfig, tokenizer: TokenizerConf
     if isinstance(tokenizer, Tokenizer):
         vocabulary: dict[str, object] = {"fingerprint": tokenizer.fingerprint}
     else:
-        vocabulary = tokenizer.model_dump(exclude={"vocab_size"} if tokenizer.kind == "byte" else None)
+        without = {"vocab_size"} if tokenizer.kind == "byte" else set()
+        # A corpus from before there were words is the same as one without them.
+        vocabulary = tokenizer.model_dump(exclude=without if tokenizer.words else without | {"words"})
     return {
         "version": VERSION,
         "name": source.name,

@@ -17,7 +17,7 @@ import orjson
 import tokenizers
 
 from meristem.checkpoint.atomic import sha256, write_atomic
-from meristem.data.byte_pairs import learn
+from meristem.data.byte_pairs import learn, with_words
 from meristem.data.config import TokenizerConfig
 from meristem.data.files import read
 from meristem.errors import DataError
@@ -77,7 +77,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for."""
-        return b"".join(map(self._token, ids))
+        given, tokens = list(ids), self.tokens
+        if given and not (min(given) >= 0 and max(given) < len(tokens)):
+            return b"".join(map(self._token, given))  # which says what it is that is none
+        return b"".join([tokens[token_id] for token_id in given])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are not UTF-8, as half a character at the end, show as U+FFFD."""
@@ -138,6 +141,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[bytes]) -> Tokenize
     if config.kind == "byte":
         return byte_tokenizer()
     content = learn(config.vocab_size, (_text(portion) for text in texts for portion in _portions(text)))
+    if config.words:
+        content = with_words(content, config.words, config.vocab_size)
     return tokenizer_from_bytes(content)
 
 

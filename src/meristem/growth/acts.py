@@ -36,6 +36,7 @@ from meristem.growth.plan import Plan, plan_graft, plan_remove
 from meristem.growth.report import GrowthReport, outcome_of
 from meristem.growth.seed import Origin
 from meristem.growth.stage import LIVE, Life, Paired, Stage, move
+from meristem.growth.surgery.blocks import plan_interleave, plan_stack
 from meristem.growth.surgery.fold import plan_fossilize
 from meristem.models.growing import Blending, GrowConfig
 
@@ -102,6 +103,9 @@ class Site(Protocol):
         """Loss without the seed after the host alone was trained on, less that with it after as many steps on the same
         text, both in copies; and whether the run lasts long enough for that."""
 
+    def agreed(self, result: GateResult) -> GateResult:
+        """What a gate said, in all processes of the run: what it said in the first."""
+
     def report(self, report: GrowthReport) -> None:
         """Write down how a seed ended."""
 
@@ -115,9 +119,8 @@ def germinate(garden: Garden, order: Order, site: Site, config: GrowConfig, step
     origin = Origin.of(order.blueprint or "", order.settings, blend=blend.name, random_seed=order.random_seed)
     life = Life(seed=order.seed, slot=order.slot, origin=origin, born=step, way=order.way, since=step)
     found, shares = _sanity(garden, life, site, step)
-    result = gates.sanity(
-        life, found, params_ratio=config.params_ratio, flops_ratio=config.flops_ratio, step=step
-    ).told(emit)
+    result = gates.sanity(life, found, params_ratio=config.params_ratio, flops_ratio=config.flops_ratio, step=step)
+    result = site.agreed(result).told(emit)
     garden = garden.judged(result)
     if not result.passed:
         return garden.culled(order.slot, origin.blueprint, step=step, embargo_steps=config.embargo_steps)
@@ -344,12 +347,20 @@ def clear(garden: Garden, order: Order, site: Site, config: GrowConfig, step: in
         after=figures.get("after"),
         is_locked=garden.is_locked(life.slot, step),
     )
-    result = gates.cleared(life, found, step=step).told(emit)
+    result = site.agreed(gates.cleared(life, found, step=step)).told(emit)
     garden = garden.judged(result)
     if not result.passed:
         emit(Event("growth.stopped", {"seed": life.seed, "step": step, "code": result.code}, "critical"))
         return replace(garden, is_stopped=True)
     return garden.with_life(move(life, Stage.DORMANT, step=step, reason=order.why, gate=result.number, emit=emit))
+
+
+def deepen(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int, emit: Emit) -> Garden:
+    """Make the whole stack twice as deep."""
+    is_stack = order.operation == "stack"
+    model = site.model
+    site.change(plan_stack(model) if is_stack else plan_interleave(model, random_seed=order.random_seed))
+    return replace(garden, deepened=(*garden.deepened, step))
 
 
 ACTS: Final[Mapping[str, Act]] = {
@@ -363,6 +374,8 @@ ACTS: Final[Mapping[str, Act]] = {
     "embargo": embargo,
     "reset": reset,
     "clear": clear,
+    "insert": deepen,
+    "stack": deepen,
 }
 """Operations by name."""
 
@@ -386,7 +399,8 @@ def _judged(
     garden: Garden, life: Life, result: GateResult, site: Site, config: GrowConfig, step: int, emit: Emit
 ) -> tuple[bool, Garden]:
     """Whether a gate lets a seed through; and the garden, without the seed where it does not."""
-    garden = garden.judged(result.told(emit))
+    result = site.agreed(result).told(emit)
+    garden = garden.judged(result)
     if result.passed:
         return True, garden
     return False, _culled(garden, life, site, config, step, emit, reason=result.code, gate=result.number)

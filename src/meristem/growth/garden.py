@@ -42,7 +42,8 @@ class Embargo:
 class Order:
     """A checked intent that waits for the next boundary.
 
-    operation: of ``gardener.OPERATIONS``. seed: the number of the seed, also of one that is still to come.
+    operation: of ``gardener.TARGETS``, or a deepening, which has no slot and no seed.
+    seed: the number of the seed, also of one that is still to come.
     blueprint, settings, blend, way, random_seed: of a germination. step: the boundary at which it was given.
     """
 
@@ -76,8 +77,9 @@ class Garden:
     penalties: by blueprint. latch: whether the run is conservative. queue: orders for the next boundary. held_out:
     evaluations, the newest last. results: what the gates said, the newest last. flops: of all training so far.
     figures: by seed, what was measured of it at some stage and is needed at a later one. breaker: whether the policy is
-    still asked; None before it was for the first time. normaliser: of what a policy observes. is_stopped: no structure
-    is changed any more, since something was not as it has to be.
+    still asked; None before it was for the first time. deepened: steps at which the whole stack was made deeper.
+    normaliser: of what a policy observes. is_stopped: no structure is changed any more, since something was not as it
+    has to be.
     """
 
     lives: tuple[Life, ...] = ()
@@ -90,6 +92,7 @@ class Garden:
     flops: float = 0.0
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     breaker: Breaker | None = None
+    deepened: tuple[int, ...] = ()
     normaliser: Normaliser = Normaliser()
     is_stopped: bool = False
 
@@ -197,6 +200,7 @@ class Garden:
             "flops": self.flops,
             "figures": {seed: dict(each) for seed, each in self.figures.items()},
             "breaker": self.breaker and self.breaker.to_json(),
+            "deepened": list(self.deepened),
             "normaliser": self.normaliser.to_json(),
             "is_stopped": self.is_stopped,
         }
@@ -215,6 +219,7 @@ class Garden:
             flops=saved.get("flops", 0.0),
             figures={seed: dict(each) for seed, each in saved.get("figures", {}).items()},
             breaker=Breaker.from_json(saved["breaker"]) if saved.get("breaker") else None,
+            deepened=tuple(saved.get("deepened", ())),
             normaliser=Normaliser.from_json(saved["normaliser"]) if "normaliser" in saved else Normaliser(),
             is_stopped=saved.get("is_stopped", False),
         )

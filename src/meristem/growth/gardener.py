@@ -19,6 +19,7 @@ from meristem.growth.features import Observes, observed
 from meristem.growth.garden import Garden, Order
 from meristem.growth.observe import Reading
 from meristem.growth.policy import Decision, Mask, Proposal
+from meristem.growth.proposal import DEEPENINGS
 from meristem.growth.risk import judge
 from meristem.growth.stage import OPEN, TRANSITIONS, Life, Stage
 from meristem.models.growing import GrowConfig
@@ -98,6 +99,7 @@ def mask_of(garden: Garden, reading: Reading, config: GrowConfig, *, free_parame
         blocked_blueprints=garden.blocked,
         free_parameters=free_parameters,
         why=why,
+        can_deepen=not garden.is_stopped and not garden.unfinished,
     )
 
 
@@ -105,6 +107,9 @@ def order_of(garden: Garden, proposal: Proposal, reading: Reading, config: GrowC
     """What a proposal comes to; None where it is to wait. Raises MissingDependency where a name is missing in it."""
     if proposal.operation == "wait":
         return None
+    if proposal.operation in DEEPENINGS:
+        drawn = proposal.random_seed
+        return Order(proposal.operation, "", "", reading.run_id, reading.step, proposal.why, random_seed=drawn)
     if not proposal.slot:
         raise MissingDependency(f"the policy proposed '{proposal.operation}' without a slot. Name one.", missing="slot")
     if proposal.operation != "germinate":
@@ -135,25 +140,47 @@ def check_order(
     slots: those of the model. Raises MissingDependency for an order that names no run, no seed or, where it is to
     germinate, no blueprint.
     """
-    needed = {"run_id": order.run_id, "seed": order.seed, "slot": order.slot}
+    is_deepening = order.operation in DEEPENINGS
+    needed = {"run_id": order.run_id} | ({} if is_deepening else {"seed": order.seed, "slot": order.slot})
     if order.operation == "germinate":
         needed["blueprint"] = order.blueprint or ""
     missing = [name for name, value in needed.items() if not value]
     if missing:
         raise MissingDependency(
             f"an order '{order.operation}' of step {order.step} names no {', '.join(missing)}. Every order names its "
-            f"run, seed and slot, and a germination its blueprint.",
+            f"run, one about a seed that and its slot, and a germination its blueprint.",
             missing=missing,
         )
+    refusals = [
+        ("other_run", order.run_id != run_id, f"it is of the run {order.run_id}, and this is {run_id}"),
+        ("expired", order.step < step - config.boundary_every, f"it was given at step {order.step}, long ago"),
+        ("from_later", order.step > step, f"it was given at step {order.step}, which is to come"),
+    ]
+    refusals += _about_stack(garden) if is_deepening else _about_seed(order, garden, step, slots)
+    for code, is_refused, why in refusals:
+        if is_refused:
+            return Refusal(code, why)
+    return _germination(order, garden, config, step) if order.operation == "germinate" else None
+
+
+def _about_stack(garden: Garden) -> list[tuple[str, bool, str]]:
+    """What is asked before the whole stack is changed: slots of seeds are known by the blocks that they stand at."""
+    seeds = ", ".join(life.seed for life in garden.unfinished)
+    return [
+        ("stopped", garden.is_stopped, "the structure is not changed any more"),
+        ("seeds_open", bool(seeds), f"{seeds} had not ended"),
+    ]
+
+
+def _about_seed(order: Order, garden: Garden, step: int, slots: Collection[str]) -> list[tuple[str, bool, str]]:
+    """What is asked of an order for a seed, of whatever stage."""
     life = next((each for each in garden.lives if each.seed == order.seed), None)
     before = life.stage if life else Stage.DORMANT
     is_over = life is not None and before is Stage.DORMANT
     target = TARGETS.get(order.operation)
-    refusals = (
-        ("unknown_operation", target is None, f"'{order.operation}' is none of {', '.join(TARGETS)}"),
-        ("other_run", order.run_id != run_id, f"it is of the run {order.run_id}, and this is {run_id}"),
-        ("expired", order.step < step - config.boundary_every, f"it was given at step {order.step}, long ago"),
-        ("from_later", order.step > step, f"it was given at step {order.step}, which is to come"),
+    known = ", ".join([*TARGETS, *sorted(DEEPENINGS)])
+    return [
+        ("unknown_operation", target is None, f"'{order.operation}' is none of {known}"),
         ("unknown_slot", order.slot not in slots, f"there is no slot '{order.slot}'"),
         ("other_slot", life is not None and life.slot != order.slot, f"that seed is not in '{order.slot}'"),
         ("unknown_seed", life is None and order.operation != "germinate", f"there is no seed '{order.seed}'"),
@@ -164,11 +191,7 @@ def check_order(
             f"a seed that is {before.name} cannot be made {target.name if target else 'that'}",
         ),
         ("locked", target is Stage.RESETTING and garden.is_locked(order.slot, step), f"'{order.slot}' is locked"),
-    )
-    for code, is_refused, why in refusals:
-        if is_refused:
-            return Refusal(code, why)
-    return _germination(order, garden, config, step) if order.operation == "germinate" else None
+    ]
 
 
 def _germination(order: Order, garden: Garden, config: GrowConfig, step: int) -> Refusal | None:

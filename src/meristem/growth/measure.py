@@ -1,6 +1,7 @@
 """What the gates need to know of a model and its seeds: nothing that is measured here leaves a trace (growth.md 13)."""
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from meristem.growth.blend import Blend
 from meristem.growth.contribution import switched
-from meristem.growth.graft import find_seed
+from meristem.growth.graft import find_seed, seeds_in
 from meristem.growth.observe import HeldOut
+from meristem.growth.topology import topology
+from meristem.models.topology import to_json
 from meristem.nn.slot import CHILD
 
 Loss: TypeAlias = Callable[[nn.Module], Tensor]
@@ -146,6 +149,14 @@ def host_digest(model: nn.Module) -> str:
             found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def structure_digest(model: nn.Module) -> str:
+    """SHA-256 of what a model has grown to, of where its blend weights stand, and of the names that learn."""
+    courses = {slot: vars(seed.way) for slot, seed in seeds_in(model).items()}
+    learning = [name for name, each in model.named_parameters() if each.requires_grad]
+    said = json.dumps([to_json(topology(model)), courses, learning], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def n_left(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> int:

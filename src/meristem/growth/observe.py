@@ -147,7 +147,7 @@ class Reading(Record):
 
     flops: spent so far, probes included. held_out: all evaluations, oldest first. trials: all seeds that the run has
     had, oldest first. metrics: whatever else was measured, by name. observation: all of it as numbers, for a policy
-    that asks for them.
+    that observes.
     """
 
     run_id: str
@@ -177,6 +177,7 @@ class Mask(Record):
     """What may be proposed at this boundary. slots: those that may get a seed; may_cull: those whose seed may go.
 
     free_parameters: how many a new seed may have at most. why: what stands against germination, if anything.
+    can_deepen: whether the whole stack may be made deeper.
     """
 
     slots: frozenset[str] = frozenset()
@@ -185,3 +186,4 @@ class Mask(Record):
     blocked_blueprints: frozenset[str] = frozenset()
     free_parameters: int = 0
     why: str = ""
+    can_deepen: bool = False

@@ -32,7 +32,7 @@ from meristem.growth.blueprint import blueprints
 from meristem.growth.features import Observes
 from meristem.growth.heuristic import heuristic
 from meristem.growth.observe import Mask, Reading
-from meristem.growth.proposal import NoCandidates, Policy, Proposal
+from meristem.growth.proposal import DEEPENINGS, NoCandidates, Policy, Proposal
 from meristem.growth.schedule import never, random, schedule
 from meristem.growth.stage import TRANSITIONS, Stage
 from meristem.models.growing import GrowPolicyConfig
@@ -223,6 +223,10 @@ def require_allowed(proposal: Proposal | NoCandidates, reading: Reading, mask: M
     if isinstance(proposal, NoCandidates) or proposal.operation == "wait":
         return
     slots = {each.slot: each for each in reading.slots}
+    if proposal.operation in DEEPENINGS:
+        if not mask.can_deepen:
+            raise _refused("not_now", "a deeper stack", "none, while seeds are on their way or nothing is changed")
+        return
     if proposal.slot not in slots:
         raise _refused("unknown_slot", f"slot '{proposal.slot}'", f"one of {', '.join(slots) or 'none'}")
     if not 0 <= proposal.confidence <= 1:

@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from meristem.growth.observe import Mask, Reading, Record
 from meristem.growth.stage import Way
 
-Operation: TypeAlias = Literal["wait", "germinate", "cull", "blend", "fossilize"]
+Deepening: TypeAlias = Literal["insert", "stack"]
+"""A change that makes the whole stack of blocks twice as deep: with blocks that add nothing yet, or with copies."""
+
+Operation: TypeAlias = Literal["wait", "germinate", "cull", "blend", "fossilize"] | Deepening
+
+DEEPENINGS: Final = frozenset(get_args(Deepening))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def request(run_dir: Path, *, why: str = "") -> Request:
 
 
 def pending(run_dir: Path, garden: Garden, step: int, *, emit: Emit = silent) -> Sequence[Request]:
-    """Requests that no seed has answered, as of a boundary at ``step``. A file that is no request is told of as
+    """Requests that no seed has answered, as of a boundary at ``step``. A file that is no request is reported as
     ``request.corrupt`` and left alone."""
     found = []
     for path in sorted((run_dir / FOLDER).glob("*.json")):

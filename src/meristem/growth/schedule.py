@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -12,13 +12,19 @@ from meristem.errors import MissingMetric, WrongValue
 from meristem.growth.blend import blending
 from meristem.growth.blueprint import blueprints
 from meristem.growth.observe import Mask, Reading
-from meristem.growth.proposal import NoCandidates, Policy, Proposal
+from meristem.growth.proposal import Deepening, NoCandidates, Policy, Proposal
 from meristem.growth.stage import Way
 
 Section = TypeVar("Section", bound=ConfigSection)
 
 BUDGET_SHARE = "budget_share"
 """The metric that says which share of its budget a run has spent."""
+
+N_DEEPENINGS = "n_deepenings"
+"""The metric that says how often a run was made deeper."""
+
+LOSS_BLIND = frozenset({"never", "schedule", "random"})
+"""Policies that decide without what held-out text costs."""
 
 NO_SLOTS = NoCandidates("the model has no slot")
 
@@ -55,8 +61,16 @@ class Times(ConfigSection):
 
 
 class ScheduleConfig(Times):
-    """Of the policy ``schedule``: the n-th seed comes into the n-th slot, after the last the first comes again."""
+    """Of the policy ``schedule``: the n-th seed comes into the n-th slot, after the last the first comes again.
 
+    With another operation than ``germinate`` no seed is due, and only the times and ``random_seed`` are read.
+    """
+
+    operation: Literal["germinate"] | Deepening = Field(
+        default="germinate",
+        description="What is due: a seed (germinate), or a model twice as deep: with a block above each that adds "
+        "nothing yet (insert), or with the whole stack again on top of itself (stack).",
+    )
     slots: tuple[str, ...] = Field(default=(), description="Slots in turn; none: the free one of the highest score.")
     blueprint: str = Field(default="bottleneck", description="What seeds are built from.")
     settings: dict[str, Any] = Field(default_factory=dict, description="Settings of the blueprint.")
@@ -83,6 +97,8 @@ def schedule(settings: Mapping[str, Any]) -> Policy:
     """A policy that plants at fixed steps and shares of the budget. What could not be planted then stays due."""
     config = settled(ScheduleConfig, settings, "schedule")
     _require_times(config, "schedule")
+    if config.operation != "germinate":
+        return _deepens(config, config.operation)
     require_known({config.blueprint: config.settings}, config.blend)
 
     def propose(reading: Reading, mask: Mask) -> Proposal | NoCandidates:
@@ -95,6 +111,26 @@ def schedule(settings: Mapping[str, Any]) -> Policy:
         if config.blueprint.casefold() in mask.blocked_blueprints:
             return NoCandidates(f"the blueprint '{config.blueprint}' is blocked")
         return _germination(config, turn, slot, (config.blueprint, config.settings))
+
+    return propose
+
+
+def _deepens(config: ScheduleConfig, operation: Deepening) -> Policy:
+    unread = sorted(config.model_fields_set - {"operation", "shares", "steps", "random_seed"})
+    if unread:
+        raise WrongValue(
+            f"the policy 'schedule' has {', '.join(unread)} beside operation: {operation}, which plants no seed and "
+            f"reads shares, steps and random_seed alone. Remove them, or set operation: germinate.",
+            value=unread,
+        )
+
+    def propose(reading: Reading, mask: Mask) -> Proposal | NoCandidates:
+        n_done, n_due = int(reading.metrics.get(N_DEEPENINGS) or 0), _n_due(reading, config)
+        if n_due <= n_done:
+            return Proposal("wait", why=f"it was made deeper {n_done} times, and {n_due} are due")
+        if not mask.can_deepen:
+            return NoCandidates("a seed is on its way, or the structure is not changed any more")
+        return Proposal(operation, random_seed=config.random_seed + n_done, why=f"deepening {n_done + 1} is due")
 
     return propose
 
@@ -135,21 +171,27 @@ def _unless_due(reading: Reading, mask: Mask, config: Times) -> Proposal | NoCan
     """What to answer where no seed is due or none can be planted."""
     if not reading.slots:
         return NO_SLOTS
-    n_due = sum(step <= reading.step for step in config.steps)
-    if config.shares:
-        share = reading.metrics.get(BUDGET_SHARE)
-        if share is None:
-            raise MissingMetric(
-                f"the reading of step {reading.step} lacks the metric '{BUDGET_SHARE}', and seeds are due at shares of "
-                f"the budget. Give a run that has a budget, or set steps.",
-                name=BUDGET_SHARE,
-            )
-        n_due += sum(each <= share for each in config.shares)
+    n_due = _n_due(reading, config)
     if n_due <= len(reading.trials):
         return Proposal("wait", why=f"{len(reading.trials)} seeds were planted and {n_due} are due")
     if not mask.can_germinate or not mask.slots:
         return NoCandidates(mask.why or "no slot is free")
     return None
+
+
+def _n_due(reading: Reading, config: Times) -> int:
+    """How often it was time by now. Raises MissingMetric where that goes by shares and no budget is known."""
+    n_due = sum(step <= reading.step for step in config.steps)
+    if config.shares:
+        share = reading.metrics.get(BUDGET_SHARE)
+        if share is None:
+            raise MissingMetric(
+                f"the reading of step {reading.step} lacks the metric '{BUDGET_SHARE}', and shares of the budget are "
+                f"when it is time. Give a run that has a budget, or set steps.",
+                name=BUDGET_SHARE,
+            )
+        n_due += sum(each <= share for each in config.shares)
+    return n_due
 
 
 def _germination(config: Times, turn: int, slot: str, what: tuple[str, Mapping[str, Any]]) -> Proposal:
@@ -168,7 +210,7 @@ def _germination(config: Times, turn: int, slot: str, what: tuple[str, Mapping[s
 def _require_times(config: Times, policy: str) -> None:
     if not config.shares and not config.steps:
         raise WrongValue(
-            f"the policy '{policy}' has neither shares nor steps, and would never plant. Set one, as shares: [0.25], "
+            f"the policy '{policy}' has neither shares nor steps, and would never grow. Set one, as shares: [0.25], "
             f"or choose the policy 'never'.",
             value=[],
         )

@@ -97,6 +97,7 @@ class Block(nn.Module):
     """
 
     m3_every: int | None = None
+    joined: str | None = None
 
     def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from meristem.errors import ConflictingKeys, WrongValue
@@ -18,21 +19,32 @@ def build(model: nn.Module, config: OptimConfig) -> MultiPeriodOptimizer:
     A group has a ``name``, as ``level:8:no_decay`` with the period of its level, the ``param_names`` of what is in it,
     its ``origin``, and its highest ``rate``. The third word is ``matrix`` for what a matrix optimizer takes, which says
     its own speed. Matrix optimizers take what ``split`` decays, but for the head, whose rows are tokens and not
-    directions. The groups of a seed have its origin before that name, and optimizers of their own.
+    directions. The groups of a seed have its origin before that name, and optimizers of their own. What came later into
+    the host, in a module that says so by an attribute ``joined``, has groups of its own with that before their name and
+    as ``joined``.
     """
     every_level = levels(model)
     _require_levels(config, every_level)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    made = []
+    joined = _joined(model)
+    made: list[torch.optim.Optimizer] = []
+
+    def whose(parameter: nn.Parameter) -> tuple[str, str | None]:
+        origin = origin_of(names[id(parameter)])
+        return origin, joined.get(id(parameter)) if origin == HOST else None
+
     for origin in origins(names[id(each)] for parameters in every_level.values() for each in parameters):
-        own = {
-            period: [each for each in parameters if origin_of(names[id(each)]) == origin]
-            for period, parameters in every_level.items()
-        }
-        for maker, groups in _grouped(model, config, own):
-            filled = [_described(group, origin, names) for group in groups if group["params"]]
-            if maker and filled:
-                made.append(maker(filled, config))
+        filled: dict[Maker, list[Group]] = {}
+        for part in dict.fromkeys([None, *joined.values()]):
+            own = {
+                period: [each for each in parameters if whose(each) == (origin, part)]
+                for period, parameters in every_level.items()
+            }
+            for maker, groups in _grouped(model, config, own):
+                found = [_described(group, origin, part, names) for group in groups if group["params"]]
+                if maker and found:
+                    filled.setdefault(maker, []).extend(found)
+        made += [maker(groups, config) for maker, groups in filled.items()]
     settings = replace(FROM_THE_START, grad_clip=config.grad_clip)
     return MultiPeriodOptimizer(made, every_level, clip=config.grad_clip, settings=settings)
 
@@ -61,10 +73,21 @@ def _grouped(
     return (kind.rest, rest), (kind.matrices, matrices)
 
 
-def _described(group: Group, origin: str, names: Mapping[int, str]) -> Group:
-    name = group["name"] if origin == HOST else f"{origin}:{group['name']}"
+def _described(group: Group, origin: str, part: str | None, names: Mapping[int, str]) -> Group:
+    whose = part if origin == HOST else origin
+    name = group["name"] if whose is None else f"{whose}:{group['name']}"
     own = [names[id(parameter)] for parameter in group["params"]]
-    return group | {"name": name, "origin": origin, "param_names": own}
+    return group | {"name": name, "origin": origin, "param_names": own} | ({} if part is None else {"joined": part})
+
+
+def _joined(model: nn.Module) -> dict[int, str]:
+    """By the id of a parameter of the host, the part that it came with; a module says it by an attribute ``joined``."""
+    found: dict[int, str] = {}
+    for module in model.modules():
+        part = getattr(module, "joined", None)
+        if isinstance(part, str):
+            found |= dict.fromkeys(map(id, module.parameters()), part)
+    return found
 
 
 def levels(model: nn.Module) -> dict[int, list[nn.Parameter]]:

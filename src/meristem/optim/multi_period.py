@@ -73,7 +73,8 @@ class MultiPeriodOptimizer(torch.optim.Optimizer):
     gradients are the same (growth.md 9.1, 10.1). A parameter without a gradient is not touched; of a seed this holds
     of a slow level too, of which nothing waits.
 
-    settings: of every seed, by its origin, as ``seed:blocks.1``. Saved with the moments.
+    settings: of every seed, by its origin, as ``seed:blocks.1``. joined: of every part of the host that came later, by
+    what its groups say; its gradients are clipped with those of the host. Both are saved with the moments.
     pending: the sums, by parameter. They and the clock are saved with the moments (``optim.state``).
     reduce: how processes sum; None for a single one.
     loss_scale: the factor on the loss (``scale_loss``) that gradients come with; None for 1.
@@ -102,6 +103,7 @@ class MultiPeriodOptimizer(torch.optim.Optimizer):
         self.levels = {period: levels[period] for period in sorted(levels)}
         self.units = _units(self.param_groups, self.levels)
         self.settings = {origin: settings for origin, _ in self.units if origin != HOST}
+        self.joined = {group["joined"]: FROM_THE_START for group in self.param_groups if "joined" in group}
         self.clock = Clock(0, tuple(self.levels), "steps")
         self.pending: dict[Tensor, Tensor] = {}
         self._gradient_norms: dict[int, Tensor] = {}
@@ -141,7 +143,7 @@ class MultiPeriodOptimizer(torch.optim.Optimizer):
 
     def rate_scale(self, group: Mapping[str, Any]) -> float:
         """The factor on the learning rate of a group in the next step, beside that of the schedule."""
-        settings = self.settings.get(group.get("origin", HOST))
+        settings = self.settings.get(group.get("origin", HOST)) or self.joined.get(group.get("joined", ""))
         return 1.0 if settings is None else settings.factor(self.clock.count)
 
     def n_dropped(self) -> dict[str, int]:

@@ -29,7 +29,7 @@ def origins(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class SeedSettings:
-    """How the parameters of one seed are moved, beside what its host is set to.
+    """How the parameters of one seed, or of blocks that came later, are moved, beside what their host is set to.
 
     At the t-th step of the optimizer the learning rate is ``rate_scale * warm((t - since) / warmup_steps)`` times what
     it would be in the host, with ``warm(u) = f0 + (1 - f0) min(1, u)`` and f0 = ``warmup_start``.

@@ -44,8 +44,9 @@ ALIGNED_BYTES: Final = 64
 
 
 def tensors(model: nn.Module, optimizer: MultiPeriodOptimizer) -> dict[str, Tensor]:
-    """Moments, step counters and pending gradients under ``<parameter>/<tensor>``, what each seed is set to and how
-    many of its gradients were dropped under ``<origin>/<tensor>``, and the clock.
+    """Moments, step counters and pending gradients under ``<parameter>/<tensor>``, what each seed, and each part of the
+    host that came later, is set to and how many of a seed's gradients were dropped under ``<origin>/<tensor>``, and the
+    clock.
 
     By name, so that neither order nor grouping matters. Counters that the host holds become whole numbers without axes.
     A parameter of which nothing was gathered while something was of others, as in a grown level, says so.
@@ -60,7 +61,7 @@ def tensors(model: nn.Module, optimizer: MultiPeriodOptimizer) -> dict[str, Tens
             held[f"{name}/{NOTHING}"] = torch.tensor(1)
         if parameter in optimizer.pending:
             held[f"{name}/{PENDING}"] = optimizer.pending[parameter]
-    for origin, settings in optimizer.settings.items():
+    for origin, settings in (optimizer.settings | optimizer.joined).items():
         held[f"{origin}/{SETTINGS}"] = settings.to_tensor()
     held |= {f"{origin}/{N_DROPPED}": torch.tensor(count) for origin, count in optimizer.n_dropped().items() if count}
     clock = {COUNT: torch.tensor(optimizer.clock.count), PERIODS: torch.tensor(optimizer.clock.periods)}
@@ -82,7 +83,8 @@ def restore(
     settings were saved have those that the optimizer was made with.
     """
     clock = _clock(optimizer, saved)
-    seeds = {f"{origin}/{what}" for origin in optimizer.settings for what in (SETTINGS, N_DROPPED)} & saved.keys()
+    told = [f"{origin}/{what}" for origin in optimizer.settings for what in (SETTINGS, N_DROPPED)]
+    seeds = {*told, *(f"{part}/{SETTINGS}" for part in optimizer.joined)} & saved.keys()
     parameters = dict(model.named_parameters())
     found: dict[Tensor, dict[str, Tensor]] = {}
     known: set[str] = set()
@@ -129,9 +131,12 @@ def restore(
     optimizer.pending.clear()
     optimizer.pending.update(pending)
     optimizer.clock = clock
-    for origin in optimizer.settings:
-        if f"{origin}/{SETTINGS}" in seeds:
-            optimizer.settings[origin] = SeedSettings.from_tensor(saved[f"{origin}/{SETTINGS}"])
+    for held in (optimizer.settings, optimizer.joined):
+        held |= {
+            origin: SeedSettings.from_tensor(saved[f"{origin}/{SETTINGS}"])
+            for origin in held
+            if f"{origin}/{SETTINGS}" in seeds
+        }
     optimizer.count_dropped(
         {origin: int(saved[path]) for origin in optimizer.settings if (path := f"{origin}/{N_DROPPED}") in seeds}
     )

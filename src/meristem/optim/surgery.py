@@ -102,6 +102,7 @@ def transferred(
             left.stranded.append(name)
     goes_on = {origin_of(name) for name in sources} & before.settings.keys() & after.settings.keys()
     after.settings |= {origin: before.settings[origin] for origin in goes_on}
+    after.joined |= {part: before.joined[part] for part in before.joined.keys() & after.joined.keys()}
     after.count_dropped({origin: count for origin, count in before.n_dropped().items() if origin in goes_on})
     after.clock = replace(after.clock, count=before.clock.count)
     after.reduce, after.loss_scale = before.reduce, before.loss_scale

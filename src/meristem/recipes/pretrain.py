@@ -29,6 +29,7 @@ from meristem.models.topology import Topology
 from meristem.models.validate import require_resets
 from meristem.models.weights import put_rates
 from meristem.optim.schedule import rate_factor
+from meristem.recipes.plan.flops import forward_flops
 from meristem.recipes.plan.report import PlanReport
 from meristem.runs.config import Config
 from meristem.runs.directory import Run, directory_for, opened
@@ -55,6 +56,10 @@ from meristem.train.loop import MOVING, Beside, Step, steps
 from meristem.train.loss import cross_entropy
 from meristem.train.profile import profiled
 from meristem.train.progress import Progress
+from meristem.train.state import TrainingState
+
+PASSES: Final = 3
+"""What a training step costs on a token, by a forward pass: the backward one costs twice as much."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Result:
     step: int
     tokens: int
     seconds_used: float
+    flops: float
     nats: float | None = None
     bits_per_byte: float | None = None
     samples: tuple[Sample, ...] = ()
@@ -240,11 +246,15 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Saf
 class Companion(Protocol):
     """What goes along with a training: a recipe that does more between two steps than this one.
 
-    beside: called in every step, between its gradients and its move; None for nothing.
+    beside: called in every step, between its gradients and its move; None for nothing. flops_per_token: of the model as
+    it is, forward; None of a model that stays as it was.
     """
 
     @property
     def beside(self) -> Beside | None: ...
+
+    @property
+    def flops_per_token(self) -> float | None: ...
 
     def before(self) -> None:
         """Called before each step: what trains may be replaced by assignment to ``job.state``."""
@@ -260,6 +270,7 @@ class Nobody:
     """A companion that does nothing."""
 
     beside = None
+    flops_per_token = None
 
     def before(self) -> None:
         pass
@@ -336,8 +347,16 @@ def train_until_trouble(
 
 def training_steps(job: Job, companion: Companion = ALONE) -> Iterator[Step]:
     """The steps of a job from where it stands."""
-    config = job.config
+    config, own = job.config, None
     schedule = partial(rate_factor, config.schedule)
+
+    def flops(state: TrainingState) -> float:
+        nonlocal own
+        found = companion.flops_per_token
+        if found is None:
+            found = own = own or forward_flops(state.model, job.device, config.data.seq_len)
+        return PASSES * found
+
     made = steps(
         job,
         job.stream,
@@ -346,6 +365,7 @@ def training_steps(job: Job, companion: Companion = ALONE) -> Iterator[Step]:
         device=job.device,
         aggregate=config.aggregate,
         beside=companion.beside,
+        flops=None if config.train.flops is None else flops,
     )
     if not job.state.progress.is_over(config.train):
         companion.before()
@@ -394,6 +414,8 @@ def measure(run: Run, job: Job, n_windows: int, task: str | None = None) -> Like
     # All read the same, and may sum it in another order; what is made of it has to be the same.
     found = replace(found, total_nats=run.world.broadcast_number(found.total_nats))
     figures = {"nats": found.nats, "bits_per_byte": found.bits_per_byte}
+    if job.config.train.flops is not None:
+        figures["flops"] = progress.flops
     run.records.metrics(progress.step, progress.tokens, job.stream.epoch(progress.cursor), "val", figures, task)
     payload = figures | {"task": task, "n_tokens": found.n_tokens, "n_bytes": found.n_bytes}
     run.emit(Event("evaluation.done", payload))
@@ -441,7 +463,7 @@ def stop(run: Run, job: Job, recovery: Recovery) -> Result:
     run.end("interrupted", 130)
     progress = job.state.progress
     run.view.note(f"Interrupted at step {progress.step}. The same command goes on from there.")
-    return Result("interrupted", run.directory, path, progress.step, progress.tokens, progress.seconds_used)
+    return _ended("interrupted", run, path, progress)
 
 
 def finish(run: Run, job: Job, recovery: Recovery) -> Result:
@@ -460,7 +482,7 @@ def finish(run: Run, job: Job, recovery: Recovery) -> Result:
     recovery.wait()
     if not run.world.is_first:
         run.end("finished", 0)
-        return Result("finished", run.directory, path, progress.step, progress.tokens, progress.seconds_used)
+        return _ended("finished", run, path, progress)
     report = write_report(run, job, found, samples, readings)
     measured = {
         "peak_bytes": peak_bytes(job.device.device),
@@ -478,15 +500,14 @@ def finish(run: Run, job: Job, recovery: Recovery) -> Result:
     run.view.note(f"\n{found.bits_per_byte:.3f} bits per byte on held-out text; the report is {report}")
     for command, purpose in go_on(run, job.config.train):
         run.view.note(f"  {command}   {purpose}")
-    return Result(
-        status="finished",
-        run_dir=run.directory,
-        checkpoint=path,
-        step=progress.step,
-        tokens=progress.tokens,
-        seconds_used=progress.seconds_used,
+    return replace(
+        _ended("finished", run, path, progress),
         nats=found.nats,
         bits_per_byte=found.bits_per_byte,
         samples=samples,
         report=report,
     )
+
+
+def _ended(status: Literal["finished", "interrupted"], run: Run, checkpoint: Path, at: Progress) -> Result:
+    return Result(status, run.directory, checkpoint, at.step, at.tokens, at.seconds_used, at.flops)

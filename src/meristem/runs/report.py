@@ -1,6 +1,6 @@
 """What is said about a run when it is over: samples, the report and how to go on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -124,7 +124,7 @@ def write_report(
 def go_on(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
     """Commands that make sense now, and what they do."""
     place = run.directory
-    lengths = [f"train.{name}={2 * value}" for name in ("steps", "tokens") if (value := getattr(train, name))]
+    lengths = [f"train.{name}={2 * value}" for name in ("steps", "tokens", "flops") if (value := getattr(train, name))]
     return [
         (f"meristem chat {place}", "talks with the model; its memory learns from what is said"),
         (f'meristem sample {place} --prompt "..."', "lets it write on from a text"),
@@ -136,7 +136,9 @@ def go_on(run: Run, train: TrainConfig) -> list[tuple[str, str]]:
     ]
 
 
-def _draw(run: Run, records: list[dict[str, Any]], scale: list[Baseline], readings: Mapping[str, list[Point]]) -> bool:
+def _draw(
+    run: Run, records: list[dict[str, Any]], scale: Sequence[Baseline], readings: Mapping[str, list[Point]]
+) -> bool:
     try:
         draw_loss(
             run.directory / "loss.png",

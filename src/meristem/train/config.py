@@ -30,17 +30,28 @@ Duration = Annotated[float, BeforeValidator(_seconds)]
 class TrainConfig(ConfigSection):
     """How long to train, and how a step is made. Of several limits the one reached first ends the run.
 
-    A length, in steps or tokens, is the length: it replaces every limit that a lower layer sets, and where one is given
-    there is no budget unless that is given beside it.
+    A length, in steps, tokens or FLOPs, is the length: it replaces every limit that a lower layer sets, and where one
+    is given there is no budget unless that is given beside it.
     """
 
-    replaces: ClassVar = {"steps": ("tokens", "max_time"), "tokens": ("steps", "max_time")}
+    replaces: ClassVar = {
+        "steps": ("tokens", "flops", "max_time"),
+        "tokens": ("steps", "flops", "max_time"),
+        "flops": ("steps", "tokens", "max_time"),
+    }
 
     outside_identity: ClassVar = frozenset({"log_every", "measure_updates_every", "max_nonfinite"})
+    outside_while_null: ClassVar = frozenset({"flops"})
 
     steps: int | None = Field(default=None, gt=0, description="optimizer steps; the schedule goes by these when set")
     tokens: int | None = Field(
         default=None, gt=0, description="predicted tokens; the schedule goes by these if steps are not set"
+    )
+    flops: float | None = Field(
+        default=None,
+        gt=0,
+        description="floating-point operations of all passes, those that growth needs included; the schedule goes by "
+        "these if neither steps nor tokens are set",
     )
     max_time: Duration | None = Field(
         default=None, gt=0, description="seconds of training steps, as 180s or 3m; 180s where no length is given"
@@ -55,14 +66,14 @@ class TrainConfig(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _has_a_budget(cls, given: object) -> object:
-        if isinstance(given, dict) and given.get("steps") is None and given.get("tokens") is None:
+        if isinstance(given, dict) and all(given.get(length) is None for length in ("steps", "tokens", "flops")):
             return {"max_time": 180.0} | given
         return given
 
     @model_validator(mode="after")
     def _ends(self) -> "TrainConfig":
-        if self.steps is None and self.tokens is None and self.max_time is None:
-            raise ValueError("a run needs an end: set train.steps, train.tokens or train.max_time")
+        if self.steps is None and self.tokens is None and self.flops is None and self.max_time is None:
+            raise ValueError("a run needs an end: set train.steps, train.tokens, train.flops or train.max_time")
         return self
 
 

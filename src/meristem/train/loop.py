@@ -104,6 +104,7 @@ def steps(
     device: Device,
     aggregate: AggregateConfig = _PLAIN,
     beside: Beside | None = None,
+    flops: Callable[[TrainingState], float] | None = None,
 ) -> Iterator[Step]:
     """Train on from where ``held.state`` is until a limit of ``config`` is reached, yielding after every step.
 
@@ -112,6 +113,7 @@ def steps(
     schedule: where the run stands to the factor on the highest rate of each group in the step that follows.
     aggregate: how gradients of several objectives become one.
     beside: what is called in every step between its gradients and its move.
+    flops: operations of a step for each predicted token, both passes; None where nothing counts them.
     Which parameters move in a step, and how they are clipped, is the optimizer's affair, as is what waits at the end.
     A step whose loss or gradient is not finite changes neither weights nor moments, and the memory begins afresh after
     it; ``config.max_nonfinite`` such steps in a row raise NonFinite, after a step was yielded that reports them.
@@ -140,6 +142,7 @@ def steps(
             cursor=cursor,
             step=now.step + 1,
             tokens=now.tokens + n_targets,
+            flops=now.flops + (flops(state) * n_targets if flops else 0.0),
             memory=result.memory,
             n_micro_batches=result.n_micro_batches,
         )

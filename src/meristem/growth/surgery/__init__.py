@@ -2,6 +2,7 @@
 
 from meristem.growth.surgery.blocks import plan_copy_blocks as plan_copy_blocks
 from meristem.growth.surgery.blocks import plan_insert_block as plan_insert_block
+from meristem.growth.surgery.blocks import plan_interleave as plan_interleave
 from meristem.growth.surgery.blocks import plan_remove_block as plan_remove_block
 from meristem.growth.surgery.blocks import plan_stack as plan_stack
 from meristem.growth.surgery.fold import plan_fossilize as plan_fossilize

@@ -52,6 +52,24 @@ def plan_insert_block(model: nn.Module, at: int, *, like: int | None = None, ran
     )
 
 
+def plan_interleave(model: nn.Module, *, random_seed: int = 0) -> Plan:
+    """Above each block a fresh one like it, which adds nothing: twice as deep, and the model computes what it did.
+
+    Raises what ``plan_insert_block`` raises.
+    """
+    lm = require_lm(model, INSERT)
+    flops = sum(_flops(block, is_bare=True) for block in lm.blocks)
+    return draft(
+        model,
+        "interleave",
+        {"random_seed": random_seed},
+        lambda m: _interleave(m, random_seed),
+        preserves="exact",
+        flops_per_token=flops,
+        writes=frozenset(),
+    )
+
+
 def plan_remove_block(model: nn.Module, at: int) -> Plan:
     """Take block ``at`` out: exact where its last projections are zero, and another function otherwise."""
     lm = require_lm(model, REMOVE)
@@ -105,6 +123,15 @@ def _insert(model: nn.Module, fields: Mapping[str, Any]) -> Applied:
     return Applied(record(lm, Change(INSERT, dict(fields))), carries)
 
 
+def _interleave(model: nn.Module, random_seed: int) -> Applied:
+    lm = require_lm(model, INSERT)
+    n_blocks = len(lm.blocks)
+    carries = moved_names(lm, {old: [2 * old] for old in range(n_blocks)})
+    for old in range(n_blocks):
+        _insert(lm, {"at": 2 * old + 1, "like": 2 * old, "random_seed": random_seed})
+    return Applied(lm, carries)
+
+
 def _remove(model: nn.Module, fields: Mapping[str, Any]) -> Applied:
     lm, at = require_lm(model, REMOVE), fields["at"]
     carries = moved_names(lm, {old: [old - 1] for old in range(at + 1, len(lm.blocks))})
@@ -122,6 +149,7 @@ def _copy(model: nn.Module, fields: Mapping[str, Any]) -> Applied:
         moves[old].append(at + index)
     carries = moved_names(lm, moves)
     for index, block in enumerate([copy.deepcopy(lm.blocks[old]) for old in of]):
+        block.joined = _part(lm)
         lm.blocks.insert(at + index, block)
     rename_slots(lm)
     return Applied(record(lm, Change(COPY, dict(fields))), carries)
@@ -140,9 +168,14 @@ def _fresh_block(lm: LM, like: Any, fields: Mapping[str, Any]) -> Block:
             raise refused(INSERT, f"its mixer, a {type(block.mixer).__name__}, has no last projection called out")
         for parameter in out.parameters():
             nn.init.zeros_(parameter)
-    block.m3_every = like.m3_every
+    block.m3_every, block.joined = like.m3_every, _part(lm)
     dtype = like.mixer.out.weight.dtype
     return block.to(device=first.device, dtype=dtype).train(like.training)
+
+
+def _part(lm: LM) -> str:
+    """What blocks that come now say of when they came: the optimizer warms up for them alone."""
+    return f"joined:{len(recorded(lm))}"
 
 
 def _outs(block: Any) -> list[nn.Linear | None]:

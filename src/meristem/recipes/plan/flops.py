@@ -10,9 +10,12 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from meristem.device.resolve import Device
 
 aten = torch.ops.aten
 
@@ -60,6 +63,18 @@ def counted(run: Callable[[], object]) -> int:
     with _Sum() as found:
         run()
     return found.n
+
+
+@torch.no_grad()
+def forward_flops(model: nn.Module, device: Device, n_time: int) -> float:
+    """Operations of a forward pass for each token of a sequence of ``n_time``; the model is left as it is."""
+    (tokens_bt,) = device.move(torch.zeros(1, n_time, dtype=torch.long))
+
+    def read() -> None:
+        with device.autocast(), torch.compiler.set_stance("force_eager"):
+            model(tokens_bt, None)
+
+    return counted(read) / n_time
 
 
 class _Sum(TorchDispatchMode):
