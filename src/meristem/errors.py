@@ -7,7 +7,7 @@ MeristemError
 |- MissingExtra (3)     an optional package that is not installed
 |- PluginError (3)      PluginConflict  PluginTooOld
 |- SinkError (3)
-|- RunError (3)         RunInUse  DiskFull
+|- RunError (3)         RunInUse  DiskFull  NoSession  SessionBusy
 |- WorkerError (3)      WorkerTimeout  WorkerDied  QueueFull  BreakerOpen
 |- DataError (4)        CorpusTooShort  ManifestMismatch  BadRecords  SplitError  TokenizerMismatch  FileChanged
 |- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
@@ -116,6 +116,14 @@ class RunInUse(RunError):
 
 class DiskFull(RunError):
     """No space is left where something had to be saved."""
+
+
+class NoSession(RunError):
+    """No session, or no turn of it that can be returned to, where one was expected."""
+
+
+class SessionBusy(RunError):
+    """A session that another request is writing to."""
 
 
 class WorkerError(MeristemError):

@@ -128,6 +128,7 @@ def test_a_grown_model_is_opened_by_name_alone(run_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_seed_is_certified_beside_the_run(text, tmp_path):
     """Its stages come at the same steps, and all is to the bit that of a run that does not ask for it."""
     run_to_the_end(growing(text, "grow.certify=true", "train.steps=12"), tmp_path / "run")

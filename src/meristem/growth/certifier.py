@@ -11,7 +11,7 @@ import torch
 from safetensors import torch as safetensors
 from torch import nn
 
-from meristem.checkpoint.atomic import write_atomic
+from meristem.checkpoint.atomic import sha256, write_atomic
 from meristem.errors import WorkerError
 from meristem.events import Emit, Event, silent
 from meristem.growth.attach import find_slot
@@ -19,6 +19,7 @@ from meristem.growth.blend import Confidence
 from meristem.growth.certify import Certificate, certify, certify_in
 from meristem.growth.graft import find_seed
 from meristem.growth.seed import Origin, Seed
+from meristem.growth.weights import packed
 from meristem.nn.slot import Slot
 from meristem.worker.process import Worker
 
@@ -30,8 +31,8 @@ CERTIFY: Final = f"{__name__}:certify_in_child"
 class Certifier:
     """Certifies seeds one after the other in a process of its own, while the run goes on.
 
-    What is certified is the seed as it stands when it is asked for, so that the certificate does not depend on when it
-    is ready. The process works on the CPU, with one thread.
+    A certificate is that of the seed that is in the slot when ``result`` is called, so that it does not depend on when it is
+    ready, nor on a run that was rolled back meanwhile. The process works on the CPU, with one thread.
     """
 
     def __init__(self, *, emit: Emit = silent) -> None:
@@ -73,11 +74,13 @@ class Certifier:
 
     def result(self, model: nn.Module, slot: str) -> Certificate | None:
         """The certificate that was begun, or is begun now, once it is there; None where it could not be had, which
-        fails every gate that asks for it. The events are ``certificate.issued`` and ``certificate.failed``."""
-        if slot not in self._begun:
-            self.begin(model, slot)
+        fails every gate that needs it. The events are ``certificate.issued`` and ``certificate.failed``."""
+        seed = find_seed(model, slot)
         try:
-            found = self._begun.pop(slot).result()
+            found = self._begun.pop(slot).result() if slot in self._begun else None
+            if found is None or (found.origin, found.weights_sha256) != (seed.origin, sha256(packed(seed))):
+                self.begin(model, slot)
+                found = self._begun.pop(slot).result()
         except WorkerError as cause:
             self._emit(Event("certificate.failed", {"slot": slot, "why": str(cause)}, "error"))
             return None
