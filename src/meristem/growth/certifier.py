@@ -31,8 +31,8 @@ CERTIFY: Final = f"{__name__}:certify_in_child"
 class Certifier:
     """Certifies seeds one after the other in a process of its own, while the run goes on.
 
-    A certificate is that of the seed that is in the slot when ``result`` is called, so that it does not depend on when it is
-    ready, nor on a run that was rolled back meanwhile. The process works on the CPU, with one thread.
+    A certificate is that of the seed that is in the slot when ``result`` is called, so that it does not depend on when
+    it is ready, nor on a run that was rolled back meanwhile. The process works on the CPU, with one thread.
     """
 
     def __init__(self, *, emit: Emit = silent) -> None:
