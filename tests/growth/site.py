@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import zoo
 from growth.catalogue import host
 from meristem.growth.attach import attach, slots_in
+from meristem.growth.certify import Certificate, certify
 from meristem.growth.garden import Garden
 from meristem.growth.gates import GateResult
 from meristem.growth.observe import HeldOut
@@ -118,6 +119,12 @@ class TinySite:
 
     def is_isolated(self, slot: str) -> bool | None:
         return True
+
+    def certify(self, slot: str) -> None:
+        assert slot in self.slots()
+
+    def certificate(self, slot: str) -> Certificate | None:
+        return certify(self.model, slot, n_batch=2, n_time=8)
 
     def recover(self, slot: str, n_steps: int) -> tuple[float | None, bool]:
         return None, False

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import meristem.growth as grow
+import zoo
 from growth.catalogue import PLACES, SEEDS, bits, grown, host
+from growth.site import TinySite, evaluated, loose
+from growth.test_gardener import order
 from meristem.errors import CheckpointMismatch, WrongValue
+from meristem.growth.certifier import Certifier
 from meristem.growth.certify import Certificate, certify
+from meristem.growth.gardener import act_on
+from meristem.growth.stage import Stage
+from meristem.growth.surgery import plan_fossilize
 
 certifying = import_module("meristem.growth.certify")
 PLACE = PLACES["foreign"]
@@ -163,3 +170,42 @@ def test_a_certificate_that_cannot_be_had_is_an_error() -> None:
     saved = certified(lambda x, w: w * x).to_json()
     with pytest.raises(CheckpointMismatch, match="format 2"):
         Certificate.from_json(saved | {"format": 2})
+
+
+@pytest.mark.parametrize("name", ["ours", "not causal", "none"])
+def test_a_seed_that_is_certified_before_it_learns_is_culled_where_it_is_not_trusted(name: str) -> None:
+    """G1 asks for it where the run does so; one that could not be had is no pass."""
+    site, config, heard = TinySite.of("blocks.0"), loose(certify=True), []
+    garden = act_on(replace(evaluated(), queue=(order(),)), site, config, run_id="run", step=1)
+    if name != "ours":
+        found = None if name == "none" else certified(lambda x, w: w * x.flip(1))
+        site.certificate = lambda slot: found
+    garden = replace(garden, queue=(order("start_training", step=2),))
+    garden = act_on(garden, site, config, run_id="run", step=2, emit=heard.append)
+    (result,) = [event.payload for event in heard if event.name in ("gate.result", "gate.failed")]
+    (check,) = [check for check in result["checks"] if check["name"] == "is_certified"]
+    assert result["gate"] == "G1"
+    assert check["status"] == {"ours": "pass", "not causal": "fail", "none": "unmeasured"}[name]
+    assert garden.lives[0].stage is (Stage.TRAINING if name == "ours" else Stage.CULLED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blend", ["residual", "confidence"])
+def test_a_certificate_from_another_process_is_that_of_this_one(blend: str) -> None:
+    """The seed that is in the slot by then, beside what is settled there; its benchmark apart."""
+    model = grow.attach(host("preset-default", torch.float32), "blocks.1")
+    grow.graft(model, "blocks.1", "conv")
+    grow.transaction(model, None, plan_fossilize(model, "blocks.1"), zoo.ids(1))
+    grow.graft(model, "blocks.1", "norm", blend=blend)
+    heard = []
+    with Certifier(emit=heard.append) as certifier:
+        certifier.begin(model, "blocks.1")
+        grow.remove(model, "blocks.1")  # as a run does that is rolled back
+        made = grow.graft(model, "blocks.1", "bottleneck", hidden=5, blend=blend)
+        expected = certify(model, "blocks.1")
+        found = certifier.result(model, "blocks.1")
+    assert found is not None and found.band == "low" and heard[-1].name == "certificate.issued"
+    assert (found.weights_sha256, found.origin, found.slot) == (expected.weights_sha256, made.origin, "blocks.1")
+    assert [(each.name, each.outcome) for each in found.probes] == [
+        (each.name, each.outcome) for each in expected.probes
+    ]

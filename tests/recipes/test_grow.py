@@ -127,6 +127,19 @@ def test_a_grown_model_is_opened_by_name_alone(run_dir):
     assert done.stdout == "224\n"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_seed_is_certified_beside_the_run(text, tmp_path):
+    """Its stages come at the same steps, and all is to the bit that of a run that does not ask for it."""
+    run_to_the_end(growing(text, "grow.certify=true", "train.steps=12"), tmp_path / "run")
+    run_to_the_end(growing(text, "train.steps=12"), tmp_path / "plain")
+    told = [each["name"] for each in read_records(tmp_path / "run" / "events.ndjson")]
+    assert told.count("certificate.issued") == 1
+    (life,) = Garden.from_json(garden(tmp_path / "run")).lives
+    assert [(each.after.name, each.step) for each in life.history] == [("GERMINATED", 8), ("TRAINING", 10)]
+    assert_same(tmp_path / "run", tmp_path / "plain")
+
+
 def test_v10_growth_that_is_never_triggered_changes_no_bit(text, tmp_path):
     """The same run without growth has the same losses, weights, moments and random numbers."""
     grow(growing(text, "train.steps=10", policy="{name: never}"), run_dir=tmp_path / "grown")

@@ -15,6 +15,7 @@ from meristem.events import Emit, Event
 from meristem.growth import gates
 from meristem.growth.attach import find_slot
 from meristem.growth.blend import blending
+from meristem.growth.certify import Certificate
 from meristem.growth.contribution import ablate, switched
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gates import GateResult
@@ -92,6 +93,12 @@ class Site(Protocol):
     def is_isolated(self, slot: str) -> bool | None:
         """Whether gradients of the host are the same with and without the pass of a seed."""
 
+    def certify(self, slot: str) -> None:
+        """Begin to probe the seed of a slot, beside the run."""
+
+    def certificate(self, slot: str) -> Certificate | None:
+        """What was found, once it is there; None where nothing could be."""
+
     def recover(self, slot: str, n_steps: int) -> tuple[float | None, bool]:
         """Loss without the seed after the host alone was trained on, less that with it after as many steps on the same
         text, both in copies; and whether the run lasts long enough for that."""
@@ -134,6 +141,8 @@ def germinate(garden: Garden, order: Order, site: Site, config: GrowConfig, step
         emit(Event("graft.refused", payload, "error"))
         return garden.culled(order.slot, origin.blueprint, step=step, embargo_steps=config.embargo_steps)
     set_blend(site.model, order.slot, 0.0)
+    if config.certify:
+        site.certify(order.slot)
     life = move(life, Stage.GERMINATED, step=step, reason=order.why, gate=result.number, emit=emit)
     return garden.with_life(life).noted(life.seed, **shares, is_stored=is_stored, blending=str(blend))
 
@@ -172,6 +181,7 @@ def start_training(garden: Garden, order: Order, site: Site, config: GrowConfig,
     life, model = _life(garden, order), site.model
     own = [*find_seed(model, life.slot).parameters()]
     others = {id(each) for slot, seed in seeds_in(model).items() if slot != life.slot for each in seed.parameters()}
+    certificate = site.certificate(life.slot) if config.certify else None
     found = gates.Health(
         changes=largest_change(model, life.slot, site.logits),
         n_reached=Gradients.of(model, life.slot, site.loss).n_reached,
@@ -179,9 +189,11 @@ def start_training(garden: Garden, order: Order, site: Site, config: GrowConfig,
         is_grouped=is_grouped(site.optimizer, own),
         is_stored=bool(garden.figures.get(life.seed, {}).get("is_stored")),
         is_isolated=None if life.way == "joint" else site.is_isolated(life.slot),
+        is_certified=None if certificate is None else certificate.handling != "quarantine",
     )
     is_exact = all(each.dtype in (torch.float32, torch.float64) for each in model.parameters())
-    result = gates.health(life, found, changes_most=0.0 if is_exact else CHANGES_MOST, step=step)
+    changes_most = 0.0 if is_exact else CHANGES_MOST
+    result = gates.health(life, found, changes_most=changes_most, step=step, needs_certificate=config.certify)
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden

@@ -196,11 +196,21 @@ def certify(
 
     Raises WrongValue where there is no such slot, or no seed in it and none given.
     """
-    place, original = find_slot(model, slot), seed or find_seed(model, slot)
-    with _untouched(original):
-        bench = _Bench(place, original, (n_batch, n_time))
-        probes, measured = _probed(bench, watermark_bytes, clock)
-    return Certificate(original.origin, slot, sha256(packed(original)), probes, measured)
+    rows_and_time = n_batch, n_time
+    return certify_in(find_slot(model, slot), seed or find_seed(model, slot), rows_and_time, watermark_bytes, clock)
+
+
+def certify_in(
+    place: Slot,
+    seed: Seed,
+    rows_and_time: tuple[int, int] = (3, 24),
+    watermark_bytes: int = WATERMARK_BYTES,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Certificate:
+    """``certify`` of a seed in a slot that stands by itself."""
+    with _untouched(seed):
+        probes, measured = _probed(_Bench(place, seed, rows_and_time), watermark_bytes, clock)
+    return Certificate(seed.origin, place.name, sha256(packed(seed)), probes, measured)
 
 
 @contextmanager

@@ -143,7 +143,8 @@ class Health:
     changes: the most by which a logit of a probe differs from the host's, relative where the model is in bfloat16.
     n_reached: tensors of the seed that a finite gradient reaches, not all of them zero. the rest: whether its
     parameters have an owner and are in one group of the optimizer each, whether there is a state of the run to return
-    to, and whether gradients of the host are the same with and without the seed's pass.
+    to, whether gradients of the host are the same with and without the seed's pass, and whether its certificate is not
+    one for quarantine.
     """
 
     changes: float | None = None
@@ -152,9 +153,10 @@ class Health:
     is_grouped: bool | None = None
     is_stored: bool | None = None
     is_isolated: bool | None = None
+    is_certified: bool | None = None
 
 
-def health(life: Life, found: Health, *, changes_most: float, step: int) -> GateResult:
+def health(life: Life, found: Health, *, changes_most: float, step: int, needs_certificate: bool = False) -> GateResult:
     """G1, to TRAINING: it changes nothing, and it can learn."""
     checks = [
         Check.of("changes", found.changes, most=changes_most),
@@ -165,6 +167,8 @@ def health(life: Life, found: Health, *, changes_most: float, step: int) -> Gate
     ]
     if life.way != "joint":  # in which the host learns with it
         checks.append(Check.holds("is_isolated", found.is_isolated))
+    if needs_certificate:
+        checks.append(Check.holds("is_certified", found.is_certified))
     return GateResult("G1", life.seed, step, tuple(checks))
 
 

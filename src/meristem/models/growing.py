@@ -158,6 +158,10 @@ class GrowConfig(ConfigSection):
     blend_curve: Literal["linear", "cosine", "sigmoid-6", "sigmoid-12", "sigmoid-24"] = Field(
         default="cosine", description="how it gets there; a policy may say otherwise of all three"
     )
+    certify: bool = Field(
+        default=False,
+        description="G1: whether a seed is probed in a copy of its slot before it learns, in another process",
+    )
     embargo_steps: int = Field(default=200, ge=0, description="steps for which a slot is locked after a first cull")
     min_age: int = Field(default=200, ge=0, description="steps before which no seed is kept, or culled by a policy")
     gates: GatesConfig = GatesConfig()

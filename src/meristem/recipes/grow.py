@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,8 @@ def grow(
     ) as (run, job, recovery):
         # The first process decides for all.
         with open_policy(config.grow.policy if run.world.is_first else NOBODY, emit=run.emit) as policy:
-            is_interrupted = train(run, job, recovery, Growth(run, job, recovery, policy))
+            with Growth(run, job, recovery, policy) as growth:
+                is_interrupted = train(run, job, recovery, growth)
         return stop(run, job, recovery) if is_interrupted else finish(run, job, recovery)
 
 
@@ -163,6 +164,12 @@ class Growth:
         if job.state.garden is None:
             before = self._kept and self._kept.read()
             self._garden = Garden(normaliser=Normaliser.from_json(before)) if before else Garden()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._site.close()
 
     @property
     def _garden(self) -> Garden:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -19,6 +19,8 @@ from meristem.device.room import room_for
 from meristem.distributed.engine import Engine
 from meristem.events import Emit, Event
 from meristem.growth.attach import slots_in
+from meristem.growth.certifier import Certifier
+from meristem.growth.certify import Certificate
 from meristem.growth.garden import Garden
 from meristem.growth.gates import GateResult
 from meristem.growth.graft import seeds_in, set_blend
@@ -72,6 +74,22 @@ class RunSite:
         self._run, self._job, self._recovery = run, job, recovery
         self._flops: dict[str, float] = {}
         self.run_id = run.world.broadcast("run id", str(run.manifest.content["id"]))
+        self._closing = ExitStack()
+
+    def close(self) -> None:
+        """End the process that certifies, if there is one."""
+        self._closing.close()
+
+    @cached_property
+    def _certifier(self) -> Certifier:
+        return self._closing.enter_context(Certifier(emit=self._run.emit))
+
+    def certify(self, slot: str) -> None:
+        if self._run.world.is_first:  # which judges for all
+            self._certifier.begin(self.model, slot)
+
+    def certificate(self, slot: str) -> Certificate | None:
+        return self._certifier.result(self.model, slot) if self._run.world.is_first else None
 
     @property
     def model(self) -> nn.Module:
