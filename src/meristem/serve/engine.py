@@ -179,11 +179,15 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """End every order where it is, then the thread."""
+    def stop(self) -> None:
+        """Have every order end where it is, and then the thread; from any thread, or a signal."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
+
+    def close(self) -> None:
+        """Stop, and wait for it."""
+        self.stop()
         if self._thread is not None:
             self._thread.join()
 
