@@ -15,7 +15,7 @@ MeristemError
 |                       AgreementFailed
 `- GrowthError (5)      IllegalTransition  MissingDependency  ReportInvalid  MissingMetric
                         OrderRefused  PolicyTimeout  InferenceFailed  OverBudget  TransactionUndone
-                        OwnershipRefused  ArtifactFailed  CertificateRefused
+                        OwnershipRefused  ArtifactFailed  CertificateRefused  BlendRefused
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.
@@ -276,6 +276,10 @@ class PolicyTimeout(GrowthError):
 
 class InferenceFailed(GrowthError):
     """A policy that raised, ended, or gave something other than a proposal."""
+
+
+class BlendRefused(GrowthError):
+    """A blend that lacks what it is computed from; its field ``blend`` says which."""
 
 
 class OverBudget(GrowthError):

@@ -18,7 +18,7 @@ from meristem.growth.blend import blending
 from meristem.growth.contribution import ablate, switched
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gates import GateResult
-from meristem.growth.graft import STEP, addition, build, cost, find_seed, seeds_in, set_blend
+from meristem.growth.graft import STEP, addition, build, cost_in, find_seed, seeds_in, set_blend
 from meristem.growth.isolation import enter, leave
 from meristem.growth.measure import (
     Gradients,
@@ -150,7 +150,7 @@ def _sanity(garden: Garden, life: Life, site: Site, step: int) -> tuple[gates.Sa
     )
     try:
         origin.described()
-        spent = cost(origin.blueprint, place.widths, blend=origin.blend, **origin.settings)
+        spent = cost_in(model, place, origin)
     except MeristemError as cause:
         return replace(known, is_known=not isinstance(cause, CheckpointMismatch)), {}
     n_all = sum(each.numel() for each in model.parameters())
