@@ -19,7 +19,7 @@ def test_it_listens_on_this_machine_alone(host, capsys):
 
 
 @pytest.mark.fault
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_server_comes_up_and_ends_on_a_signal(tmp_path):
     """Without a checkpoint it serves the model that comes along; a turn that it acknowledged is there after SIGTERM in
     the middle of a reply, and a second server on the same directory is refused."""
