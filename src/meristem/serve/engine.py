@@ -171,8 +171,8 @@ class Engine:
 
     @property
     def has_ended(self) -> bool:
-        """Whether its thread ran, and does no more."""
-        return self._thread is not None and not self._thread.is_alive()
+        """Whether it was stopped, or failed, and does no more."""
+        return self._is_closing and not (self._thread and self._thread.is_alive())
 
     def start(self) -> None:
         """Run rounds in a thread, until ``close``."""
@@ -188,7 +188,9 @@ class Engine:
     def close(self) -> None:
         """Stop, and wait for it."""
         self.stop()
-        if self._thread is not None:
+        if self._thread is None:
+            self._end_all()
+        else:
             self._thread.join()
 
     def _run(self) -> None:
