@@ -324,6 +324,15 @@ def test_a_thread_runs_the_rounds_and_ends_with_its_orders():
         engine.submit(Asked(WIDE, (1,)).order)
 
 
+def test_an_engine_that_never_ran_lets_no_order_wait():
+    engine = engine_of()
+    waiting = Asked(WIDE, (1,))
+    engine.submit(waiting.order)
+    assert not engine.has_ended
+    engine.close()
+    assert (waiting.end.reason, engine.has_ended) == ("cancelled", True)
+
+
 def test_levels_that_learn_are_read_one_by_one():
     """A reader that takes one row gets one row, beside batches of others."""
 

@@ -68,7 +68,7 @@ def test_a_session_outlives_its_process(sessions):
     moment = sessions.moment(record)
     again = reopened(sessions)
     assert again.get(record.id) == record and again.records() == [record]
-    assert again._live.get(record.id) is None, "an idle session is in no memory"
+    assert again._live.moments == {}, "an idle session is in no memory"
     assert_same(again.moment(record), moment)
     (turn,) = again.turns(record.id)
     assert (turn.said.text, turn.said.n_read, turn.said.nats, turn.can_return) == ("My name is Ada.", 15, 1.5, True)
@@ -79,10 +79,19 @@ def test_an_idle_session_leaves_memory(sessions, monkeypatch):
     monkeypatch.setattr("meristem.serve.sessions.MOST_LIVE_BYTES", 1)
     first, second = (say(sessions, sessions.create(), text) for text in ("one", "two"))
     moment = sessions.moment(second)
-    assert list(sessions._live.moments) == [second.id]
+    assert list(sessions._live.moments) == [(second.id, 1)]
     assert sessions.moment(first).n_tokens == 3
-    assert list(sessions._live.moments) == [first.id]
+    assert list(sessions._live.moments) == [(first.id, 1)]
     assert_same(sessions.moment(second), moment)
+
+
+def test_an_older_record_is_still_what_it_was(sessions):
+    """A reader that was given a session before its last turn sees the turn before, and later ones see the last."""
+    old = say(sessions, sessions.create(), "one")
+    one = sessions.moment(old)
+    new = say(sessions, old, "two")
+    assert_same(sessions.moment(old), one)
+    assert sessions.moment(new).n_tokens == sessions.moment(sessions.get(new.id)).n_tokens == 6
 
 
 def test_forks_and_rollback_are_exact(sessions):

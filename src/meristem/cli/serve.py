@@ -4,13 +4,17 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Annotated, Final
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from meristem.cli.answer import Json, json_line, tell
 from meristem.cli.sample import AnyCheckpoint, DeviceName, Temperature, TopK, TopP, device_called
 from meristem.errors import MissingExtra, RunError, WrongValue
+
+if TYPE_CHECKING:
+    from meristem.serve.http import Served
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
@@ -58,9 +62,9 @@ def serve(
             value=host,
         )
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
-        from meristem.serve.http import Served, make_app
+        from meristem.serve.http import Served
     except ModuleNotFoundError as cause:
         raise MissingExtra(
             f"serving needs the package {cause.name}, which is not installed. Run: pip install 'meristem[serve]'",
@@ -93,8 +97,26 @@ def serve(
         json_line({"url": url, "model": served.name, "data": str(directory)})
     else:
         typer.echo(f"{served.name} at {url}/v1, sessions in {directory}. Ctrl-C stops it.")
+    _run(served, listening)
+
+
+def _run(served: "Served", listening: socket.socket) -> None:
+    """Serve until a signal comes."""
+    import uvicorn
+
+    from meristem.serve.http import make_app
+
     config = uvicorn.Config(make_app(served), log_level="warning", access_log=False, timeout_graceful_shutdown=5)
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+    leave = server.handle_exit
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Replies end first, so that no connection keeps the server from ending.
+        served.engine.stop()
+        leave(number, frame)
+
+    server.handle_exit = stop  # type: ignore[method-assign, assignment]
+    server.run(sockets=[listening])
 
 
 def _name_of(checkpoint: Path | None) -> str:

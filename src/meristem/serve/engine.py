@@ -171,20 +171,26 @@ class Engine:
 
     @property
     def has_ended(self) -> bool:
-        """Whether its thread ran, and does no more."""
-        return self._thread is not None and not self._thread.is_alive()
+        """Whether it was stopped, or failed, and does no more."""
+        return self._is_closing and not (self._thread and self._thread.is_alive())
 
     def start(self) -> None:
         """Run rounds in a thread, until ``close``."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """End every order where it is, then the thread."""
+    def stop(self) -> None:
+        """Have every order end where it is, and then the thread; from any thread, or a signal."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        if self._thread is not None:
+
+    def close(self) -> None:
+        """Stop, and wait for it."""
+        self.stop()
+        if self._thread is None:
+            self._end_all()
+        else:
             self._thread.join()
 
     def _run(self) -> None:

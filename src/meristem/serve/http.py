@@ -65,6 +65,7 @@ class Served:
             self.engine.submit(Order(self.sessions.reader(), FRESH, ids, max_tokens=1, ended=self._warmed_up))
         except Exception as error:
             self.engine.emit(Event("not_ready", {"error": type(error).__name__, "message": str(error)}, "error"))
+            self.engine.close()
             raise
 
     def _warmed_up(self, end: Ended) -> None:

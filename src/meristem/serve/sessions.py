@@ -115,20 +115,24 @@ class TurnRecord:
 
 @dataclass
 class _Live:
-    """Moments in memory, least recently used first; for one thread at a time."""
+    """Moments in memory by session and turn, least recently used first; for one thread at a time."""
 
-    moments: OrderedDict[str, Moment] = field(default_factory=OrderedDict)
+    moments: OrderedDict[tuple[str, int], Moment] = field(default_factory=OrderedDict)
 
-    def put(self, session_id: str, moment: Moment) -> None:
-        self.moments.pop(session_id, None)
-        self.moments[session_id] = moment
+    def put(self, session_id: str, turn: int, moment: Moment) -> None:
+        self.moments.pop((session_id, turn), None)
+        self.moments[session_id, turn] = moment
         while len(self.moments) > 1 and sum(each.size_bytes for each in self.moments.values()) > MOST_LIVE_BYTES:
             self.moments.popitem(last=False)
 
-    def get(self, session_id: str) -> Moment | None:
-        if session_id in self.moments:
-            self.moments.move_to_end(session_id)
-        return self.moments.get(session_id)
+    def get(self, session_id: str, turn: int) -> Moment | None:
+        if (session_id, turn) in self.moments:
+            self.moments.move_to_end((session_id, turn))
+        return self.moments.get((session_id, turn))
+
+    def drop(self, session_id: str) -> None:
+        for key in [key for key in self.moments if key[0] == session_id]:
+            del self.moments[key]
 
 
 class Sessions:
@@ -229,7 +233,7 @@ class Sessions:
     def moment(self, record: SessionRecord) -> Moment:
         """Where a session stands; read from its file where it left memory."""
         with self._lock:
-            found = self._live.get(record.id)
+            found = self._live.get(record.id, record.turn)
         return found or self._moment_at(record.id, record.turn)
 
     def add(self, record: SessionRecord, moment: Moment, said: Said) -> SessionRecord:
@@ -252,7 +256,8 @@ class Sessions:
             run(f"UPDATE turns SET file=NULL WHERE {is_old}", old)
         self._unlink(let_go)
         with self._lock:
-            self._live.put(record.id, moment)
+            self._live.drop(record.id)
+            self._live.put(record.id, turn, moment)
         return self.get(record.id, record.owner)
 
     def label(self, session_id: str, owner: str = "", *, label: str) -> TurnRecord:
@@ -269,9 +274,9 @@ class Sessions:
         with self.writing(session_id, owner) as record:
             made = self._insert(name, owner, record.learn, record.learning, like=record)
             with self._lock:
-                moment = self._live.get(session_id)
+                moment = self._live.get(session_id, record.turn)
                 if moment:
-                    self._live.put(made.id, moment)
+                    self._live.put(made.id, record.turn, moment)
             return made
 
     def roll_back(self, session_id: str, owner: str = "", *, to: int) -> SessionRecord:
@@ -387,12 +392,12 @@ class Sessions:
         (row,) = self._database.read(query, (session_id, turn))
         moment = moment_of(store.read(self.directory / STATES / row["file"]), self.model)
         with self._lock:
-            self._live.put(session_id, moment)
+            self._live.put(session_id, turn, moment)
         return moment
 
     def _forget(self, session_id: str, files: list[str | None]) -> None:
         with self._lock:
-            self._live.moments.pop(session_id, None)
+            self._live.drop(session_id)
         self._unlink(files)
         self._database.empty_log()
 
