@@ -185,6 +185,42 @@ def growth(
 
 
 @app.command()
+def continual(
+    config: Annotated[Path, typer.Option("--config", help="YAML file that lists texts, hosts and arms.")] = Path(
+        "docs/continual.yaml"
+    ),
+    out: Annotated[Path, typer.Option("--out", help="The page; JSON and picture stand beside it.")] = Path(
+        "docs/continual.md"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Train models on one text, let them learn a second, and write what is learned of it and what forgotten.
+
+    All weights learn, or adapters and grown parts of one size beside a frozen host, each with the best of its learning
+    rates, from several seeds. With the parts switched off the first text has to be the same bits as before: exit code 1
+    where it is not. What was measured goes into the JSON beside the page, and is not measured again. A host of Hugging
+    Face needs transformers (meristem[hf]).
+
+    \b
+    Examples:
+      meristem bench continual
+      meristem bench continual --config mine.yaml --out mine.md --json
+    """
+    from meristem.bench.continual.study import continual as study
+    from meristem.bench.continual.study import is_kept
+    from meristem.checkpoint.atomic import require_replaceable
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    require_replaceable(out)
+    say = (lambda line: None) if as_json else typer.echo
+    report = study(config, out, command=f"meristem bench continual --config {config}", say=say)
+    if as_json:
+        json_line(report)
+    if not is_kept(report):
+        raise typer.Exit(1)
+
+
+@app.command()
 def stability(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of every cell.")] = 300,
     out: Annotated[Path, typer.Option("--out", help="The table.")] = Path("stability.md"),
