@@ -87,6 +87,12 @@ def results(tmp_path, bits, *, budgets=3, saved=None):
     return config, results_of(config, cells, known)
 
 
+def concluded(config, found):
+    """The sentence on R6; before it stands only how much is known."""
+    first, second, *_ = verdict(config, found)
+    return second if first.startswith("**Not all is measured yet:** ") else first
+
+
 def around(mean, apart=0.001):
     return [mean - apart, mean, mean + 1.5 * apart]
 
@@ -111,14 +117,15 @@ def test_r6_growth_is_worth_it_where_it_beats_the_better_of_both_far_beyond_the_
     assert is_worth_it(config, found)
     words = " ".join(verdict(config, found))
     assert "**Growing is worth it here:** `stack` at 9 TFLOP." in words
+    assert "**Not all is measured yet:** 30 of 45 runs are known" in words
     assert "**`stack` starts to win** at 9 TFLOP" in words and "**`zero` does not win**" in words
     assert "The larger model is better on average from about 1.73 TFLOP on." in words
-    assert verdict(config, found)[0].startswith("**Growing is worth it here")
+    assert concluded(config, found).startswith("**Growing is worth it here")
     for stack in (around(1.45, 0.5), around(1.49)):
         config, found = results(tmp_path, [before, after, late | {"stack": stack}])
-        assert not is_worth_it(config, found) and "**Growing is not worth it here.**" in verdict(config, found)[0]
+        assert not is_worth_it(config, found) and "**Growing is not worth it here.**" in concluded(config, found)
     config, found = results(tmp_path, [before, before | after | {"stack": around(1.7)}, {}])
-    assert not is_worth_it(config, found) and "lies below 5.2 TFLOP" in verdict(config, found)[0]
+    assert not is_worth_it(config, found) and "lies below 5.2 TFLOP" in concluded(config, found)
 
 
 def test_r6_or_where_it_saves_operations(tmp_path):
@@ -129,7 +136,7 @@ def test_r6_or_where_it_saves_operations(tmp_path):
     assert is_worth_it(config, found)
     stack = next(win for win in wins(config, found)["b2"] if win.arm == "stack")
     assert (stack.saved.mean, stack.saved.half) == (pytest.approx(0.5), 0) and not stack.is_better
-    assert "`stack` at 9 TFLOP" in verdict(config, found)[0] and "`zero`" not in verdict(config, found)[0]
+    assert "`stack` at 9 TFLOP" in concluded(config, found) and "`zero`" not in concluded(config, found)
     page = growth_page(config, found, title="", picture=None)
     assert "50.0% ± 0.0%" in page and "| `zero` |" in page
     plot_growth(tmp_path / "ends.png", measured(found))
