@@ -3,7 +3,7 @@
 import json
 
 from bench.evidences import listed, tables
-from meristem.bench import stability, suite
+from meristem.bench import growth_study, stability, suite
 from meristem.bench.measure import Row
 from meristem.bench.stability import Cell
 from meristem.cli import run
@@ -60,6 +60,14 @@ def test_a_missing_file_of_evidence_or_table_is_refused(tmp_path, capsys):
     words = ["bench", "evidence", "--config", str(listed(tmp_path)), "--out", str(tmp_path / "mine.md")]
     assert run([*words, "--only", "rule"]) == 2
     assert "there is no table 'rule'; there are memory, reading" in capsys.readouterr().err
+
+
+def test_growth_tells_by_its_exit_code(answered, tmp_path, monkeypatch):
+    for is_worth_it, wanted in ((True, 0), (False, 1)):
+        report = {"is_worth_it": is_worth_it, "sentences": ["said"]}
+        monkeypatch.setattr(growth_study, "growth_study", lambda *given, report=report, **rest: report)
+        found = answered("bench", "growth", "--config", tmp_path / "growth.yaml", "--out", tmp_path / "a" / "mine.md")
+        assert found == (wanted, report)
 
 
 def test_stability_tells_by_its_exit_code(answered, capsys, tmp_path, monkeypatch):

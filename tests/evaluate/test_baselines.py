@@ -31,3 +31,8 @@ def test_training_text_helps_only_the_primed_one():
     assert {name: found for name, found in same.items() if name != primed} == pytest.approx(
         {name: found for name, found in strange.items() if name != primed}
     )
+
+
+def test_of_one_text_compressors_are_asked_once():
+    held_out = text(9_001, 0)
+    assert baselines(b"before", held_out) is baselines(b"before", bytes(held_out))

@@ -153,6 +153,7 @@ WRONG = {
     "unknown_way": (replace(order(), way="alone"), Garden()),
     "unknown_blueprint": (replace(order(), blueprint="bottle"), Garden()),
     "wrong_settings": (replace(order(), settings={"hiden": 3}), Garden()),
+    "seeds_open": (Order("stack", "", "", "run", 1, "asked"), None),
     "unknown_blend": (replace(order(), blend="adding"), Garden()),
 }
 
@@ -178,6 +179,33 @@ def test_ka10_each_wrong_order_has_its_code_and_no_effect(code: str) -> None:
 def test_t13_an_order_without_an_id_raises(name: str) -> None:
     with pytest.raises(MissingDependency, match=name):
         check_order(replace(order(), **{name: ""}), Garden(), loose(), run_id="run", step=1, slots=SLOTS)
+
+
+@pytest.mark.parametrize(("operation", "moved"), [("insert", "blocks.2"), ("stack", "blocks.1")])
+def test_the_whole_stack_is_made_deeper_once_no_seed_is_on_its_way(operation: str, moved: str) -> None:
+    """Settled seeds move with their blocks; new blocks have a part of their own in the optimizer; log, model, optimizer
+    and garden are of one moment, and a garden that is stopped or of another run is not changed."""
+    site, garden, config = TinySite.of(*SLOTS), evaluated(), loose()
+    garden = act_on(
+        replace(garden, queue=(order(slot="blocks.1", seed="blocks.1#0"),)), site, config, run_id="run", step=1
+    )
+    for step, each in enumerate(("start_training", "start_blending", "stabilize", "evaluate", "fossilize"), 2):
+        given = order(each, "blocks.1", "blocks.1#0", step)
+        garden = act_on(replace(garden, queue=(given,)), site, config, run_id="run", step=step)
+        advance(site.model)
+    assert [*settled_in(site.model)] == [*SLOTS] and not garden.unfinished
+    deepens, said = Order(operation, "", "", "run", 9, "asked"), site.logits(site.model)
+    for wrong in (replace(garden, is_stopped=True), garden):
+        after = act_on(replace(wrong, queue=(deepens,)), site, config, run_id="run" * (2 - wrong.is_stopped), step=9)
+        assert after == wrong and len(site.model.blocks) == 2
+    garden = act_on(replace(garden, queue=(deepens,)), site, config, run_id="run", step=9)
+    assert garden.deepened == (9,) and Garden.from_json(garden.to_json()) == garden and len(site.model.blocks) == 4
+    assert settled_in(site.model)[moved] and torch.equal(said, site.logits(site.model)) is (operation == "insert")
+    parts = {group["joined"] for group in site.optimizer.param_groups if "joined" in group}
+    assert parts == set(site.optimizer.joined) and len(parts) == (2 if operation == "insert" else 1)
+    site.train()
+    assert_whole(garden, site)
+    assert_replays(site)
 
 
 def test_too_many_seeds_on_their_way_are_refused() -> None:

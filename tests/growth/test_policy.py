@@ -340,6 +340,22 @@ def test_a_schedule_plants_once_for_each_share_and_step() -> None:
     assert isinstance(found(reading(FLAT), replace(FREE, slots=frozenset("b"))), NoCandidates)
 
 
+@pytest.mark.parametrize("operation", ["insert", "stack"])
+def test_a_schedule_makes_the_stack_deeper_once_for_each_share(operation: str) -> None:
+    """It needs no slot; what could not be done stays due, and is asked again."""
+    found = policies.get("schedule")({"operation": operation, "shares": [0.25, 0.5], "random_seed": 7})
+    mask = Mask(can_deepen=True)
+    for share, n_done, wanted in ((0.2, 0, "wait"), (0.3, 0, operation), (0.3, 1, "wait"), (0.5, 1, operation)):
+        what = reading(FLAT, slots=(), metrics={"budget_share": share, "n_deepenings": float(n_done)})
+        proposed = found(what, mask)
+        assert isinstance(proposed, Proposal) and proposed.operation == wanted and not proposed.slot
+        assert proposed.random_seed == (0 if wanted == "wait" else 7 + n_done)
+    assert isinstance(found(what, FREE), NoCandidates)
+    decision, heard = asked(lambda reading, mask: Proposal(operation), what)
+    assert isinstance(decision.error, OrderRefused) and decision.error.fields["code"] == "not_now"
+    assert asked(lambda reading, mask: Proposal(operation), what, mask)[0].error is None and len(heard) == 1
+
+
 def test_random_draws_the_same_in_every_process() -> None:
     drawn = []
     for planted in range(8):
@@ -360,6 +376,8 @@ def test_random_draws_the_same_in_every_process() -> None:
         ("heuristic", {"blend": "chanel"}, "channel"),
         ("schedule", {"shares": []}, "neither shares nor steps"),
         ("schedule", {"shares": [1.5]}, "shares"),
+        ("schedule", {"operation": "double"}, "operation"),
+        ("schedule", {"operation": "stack", "blueprint": "norm", "slots": ["a"]}, "blueprint, slots beside .*stack"),
         ("random", {"steps": []}, "neither shares nor steps"),
         ("never", {"often": 1}, "often"),
     ],

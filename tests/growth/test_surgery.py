@@ -35,6 +35,8 @@ from meristem.models.build import build as build_model
 from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build
 from meristem.optim.multi_period import MultiPeriodOptimizer
+from meristem.optim.origins import FROM_THE_START, HOST, SeedSettings
+from meristem.optim.schedule import set_rates
 from meristem.optim.state import restore, tensors
 
 Make = Callable[[nn.Module], Plan]
@@ -543,3 +545,30 @@ def test_what_an_operator_cannot_do_is_refused(make: Callable[[], nn.Module], ch
     with pytest.raises(MeristemError, match=message):
         change(model)
     assert (bits(model), [(name, type(module)) for name, module in model.named_modules()]) == before
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_came_later_warms_up_alone_and_is_clipped_with_its_host(kind: str) -> None:
+    """Blocks that came together or one by one have groups of their own beside equal ones, a rate that rises from where
+    they joined, and it is saved; a further change keeps it."""
+    model, optimizer = trained("preset-default", kind)
+    optimizer = operate(model, optimizer, plan_stack(model), kind)
+    assert optimizer.joined == {"joined:0": FROM_THE_START} and {unit[0] for unit in optimizer.units} == {HOST}
+    optimizer.joined["joined:0"] = SeedSettings(warmup_steps=4, since=optimizer.clock.count)
+    seen = []
+    for _ in range(5):
+        set_rates(optimizer, 0.5)
+        seen.append({group["lr"] / (0.5 * group["rate"]) for group in optimizer.param_groups if "joined" in group})
+        assert all(group["lr"] == 0.5 * group["rate"] for group in optimizer.param_groups if "joined" not in group)
+        step(model, optimizer)
+    assert seen == [{0.0}, {0.25}, {0.5}, {0.75}, {1.0}]
+    own = [name for group in optimizer.param_groups if "joined" in group for name in group["param_names"]]
+    assert {name.split(".")[1] for name in own} == {"2", "3"}
+    assert sorted(own) == sorted(
+        name for name, _ in model.named_parameters() if name.startswith(("blocks.2", "blocks.3"))
+    )
+    other = of_ours(kind)(model)
+    restore(model, other, tensors(model, optimizer))
+    assert other.joined == optimizer.joined
+    after = operate(model, optimizer, plan_insert_block(model, 4), kind)
+    assert after.joined == {**optimizer.joined, "joined:1": FROM_THE_START}

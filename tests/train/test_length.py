@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from meristem.config import load
+from meristem.config import fingerprint, identity, load
 from meristem.data.stream import Cursor
 from meristem.optim.config import ScheduleConfig
 from meristem.optim.schedule import ScheduleProgress, rate_factor
@@ -12,6 +12,19 @@ from meristem.runs.config import Config, load_config
 from meristem.runs.report import go_on
 from meristem.train.config import TrainConfig
 from meristem.train.progress import Progress
+
+
+def test_a_budget_of_operations_is_a_length():
+    """It replaces others, and the share of the run goes by it. While it is null it is no part of what a run is, so that
+    runs of before there was such a key go on."""
+    own = load_config("default", ["train.flops=1e12"], environment={}).tree.train
+    assert (own.flops, *limits(own)) == (1e12, None, None, None)
+    both = load_config("default", ["train.flops=1e12", "train.steps=5"], environment={}).tree.train
+    assert (both.flops, both.steps) == (1e12, 5) and limits(TrainConfig(flops=1.0)) == (None, None, None)
+    done = Progress(cursor=Cursor(0, "", "")).spent(2.5e11)
+    assert done.share(own) == 0.25 and not done.is_over(own) and done.spent(7.5e11).is_over(own)
+    before = TrainConfig(steps=5).model_dump(mode="json", exclude={"flops", *TrainConfig.outside_identity})
+    assert identity(TrainConfig(steps=5)) == fingerprint(before) and identity(own) != identity(TrainConfig(flops=2e12))
 
 
 def limits(config: TrainConfig) -> tuple[object, object, object]:

@@ -153,12 +153,20 @@ def verdict(config: GrowthConfig, results: Results) -> list[str]:
     if not any(found.values()):
         return ["Nothing can be said yet: under no budget are both baselines and a grown arm known."]
     return [
+        *_unfinished(config, results),
         *_about_worth(config, results),
         *_about_winning(found),
         *_about_size(config, results),
         *_differences(config, results),
         *_failed(results),
     ]
+
+
+def _unfinished(config: GrowthConfig, results: Results) -> Iterator[str]:
+    every = [result for own in results.values() for result in own.values()]
+    n_known, n_all = sum(len(result.by_seed) for result in every), len(every) * len(config.seeds)
+    if n_known < n_all:
+        yield f"**Not all is measured yet:** {n_known} of {n_all} runs are known, and what follows is said of these."
 
 
 def _about_winning(found: Mapping[str, Sequence[Win]]) -> Iterator[str]:
@@ -192,11 +200,13 @@ def _differences(config: GrowthConfig, results: Results) -> Iterator[str]:
         if apart is not None:
             yield f"{budget}: `{config.large}` against `{config.small}`: {said(apart, 'bits per byte')}."
         for win in own:
+            rates = known[win.arm].rate, known[win.against].rate
+            tuned = "" if len(set(rates)) == 1 else f"; learning rates {rates[0]:g} and {rates[1]:g}"
             chance = "" if win.bits.p is None else f"; p = {win.p:.2g} beside the others that grow"
             saved = "" if win.saved is None else f"; operations saved to the loss of the large: {_share(win.saved)}"
             yield (
                 f"{budget}: `{win.arm}` against the better of both, `{win.against}`: "
-                f"{said(win.bits, 'bits per byte')}{chance}{saved}."
+                f"{said(win.bits, 'bits per byte')}{chance}{saved}{tuned}."
             )
 
 

@@ -77,7 +77,8 @@ class RiskConfig(ConfigSection):
 class GrowPolicyConfig(ConfigSection):
     """What decides when, where and what to grow, and how far it is trusted."""
 
-    outside_identity: ClassVar = frozenset()
+    outside_identity: ClassVar = frozenset({"normaliser_every"})
+    outside_while_null: ClassVar = frozenset({"normaliser"})
 
     name: str = Field(default="heuristic", description="The policy: see `meristem plugins`.")
     settings: dict[str, Any] = Field(
