@@ -87,7 +87,7 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$(stamp)" ]; then
     .venv/bin/python -m pip install $pip_options -c constraints.txt --upgrade pip || fail "pip could not be brought up to date."
     has_torch || install_torch
     echo "Installing meristem and what it needs into .venv ..." >&2
-    .venv/bin/python -m pip install $pip_options -c constraints.txt -e '.[plot,test,lint]' ||
+    .venv/bin/python -m pip install $pip_options -c constraints.txt -e '.[plot,serve,test,lint]' ||
         fail "pip could not install the requirements; its message stands above. Is the network there?"
     stamp >.venv/stamp
 fi

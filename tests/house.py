@@ -34,8 +34,6 @@ FORBIDDEN_WORDS = {
     "Trainer",
 }
 FORBIDDEN_MODULES = {"utils", "util", "common", "helpers", "helper", "misc"}
-GROWTH = "A part for growth: nothing calls it yet."
-"""Stands in the docstring of a module that waits for growth."""
 REGISTERED = {"command", "callback", "model_validator", "field_validator"}
 """Decorators that hand a function on to a library, which calls it."""
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -329,24 +327,11 @@ def private_places(name: str, text: str) -> list[str]:
 
 
 def uncalled(sources: Iterable[Module]) -> dict[str, str]:
-    """Public functions, methods and classes that nothing outside their own definition names, by module and name.
-
-    A module for growth may wait for its callers, but may not outlive its mark: once other modules import it, the mark
-    has to go.
-    """
+    """Public functions, methods and classes that nothing outside their own definition names, by module and name."""
     sources = list(sources)
-    waiting = {source.name for source in sources if GROWTH in (ast.get_docstring(source.tree) or "")}
     words = Counter(word for source in sources for word in re.findall(r"\w+", source.text))
     found = {}
     for source in sources:
-        if source.name in waiting:
-            continue
-        for _, target in imports(source):
-            found |= {
-                name: f"imported by {source.name}, yet marked"
-                for name in waiting
-                if f"{target}.".startswith(f"{name}.")
-            }
         for node in ast.walk(source.tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name[0] == "_":
                 continue

@@ -77,7 +77,7 @@ def test_second_start_asks_pip_nothing(clone: Clone) -> None:
     """The requirements are installed once, and again when what they are made from changes."""
     clone.stub(".venv/bin/python", LOGGED_PIP)
     assert clone.start().stdout == "ready\n"
-    assert "-c constraints.txt -e .[plot,test,lint]" in clone.log.read_text()
+    assert "-c constraints.txt -e .[plot,serve,test,lint]" in clone.log.read_text()
     clone.log.unlink()
     assert clone.start().stdout == "ready\n"
     assert not clone.log.exists()

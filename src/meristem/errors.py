@@ -7,7 +7,7 @@ MeristemError
 |- MissingExtra (3)     an optional package that is not installed
 |- PluginError (3)      PluginConflict  PluginTooOld
 |- SinkError (3)
-|- RunError (3)         RunInUse  DiskFull
+|- RunError (3)         RunInUse  DiskFull  NoSession  SessionBusy
 |- WorkerError (3)      WorkerTimeout  WorkerDied  QueueFull  BreakerOpen
 |- DataError (4)        CorpusTooShort  ManifestMismatch  BadRecords  SplitError  TokenizerMismatch  FileChanged
 |- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
@@ -15,7 +15,7 @@ MeristemError
 |                       AgreementFailed
 `- GrowthError (5)      IllegalTransition  MissingDependency  ReportInvalid  MissingMetric
                         OrderRefused  PolicyTimeout  InferenceFailed  OverBudget  TransactionUndone
-                        OwnershipRefused  ArtifactFailed  CertificateRefused
+                        OwnershipRefused  ArtifactFailed  CertificateRefused  BlendRefused
 
 The number is the exit code of the command line. A message says what was found, what was expected and what to do.
 ``exit_code`` gives the codes of all other errors.
@@ -116,6 +116,14 @@ class RunInUse(RunError):
 
 class DiskFull(RunError):
     """No space is left where something had to be saved."""
+
+
+class NoSession(RunError):
+    """No session, or no turn of it that can be returned to, where one was expected."""
+
+
+class SessionBusy(RunError):
+    """A session that another request is writing to."""
 
 
 class WorkerError(MeristemError):
@@ -268,6 +276,10 @@ class PolicyTimeout(GrowthError):
 
 class InferenceFailed(GrowthError):
     """A policy that raised, ended, or gave something other than a proposal."""
+
+
+class BlendRefused(GrowthError):
+    """A blend that lacks what it is computed from; its field ``blend`` says which."""
 
 
 class OverBudget(GrowthError):

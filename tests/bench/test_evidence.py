@@ -43,7 +43,7 @@ def test_what_is_listed_in_the_documents_can_be_compared():
     assert len(config.seeds) >= 3 and len(config.rates) >= 2
     assert all(len(of_one_size(config, group, 2048)) > 1 for group in groups(config))
     memory = config.tables["memory"]
-    assert set(memory.budgets) == {"tokens", "time"} and {"notebook", "stdlib", "stdlib-docs"} <= set(memory.texts)
+    assert set(memory.budgets) == {"tokens", "time"} and {"notebook", "stdlib", "sympy"} <= set(memory.texts)
     assert config.tables["reading"].reading.marks == (1024, 4096, 16384, 65536)
 
 

@@ -34,3 +34,5 @@ def test_a_run_that_does_not_grow_has_no_lives(tmp_path, capsys):
     assert run(["grow", "report", str(tmp_path / "run"), "--json"]) == 3
     error = json.loads(capsys.readouterr().out)["error"]
     assert "no checkpoint of a run that grows" in error["message"] and "meristem grow" in error["message"]
+    assert run(["grow", "request", str(tmp_path / "run"), "--json"]) == 3
+    assert "is no run that grows" in json.loads(capsys.readouterr().out)["error"]["message"]

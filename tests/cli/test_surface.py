@@ -12,7 +12,7 @@ import typer
 from meristem import __version__
 from meristem.cli import app, run
 
-VERBS = "bench chat checkpoint config data doctor eval grow plan plugins runs sample train".split()
+VERBS = "bench chat checkpoint config data doctor eval grow plan plugins runs sample serve train".split()
 
 
 def leaf_commands():

@@ -1,11 +1,11 @@
 """Compiling changes the speed of the blocks and nothing else."""
 
-import functools
 import shutil
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends import registry
 
 from meristem.device.compile import compile_blocks
 from meristem.device.config import DeviceConfig
@@ -35,6 +35,12 @@ class Stack(nn.Module):
         for block in self.blocks:
             hidden_bd = block(hidden_bd)
         return hidden_bd
+
+
+def use_backend(monkeypatch, backend):
+    """In place of torch's own, which takes minutes on a busy machine."""
+    usual = registry.lookup_backend
+    monkeypatch.setattr(registry, "lookup_backend", lambda name: backend if name == "inductor" else usual(name))
 
 
 def test_off_by_default():
@@ -67,8 +73,7 @@ def test_compiled_blocks_agree(monkeypatch):
         graphs.append(graph)
         return graph
 
-    # The default backend takes minutes on a busy machine, and its arithmetic is not ours to test.
-    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
+    use_backend(monkeypatch, backend)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     torch.manual_seed(0)
     plain, compiled = Stack(3), Stack(3)
@@ -84,3 +89,31 @@ def test_compiled_blocks_agree(monkeypatch):
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(compiled.get_parameter(name).grad, parameter.grad)
     assert len(graphs) == 1
+
+
+@pytest.mark.compiled
+def test_ka3_what_the_compiler_fails_at_runs_as_it_is_and_is_counted(monkeypatch):
+    """Outputs and gradients are those of the plain model; after three failures the compiler is left alone."""
+    tried, events = [], []
+
+    def backend(graph, _inputs):
+        tried.append(graph)
+        raise RuntimeError("no such instruction\nand much more")
+
+    use_backend(monkeypatch, backend)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    plain, compiled = Stack(2), Stack(2)
+    compiled.load_state_dict(plain.state_dict())
+    compile_blocks(compiled, DeviceConfig(compile=True), CPU, events.append)
+    for n_rows in range(2, 8):
+        torch.compiler.reset()  # each time as if the structure had changed
+        hidden_bd = torch.randn(n_rows, 3)
+        torch.testing.assert_close(compiled(hidden_bd), plain(hidden_bd), rtol=0, atol=0)
+    compiled(hidden_bd).sum().backward()
+    plain(hidden_bd).sum().backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(compiled.get_parameter(name).grad, parameter.grad)
+    told = [event.payload for event in events if event.name == "compile.fallback"]
+    assert len(tried) == len(told) == 3
+    assert [each["is_last"] for each in told] == [False, False, True]
+    assert told[0]["reason"] == "RuntimeError: no such instruction"

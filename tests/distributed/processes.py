@@ -69,7 +69,7 @@ def _serve() -> None:
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401 - imported so that no child has to
 
-    import meristem.recipes.pretrain  # noqa: F401
+    import meristem.recipes.grow  # noqa: F401
     from distributed import scenes
 
     _say({"ready": True})

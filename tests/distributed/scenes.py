@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 import time
 import weakref
 from collections import Counter
@@ -40,6 +41,7 @@ from meristem.nn.config import MemoryConfig
 from meristem.optim.config import OptimConfig
 from meristem.optim.groups import build as build_optimizer
 from meristem.optim.groups import levels
+from meristem.optim.state import tensors
 from meristem.runs import recovery
 from meristem.train.backward import read_again
 from meristem.train.config import AggregateConfig, TrainConfig
@@ -362,6 +364,46 @@ def run(
     return {"status": result.status, "step": result.step, "nats": result.nats, "weights": weights, "made": made}
 
 
+def grow_run(folder: Path, overrides: list[str], breaks: str = "") -> dict[str, Any]:
+    """A whole run that grows, in ``folder``/run.
+
+    breaks: ``fault:rank:step``: which process is killed after the orders of a step (``struck``), or finds from then on
+        that no change of structure is as it was planned (``unlike``).
+    """
+    from meristem.recipes import grow as grow_module
+    from meristem.runs.config import load_config
+    from meristem.sinks.console import Console
+    from recipes import growing  # noqa: F401 - has a policy
+
+    fault, rank, step = (*breaks.split(":"), "", "", "")[:3]
+    before = grow_module.Growth.before
+    jobs: list[Any] = []
+
+    def unlike(*_: Any, **__: Any) -> float:
+        raise RuntimeError("pretended")
+
+    def stepping(self: grow_module.Growth) -> None:
+        jobs[:] = [self._job]
+        is_now = rank == os.environ.get("RANK", "0") and self._job.state.progress.step == int(step or 0)
+        if is_now and fault == "unlike":
+            vars(sys.modules["meristem.growth.transaction"])["verify"] = unlike  # `grow.transaction` is the function
+        before(self)
+        if is_now and fault == "struck":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    grow_module.Growth.before = stepping  # type: ignore[method-assign]
+    config = load_config("titans-mag", overrides, {}).tree
+    result = grow_module.grow(config, run_dir=folder / "run", view=Console(json=True), time_scale=120)
+    (job,) = jobs
+    return {
+        "status": result.status,
+        "step": result.step,
+        "weights": fingerprint(job.model.state_dict()),
+        "moments": fingerprint(tensors(job.model, job.optimizer)),
+        "garden": job.state.garden.to_json(),
+    }
+
+
 class Living(TorchDispatchMode):
     """Counts the bytes of all numbers of the host that live while it lasts, by their storages; and the most at once.
 
@@ -491,8 +533,8 @@ FAULTS: dict[str, Callable[[Any, int], Any]] = {
 def play(scene: str, folder: Path, **more: Any) -> None:
     """Be one of the processes of a scene, and write down what was found."""
     torch.set_num_threads(1)
-    if scene == "run":
-        found = run(folder, **more)
+    if scene in ("run", "grow"):
+        found = (run if scene == "run" else grow_run)(folder, **more)
         (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
         return
     with joined(DistributedConfig(timeout_s=20), DeviceConfig(device="cpu")) as world:

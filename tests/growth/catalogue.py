@@ -34,7 +34,22 @@ class Foreign(nn.Module):
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
         mask_ts = nn.Transformer.generate_square_subsequent_mask(tokens_bt.shape[1], dtype=self.head.weight.dtype)
-        return self.head(self.body(self.embedding(tokens_bt), mask=mask_ts, is_causal=True))
+        return self.readout(self.body(self.embedding(tokens_bt), mask=mask_ts, is_causal=True))
+
+    def readout(self, hidden_btd: Tensor) -> Tensor:
+        return self.head(hidden_btd)
+
+
+class Says(nn.Module):
+    """A model whose largest logit stands above the second by a margin, whatever it is given."""
+
+    def __init__(self, margin: float) -> None:
+        super().__init__()
+        self.margin, self.weight = margin, nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def readout(self, hidden_btd: Tensor) -> Tensor:
+        row = hidden_btd.new_tensor([0.1, 0.1 + self.margin, -3.0]) + self.weight
+        return row.expand(*hidden_btd.shape[:-1], 3)
 
 
 PLACES = {"preset-default": "blocks.1", "foreign": "body.layers.1"}

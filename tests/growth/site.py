@@ -11,6 +11,7 @@ import zoo
 from growth.catalogue import host
 from meristem.growth.attach import attach, slots_in
 from meristem.growth.garden import Garden
+from meristem.growth.gates import GateResult
 from meristem.growth.observe import HeldOut
 from meristem.growth.plan import Plan
 from meristem.growth.report import GrowthReport
@@ -120,6 +121,9 @@ class TinySite:
 
     def recover(self, slot: str, n_steps: int) -> tuple[float | None, bool]:
         return None, False
+
+    def agreed(self, result: GateResult) -> GateResult:
+        return result
 
     def report(self, report: GrowthReport) -> None:
         self.reports.append(report)

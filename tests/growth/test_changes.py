@@ -160,7 +160,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str]
     (attached, lambda m: grow.graft(m, PLACE, "lowrank"), "no blueprint is called 'lowrank'. Nearest: low_rank"),
     (attached, lambda m: grow.graft(m, PLACE, "low_rank", rnk=4), "unknown key 'rnk'.*Did you mean 'rank'"),
     (attached, lambda m: grow.graft(m, PLACE, "low_rank", rank=0), "rank: found 0.*at least 1"),
-    (attached, lambda m: grow.graft(m, PLACE, "low_rank", blend="confidence"), "no blend is called"),
+    (attached, lambda m: grow.graft(m, PLACE, "low_rank", blend="adding"), "no blend is called"),
     (attached, lambda m: grow.graft(m, PLACE, "memory", head_dim=5), "heads of 5 cannot fill the width 12"),
     (attached, lambda m: grow.remove(m, PLACE), "is empty"),
     (lambda: grown("foreign", "norm")[0], lambda m: grow.graft(m, PLACE, "norm"), "holds a seed already"),

@@ -18,6 +18,7 @@ from meristem.errors import MissingDependency, PolicyTimeout, UnknownKey
 from meristem.events import Event
 from meristem.growth import replay, topology
 from meristem.growth import to_json as log_of
+from meristem.growth.features import Observes
 from meristem.growth.garden import Embargo, Garden, Order
 from meristem.growth.gardener import TARGETS, act_on, check_order, tend
 from meristem.growth.graft import advance, seeds_in
@@ -257,3 +258,30 @@ def test_ta1_one_configuration_feeds_gates_policy_and_risk() -> None:
         load_config("default", ["grow.risk.quiet_step=7"], {})
     with pytest.raises(ValidationError):
         config.risk = None
+
+
+@pytest.mark.parametrize("name", ["training_loss_nats", "gradient_norm"])
+def test_t7_a_policy_that_observes_is_asked_with_numbers_or_not_at_all(name: str) -> None:
+    """What it sees is scaled by a normaliser that the garden keeps; where a number is missing, no order comes of it."""
+    seen, heard = [], []
+
+    def ask(reading: Reading, mask: Mask, breaker: Breaker | None) -> Decision:
+        seen.append(reading.observation)
+        return Decision(Proposal("wait"), None, breaker or Breaker())
+
+    measured = replace(reading(Garden()), held_out=evaluated().held_out, metrics={"gradient_norm": 0.5})
+    metrics = {"gradient_norm": None} if name == "gradient_norm" else measured.metrics
+    nats = None if name == "training_loss_nats" else measured.training_loss_nats
+    lacking = replace(measured, metrics=metrics, training_loss_nats=nats)
+    told = {"ask": ask, "slots": SLOTS, "free_parameters": 100, "emit": heard.append}
+    garden = tend(Garden(), measured, loose(), observes=Observes(("gradient_norm",)), **told)
+    assert seen[0] is not None and seen[0].features["gradient_norm"].is_present and seen[0].slots == SLOTS
+    assert garden.normaliser.moments["gradient_norm"] == (0.5, 0.0) and not heard
+    assert Garden.from_json(garden.to_json()) == garden
+    after = tend(garden, lacking, loose(), observes=Observes(("gradient_norm",)), **told)
+    assert len(seen) == 1 and after == garden
+    assert [(event.name, event.payload["name"]) for event in heard] == [("feature.missing", name)]
+    tend(garden, lacking, loose(), observes=Observes(("gradient_norm",), is_strict=False), **told)
+    assert seen[1].features[name] == (0.0, False)
+    tend(Garden(), measured, loose(), **told)
+    assert seen[2] is None, "who does not ask gets no numbers"

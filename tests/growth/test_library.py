@@ -105,6 +105,13 @@ def test_what_is_listed_can_be_narrowed(library: Library) -> None:
     assert library.put_seed("b", model, PLACE).version == 2, "what was retired is stored anew"
 
 
+class Plain(nn.Sequential):
+    """What it gives are logits."""
+
+    def readout(self, hidden_btd: torch.Tensor) -> torch.Tensor:
+        return hidden_btd
+
+
 NAMES = st.from_regex(catalog.NAME, fullmatch=True).filter(lambda name: len(name) < 20)
 
 
@@ -121,7 +128,7 @@ def test_what_is_stored_comes_back(
     library: Library, name: str, rank: int, blend: str, trust: str, dtype: torch.dtype, random_seed: int
 ) -> None:
     """Card and tensors, after the library was opened again too."""
-    model = grow.attach(nn.Sequential(nn.Linear(7, 12)), "0", reads="input").to(dtype)
+    model = grow.attach(Plain(nn.Linear(7, 12)), "0", reads="input").to(dtype)
     made = grow.graft(model, "0", "low_rank", rank=rank, blend=blend, random_seed=random_seed)
     nn.init.normal_(made.layer.out.weight)
     card = library.put_seed(name, model, "0", trust=trust)
@@ -131,7 +138,7 @@ def test_what_is_stored_comes_back(
     assert {key: x.dtype for key, x in found.tensors.items()} == {
         key: x.dtype for key, x in made.state_dict().items() if key in found.tensors
     }
-    other = grow.attach(nn.Sequential(nn.Linear(7, 12)), "0", reads="input").to(dtype)
+    other = grow.attach(Plain(nn.Linear(7, 12)), "0", reads="input").to(dtype)
     assert packed(grow.seed_for(other, "0", found)) == packed(made)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from meristem.errors import (
     WrongValue,
 )
 from meristem.events import Event
-from meristem.growth.features import Feature, Normaliser, features, symlog
+from meristem.growth.features import Feature, Normaliser, Observes, features, observed, symlog
 from meristem.growth.observe import HeldOut, Mask, Reading, Record, SlotReading, Trial
 from meristem.growth.score import slot_scores
 from meristem.growth.stage import Stage
@@ -119,6 +120,28 @@ def test_the_normaliser_is_the_recurrence_and_a_value(values: list[float | None]
         mean, variance = mean + 0.1 * error, 0.9 * (variance + 0.1 * error**2)
         assert scaled["x"] == Feature((value - mean) / math.sqrt(variance + 1e-8), True)
     assert Normaliser.from_json(json.loads(json.dumps(normaliser.to_json()))) == normaliser
+
+
+@given(n_slots=st.integers(0, 12), most=st.integers(1, 12))
+def test_t6_what_is_left_out_is_left_out_of_edges_too(n_slots: int, most: int) -> None:
+    """No edge leads to a slot that is not there, and the coverage is what was kept."""
+    slots = tuple(SlotReading(f"blocks.{n}", age_steps=n) for n in range(n_slots))
+    _, after = observed(replace(READING, slots=slots), Observes(most_slots=most), Normaliser())
+    found = after.observation
+    assert found is not None and after.slots == slots
+    assert found.slots == tuple(each.slot for each in slots[:most])
+    assert all(0 <= one < other < len(found.slots) for one, other in found.edges)
+    assert len(found.edges) == max(0, len(found.slots) - 1)
+    assert found.coverage == (len(found.slots) / n_slots if n_slots else 1.0)
+    seen = {name.partition("/")[0] for name in found.features if "/" in name}
+    assert seen == set(found.slots)
+    assert Reading.from_json(json.loads(json.dumps(after.to_json()))) == after
+
+
+def test_numbers_are_made_small_before_they_are_scaled() -> None:
+    reading = replace(READING, metrics={"large": 1e6})
+    normaliser, _ = observed(reading, Observes(("large",), is_log=True), Normaliser())
+    assert normaliser.moments["large"][0] == pytest.approx(math.log1p(1e6))
 
 
 def test_symlog_is_odd_and_small() -> None:

@@ -27,6 +27,7 @@ from meristem.events import Event
 from meristem.growth import heuristic, policy, proposal, risk, schedule
 from meristem.growth.blend import Blending, blending, blends
 from meristem.growth.course import CURVES
+from meristem.growth.features import Observes
 from meristem.growth.heuristic import HeuristicConfig
 from meristem.growth.observe import HeldOut, Mask, Reading, SlotReading, Trial
 from meristem.growth.policy import (
@@ -35,6 +36,7 @@ from meristem.growth.policy import (
     breaker_of,
     budget_ms,
     decide,
+    observes_of,
     open_policy,
     policies,
 )
@@ -80,7 +82,7 @@ def test_t9_the_names_of_policies_are_a_short_list() -> None:
     assert sorted(found.keys() - {"__builtins__"}) == sorted(policy.__all__)
     assert sorted(policy.__all__) == [
         "Decision", "GrowPolicyConfig", "Mask", "NoCandidates", "Policy", "Proposal", "Reading", "breaker_of",
-        "budget_ms", "decide", "open_policy", "policies",
+        "budget_ms", "decide", "observes_of", "open_policy", "policies",
     ]  # fmt: skip
 
 
@@ -479,6 +481,7 @@ def test_after_three_failures_a_policy_is_left_alone_for_a_while() -> None:
 PLUGIN = """
 import os, time
 from meristem.errors import MissingMetric
+from meristem.growth.features import Observes
 from meristem.growth.proposal import NoCandidates, Proposal
 MERISTEM_API = 1
 
@@ -500,6 +503,7 @@ def make(settings):
         if what == 6:
             return NoCandidates("none")
         return Proposal("germinate", settings["slot"], "low_rank", {"rank": 2}, why=str(os.getpid()))
+    propose.observes = Observes(metrics=("what",))
     return propose
 """
 
@@ -523,6 +527,7 @@ def test_a_policy_of_a_plugin_has_a_deadline_and_ours_has_none(plugin: Mapping[s
     assert budget_ms(GrowPolicyConfig()) is None
     assert budget_ms(GrowPolicyConfig(is_process_isolated=True)) == 50
     with open_policy(GrowPolicyConfig(**plugin)) as wild:
+        assert observes_of(wild) == Observes(metrics=("what",))
         decision, _ = asked(wild, told(0), budget_ms=60_000.0)
     assert isinstance(decision.outcome, Proposal) and decision.outcome.slot == "a"
 
@@ -532,6 +537,7 @@ def test_t18_a_policy_in_a_process_is_really_stopped_and_its_death_ends_nothing(
     """Whatever it does there, the same errors as here; where it hangs its process is gone; the next call works."""
     ample = 60_000.0
     with open_policy(GrowPolicyConfig(**plugin, is_process_isolated=True)) as wild:
+        assert observes_of(wild) == Observes(metrics=("what",))
         decision, _ = asked(wild, told(0), budget_ms=ample)
         assert isinstance(decision.outcome, Proposal)
         pid = int(decision.outcome.why)

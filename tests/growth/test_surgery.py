@@ -17,6 +17,7 @@ from meristem.growth.plan import Plan
 from meristem.growth.surgery import (
     carry_state,
     plan_activate_vocabulary,
+    plan_add_heads,
     plan_add_level,
     plan_copy_blocks,
     plan_extend_vocabulary,
@@ -49,11 +50,14 @@ OPERATORS: dict[str, Make] = {
     "extend": lambda m: plan_extend_vocabulary(m, 3),
     "widen": lambda m: plan_widen_residual(m, 17),
 }
+HEADS = {"heads": lambda m: plan_add_heads(m, 1, 3)}
+"""Of models whose mixer is attention without persistent tokens."""
 PAIRS = [(name, operator) for name in ("preset-default", "lm-persistent") for operator in OPERATORS] + [
     ("preset-titans-mal", "insert inside"),
     ("preset-titans-mal", "widen"),
     ("preset-gated-delta", "widen"),
     ("preset-hope-attention", "insert below"),
+    ("preset-attention", "heads"),
 ]
 
 
@@ -91,7 +95,7 @@ def test_v5_v11_an_operator_does_what_its_plan_says(name: str, operator: str) ->
     """Logits stay where it says so, the log rebuilds the model, which learns, splits and is causal (V5, V11)."""
     model, optimizer = trained(name, dtype=torch.float64)
     wanted = logits(model, zoo.ids(2))
-    plan = OPERATORS[operator](model)
+    plan = (OPERATORS | HEADS)[operator](model)
     before = sum(each.numel() for each in model.parameters())
     optimizer = operate(model, optimizer, plan)
     found = logits(model, zoo.ids(2))[..., : wanted.shape[-1]]
@@ -335,6 +339,81 @@ def test_a_parallel_feed_forward_seed_becomes_channels_of_its_host(name: str, bl
     grow.graft(model, place, blueprint, hidden=3)
 
 
+def beside_attention(blend: str = "residual", **settings: Any) -> tuple[Any, grow.Seed]:
+    """A model with attention, and heads beside those of its second block, moved off their first values."""
+    model: Any = grow.attach(host("preset-attention", torch.float64), MIXER, reads="input")
+    mixer = model.blocks[1].mixer
+    like = {"n_heads": 3, "head_dim": mixer.out.in_features // mixer.heads, "sliding_window": mixer.span}
+    made = grow.graft(model, MIXER, "attention", is_normed=False, blend=blend, **like | settings)
+    nudged(made)
+    return model, made
+
+
+MIXER = "blocks.1.mixer"
+
+
+@pytest.mark.parametrize("blend", ["residual", "channel"])
+def test_heads_beside_attention_become_heads_of_it(blend: str) -> None:
+    """Weights, moments and what readers carry stand beside the old ones, and the log has the wider layer."""
+    model, made = beside_attention(blend)
+    grow.set_blend(model, MIXER, 1.0 if blend == "residual" else 0.7)
+    optimizer: Any = of_ours("adamw")(model)
+    step(model, optimizer)
+    tokens_bt, mixer = zoo.ids(2), model.blocks[1].mixer
+    wanted, _ = model(tokens_bt)
+    _, state = model(tokens_bt[:, :5])
+    old = mixer.out.in_features
+    was = optimizer.state[mixer.qkv.weight]["exp_avg"].clone()
+    of_seed = optimizer.state[made.layer.qkv.weight]["exp_avg"].clone()
+    of_out = optimizer.state[made.layer.out.weight]["exp_avg"].clone()
+    plan = plan_fossilize(model, MIXER)
+    assert plan.fields["how"] == "concatenated" and plan.preserves == "rounding"
+    optimizer = operate(model, optimizer, plan)
+    assert mixer.heads == 2 + 3 and grow.seeds_in(model) == {}
+    torch.testing.assert_close(logits(model, tokens_bt), wanted, rtol=0, atol=1e-11)
+    then_bto, _ = model(tokens_bt[:, 5:], carry_state(plan, state))
+    torch.testing.assert_close(then_bto, wanted[:, 5:], rtol=0, atol=1e-10)
+    moved = optimizer.state[mixer.qkv.weight]["exp_avg"].unflatten(0, (3, -1))
+    assert torch.equal(moved[:, :old].flatten(0, 1), was) and torch.equal(moved[:, old:].flatten(0, 1), of_seed)
+    fresh = optimizer.state[mixer.out.weight]["exp_avg"][:, old:]
+    assert torch.equal(fresh, of_out if blend == "residual" else torch.zeros_like(of_out))
+    again = build_model(*zoo.ZOO["preset-attention"], zoo.VOCABULARY, 3, grow.topology(model)).double()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again, tokens_bt), logits(model, tokens_bt))
+    step(model, optimizer)
+    grow.graft(model, MIXER, "attention", n_heads=1, head_dim=4)
+
+
+@pytest.mark.parametrize("settings", [{"head_dim": 4}, {"sliding_window": 2}, {"rope": False}, {"blend": "gated"}])
+def test_heads_of_another_kind_are_settled(settings: dict[str, Any]) -> None:
+    model, _ = beside_attention(**settings)
+    assert plan_fossilize(model, MIXER).fields["how"] == "settled"
+
+
+def test_what_stands_behind_a_gate_on_the_output_keeps_its_input() -> None:
+    """A settled seed whose blend reads the output would see another one, were the next seed made part of the layer."""
+    place = "blocks.1.mlp"
+    model: Any = grow.attach(host("preset-default", torch.float64), place, reads="input")
+    nudged(grow.graft(model, place, "bottleneck", hidden=3, blend="gated"))
+    operate(model, None, plan_fossilize(model, place))
+    nudged(grow.graft(model, place, "gated_feedforward", hidden=5, is_normed=False))
+    wanted = logits(model, zoo.ids(2))
+    operate(model, None, plan_fossilize(model, place))
+    assert torch.equal(logits(model, zoo.ids(2)), wanted)
+
+
+def test_a_reader_goes_on_with_fresh_heads() -> None:
+    """They have read nothing but zeros, and nothing is made of them yet."""
+    model, _ = trained("preset-attention", dtype=torch.float64)
+    tokens_bt = zoo.ids(2)
+    wanted, _ = model(tokens_bt)
+    _, state = model(tokens_bt[:, :5])
+    plan = plan_add_heads(model, 0, 1)
+    operate(model, None, plan)
+    then_bto, _ = model(tokens_bt[:, 5:], carry_state(plan, state))
+    torch.testing.assert_close(then_bto, wanted[:, 5:], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["foreign", "preset-default"])
 @pytest.mark.parametrize("first", ["conv", "attention", "norm", "memory"])
 def test_a_settled_seed_stays_and_makes_room(name: str, first: str) -> None:
@@ -450,6 +529,9 @@ REFUSED: list[tuple[Callable[[], nn.Module], Make, str]] = [
     (_seeded, lambda m: plan_unsettle(m, "blocks.0"), "has 0 settled seeds and an open one"),
     (_parallel_off, lambda m: plan_fossilize(m, "blocks.0.mlp"), "has the blend weight 0"),
     (_seeded_off, lambda m: plan_fossilize(m, "blocks.0"), "has arrived above 0"),
+    (of("preset-default"), lambda m: plan_add_heads(m, 0, 1), "is a MemoryAsGate, and heads are added to attention"),
+    (of("lm-persistent"), lambda m: plan_add_heads(m, 0, 1), "would see its persistent tokens"),
+    (of("preset-attention"), lambda m: plan_add_heads(m, 0, 0), "0 heads were found"),
     (_seeded, lambda m: plan_raise_rank(m, "blocks.0", 4), "is a 'norm', which has no rank"),
 ]
 

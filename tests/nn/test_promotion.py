@@ -1,6 +1,4 @@
-"""Levels added to trained modules, and the values that say when."""
-
-import random
+"""Levels added to trained modules."""
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from meristem.nn.cms_mlp import CMSMLP, build_cms_mlp
 from meristem.nn.config import CMSConfig, MemoryConfig
 from meristem.nn.memory import build_memory
 from meristem.nn.neural_memory import NeuralMemory
-from meristem.nn.plateau import Plateau, Quiet
 from meristem.nn.promotion import carry_state, push_up, push_up_chain, stack_up, stack_up_chain
 
 WIDTH = 12
@@ -170,43 +167,3 @@ def test_a_grown_chain_goes_on_reading():
     assert torch.equal(carried["level"]["2"]["last_bd"], state["level"]["1"]["last_bd"])
     assert not carried["level"]["1"]["last_bd"].any() and carried["count"] == 11
     assert grown.module(text(5), carried)[1]["count"] == 16
-
-
-# When
-
-
-def fed(value, norms):
-    for norm in norms:
-        value = value.fed(norm)
-    return value
-
-
-def test_a_plateau_is_due_when_the_norm_has_stopped_moving():
-    """6.7: smoothed by .1, over its peak, 50 values with a trimmed deviation below .025, 50 times in a row."""
-    falling = fed(Plateau(), [10 * 0.98**step for step in range(150)])
-    assert not falling.is_due
-    noise = random.Random(0)
-    settled = fed(falling, [0.5 + 0.05 * noise.random() for _ in range(200)])
-    assert settled.is_due
-
-
-def test_a_plateau_needs_patience_and_a_cooldown():
-    flat = fed(Plateau(), [1.0] * 98)
-    assert not flat.is_due and flat.fed(1.0).is_due
-    again = fed(flat.fed(1.0).promoted(), [1.0] * 1999)
-    assert not again.is_due and again.fed(1.0).is_due
-    assert not fed(flat, [5.0] * 8).is_due, "a rise begins the patience anew"
-
-
-def test_outliers_do_not_end_a_plateau():
-    norms = [1.0] * 150
-    norms[120] = 1.4
-    assert fed(Plateau(), norms).is_due
-
-
-def test_a_level_is_quiet_after_two_windows_of_fires():
-    """6.7: medians over 20 fires below .05, twice in a row."""
-    assert not fed(Quiet(), [0.01] * 39).is_due and fed(Quiet(), [0.01] * 40).is_due
-    assert not fed(Quiet(), [0.01] * 20 + [0.1] * 20 + [0.01] * 20).is_due
-    assert fed(Quiet(), [0.01] * 30 + [9.0] * 9 + [0.01]).is_due, "nine loud fires leave the median"
-    assert not fed(Quiet(), [0.01] * 40).promoted().is_due

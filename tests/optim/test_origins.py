@@ -22,9 +22,7 @@ from meristem.optim.groups import build
 from meristem.optim.kinds import KINDS
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.origins import HOST, SEED, SeedSettings, origin_of
-from meristem.optim.rebuild import Trial, rebuild
 from meristem.optim.schedule import set_rates
-from meristem.optim.view import view
 
 PLACE, ORIGIN = "blocks.1", "seed:blocks.1"
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -95,7 +93,6 @@ def test_groups_are_named_by_origin() -> None:
     assert all(name.startswith(f"{ORIGIN}:level:1:") == (origin == ORIGIN) for name, origin in names.items())
     held = [each for group in optimizer.param_groups for each in group["params"]]
     assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
-    assert {record.origin for record in view(optimizer).values()} == {HOST, ORIGIN}
     assert optimizer.param_groups[0]["origin"] == HOST
 
 
@@ -147,7 +144,7 @@ def test_a_slow_seed_without_gradients_is_not_touched_either() -> None:
     assert optimizer.state[seed.layer.out.weight]["step"] == 1
 
 
-def test_a_spoilt_gradient_of_a_seed_is_dropped_alone() -> None:
+def test_v9_a_spoilt_gradient_of_a_seed_is_dropped_alone() -> None:
     """The host steps as without it; the seed stays to the bit, and the drop is counted and saved."""
     model, seed, optimizer = with_seed("adamw", warmup_steps=0)
     alone, _, its = with_seed("adamw", warmup_steps=0)
@@ -170,7 +167,7 @@ def test_a_spoilt_gradient_of_a_seed_is_dropped_alone() -> None:
     assert grow.carry_on(other, model, config_of("adamw")).n_dropped() == {ORIGIN: 2}
 
 
-def test_a_spoilt_host_holds_its_seed_back() -> None:
+def test_v9_a_spoilt_host_holds_its_seed_back() -> None:
     model, seed, optimizer = with_seed("adamw", warmup_steps=0)
     first = bits(model)
     (logits(model, zoo.ids(2)).mean() * math.nan).backward()
@@ -253,7 +250,7 @@ def test_an_optimizer_that_was_saved_before_seeds_had_settings_is_restored() -> 
 
 
 def test_l13_settings_go_on_with_their_seed() -> None:
-    """Those of a seed that stays are kept when another joins or goes, and when the optimizer is rebuilt."""
+    """Those of a seed that stays are kept when another joins or goes."""
     model, seed, optimizer = with_seed("adamw", rate_scale=0.3)
     grow.attach(model, "blocks.0")
     grow.graft(model, "blocks.0", "norm")
@@ -262,10 +259,6 @@ def test_l13_settings_go_on_with_their_seed() -> None:
     grow.remove(model, "blocks.0")
     one = grow.carry_on(both, model, config_of("adamw"))
     assert one.settings == optimizer.settings
-    made, _ = rebuild(
-        one, lambda each: build(each, config_of("adamw")), model, trial=Trial(), step=3, emit=lambda _: None
-    )
-    assert made.settings == optimizer.settings
     grow.remove(model, PLACE)
     grow.graft(model, PLACE, "norm")
     assert grow.carry_on(one, model, config_of("adamw")).settings == {ORIGIN: SeedSettings(since=2)}

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from meristem.checkpoint.store import newest
 from meristem.events import silent
-from meristem.growth.observe import Mask, Reading
+from meristem.growth.features import Observes
+from meristem.growth.observe import Mask, Observation, Reading
 from meristem.growth.policy import NoCandidates, Policy, Proposal, policies
 from meristem.recipes import grow as grow_module
 from meristem.recipes.grow import grow
@@ -63,8 +64,23 @@ def planted(settings: Mapping[str, Any]) -> Policy:
     return propose
 
 
-if "planted" not in policies.names():
-    policies.register("planted", planted)
+class Watching:
+    """A policy that never grows, and looks at the run as numbers. What it saw stays with the class."""
+
+    seen: ClassVar[list[Observation]] = []
+    observes = Observes()
+
+    def __init__(self, settings: Mapping[str, Any]) -> None: ...
+
+    def __call__(self, reading: Reading, mask: Mask) -> Proposal | NoCandidates:
+        assert reading.observation is not None
+        self.seen.append(reading.observation)
+        return Proposal("wait")
+
+
+for name, make in {"planted": planted, "watching": Watching}.items():
+    if name not in policies.names():
+        policies.register(name, make)
 
 
 def growing(text: Path, *more: str, policy: str = "{name: planted, settings: {at: 8, way: shadow}}") -> Config:

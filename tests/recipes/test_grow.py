@@ -1,17 +1,22 @@
 """A run that grows: whole, killed, rolled back, and against one that does not."""
 
+import json
+import shutil
 import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
 
+import orjson
 import pytest
 import torch
 
 from meristem.checkpoint.run import read
-from meristem.errors import UnknownKey, WrongValue
+from meristem.cli import run
+from meristem.errors import RunError, UnknownKey, WrongValue
 from meristem.growth.garden import Garden
 from meristem.growth.graft import seeds_in
+from meristem.growth.request import FOLDER, pending
 from meristem.growth.stage import Stage
 from meristem.recipes.grow import Growth, grow, prepare
 from meristem.recipes.pretrain import begun, pretrain, train_until_trouble
@@ -19,7 +24,7 @@ from meristem.runs.growth import draw_lives, lives_of, table
 from meristem.runs.logging import Log
 from meristem.runs.resume import contents
 from meristem.sinks.jsonl import read_records
-from recipes.growing import TINY, assert_same, garden, growing, killed_at, losses, planted, run_to_the_end
+from recipes.growing import TINY, Watching, assert_same, garden, growing, killed_at, losses, planted, run_to_the_end
 from recipes.small import config, write_text
 
 WHOLE = ["GERMINATED", "TRAINING", "BLENDING", "SHADOWING", "PROBATIONARY"]
@@ -127,6 +132,45 @@ def test_v10_growth_that_is_never_triggered_changes_no_bit(text, tmp_path):
     grow(growing(text, "train.steps=10", policy="{name: never}"), run_dir=tmp_path / "grown")
     pretrain(config(text, *TINY, "train.steps=10", preset="titans-mag"), run_dir=tmp_path / "plain")
     assert_same(tmp_path / "grown", tmp_path / "plain")
+
+
+def test_a_seed_that_is_requested_from_outside_is_put_in_once(text, tmp_path, capsys):
+    """While the loss still falls; a run that was killed before it was saved puts it in at the same step again."""
+    policy = "{name: heuristic, settings: {blueprints: {bottleneck: {hidden: 8}}}}"
+    settings = growing(text, "train.steps=8", "checkpoint.every=4", policy=policy)
+    place = tmp_path / "run"
+    grow(growing(text, "train.steps=2", policy=policy), run_dir=tmp_path / "short")
+    assert run(["grow", "request", str(tmp_path / "short"), "--why", "another text", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["why"] == "another text"
+    (file,) = (tmp_path / "short" / FOLDER).iterdir()
+    (place / FOLDER).mkdir(parents=True)
+    shutil.copy(file, place / FOLDER)
+    (place / FOLDER / "broken.json").write_text("{")
+    run_to_the_end(settings, place)
+    (life,) = Garden.from_json(garden(place)).lives
+    assert (life.born, life.history[0].reason) == (2, "it was requested")
+    assert orjson.loads((place / FOLDER / file.name).read_bytes())["seen"] == 2
+    told = [each["name"] for each in read_records(place / "events.ndjson")]
+    assert told.count("growth.requested") == 1 and "request.corrupt" in told
+    assert [each.seen for each in pending(place, Garden(), 8)] == [2]
+    assert not pending(place, Garden(), 1), "a boundary before it was seen knows nothing of it"
+    assert not pending(place, Garden.from_json(garden(place)), 8)
+
+
+def test_t5_a_policy_that_learns_sees_numbers_and_keeps_its_scales(text, tmp_path):
+    """Its checkpoints have them; a file takes them to the next run, and one that cannot be read is refused."""
+    file, Watching.seen = tmp_path / "scales.json", []
+    policy = f"{{name: watching, normaliser: {file}, normaliser_every: 2}}"
+    grow(growing(text, "train.steps=8", policy=policy), run_dir=tmp_path / "first")
+    assert len(Watching.seen) == 3 and Watching.seen[0].features["blocks.1/stage/DORMANT"].is_present
+    kept = orjson.loads(file.read_bytes())
+    assert kept == garden(tmp_path / "first")["normaliser"] and kept["moments"]["step"][0] > 2
+    grow(growing(text, "train.steps=4", policy=policy), run_dir=tmp_path / "second")
+    assert abs(Watching.seen[3].features["step"].value) > 0, "it is scaled by what the first run has seen"
+    policy = f"{{name: watching, normaliser: {file}/below, normaliser_every: 2}}"
+    with pytest.raises(RunError, match="cannot be read"):
+        grow(growing(text, "train.steps=4", policy=policy), run_dir=tmp_path / "third")
+    assert not losses(tmp_path / "third")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Faults of others (cases/growth.md): what a graft does to a run that is killed, and to the loss of the steps after."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,22 +63,45 @@ def held_out(run_dir: Path) -> dict[int, float]:
     }
 
 
+RATES = {"adamw": 0.01, "muon": 0.01, "m3": 0.002}
+"""Learning rates at which a run without growth repeats itself. With M3 at 0.01 held-out text costs up to 0.32 nats more
+where the rate is another in its sixth digit, so that nothing can be said of a graft; at 0.002 it is 0.05."""
+
+
+def compared(optimizer: str) -> tuple[str, ...]:
+    """Settings of both runs. All held-out text is read: five sequences differ by 0.13 nats where all do by 0.03."""
+    reading = ("train.steps=208", "eval.every=8", "eval.n_windows=100", "eval.batch_size=32", "checkpoint.every=1000")
+    return (f"optim.name={optimizer}", f"optim.lr={RATES[optimizer]}", *reading)
+
+
+@pytest.fixture(scope="module")
+def twin(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[int, float]]:
+    """What held-out text costs in a run that does not grow, by the optimizer."""
+
+    @cache
+    def trained(optimizer: str) -> dict[int, float]:
+        run_dir = tmp_path_factory.mktemp("twin") / "run"
+        pretrain(config(text, *TINY, *compared(optimizer), preset="titans-mag"), run_dir=run_dir)
+        return held_out(run_dir)
+
+    return trained
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("blueprint", "optimizer"),
-    [*((name, "adamw") for name in blueprints.names()), ("bottleneck", "muon")],
+    [*((name, "adamw") for name in blueprints.names()), ("bottleneck", "muon"), ("bottleneck", "m3")],
 )
-def test_g2_the_loss_stays_beside_that_of_the_twin(text, tmp_path, blueprint, optimizer):
-    """Not at the graft alone, where logits are equal: at every evaluation after it."""
+def test_g2_the_loss_stays_beside_that_of_the_twin(text, twin, tmp_path, blueprint, optimizer):
+    """Not at the graft alone, where logits are equal: at every evaluation in the 200 steps after it."""
     settings = {"memory": "{head_dim: 4, chunk: 3}"}.get(blueprint, "{}")
     how = f"{{name: schedule, settings: {{steps: [8], way: joint, blueprint: {blueprint}, settings: {settings}}}}}"
-    more = (f"optim.name={optimizer}", "train.steps=40", "eval.every=8")
-    grown = growing(text, *more, "grow.seed_warmup=100", "grow.gates.training_steps=1000", policy=how)
-    grow(grown, run_dir=tmp_path / "grown")
-    pretrain(config(text, *TINY, *more, preset="titans-mag"), run_dir=tmp_path / "twin")
-    found, twin = held_out(tmp_path / "grown"), held_out(tmp_path / "twin")
-    assert found[8] == twin[8]
-    assert max(found[step] - twin[step] for step in found) < BAND_NATS
+    more = ("grow.seed_warmup=100", "grow.gates.training_steps=1000")
+    grow(growing(text, *compared(optimizer), *more, policy=how), run_dir=tmp_path / "grown")
+    found, alone = held_out(tmp_path / "grown"), twin(optimizer)
+    assert found[8] == alone[8] and max(found) == 208
+    assert max(found[step] - alone[step] for step in found) < BAND_NATS
 
 
 def test_g2_a_seed_that_does_harm_is_taken_out_and_the_record_says_why(text, tmp_path):

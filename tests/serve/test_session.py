@@ -19,7 +19,8 @@ from meristem.models.build import build
 from meristem.models.config import LearnConfig, ModelConfig
 from meristem.models.generate import Sampling, choose
 from meristem.nn.config import MemoryConfig
-from meristem.serve.session import KEPT_TURNS, READ_AT_ONCE, Session
+from meristem.serve.moment import READ_AT_ONCE
+from meristem.serve.session import KEPT_TURNS, Session
 
 TOKENIZER = byte_tokenizer()
 MODELS = {

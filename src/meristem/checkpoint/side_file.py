@@ -1,6 +1,4 @@
-"""A small value kept beside a run in a file of its own, written every so often and whole or not at all.
-A part for growth: nothing calls it yet.
-"""
+"""A small value kept beside a run in a file of its own, written every so often and whole or not at all."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -55,11 +53,17 @@ class SideFile:
         return replace(self, written_at=now)
 
     def read(self) -> dict[str, Any] | None:
-        """The value, or None where there is none yet. Raises CheckpointCorrupt for a file that is no JSON object."""
+        """The value, or None where there is none yet. Raises CheckpointCorrupt for a file that is no JSON object, and
+        RunError for one that cannot be read."""
         try:
             found = orjson.loads(self.path.read_bytes())
         except FileNotFoundError:
             return None
+        except OSError as cause:
+            raise RunError(
+                f"{self.path} cannot be read: {cause}. Name a file that can, or one that is not there yet.",
+                path=str(self.path),
+            ) from cause
         except orjson.JSONDecodeError as cause:
             raise CheckpointCorrupt(f"{self.path} is no JSON: {cause}. Delete it; it is written anew.") from cause
         if not isinstance(found, dict):

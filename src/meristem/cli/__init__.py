@@ -22,6 +22,7 @@ from meristem.cli import (
     plugins,
     runs,
     sample,
+    serve,
     train,
 )
 from meristem.errors import MeristemError, WrongValue
@@ -54,6 +55,7 @@ app.command("train")(train.train)
 app.command("plan")(train.plan)
 app.command("sample")(sample.sample)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(grow.app, name="grow")
 app.add_typer(data.app, name="data")

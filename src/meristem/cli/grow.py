@@ -131,3 +131,33 @@ def report(
             "\n" + "\n".join(columns(("seed", "gate", "step", "check", "value", "asked", "status"), gate_lines(lives)))
         )
     typer.echo(f"\nthe timeline is {path}")
+
+
+@app.command("request")
+def request(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", autocompletion=complete.run_directories, help="A run directory.")
+    ],
+    why: Annotated[str, typer.Option("--why", help="What it is wanted for; it is written down.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Ask a run that grows for a seed: its policy `heuristic` puts one in at the next boundary at which a slot is free.
+
+    \b
+    Examples:
+      meristem grow request runs/latest --why "it reads another kind of text now"
+    """
+    from meristem.checkpoint.run import read, run_of
+    from meristem.errors import RunError
+    from meristem.growth.request import request as ask
+    from meristem.runs.config import config_of
+
+    place = run_of(run)
+    status = read(place)["status"]
+    if not config_of(place).grow.enabled:
+        raise RunError(f"{place} is no run that grows. Train one with `meristem grow`, or grow.enabled=true.")
+    made = ask(place, why=why)
+    if as_json:
+        json_line(made.to_json() | {"status": status})
+        return
+    typer.echo(f"{made.number}: the next boundary of {place} reads it; the run is {status}")

@@ -137,7 +137,7 @@ def sample(
     """
     if prompt and from_stdin:
         raise WrongValue("both --prompt and --stdin were given. Leave one of them out.")
-    from meristem.serve.session import BEGINNING
+    from meristem.serve.moment import BEGINNING
 
     session = open_session(
         checkpoint,

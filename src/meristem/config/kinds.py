@@ -66,11 +66,13 @@ def _misread(takes: frozenset[object], value: object) -> str | None:
     is_text = isinstance(value, str) and not (takes & _TEXT or any(get_origin(each) is Literal for each in takes))
     if numbers and (is_text or (isinstance(value, bool) and bool not in takes)):
         return "a number" if float in numbers else "a whole number"
+    lists = [kinds(get_args(each)[0]) for each in takes if get_origin(each) in (tuple, list)]
+    if lists and isinstance(value, tuple | list):
+        # A list of texts or of numbers takes both here; pydantic then wants all items to be of one kind.
+        return next(filter(None, (_misread(frozenset[object]().union(*lists), item) for item in value)), None)
     for each in takes:
         inner = get_args(each)
-        if get_origin(each) in (tuple, list) and isinstance(value, tuple | list):
-            found = [_misread(kinds(inner[0]), item) for item in value]
-        elif get_origin(each) is dict and isinstance(value, Mapping):
+        if get_origin(each) is dict and isinstance(value, Mapping):
             keys = [key for key in value if inner[0] is int and not re.fullmatch(WHOLE, str(key))]
             found = ["whole numbers as keys"] if keys else [_misread(kinds(inner[1]), item) for item in value.values()]
         else:

@@ -41,6 +41,7 @@ class Engine:
         so that all must give them a gradient, of zeros where they do.
     scale_loss: from a loss to what gradients are taken of; the optimizer's.
     whole: while it lasts, the model itself can be read in any way, its parameters whole. All processes must enter.
+    summed: names of the parameters whose gradients it sums, where it holds them whole; None where it holds no list.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Engine:
     world: World
     use_all: Callable[[bool], None] = lambda is_used: None
     scale_loss: Callable[[Tensor], Tensor] = lambda loss: loss
+    summed: frozenset[str] | None = None
 
 
 def alone(model: nn.Module) -> Engine:
@@ -76,22 +78,29 @@ def engine_for(
 def replicated(model: nn.Module, world: World, *, slow: Collection[nn.Parameter], leaves_out: bool) -> Engine:
     """Every process holds all parameters. They become those of the first process, but for ``slow``.
 
-    slow: parameters that do not move every step.
+    What learns now is what it knows of: where a parameter comes, goes, freezes or begins to be used, another is made.
+
+    slow: parameters that do not move every step, or that no step of the whole model uses.
     leaves_out: whether a step may give some parameter no gradient, as a memory that is carried on gives none to what it
         began from. Finding them costs a walk over the graph in every step.
     """
     left = {id(parameter) for parameter in slow}
     names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in left]
+    fast = [(name, each) for name, each in model.named_parameters() if each.requires_grad and id(each) not in left]
+    summed = frozenset(name for name, _ in fast)
+    if not fast:
+        return Engine(model, lambda is_last: nullcontext(), nullcontext, world, summed=summed)
+    for parameter in model.parameters():
+        vars(parameter).pop("_ddp_ignored", None)  # an engine before this one may have left it out
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     wrapped = DistributedDataParallel(
         model, forward_sync_buffers=False, find_unused_parameters=leaves_out, gradient_as_bucket_view=True
     )
-    n_fast = sum(parameter.requires_grad and id(parameter) not in left for parameter in model.parameters())
 
     def add_up(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         world.traffic.add(EVERY_STEP, bucket.buffer().nbytes)
         if bucket.is_last() and leaves_out:
-            world.traffic.add(CONTROL, n_fast * torch.int32.itemsize)  # which parameters had a gradient
+            world.traffic.add(CONTROL, len(fast) * torch.int32.itemsize)  # which parameters had a gradient
         work = dist.all_reduce(bucket.buffer(), async_op=True)
         summed: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
         return summed
@@ -104,7 +113,7 @@ def replicated(model: nn.Module, world: World, *, slow: Collection[nn.Parameter]
         with lost, nullcontext() if is_last else wrapped.no_sync():
             yield
 
-    return Engine(wrapped, micro_batch, nullcontext, world)
+    return Engine(wrapped, micro_batch, nullcontext, world, summed=summed)
 
 
 def sharded(model: nn.Module, world: World, *, device: torch.device, slow: Collection[nn.Parameter]) -> Engine:

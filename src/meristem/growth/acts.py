@@ -18,7 +18,7 @@ from meristem.growth.blend import blending
 from meristem.growth.contribution import ablate, switched
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gates import GateResult
-from meristem.growth.graft import STEP, addition, build, cost, find_seed, seeds_in, set_blend
+from meristem.growth.graft import STEP, addition, build, cost_in, find_seed, seeds_in, set_blend
 from meristem.growth.isolation import enter, leave
 from meristem.growth.measure import (
     Gradients,
@@ -96,6 +96,9 @@ class Site(Protocol):
         """Loss without the seed after the host alone was trained on, less that with it after as many steps on the same
         text, both in copies; and whether the run lasts long enough for that."""
 
+    def agreed(self, result: GateResult) -> GateResult:
+        """What a gate said, in all processes of the run: what it said in the first."""
+
     def report(self, report: GrowthReport) -> None:
         """Write down how a seed ended."""
 
@@ -109,9 +112,8 @@ def germinate(garden: Garden, order: Order, site: Site, config: GrowConfig, step
     origin = Origin.of(order.blueprint or "", order.settings, blend=blend.name, random_seed=order.random_seed)
     life = Life(seed=order.seed, slot=order.slot, origin=origin, born=step, way=order.way, since=step)
     found, shares = _sanity(garden, life, site, step)
-    result = gates.sanity(
-        life, found, params_ratio=config.params_ratio, flops_ratio=config.flops_ratio, step=step
-    ).told(emit)
+    result = gates.sanity(life, found, params_ratio=config.params_ratio, flops_ratio=config.flops_ratio, step=step)
+    result = site.agreed(result).told(emit)
     garden = garden.judged(result)
     if not result.passed:
         return garden.culled(order.slot, origin.blueprint, step=step, embargo_steps=config.embargo_steps)
@@ -148,7 +150,7 @@ def _sanity(garden: Garden, life: Life, site: Site, step: int) -> tuple[gates.Sa
     )
     try:
         origin.described()
-        spent = cost(origin.blueprint, place.widths, blend=origin.blend, **origin.settings)
+        spent = cost_in(model, place, origin)
     except MeristemError as cause:
         return replace(known, is_known=not isinstance(cause, CheckpointMismatch)), {}
     n_all = sum(each.numel() for each in model.parameters())
@@ -333,7 +335,7 @@ def clear(garden: Garden, order: Order, site: Site, config: GrowConfig, step: in
         after=figures.get("after"),
         is_locked=garden.is_locked(life.slot, step),
     )
-    result = gates.cleared(life, found, step=step).told(emit)
+    result = site.agreed(gates.cleared(life, found, step=step)).told(emit)
     garden = garden.judged(result)
     if not result.passed:
         emit(Event("growth.stopped", {"seed": life.seed, "step": step, "code": result.code}, "critical"))
@@ -385,7 +387,8 @@ def _judged(
     garden: Garden, life: Life, result: GateResult, site: Site, config: GrowConfig, step: int, emit: Emit
 ) -> tuple[bool, Garden]:
     """Whether a gate lets a seed through; and the garden, without the seed where it does not."""
-    garden = garden.judged(result.told(emit))
+    result = site.agreed(result).told(emit)
+    garden = garden.judged(result)
     if result.passed:
         return True, garden
     return False, _culled(garden, life, site, config, step, emit, reason=result.code, gate=result.number)

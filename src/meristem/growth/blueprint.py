@@ -65,8 +65,8 @@ class ConvConfig(ConfigSection):
     kernel: Annotated[int, Field(ge=2, le=64, description="Tokens that a channel sees, the present one included.")] = 4
 
 
-class AttentionConfig(ConfigSection):
-    """Of heads of attention."""
+class HeadsConfig(ConfigSection):
+    """Of heads of attention, wherever they stand."""
 
     n_heads: Annotated[int, Field(ge=1, le=1024, description="Heads.")] = 2
     head_dim: Annotated[int, Field(ge=1, le=1024, description="Width of the keys of a head; even with rope.")] = 32
@@ -74,7 +74,16 @@ class AttentionConfig(ConfigSection):
     rope: Annotated[bool, Field(description="Rotary positions.")] = True
 
 
-class BlockConfig(AttentionConfig):
+class AttentionConfig(HeadsConfig):
+    """Of heads of attention."""
+
+    is_normed: Annotated[
+        bool,
+        Field(description="Whether they norm what they read; false where that is normed, as the input of a layer."),
+    ] = True
+
+
+class BlockConfig(HeadsConfig):
     """Of attention and a gated feed-forward layer."""
 
     hidden: Annotated[int, Field(ge=1, le=262144, description="Width between the projections of the second.")] = 128
@@ -82,7 +91,7 @@ class BlockConfig(AttentionConfig):
 
 def _attention(widths: tuple[int, int], settings: AttentionConfig) -> nn.Module:
     sizes = settings.n_heads, settings.head_dim, settings.sliding_window
-    return layers.attention(widths[1], *sizes, rope=settings.rope)
+    return layers.attention(widths[1], *sizes, rope=settings.rope, is_normed=settings.is_normed)
 
 
 def _block(widths: tuple[int, int], settings: BlockConfig) -> nn.Module:

@@ -1,20 +1,23 @@
 """A reading as numbers for a policy that learns, each with whether it was measured (growth.md 14.2).
 
-A part for growth: nothing calls it yet.
+A policy that has an attribute ``observes`` finds them in ``reading.observation``:
 
-found = features(reading, metrics=("gradient_norm",), emit=emit)
-normaliser, scaled = normaliser.scale(found)
-kept = kept.flush(normaliser.to_json(), now=reading.step, emit=emit)
+class Learned:
+    observes = Observes(metrics=("gradient_norm",))
+
+    def __call__(self, reading, mask):
+        reading.observation.features["blocks.1/blend_weight"]
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Final
 
 from meristem.errors import MissingDependency, MissingMetric
 from meristem.events import Emit, Event, Severity, silent
-from meristem.growth.observe import Reading, Record, SlotReading
+from meristem.growth.observe import Feature, Observation, Reading, Record, SlotReading
 from meristem.growth.stage import OPEN, Stage
 
 FEW, HARDLY_ANY = 0.3, 0.1
@@ -24,15 +27,34 @@ KEEP: Final = 0.1
 """Weight of the newest value in a moving mean."""
 
 
-class Feature(NamedTuple):
-    """A number, and whether it was measured: where it was not, the number is 0 and says nothing."""
+@dataclass(frozen=True)
+class Observes(Record):
+    """What a policy wants to see as numbers. metrics: of the reading, by name. is_strict: it is not asked where one of
+    them was not measured. most_slots: of more, the first are seen. is_log: numbers go through ``symlog`` first.
+    """
 
-    value: float
-    is_present: bool
+    metrics: tuple[str, ...] = ()
+    is_strict: bool = True
+    most_slots: int = 100
+    is_log: bool = False
 
-    @classmethod
-    def of(cls, value: float | None) -> "Feature":
-        return cls(0.0, False) if value is None else cls(float(value), True)
+
+def observed(
+    reading: Reading, observes: Observes, normaliser: "Normaliser", *, emit: Emit = silent
+) -> tuple["Normaliser", Reading]:
+    """The normaliser that has seen a reading, and the reading with all that a policy observes, scaled by it.
+
+    Raises MissingMetric and MissingDependency as ``features`` does.
+    """
+    seen = replace(reading, slots=reading.slots[: observes.most_slots])
+    given = features(seen, observes.metrics, is_strict=observes.is_strict, emit=emit)
+    if observes.is_log:
+        given = {name: Feature(symlog(value), is_present) for name, (value, is_present) in given.items()}
+    after, scaled = normaliser.scale(given)
+    slots = tuple(each.slot for each in seen.slots)
+    n_all = len(reading.slots)
+    found = Observation(scaled, slots, tuple(pairwise(range(len(slots)))), len(slots) / n_all if n_all else 1.0)
+    return after, replace(reading, observation=found)
 
 
 def features(

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
+from meristem.growth.features import Normaliser
 from meristem.growth.gates import GateResult
 from meristem.growth.observe import HeldOut, Trial
 from meristem.growth.risk import Latch
@@ -77,8 +78,8 @@ class Garden:
     evaluations, the newest last. results: what the gates said, the newest last. flops: of all training so far.
     figures: by seed, what was measured of it at some stage and is needed at a later one. breaker: whether the policy is
     still asked; None before it was for the first time. deepened: steps at which the whole stack was made deeper.
-    is_stopped: no structure is changed any more, since something
-    was not as it has to be.
+    normaliser: of what a policy observes. is_stopped: no structure is changed any more, since something was not as it
+    has to be.
     """
 
     lives: tuple[Life, ...] = ()
@@ -92,6 +93,7 @@ class Garden:
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     breaker: Breaker | None = None
     deepened: tuple[int, ...] = ()
+    normaliser: Normaliser = Normaliser()
     is_stopped: bool = False
 
     @property
@@ -199,6 +201,7 @@ class Garden:
             "figures": {seed: dict(each) for seed, each in self.figures.items()},
             "breaker": self.breaker and self.breaker.to_json(),
             "deepened": list(self.deepened),
+            "normaliser": self.normaliser.to_json(),
             "is_stopped": self.is_stopped,
         }
 
@@ -217,5 +220,6 @@ class Garden:
             figures={seed: dict(each) for seed, each in saved.get("figures", {}).items()},
             breaker=Breaker.from_json(saved["breaker"]) if saved.get("breaker") else None,
             deepened=tuple(saved.get("deepened", ())),
+            normaliser=Normaliser.from_json(saved["normaliser"]) if "normaliser" in saved else Normaliser(),
             is_stopped=saved.get("is_stopped", False),
         )

@@ -10,11 +10,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
-from meristem.errors import GrowthError, MeristemError, MissingDependency
+from meristem.errors import GrowthError, MeristemError, MissingDependency, MissingMetric
 from meristem.events import Emit, Event, silent
 from meristem.growth.acts import ACTS, Site, blending_of
 from meristem.growth.blend import blending
 from meristem.growth.blueprint import blueprints
+from meristem.growth.features import Observes, observed
 from meristem.growth.garden import Garden, Order
 from meristem.growth.observe import Reading
 from meristem.growth.policy import Decision, Mask, Proposal
@@ -228,29 +229,20 @@ def tend(
     ask: Ask,
     slots: Collection[str],
     free_parameters: int,
+    observes: Observes | None = None,
     emit: Emit = silent,
 ) -> Garden:
     """The garden with the orders of this boundary in its queue: those by which lives go on, and what was proposed.
 
-    ask: where no answer comes of it, no order does. slots: those of the model.
+    ask: where no answer comes of it, no order does. slots: those of the model. observes: what the policy wants to see
+    as numbers; where that is not there it is not asked.
     """
     orders = [order for life in garden.unfinished if (order := next_order(garden, life, config, reading))]
-    decision = ask(reading, mask_of(garden, reading, config, free_parameters=free_parameters), garden.breaker)
-    garden = replace(garden, breaker=decision.breaker)
-    if decision.outcome is not None:
-        verdict = judge(reading, decision.outcome, config.risk, garden.latch)
-        garden = replace(garden, latch=verdict.latch)
-        if verdict.action != "allow":
-            payload = {
-                "step": reading.step,
-                "action": verdict.action,
-                "reasons": [str(each) for each in verdict.reasons],
-            }
-            emit(Event("risk.held_up", payload, "warning"))
-            decision = replace(decision, outcome=None)
-    if isinstance(decision.outcome, Proposal):
+    mask = mask_of(garden, reading, config, free_parameters=free_parameters)
+    garden, proposal = _proposed(garden, reading, mask, config, ask, observes, emit)
+    if proposal is not None:
         try:
-            order = order_of(garden, decision.outcome, reading, config)
+            order = order_of(garden, proposal, reading, config)
         except MissingDependency as cause:
             emit(Event("order.refused", {"step": reading.step, "code": "missing", "reason": str(cause)}, "warning"))
         else:
@@ -268,6 +260,37 @@ def tend(
         else:
             given[order.slot] = order
     return replace(garden, queue=(*garden.queue, *given.values()))
+
+
+def _proposed(
+    garden: Garden,
+    reading: Reading,
+    mask: Mask,
+    config: GrowConfig,
+    ask: Ask,
+    observes: Observes | None,
+    emit: Emit,
+) -> tuple[Garden, Proposal | None]:
+    """What the policy proposes and risk allows, and the garden that has heard both."""
+    if observes is not None:
+        try:
+            normaliser, reading = observed(reading, observes, garden.normaliser, emit=emit)
+        except (MissingMetric, MissingDependency) as cause:
+            payload = {"run_id": reading.run_id, "step": reading.step, "why": str(cause)}
+            emit(Event("feature.missing", payload | {"name": cause.fields.get("name")}, "warning"))
+            return garden, None
+        garden = replace(garden, normaliser=normaliser)
+    decision = ask(reading, mask, garden.breaker)
+    garden = replace(garden, breaker=decision.breaker)
+    if decision.outcome is None:
+        return garden, None
+    verdict = judge(reading, decision.outcome, config.risk, garden.latch)
+    garden = replace(garden, latch=verdict.latch)
+    if verdict.action != "allow":
+        reasons = [str(each) for each in verdict.reasons]
+        emit(Event("risk.held_up", {"step": reading.step, "action": verdict.action, "reasons": reasons}, "warning"))
+        return garden, None
+    return garden, decision.outcome if isinstance(decision.outcome, Proposal) else None
 
 
 def _refusal(

@@ -1,7 +1,7 @@
 """Seeds put into slots, blended in, and taken out (growth.md 11): each checked before anything is touched."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Final
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from meristem.device.random import stream
-from meristem.errors import NonFinite, ShapeError, WrongValue
+from meristem.errors import BlendRefused, NonFinite, ShapeError, WrongValue
 from meristem.events import Emit, Event, silent
 from meristem.growth.attach import find_slot, slots_in
+from meristem.growth.blend import Confidence, blends
 from meristem.growth.course import Course
 from meristem.growth.seed import Origin, Seed
 from meristem.memory.state import size_bytes
@@ -44,6 +45,8 @@ def cost(
     """
     widths = (width, width) if isinstance(width, int) else width
     seed = _built(Origin.of(blueprint, settings, blend=blend, random_seed=0), widths, "cost").requires_grad_(False)
+    if isinstance(seed.blend, Confidence):
+        seed.blend.bind(_Blank(widths[1]), widths[1])
     read, host = (torch.zeros(1, n_time, each) for each in widths)
     n_parameters = sum(each.numel() for each in seed.parameters())
     counter = FlopCounterMode(display=False)
@@ -56,6 +59,32 @@ def cost(
         size_bytes=sum(each.numel() * each.element_size() for each in held),
         state_bytes=size_bytes(state),
     )
+
+
+def cost_in(model: nn.Module, place: Slot, origin: Origin) -> Cost:
+    """The cost of a seed in a slot of the model, with what its blend reads out of the model for every token.
+
+    Raises BlendRefused where it cannot be read out, and what ``cost`` raises.
+    """
+    found = cost(origin.blueprint, place.widths, blend=origin.blend, **origin.settings)
+    blend = blends.get(origin.blend)(place.widths[1])
+    if not isinstance(blend, Confidence):
+        return found
+    counter = FlopCounterMode(display=False)
+    with counter:
+        blend.bind(model, place.widths[1])
+    return replace(found, flops_per_token=found.flops_per_token + counter.get_total_flops())
+
+
+class _Blank(nn.Module):
+    """A model that says nothing, and takes no product for it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_parameter("blank_d", nn.Parameter(torch.zeros(width), requires_grad=False))
+
+    def readout(self, hidden_btd: Tensor) -> Tensor:
+        return hidden_btd.new_zeros(*hidden_btd.shape[:-1], 2)
 
 
 def graft(
@@ -81,8 +110,9 @@ def graft(
     ``growth.score`` finds them. What the seed adds has to be zero with them too.
 
     Raises WrongValue for a slot that is not there or not empty, or a name that is none; UnknownKey, WrongValue,
-    ConflictingKeys and ShapeError for settings that are none, out of bounds, or do not fit the slot; NonFinite where
-    the probe adds anything but zero. The model is untouched then. The event is ``graft.done``.
+    ConflictingKeys and ShapeError for settings that are none, out of bounds, or do not fit the slot; BlendRefused for a
+    blend that needs logits which the model does not give, with the event ``blend.refused``; NonFinite where the probe
+    adds anything but zero. The model is untouched then. The event is ``graft.done``.
     """
     place = find_slot(model, slot)
     if place.seed is not None:
@@ -96,9 +126,22 @@ def graft(
                 f"removed is put back into its own slot, as it was.",
                 value=seed.slot,
             )
+        if seed.widths != place.widths:
+            raise ShapeError(
+                f"a seed that reads the width {seed.widths[0]} and adds to {seed.widths[1]} was found for slot "
+                f"'{slot}', which reads {place.widths[0]} and adds to {place.widths[1]}. Put it back into the model "
+                f"that it was taken out of, or graft a new one.",
+                found=seed.widths,
+                expected=place.widths,
+            )
         made = seed
+        _bind(made, model, place)
     else:
-        made = build(model, place, Origin.of(seed, settings, blend=blend, random_seed=random_seed))
+        try:
+            made = build(model, place, Origin.of(seed, settings, blend=blend, random_seed=random_seed))
+        except BlendRefused as cause:
+            emit(Event("blend.refused", {"slot": slot, "blend": blend, "reason": str(cause)}, "error"))
+            raise
         _begin(made, first_weights or {})
         _probe(made, place)
     place.seed = made
@@ -110,13 +153,23 @@ def graft(
 
 
 def build(model: nn.Module, place: Slot, origin: Origin) -> Seed:
-    """A seed for a slot of the model, where its host is and in its dtype; not yet in the slot."""
+    """A seed for a slot of the model, where its host is and in its dtype; not yet in the slot.
+
+    Raises BlendRefused for a blend that needs what the model does not give.
+    """
     host = model.get_submodule(place.name)
     seed = _built(origin, place.widths, place.name)
     like = next((each for each in chain(host.parameters(), model.parameters()) if each.is_floating_point()), None)
     if like is not None:
         seed.to(device=like.device, dtype=like.dtype)
+    _bind(seed, model, place)
     return seed.train(host.training)
+
+
+def _bind(seed: Seed, model: nn.Module, place: Slot) -> None:
+    """Give a blend that reads the model out the model that it is in."""
+    if isinstance(seed.blend, Confidence):
+        seed.blend.bind(model, place.widths[1])
 
 
 def _built(origin: Origin, widths: tuple[int, int], slot: str) -> Seed:

@@ -24,11 +24,13 @@ from meristem.device.room import empty_cache, is_out_of_room
 from meristem.distributed.shards import is_part
 from meristem.errors import CapabilityError, WrongValue
 from meristem.events import Emit, Event, silent
+from meristem.growth.attach import find_slot, slots_in
 from meristem.growth.graft import find_seed, set_blend
 from meristem.growth.ownership import Owners
 from meristem.growth.seed import Seed
 from meristem.growth.stage import Way
 from meristem.memory.state import State
+from meristem.nn.slot import Tape
 from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.origins import origin_of, origins
 
@@ -43,10 +45,13 @@ Gradients: TypeAlias = dict[str, Tensor]
 
 
 class Progress(Protocol):
-    """Where a run stands: how many steps it has made."""
+    """Where a run stands: how many steps it has made, and into how many pieces a batch is cut."""
 
     @property
     def step(self) -> int: ...
+
+    @property
+    def n_micro_batches(self) -> int: ...
 
 
 class Training(Protocol):
@@ -121,6 +126,9 @@ class ShadowPass:
     all other steps these have none. Buffers, generators and the memory of the run are afterwards what A left. A seed
     with a memory of its own begins it anew in every pass. In several processes gradients and losses are summed.
 
+    What lies before a seed is the same in both passes. Where ``watch`` is called before each step, pass B takes what
+    modules with slots gave in A, up to that of the seed, and begins there: losses and gradients are the same bits.
+
     Where a device has no room for a pass, what is left of the passes of that step is left out: event
     ``shadow.skipped``. Whether the host is isolated is checked on every ``check_every``-th step, 0 for never
     (``check_isolation``).
@@ -144,6 +152,15 @@ class ShadowPass:
                 value=(self.every, self.check_every),
             )
 
+    def watch(self, state: Training) -> None:
+        """Have kept what the next step computes, if a pass is due in it; what was kept before is let go.
+
+        A model with compiled modules is left alone: they would be compiled anew.
+        """
+        is_due = self.slots and state.progress.step % self.every == 0
+        is_compiled = any(module._compiled_call_impl is not None for module in state.model.modules())
+        _put_tape(state.model, Tape(state.progress.n_micro_batches) if is_due and not is_compiled else None)
+
     def __call__(
         self,
         state: Training,
@@ -157,11 +174,15 @@ class ShadowPass:
         if not self.slots or step % self.every:
             return
         began = state, batches, memory, generators
+        tape = find_slot(state.model, self.slots[0]).tape
+        _put_tape(state.model, None)
+        if tape is not None and not _is_whole(tape, state, generators):
+            tape = None
         try:
             if self.check_every and step % self.check_every < self.every:
                 self.tell(check_isolation(*began, read=self.read, slots=self.slots, emit=self.emit))
             for slot in self.slots:
-                with_seed = shadow_gradients(*began, read=self.read, slot=slot)
+                with_seed = shadow_gradients(*began, read=self.read, slot=slot, tape=tape)
                 self.tell(Pair(slot, step, _summed(state, loss), with_seed))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_room(error) or state.optimizer.reduce is not None:
@@ -179,9 +200,11 @@ def shadow_gradients(
     *,
     read: Read,
     slot: str,
+    tape: Tape | None = None,
 ) -> Tensor:
     """Pass B of one seed: its gradients are put on its parameters, and the loss with it is given.
 
+    tape: of pass A, whatever that computed before the seed.
     Raises WrongValue where there is no such seed, or one that is not off, so that the host has been trained with it;
     CapabilityError for a seed whose parameters are sharded.
     """
@@ -200,7 +223,7 @@ def shadow_gradients(
             operation="shadow",
             reason="sharded parameters",
         )
-    with _begun(generators, state.model), _live(seed):
+    with _begun(generators, state.model), _live(seed), _played(tape, state.model, slot):
         found, loss = _gradients(state, batches, memory, read, parameters)
     own = set(map(id, state.optimizer.levels.get(1, ())))
     fast = [gradient for name, gradient in found.items() if id(parameters[name]) in own]
@@ -389,6 +412,32 @@ def _begun(generators: GlobalGenerators, model: nn.Module) -> Iterator[None]:
             if each is not None and copy is not None and each._version != version:
                 each.copy_(copy)
             module._buffers[name] = each
+
+
+def _put_tape(model: nn.Module, tape: Tape | None) -> None:
+    for slot in slots_in(model).values():
+        slot.tape = tape
+
+
+def _is_whole(tape: Tape, state: Training, generators: GlobalGenerators) -> bool:
+    """Whether pass A was read in one go, and drew nothing that pass B would have to draw too."""
+    now = global_generators(next(state.model.parameters()).device)
+    has_drawn = any(not torch.equal(generators[name], drawn) for name, drawn in now.items())
+    return tape.n_micro_batches == state.progress.n_micro_batches and not has_drawn
+
+
+@contextmanager
+def _played(tape: Tape | None, model: nn.Module, slot: str) -> Iterator[None]:
+    """While it lasts what was noted is given again, up to a slot."""
+    if tape is None:
+        yield
+        return
+    _put_tape(model, tape)
+    try:
+        with tape.played(slot):
+            yield
+    finally:
+        _put_tape(model, None)
 
 
 def _summed(state: Training, loss: Tensor) -> Tensor:

@@ -122,10 +122,11 @@ def _silent_heads(width: int, n_heads: int, head_dim: int, window: int | None, *
     return heads
 
 
-def attention(width: int, n_heads: int, head_dim: int, window: int | None, *, rope: bool) -> nn.Module:
+def attention(width: int, n_heads: int, head_dim: int, window: int | None, *, rope: bool, is_normed: bool) -> nn.Module:
     """Heads of attention on norm x, over a sliding window or all before. Parameters 4 d e + d, FLOPs 8 d e + 4 t e for
     n_heads * head_dim = e and t tokens seen. State: keys and values of the window."""
-    return Carrying(width, _silent_heads(width, n_heads, head_dim, window, rope=rope))
+    heads = _silent_heads(width, n_heads, head_dim, window, rope=rope)
+    return Carrying(width, heads) if is_normed else heads
 
 
 class SilentBlock(nn.Module):

@@ -1,17 +1,22 @@
 """What the gates need to know of a model and its seeds: nothing that is measured here leaves a trace (growth.md 13)."""
 
 import hashlib
+import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
+from meristem.growth.blend import Blend
 from meristem.growth.contribution import switched
-from meristem.growth.graft import find_seed
+from meristem.growth.graft import find_seed, seeds_in
 from meristem.growth.observe import HeldOut
+from meristem.growth.topology import topology
+from meristem.models.topology import to_json
 from meristem.nn.slot import CHILD
 
 Loss: TypeAlias = Callable[[nn.Module], Tensor]
@@ -83,6 +88,54 @@ def size_ratio(model: nn.Module, slot: str, run: Callable[[nn.Module], Any]) -> 
     return math.sqrt(after / before) if before else None
 
 
+@dataclass(frozen=True)
+class BlendReport:
+    """How a seed enters its host on a probe batch: ``a = weight * g`` over all hidden numbers (``growth.blend``).
+
+    weight_p95: 95 of 100 a are not above it. sparsity: share of a below 1e-3. factor_mean: of g. seconds: of one call
+    of the blend.
+    """
+
+    blend: str
+    weight_mean: float
+    weight_p95: float
+    sparsity: float
+    factor_mean: float
+    seconds: float
+
+
+@torch.no_grad()
+def blend_report(model: nn.Module, slot: str, run: Callable[[nn.Module], Any]) -> BlendReport | None:
+    """What the blend of a seed does while ``run`` calls the model; None of a seed that is switched off."""
+    seed, seen = find_seed(model, slot), []
+    blend = cast(Blend, seed.blend)
+
+    def look(_: nn.Module, given: tuple[Tensor, Tensor, Tensor], found: Tensor) -> None:
+        seen.append(given)
+
+    handle = seed.blend.register_forward_hook(look)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # a compiled block would not notice
+            run(model)
+    finally:
+        handle.remove()
+    if not seen:
+        return None
+    begun_s = time.perf_counter()
+    blend(*seen[0])
+    seconds = time.perf_counter() - begun_s
+    factors = torch.cat([blend.factor(host).float().flatten() for host, *_ in seen])
+    weights = factors * seed.way.weight
+    return BlendReport(
+        blend=seed.origin.blend,
+        weight_mean=float(weights.mean()),
+        weight_p95=float(weights.kthvalue(math.ceil(0.95 * len(weights))).values),
+        sparsity=float((weights < 1e-3).float().mean()),
+        factor_mean=float(factors.mean()),
+        seconds=seconds,
+    )
+
+
 def n_host_parameters(model: nn.Module) -> int:
     """Numbers that a model learns outside of its slots."""
     return sum(each.numel() for name, each in model.named_parameters() if f".{CHILD}." not in f".{name}")
@@ -96,6 +149,14 @@ def host_digest(model: nn.Module) -> str:
             found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def structure_digest(model: nn.Module) -> str:
+    """SHA-256 of what a model has grown to, of where its blend weights stand, and of the names that learn."""
+    courses = {slot: vars(seed.way) for slot, seed in seeds_in(model).items()}
+    learning = [name for name, each in model.named_parameters() if each.requires_grad]
+    said = json.dumps([to_json(topology(model)), courses, learning], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def n_left(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> int:

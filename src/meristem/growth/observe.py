@@ -115,13 +115,39 @@ class Trial(Record):
     flops_ratio: float | None = None
 
 
+class Feature(NamedTuple):
+    """A number, and whether it was measured: where it was not, the number is 0 and says nothing."""
+
+    value: float
+    is_present: bool
+
+    @classmethod
+    def of(cls, value: float | None) -> Self:
+        return cls(0.0, False) if value is None else cls(float(value), True)
+
+
+@dataclass(frozen=True)
+class Observation(Record):
+    """A reading as numbers, for policies that ask for it (``growth.features``).
+
+    features: by name, those of a slot as ``blocks.1/age_steps``. slots: those that are in it, in the order of the host.
+    edges: pairs of places in ``slots``, each slot and the next. coverage: the share of all slots that is in it.
+    """
+
+    features: Mapping[str, Feature]
+    slots: tuple[str, ...]
+    edges: tuple[tuple[int, int], ...]
+    coverage: float
+
+
 @dataclass(frozen=True)
 class Reading(Record):
     """What was measured of a run up to one boundary. A number that is not finite was not measured: it is None here,
     and an evaluation that gave one is left out.
 
     flops: spent so far, probes included. held_out: all evaluations, oldest first. trials: all seeds that the run has
-    had, oldest first. metrics: whatever else was measured, by name.
+    had, oldest first. metrics: whatever else was measured, by name. observation: all of it as numbers, for a policy
+    that observes.
     """
 
     run_id: str
@@ -133,6 +159,7 @@ class Reading(Record):
     slots: tuple[SlotReading, ...] = ()
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     trials: tuple[Trial, ...] = ()
+    observation: Observation | None = None
 
     def __post_init__(self) -> None:
         own = object.__setattr__

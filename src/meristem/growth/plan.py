@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.growth.attach import find_slot, require_unwrapped
-from meristem.growth.graft import cost, find_seed, graft, remove
+from meristem.growth.graft import cost_in, find_seed, graft, remove
 from meristem.growth.seed import Origin, Seed
 from meristem.growth.topology import topology, without_numbers
 from meristem.models.topology import Topology, to_json
@@ -158,7 +158,7 @@ def plan_graft(
         origin = seed.origin
     else:
         origin = Origin.of(seed, settings, blend=blend, random_seed=random_seed)
-    priced = cost(origin.blueprint, find_slot(model, slot).widths, blend=origin.blend, **origin.settings)
+    priced = cost_in(model, find_slot(model, slot), origin)
 
     def apply(host: nn.Module) -> Applied:
         graft(host, slot, seed, blend=blend, random_seed=random_seed, **settings)
@@ -187,9 +187,7 @@ def plan_remove(model: nn.Module, slot: str) -> Plan:
 
 def flops_of(model: nn.Module, slot: str, seed: Seed) -> float:
     """FLOPs per token of a seed of that slot."""
-    origin = seed.origin
-    found = cost(origin.blueprint, find_slot(model, slot).widths, blend=origin.blend, **origin.settings)
-    return found.flops_per_token
+    return cost_in(model, find_slot(model, slot), seed.origin).flops_per_token
 
 
 def _size(model: nn.Module) -> tuple[int, int]:

@@ -4,6 +4,7 @@ with open_policy(config) as policy:
     decision = decide(policy, reading, mask, budget_ms=budget_ms(config), breaker=breaker_of(config), emit=emit)
 
 A policy is asked between two steps. It proposes and changes nothing. Nothing of its settings is read when it is asked.
+One that learns has an attribute ``observes``, and finds the numbers that this names in its reading (``features``).
 """
 
 import json
@@ -28,6 +29,7 @@ from meristem.errors import (
 from meristem.events import Emit, Event, silent
 from meristem.growth.blend import blending
 from meristem.growth.blueprint import blueprints
+from meristem.growth.features import Observes
 from meristem.growth.heuristic import heuristic
 from meristem.growth.observe import Mask, Reading
 from meristem.growth.proposal import DEEPENINGS, NoCandidates, Policy, Proposal
@@ -35,10 +37,10 @@ from meristem.growth.schedule import never, random, schedule
 from meristem.growth.stage import TRANSITIONS, Stage
 from meristem.models.growing import GrowPolicyConfig
 from meristem.plugins import Origin, Registry
-from meristem.worker.attempt import in_thread
 from meristem.worker.breaker import Breaker
 from meristem.worker.deadline import Deadline
 from meristem.worker.process import Worker
+from meristem.worker.thread import in_thread
 
 __all__ = [
     "Decision",
@@ -51,6 +53,7 @@ __all__ = [
     "breaker_of",
     "budget_ms",
     "decide",
+    "observes_of",
     "open_policy",
     "policies",
 ]
@@ -83,9 +86,10 @@ class Decision:
 class Isolated:
     """A policy in a process of its own."""
 
-    def __init__(self, worker: Worker, made: Mapping[str, Any]) -> None:
-        """made: name and settings of the policy."""
+    def __init__(self, worker: Worker, made: Mapping[str, Any], observes: Observes | None) -> None:
+        """made: name and settings of the policy. observes: what it wants to see as numbers."""
         self._worker, self._made, self._is_cold = worker, made, False
+        self.observes = observes
 
     def __call__(self, reading: Reading, mask: Mask) -> Proposal | NoCandidates:
         return self.ask(reading, mask, START_S)
@@ -124,8 +128,20 @@ def open_policy(config: GrowPolicyConfig, *, emit: Emit = silent) -> Iterator[Po
     imports = (__name__, *(origin.entry_point.partition(":")[0] for origin in _origins(config) if origin.entry_point))
     with Worker("policy", imports=imports, emit=emit) as worker:
         worker.ready(START_S)
-        worker.call(MAKE, made, START_S)
-        yield Isolated(worker, made)
+        told = worker.call(MAKE, made, START_S, expects=dict)
+        yield Isolated(worker, made, Observes.from_json(told) if told else None)
+
+
+def observes_of(policy: Policy) -> Observes | None:
+    """What a policy wants to see as numbers. Raises WrongValue for an attribute ``observes`` of another type."""
+    found = getattr(policy, "observes", None)
+    if found is not None and not isinstance(found, Observes):
+        raise WrongValue(
+            f"the attribute 'observes' of the policy is a {type(found).__name__}; expected growth.features.Observes. "
+            f"Mend the policy.",
+            value=found,
+        )
+    return found
 
 
 def budget_ms(config: GrowPolicyConfig) -> float | None:
@@ -315,10 +331,10 @@ def _failed(cause: BaseException, code: str) -> InferenceFailed:
     )
 
 
-def make_in_child(payload: Mapping[str, Any]) -> bool:
-    """Make the policy in its own process, so that settings that are wrong are found at the start."""
-    _made(payload["name"], json.dumps(payload["settings"], sort_keys=True))
-    return True
+def make_in_child(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the policy in its own process, so that settings that are wrong are found at the start; what it observes."""
+    found = observes_of(_made(payload["name"], json.dumps(payload["settings"], sort_keys=True)))
+    return found.to_json() if found else {}
 
 
 def answer_in_child(payload: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Seed(KeepsFloat32):
         """widths: of what it reads and of what it adds to. slot: the name of its slot."""
         super().__init__()
         found = origin.described()
-        self.origin, self.slot, self.has_state = origin, slot, found.has_state
+        self.origin, self.slot, self.widths, self.has_state = origin, slot, widths, found.has_state
         with seeded(origin.random_seed, f"growth.{slot}"):
             self.layer = found.build(widths, found.settle(origin.settings))
             self.blend = blends.get(origin.blend)(widths[1])
@@ -91,7 +91,7 @@ class Seed(KeepsFloat32):
             delta_btd, after = self.layer.forward_documents(read, state, documents)
         else:
             delta_btd, after = read_documents(self._carry, read, state, documents)
-        added_btd = self.blend_weight * self.blend(host, delta_btd.to(host.dtype))
+        added_btd = self.blend(host, delta_btd.to(host.dtype), self.blend_weight)
         return host + added_btd.to(host.dtype), after
 
     @rows_apart

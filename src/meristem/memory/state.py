@@ -10,6 +10,7 @@ such as the keys of attention, is then filled up with zeros in front, and ``leng
 leaf NAME is in each row; -1 says that a row has no such leaf.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -54,6 +55,33 @@ def take_rows(state: State, start: int, stop: int) -> State:
         for name, leaf in flatten(state).items()
     }
     return unflatten(rows)
+
+
+def put_rows(state: State, start: int, rows: State) -> State:
+    """The state of a batch with other rows from ``start`` on; both have the same ``alike_by``.
+
+    Tensors of the batch that nothing else can see are written in place.
+    """
+    flat, found = flatten(state), flatten(rows)
+    seen = Counter(leaf.untyped_storage().data_ptr() for leaf in flat.values() if isinstance(leaf, torch.Tensor))
+    after: dict[str, torch.Tensor | int] = {}
+    for name, leaf in flat.items():
+        row = found[name]
+        if isinstance(leaf, torch.Tensor) and isinstance(row, torch.Tensor):
+            # A view, an initial value that all rows share, or a copy that is the original still, is not for this row.
+            is_own = leaf.is_contiguous() and seen[leaf.untyped_storage().data_ptr()] == 1
+            leaf = leaf if is_own else leaf.clone(memory_format=torch.contiguous_format)
+            axis = _batch_axis(name)
+            leaf.narrow(axis, start, row.shape[axis]).copy_(row)
+        after[name] = leaf
+    return unflatten(after)
+
+
+def alike_by(state: State) -> tuple[object, ...]:
+    """What two states whose rows do not differ have in common where a batch may hold both: all but the values of their
+    tensors and the number of rows."""
+    named = sorted(flatten(state).items())
+    return tuple((name, leaf if isinstance(leaf, int) else _shape_of_row(name, leaf)) for name, leaf in named)
 
 
 def select_rows(state: State, rows: Sequence[int]) -> State:
@@ -190,6 +218,12 @@ def _batch(flat: Mapping[str, torch.Tensor | int]) -> int:
         if isinstance(leaf, torch.Tensor):
             return leaf.shape[0 if _is_count(leaf) else _batch_axis(name)]
     return 0
+
+
+def _shape_of_row(name: str, leaf: torch.Tensor) -> object:
+    shape = list(leaf.shape)
+    del shape[_batch_axis(name)]
+    return (*shape, leaf.dtype)
 
 
 def _is_count(leaf: torch.Tensor) -> bool:

@@ -86,6 +86,12 @@ class GrowPolicyConfig(ConfigSection):
     inference_budget_ms: Annotated[float, Field(gt=0, le=60_000)] = Field(
         default=50.0, description="How long a policy of a plugin may take to answer; ours are not timed."
     )
+    normaliser: str | None = Field(
+        default=None,
+        description="A file for how the numbers of a policy that observes are scaled: a new run begins with it, and "
+        "keeps it. The checkpoints have it too.",
+    )
+    normaliser_every: Annotated[int, Field(ge=1)] = Field(default=500, description="Steps between two writes of it.")
     is_process_isolated: bool = Field(
         default=False, description="Ask it in another process, which is ended when it does not answer in time."
     )

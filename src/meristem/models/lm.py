@@ -221,11 +221,13 @@ class LM(nn.Module):
             beside.append(hidden_btd)
         if self.join is not None:
             hidden_btd = self.join(torch.stack(beside))
+        return self.readout(hidden_btd), {"layer": after}
+
+    def readout(self, hidden_btd: Hidden) -> Logits:
+        """What hidden vectors of the residual stream say of the next token: norm and head."""
         hidden_btd = self.norm(hidden_btd)
-        if self.n_masked:
-            head_od = self.embedding.weight if self.head is None else self.head.weight
-            used_bto = F.linear(hidden_btd, head_od[: -self.n_masked])
-            logits_bto = F.pad(used_bto, (0, self.n_masked), value=torch.finfo(used_bto.dtype).min)
-        else:
-            logits_bto = F.linear(hidden_btd, self.embedding.weight) if self.head is None else self.head(hidden_btd)
-        return logits_bto, {"layer": after}
+        if not self.n_masked:
+            return F.linear(hidden_btd, self.embedding.weight) if self.head is None else self.head(hidden_btd)
+        head_od = self.embedding.weight if self.head is None else self.head.weight
+        used_bto = F.linear(hidden_btd, head_od[: -self.n_masked])
+        return F.pad(used_bto, (0, self.n_masked), value=torch.finfo(used_bto.dtype).min)

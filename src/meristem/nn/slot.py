@@ -7,14 +7,16 @@ parameters, attributes and ``isinstance`` stay what they were, a compiler sees a
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, Literal, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from meristem.errors import CapabilityError, ShapeError
-from meristem.memory.state import State
+from meristem.memory.state import State, map_tensors
 from meristem.nn.documents import Documents
 
 Reads: TypeAlias = Literal["output", "input"]
@@ -34,12 +36,67 @@ class Growing(Protocol):
     ) -> tuple[Tensor, State]: ...
 
 
+class Tape:
+    """What modules with slots gave in a pass with gradients, call by call, to be given again in the next one.
+
+    It is in use as the ``tape`` of their slots. n_micro_batches: the pieces into which a batch is cut in that pass.
+    """
+
+    def __init__(self, n_micro_batches: int = 1) -> None:
+        self.n_micro_batches = n_micro_batches
+        self._given: list[tuple[str, Any]] = []
+        self._left: dict[str, deque[Any]] = {}
+        self._is_noting = True
+
+    def note(self, name: str, found: Any) -> None:
+        """Keep what the module of a slot gave, cut from its graph."""
+        if self._is_noting and torch.is_grad_enabled():
+            self._given.append((name, _cut(found)))
+
+    def again(self, name: str) -> Any:
+        """What the module of a slot gave in this call of the pass before, or None: it is to be called."""
+        left = self._left.get(name)
+        return left.popleft() if left else None
+
+    @contextmanager
+    def played(self, slot: str) -> Iterator[None]:
+        """While it lasts the module of a slot, and those that were done before it, give what they gave.
+
+        None does unless each was called once in every call of the model, and so before the slot in each.
+        """
+        self._is_noting, self._left = False, self._until(slot)
+        try:
+            yield
+        finally:
+            self._left = {}
+
+    def _until(self, slot: str) -> dict[str, deque[Any]]:
+        names = [name for name, _ in self._given]
+        n_calls = names.count(slot)
+        in_a_call = names[: len(names) // n_calls] if n_calls else []
+        if names != in_a_call * n_calls or len(in_a_call) != len(set(in_a_call)):
+            return {}
+        until = in_a_call[: in_a_call.index(slot) + 1] if n_calls else []
+        every = {name: [found for each, found in self._given if each == name] for name in until}
+        return {name: deque(found) for name, found in every.items() if all(each is not None for each in found)}
+
+
+def _cut(found: Any) -> Any:
+    """What a module gave without its graph: a tensor, or one with a state; None of anything else."""
+    if isinstance(found, Tensor):
+        return found.detach()
+    if type(found) is tuple and len(found) == 2 and isinstance(found[0], Tensor) and isinstance(found[1], dict):
+        return found[0].detach(), map_tensors(torch.Tensor.detach, found[1])
+    return None
+
+
 class Slot(nn.Module):
     """Where a seed stands in its host: what it reads, and how wide that and what it adds to are.
 
     reads: ``output``, what the module gives, or ``input``, what it is given; a seed adds to the output either way.
     widths: of what is read and of what is added to. layout: the axes of both; ``tbd`` has time first.
     settled: seeds that are part of the host for good. Each adds to what comes out of those before it; the seed is last.
+    tape: what its module gives is noted on it, or taken from it; None where neither is wanted.
 
     A module whose forward has an argument ``state`` and gives ``(hidden, state)`` with a dict carries the state of the
     seed in it, under ``entry``: ``slot_blocks`` of ``blocks.1``, ``slot_mixer`` of ``blocks.1.mixer``, whose states are
@@ -49,6 +106,7 @@ class Slot(nn.Module):
 
     seed: nn.Module | None
     settled: nn.ModuleList
+    tape: Tape | None = None
 
     def __init__(self, name: str, *, reads: Reads, widths: tuple[int, int], layout: Layout) -> None:
         super().__init__()
@@ -184,8 +242,12 @@ def _slotted(cls: type[nn.Module]) -> type[nn.Module]:
                 args = (*args[:at], rest, *args[at + 1 :])
             else:
                 kwargs = {**kwargs, "state": rest}
-        found = cls.forward(self, *args, **kwargs)
         slot = self.slot
+        found = None if slot.tape is None else slot.tape.again(slot.name)
+        if found is None:
+            found = cls.forward(self, *args, **kwargs)
+            if slot.tape is not None:
+                slot.tape.note(slot.name, found)
         if not slot.is_live:
             return found
         read = args[0] if args else next(iter(kwargs.values()), None)

@@ -12,8 +12,10 @@ from meristem.device.compile import compile_blocks
 from meristem.device.resolve import Device
 from meristem.device.room import room_for
 from meristem.distributed.agreement import fingerprint
-from meristem.distributed.engine import engine_for
+from meristem.distributed.engine import Engine, engine_for
 from meristem.distributed.shards import fill
+from meristem.distributed.world import World
+from meristem.growth.graft import seeds_in
 from meristem.models.build import build, drawn
 from meristem.models.load import fitting
 from meristem.models.topology import Topology
@@ -68,16 +70,37 @@ def trainable(
 ) -> TrainingState:
     """The state in which a model on its device is trained: compiled, called for all processes, with a new optimizer."""
     compile_blocks(model, config.device, device.device, run.emit)
-    engine = engine_for(
-        model,
-        config.distributed,
-        run.world,
-        device=device.device,
-        slow=[parameter for period, level in levels(model).items() if period > 1 for parameter in level],
-        # A memory that is carried on gives no gradient to what it began from.
-        leaves_out=config.data.order in CARRIED,
-    )
+    engine = engine_of(model, run.world, config, device)
     optimizer = build_optimizer(model, config.optim)
     optimizer.loss_scale = LossScale(device.device) if device.dtype == torch.float16 else None
     optimizer.reduce = None if run.world.size == 1 else run.world.all_reduce
     return TrainingState(model, optimizer, engine, progress, topology)
+
+
+def engine_of(model: nn.Module, world: World, config: Config, device: Device) -> Engine:
+    """How a model is called as it is now, so that its gradients are those of all processes (``is_current``)."""
+    is_grown = any(seed.is_live for seed in seeds_in(model).values())
+    return engine_for(
+        model,
+        config.distributed,
+        world,
+        device=device.device,
+        slow=_apart(model),
+        # A memory that is carried on gives no gradient to what it began from; a seed may be anybody's.
+        leaves_out=config.data.order in CARRIED or is_grown,
+    )
+
+
+def is_current(engine: Engine, model: nn.Module) -> bool:
+    """Whether an engine sums the gradients of what learns by now in every step of all processes."""
+    if engine.summed is None:
+        return True
+    apart = {id(each) for each in _apart(model)}
+    learning = (name for name, each in model.named_parameters() if each.requires_grad and id(each) not in apart)
+    return engine.summed == frozenset(learning)
+
+
+def _apart(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters whose gradients are summed when they move: those of slow levels, and of seeds that are off."""
+    slow = [parameter for period, level in levels(model).items() if period > 1 for parameter in level]
+    return slow + [each for seed in seeds_in(model).values() if not seed.is_live for each in seed.parameters()]

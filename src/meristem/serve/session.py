@@ -19,21 +19,27 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.device.random import stream as random_stream
 from meristem.errors import CheckpointMismatch, WrongValue
 from meristem.evaluate.memory import COPIES, half_lives_of, weights_in
-from meristem.memory.state import State, as_tensors, from_tensors, size_bytes
+from meristem.memory.state import State, size_bytes
 from meristem.models.config import LearnConfig
 from meristem.models.generate import Sampling, choose
-from meristem.models.load import numbers, of_today
+from meristem.models.load import numbers
 from meristem.models.online import Learn, online_reader
 from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.self_reference import SelfReference
 from meristem.serve import store
+from meristem.serve.moment import (
+    BEGINNING,
+    FRESH,
+    Moment,
+    identity,
+    moment_of,
+    portion,
+    read,
+    require_same,
+    surprise,
+    tensors_of,
+)
 from meristem.train.loss import cross_entropy
-
-READ_AT_ONCE: Final = 512
-"""Tokens per forward while reading, which bounds what a long text needs."""
-
-BEGINNING: Final = "\n"
-"""What a session reads before it writes, if it was given nothing to read."""
 
 KEPT_TURNS: Final = 16
 """How many turns back a session can be rolled; each keeps one state."""
@@ -69,18 +75,6 @@ class MemoryView(TypedDict):
     layers: dict[str, LayerMemory]
 
 
-@dataclass(frozen=True)
-class _Moment:
-    """All that the future of a session depends on, besides model, tokenizer and settings. Never changed in place."""
-
-    state: State | None
-    logits_bo: Tensor | None
-    n_tokens: int
-
-
-_FRESH: Final = _Moment(None, None, 0)
-
-
 class Session:
     """Reads, writes and remembers. The weights are shared with other sessions and never change.
 
@@ -108,8 +102,8 @@ class Session:
         self.random_seed = random_seed
         self.id = uuid.uuid4().hex
         self.name = name or self.id[:8]
-        self._now = _FRESH
-        self._turns = {0: _FRESH}
+        self._now = FRESH
+        self._turns = {0: FRESH}
 
     @property
     def turn(self) -> int:
@@ -124,19 +118,18 @@ class Session:
     @property
     def size_bytes(self) -> int:
         """Bytes of what the session remembers, without the turns saved for ``rollback``."""
-        logits_bo = self._now.logits_bo
-        return size_bytes(self._now.state or {}) + (0 if logits_bo is None else logits_bo.nbytes)
+        return self._now.size_bytes
 
     def feed(self, text: str) -> Turn:
         """Read a text: the memory learns from it. Interrupted, it leaves the session as it was."""
         started = time.perf_counter()
         token_ids = self.tokenizer.encode(text)
-        at_once = min(READ_AT_ONCE, getattr(self.model, "window", None) or READ_AT_ONCE)
+        at_once = portion(self.model)
         moment, nats = self._now, 0.0
         for first in range(0, len(token_ids), at_once):
-            portion, before = token_ids[first : first + at_once], moment
-            moment, logits_bto = self._read(before, portion)
-            nats += _surprise(before.logits_bo, logits_bto, portion)
+            ids, before = token_ids[first : first + at_once], moment
+            moment, logits_bto = self._read(before, ids)
+            nats += surprise(before.logits_bo, logits_bto, ids)
         self._now = moment
         self._end_turn()
         return Turn(self.turn, len(token_ids), nats, time.perf_counter() - started)
@@ -204,32 +197,21 @@ class Session:
 
     def forget(self) -> None:
         """Begin afresh: memory, turns and all."""
-        self._now, self._turns = _FRESH, {0: _FRESH}
+        self._now, self._turns = FRESH, {0: FRESH}
 
     def memory(self) -> MemoryView:
         """What is remembered now; nothing changes."""
-        modules = {
-            numbers(path): module
-            for path, module in self.model.named_modules()
-            if isinstance(module, NeuralMemory | SelfReference)
-        }
-        held = dict(_memories(self._now.state or {}))
-        layers = {path: _looked_at(modules[numbers(path)], memory) for path, memory in held.items()}
-        return {"n_tokens": self.n_tokens, "size_bytes": self.size_bytes, "layers": layers}
+        return memory_view(self.model, self._now)
 
     def save(self, path: Path | str) -> None:
         """Write all that the future of this session depends on into one file, whole or not at all.
 
         The turns saved for ``rollback`` are not in it: a loaded session can return to the moment of saving and later.
         """
-        leaves = as_tensors(self._now.state or {})
-        tensors = {f"{store.INSIDE}{name}": leaf for name, leaf in leaves.items()}
-        if self._now.logits_bo is not None:
-            tensors["logits_bo"] = self._now.logits_bo
         header = {
             "id": self.id,
             "name": self.name,
-            **self._belongs_to(),
+            **identity(self.model, self.tokenizer)._asdict(),
             "turn": self.turn,
             "n_tokens": self._now.n_tokens,
             "sampling": asdict(self.sampling),
@@ -237,7 +219,7 @@ class Session:
             "learn": self.learn,
             "learning": self.learning.model_dump(),
         }
-        store.write(Path(path), tensors, header)
+        store.write(Path(path), tensors_of(self._now), header)
 
     @classmethod
     def load(
@@ -255,7 +237,8 @@ class Session:
         learn, learning: what has to learn in it; by default whatever does. CheckpointMismatch where it is something
             else.
         """
-        tensors, header = store.read(Path(path))
+        file = store.read(Path(path))
+        header = file.header
         _require_learning(header, Path(path), learn, learning)
         session = cls(
             model,
@@ -266,36 +249,15 @@ class Session:
             learn=header.get("learn", "memory"),
             learning=LearnConfig.model_validate(header.get("learning", {})),
         )
-        session._require_same(header, Path(path))
+        require_same(header, identity(model, tokenizer), model, path)
         session.id = header.get("id", session.id)
-        held = {name: tensor.to(session._device) for name, tensor in tensors.items()}
-        logits_bo = held.pop("logits_bo", None)
-        state = from_tensors({name.removeprefix(store.INSIDE): tensor for name, tensor in held.items()})
-        session._now = _Moment(of_today(model, state) or None, logits_bo, header.get("n_tokens", 0))
+        session._now = moment_of(file, model)
         session._turns = {header.get("turn", 0): session._now}
         return session
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def _belongs_to(self) -> dict[str, str]:
-        """What a saved session must meet again."""
-        return {"model": store.model_fingerprint(self.model), "tokenizer": self.tokenizer.fingerprint}
-
-    def _require_same(self, header: Mapping[str, Any], path: Path) -> None:
-        own = self._belongs_to()
-        if header.get("named_model"):
-            header = {**header, "model": header["named_model"]}
-            own["model"] = store.named_model_fingerprint(self.model)
-        for part, fingerprint in own.items():
-            if header[part] != fingerprint:
-                raise CheckpointMismatch(
-                    f"the session in {path} belongs to another {part} (SHA-256 {header[part][:12]}, this one has "
-                    f"{fingerprint[:12]}). Open it with the checkpoint it was made with.",
-                    path=str(path),
-                    part=part,
-                )
 
     def _end_turn(self) -> None:
         turns = {**self._turns, self.turn + 1: self._now}
@@ -308,12 +270,21 @@ class Session:
             return logits_bto[:, -1]
         return self._now.logits_bo
 
-    def _read(self, moment: _Moment, token_ids: Sequence[int]) -> tuple[_Moment, Tensor]:
+    def _read(self, moment: Moment, token_ids: Sequence[int]) -> tuple[Moment, Tensor]:
         """The moment after reading some tokens, and the prediction made at each of them."""
-        tokens_bt = torch.tensor([token_ids], device=self._device)
-        with torch.no_grad():
-            logits_bto, state = self._reader(tokens_bt, moment.state)
-        return _Moment(state, logits_bto[:, -1].clone(), moment.n_tokens + len(token_ids)), logits_bto
+        return read(self._reader, moment, token_ids, self._device)
+
+
+def memory_view(model: nn.Module, moment: Moment) -> MemoryView:
+    """What is remembered at a moment; nothing changes."""
+    modules = {
+        numbers(path): module
+        for path, module in model.named_modules()
+        if isinstance(module, NeuralMemory | SelfReference)
+    }
+    held = dict(_memories(moment.state or {}))
+    layers = {path: _looked_at(modules[numbers(path)], memory) for path, memory in held.items()}
+    return {"n_tokens": moment.n_tokens, "size_bytes": moment.size_bytes, "layers": layers}
 
 
 def _require_learning(header: Mapping[str, Any], path: Path, learn: Learn | None, learning: LearnConfig | None) -> None:
@@ -329,15 +300,6 @@ def _require_learning(header: Mapping[str, Any], path: Path, learn: Learn | None
             path=str(path),
             part="learn",
         )
-
-
-def _surprise(before_bo: Tensor | None, logits_bto: Tensor, token_ids: Sequence[int]) -> float:
-    """Nats of the tokens just read: each under the prediction made before it, as far as there was one."""
-    earlier = [] if before_bo is None else [before_bo[:, None]]
-    predicted_bto = torch.cat([*earlier, logits_bto[:, :-1]], dim=1)
-    targets = token_ids[len(token_ids) - predicted_bto.shape[1] :]
-    targets_bt = torch.tensor([targets], dtype=torch.long, device=predicted_bto.device)
-    return float(cross_entropy(predicted_bto, targets_bt))
 
 
 def _memories(state: State, path: str = "") -> Iterator[tuple[str, State]]:

@@ -34,8 +34,8 @@ class SessionFile(NamedTuple):
     header: dict[str, Any]
 
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Put tensors and header into one file, whole or not at all.
+def pack(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> bytes:
+    """Tensors and header as the bytes of a session file.
 
     The hash stands inside the file, so it is taken with its own 64 digits set to zero.
     """
@@ -50,7 +50,12 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, 
     }
     content = safetensors.torch.save(whole, metadata)
     digest = sha256(content).encode()
-    content = content.replace(_DIGEST_FIELD + _NO_DIGEST, _DIGEST_FIELD + digest, 1)
+    return content.replace(_DIGEST_FIELD + _NO_DIGEST, _DIGEST_FIELD + digest, 1)
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+    """Put tensors and header into one file, whole or not at all."""
+    content = pack(tensors, header)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
@@ -63,10 +68,7 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, 
 
 
 def read(path: Path) -> SessionFile:
-    """The tensors and header of a session file, after its hash was checked; those of an earlier meristem as today's.
-
-    CheckpointTooNew names the section that a later one saved.
-    """
+    """The tensors and header of a session file; see ``unpack``."""
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as cause:
@@ -75,6 +77,14 @@ def read(path: Path) -> SessionFile:
             f"no session could be read from {path}: {reason}. Give a file that `/save` or Session.save wrote.",
             path=str(path),
         ) from cause
+    return unpack(content, path)
+
+
+def unpack(content: bytes, path: Path | str) -> SessionFile:
+    """The tensors and header that ``pack`` wrote, after the hash was checked; those of an earlier meristem as today's.
+
+    path: where the bytes came from, for messages. CheckpointTooNew names the section that a later meristem saved.
+    """
     metadata = _metadata(path, content)
     digest = str(metadata.get("sha256")).encode()
     if sha256(content.replace(_DIGEST_FIELD + digest, _DIGEST_FIELD + _NO_DIGEST, 1)).encode() != digest:
@@ -89,13 +99,13 @@ def read(path: Path) -> SessionFile:
         tensors = {name: tensor.clone() for name, tensor in mapped.items()}
         header = json.loads(metadata["session"])
         of_state = int(metadata.get("state", 1))
-    except (SafetensorError, KeyError, ValueError) as cause:
+        state = {name.removeprefix(INSIDE): tensors.pop(name) for name in list(tensors) if name.startswith(INSIDE)}
+        beside = {"memory_integers.json": header.get("integers"), HEADER: header}.get
+        state = migrate.migrated(STATE, state, of_state, path, beside)
+        tensors |= {f"{INSIDE}{name}": tensor for name, tensor in state.items()}
+        return SessionFile(tensors, migrate.migrated(HEADER, header, version, path))
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as cause:
         raise _corrupt(path, str(cause)) from cause
-    state = {name.removeprefix(INSIDE): tensors.pop(name) for name in list(tensors) if name.startswith(INSIDE)}
-    beside = {"memory_integers.json": header.get("integers"), HEADER: header}.get
-    state = migrate.migrated(STATE, state, of_state, path, beside)
-    tensors |= {f"{INSIDE}{name}": tensor for name, tensor in state.items()}
-    return SessionFile(tensors, migrate.migrated(HEADER, header, version, path))
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -119,19 +129,19 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _metadata(path: Path, content: bytes) -> dict[str, str]:
+def _metadata(path: Path | str, content: bytes) -> dict[str, str]:
     """The metadata of a safetensors file: eight bytes of length, then JSON."""
     end = 8 + int.from_bytes(content[:8], "little")
     if len(content) < 8 or end > len(content):
         raise _corrupt(path, f"it holds {len(content)} bytes and its header needs {end}")
     try:
         metadata = json.loads(content[8:end])["__metadata__"]
-    except (ValueError, KeyError, TypeError) as cause:
+    except (ValueError, KeyError, TypeError, RecursionError) as cause:
         raise _corrupt(path, "its header is not that of a session") from cause
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _corrupt(path: Path, reason: str) -> CheckpointCorrupt:
+def _corrupt(path: Path | str, reason: str) -> CheckpointCorrupt:
     return CheckpointCorrupt(
         f"{path} is not an intact session file: {reason}. Restore it from a copy, or begin a new session.",
         path=str(path),

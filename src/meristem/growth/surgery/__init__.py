@@ -7,6 +7,7 @@ from meristem.growth.surgery.blocks import plan_remove_block as plan_remove_bloc
 from meristem.growth.surgery.blocks import plan_stack as plan_stack
 from meristem.growth.surgery.fold import plan_fossilize as plan_fossilize
 from meristem.growth.surgery.fold import plan_unsettle as plan_unsettle
+from meristem.growth.surgery.heads import plan_add_heads as plan_add_heads
 from meristem.growth.surgery.host import carry_state as carry_state
 from meristem.growth.surgery.levels import plan_add_level as plan_add_level
 from meristem.growth.surgery.rank import plan_raise_rank as plan_raise_rank

@@ -1,8 +1,7 @@
 """Seeds that become part of their host for good, each in the simplest way that is exact (growth.md 11.3)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,11 @@ from meristem.growth.graft import find_seed, remove
 from meristem.growth.plan import Applied, Carry, Plan, Preserves, draft, flops_of
 from meristem.growth.seed import Seed
 from meristem.growth.settle import require_arrived, settle, unsettle
-from meristem.growth.surgery.host import resize, saved_names
+from meristem.growth.surgery.heads import can_join_heads, joined_heads
+from meristem.growth.surgery.host import is_apart, resize, saved_names, with_moments
 from meristem.models.lm import LM
 from meristem.models.topology import Change, changes, record
+from meristem.nn.attention import Attention
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.nn.slot import CHILD
 from meristem.optim.surgery import Places, appended
@@ -31,9 +32,10 @@ How = Literal["folded", "concatenated", "settled"]
 def plan_fossilize(model: nn.Module, slot: str) -> Plan:
     """Make the seed of a slot part of the host for good; the slot is empty then. How is in ``fields``:
 
-    folded: a low-rank seed at a linear layer is added to its weight (``growth.fuse``). concatenated: hidden channels of
-    a feed-forward seed without a norm, at a feed-forward layer of a model of ours whose input it reads, become channels
-    of that layer. settled: any other stays in its slot under the name ``settled``, its blend held.
+    folded: a low-rank seed at a linear layer is added to its weight (``growth.fuse``). concatenated: a seed without a
+    norm becomes part of the layer of a model of ours whose input it reads, hidden channels of a feed-forward layer of
+    its kind, heads of attention with the same key width, window and positions. settled: any other stays in its slot
+    under the name ``settled``, its blend held.
 
     The first two change outputs by rounding, the last not at all. Raises WrongValue for an empty slot, and a seed of
     the last two that is on its way or switched off.
@@ -44,9 +46,13 @@ def plan_fossilize(model: nn.Module, slot: str) -> Plan:
     if not why_not(model, host, seed):
         return _plan(model, "fuse", fields, "folded", _folded(slot), shapes=_removed(slot), writes={"weight", "bias"})
     require_arrived(seed)
+    is_plain = isinstance(seed.blend, Residual) and seed.way.weight == 1
+    if can_join_heads(model, slot, seed):
+        heads, place = cast(Attention, seed.layer), find_slot(model, slot)
+        more = fields | {"block": int(slot.split(".")[1]), "n_heads": heads.heads, "entry": place.parts[-1][0]}
+        return _plan(model, "fuse", more, "concatenated", joined_heads(slot, is_plain=is_plain), writes=set())
     if _can_join(model, slot, seed):
         hidden = host.out.weight.shape[1]
-        is_plain = isinstance(seed.blend, Residual) and seed.way.weight == 1
         apply = _concatenated(slot, hidden, is_plain=is_plain)
         return _plan(model, "fuse", fields, "concatenated", apply, writes={"out.bias"})
     return _plan(model, "fuse", fields, "settled", _settled(slot), writes=set())
@@ -117,8 +123,7 @@ def _can_join(model: nn.Module, slot: str, seed: Seed) -> bool:
     is_alike = isinstance(host, SwiGLU) and isinstance(layer, SwiGLU)
     if isinstance(host, Feedforward) and isinstance(layer, Feedforward):
         is_alike = host.activation is layer.activation is F.gelu
-    is_fixed = isinstance(seed.blend, Residual | Channel)
-    return isinstance(model, LM) and is_alike and is_fixed and find_slot(model, slot).reads == "input"
+    return isinstance(model, LM) and is_alike and is_apart(find_slot(model, slot))
 
 
 def _concatenated(slot: str, hidden: int, *, is_plain: bool) -> Callable[[nn.Module], Applied]:
@@ -141,25 +146,10 @@ def _concatenated(slot: str, hidden: int, *, is_plain: bool) -> Callable[[nn.Mod
         else:
             host.up.weight[hidden:], host.up.bias[hidden:] = layer.up.weight, layer.up.bias
             host.out.bias.add_(scale_d * layer.out.bias)
-        carries = {name: _with_moments(slot, name, carry, is_plain=is_plain) for name, carry in found.carries.items()}
+        carries = {name: with_moments(slot, name, carry, is_plain=is_plain) for name, carry in found.carries.items()}
         return Applied(found.model, carries)
 
     return apply
-
-
-def _with_moments(slot: str, name: str, carry: Carry, *, is_plain: bool) -> Carry:
-    """A parameter of the host, whose fresh entries have the moments of the seed."""
-    own = name.removeprefix(f"{slot}.")
-    if own == "out.weight" and not is_plain:
-        return carry
-    places: Places = tuple(None if place is None else _counted(place) for place in carry.places)
-    return replace(carry, beside={f"{slot}.{CHILD}.seed.layer.{own}": places})
-
-
-def _counted(place: Tensor) -> Tensor:
-    """The fresh places of an axis in order, -1 elsewhere."""
-    is_fresh = place < 0
-    return torch.where(is_fresh, is_fresh.long().cumsum(0) - 1, -1)
 
 
 def _widen(model: nn.Module, fields: Mapping[str, Any]) -> Applied:

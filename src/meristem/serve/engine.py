@@ -1,0 +1,392 @@
+"""One model that reads and writes for many sessions at once: continuous batching over states.
+
+Work comes as orders: a moment to begin at, text to read, tokens to write. A round reads portions of long texts, up to
+``READ_PER_ROUND`` tokens and each order in its turn, and then writes one token for every order that is writing, rows
+that are alike together (``serve.batch``). Orders come and go between rounds. What an order gives depends on no other:
+its portions are cut by its own text, and its row has the same bits in every batch.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from meristem.device.random import stream as random_stream
+from meristem.errors import NonFinite, QueueFull, WorkerDied
+from meristem.events import Emit, Event, silent
+from meristem.memory.state import State, alike_by
+from meristem.models.generate import Sampling, choose
+from meristem.serve.batch import Batch, exact_sizes
+from meristem.serve.moment import READ_AT_ONCE, Moment, Reader, read, surprise
+
+READ_PER_ROUND: Final = READ_AT_ONCE
+"""Tokens of texts that a round reads at most: by this much reading holds up those that write."""
+
+Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token of a reply, which is read as well.
+
+    logprob: of the token, natural; top: the likeliest ids and theirs, as many as were wanted. None and () without.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an order ended, and the moment that it came to, which has read every token drawn.
+
+    nats: surprise of the text that was read. seconds: since the order was given. error: where the reason is "error".
+    """
+
+    reason: Reason
+    moment: Moment
+    n_drawn: int
+    nats: float
+    seconds: float
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be read and written from a moment on.
+
+    portion: tokens read at once, at most. max_tokens: to write; 0 reads only. choice: draws of different choices have
+    nothing to do with each other. n_top: alternatives of ``Drawn``; None without logarithms of probabilities.
+    drawn: is given every token, in the thread of the engine, and returns True to end the reply there.
+    ended: is given the end, once. Neither may wait. deadline_s: seconds until the order is given up.
+    """
+
+    reader: Reader
+    moment: Moment
+    token_ids: tuple[int, ...] = ()
+    portion: int = READ_AT_ONCE
+    max_tokens: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    random_seed: int = 0
+    choice: int = 0
+    n_top: int | None = None
+    deadline_s: float | None = None
+    drawn: Callable[[Drawn], bool] = lambda drawn: False
+    ended: Callable[[Ended], None] = lambda ended: None
+
+
+class Job:
+    """An order on its way: at ``moment`` while it reads, then a row of a batch.
+
+    logits_bo, n_tokens: while it writes, the prediction of its next token and the tokens read so far.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self.order, self.moment = order, order.moment
+        self.n_read, self.n_drawn, self.nats = 0, 0, 0.0
+        self.begun_at = time.monotonic()
+        self.is_cancelled = False
+        self.generator = torch.Generator()
+        self.logits_bo: Tensor | None = None
+        self.n_tokens = 0
+
+    def cancel(self) -> None:
+        """End before the next token; from any thread."""
+        self.is_cancelled = True
+
+    @property
+    def is_reading(self) -> bool:
+        return self.n_read < len(self.order.token_ids)
+
+    @property
+    def broken_off(self) -> Reason | None:
+        """Why it ends here, where it does not end by itself."""
+        if self.is_cancelled:
+            return "cancelled"
+        limit_s = self.order.deadline_s
+        return "deadline" if limit_s is not None and time.monotonic() - self.begun_at > limit_s else None
+
+
+Row: TypeAlias = tuple[State, Job]
+
+
+class Engine:
+    """Rounds of reading and writing. ``step`` is one of them; ``start`` runs them in a thread of its own.
+
+    most_rows: orders at work at once. most_waiting: orders that wait for a place; one more is refused.
+    """
+
+    def __init__(
+        self, n_ids: int, *, most_rows: int = 64, most_waiting: int = 256, device: str = "cpu", emit: Emit = silent
+    ) -> None:
+        self.n_ids, self.most_rows, self.most_waiting = n_ids, most_rows, most_waiting
+        self.device, self.emit = device, emit
+        self.n_at_work = 0
+        self._new: deque[Job] = deque()
+        self._reading: deque[Job] = deque()
+        self._joining: list[Job] = []
+        self._batches: list[Batch[Job]] = []
+        self._sizes: dict[int, tuple[Reader, tuple[int, ...]]] = {}
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._thread: threading.Thread | None = None
+
+    def prepare(self, reader: Reader) -> tuple[int, ...]:
+        """Find the batches in which this reader is exact, which takes seconds; else its first order has to wait."""
+        if id(reader) not in self._sizes:
+            sizes = exact_sizes(reader, self.n_ids, self.most_rows, self.device)
+            if sizes == (1,) and isinstance(reader, nn.Module):
+                payload = {"what": "batches", "reason": "rows depend on their batch, so they are read one by one"}
+                self.emit(Event("degraded", payload, "warning"))
+            # The reader is kept, so that no other can come to have its id.
+            self._sizes[id(reader)] = reader, sizes
+        return self._sizes[id(reader)][1]
+
+    def submit(self, order: Order) -> Job:
+        """Take an order; from any thread. QueueFull where too many wait, WorkerDied where the engine has ended."""
+        job = Job(order)
+        with self._changed:
+            if self._is_closing:
+                raise WorkerDied("the engine is closed and takes no more work. Start the server again.")
+            if len(self._new) >= self.most_waiting:
+                raise QueueFull(
+                    f"{len(self._new)} requests wait already, which is the most. Try again later.",
+                    waiting=len(self._new),
+                    limit=self.most_waiting,
+                )
+            self._new.append(job)
+            self._changed.notify()
+        return job
+
+    @property
+    def n_waiting(self) -> int:
+        """Orders that have no place yet."""
+        return len(self._new)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its thread ran, and does no more."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def start(self) -> None:
+        """Run rounds in a thread, until ``close``."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End every order where it is, then the thread."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    while not (self._new or self.n_at_work or self._is_closing):
+                        self._changed.wait()
+                    if self._is_closing:
+                        break
+                self.step()
+        finally:
+            with self._changed:
+                self._is_closing = True
+            self._end_all()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One round."""
+        self._break_off()
+        self._take_in()
+        self._read_portions()
+        self._join()
+        for batch in self._batches:
+            self._write(batch)
+
+    @torch.no_grad()
+    def _end_all(self) -> None:
+        with self._changed:
+            waiting, self._new = list(self._new), deque()
+        for job in waiting:
+            self._end(job, "cancelled")
+        for job in [*self._reading, *self._joining]:
+            self._finish(job, "cancelled")
+        for batch in self._batches:
+            for at, job in batch.taken():
+                self._leave(batch, at, job, "cancelled")
+
+    def _break_off(self) -> None:
+        """End what was cancelled or is late, also what still waits."""
+        with self._changed:
+            waiting = {job: job.broken_off for job in self._new}
+            self._new = deque(job for job, why in waiting.items() if why is None)
+        for job, why in waiting.items():
+            if why:
+                self._end(job, why)
+        reading = {job: job.broken_off for job in self._reading}
+        self._reading = deque(job for job, why in reading.items() if why is None)
+        for job, why in reading.items():
+            if why:
+                self._finish(job, why)
+        for batch in self._batches:
+            for at, job in batch.taken():
+                if why := job.broken_off:
+                    self._leave(batch, at, job, why)
+
+    def _take_in(self) -> None:
+        with self._changed:
+            n_taken = min(len(self._new), self.most_rows - self.n_at_work)
+            taken = [self._new.popleft() for _ in range(n_taken)]
+        self.n_at_work += n_taken
+        for job in taken:
+            if job.is_reading:
+                self._reading.append(job)
+            else:
+                self._has_read(job)
+
+    def _read_portions(self) -> None:
+        """Each order in its turn, one portion, until the round has read enough."""
+        n_left = READ_PER_ROUND
+        while self._reading and n_left > 0:
+            job = self._reading.popleft()
+            ids = job.order.token_ids[job.n_read : job.n_read + job.order.portion]
+            before = job.moment
+            try:
+                job.moment, logits_bto = read(job.order.reader, before, ids, self.device)
+                job.nats += surprise(before.logits_bo, logits_bto, ids)
+            except Exception as error:  # noqa: BLE001 - one order may fail, not the engine
+                self._finish(job, "error", error)
+                continue
+            job.n_read += len(ids)
+            n_left -= len(ids)
+            if job.is_reading:
+                self._reading.append(job)
+            else:
+                self._has_read(job)
+
+    def _has_read(self, job: Job) -> None:
+        order, moment = job.order, job.moment
+        if not order.max_tokens:
+            self._finish(job, "length")
+            return
+        job.logits_bo, job.n_tokens = moment.logits_bo, moment.n_tokens
+        key = order.random_seed, "serve.sample", moment.n_tokens, order.choice
+        job.generator = random_stream(*key, device=self.device)
+        self._joining.append(job)
+
+    def _join(self) -> None:
+        """Give rows to the orders that begin to write; put batches together that have become alike."""
+        # An empty batch may be of one row, whose tensors are not its own: a place in it is no place.
+        self._batches = [batch for batch in self._batches if any(batch.taken())]
+        begun: dict[object, list[Row]] = {}
+        for job in self._joining:
+            reader, state = job.order.reader, job.moment.state or {}
+            try:
+                key = id(reader), alike_by(state)
+            except ValueError as error:  # a state that names no rows
+                self._finish(job, "error", error)
+                continue
+            batch = next((each for each in self._batches if None in each.owners and each.key == key), None)
+            if batch is None:
+                begun.setdefault(key, []).append((state, job))
+            else:
+                batch.put(state, job)
+        self._joining.clear()
+        for rows in begun.values():
+            self._batches += self._stacked(rows)
+        groups: dict[object, list[Batch[Job]]] = {}
+        for batch in self._batches:
+            groups.setdefault(batch.key, []).append(batch)
+        self._batches = [batch for group in groups.values() for batch in self._packed(group)]
+
+    def _packed(self, batches: list[Batch[Job]]) -> list[Batch[Job]]:
+        """Batches of one key, in fewer of them or in half of the rows where that holds their orders."""
+        n_rows = sum(1 for batch in batches for _ in batch.taken())
+        sizes = _cut(n_rows, self.prepare(batches[0].reader))
+        if len(sizes) == len(batches) and 2 * sum(sizes) > sum(batch.size for batch in batches):
+            return batches
+        return self._stacked([(batch.row(at), job) for batch in batches for at, job in batch.taken()])
+
+    def _stacked(self, rows: list[Row]) -> list[Batch[Job]]:
+        """Rows with one key in batches of exact sizes."""
+        made, first = [], 0
+        reader = rows[0][1].order.reader
+        for size in _cut(len(rows), self.prepare(reader)):
+            made.append(Batch.of(reader, size, rows[first : first + size]))
+            first += size
+        return made
+
+    def _write(self, batch: Batch[Job]) -> None:
+        """Draw a token for every row of a batch, read it, and hand it out."""
+        token_ids, drawn = [0] * batch.size, []
+        for at, job in list(batch.taken()):
+            try:
+                token = _draw(job)
+            except NonFinite as error:
+                self._leave(batch, at, job, "error", error)
+                continue
+            token_ids[at] = token.token_id
+            drawn.append((at, job, token))
+        if not drawn:
+            return
+        try:
+            logits_bo = batch.read(token_ids)
+        except Exception as error:  # noqa: BLE001 - its rows fail, not the engine
+            for at, job, _ in drawn:
+                self._leave(batch, at, job, "error", error)
+            return
+        for at, job, token in drawn:
+            job.logits_bo = logits_bo[at : at + 1]
+            job.n_tokens += 1
+            job.n_drawn += 1
+            is_over = job.order.drawn(token)
+            if is_over or job.n_drawn == job.order.max_tokens:
+                self._leave(batch, at, job, "stop" if is_over else "length")
+
+    def _leave(self, batch: Batch[Job], at: int, job: Job, reason: Reason, error: Exception | None = None) -> None:
+        """End an order that has a row, and free the row."""
+        logits_bo = None if job.logits_bo is None else job.logits_bo.clone()
+        job.moment = Moment(batch.row(at), logits_bo, job.n_tokens)
+        batch.owners[at] = None
+        self._finish(job, reason, error)
+
+    def _finish(self, job: Job, reason: Reason, error: Exception | None = None) -> None:
+        """End an order that has a place."""
+        self.n_at_work -= 1
+        self._end(job, reason, error)
+
+    def _end(self, job: Job, reason: Reason, error: Exception | None = None) -> None:
+        if error is not None:
+            payload = {"error": type(error).__name__, "message": str(error)}
+            self.emit(Event("order_failed", payload, "error"))
+        seconds = time.monotonic() - job.begun_at
+        job.order.ended(Ended(reason, job.moment, job.n_drawn, job.nats, seconds, error))
+
+
+def _cut(n_rows: int, sizes: tuple[int, ...]) -> list[int]:
+    """Batches for some rows: the largest there are, and the least that holds the rest."""
+    whole, rest = divmod(n_rows, sizes[-1])
+    return [sizes[-1]] * whole + [min(size for size in sizes if size >= rest)] * bool(rest)
+
+
+def _draw(job: Job) -> Drawn:
+    """The next token of an order, and what is wanted of its probability."""
+    order, logits_bo = job.order, job.logits_bo
+    if logits_bo is None:
+        raise NonFinite("nothing was read, so there is no prediction. Give a text to begin with.")
+    token_id = int(choose(logits_bo, order.sampling, job.generator))
+    if order.n_top is None:
+        return Drawn(token_id)
+    logprob_o = logits_bo[0].float().log_softmax(-1)
+    top = logprob_o.topk(min(order.n_top, len(logprob_o)))
+    return Drawn(
+        token_id, float(logprob_o[token_id]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    )
