@@ -14,21 +14,25 @@ from meristem.cli.train import DryRun, NoPlan, Processes, Resume, RunDir
 DEMO: Final = (
     "train.max_time=3m",
     "train.log_every=5",
+    "schedule.shape=constant",
+    "tokenizer.vocab_size=512",
     "data.seq_len=128",
-    "data.batch_size=8",
+    "data.batch_size=4",
     "model.dim=64",
-    "model.n_layers=2",
-    "eval.every=20",
+    "model.n_layers=1",
+    "model.sliding_window=4",
+    "eval.every=25",
     "eval.every_s=null",
     "eval.n_windows=16",
     "grow.boundary_every=10",
     "grow.seed_warmup=20",
-    "grow.shadow_every=2",
-    "grow.policy.settings={blueprints: {gated_feedforward: {hidden: 128}}, flat_nats: 0.07, span: 6}",
+    "grow.shadow_every=1",
+    "grow.policy.settings={blueprints: {gated_feedforward: {hidden: 128}, "
+    "attention: {n_heads: 4, head_dim: 16, sliding_window: 64}}, flat_nats: 0.05, span: 16}",
     "grow.blend_steps=60",
     "grow.embargo_steps=60",
     "grow.min_age=100",
-    "grow.gates.training_steps=100",
+    "grow.gates.training_steps=200",
     "grow.gates.holding_steps=40",
     "grow.gates.quiet_steps=20",
     "grow.gates.impact_nats=0.1",
@@ -36,7 +40,10 @@ DEMO: Final = (
     "grow.gates.recovery_steps=40",
     "grow.gates.recovery=if_room",
 )
-"""Settings by which seeds are tried and judged within three minutes of the default text."""
+"""Settings by which seeds are tried and judged within three minutes of the default text.
+
+The attention of the model sees four tokens: of the two blueprints that are tried, one brings what it lacks.
+"""
 
 
 class _WithDefault(TyperGroup):

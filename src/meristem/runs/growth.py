@@ -183,7 +183,8 @@ def draw_lives(path: Path, run_dir: Path, lives: Sequence[LifeReport], emit: Emi
     below.set_ylim(max(len(lives), 1) - 0.4, -0.7)
     below.set_xlabel("steps; the black line is the blend weight, from 0 at the bottom of a bar to 1 at its top")
     if seen:
-        below.legend(fontsize="x-small", ncols=min(len(seen), 5), loc="upper left", bbox_to_anchor=(0, -0.12))
+        drawn = below.get_legend_handles_labels()
+        figure.legend(*drawn, fontsize="x-small", ncols=len(seen), loc="outside lower left")
     if above.lines:
         above.legend(fontsize="small")
     write_figure(path, figure)
