@@ -140,6 +140,7 @@ class GrowConfig(ConfigSection):
     """Growth in a run: `meristem grow` switches it on."""
 
     outside_identity: ClassVar = frozenset()
+    outside_while_null: ClassVar = frozenset({"certify"})
 
     enabled: bool = Field(default=False, description="whether the run grows")
     slots: tuple[str, ...] = Field(
@@ -159,8 +160,8 @@ class GrowConfig(ConfigSection):
     blend_curve: Literal["linear", "cosine", "sigmoid-6", "sigmoid-12", "sigmoid-24"] = Field(
         default="cosine", description="how it gets there; a policy may say otherwise of all three"
     )
-    certify: bool = Field(
-        default=False,
+    certify: bool | None = Field(
+        default=None,
         description="G1: whether a seed is probed in a copy of its slot before it learns, in another process",
     )
     embargo_steps: int = Field(default=200, ge=0, description="steps for which a slot is locked after a first cull")
