@@ -193,7 +193,7 @@ def start_training(garden: Garden, order: Order, site: Site, config: GrowConfig,
     )
     is_exact = all(each.dtype in (torch.float32, torch.float64) for each in model.parameters())
     changes_most = 0.0 if is_exact else CHANGES_MOST
-    result = gates.health(life, found, changes_most=changes_most, step=step, needs_certificate=config.certify)
+    result = gates.health(life, found, changes_most=changes_most, step=step, needs_certificate=bool(config.certify))
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
