@@ -10,8 +10,6 @@ import functools
 import json
 import re
 import shutil
-import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +18,10 @@ from typing import Any, Final
 import filelock
 
 from meristem.checkpoint.atomic import disk_full, sha256, write_atomic
+from meristem.checkpoint.sqlite import Database, Run, in_use
 from meristem.config.mistakes import nearest_words
 from meristem.config.text import canonical
-from meristem.errors import CheckpointCorrupt, CheckpointTooNew, DiskFull, RunError, RunInUse, WrongValue
+from meristem.errors import CheckpointCorrupt, RunError, WrongValue
 from meristem.events import Emit, Event, silent
 
 FILE: Final = "library.sqlite"
@@ -100,62 +99,18 @@ class Catalog:
         clock: Callable[[], float] = time.time,
         emit: Emit = silent,
     ) -> None:
-        self.place, self._clock, self._emit, self._lock = Path(place), clock, emit, threading.RLock()
+        self.place, self._clock, self._emit = Path(place), clock, emit
         if is_there and not (self.place / FILE).is_file():
             raise RunError(f"no library was found in {self.place}; expected {FILE} there. Name the place of one.")
         try:
             (self.place / FOLDER).mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(self.place / f".{FILE}.lock", timeout=busy_s):
-                self._open(busy_s)
+                path = self.place / FILE
+                self._database = Database(path, "a library of meristem", APPLICATION, MIGRATIONS, busy_s=busy_s)
         except filelock.Timeout as cause:
-            raise self._in_use() from cause
+            raise in_use(self.place / FILE) from cause
         except OSError as cause:
             raise RunError(f"{self.place} cannot hold a library: {cause.strerror}. Choose another place.") from cause
-
-    def _open(self, busy_s: float) -> None:
-        with self._explained():
-            self._connection = sqlite3.connect(
-                self.place / FILE, timeout=busy_s, isolation_level=None, check_same_thread=False
-            )
-        try:
-            with self._explained():
-                self._prepare()
-        except BaseException:
-            self._connection.close()
-            raise
-
-    def _prepare(self) -> None:
-        """Refuse what is not ours, and bring the file to today's version."""
-        run = self._connection.execute
-        self._connection.row_factory = sqlite3.Row
-        found = run("PRAGMA user_version").fetchone()[0]
-        is_new = run("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-        if not is_new and run("PRAGMA application_id").fetchone()[0] != APPLICATION:
-            raise CheckpointCorrupt(
-                f"{self.place / FILE} is a file of another program; expected a library of meristem. Choose another "
-                f"place.",
-                path=str(self.place / FILE),
-            )
-        if found > len(MIGRATIONS):
-            raise CheckpointTooNew(
-                f"{self.place / FILE} is of version {found}; this meristem reads up to {len(MIGRATIONS)}. Update "
-                f"meristem, or use a library that an earlier one made.",
-                path=str(self.place / FILE),
-                version=found,
-                supported=len(MIGRATIONS),
-            )
-        if run("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise sqlite3.DatabaseError("its pages do not fit together")
-        run("PRAGMA foreign_keys = ON")
-        run("PRAGMA journal_mode = WAL")
-        for number, script in enumerate(MIGRATIONS[found:], start=found + 1):
-            numbers = f"PRAGMA user_version = {number}; PRAGMA application_id = {APPLICATION};"
-            try:
-                self._connection.executescript(f"BEGIN IMMEDIATE; {script} {numbers} COMMIT;")
-            except BaseException:
-                if self._connection.in_transaction:
-                    run("ROLLBACK")
-                raise
 
     def __enter__(self) -> "Catalog":
         return self
@@ -165,8 +120,7 @@ class Catalog:
 
     def close(self) -> None:
         """Let go of the file; calls afterwards raise RunError."""
-        with self._lock:
-            self._connection.close()
+        self._database.close()
 
     def put(self, name: str, *, origin: Mapping[str, Any], trust: str, weights: Mapping[str, Any] | None = None) -> int:
         """The version under which this is stored: a new one, unless the newest is the same already.
@@ -302,59 +256,22 @@ class Catalog:
         return [json.loads(each["body"]) for each in rows if blueprint in (None, each["blueprint"])]
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[Callable[..., sqlite3.Cursor]]:
-        """A transaction: all of it or nothing."""
-        with self._lock, self._explained():
-            begun_s = time.monotonic()
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection.execute
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
-            self._timed("write", begun_s)
+    def _writing(self) -> Iterator[Run]:
+        begun_s = time.monotonic()
+        with self._database.writing() as run:
+            yield run
+        self._timed("write", begun_s)
 
     def _read(self, query: str, values: Sequence[object] = ()) -> list[Any]:
-        with self._lock, self._explained():
-            begun_s = time.monotonic()
-            rows = self._connection.execute(query, values).fetchall()
-            self._timed("read", begun_s)
-            return rows
+        begun_s = time.monotonic()
+        rows = self._database.read(query, values)
+        self._timed("read", begun_s)
+        return rows
 
     def _timed(self, what: str, begun_s: float) -> None:
         seconds = time.monotonic() - begun_s
         if seconds > SLOW_S:
             self._emit(Event("library.slow", {"what": what, "seconds": round(seconds, 3)}, "warning"))
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn what SQLite raises into an error of ours."""
-        path = self.place / FILE
-        try:
-            yield
-        except sqlite3.ProgrammingError as cause:
-            raise RunError(f"the library in {self.place} is closed: {cause}. Open it again.") from cause
-        except sqlite3.DatabaseError as cause:
-            code = getattr(cause, "sqlite_errorcode", None) or 0
-            if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise self._in_use() from cause
-            if code & 0xFF == sqlite3.SQLITE_FULL:
-                raise DiskFull(f"no space is left to write {path}. Nothing was changed: free space.") from cause
-            if code & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR):
-                raise RunError(f"{path} cannot be used: {cause}. See to its rights and its disk.") from cause
-            raise CheckpointCorrupt(
-                f"{path} is broken: {cause}. Take it from a copy, or move it away: the files of the seeds are whole "
-                f"beside it.",
-                path=str(path),
-            ) from cause
-
-    def _in_use(self) -> RunInUse:
-        return RunInUse(
-            f"another process has been writing to {self.place / FILE} for too long. Let it end, and try again.",
-            path=str(self.place / FILE),
-        )
 
 
 def require_name(name: str) -> None:
@@ -382,7 +299,7 @@ def _insert(table: str, row: Mapping[str, Any]) -> tuple[str, list[Any]]:
     return f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()]
 
 
-def _changed(run: Callable[..., sqlite3.Cursor], kind: str, name: str, version: int) -> None:
+def _changed(run: Run, kind: str, name: str, version: int) -> None:
     run("INSERT INTO changes (kind, name, version) VALUES (?, ?, ?)", (kind, name, version))
 
 

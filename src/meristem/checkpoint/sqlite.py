@@ -21,14 +21,23 @@ class Database:
     """Calls come from any thread, one after the other.
 
     what: what the file is, for messages. application: the number by which SQLite knows files of this kind. migrations:
-    scripts; number n, counted from 1, leads from version n - 1 to n.
+    scripts; number n, counted from 1, leads from version n - 1 to n. forgets: whether what is deleted is overwritten.
     """
 
-    def __init__(self, path: Path, what: str, application: int, migrations: Sequence[str]) -> None:
-        self.path, self.what = path, what
+    def __init__(
+        self,
+        path: Path,
+        what: str,
+        application: int,
+        migrations: Sequence[str],
+        *,
+        busy_s: float = BUSY_S,
+        forgets: bool = False,
+    ) -> None:
+        self.path, self.what, self._forgets = path, what, forgets
         self._lock = threading.RLock()
         with self._explained():
-            self._connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+            self._connection = sqlite3.connect(path, timeout=busy_s, isolation_level=None, check_same_thread=False)
         try:
             with self._explained():
                 self._prepare(application, migrations)
@@ -58,8 +67,7 @@ class Database:
         run("PRAGMA foreign_keys = ON")
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = FULL")
-        # What is deleted is overwritten.
-        run("PRAGMA secure_delete = ON")
+        run(f"PRAGMA secure_delete = {'ON' if self._forgets else 'OFF'}")
         for number, script in enumerate(migrations[found:], start=found + 1):
             numbers = f"PRAGMA user_version = {number}; PRAGMA application_id = {application};"
             try:
@@ -108,7 +116,7 @@ class Database:
         except sqlite3.DatabaseError as cause:
             code = (getattr(cause, "sqlite_errorcode", None) or 0) & 0xFF
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise RunInUse(f"another process has been writing to {path} for too long.", path=str(path)) from cause
+                raise in_use(path) from cause
             if code == sqlite3.SQLITE_FULL:
                 raise DiskFull(f"no space is left to write {path}. Nothing was changed: free space.") from cause
             if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR):
@@ -116,3 +124,10 @@ class Database:
             raise CheckpointCorrupt(
                 f"{path}, {self.what}, is broken: {cause}. Take it from a copy, or move it away.", path=str(path)
             ) from cause
+
+
+def in_use(path: Path) -> RunInUse:
+    """What is raised where another process does not let go of a file."""
+    return RunInUse(
+        f"another process has been writing to {path} for too long. Let it end, and try again.", path=str(path)
+    )

@@ -154,7 +154,7 @@ class Sessions:
             raise RunError(f"{directory} cannot hold sessions: {cause.strerror}. Choose another --data.") from cause
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._database = Database(directory / FILE, "sessions of meristem", APPLICATION, MIGRATIONS)
+            self._database = Database(directory / FILE, "sessions of meristem", APPLICATION, MIGRATIONS, forgets=True)
         except BlockingIOError as cause:
             self._held.close()
             raise RunInUse(
