@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -258,7 +259,7 @@ def test_the_queue_is_bounded_and_places_are_given_in_order():
 
 
 def test_an_order_that_fails_takes_no_other_along():
-    """A state of NaN, and a reader that raises, end their own orders with the error."""
+    """A state of NaN, a reader that raises and a listener that does, end their own orders with the error."""
 
     class Broken(torch.nn.Module):
         def forward(self, tokens_bt, state=None):
@@ -266,12 +267,14 @@ def test_an_order_that_fails_takes_no_other_along():
 
     moment, _ = read(WIDE, FRESH, (1, 2, 3))
     bad = Moment(moment.state, moment.logits_bo * float("nan"), 3)
-    asked = [Asked(WIDE, (1, 2)), Asked(WIDE, (), moment=bad), Asked(Broken(), (1,))]
+    deaf = Asked(WIDE, (1, 2))
+    deaf.order = replace(deaf.order, drawn=lambda token: {}["deaf"])
+    asked = [Asked(WIDE, (1, 2)), Asked(WIDE, (), moment=bad), Asked(Broken(), (1,)), deaf]
     engine = engine_of()
     for each in asked:
         engine.submit(each.order)
     run(engine)
-    assert [each.end.reason for each in asked] == ["length", "error", "error"]
+    assert [each.end.reason for each in asked] == ["length", "error", "error", "error"]
     assert asked[0].ids == alone(WIDE, (1, 2)).ids
     assert "not finite" in str(asked[1].end.error) and str(asked[2].end.error) == "broken"
 

@@ -353,7 +353,11 @@ class Engine:
             job.logits_bo = logits_bo[at : at + 1]
             job.n_tokens += 1
             job.n_drawn += 1
-            is_over = job.order.drawn(token)
+            try:
+                is_over = job.order.drawn(token)
+            except Exception as error:  # noqa: BLE001 - who listens may fail, not the engine
+                self._leave(batch, at, job, "error", error)
+                continue
             if is_over or job.n_drawn == job.order.max_tokens:
                 self._leave(batch, at, job, "stop" if is_over else "length")
 
