@@ -74,7 +74,6 @@ EXCUSED = {
     "tests/test_words.py": "the table",
     "src/meristem/checkpoint/migrate.py": "the table by which older files are read",
     "src/meristem/config/mistakes.py": "what others write, and ours for it",
-    "src/meristem/data/notebook_phrases.py": "what people say in a text that is made",
     "scripts/fixtures.py": "it runs with the version before these words",
 }
 _KEY = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, KEYS))})(?![\w.(])")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from meristem.data import tokenizer as tokenizers
 from meristem.data.config import TokenizerConfig
 from meristem.data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_from_bytes, train_tokenizer
-from meristem.errors import DataError, WrongValue
+from meristem.errors import DataError
 
 TEXTS = [
     b"def write(memory, key, value):\n    return memory + key * value\n" * 30,
@@ -165,27 +165,3 @@ def altered(**changes):
 def test_a_file_that_would_change_text_is_refused(content, message):
     with pytest.raises(DataError, match=message):
         tokenizer_from_bytes(content)
-
-
-def test_words_have_an_entry_each_and_what_has_none_is_cut_as_before():
-    """Whole and behind a space; the rarest pairs make room, and any text comes back."""
-    words, text = ("Oslo", "Ouagadougou", "Zürich"), "the ship and the ships of the sea, " * 30
-    plain = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=310), [text.encode()])
-    asked = TokenizerConfig(kind="bpe", vocab_size=310, words=words)
-    found = train_tokenizer(asked, [text.encode()])
-    assert found.vocab_size <= 310
-    assert all(len(found.encode(before + word)) == 1 for word in words for before in ("", " "))
-    for said in (text, "Oslos und Zürich, Ouagadou", "O s l o"):
-        assert found.decode(found.encode(said)) == said
-    ample = train_tokenizer(asked.model_copy(update={"vocab_size": 400}), [text.encode()])
-    assert [ample.tokens[i] for i in ample.encode(text)] == [plain.tokens[i] for i in plain.encode(text)]
-    assert tokenizer_from_bytes(found.to_bytes()).encode("to Oslo") == found.encode("to Oslo")
-
-
-def test_words_that_cannot_have_an_entry_are_refused():
-    with pytest.raises(WrongValue, match="2 words, whose entries find no place in 258"):
-        train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=258, words=("Oslo", "Paris")), [b"Oslo and Paris"])
-    with pytest.raises(ValueError, match="words holds 'New York'; give words of letters alone"):
-        TokenizerConfig(kind="bpe", words=("New York",))
-    with pytest.raises(ValueError, match="kind is byte"):
-        TokenizerConfig(words=("Oslo",))

@@ -10,14 +10,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import BinaryIO, Final, cast
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from meristem.errors import WorkerDied, WrongValue
+from meristem.errors import WorkerDied
 
 LONGEST_WORD: Final = 256
 """Bytes of a word while pairs are counted; a longer one counts as several, or each merge would read all of it again."""
@@ -46,60 +46,6 @@ def learn(vocab_size: int, texts: Iterable[str]) -> bytes:
         if size_bytes > _AT_ONCE_BYTES:
             return _learn_apart(vocab_size, itertools.chain(first, rest))
     return _learn_here(vocab_size, first)
-
-
-def with_words(content: bytes, words: Sequence[str], vocab_size: int) -> bytes:
-    """The file with an entry for each word, and for each behind a space, at most ``vocab_size`` entries in all.
-
-    The pairs that make a word of what it was cut into come last, so that what no such pair is in is cut as before. They
-    take the places of the rarest pairs that were learned. Raises WrongValue where they have no place.
-    """
-    described = json.loads(content)
-    cutter = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    forms = [cutter.pre_tokenize_str(f"{before}{word}")[0][0] for word in words for before in ("", " ")]
-    letters = [token for token in described["model"]["vocab"] if len(token) == 1]
-    learned = [(first, second) for first, second in described["model"]["merges"]]
-    added = _pairs_for(forms, learned)
-    while len(entries := dict.fromkeys([*letters, *map("".join, (*learned, *added))])) > vocab_size:
-        n_kept = vocab_size - len(letters) - len(added)
-        if n_kept < 0:
-            raise WrongValue(
-                f"tokenizer.words holds {len(words)} words, whose entries find no place in {vocab_size}. Give fewer "
-                f"words, or a larger tokenizer.vocab_size.",
-                value=vocab_size,
-            )
-        learned = learned[:n_kept]
-        added = _pairs_for(forms, learned)
-    described["model"] |= {
-        "vocab": {token: number for number, token in enumerate(entries)},
-        "merges": [*learned, *added],
-    }
-    return json.dumps(described, ensure_ascii=False).encode()
-
-
-def _pairs_for(forms: Iterable[str], learned: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The pairs behind those that were learned by which each form becomes one entry, from its first letter on."""
-    ranks = {pair: rank for rank, pair in enumerate(learned)}
-    added: list[tuple[str, str]] = []
-    for form in forms:
-        parts = _parts(form, ranks)
-        while len(parts) > 1:
-            pair = parts[0], parts[1]
-            ranks[pair] = len(ranks)
-            added.append(pair)
-            parts = _parts(form, ranks)
-    return added
-
-
-def _parts(form: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """What the byte pairs cut a word into: of all that stand in it the one that was learned first is joined."""
-    parts = list(form)
-    while len(parts) > 1:
-        rank, at = min((ranks.get(pair, len(ranks)), at) for at, pair in enumerate(itertools.pairwise(parts)))
-        if rank == len(ranks):
-            break
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
 
 
 def serve(vocab_size: int) -> None:

@@ -18,26 +18,11 @@ class TokenizerConfig(ConfigSection):
     """How text becomes ids."""
 
     outside_identity: ClassVar = frozenset()
-    outside_while_null: ClassVar = frozenset({"words"})
 
     kind: Literal["byte", "bpe"] = Field(
         default="byte", description="byte: 256 ids, one per byte; bpe: byte pairs learned from the training text"
     )
     vocab_size: int = Field(default=2048, ge=256, le=1 << 20, description="most entries a bpe may have; byte has 256")
-    words: tuple[str, ...] | None = Field(
-        default=None,
-        min_length=1,
-        description="words, of letters alone, that have an entry of a bpe each, and one behind a space",
-    )
-
-    @model_validator(mode="after")
-    def _words_are_words(self) -> Self:
-        wrong = [word for word in self.words or () if not word.isalpha()]
-        if wrong:
-            raise ValueError(f"words holds {', '.join(map(repr, wrong[:5]))}; give words of letters alone")
-        if self.words and self.kind == "byte":
-            raise ValueError("words are given, and kind is byte, which has no entries for them; set kind to bpe")
-        return self
 
 
 class NotebookConfig(ConfigSection):

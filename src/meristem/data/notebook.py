@@ -19,21 +19,8 @@ from typing import Final, TypeVar
 
 from meristem.data.config import NotebookConfig
 from meristem.data.notebook_names import CITIES, IN_USE, NAMES, PLACES
-from meristem.data.notebook_own import OWN
-from meristem.data.notebook_phrases import (
-    ADDED,
-    ASKING,
-    CORRECTIONS,
-    ECHOES,
-    NEWS,
-    OPENINGS,
-    REPLIES,
-    SAYING,
-    TAGS,
-    TITLES,
-    UNTOLD,
-)
-from meristem.data.notebook_words import ATTRIBUTES, HELD_OUT, Attribute
+from meristem.data.notebook_phrases import CORRECTIONS, ECHOES, LEADS, NEWS, REPLIES, TITLES, UNTOLD
+from meristem.data.notebook_words import ATTRIBUTES, HELD_OUT, OWN, Attribute
 from meristem.data.split import assign, ratios_for
 from meristem.errors import DataError
 
@@ -74,12 +61,7 @@ TITLED: Final = 0.15
 """Shares of the sentences that have a lead, of the new facts that are about somebody of whom one is known, and, in a
 conversation, of those that are about whoever speaks, and of the sentences that have a title before the name."""
 
-OPENED: Final = 0.4
-ENDED_OTHERWISE: Final = 0.15
-"""Shares of the answers that have an opening of any, and of the statements and questions that end in other words."""
-
 USUAL: Final = 0.5
-TOWNS: Final = 0.7
 """Share of the names that are names in use, and least share of the homes that are towns that there are."""
 
 SPEAKER: Final = "I"
@@ -264,30 +246,14 @@ class _Writer:
         is_new = self.is_held_out and self.dice.share() < 0.5
         return self.dice.pick(wordings(choices, is_new)), is_new
 
-    def _statement(self, attribute: Attribute) -> tuple[str, bool]:
-        """A statement, at times behind a lead, with a title before the name, with other words at its end."""
-        wording, is_new = self._sentence(attribute.statements, SAYING)
-        if wording.endswith("{v}.") and self.dice.share() < ENDED_OTHERWISE:
-            wording = wording[:-1] + self.dice.pick(ADDED)
-        return wording, is_new
-
-    def _question(self, attribute: Attribute) -> tuple[str, str, bool]:
-        """A question and its answer, at times in such words, and behind what opens any answer."""
-        wording, is_new = self._sentence(attribute.questions, ASKING)
-        question, answer = ANSWER.split(wording, maxsplit=1)
-        if question.endswith("?") and self.dice.share() < ENDED_OTHERWISE:
-            question = question[:-1] + self.dice.pick(TAGS)
-        if not answer.startswith('"') and self.dice.share() < OPENED:
-            answer = _behind(self.dice.pick(wordings(OPENINGS, is_new)), answer)
-        return question, answer, is_new
-
-    def _sentence(self, choices: Sequence[str], leads: Sequence[str]) -> tuple[str, bool]:
+    def _sentence(self, choices: Sequence[str]) -> tuple[str, bool]:
+        """The same, at times behind a lead, and with a title before the name."""
         wording, is_new = self._wording(choices)
         if self.dice.share() < TITLED:
             title = self.dice.pick(TITLES)
             wording = wording.replace("{s}", f"{title.capitalize() if wording.startswith('{s}') else title} {{s}}")
         if self.dice.share() < LED:
-            wording = _behind(self.dice.pick(leads), wording)
+            wording = _behind(self.dice.pick(LEADS), wording)
         return wording, is_new
 
     def _tell(self) -> bool:
@@ -299,7 +265,7 @@ class _Writer:
             mentionable = (fact for fact in told[first:] + told[:first] if not self._is_forbidden(fact))
             return any(self._mention(fact) for fact in itertools.islice(mentionable, 1))
         fact = self.facts[subject, attribute.name] = _Fact(subject, attribute, self._value(attribute))
-        fact.last = self._append(self._statement(attribute)[0] + self._ending(), fact)
+        fact.last = self._append(self._sentence(attribute.statements)[0] + self._ending(), fact)
         self._respond(fact)
         self._schedule(fact)
         return True
@@ -322,7 +288,7 @@ class _Writer:
         found = but
         while found == but:
             values: Sequence[str] = attribute.values
-            if values is PLACES and self.dice.share() < TOWNS:
+            if values is PLACES and self.dice.share() < USUAL:
                 values = CITIES
             found = self.dice.pick(values) if values else self._name()
         return found
@@ -341,13 +307,14 @@ class _Writer:
         if self.dice.share() < CHANGED:
             self._correct(fact)
         elif self.dice.share() < STATED:
-            wording, is_new = self._statement(fact.attribute)
+            wording, is_new = self._sentence(fact.attribute.statements)
             self._recall(wording + self._ending(), fact, is_new)
         else:
-            question, answer, is_new = self._question(fact.attribute)
+            wording, is_new = self._sentence(fact.attribute.questions)
             if not self.is_talk:
-                self._recall(f"{question} {answer} ", fact, is_new)
+                self._recall(f"{wording} ", fact, is_new)
             else:
+                question, answer = ANSWER.split(wording, maxsplit=1)
                 self._recall(f"{question}\n{answer}\n\n", fact, is_new)
                 if self.dice.share() < ASKED_UNTOLD:
                     self._ask_untold()
@@ -372,7 +339,7 @@ class _Writer:
         """A question, in a conversation, of which nothing was said, and that one does not know."""
         subject, attribute = self._topic()
         if (subject, attribute.name) not in self.facts:
-            question, _, _ = self._question(attribute)
+            question = ANSWER.split(self._sentence(attribute.questions)[0], maxsplit=1)[0]
             self._put(f"{question.format(s=subject)}\n{self.dice.pick(UNTOLD)}\n\n", is_fact=True)
 
     def _ending(self) -> str:

@@ -26,8 +26,7 @@ class Attribute:
     questions: tuple[str, ...]
 
 
-def attribute(name: str, values: tuple[str, ...], statements: str, questions: str) -> Attribute:
-    """One from its wordings, a line each."""
+def _attribute(name: str, values: tuple[str, ...], statements: str, questions: str) -> Attribute:
     return Attribute(name, values, tuple(statements.strip().split("\n")), tuple(questions.strip().split("\n")))
 
 
@@ -55,12 +54,6 @@ Note for {{s}}: {what} {v}.
 About {{s}}: the {what} is {v}.
 {{s}}, {what}: {v}.
 It is known that the {what} of {{s}} is {v}.
-{{s}} calls {v} the right {what}.
-In the list {{s}} stands with {v} as the {what}.
-Concerning {{s}}, the {what} would be {v}.
-The right {what} for {{s}} is {v}.
-{{s}} will tell anybody that the {what} is {v}.
-The {what} belonging to {{s}} is {v}.
 {{s}} told me the {what}: {v}.
 The {what} that {{s}} gave was {v}.
 Write down for {{s}} that the {what} is {v}.
@@ -87,30 +80,17 @@ And {{s}}, which {what}? That is {v}.
 The {what} of {{s}}, please? That is {v}.
 {{s}}, {what}? {v}.
 Is the {what} of {{s}} known? It is {v}.
-How about {{s}}'s {what}? It is {v}.
-What about the {what} of {{s}}? That is {v}.
-{{s}} has which {what}? {v}.
-I would like to know {{s}}'s {what}. That is {v}.
-Please tell me the {what} of {{s}}. It is {v}.
-Somebody asked about {{s}}'s {what}. They can hear it: {v}.
-Have I told you {{s}}'s {what}? You have: {v}.
-Which {what} did I say {{s}} has? You mentioned {v}.
-What would you call {{s}}'s {what}? I call it {v}.
-Does anybody know {{s}}'s {what}? Everybody does: {v}.
-Guess the {what} of {{s}}. My guess is {v}.
-What is it that {{s}} has as {a} {what}? Simply {v}.
-Name {{s}}'s {what}. Here it is: {v}.
 Say the {what} of {{s}}. It is {v}.
 What did {{s}} give as the {what}? It was {v}.
 And if they want the {what} of {{s}}? It is {v}.
 Who remembers the {what} of {{s}}? I do: {v}.
 Can you remember the {what} of {{s}}? Certainly: {v}.
 Should somebody want to know the {what} of {{s}}, what do you say? I say {v}."""
-    return attribute(what, values, statements, questions)
+    return _attribute(what, values, statements, questions)
 
 
 ATTRIBUTES: Final = (
-    attribute(
+    _attribute(
         "home",
         PLACES,
         """
@@ -139,18 +119,6 @@ Letters for {s} go to {v}.
 The house of {s} stands in {v}.
 The town of {s} is {v}.
 {s} went to live in {v}.
-{s} rents a room in {v}.
-{s} found a home in {v}.
-{s} spends every winter in {v}.
-{s} built a house in {v}.
-{s} grew old in {v}.
-{s} keeps a garden in {v}.
-{s} belongs to {v}.
-{s} never leaves {v}.
-{s} dwells in {v}.
-To visit {s} we went to {v}.
-The train to {s} goes to {v}.
-{s}, town: {v}.
 One meets {s} in {v}.
 Home, for {s}, means {v}.
 These days {s} resides in {v}.""",
@@ -177,23 +145,13 @@ And {s}, which town? That is {v}.
 Where is {s} from? From {v}.
 Where does {s} come from? From {v}.
 Where is {s} at home? In {v}.
-Where is the home of {s}? They told me in {v}.
-How about {s}, where is that home? Somewhere in {v}.
-Does {s} live in a town? Yes, that of {v}.
-Where should I send a letter to {s}? Send it to {v}.
-Where did I say {s} lives? You mentioned {v}.
-Where might {s} be found? Try {v}.
-I would like to visit {s}. Then go to {v}.
-Which place is home to {s}? That place is {v}.
-Where does one go to meet {s}? One goes to {v}.
-Name the town of {s}. Here it is: {v}.
 What is the town of {s}? It is {v}.
 {s}, which town? {v}.
 Who knows where {s} lives? I do: in {v}.
 In what place would one visit {s}? In {v}.
 Could you say where {s} resides? Certainly: in {v}.""",
     ),
-    attribute(
+    _attribute(
         "work",
         tuple(
             (
@@ -248,12 +206,6 @@ What has {s} become? A {v}.
 What is {s} known as? As a {v}.
 As what was {s} trained? As a {v}.
 Is the trade of {s} known? That of a {v}.
-How about the trade of {s}? Simply a {v}.
-What did I say {s} does? You mentioned a {v}.
-What would you call {s}? I call {s} a {v}.
-Name the trade of {s}. Here it is: a {v}.
-Guess the trade of {s}. My guess is a {v}.
-What is {s} paid for? For the work of a {v}.
 Who remembers the work of {s}? I do: a {v}.
 What was {s} hired as? As a {v}.
 What does {s} do for a living? The work of a {v}.""",
@@ -473,3 +425,172 @@ Who does {s} love? {v}.
 Who is {s} together with? With {v}.""",
     ),
 )
+
+
+def _own(what: str, statements: str, questions: str, article: str = "") -> Attribute:
+    """An attribute of whoever speaks, in words of its own, and in words that any may have behind them."""
+    values, v = next((each.values for each in ATTRIBUTES if each.name == what), ()), f"{article}{{v}}"
+    statements += f"""
+My {what} is {v}.
+As for me, my {what} is {v}.
+About me: my {what} is {v}.
+Remember my {what}: {v}.
+My {what}: {v}.
+Note that my {what} is {v}.
+I told you my {what}: {v}.
+You should know that my {what} is {v}.
+Write down that my {what} is {v}."""
+    questions += f"""
+What is my {what}? It is {v}.
+Do you know my {what}? Yes, {v}.
+And my {what}? That is {v}.
+My {what}, please? That is {v}.
+My {what}? {v}.
+Can you tell me my {what}? It is {v}.
+Say my {what}. It is {v}.
+Who remembers my {what}? I do: {v}.
+Do you remember my {what}? Certainly: {v}."""
+    return _attribute(what, values, statements, questions)
+
+
+OWN: Final = (
+    _own(
+        "name",
+        """
+I am {v}.
+Call me {v}.
+People call me {v}.
+I am called {v}.""",
+        """
+Who am I? You are {v}.
+How am I called? You are {v}.
+What do people call me? They call you {v}.""",
+    ),
+    _own(
+        "home",
+        """
+I live in {v}.
+I come from {v}.
+I am from {v}.
+I have a house in {v}.
+I moved to {v}.""",
+        """
+Where do I live? In {v}.
+Where am I from? From {v}.
+Where do I come from? From {v}.
+Where is my house? In {v}.""",
+    ),
+    _own(
+        "work",
+        """
+I work as a {v}.
+I am a {v}.
+By trade I am a {v}.
+I earn a living as a {v}.""",
+        """
+What do I work as? As a {v}.
+What am I by trade? A {v}.
+What is my job? That of a {v}.""",
+        article="that of a ",
+    ),
+    _own(
+        "favourite colour",
+        """
+I like {v} best of all colours.
+I love the colour {v}.""",
+        """
+Which colour do I like best? It is {v}.
+What colour do I love? It is {v}.""",
+    ),
+    _own(
+        "favourite food",
+        """
+I like {v}.
+I love {v}.
+I like to eat {v}.
+I eat {v} every day.""",
+        """
+What do I like to eat? That would be {v}.
+What do I eat? That would be {v}.
+What food do I love? That would be {v}.""",
+    ),
+    _own(
+        "pet",
+        """
+I have a {v}.
+I keep a {v}.
+I have got a {v}.
+I have a pet {v}.""",
+        """
+What pet do I keep? A {v}.
+What animal do I have? A {v}.
+Do I have a pet? Yes, a {v}.""",
+        article="a ",
+    ),
+    _own(
+        "meeting day",
+        """
+I come on {v}.
+I will be here on {v}.""",
+        """
+When do I come? On {v}.
+When will I be here? On {v}.""",
+    ),
+    _own(
+        "first language",
+        """
+I speak {v}.
+At home I speak {v}.
+I grew up with {v}.""",
+        """
+What language do I speak? {v}.
+Which language did I grow up with? {v}.""",
+    ),
+    _own(
+        "instrument",
+        """
+I play the {v}.
+I am learning the {v}.""",
+        """
+What do I play? The {v}.
+Which instrument do I play? The {v}.""",
+        article="the ",
+    ),
+    _own(
+        "birth month",
+        """
+I was born in {v}.
+My birthday is in {v}.""",
+        """
+When was I born? In {v}.
+When is my birthday? In {v}.""",
+    ),
+    _own(
+        "door code",
+        """
+I open the door with {v}.
+My code is {v}.""",
+        """
+What is my code? It is {v}.
+How do I open the door? With {v}.""",
+    ),
+    _own(
+        "age",
+        """
+I am {v} years old.
+I have turned {v}.""",
+        """
+How old am I? {v}.
+How old am I now? {v} years old.""",
+    ),
+    _own(
+        "partner",
+        """
+I am married to {v}.
+I live with {v}.""",
+        """
+Who am I married to? To {v}.
+Who do I live with? With {v}.""",
+    ),
+)
+"""What somebody may say of themselves, in a conversation. A ``name`` has the names of persons as its values."""

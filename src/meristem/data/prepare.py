@@ -245,9 +245,7 @@ def _settings(source: sources.Source, data: DataConfig, tokenizer: TokenizerConf
     if isinstance(tokenizer, Tokenizer):
         vocabulary: dict[str, object] = {"fingerprint": tokenizer.fingerprint}
     else:
-        without = {"vocab_size"} if tokenizer.kind == "byte" else set()
-        # A corpus from before there were words is the same as one without them.
-        vocabulary = tokenizer.model_dump(exclude=without if tokenizer.words else without | {"words"})
+        vocabulary = tokenizer.model_dump(exclude={"vocab_size"} if tokenizer.kind == "byte" else None)
     return {
         "version": VERSION,
         "name": source.name,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
 
-from meristem.data import files, notebook, notebook_names, notebook_own, notebook_phrases, notebook_words
+from meristem.data import files, notebook, notebook_names, notebook_phrases, notebook_words
 from meristem.data.config import DataConfig
 from meristem.data.download import Registered, available, local, registered
 from meristem.errors import DataError
@@ -186,7 +186,7 @@ def _topic_paths() -> list[Path]:
 
 def _notebook_paths() -> list[Path]:
     """Its prose, and the modules that make it: another version of them makes another text."""
-    made_by = (notebook, notebook_names, notebook_own, notebook_phrases, notebook_words)
+    made_by = (notebook, notebook_names, notebook_phrases, notebook_words)
     return [*_topic_paths(), *(Path(inspect.getfile(each)) for each in made_by)]
 
 

@@ -17,7 +17,7 @@ import orjson
 import tokenizers
 
 from meristem.checkpoint.atomic import sha256, write_atomic
-from meristem.data.byte_pairs import learn, with_words
+from meristem.data.byte_pairs import learn
 from meristem.data.config import TokenizerConfig
 from meristem.data.files import read
 from meristem.errors import DataError
@@ -141,8 +141,6 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[bytes]) -> Tokenize
     if config.kind == "byte":
         return byte_tokenizer()
     content = learn(config.vocab_size, (_text(portion) for text in texts for portion in _portions(text)))
-    if config.words:
-        content = with_words(content, config.words, config.vocab_size)
     return tokenizer_from_bytes(content)
 
 
