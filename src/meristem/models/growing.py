@@ -162,6 +162,7 @@ class GrowConfig(ConfigSection):
     )
     certify: bool | None = Field(
         default=None,
+        examples=[True],
         description="G1: whether a seed is probed in a copy of its slot before it learns, in another process",
     )
     embargo_steps: int = Field(default=200, ge=0, description="steps for which a slot is locked after a first cull")
