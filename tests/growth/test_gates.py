@@ -36,8 +36,16 @@ GOOD: dict[str, tuple[Any, Callable[[Any], GateResult]]] = {
         lambda found: gates.sanity(LIFE, found, params_ratio=4.0, flops_ratio=4.0, step=STEP),
     ),
     "G1": (
-        gates.Health(changes=0.0, n_reached=1, is_owned=True, is_grouped=True, is_stored=True, is_isolated=True),
-        lambda found: gates.health(LIFE, found, changes_most=0.0, step=STEP),
+        gates.Health(
+            changes=0.0,
+            n_reached=1,
+            is_owned=True,
+            is_grouped=True,
+            is_stored=True,
+            is_isolated=True,
+            is_certified=True,
+        ),
+        lambda found: gates.health(LIFE, found, changes_most=0.0, step=STEP, needs_certificate=True),
     ),
     "G2": (
         gates.Stability(gained=paired(0.01), gradient_ratio=0.1),
@@ -80,6 +88,7 @@ BAD: dict[str, dict[str, Any]] = {
         "is_grouped": False,
         "is_stored": False,
         "is_isolated": False,
+        "is_certified": False,
     },
     "G2": {"gained": paired(0.001), "gradient_ratio": 1e-4},
     "G3": {"weight": 0.69, "size_ratio": 4.1, "spread_ratio": 2.1, "registered": ()},

@@ -12,6 +12,7 @@ from safetensors import torch as safetensors
 from torch import nn
 
 from meristem.checkpoint.atomic import sha256, write_atomic
+from meristem.device.resolve import DTYPES
 from meristem.errors import WorkerError
 from meristem.events import Emit, Event, silent
 from meristem.growth.attach import find_slot
@@ -64,7 +65,7 @@ class Certifier:
         payload = {
             "slot": [slot, place.reads, [*place.widths], place.layout],
             "origins": [_origin(cast(Seed, part)) for _, part in place.parts],
-            "dtype": str(next(seed.parameters()).dtype).partition(".")[2],
+            "dtype": str(next(seed.parameters()).dtype),
             "path": str(path),
         }
         self._begun[slot] = self._threads.submit(self._certified, payload)
@@ -100,6 +101,6 @@ def certify_in_child(payload: Mapping[str, Any]) -> dict[str, Any]:
     *settled, seed = [Seed(Origin(**each), place.widths, name) for each in payload["origins"]]
     place.settled.extend(settled)
     place.seed = seed
-    place.to(getattr(torch, payload["dtype"]))
+    place.to(next(dtype for dtype in DTYPES.values() if str(dtype) == payload["dtype"]))
     place.load_state_dict(safetensors.load_file(payload["path"]))
     return certify_in(place, seed).to_json()
