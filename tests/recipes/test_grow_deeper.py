@@ -72,7 +72,7 @@ def test_what_a_state_carries_moves_with_its_block(text, tmp_path):
     """In text that is read on and on, the memory of a block goes on in it, and a new one begins."""
     run_to_the_end(deepened(text, "insert", "data.order=sequential", "train.steps=9"), tmp_path / "run")
     assert garden(tmp_path / "run")["deepened"] == [4]
-    assert {name.split("/")[1] for name in last(tmp_path / "run").tree("memory")} == {"0", "1", "2", "3"}
+    assert {name.split(".")[1] for name in last(tmp_path / "run").tree("memory")} == {"0", "1", "2", "3"}
 
 
 def test_a_budget_of_operations_is_spent_and_counted(text, tmp_path):

@@ -106,7 +106,7 @@ class Slot(nn.Module):
 
     seed: nn.Module | None
     settled: nn.ModuleList
-    tape: Tape | None = None
+    tape: Tape | None
 
     def __init__(self, name: str, *, reads: Reads, widths: tuple[int, int], layout: Layout) -> None:
         super().__init__()
@@ -115,6 +115,7 @@ class Slot(nn.Module):
         self.entry = f"{CHILD}_{[part for part in ('', *name.split('.')) if not part.isdecimal()][-1]}"
         self.register_module("seed", None)
         self.settled = nn.ModuleList()
+        self.tape = None  # of the slot, not of its class: a compiled block would be compiled anew at the first one
 
     @property
     def parts(self) -> list[tuple[str, Growing]]:
