@@ -86,6 +86,8 @@ def plot_growth(path: Path, results: Mapping[str, Mapping[str, Result[ArmCell]]]
         beside = [flops * (1 + 0.02 * place) for flops in at]  # so that each interval is seen
         last.errorbar(beside, [each.mean for each in found], yerr=halves, capsize=3, **_style(place), label=name)
     last.set(xlabel="budget in operations", xscale="log", ylabel="bits per byte at the end, with 95 %")
+    for axes in (*panels, last):
+        axes.tick_params(axis="x", which="minor", labelbottom=False)  # they would stand over each other
     last.legend(fontsize="x-small")
     write_figure(path, figure)
 
