@@ -11,9 +11,8 @@ from meristem.bench.growth import ArmCell, GrowthConfig, arm_cells, read_growth
 from meristem.bench.growth_verdict import growth_page, is_worth_it, measured, verdict
 from meristem.bench.picture import plot_growth
 from meristem.bench.trial import Outcome, Trial, running
-from meristem.bench.tuned import Known, Result, origin, read_known, result_of, run_missing, trials_of
+from meristem.bench.tuned import Known, Result, origin, read_known, report_of, result_of, run_missing, trials_of
 from meristem.checkpoint.atomic import write_atomic
-from meristem.device.describe import code_version, hardware
 from meristem.errors import MissingExtra
 
 SCHEMA: Final = "meristem.growth/1"
@@ -70,12 +69,7 @@ def write_growth(
     outcomes = [outcome for key, outcome in known.items() if key in used]
     results = results_of(config, planned, known)
     picture = out.with_suffix(".png")
-    report = {
-        "schema": SCHEMA,
-        "hardware": hardware(),
-        "code": code_version(),
-        "settings": config.model_dump(mode="json"),
-        "outcomes": [outcome.to_json() for outcome in outcomes],
+    report = report_of(SCHEMA, config, outcomes) | {
         "sentences": verdict(config, results),
         "is_worth_it": is_worth_it(config, results),
     }

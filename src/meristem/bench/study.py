@@ -10,10 +10,9 @@ from meristem.bench import tuned
 from meristem.bench.evidence import Cell, EvidenceConfig, cells, groups, read_evidence
 from meristem.bench.picture import plot_table
 from meristem.bench.trial import Measures, Trial, running
-from meristem.bench.tuned import Known, Result, origin, read_known, run_missing, trials_of
+from meristem.bench.tuned import Known, Result, origin, read_known, report_of, run_missing, trials_of
 from meristem.bench.verdict import page, sentences
 from meristem.checkpoint.atomic import write_atomic
-from meristem.device.describe import code_version, hardware
 from meristem.errors import MissingExtra
 
 SCHEMA: Final = "meristem.evidence/1"
@@ -87,12 +86,7 @@ def write(out: Path, config: EvidenceConfig, planned: Sequence[Cell], known: Kno
     drawn = {table: picture(out, table) for table, own in by_table.items() if any(one.is_measured for one in own)}
     pictures = {table: path.name for table, path in drawn.items() if path.exists()}
     said = {table: list(sentences(config, table, own)) for table, own in by_table.items()}
-    report = {
-        "schema": SCHEMA,
-        "hardware": hardware(),
-        "code": code_version(),
-        "settings": config.model_dump(mode="json"),
-        "outcomes": [outcome.to_json() for outcome in outcomes],
+    report = report_of(SCHEMA, config, outcomes) | {
         "sentences": said,
     }
     write_atomic(out.with_suffix(".json"), orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")

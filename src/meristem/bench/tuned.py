@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import orjson
 
 from meristem.bench.trial import Measures, Outcome, Runner, Trial
 from meristem.bench.tuning import TunedConfig
-from meristem.device.describe import code_version
+from meristem.device.describe import code_version, hardware
 from meristem.errors import BadRecords
 from meristem.runs.config import Config
 from meristem.train.config import TrainConfig
@@ -132,6 +132,17 @@ def read_known(path: Path, schema: str) -> dict[str, Outcome]:
             f"{path} holds no evidence ({cause}), and would be overwritten. Move it away, or choose another --out.",
             path=str(path),
         ) from cause
+
+
+def report_of(schema: str, config: TunedConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What the JSON of any study holds, from which ``read_known`` takes its outcomes."""
+    return {
+        "schema": schema,
+        "hardware": hardware(),
+        "code": code_version(),
+        "settings": config.model_dump(mode="json"),
+        "outcomes": [outcome.to_json() for outcome in outcomes],
+    }
 
 
 def tuning_words(config: TunedConfig) -> str:

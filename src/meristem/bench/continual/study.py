@@ -12,10 +12,9 @@ from meristem.bench.continual.page import Arm, draw, page
 from meristem.bench.continual.settings import ContinualConfig, HostConfig, read_continual
 from meristem.bench.continual.trial import Trained, Trial, run, trained_host
 from meristem.bench.trial import Outcome
-from meristem.bench.tuned import Known, origin, read_known
+from meristem.bench.tuned import Known, origin, read_known, report_of
 from meristem.checkpoint.atomic import write_atomic
 from meristem.config import fingerprint
-from meristem.device.describe import code_version, hardware
 from meristem.errors import MissingExtra
 
 SCHEMA: Final = "meristem.continual/1"
@@ -145,13 +144,7 @@ def _write(
     used |= {outcome.fingerprint for arms in found.values() for arm in arms for outcome in arm.by_seed.values()}
     absent = tuple(f"{name}, " for name in tree.hosts if name not in found)
     outcomes = [one for one in known.values() if one.fingerprint in used or one.name.startswith(absent)]
-    report = {
-        "schema": SCHEMA,
-        "hardware": hardware(),
-        "code": code_version(),
-        "settings": tree.model_dump(mode="json"),
-        "outcomes": [outcome.to_json() for outcome in outcomes],
-    }
+    report = report_of(SCHEMA, tree, outcomes)
     write_atomic(out.with_suffix(".json"), orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
     title, picture = origin(tree, outcomes, command), picture_of(out)
     text = page(tree, found, title=title, left_out=left_out, picture=picture.name if picture.exists() else None)
