@@ -1,6 +1,7 @@
 # Makes .venv ready to run meristem and its tests; sourced by ./demo, ./check and .ci/run from the root of the repository.
 #
 # PYTHON=/path/to/python     builds the environment with this interpreter
+# MERISTEM_EXTRAS=ci         installs these extras as well
 # MERISTEM_TORCH=any         accepts whichever build of torch pip offers, however large
 
 fail() {
@@ -90,4 +91,10 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$(stamp)" ]; then
     .venv/bin/python -m pip install $pip_options -c constraints.txt -e '.[plot,serve,test,lint]' ||
         fail "pip could not install the requirements; its message stands above. Is the network there?"
     stamp >.venv/stamp
+fi
+if [ -n "${MERISTEM_EXTRAS:-}" ] && [ "$(cat .venv/extras 2>/dev/null)" != "$(stamp) $MERISTEM_EXTRAS" ]; then
+    echo "Installing the extras $MERISTEM_EXTRAS into .venv ..." >&2
+    .venv/bin/python -m pip install $pip_options -c constraints.txt -e ".[$MERISTEM_EXTRAS]" ||
+        fail "pip could not install the extras; its message stands above. Is the network there?"
+    echo "$(stamp) $MERISTEM_EXTRAS" >.venv/extras
 fi

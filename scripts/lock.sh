@@ -7,7 +7,7 @@ clean=$(mktemp -d)
 trap 'rm -rf "$clean"' EXIT
 "${PYTHON:-python3}" -m venv "$clean/venv"
 "$clean/venv/bin/python" -m pip install -qq --upgrade pip
-"$clean/venv/bin/python" -m pip install -qq -e '.[plot,serve,test,lint]'
+"$clean/venv/bin/python" -m pip install -qq -e '.[plot,serve,test,lint,ci]'
 "$clean/venv/bin/python" -m pip check
 {
     echo "# Written by scripts/lock.sh in a clean environment: $("$clean/venv/bin/python" --version), CPU build of torch."

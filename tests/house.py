@@ -213,6 +213,18 @@ def others_gpus(source: Module) -> list[str]:
     return found
 
 
+def stand_ins(source: Module) -> list[str]:
+    """Places that go on after a failed import, with something in place of what is missing or without it unsaid."""
+    return [
+        source.at(node, "an import that fails has to end in raise or return")
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.ExceptHandler)
+        and node.type is not None
+        and re.search(r"\b(ImportError|ModuleNotFoundError)\b", ast.unparse(node.type))
+        and not isinstance(node.body[-1], ast.Raise | ast.Return)
+    ]
+
+
 def import_hooks(source: Module) -> list[str]:
     """jaxtyping's import hook and its bare decorator: both break under torch.compile (platform.md 3.2)."""
     found = []

@@ -151,5 +151,5 @@ def test_scripts_are_executable(script: str) -> None:
 def test_constraints_are_exact_and_local_to_nobody() -> None:
     """Versions only: no hashes, no index lines, no build labels, no addresses."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
-    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[0-9.]+", line)] == []
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?", line)] == []
     assert f"torch=={TORCH}" in lines

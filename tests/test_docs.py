@@ -5,9 +5,11 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +20,8 @@ from meristem.memory.named import rules
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 # What a reader types for minutes runs for seconds here: the same commands, a smaller job. ./check only collects.
 SMALL = {
@@ -36,40 +39,77 @@ SMALL = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
-    """In order, in a copy of the tracked files, with the environment that this test itself runs in."""
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_every_block_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CX-12.1: in order, in a copy of the tracked files, with the environment that this test itself runs in."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / name)
     borrow_environment(tmp_path)
-    environment = os.environ | SMALL | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    environment["MERISTEM_CACHE"] = str(tmp_path / "cache")
-    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert {language for language, _ in blocks} == {"sh", "python"}
-    for language, text in blocks:
-        command = ["sh", "-eu", "-c", text] if language == "sh" else [sys.executable, "-c", text]
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
-        assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-
-
-def test_every_session_of_the_page_on_growth_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A session begins with its imports; any other block shows a few lines of one."""
-    page = (ROOT / "docs" / "growth.md").read_text(encoding="utf-8")
-    blocks = [text for language, text in BLOCK.findall(page) if language == "python"]
-    sessions = [text for text in blocks if text.startswith("import ")]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for name, value in (SMALL | {"PATH": path, "MERISTEM_CACHE": str(tmp_path / "cache")}).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
+    run_already = set() if page == "README.md" else set((ROOT / "README.md").read_text(encoding="utf-8").splitlines())
+    for language, text in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(text, page, "exec"), {})
+        elif language == "sh":
+            for line in text.replace("\\\n", " ").splitlines():
+                if line not in run_already:
+                    run_line(line, monkeypatch)
+        else:  # a conversation, which a test of its own runs
+            assert language == "console"
+
+
+def run_line(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of a shell; what it calls of ours runs in this process, which has imported everything once."""
+    from meristem.cli import run
+
+    command, _, otherwise = line.partition(" || ")
+    before, bar, ours = command.rpartition(" | ")
+    if not ours.startswith("meristem "):
+        before, bar, ours = command, "|", ""
+    typed = ""
+    if bar:
+        done = subprocess.run(
+            ["sh", "-eu", "-c", before], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        typed = done.stdout
+    if ours:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        assert run(shlex.split(ours, comments=True)[1:]) == (1 if otherwise == "true" else 0), line
+
+
+@pytest.mark.extras
+@pytest.mark.timeout(900)
+def test_the_tour_ends_with_the_same_text_from_both(tmp_path: Path) -> None:
+    """From records of a user to a folder of transformers, each block in a process of its own."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"MERISTEM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    printed = []
+    for language, text in BLOCK.findall((ROOT / "docs" / "tour.md").read_text(encoding="utf-8")):
+        command = ["sh", "-eu", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+        assert done.returncode == 0, f"{text}\n{done.stderr.decode()[-2000:]}"
+        printed.append(done.stdout.decode())
+    assert list((tmp_path / "runs" / "notes" / "tensorboard").iterdir())
+    assert printed[-2].strip() and printed[-2].strip() == printed[-1].strip()
+
+
+@pytest.mark.parametrize("name", ["growth.md", "python.md", "sessions.md"])
+def test_every_python_session_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CX-12.1: A session begins with its imports; any other block shows a few lines of one."""
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    blocks = [text for language, text in BLOCK.findall(page) if language == "python"]
+    sessions = [text for text in blocks if text.startswith(("import ", "from "))]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rules, "_entries", dict(rules._entries))  # a page may register a rule
     for text in sessions:
-        exec(compile(text, "docs/growth.md", "exec"), {})
+        exec(compile(text, name, "exec"), {})
     assert sessions
 
 
@@ -124,17 +164,56 @@ def test_a_rule_that_is_not_on_the_page_makes_it_stale(monkeypatch: pytest.Monke
 
 
 def test_the_configuration_reference_is_current() -> None:
+    """CX-12.1."""
     reference = script("reference")
     written = reference.PAGE.read_text(encoding="utf-8")
     assert written == reference.page(), "docs/configuration.md is stale: run .venv/bin/python scripts/reference.py"
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
-)
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("examples/**/*.md")]
+
+
+def wrong_links(page: Path, text: str) -> list[str]:
+    """The links of ``text``, which stands in ``page``, to no file of ours, no heading of it, or nothing at all."""
+    found = []
+    for target, anchor in LINK.findall(text):
+        other = page.parent / target if target else page
+        if not other.exists() or anchor == "#" or not (target or anchor):
+            found.append(target + anchor)
+        elif anchor and other.suffix == ".md":
+            headings = HEADING.findall(text if other == page else other.read_text(encoding="utf-8"))
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            found += [] if anchor[1:] in slugs else [target + anchor]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_cx_12_2_links_lead_somewhere(page: Path) -> None:
+    """CX-12.2."""
+    assert wrong_links(page, page.read_text(encoding="utf-8")) == [], page.name
+
+
+def test_cx_12_2_a_link_that_leads_nowhere_is_found() -> None:
+    """CX-12.2: to a file, to a heading, and one that was never filled in."""
+    empty, absent, heading = [wrong_links(ROOT / "docs" / "a.md", f"[x]({to})") for to in ("#", "no.md", "data.md#no")]
+    assert empty and absent and heading
+    assert wrong_links(ROOT / "docs" / "a.md", "[x](data.md) [y](https://example.org/#a)") == []
+
+
+def test_every_page_has_its_place_on_the_site() -> None:
+    """CX-12.1: the pages of docs/ are in the contents, and their links lead to other pages of the site."""
+    site = script("site")
+    contents = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]["nav"]
+    listed = [page for section in contents for pages in section.values() for page in pages]
+    places = site.laid()
+    reference = {f"api-{room}.md" for room in site.ROOMS}
+    assert sorted(listed) == sorted({name for name in places.values() if name.endswith(".md")} | reference)
+    for source in places:
+        if source.suffix == ".md":
+            site.with_links((ROOT / source).read_text(encoding="utf-8"), source, places)
+    with pytest.raises(LookupError, match="docs/a.md links to ../check, which is no page of the site"):
+        site.with_links("[x](../check)", Path("docs/a.md"), places)
+    assert "meristem.serve.session.Session" in site.public("meristem")
 
 
 def test_k8_the_table_of_stages_is_that_of_the_code() -> None:
@@ -165,15 +244,16 @@ def conversations(page: str) -> list[tuple[list[str], list[str], list[str]]]:
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
 
-def test_the_first_hour_is_what_the_model_in_the_box_says(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("page", "n"), [("README.md", 1), ("docs/first-hour.md", 3)])
+def test_conversations_on_the_pages_are_what_the_model_in_the_box_says(
+    page: str, n: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every reply on the page, word for word; of what commands print, numbers to one in twenty, and no times."""
     from meristem.cli import run
 
     monkeypatch.chdir(ROOT)
-    shown = conversations((ROOT / "docs" / "first-hour.md").read_text(encoding="utf-8"))
-    assert len(shown) >= 3
+    shown = conversations((ROOT / page).read_text(encoding="utf-8"))
+    assert len(shown) >= n
     for command, typed, printed in shown:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in typed)))
         assert run(command) == 0

@@ -32,7 +32,7 @@ def test_names_are_compared_without_case() -> None:
 
 
 def test_suggestions() -> None:
-    """An unknown name is answered with the nearest three."""
+    """CX-14.1: An unknown name is answered with the nearest three."""
     rules = Registry("rule", dict.fromkeys(["titans", "delta", "hebbian", "titans-mlp", "tiny"], len))
     with pytest.raises(
         WrongValue, match=r"^no rule is called 'titan'\. Nearest: titans, titans-mlp, tiny\.$"
@@ -61,6 +61,7 @@ def test_odd_names_are_refused(name: str) -> None:
 
 
 def test_plugin_is_found_and_loaded_on_first_use(site: Path) -> None:
+    """CX-14.3."""
     install(site, "far", "far_away", "MERISTEM_API = 1\ndef rule(): return 7\n", "test1", {"distant": "far_away:rule"})
     rules = Registry("test1", {"near": len})
     assert rules.names() == ["distant", "near"]
@@ -69,11 +70,13 @@ def test_plugin_is_found_and_loaded_on_first_use(site: Path) -> None:
 
 
 def test_ours_rank_above_plugins(site: Path) -> None:
+    """CX-14.2."""
     install(site, "far2", "far_away2", "raise RuntimeError\n", "test2", {"near": "far_away2:rule"})
     assert Registry("test2", {"near": len}).get("near") is len
 
 
 def test_conflict_names_both_distributions(site: Path) -> None:
+    """CX-14.2."""
     for name in ("one", "two"):
         install(site, name, f"m_{name}", "MERISTEM_API = 1\n", "test3", {"same": f"m_{name}:rule"})
     with pytest.raises(
@@ -84,12 +87,14 @@ def test_conflict_names_both_distributions(site: Path) -> None:
 
 
 def test_old_api_names_both_versions(site: Path) -> None:
+    """CX-14.4."""
     install(site, "old", "m_old", "MERISTEM_API = 1\ndef rule(): pass\n", "test4", {"old": "m_old:rule"})
     with pytest.raises(PluginTooOld, match="built for version 1 of the test4 interface; this meristem has version 2"):
         Registry("test4", {}, api=2).get("old")
 
 
 def test_failing_plugin_carries_all_fields(site: Path) -> None:
+    """CX-14.3."""
     install(site, "bad", "m_bad", "raise ZeroDivisionError('odd')\n", "test5", {"bad": "m_bad:rule"})
     with pytest.raises(
         PluginError, match=r"the test5 'bad' of bad 1\.5 \(m_bad:rule\) cannot be loaded: ZeroDivision"
@@ -106,7 +111,7 @@ def test_failing_plugin_carries_all_fields(site: Path) -> None:
 
 
 def test_check_goes_through_all(site: Path) -> None:
-    """Good, broken, wrong and doubled plugins each get their finding; one failure hides no other."""
+    """CX-14.3: Good, broken, wrong and doubled plugins each get their finding; one failure hides no other."""
     kind = "test6"
     install(site, "good", "g_good", "MERISTEM_API = 1\ndef rule(): pass\n", kind, {"good": "g_good:rule"})
     install(site, "broken", "g_broken", "import nowhere_at_all\n", kind, {"broken": "g_broken:rule"})
@@ -151,7 +156,7 @@ def test_finding_as_json() -> None:
 
 
 def test_a_thousand_entries_list_fast_and_unimported() -> None:
-    """Listing reads names only: none of the modules exists."""
+    """CX-14.3: Listing reads names only: none of the modules exists."""
     rules = Registry("rule", {f"rule-{index}": f"nowhere_{index}:rule" for index in range(1000)})
     spent_s = []
     for _ in range(20):

@@ -79,7 +79,7 @@ def test_mismatch_raises_in_eager(planted: Callable[..., ModuleType], right_bthk
 
 
 def test_captured_reference_checked(planted: Callable[..., ModuleType]) -> None:
-    """A function that went into a registry at import is checked there as well."""
+    """SH-2: A function that went into a registry at import is checked there as well."""
     with pytest.raises(TypeCheckError):
         planted(ADD).REGISTRY["add"](torch.randn(2, 3, 5, 7), torch.randn(2, 5, 3, 7))
 
@@ -186,7 +186,7 @@ def test_suffix_letters_are_the_legend() -> None:
 @pytest.mark.compiled
 @pytest.mark.parametrize("is_strict", [False, True])
 def test_compiled_code_is_untouched(planted: Callable[..., ModuleType], is_strict: bool) -> None:
-    """One graph without a break holds the raw functions; forward and backward agree with eager."""
+    """SH-2: One graph without a break holds the raw functions; forward and backward agree with eager."""
     text = """
 def add(left_bthk: Keys, right_bthk: Keys) -> Keys:
     sum_bthk = left_bthk + right_bthk
@@ -243,7 +243,7 @@ def run_pytest(test: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_off_is_identity(tmp_path: Path) -> None:
-    """Switched off, as in the product run: no wrapper, no beartype."""
+    """SH-2: Switched off, as in the product run: no wrapper, no beartype."""
     test = tmp_path / "test_off.py"
     test.write_text(
         """

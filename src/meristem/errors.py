@@ -8,11 +8,14 @@ MeristemError
 |- PluginError (3)      PluginConflict  PluginTooOld
 |- SinkError (3)
 |- RunError (3)         RunInUse  DiskFull  NoSession  SessionBusy
+|- AccessError (3)      KeyRefused  NotAllowed  HostRefused  RateExceeded  TooManySessions
 |- WorkerError (3)      WorkerTimeout  WorkerDied  QueueFull  BreakerOpen
 |- DataError (4)        CorpusTooShort  ManifestMismatch  BadRecords  SplitError  TokenizerMismatch  FileChanged
+|                       SecretsFound
 |- CheckpointError (4)  CheckpointCorrupt  CheckpointMismatch  CheckpointTooNew  NoCheckpoint
 |- TrainingError (5)    NonFinite  OutOfDeviceBytes  DeviceLost  RollbackFailed  Halted  StateTransferFailed
 |                       AgreementFailed
+|- SafetyError (2)      PolicyError  Blocked (1)
 `- GrowthError (5)      IllegalTransition  MissingDependency  ReportInvalid  MissingMetric
                         OrderRefused  PolicyTimeout  InferenceFailed  OverBudget  TransactionUndone
                         OwnershipRefused  ArtifactFailed  CertificateRefused  BlendRefused
@@ -126,6 +129,32 @@ class SessionBusy(RunError):
     """A session that another request is writing to."""
 
 
+class AccessError(MeristemError):
+    """A request that a server does not take from whoever sends it."""
+
+    exit_code = 3
+
+
+class KeyRefused(AccessError):
+    """No key, or one that is not valid."""
+
+
+class NotAllowed(AccessError):
+    """A valid key for something that it does not open, or a page of another site that sends a request."""
+
+
+class HostRefused(AccessError):
+    """A request for a host by whose name this server is not called."""
+
+
+class RateExceeded(AccessError):
+    """More requests than may be sent in a minute; its field ``retry_after_s`` says when there may be another."""
+
+
+class TooManySessions(AccessError):
+    """One session more than a key may have."""
+
+
 class WorkerError(MeristemError):
     """A call in another process that gave no result."""
 
@@ -176,6 +205,10 @@ class TokenizerMismatch(DataError):
 
 class FileChanged(DataError):
     """A file that changed while it was in use."""
+
+
+class SecretsFound(DataError):
+    """A text with secrets in it, where none may be. No field holds them."""
 
 
 class CheckpointError(MeristemError):
@@ -242,6 +275,22 @@ def exit_code(error: BaseException) -> int:
         return 130
     is_refused = isinstance(error, (OSError, MemoryError)) or CPU_IS_FULL in str(error)
     return RunError.exit_code if is_refused else UNEXPECTED
+
+
+class SafetyError(MeristemError):
+    """A text that a policy stops, or a policy that cannot be used."""
+
+    exit_code = 2
+
+
+class PolicyError(SafetyError):
+    """A policy with a rule that does not do what its examples say, or that cannot be bounded."""
+
+
+class Blocked(SafetyError):
+    """A text that a rule forbids. The fields name the rule and where it stands; nothing holds the text."""
+
+    exit_code = 1
 
 
 class GrowthError(MeristemError):

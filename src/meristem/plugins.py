@@ -40,7 +40,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Finding:
-    """What ``plugins check`` says about one entry; ``cause`` is empty when it is usable."""
+    """What ``plugins check`` says about one entry; ``error`` is empty when it is usable."""
 
     origin: Origin
     error: str = ""
@@ -129,6 +129,10 @@ class Registry(Generic[T]):
                 self.get(origin.name)
             for entry in self._hidden(origin):
                 self._load(entry)
+        except ModuleNotFoundError as cause:
+            # A library that one of our extras brings may be absent; whoever chooses the entry reads what to install.
+            error = "" if origin.is_ours and not _is_of(__package__, cause.name) else type(cause).__name__
+            return Finding(origin, error=error, cause=str(cause))
         except (PluginError, ImportError, AttributeError) as cause:
             return Finding(origin, error=type(cause).__name__, cause=str(cause))
         return Finding(origin)
@@ -196,6 +200,10 @@ def _imported(reference: str) -> object:
     """The thing that the text ``module:attribute`` names."""
     module, _, attribute = reference.partition(":")
     return getattr(import_module(module), attribute)
+
+
+def _is_of(package: str, module: str | None) -> bool:
+    return module is None or module.partition(".")[0] == package
 
 
 def _distribution(entry: EntryPoint) -> str:

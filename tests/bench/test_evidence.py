@@ -47,6 +47,17 @@ def test_what_is_listed_in_the_documents_can_be_compared():
     assert config.tables["reading"].reading.marks == (1024, 4096, 16384, 65536)
 
 
+@pytest.mark.slow
+def test_what_stands_in_the_documents_is_known():
+    """Hours of runs: none of them is a stranger to the file that lists what is compared."""
+    config = read_evidence(ROOT / "docs" / "evidence.yaml")
+    planned = [cell for group in groups(config) for cell in cells(config, group)]
+    every = [each for cell in planned for each in rate_trials(config, cell).values()]
+    every += [each for cell in planned for rate in config.rates for each in seed_trials(config, cell, rate).values()]
+    written = json.loads((ROOT / "docs" / "evidence.json").read_text(encoding="utf-8"))["outcomes"]
+    assert {one["fingerprint"] for one in written} <= {trial.fingerprint for trial in every}
+
+
 def test_a_study_runs_writes_and_is_not_run_again(tmp_path):
     """S4-M10: rates are tried, every variant runs from every seed, a page, JSON and pictures stand; nothing is left."""
     config, out, heard = listed(tmp_path), tmp_path / "evidence.md", []

@@ -82,7 +82,10 @@ def break_each(tmp_path, before, action, error):
 @pytest.mark.parametrize("error", [None, errno.EIO, errno.ENOSPC], ids=["death", "EIO", "ENOSPC"])
 @pytest.mark.parametrize("step", [3, 5], ids=["same-step", "next-step"])
 def test_fault_while_saving(tmp_path, step, error):
-    """With any one system call broken, or the process dead from there on, old or new is whole; the next save heals."""
+    """With any one system call broken, or the process dead from there on, old or new is whole; the next save heals.
+
+    CX-7.1, A8.3.
+    """
     before = tmp_path / "before"
     save_sample(before, 3, number=1)
     for root, where, failed in break_each(tmp_path, before, lambda root: save_sample(root, step, number=2), error):

@@ -42,7 +42,7 @@ def better(a, b, direction):
     order=st.randoms(use_true_random=False),
 )
 def test_keep_is_the_naive_model(rows, last, best, every, direction, order):
-    """Each entry is judged alone by counting how many are newer and how many are better."""
+    """CX-7.6, A8.2: Each entry is judged alone by counting how many are newer and how many are better."""
     found = [entry(step, *row) for step, row in rows.items()]
     order.shuffle(found)
     expected = {
@@ -56,8 +56,21 @@ def test_keep_is_the_naive_model(rows, last, best, every, direction, order):
     assert keep(found, last=last, best=best, metric=METRIC, direction=direction, every=every) == expected
 
 
+def test_a8_5_what_was_not_measured_is_saved_and_ranks_worst():
+    """A8.5: without any figure the newest stay; one that was measured is better than all that were not."""
+    unmeasured = [entry(step, None) for step in (1, 2, 3)]
+    kept = keep(unmeasured, last=2, best=1, metric=METRIC, direction="min", every=0)
+    assert kept == {unmeasured[1].path, unmeasured[2].path}
+    measured = entry(0, 9.0)
+    kept = keep([measured, *unmeasured], last=1, best=1, metric=METRIC, direction="min", every=0)
+    assert kept == {measured.path, unmeasured[2].path}
+
+
 def test_the_excess_is_deleted(tmp_path):
-    """After ten saves with pruning, the directories on disk are the three last, the two best and the pinned one."""
+    """After ten saves with pruning, the directories on disk are the three last, the two best and the pinned one.
+
+    A8.1.
+    """
     part = CheckpointConfig()
     for step, value in enumerate([9.0, 8.0, 1.0, 7.0, 2.0, math.nan, 5.0, 5.0, None, 6.0], start=1):
         save_sample(tmp_path, step, metrics={} if value is None else {METRIC: value})

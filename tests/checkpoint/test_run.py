@@ -59,7 +59,7 @@ def test_unknown_field_is_refused(tmp_path):
 
 @pytest.mark.parametrize("silent_s, status", [(100, "running"), (121, "died"), (-3600, "running")])
 def test_silent_run_has_died(tmp_path, silent_s, status):
-    """Two minutes without a sign of life is death; a clock that jumped back is not."""
+    """CX-13.1: Two minutes without a sign of life is death; a clock that jumped back is not."""
     RunManifest.create(tmp_path, status="running")
     age(tmp_path, silent_s)
     assert read(tmp_path)["status"] == status

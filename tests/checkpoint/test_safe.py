@@ -51,7 +51,10 @@ def trap(tmp_path):
 
 @pytest.mark.parametrize("part", (*FILES, "manifest.json"))
 def test_l25_a_pickle_in_place_of_any_file_is_refused(tmp_path, trap, part):
-    """Put there by accident or by somebody who cannot make the hash fit: named, passed over, never run."""
+    """Put there by accident or by somebody who cannot make the hash fit: named, passed over, never run.
+
+    CX-7.3, CX-9.6.
+    """
     root = tmp_path / "checkpoints"
     save_sample(root, 3, number=1)
     path = save_sample(root, 5, number=2)
@@ -95,7 +98,7 @@ def test_l25_a_pickle_in_place_of_the_journal_is_refused(tmp_path, trap):
 
 
 def test_l25_nothing_in_the_package_unpickles():
-    """No pickle and its kin, no torch.load and torch.save, in any file, at any depth."""
+    """CX-7.3, CX-9.6: No pickle and its kin, no torch.load and torch.save, in any file, at any depth."""
     assert [found for source in PACKAGE for found in house.unpickling(source)] == []
 
 

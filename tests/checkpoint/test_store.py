@@ -190,7 +190,10 @@ def reseal(path, **changes):
 
 @pytest.mark.parametrize("change", [{"schema": "meristem.checkpoint/99"}, {"compat": {"min_reader": 99}}])
 def test_newer_schema_is_refused(tmp_path, change):
-    """Version 99 is refused with both versions in the message, also where an older one is there to go on from."""
+    """Version 99 is refused with both versions in the message, also where an older one is there to go on from.
+
+    CX-7.7.
+    """
     save_sample(tmp_path, 3, number=1)
     bad = save_sample(tmp_path, 5, number=2)
     reseal(bad, **change)
@@ -219,7 +222,7 @@ def test_manifest_of_another_kind_is_damage(tmp_path, content):
 
 
 def test_older_manifest_is_migrated_step_by_step(tmp_path, monkeypatch):
-    """Entry n leads from version n to n + 1, in order."""
+    """CX-7.7: Entry n leads from version n to n + 1, in order."""
     path = save_sample(tmp_path, 3, number=4)
     more = (lambda m, _: m | {"trail": [2]}, lambda m, _: m | {"trail": [*m["trail"], 3]})
     monkeypatch.setitem(migrate.SECTIONS, "manifest.json", migrate.SECTIONS["manifest.json"] + more)
@@ -229,7 +232,7 @@ def test_older_manifest_is_migrated_step_by_step(tmp_path, monkeypatch):
 
 
 def test_version_1_fixture_opens():
-    """A checkpoint written when version 1 was made is still read."""
+    """CX-7.7: A checkpoint written when version 1 was made is still read."""
     checkpoint = open_checkpoint(Path(__file__).parent / "fixtures" / "step-00000007")
     assert number_of(checkpoint) == 11
 

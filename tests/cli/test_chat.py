@@ -12,7 +12,7 @@ import time
 import pytest
 
 from meristem.cli import run
-from meristem.cli.chat import BLANK_LINE
+from meristem.data.chat import END_OF_REPLY
 from meristem.models.config import LearnConfig
 from meristem.models.generate import Sampling
 from meristem.models.load import load
@@ -40,7 +40,7 @@ def replies(finished, *lines):
     found = []
     for line in lines:
         session.feed(line + "\n")
-        found.append(session.generate(9, until=BLANK_LINE))
+        found.append(session.generate(9, until=END_OF_REPLY))
     return found
 
 
@@ -82,7 +82,7 @@ def test_a_file_is_read_without_a_reply_and_taken_back(finished, chatted, tmp_pa
     turn = session.feed(path.read_bytes().decode("utf-8", "surrogateescape"))
     assert (read["n_tokens"], read["bits_per_byte"]) == (turn.n_tokens, pytest.approx(turn.nats / math.log(2) / 21))
     session.feed("one\n")
-    assert reply["reply"] == session.generate(9, until=BLANK_LINE)
+    assert reply["reply"] == session.generate(9, until=END_OF_REPLY)
     assert back["taken_back"] == 2 and again["reply"] == replies(finished, "one")[0]
 
 

@@ -27,7 +27,7 @@ def test_ls_lists_what_is_whole(copy, answered):
 
 
 def test_verify_names_each_truncated_file(copy, answered):
-    """Every file in turn, the manifest included."""
+    """CX-7.8: Every file in turn, the manifest included."""
     place = copy / "checkpoints" / "step-00000010"
     assert answered("checkpoint", "verify", place)[1]["intact"]
     for path in sorted(place.iterdir()):
@@ -47,7 +47,7 @@ def test_show_prints_the_manifest(copy, capsys):
 
 
 def test_diff_says_what_differs(copy, answered):
-    """Two checkpoints of other weights differ in them, one and itself in nothing."""
+    """CX-7.8: Two checkpoints of other weights differ in them, one and itself in nothing."""
     first, second = (copy / "checkpoints" / f"step-000000{step}" for step in (10, 20))
     code, difference = answered("checkpoint", "diff", first, second)
     assert (code, difference["manifest"]["step"]) == (1, [10, 20])

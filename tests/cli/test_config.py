@@ -8,14 +8,14 @@ from meristem.runs.config import Config, load_config
 
 
 def test_shown_settings_are_the_settings(capsys):
-    """The YAML that is printed is the tree."""
+    """CX-4.4: The YAML that is printed is the tree."""
     assert run(["config", "show", "charformer", "train.steps=7"]) == 0
     shown = Config.model_validate(read_yaml(capsys.readouterr().out))
     assert fingerprint(shown) == fingerprint(load_config("charformer", ["train.steps=7"]).tree)
 
 
 def test_why_names_the_layer(answered):
-    """Of every leaf."""
+    """CX-4.1: Of every leaf."""
     code, leaves = answered("config", "show", "charformer", "train.steps=7", "--why")
     assert (code, leaves["train.steps"]) == (0, {"value": 7, "layer": "command line train.steps=7", "source": ""})
     assert leaves["model.name"] == {"value": "charformer", "layer": "preset charformer", "source": ""}

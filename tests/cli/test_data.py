@@ -29,12 +29,17 @@ def test_prepared_twice_is_one_corpus(corpus, tmp_path, answered):
     assert "shakespeare" in listed["downloads"]
 
 
-def test_stats_count_the_text(corpus, answered):
-    """Bytes are tokens of the byte tokenizer."""
-    code, report = answered("data", "stats", corpus["path"])
+def test_stats_count_the_text(corpus, tmp_path, answered):
+    """Bytes are tokens of the byte tokenizer; the one document that was cut is near itself."""
+    picture = tmp_path / "text.png"
+    code, report = answered("data", "stats", corpus["path"], "--picture", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert (code, report["train"]["tokens"]) == (0, corpus["counts"]["train"]["size_bytes"])
     assert report["train"]["bytes_per_token"] == 1
     assert report["train"]["ids_used"] == len(set(TEXT))
+    assert report["train"]["tokens_per_document"]["longest"] == report["train"]["tokens"]
+    assert (report["near_duplicates"]["n_documents"], report["near_duplicates"]["n_held_out"]) == (2, 1)
+    assert "near_duplicates" not in answered("data", "stats", corpus["path"], "--near", "0")[1]
 
 
 def test_verify_finds_an_altered_file(corpus, answered):

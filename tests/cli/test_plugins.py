@@ -27,7 +27,8 @@ def test_rules_their_parts_and_forms_are_listed(answered, registry):
 
 def test_every_kind_is_listed(answered):
     kinds = [row["kind"] for row in answered("plugins", "ls")[1]]
-    ours = "memory structure bias retention update features form model change mixer blueprint blend policy drill"
+    ours = "memory structure bias retention update features form model change mixer blueprint blend policy drill sink"
+    ours += " task metric continual_metric"
     assert sorted(set(kinds)) == sorted(ours.split())
 
 

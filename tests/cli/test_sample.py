@@ -39,7 +39,7 @@ def test_prompt_from_stdin(finished, monkeypatch, answered):
 
 
 def test_settings_act(finished, answered):
-    """Cold sampling is greedy, hot sampling is not; top-k 1 is greedy at any temperature."""
+    """A8.11: Cold sampling is greedy, hot sampling is not; top-k 1 is greedy at any temperature."""
 
     def text(*words):
         return answered("sample", finished, "--prompt", "a", "--max-tokens", 12, *words)[1]["text"]
@@ -136,7 +136,7 @@ def test_device_is_checked_as_the_setting_is(verb, name, code, message, finished
 
 
 def test_device_holds_the_model(finished):
-    """The session reads where --device says; ``auto`` is the best device of this machine."""
+    """CX-7.5: The session reads where --device says; ``auto`` is the best device of this machine."""
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
     for name, expected in (("cpu", "cpu"), ("auto", available()[0])):
         session = open_session(finished, device=name, **settings)

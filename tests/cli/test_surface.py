@@ -12,7 +12,10 @@ import typer
 from meristem import __version__
 from meristem.cli import app, run
 
-VERBS = "bench chat checkpoint config data doctor eval grow plan plugins runs sample serve train".split()
+VERBS = (
+    "bench chat checkpoint config data doctor eval export finetune grow "
+    "keys plan plugins policy runs sample scan serve sweep train watch"
+).split()
 
 
 def leaf_commands():
@@ -111,7 +114,7 @@ def test_debug_shows_the_traceback(capsys):
 
 
 def test_version(capsys):
-    """The version and nothing else."""
+    """CX-11.1: The version and nothing else."""
     assert run(["--version"]) == 0
     assert capsys.readouterr().out.strip() == __version__
 
@@ -130,7 +133,7 @@ assert (code, heavy) == (0, []), (code, heavy)
 
 
 def test_the_package_is_light():
-    """``import meristem`` knows load and Session and imports neither torch nor numpy for it."""
+    """CX-11.1: ``import meristem`` knows load and Session and imports neither torch nor numpy for it."""
     probe = (
         "import meristem, sys; assert {'load', 'Session'} <= set(meristem.__all__); assert 'torch' not in sys.modules"
     )

@@ -125,7 +125,7 @@ def test_facts_are_asked_after_spans_of_attention(place, answered):
     others = [task["name"] for task in summary["tasks"] if task not in told]
     assert {name.rpartition("/")[0] for name in others} == {
         *(f"mentions/{mode}" for mode in ("memory", "frozen", "weights")),
-        "remember-known/memory",
+        *(f"remember-known/{mode}" for mode in ("memory", "frozen", "reset")),
     }
     for task in told:
         figures = {name: metric["value"] for name, metric in task["metrics"].items()}

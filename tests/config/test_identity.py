@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from meristem.config import ConfigSection, identity
+from meristem.config import ConfigSection, identity, identity_of_choices
 from meristem.runs.config import Config
 
 # Values of the wrong type, which copies are made with here, are not what a user can give.
@@ -43,10 +43,13 @@ def changed(tree: ConfigSection, path: tuple[str, ...]) -> ConfigSection:
 
 
 def test_key_makes_another_run_unless_it_is_declared_outside():
-    """Each key is changed alone, in a run that grows: of one that does not, what is said of growth is outside."""
-    grows = changed(Config(), ("grow", "enabled"))
-    kept = {path for path in KEYS if identity(changed(grows, path)) == identity(grows)}
-    assert identity(changed(Config(), ("grow", "boundary_every"))) == identity(Config())
+    """Each key is changed alone, in a run that grows and begins with weights: of one that does neither, what is said of
+    that is outside."""
+    begins = Config().finetune.model_copy(update={"base": "models/ada"})
+    full = changed(Config(), ("grow", "enabled")).model_copy(update={"finetune": begins})
+    kept = {path for path in KEYS if identity(changed(full, path)) == identity(full)}
+    for path in (("grow", "boundary_every"), ("finetune", "rank")):
+        assert identity(changed(Config(), path)) == identity(Config())
     assert kept == {path for path, is_outside in KEYS.items() if is_outside}
 
 
@@ -80,3 +83,31 @@ def test_what_a_user_may_change_in_the_middle_is_outside():
     inside = {".".join(path) for path, is_outside in KEYS.items() if not is_outside}
     assert {"run.seed", "model.dim", "optim.lr", "data.source", "train.steps", "device.dtype"} <= inside
     assert {"guard.z", "rollback.change", "aggregate.how", "memory.rule", "schedule.warmup"} <= inside
+
+
+class Branch(ConfigSection):
+    a: int = 1
+
+
+class Tree(ConfigSection):
+    branch: Branch = Branch()
+    b: str = "x"
+
+
+class BranchLater(Branch):
+    new: float | None = None
+
+
+class TreeLater(Tree):
+    branch: BranchLater = BranchLater()
+    also_new: tuple[int, ...] = ()
+
+
+def test_a_key_that_is_new_changes_no_identity_of_choices():
+    """Results that are known by it stay known when a version adds a key, and not when the key is set."""
+    for words in ({}, {"b": "y"}, {"branch": {"a": 2}}):
+        before, after = (identity_of_choices(kind.model_validate(words)) for kind in (Tree, TreeLater))
+        assert before == after and identity(Tree.model_validate(words)) != identity(TreeLater.model_validate(words))
+    different = [Tree(), Tree(b="y"), Tree(branch=Branch(a=2)), TreeLater(also_new=(1,))]
+    different.append(TreeLater(branch=BranchLater(new=0.5)))
+    assert len({identity_of_choices(each) for each in different}) == len(different)

@@ -1,5 +1,6 @@
 """Layers of settings: which one wins, what a tree remembers, how it survives being written down."""
 
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -37,18 +38,23 @@ SAID = {"preset": 2, "file": 3, "environment": 5, "command line": 7}
 
 
 @pytest.fixture
-def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package folder of presets that holds one of ours."""
+def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package folder of presets that holds one of ours; what was read of either folder is forgotten."""
     folder = tmp_path / "package"
     (folder / "presets").mkdir(parents=True)
     (folder / "sizes").mkdir()
     monkeypatch.setattr("importlib.resources.files", lambda name: folder)
-    return folder / "presets"
+    kept = (config.layers._parsed, config.layers._all_presets)
+    for each in kept:
+        each.cache_clear()
+    yield folder / "presets"
+    for each in kept:
+        each.cache_clear()
 
 
 @pytest.mark.parametrize("layers", [(), *((layer,) for layer in LAYERS), *combinations(LAYERS, 2), LAYERS])
 def test_precedence_matrix(layers: tuple[str, ...], presets: Path, tmp_path: Path) -> None:
-    """Of any layers that set a key, the highest wins, and `why` names it."""
+    """CX-4.1: Of any layers that set a key, the highest wins, and `why` names it."""
     text = {layer: dump_yaml({"train": {"grad_accum_steps": value}}) for layer, value in SAID.items()}
     (presets / "small.yaml").write_text(text["preset"])
     (tmp_path / "my.yaml").write_text(text["file"])
@@ -66,7 +72,7 @@ def test_precedence_matrix(layers: tuple[str, ...], presets: Path, tmp_path: Pat
 
 
 def test_explicit_default_wins(tmp_path: Path) -> None:
-    """A command-line value beats the file even when it says what the default says."""
+    """CX-4.3: A command-line value beats the file even when it says what the default says."""
     (tmp_path / "my.yaml").write_text("train: {grad_accum_steps: 3}")
     loaded = load(Tree, file=tmp_path / "my.yaml", overrides=["train.grad_accum_steps=1"])
     assert loaded.tree.train.grad_accum_steps == 1
@@ -108,7 +114,7 @@ trees = st.builds(
 
 @given(trees)
 def test_round_trip(tree: Tree) -> None:
-    """A tree written as YAML and read again is the same tree, with the same fingerprint."""
+    """CX-4.4: A tree written as YAML and read again is the same tree, with the same fingerprint."""
     again = Tree.model_validate(read_yaml(dump_yaml(tree)))
     assert again == tree
     assert fingerprint(again) == fingerprint(tree)
@@ -180,7 +186,7 @@ def test_canonical_refuses_what_json_cannot_hold(value: float) -> None:
 
 
 def test_equal_trees_have_one_fingerprint() -> None:
-    """The fingerprint depends on the tree, not on the layers that made it."""
+    """CX-4.4: The fingerprint depends on the tree, not on the layers that made it."""
     by_default = load(Tree).tree
     by_hand = load(Tree, overrides=["optim.lr=0.001"]).tree
     assert fingerprint(by_default) == fingerprint(by_hand) == fingerprint(by_default.model_dump(mode="json"))
@@ -188,6 +194,7 @@ def test_equal_trees_have_one_fingerprint() -> None:
 
 
 def test_schema_describes_every_key() -> None:
+    """CX-4.6."""
     described = config.schema(Tree)
     assert described["properties"].keys() == Tree.model_fields.keys()
     assert described["$defs"]["OptimConfig"]["additionalProperties"] is False

@@ -97,6 +97,7 @@ GOLDEN = [
 
 @pytest.mark.parametrize("override, kind, message", GOLDEN)
 def test_golden_table(override: str, kind: type[ConfigError], message: str) -> None:
+    """CX-4.2."""
     with pytest.raises(kind) as caught:
         load(Tree, overrides=[override])
     assert str(caught.value) == message
@@ -141,6 +142,7 @@ def test_a_part_raises_its_own_errors() -> None:
 
 
 def test_a_wrong_tree_is_refused_without_torch() -> None:
+    """CX-4.2."""
     program = """
 import sys
 from meristem.config import ConfigSection, load

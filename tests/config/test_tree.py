@@ -17,7 +17,7 @@ KEYS = {path for path, inside in known_paths(Config).items() if not inside}
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_validates(name: str) -> None:
-    """A preset is a whole tree, and what it says is what comes out."""
+    """CX-4.6: A preset is a whole tree, and what it says is what comes out."""
     loaded = load(Config, preset=name)
     said = [path for path, layer in loaded.why.items() if layer == f"preset {name}"]
     assert said
@@ -56,6 +56,7 @@ def test_suggestions_on_the_real_tree(unknown: str, nearest: str) -> None:
 
 
 def test_the_real_tree_is_refused_without_torch() -> None:
+    """CX-4.2."""
     program = """
 import sys
 from meristem.errors import UnknownKey

@@ -46,6 +46,7 @@ def test_opening_gives_what_was_prepared(prepared):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_flipped_byte_is_refused_by_name(path, name):
+    """CX-8.5."""
     flip(path / name, -2)
     with pytest.raises(
         ManifestMismatch, match=f"{name} does not have the SHA-256 of its manifest.*prepare the text again"
@@ -146,6 +147,7 @@ ODD = [
 
 @pytest.mark.parametrize("name, message", ODD)
 def test_each_way_not_to_open_has_its_error_and_leaks_nothing(odd, name, message):
+    """TR-3."""
     for _ in range(50):
         with pytest.raises(DataError, match=message):
             files.open_numbers(odd / name, "uint16")
@@ -166,6 +168,7 @@ def test_a_file_that_may_not_be_read_is_named(odd):
 
 
 def test_opening_many_times_leaves_no_descriptor(prepared):
+    """TR-3."""
     for _ in range(2000):
         files.open_numbers(prepared / "tokens.train.u16", "uint16")
     for _ in range(50):

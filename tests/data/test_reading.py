@@ -224,8 +224,8 @@ def test_gr7_half_of_the_work_is_done_when_learning_begins(tmp_path, monkeypatch
     """A bar moves while byte pairs are learned from, and stands in the middle while they are counted."""
     seen, learn = [], tokenizer_room.learn
 
-    def learned(vocab_size, texts):
-        content = learn(vocab_size, texts)
+    def learned(kind, vocab_size, texts):
+        content = learn(kind, vocab_size, texts)
         assert seen[-1] == (total // 2, total)
         return content
 

@@ -23,6 +23,7 @@ def read(source, **settings):
 
 
 def test_a_tree_is_walked_whole_and_sorted(tmp_path):
+    """TR-4."""
     names = ["b.txt", "a/z.txt", "a/b/c.md", "a.txt", "ä/ü.txt"]
     plant(tmp_path, names)
     (tmp_path / "empty" / "er").mkdir(parents=True)
@@ -58,6 +59,7 @@ def test_a_link_to_elsewhere_is_followed(tmp_path):
 
 
 def test_a_link_that_leads_back_is_found(tmp_path):
+    """TR-4."""
     plant(tmp_path, ["a/b/c.txt"])
     (tmp_path / "a" / "b" / "loop").symlink_to(tmp_path / "a")
     with pytest.raises(DataError, match=r"a/b/loop leads back to a directory above it.*'loop' to data.exclude"):

@@ -10,12 +10,14 @@ RATIOS = (0.8, 0.15, 0.05)
 
 
 def test_a_thousand_more_records_move_none():
+    """CX-8.1."""
     before = {f"record {number}": assign(f"record {number}", RATIOS) for number in range(1000)}
     after = {f"record {number}": assign(f"record {number}", RATIOS) for number in range(2000)}
     assert {name: after[name] for name in before} == before
 
 
 def test_sizes_are_the_ratios_within_three_sigma():
+    """CX-8.1."""
     n = 10_000
     counts = np.bincount([assign(f"{number}.txt", RATIOS) for number in range(n)], minlength=3)
     for count, ratio in zip(counts, RATIOS, strict=True):

@@ -43,7 +43,18 @@ def corpus(make):
     return make("mixed", SIZES)
 
 
-def stream(corpus, **more):
+def mixed(corpus, weights):
+    """The same corpus as a mixture of two sources, the second of its last three documents."""
+    counts = corpus.manifest["counts"]["train"]
+    manifest = corpus.manifest | {
+        "loader": {"name": "mixture", "args": {"parts": [{"name": "first"}, {"name": "second"}]}},
+        "counts": {"train": counts | {"sources": [counts["records"] - 3, 3]}},
+    }
+    return dataclasses.replace(corpus, manifest=manifest, weights=weights)
+
+
+def stream(corpus, weights=(), **more):
+    corpus = mixed(corpus, weights) if weights else corpus
     return Stream(corpus, "train", **{"window": 5, "batch": 3, "random_seed": 1} | more)
 
 
@@ -63,6 +74,12 @@ LAYOUTS = [
     {"order": "random"},
     {"order": "sequential"},
     {"order": "documents"},
+    {"order": "shuffled", "documents": "reset"},
+    {"order": "sequential", "documents": "mask"},
+    {"order": "shuffled", "weights": (3, 1)},
+    {"order": "curriculum", "weights": (1, 2), "documents": "within"},
+    {"order": "random", "weights": (0.7, 0.3)},
+    {"order": "documents", "weights": (1, 5)},
 ]
 EACH = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.values())))
 
@@ -93,8 +110,30 @@ def test_a_batch_is_found_from_its_position_alone(corpus, layout, position):
         assert torch.equal(batch.tokens_bt, again.tokens_bt)
         assert torch.equal(batch.targets_bt, again.targets_bt)
         assert batch.starts == again.starts
-        assert (batch.reset_mask_bt is None) == (again.reset_mask_bt is None) == (layout["order"] != "documents")
-        assert batch.reset_mask_bt is None or torch.equal(batch.reset_mask_bt, again.reset_mask_bt)
+        resets = layout["order"] == "documents" or layout.get("documents") == "reset"
+        assert list(batch.masks) == ["reset_mask_bt"] * resets + ["attend_mask_bt"] * ("mask" in layout.values())
+        assert all(torch.equal(mask_bt, again.masks[name]) for name, mask_bt in batch.masks.items())
+
+
+@pytest.mark.parametrize("documents", ["mask", "reset"])
+@pytest.mark.parametrize("order", ["shuffled", "sequential", "random"])
+def test_dd1_masks_say_where_documents_begin(make, order, documents):
+    """DD-1: at each token whether it is the first of a document; tokens and targets are those of ``join``."""
+    corpus = make("no byte twice", [3, 41, 97, 12, 29, 5])
+    made, joined = (stream(corpus, order=order, documents=how) for how in (documents, "join"))
+    text, edges = bytes(corpus.tokens("train")[:].tolist()), corpus.documents("train").tolist()
+    n_begun = 0
+    for batch, plain in zip(take(made, 30)[0], take(joined, 30)[0], strict=True):
+        assert torch.equal(batch.tokens_bt, plain.tokens_bt) and torch.equal(batch.targets_bt, plain.targets_bt)
+        (mask_bt,) = batch.masks.values()
+        rows = zip(batch.tokens_bt.tolist(), batch.targets_bt[:, -1].tolist(), mask_bt.tolist(), strict=True)
+        for tokens, last, begins in rows:
+            start = text.index(bytes([*tokens, last]))
+            assert [at for at in range(5) if begins[at]] == [
+                edge - start for edge in edges if start <= edge < start + 5
+            ]
+            n_begun += sum(begins)
+    assert n_begun > 4
 
 
 def documents_read(batches):
@@ -244,7 +283,7 @@ def test_a_curriculum_reads_one_part_of_the_text_after_the_other(make, n_windows
 
 
 def test_random_order_reaches_the_first_and_the_last_window(make):
-    """Every offset is drawn, not only multiples of the window."""
+    """B7.7: Every offset is drawn, not only multiples of the window."""
     corpus = make("short", [9])
     made = stream(corpus, order="random", batch=4)
     assert made.n_windows == 4
@@ -338,7 +377,15 @@ def test_a_cursor_of_another_text_is_refused(corpus, make):
 
 @pytest.mark.parametrize(
     "more",
-    [{"window": 6}, {"batch": 4}, {"stride": 1}, {"random_seed": 2}, {"order": "random"}, {"documents": "within"}],
+    [
+        {"window": 6},
+        {"batch": 4},
+        {"stride": 1},
+        {"random_seed": 2},
+        {"order": "random"},
+        {"documents": "within"},
+        {"weights": (1, 1)},
+    ],
 )
 def test_a_cursor_of_another_layout_is_refused(corpus, more):
     """S1-M15."""

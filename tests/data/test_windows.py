@@ -14,7 +14,7 @@ def by_hand(spans, window, stride):
 
 @given(st.lists(st.integers(0, 24), min_size=1, max_size=6), st.integers(1, 7), st.integers(1, 9))
 def test_windows_are_those_that_fit(sizes, window, stride):
-    """Each start is reachable by one number, none lies outside its span, and ``len`` counts them."""
+    """TR-2: Each start is reachable by one number, none lies outside its span, and ``len`` counts them."""
     edges = np.cumsum([0, *sizes])
     spans = list(zip(edges[:-1], edges[1:], strict=True))
     windows = Windows(spans, window, stride)
@@ -25,16 +25,19 @@ def test_windows_are_those_that_fit(sizes, window, stride):
 
 @pytest.mark.parametrize("size, n_windows", [(0, 0), (3, 0), (4, 1), (5, 2), (12, 9)])
 def test_a_text_of_one_window_gives_one(size, n_windows):
+    """TR-2."""
     assert len(Windows([(0, size)], window=3, stride=1)) == n_windows
 
 
 def test_two_files_of_5_and_7_bytes_give_3_and_5_windows_of_3():
+    """TR-4."""
     assert Windows([(0, 5), (5, 12)], window=2, stride=1).starts(np.arange(8)).tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 257, 997, 1024, 1025, 2000])
 @pytest.mark.parametrize("epoch", [0, 1, 7])
 def test_an_epoch_is_a_permutation(n, epoch):
+    """CX-8.2."""
     assert np.array_equal(np.sort(permute(np.arange(n), n, key(11, "data"), epoch)), np.arange(n))
 
 
@@ -51,7 +54,7 @@ def test_epochs_and_keys_give_other_orders():
 
 
 def test_a_position_alone_finds_its_window():
-    """Order is a function of the position: no walk from the beginning of the epoch."""
+    """CX-8.2: Order is a function of the position: no walk from the beginning of the epoch."""
     whole = permute(np.arange(997), 997, 5, 3)
     assert [int(permute(np.array([place]), 997, 5, 3)[0]) for place in (0, 400, 996)] == whole[[0, 400, 996]].tolist()
 
@@ -68,7 +71,7 @@ def chi_square(observed, expected):
 
 @pytest.mark.parametrize("n_files", [2, 4, 10])
 def test_a_part_of_an_epoch_visits_files_in_proportion_to_their_windows(n_files):
-    """One file large, the others small: chi-square stays below its 0.1 % bound, 27.9 for ten files."""
+    """B7.3: One file large, the others small: chi-square stays below its 0.1 % bound, 27.9 for ten files."""
     sizes = np.array([9000] + [600] * (n_files - 1))
     edges = np.cumsum([0, *sizes])
     windows = Windows(np.stack([edges[:-1], edges[1:]], axis=1), window=8, stride=1)
@@ -81,7 +84,7 @@ def test_a_part_of_an_epoch_visits_files_in_proportion_to_their_windows(n_files)
 
 @pytest.mark.parametrize("n_files", [2, 4, 10])
 def test_file_and_offset_are_chosen_independently(n_files):
-    """In each of n equal files every offset is reached, not one in n of them."""
+    """B7.2: In each of n equal files every offset is reached, not one in n of them."""
     spans = [(100 * number, 100 * (number + 1)) for number in range(n_files)]
     windows = Windows(spans, window=9, stride=1)
     starts = windows.starts(permute(np.arange(len(windows)), len(windows), 3, 0))

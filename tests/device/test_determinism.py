@@ -22,7 +22,7 @@ def restored(monkeypatch):
 
 
 def test_raises_with_name(restored):
-    """An operation without a deterministic form raises and names itself."""
+    """A5.4: An operation without a deterministic form raises and names itself."""
     be_deterministic()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
@@ -30,7 +30,7 @@ def test_raises_with_name(restored):
 
 
 def test_order(restored, monkeypatch):
-    """Once CUDA has started without the setting it is too late, and nothing is switched."""
+    """A5.4: Once CUDA has started without the setting it is too late, and nothing is switched."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(CapabilityError, match="CUDA has started without CUBLAS_WORKSPACE_CONFIG"):
         be_deterministic()

@@ -26,7 +26,7 @@ def test_key_is_a_pure_function(random_seed, name, indices):
 
 
 def test_init_independent_of_data():
-    """Draws of one stream are the same whether or how much others draw, and streams of two names differ."""
+    """A5.1: Draws of one stream are the same whether or how much others draw, and streams of two names differ."""
     alone = torch.rand(7, generator=stream(3, "init"))
     data, init = stream(3, "data"), stream(3, "init")
     drawn = torch.rand(11, generator=data)

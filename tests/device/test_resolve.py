@@ -39,7 +39,7 @@ def with_units(monkeypatch, *units, gain=5.0):
     ],
 )
 def test_best_device_first(monkeypatch, cuda, mps, expected):
-    """CUDA before MPS before the CPU, each CUDA device by its number."""
+    """CX-2.2: CUDA before MPS before the CPU, each CUDA device by its number."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -48,7 +48,7 @@ def test_best_device_first(monkeypatch, cuda, mps, expected):
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:3", "mps"])
 def test_absent_device_is_an_error(cpu_only, name):
-    """A device that is named must be there; the message says what is."""
+    """CX-2.2: A device that is named must be there; the message says what is."""
     with pytest.raises(CapabilityError, match=f"no device '{name}' here; found cpu. Set device.device") as caught:
         resolve(DeviceConfig(device=name), silent)
     assert caught.value.fields["alternatives"] == ["cpu"]
@@ -90,7 +90,10 @@ def test_auto_falls_back_when_bf16_fails(cpu_only, monkeypatch):
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("parameters", ["fp32", "bf16"])
 def test_asked_for_is_what_runs(cpu_only, parameters, compute):
-    """Inside ``autocast`` a product has the compute dtype whatever the parameters are kept in; outside, theirs."""
+    """Inside ``autocast`` a product has the compute dtype whatever the parameters are kept in; outside, theirs.
+
+    CX-2.2.
+    """
     if (parameters, compute) == ("bf16", "fp32"):
         with pytest.raises(ValueError, match="stored in bf16 cannot be computed with in fp32"):
             DeviceConfig(param_dtype=parameters, dtype=compute)
@@ -104,7 +107,7 @@ def test_asked_for_is_what_runs(cpu_only, parameters, compute):
 
 
 def test_fp16_on_cpu_is_refused(cpu_only):
-    """fp16 training on a CPU is an error with alternatives, not a slow surprise."""
+    """CX-3.3: fp16 training on a CPU is an error with alternatives, not a slow surprise."""
     with pytest.raises(CapabilityError, match="fp16 does not work on cpu.*device.dtype=fp32 or device.dtype=bf16"):
         resolve(DeviceConfig(dtype="fp16"), silent)
 
@@ -123,7 +126,7 @@ def broken(*_args, **_kwargs):
     ],
 )
 def test_failing_operation_is_found_by_the_probe(monkeypatch, place, name, reason, dtype):
-    """A product, an attention or a backward that fails is an error before any weight is loaded."""
+    """CX-2.3: A product, an attention or a backward that fails is an error before any weight is loaded."""
     monkeypatch.setattr(place, name, broken)
     with pytest.raises(CapabilityError, match=f"does not work on cpu: {reason}. Try") as caught:
         probe(CPU, torch.float32, dtype)
@@ -136,7 +139,7 @@ def test_failing_operation_is_found_by_the_probe(monkeypatch, place, name, reaso
     [(torch, "matmul", "product"), (F, "scaled_dot_product_attention", "attention")],
 )
 def test_result_that_is_not_finite_is_found(monkeypatch, place, name, what, bad):
-    """Numbers that come out broken are as bad as an error."""
+    """CX-2.3: Numbers that come out broken are as bad as an error."""
     real = getattr(place, name)
     monkeypatch.setattr(place, name, lambda *args, **kwargs: real(*args, **kwargs) * bad)
     with pytest.raises(CapabilityError, match=f"{what} is not finite"):
@@ -144,7 +147,7 @@ def test_result_that_is_not_finite_is_found(monkeypatch, place, name, what, bad)
 
 
 def test_autocast_without_effect_is_found(monkeypatch):
-    """Mixed precision changes dtypes or raises: an autocast that does nothing does not pass."""
+    """A8.14: Mixed precision changes dtypes or raises: an autocast that does nothing does not pass."""
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_kwargs: contextlib.nullcontext())
     with pytest.raises(CapabilityError, match="the product came out in torch.float32"):
         probe(CPU, torch.float32, torch.bfloat16)
@@ -158,7 +161,7 @@ def test_resolving_draws_no_random_number(cpu_only):
 
 
 def test_move_puts_tensors_on_the_device():
-    """Tensors arrive on the device in the order given; meta stands in for a second device."""
+    """TR-6: Tensors arrive on the device in the order given; meta stands in for a second device."""
     tokens_bt, targets_bt = Device(torch.device("meta"), torch.float32, torch.float32).move(
         torch.zeros(2, 7), torch.zeros(2, 5)
     )

@@ -102,7 +102,7 @@ def test_g1_two_processes_graft_and_prune_as_one_and_survive_the_loss_of_one_of_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_grow_as_one(stage, tmp_path, kind):
+def test_v7_two_processes_grow_as_one(stage, tmp_path, kind):
     """A whole life: on trial, blended in, on probation, judged, kept or removed: the same stages at the same steps."""
     one, two = tmp_path / "one", tmp_path / "two"
     run(stage, 1, one, *KINDS[kind]).found()
@@ -111,7 +111,7 @@ def test_two_processes_grow_as_one(stage, tmp_path, kind):
     assert_close(two / "run", one / "run")
 
 
-def test_what_one_process_cannot_do_none_does(stage, tmp_path):
+def test_v7_what_one_process_cannot_do_none_does(stage, tmp_path):
     """One finds that its model is not what was planned: both put back what there was, say so, and train on as a run in
     which nothing was ever put in; so do model and optimizer at the end, to the bit."""
     spoilt, plain = tmp_path / "spoilt", tmp_path / "plain"

@@ -20,7 +20,7 @@ from meristem.growth import replay, topology
 from meristem.growth import to_json as log_of
 from meristem.growth.features import Observes
 from meristem.growth.garden import Embargo, Garden, Order
-from meristem.growth.gardener import TARGETS, act_on, check_order, tend
+from meristem.growth.gardener import TARGETS, act_on, check_order, order_of, tend
 from meristem.growth.graft import advance, seeds_in
 from meristem.growth.observe import Mask, Reading, SlotReading
 from meristem.growth.policy import Decision, NoCandidates, Proposal
@@ -155,6 +155,8 @@ WRONG = {
     "wrong_settings": (replace(order(), settings={"hiden": 3}), Garden()),
     "seeds_open": (Order("stack", "", "", "run", 1, "asked"), None),
     "unknown_blend": (replace(order(), blend="adding"), Garden()),
+    "missing_layers": (replace(order(), needs=("blocks.1.mlp", "blocks.9.mlp")), Garden()),
+    "no_readout": (replace(order(), blend="confidence"), Garden()),
 }
 
 
@@ -166,13 +168,34 @@ def test_ka10_each_wrong_order_has_its_code_and_no_effect(code: str) -> None:
         garden = act_on(Garden(queue=(order(),)), site, loose(), run_id="run", step=1)
     step = 30 if code == "expired" else 2
     config = loose(boundary_every=5)
-    refusal = check_order(given, garden, config, run_id="run", step=step, slots=SLOTS)
+    if code == "no_readout":
+        site.model.readout = None
+    refusal = check_order(given, garden, config, run_id="run", step=step, slots=SLOTS, model=site.model)
     assert refusal is not None and refusal.code == code and refusal.why
     before, heard = bits(site.model), list[Event]()
     after = act_on(replace(garden, queue=(given,)), site, config, run_id="run", step=step, emit=heard.append)
     assert after == replace(garden, queue=())
     assert bits(site.model) == before
     assert [(event.name, event.payload["code"]) for event in heard] == [("order.refused", code)]
+
+
+def test_k4_what_a_proposal_needs_of_its_host_is_asked_again_when_it_has_arrived() -> None:
+    """The seed is put in while the module is there, and does not pass G3 where it is not any more."""
+    site, config, heard = TinySite.of(*SLOTS), loose(), list[Event]()
+    proposal = Proposal("germinate", "blocks.0", "norm", needs=("blocks.1.mlp",))
+    given = order_of(Garden(), proposal, reading(Garden(), 1), config)
+    assert given is not None and Order.from_json(given.to_json()) == given and given.needs == ("blocks.1.mlp",)
+    garden = evaluated()
+    for step, each in enumerate(("germinate", "start_training", "start_blending"), 1):
+        made = given if each == "germinate" else order(each, step=step)
+        garden = act_on(replace(garden, queue=(made,)), site, config, run_id="run", step=step)
+        advance(site.model)
+    assert garden.figures[given.seed]["needs"] == ["blocks.1.mlp"]
+    garden = garden.noted(given.seed, needs=["blocks.1.mlp", "blocks.9.mlp"])
+    garden = replace(garden, queue=(order("stabilize", step=4),))
+    after = act_on(garden, site, config, run_id="run", step=4, emit=heard.append)
+    (told,) = [event for event in heard if event.name == "mesh_coverage_missing"]
+    assert told.payload["missing"] == ["blocks.9.mlp"] and after.lives[0].stage is Stage.CULLED
 
 
 @pytest.mark.parametrize("name", ["run_id", "seed", "slot", "blueprint"])
@@ -199,6 +222,7 @@ def test_the_whole_stack_is_made_deeper_once_no_seed_is_on_its_way(operation: st
         after = act_on(replace(wrong, queue=(deepens,)), site, config, run_id="run" * (2 - wrong.is_stopped), step=9)
         assert after == wrong and len(site.model.blocks) == 2
     garden = act_on(replace(garden, queue=(deepens,)), site, config, run_id="run", step=9)
+    assert [*site.slots()] == [f"blocks.{number}" for number in range(4)], "of all blocks, whatever was added"
     assert garden.deepened == (9,) and Garden.from_json(garden.to_json()) == garden and len(site.model.blocks) == 4
     assert settled_in(site.model)[moved] and torch.equal(said, site.logits(site.model)) is (operation == "insert")
     parts = {group["joined"] for group in site.optimizer.param_groups if "joined" in group}

@@ -279,6 +279,9 @@ def test_slots_and_seeds_move_with_their_blocks() -> None:
     assert torch.equal(logits(model, zoo.ids(2)), wanted)
     optimizer = operate(model, optimizer, plan_copy_blocks(model, [2], 3))
     assert [*grow.seeds_in(model)] == ["blocks.2", "blocks.3"]
+    optimizer = operate(model, optimizer, plan_insert_block(model, 4))
+    assert [*grow.slots_in(model)] == ["blocks.2", "blocks.3", "blocks.4"], "it is like the block below it"
+    operate(model, optimizer, grow.plan_graft(model, "blocks.4", "norm"))
     host_again = build_model(*zoo.ZOO["preset-default"], zoo.VOCABULARY, 3)
     again = grow.replay(host_again, grow.to_json(model))
     again.load_state_dict(model.state_dict())

@@ -1,6 +1,7 @@
 """Ways in which a seed learns: in shadow, where its host stays what it is without it to the bit; jointly; and alone."""
 
 import copy
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from meristem.errors import OwnershipRefused, WrongValue
 from meristem.events import Event, silent
 from meristem.growth.isolation import Isolation, Pair, Read, ShadowPass, enter, leave, shadow_gradients
 from meristem.growth.optimizer import carry_on
+from meristem.growth.seed import _capped
 from meristem.growth.stage import Way
 from meristem.models.build import build as build_model
 from meristem.nn.slot import Reads
@@ -265,7 +267,7 @@ def test_a_seed_that_takes_part_in_the_step_has_no_shadow(corpus: Corpus) -> Non
         train(training(model, stream), stream, 1, ShadowPass(READ, (PLACE,), lambda _: None, check_every=0))
     with pytest.raises(WrongValue, match="a pass every 0 steps and a check every 400 were found"):
         ShadowPass(READ, (PLACE,), lambda _: None, every=0)
-    with pytest.raises(WrongValue, match="a seed cannot learn 'alone'; ways are joint, shadow, frozen_host"):
+    with pytest.raises(WrongValue, match="a seed cannot learn 'alone'; ways are joint, shadow, frozen_host, capped"):
         enter(model, PLACE, "alone")  # type: ignore[arg-type]
 
 
@@ -285,6 +287,49 @@ def test_no_room_for_a_pass_costs_that_pass_alone(corpus: Corpus) -> None:
         ShadowPass(full, (PLACE,), lambda _: None, check_every=0, emit=events.append),
     )
     assert [event.name for event in events] == ["shadow.skipped"] and bits(seed) == first
+
+
+@pytest.mark.parametrize(
+    "name, is_noisy, order", [("preset-titans-mag", False, "sequential"), ("preset-default", True, "shuffled")]
+)
+def test_a_capped_seed_learns_beside_a_host_that_is_what_it_is_without_it(
+    corpus: Corpus, name: str, is_noisy: bool, order: str
+) -> None:
+    """Weights, buffers, moments, memory, generator and losses are bitwise those of a run without it, and it helps once
+    it is live: after each step it would have added a tenth of the hidden vector at most."""
+    stream, slow, n_steps = stream_of(corpus, order), OptimConfig(lr=2e-4), 24
+    alone = training(model_of(name, is_noisy=is_noisy), stream, slow)
+    wanted = train(alone, stream, n_steps)
+    model = model_of(name, is_noisy=is_noisy)
+    held = training(model, stream, slow)
+    seed = grow.graft(model, PLACE, "bottleneck", hidden=8)
+    assert enter(model, PLACE, "capped") == frozenset() and seed.is_live and float(seed.blend_weight) == 0
+    fast = SeedSettings(warmup_steps=0, rate_scale=30.0)
+    held.state = replace(held.state, optimizer=carry_on(held.state.optimizer, model, slow, settings=fast))
+    first = bits(seed)
+    made = train(held, stream, n_steps)
+    assert all_of_host(held.state) == all_of_host(alone.state) and bits(seed) != first
+    assert [step.loss_nats for step in made] == [step.loss_nats for step in wanted]
+    batch = stream.next(stream.start())[0]
+
+    def losses(model: nn.Module) -> list[float]:
+        torch.manual_seed(2)
+        return [float(read_again(held.state, [batch], None, lambda _: None, device=DEVICE, by=AggregateConfig()))]
+
+    assert grow.ablate(model, [PLACE], losses).mean > 0.01
+    seed.layer.layer.out.weight.data.fill_(math.nan)
+    assert losses(model) == losses(alone.state.model), "what it holds cannot reach what comes out"
+
+
+def test_what_a_capped_seed_would_add_is_a_tenth_of_what_it_adds_to_at_most() -> None:
+    """Token by token, and its gradient is that of the capped addition; a smaller one is left alone."""
+    added = torch.tensor([[[3.0, 4.0], [0.03, 0.04], [0.0, 0.0]]], requires_grad=True)
+    host = torch.tensor([[[6.0, 8.0], [6.0, 8.0], [6.0, 8.0]]])
+    capped = _capped(added, host)
+    torch.testing.assert_close(capped, torch.tensor([[[0.6, 0.8], [0.03, 0.04], [0.0, 0.0]]]))
+    (found,) = torch.autograd.grad(capped.sum(), added)
+    torch.testing.assert_close(found[0, 1:], torch.ones_like(found[0, 1:]))
+    assert float((found[0, 0] * added[0, 0].detach()).sum()) == pytest.approx(0, abs=1e-6), "along it nothing is gained"
 
 
 @pytest.mark.parametrize("way, moves_host", [("joint", True), ("frozen_host", False)])

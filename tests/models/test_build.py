@@ -19,6 +19,7 @@ from zoo import SMALL_MEMORY, VOCABULARY, ZOO, grown, ids
 
 
 def test_an_unknown_model_is_answered_with_the_nearest():
+    """CX-2.1."""
     with pytest.raises(WrongValue, match="no model is called 'charfomer'. Nearest: charformer"):
         build(ModelConfig(name="charfomer"), MemoryConfig(), 29, random_seed=0)
 
@@ -54,6 +55,7 @@ def test_settings_survive_being_written_out(name):
 
 
 def test_every_key_is_read_by_some_model_and_every_entry_names_keys():
+    """CX-2.1."""
     keys = set(ModelConfig.model_fields) - {"name"}
     assert set().union(*READS.values()) == keys
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from meristem.errors import ShapeError
+from meristem.errors import CapabilityError, ShapeError
 from meristem.memory.state import flatten, take_rows
+from meristem.models.validate import require_masks
+from meristem.nn.attention import Attention
 from zoo import N_TIME, VOCABULARY, ZOO, grown, ids
 
 every_model = pytest.mark.parametrize("name", ZOO)
@@ -51,6 +53,46 @@ def test_packed_documents_are_documents_alone(name):
     torch.testing.assert_close(packed_bto, alone_bto, rtol=0, atol=1e-10)
     for row, state in enumerate(states):
         torch.testing.assert_close(flatten(take_rows(after, row, row + 1)), flatten(state), rtol=0, atol=1e-10)
+
+
+ATTENDING = {"attention", "mag", "mal"}
+MASKING = [
+    name
+    for name, (model, _) in ZOO.items()
+    if model.name == "lm" and ATTENDING & set(model.mixers) and set(model.mixers) <= ATTENDING | {"memory"}
+]
+
+
+@pytest.mark.parametrize("name", MASKING)
+def test_masked_documents_are_seen_by_memories_alone(name):
+    """DD-1: with ``attend_mask_bt``, a model without a memory reads documents as if each stood alone, in any windows;
+    one with a memory carries it over. Windows of any lengths read the same."""
+    model, tokens_bt, mask_bt = grown(name), ids(3), mask_of(CUTS)
+    require_masks(model)
+    with torch.no_grad():
+        whole_bto, _ = model(tokens_bt, attend_mask_bt=mask_bt)
+        state, parts = None, []
+        lengths = [4, 1, 1, 1, N_TIME - 7]
+        for part_bt, part_mask_bt in zip(tokens_bt.split(lengths, 1), mask_bt.split(lengths, 1), strict=True):
+            logits_bto, state = model(part_bt, state, attend_mask_bt=part_mask_bt)
+            parts.append(logits_bto)
+        alone_bto, _ = read_alone(model, tokens_bt, CUTS)
+        joined_bto, _ = model(tokens_bt)
+    torch.testing.assert_close(torch.cat(parts, 1), whole_bto, rtol=0, atol=1e-10)
+    torch.testing.assert_close(whole_bto[2], joined_bto[2], rtol=0, atol=1e-10)
+    torch.testing.assert_close(whole_bto[:, :2], joined_bto[:, :2], rtol=0, atol=1e-10)
+    assert not torch.allclose(whole_bto[0, 2:], joined_bto[0, 2:], atol=1e-6), "attention looks back no more"
+    carries = [
+        not isinstance(each.mixer, Attention) or getattr(each.mlp, "is_carrying", False) for each in model.blocks
+    ]
+    is_plain = not any(carries)
+    assert torch.allclose(whole_bto, alone_bto, rtol=0, atol=1e-10) == is_plain
+
+
+@pytest.mark.parametrize("name, why", [("charrnn", "takes no attend_mask_bt"), ("mac", "the mixer MemoryAsContext")])
+def test_models_that_cannot_mask_are_refused(name, why):
+    with pytest.raises(CapabilityError, match=f"mask keeps attention within a document .*{why}.*reset"):
+        require_masks(grown(next(each for each in ZOO if name in each)))
 
 
 @every_model

@@ -40,6 +40,7 @@ def tensors(state):
 @every_model
 @pytest.mark.parametrize("changed", [1, 8])
 def test_no_logit_knows_a_later_token(name, changed):
+    """B7.9."""
     model, tokens_bt = grown(name), ids(3)
     other_bt = tokens_bt.clone()
     other_bt[:, changed] = (tokens_bt[:, changed] + 1) % VOCABULARY
@@ -50,6 +51,7 @@ def test_no_logit_knows_a_later_token(name, changed):
 
 @every_model
 def test_no_gradient_flows_from_a_logit_to_a_later_token(name):
+    """B7.9."""
     model, now = grown(name), 8
     logits_bto, hidden_btd = embedded(model, ids(2))
     (upstream_btd,) = torch.autograd.grad(logits_bto[:, now].square().sum(), hidden_btd)
@@ -110,7 +112,7 @@ def test_gradients_do_not_depend_on_the_cut(name):
 
 @every_model
 def test_every_parameter_learns_from_the_start(name):
-    """At the first weights, not only at those of a grown model."""
+    """TR-5: At the first weights, not only at those of a grown model."""
     model = build(*ZOO[name], VOCABULARY, random_seed=3).double()
     logits_bto, _ = model(ids(3))
     F.cross_entropy(logits_bto.flatten(0, 1), ids(3, random_seed=17).flatten()).backward()
@@ -120,7 +122,7 @@ def test_every_parameter_learns_from_the_start(name):
 
 @every_model
 def test_every_parameter_is_registered(name):
-    """What the attributes of all modules hold, lists and dicts included, is what the model says it has."""
+    """TR-5: What the attributes of all modules hold, lists and dicts included, is what the model says it has."""
     model = build(*ZOO[name], VOCABULARY, random_seed=3)
     held = {id(leaf) for module in model.modules() for leaf in leaves(vars(module))}
     assert held == {id(parameter) for parameter in model.parameters()}
@@ -176,6 +178,7 @@ def test_weights_depend_on_the_random_seed_alone(name):
 
 @every_model
 def test_a_model_is_shaped_on_meta_without_being_computed(name):
+    """CX-2.6."""
     real = build(*ZOO[name], VOCABULARY, random_seed=3)
     with torch.device("meta"):
         model = build(*ZOO[name], VOCABULARY, random_seed=3)
@@ -216,7 +219,7 @@ def test_low_precision_stays_near_full_precision(name):
 
 @pytest.mark.parametrize("name", preset_names())
 def test_the_first_loss_is_that_of_a_uniform_guess(name):
-    """At the sizes of the preset, within 5 %."""
+    """TR-1: At the sizes of the preset, within 5 %."""
     settings = preset(name)
     model = build(ModelConfig(**settings["model"]), MemoryConfig(**settings["memory"]), 256, random_seed=3)
     tokens_bt = torch.randint(256, (4, 101), generator=torch.Generator().manual_seed(7))

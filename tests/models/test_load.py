@@ -40,6 +40,7 @@ def test_a_loaded_model_keeps_its_precision_and_needs_no_file(tmp_path):
 
 
 def test_every_weight_that_does_not_fit_is_listed(tmp_path):
+    """A8.4."""
     model_part, memory_part = ModelConfig(name="charrnn", dim=12, n_layers=2), MemoryConfig()
     weights = build(model_part, memory_part, 256, random_seed=3).state_dict()
     weights["extra.weight"] = weights.pop("head.bias")

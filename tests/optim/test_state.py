@@ -62,6 +62,7 @@ def test_other_shape_is_refused():
 
 
 def test_missing_parameter_is_refused():
+    """A8.4."""
     model, optimizer = trained(1)
     saved = {name: tensor for name, tensor in state.tensors(model, optimizer).items() if not name.startswith("1.bias")}
     with pytest.raises(CheckpointMismatch, match=r"nothing for \['1.bias'\]"):

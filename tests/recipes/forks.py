@@ -62,6 +62,10 @@ class Runs:
         """The exit code of a run that nobody else disturbs."""
         return self.wait(self.start(preset, overrides, run_dir, resume, garbled=garbled, dies=dies))
 
+    def start_sweep(self, file: Path) -> int:
+        """Begin a sweep whose runs are forked too, and give its process id."""
+        return int(self._ask({"sweep": str(file)})["pid"])
+
     def close(self) -> None:
         assert self._server.stdin and self._server.stdout
         self._server.stdin.close()
@@ -87,6 +91,7 @@ def _serve() -> None:
     import meristem.drills.training
     import meristem.models.lm
     import meristem.recipes.pretrain
+    import meristem.recipes.sweeps.run
     import meristem.runs.directory
 
     # Asking every installed package for its version takes a quarter of a tiny run.
@@ -101,7 +106,7 @@ def _serve() -> None:
             continue
         pid = os.fork()
         if pid == 0:
-            os._exit(_run(order))
+            os._exit(_sweep(order) if "sweep" in order else _run(order))
         _say({"pid": pid})
 
 
@@ -136,6 +141,63 @@ def _run(order: dict[str, Any]) -> int:
     if count:
         (Path(order["run_dir"]) / f"calls-{order['dies'][0]}").write_text(str(count[0]))
     return result.exit_code
+
+
+def _sweep(order: dict[str, Any]) -> int:
+    from meristem.recipes.sweeps import run, work
+
+    work.started = _Forked
+    _, _, is_done = run.sweep(run.read_sweep(Path(order["sweep"])), lambda line: None)
+    return 0 if is_done else 130
+
+
+class _Forked:
+    """What ``work.started`` gives, without a new interpreter: a fork that says ``meristem`` and these words."""
+
+    def __init__(self, words: Sequence[str], log: Path) -> None:
+        from meristem.recipes.sweeps.work import end_with
+
+        prepare = end_with(os.getpid())
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            prepare()
+            os._exit(self._main(words, log))
+
+    def poll(self) -> int | None:
+        return self._waited(os.WNOHANG)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        return self._waited(0)
+
+    def terminate(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _waited(self, how: int) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, how)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    @staticmethod
+    def _main(words: Sequence[str], log: Path) -> int:
+        from meristem.cli import main
+
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdin = open(os.devnull)
+        sys.argv = ["meristem", *words, "--no-plan"]
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
 
 
 PIECES = ("save", "rollback", "resume")

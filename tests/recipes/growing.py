@@ -78,7 +78,22 @@ class Watching:
         return Proposal("wait")
 
 
-for name, make in {"planted": planted, "watching": Watching}.items():
+READINGS: list[Reading] = []
+"""What policies of the name ``recording`` were shown."""
+
+
+def recording(settings: Mapping[str, Any]) -> Policy:
+    """The planted policy, which keeps every reading in ``READINGS``."""
+    propose = planted(settings)
+
+    def proposed(reading: Reading, mask: Mask) -> Proposal | NoCandidates:
+        READINGS.append(reading)
+        return propose(reading, mask)
+
+    return proposed
+
+
+for name, make in {"planted": planted, "watching": Watching, "recording": recording}.items():
     if name not in policies.names():
         policies.register(name, make)
 

@@ -11,7 +11,7 @@ from meristem.models.load import load
 from meristem.models.validate import require_resets
 from meristem.recipes.pretrain import pretrain
 from meristem.sinks.records import history
-from recipes.small import config, write_documents
+from recipes.small import config, write_documents, write_text
 
 SETTINGS = (
     *("data.order=documents", "model.n_heads=2", "model.sliding_window=5", "memory.head_dim=4", "train.steps=8"),
@@ -20,9 +20,17 @@ SETTINGS = (
 )
 
 
-def test_a_resumed_run_takes_the_same_path(tmp_path):
-    """From a checkpoint within documents, bitwise: memories, keys and counts of every row, and the cursor."""
-    settings = config(write_documents(tmp_path), *SETTINGS, preset="titans-mag")
+@pytest.mark.parametrize(
+    "is_mixed_text", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one-text", "mixture"]
+)
+def test_a_resumed_run_takes_the_same_path(tmp_path, is_mixed_text):
+    """From a checkpoint within documents, bitwise: memories, keys and counts of every row, and the cursor.
+
+    DD-1: also of a mixture, whose report says what was read of each source.
+    """
+    documents, text = write_documents(tmp_path), write_text(tmp_path)
+    mixture = (f"data.source={documents}+{text}", "data.weights=[3,1]") if is_mixed_text else ()
+    settings = config(documents, *SETTINGS, *mixture, preset="titans-mag")
     whole = pretrain(settings, run_dir=tmp_path / "whole")
     middle = next(path for path in (whole.run_dir / "checkpoints").iterdir() if path.name.endswith("04"))
     assert is_mixed(from_tensors(find(middle, silent).tree("memory")))
@@ -33,6 +41,8 @@ def test_a_resumed_run_takes_the_same_path(tmp_path):
         [each["metrics"]["nats"] for each in history(run.run_dir) if each["split"] == "train"] for run in (whole, again)
     )
     assert len(losses) == 8 and after[-4:] == losses[-4:]
+    read = [run.report.read_text().partition("| read of `texts` | ")[2].partition(" |")[0] for run in (whole, again)]
+    assert read[0] == read[1] and read[0].endswith("times through") == is_mixed_text
 
 
 def test_a_model_that_cannot_reset_is_refused():

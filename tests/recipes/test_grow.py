@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from itertools import islice
@@ -18,13 +19,26 @@ from meristem.growth.garden import Garden
 from meristem.growth.graft import seeds_in
 from meristem.growth.request import FOLDER, pending
 from meristem.growth.stage import Stage
+from meristem.models.growing import Limit, RiskConfig
 from meristem.recipes.grow import Growth, grow, prepare
 from meristem.recipes.pretrain import begun, pretrain, train_until_trouble
 from meristem.runs.growth import draw_lives, lives_of, table
 from meristem.runs.logging import Log
 from meristem.runs.resume import contents
 from meristem.sinks.jsonl import read_records
-from recipes.growing import TINY, Watching, assert_same, garden, growing, killed_at, losses, planted, run_to_the_end
+from meristem.sinks.records import history
+from recipes.growing import (
+    READINGS,
+    TINY,
+    Watching,
+    assert_same,
+    garden,
+    growing,
+    killed_at,
+    losses,
+    planted,
+    run_to_the_end,
+)
 from recipes.small import config, write_text
 
 WHOLE = ["GERMINATED", "TRAINING", "BLENDING", "SHADOWING", "PROBATIONARY"]
@@ -76,6 +90,19 @@ def test_v3_killed_at_every_boundary_it_goes_on_to_the_bit(text, run_dir, tmp_pa
     for order in (*kept["queue"], *expected["queue"]):
         del order["run_id"]
     assert kept == expected
+
+
+@pytest.mark.slow
+def test_v3_a_capped_seed_is_killed_on_trial_and_goes_on_to_the_bit(text, tmp_path, monkeypatch):
+    """What the model does not say of the way in which it learns, the garden does."""
+    policy = "{name: planted, settings: {at: 8, way: capped}}"
+    settings = growing(text, "checkpoint.every=2", "train.steps=18", policy=policy)
+    run_to_the_end(settings, tmp_path / "whole")
+    killed_at(monkeypatch, 12, settings, tmp_path / "run")
+    run_to_the_end(settings, tmp_path / "run")
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    (life,) = Garden.from_json(garden(tmp_path / "run")).lives
+    assert life.way == "capped" and life.stage is Stage.BLENDING
 
 
 @pytest.mark.parametrize("n_snapshots", [2, 0])
@@ -184,6 +211,22 @@ def test_t5_a_policy_that_learns_sees_numbers_and_keeps_its_scales(text, tmp_pat
     with pytest.raises(RunError, match="cannot be read"):
         grow(growing(text, "train.steps=4", policy=policy), run_dir=tmp_path / "third")
     assert not losses(tmp_path / "third")
+
+
+def test_every_limit_of_risk_is_of_a_number_that_the_run_measures(text, tmp_path):
+    """On a processor all but the share of an accelerator's memory and the conflict of objectives, which are not
+    separated; the policy's own risk is of its proposal, and a jump of two evaluations."""
+    READINGS.clear()
+    policy = "{name: recording, settings: {at: 4, way: joint}}"
+    grow(growing(text, "train.steps=9", policy=policy), run_dir=tmp_path / "run")
+    limits = {name for name, kind in RiskConfig.model_fields.items() if kind.annotation is Limit}
+    first, last = READINGS[0].metrics, READINGS[-1].metrics
+    assert limits - last.keys() == {"policy_risk", "held_out_jump"} and len(READINGS[-1].held_out) > 1
+    assert {name for name in limits & last.keys() if last[name] is None} == {"gradient_conflict", "memory_share"}
+    assert first["apply_ms"] is None and first["loss_volatility"] is None and last["apply_ms"] > 0 < last["step_ms"]
+    steps = [record["metrics"] for record in history(tmp_path / "run") if record["split"] == "train"]
+    norms = [each["grad_norm"] for each in steps[: READINGS[-1].step]]
+    assert last["gradient_norm"] == pytest.approx(statistics.median(norms))
 
 
 @pytest.mark.parametrize(

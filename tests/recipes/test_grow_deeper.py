@@ -7,11 +7,12 @@ import pytest
 from meristem.checkpoint.store import Checkpoint, newest, open_checkpoint
 from meristem.device.resolve import resolve
 from meristem.events import silent
+from meristem.growth import isolation
 from meristem.growth.garden import Garden
 from meristem.models.load import load
 from meristem.optim.schedule import ScheduleProgress, rate_factor
 from meristem.recipes.grow import grow
-from meristem.recipes.plan.flops import forward_flops
+from meristem.recipes.plan.flops import counted, forward_flops
 from meristem.recipes.pretrain import PASSES, pretrain
 from meristem.runs.config import Config
 from meristem.sinks.jsonl import read_records
@@ -102,3 +103,28 @@ def test_trials_gates_and_deciding_are_paid_for(text, tmp_path):
     n_evaluations = len(known.held_out)
     site_evaluation = 5 * 17 * known.flops / (PASSES * result.tokens)
     assert beside - known.probe_flops > 0.9 * n_evaluations * site_evaluation
+
+
+@pytest.mark.parametrize(("slot", "is_played"), [("blocks.0", True), ("blocks.1", True), ("blocks.1", False)])
+def test_a_shadow_pass_is_charged_with_what_it_computes(text, tmp_path, monkeypatch, slot, is_played):
+    """Every operation of the passes of a seed, from where they begin, and none that they leave out."""
+    passes = []
+    real = isolation.shadow_gradients
+
+    def watched(*began, **how):
+        assert (how["tape"] is not None) is is_played
+        found = []
+        passes.append(counted(lambda: found.append(real(*began, **how))))
+        return found[0]
+
+    monkeypatch.setattr(isolation, "shadow_gradients", watched)
+    if not is_played:
+        monkeypatch.setattr(isolation, "_is_whole", lambda *_: False)
+    settings = growing(text, *BYTES, f"grow.slots=[{slot}]", "grow.gates.training_steps=99", "train.steps=14")
+    result = grow(settings, run_dir=tmp_path / "run")
+    known = Garden.from_json(open_checkpoint(result.checkpoint).value("garden"))
+    (life,) = known.lives
+    assert life.paired.n == len(passes) == 4
+    assert known.figures[life.seed]["flops_spent"] == pytest.approx(sum(passes))
+    share = sum(passes) / (4 * known.flops / result.step)
+    assert share < 1 / 3 if slot == "blocks.1" and is_played else 1 / 3 < share < 0.9

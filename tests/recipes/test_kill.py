@@ -196,7 +196,10 @@ def test_the_undisturbed_run_repeats(place, tmp_path):
 
 
 def test_tr9_killed_run_goes_on_to_the_bit(place, tmp_path, moment):
-    """SIGKILL at any moment; the same command again ends with the same losses, weights, moments and memory."""
+    """SIGKILL at any moment; the same command again ends with the same losses, weights, moments and memory.
+
+    CX-3.6, CX-7.2.
+    """
     run_dir = tmp_path / "run"
     if moment.piece in ("step", "resume"):
         kill_after(place.runs, place.start(run_dir), run_dir, moment.step, place.truth.delay_s(moment))

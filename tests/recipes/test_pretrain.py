@@ -61,6 +61,7 @@ def test_saved_model_is_the_one_that_was_measured(settings, result):
 
 
 def test_what_the_run_took_stands_beside_what_was_planned(result):
+    """C5.6."""
     predicted, measured = (read(result.run_dir)["plan"][side] for side in ("predicted", "measured"))
     assert predicted["flops_per_token"] > 1000
     # The plan knows nothing of the text in memory; the process here is that of a whole test session.

@@ -71,7 +71,7 @@ def test_file_is_told_from_preset(tmp_path):
 
 
 def test_every_setting_is_read_by_code():
-    """Each leaf is asked for outside the part that defines it, or by a method of the part that is."""
+    """A8.13: Each leaf is asked for outside the part that defines it, or by a method of the part that is."""
     trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
     asked = {name for path, tree in trees.items() if path.name != "part.py" for name in attributes(tree)}
     methods = [

@@ -58,7 +58,7 @@ def test_new_directory_begins_a_run(text, resume):
 
 
 def test_auto_passes_over_a_damaged_checkpoint_and_says_so(text):
-    """The newest one has a flipped bit: the run goes on from the one before, to the same losses."""
+    """CX-7.4: The newest one has a flipped bit: the run goes on from the one before, to the same losses."""
     first = run(text, "a")
     before = losses(first.run_dir)
     damage(first.checkpoint)
@@ -71,7 +71,7 @@ def test_auto_passes_over_a_damaged_checkpoint_and_says_so(text):
 
 
 def test_auto_begins_again_where_nothing_is_whole(text):
-    """Readers learn that all earlier steps were abandoned."""
+    """CX-7.4: Readers learn that all earlier steps were abandoned."""
     first = run(text, "a", "checkpoint.last=1", "checkpoint.best=0", "checkpoint.every=6")
     damage(first.checkpoint)
     run(text, "a", "checkpoint.last=1", "checkpoint.best=0", "checkpoint.every=6")
@@ -80,6 +80,7 @@ def test_auto_begins_again_where_nothing_is_whole(text):
 
 
 def test_must_needs_a_checkpoint(text):
+    """CX-7.4."""
     with pytest.raises(NoCheckpoint, match=r"a holds no whole checkpoint to go on from. Give the directory"):
         run(text, "a", resume="must")
 
@@ -140,6 +141,7 @@ def test_something_else_is_refused(text, setting, error, message):
 
 
 def test_changed_text_is_refused(text):
+    """CX-8.5."""
     run(text, "a")
     text.write_text(text.read_text() + "One more line.\n")
     with pytest.raises(ManifestMismatch, match="Bring the old text back"):

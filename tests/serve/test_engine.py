@@ -1,6 +1,5 @@
 """What an order gives depends on no other: alone, in any batch, and beside rows that hold NaN."""
 
-import math
 import random
 import time
 from dataclasses import replace
@@ -10,7 +9,7 @@ import torch
 
 import zoo
 from meristem.errors import QueueFull, WorkerDied
-from meristem.memory.state import flatten, map_tensors, put_rows
+from meristem.memory.state import flatten
 from meristem.models.build import build
 from meristem.models.config import ModelConfig
 from meristem.models.generate import Sampling
@@ -18,6 +17,7 @@ from meristem.nn.config import MemoryConfig
 from meristem.serve.batch import LEAST, Batch, exact_sizes
 from meristem.serve.engine import READ_PER_ROUND, Ended, Engine, Order
 from meristem.serve.moment import FRESH, Moment, portion, read
+from serving import poison
 
 GREEDY = Sampling(temperature=0)
 WIDE = build(
@@ -71,18 +71,6 @@ def run(engine: Engine, *, poisoned: bool = False) -> None:
         engine.step()
         if poisoned:
             poison(engine)
-
-
-@torch.no_grad()
-def poison(engine: Engine) -> None:
-    """NaN in every row that nobody owns."""
-    for batch in [batch for batch in engine._batches if any(batch.taken())]:
-        for at, owner in enumerate(batch.owners):
-            if owner is None:
-                poisoned = map_tensors(
-                    lambda leaf: leaf.fill_(math.nan) if leaf.is_floating_point() else leaf, batch.row(at)
-                )
-                batch.state = put_rows(batch.state, at, poisoned)
 
 
 def assert_same_moment(found: Moment, true: Moment) -> None:
@@ -298,6 +286,26 @@ def test_s2_choices_and_seeds_draw_differently():
     first, again, other = drawn(1), drawn(1), drawn(2)
     assert first == again
     assert len({*first, *other}) == 8
+
+
+def test_s3_a_reply_that_is_drawn_does_not_depend_on_its_batch():
+    """At any temperature, with settings and seeds of its own: alone, or beside others that come and go."""
+    settings = [
+        {"sampling": sampling, "random_seed": 7 + row, "max_tokens": 6 + row % 3}
+        for row, sampling in enumerate([Sampling(1.0), Sampling(0.7, top_p=0.8), Sampling(3.0, top_k=5), GREEDY] * 2)
+    ]
+    said = texts(len(settings), 9)
+    true = [alone(WIDE, text, **each) for text, each in zip(said, settings, strict=True)]
+    engine = engine_of()
+    asked = [Asked(WIDE, text, **each) for text, each in zip(said, settings, strict=True)]
+    for at, each in enumerate(reversed(asked)):
+        engine.submit(each.order)
+        if at % 2:
+            engine.step()
+    run(engine)
+    for found, wanted in zip(asked, true, strict=True):
+        assert found.ids == wanted.ids
+        assert_same_moment(found.end.moment, wanted.end.moment)
 
 
 def test_logprobs_are_those_of_the_prediction():

@@ -1,9 +1,8 @@
 """The server, with the official client and with bad ones."""
 
-import asyncio
-import contextlib
+import gzip
+import hashlib
 import json
-import socket
 import threading
 import time
 
@@ -11,53 +10,11 @@ import httpx2 as httpx
 import openai
 import pytest
 import torch
-import uvicorn
 
-from meristem.data.tokenizer import byte_tokenizer
-from meristem.models.build import build
-from meristem.models.config import ModelConfig
-from meristem.models.generate import Sampling
-from meristem.nn.config import MemoryConfig
-from meristem.serve.engine import Engine
-from meristem.serve.http import Served, make_app
-from meristem.serve.sessions import Sessions
+from meristem.device import limits
+from serving import MOST_BYTES, error_of, new_session, serving, wait_for
 
-TOKENIZER = byte_tokenizer()
 LONG = 10_000
-
-
-def model_of(random_seed: int):
-    """Small, and quick to be found exact."""
-    settings = ModelConfig(dim=32, n_layers=1, n_heads=2, sliding_window=5, mlp_dim=32)
-    return build(settings, MemoryConfig(rule="gated_delta", head_dim=16, chunk=16), 256, random_seed)
-
-
-@contextlib.contextmanager
-def serving(directory, *, most_rows=8, most_waiting=16, model=None):
-    """A server in a thread; gives its address and what it serves."""
-    model = model or model_of(1)
-    engine = Engine(256, most_rows=most_rows, most_waiting=most_waiting)
-    sampling = Sampling(temperature=1.0)
-    served = Served("small", engine, Sessions(directory, model, TOKENIZER), sampling, deadline_s=60)
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(make_app(served), log_level="critical", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
-    thread.start()
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    try:
-        wait_for(lambda: served.is_ready)
-        yield url, served
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
-
-
-def wait_for(is_so, seconds=60.0):
-    until = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -81,30 +38,23 @@ def client(served):
         yield made
 
 
-def new_session(web, **settings) -> str:
-    made = web.post("/v1/sessions", json=settings)
-    assert made.status_code == 201, made.text
-    return made.json()["id"]
-
-
-def error_of(answer, status) -> dict:
-    """The error of an answer, which has the shape of the API."""
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"} and error["message"] and error["type"]
-    return error
-
-
 def is_idle(served) -> bool:
     return served[1].engine.n_at_work == 0
 
 
 def test_health_and_readiness_are_apart(served, web):
+    """CX-11.3."""
     assert web.get("/healthz").json() == {"status": "ok", "requests": {"working": 0, "waiting": 0}}
     assert web.get("/readyz").json() == {"status": "ready", "model": "small"}
     served[1].is_ready = False
     assert error_of(web.get("/readyz"), 503)["code"] == "not_ready"
     served[1].is_ready = True
+
+
+def test_a_server_without_memory_is_sent_nothing(served, web, monkeypatch):
+    monkeypatch.setattr(limits, "available_bytes", lambda: 1)
+    assert error_of(web.get("/readyz"), 503)["code"] == "no_memory"
+    assert web.get("/healthz").status_code == 200
 
 
 def test_the_official_client_lists_and_completes(client):
@@ -234,6 +184,46 @@ def test_s5_export_and_import_go_on_to_the_bit(web, client):
     assert error_of(web.post("/v1/sessions/import", content=content[:-5]), 400)["code"] == "bad_session_file"
 
 
+def lengthened(content, **tensor) -> bytes:
+    """A session file whose header lists one more tensor, with the hash that belongs to it."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size]) | {"state.more": {"dtype": "F32", **tensor}}
+    none = "0" * 64
+    header["__metadata__"]["sha256"] = none
+    said = json.dumps(header, separators=(",", ":")).encode()
+    made = len(said).to_bytes(8, "little") + said + content[8 + size :]
+    return made.replace(none.encode(), hashlib.sha256(made).hexdigest().encode(), 1)
+
+
+def test_files_that_claim_more_than_they_hold_are_refused(served, web):
+    """No body is unpacked, nothing is reserved for what a header says, and nothing of a refused file stays."""
+    session = new_session(web)
+    web.post(f"/v1/sessions/{session}/feed", json={"text": "My name is Ada."})
+    content = web.get(f"/v1/sessions/{session}/export").content
+    bad = {
+        "nothing": b"",
+        "a header as long as memory": (1 << 62).to_bytes(8, "little") + content[8:],
+        "a tensor as large as memory": lengthened(content, shape=[1 << 40], data_offsets=[0, 1 << 42]),
+        "a tensor without bytes": lengthened(content, shape=[1 << 61, 0], data_offsets=[0, 0]),
+        "compressed zeros": gzip.compress(bytes(1 << 24)),
+        "a path": b"/etc/passwd",
+    }
+    before = web.get("/v1/sessions", params={"limit": 1000}).json()
+    for what, sent in bad.items():
+        for headers in ({}, {"content-encoding": "gzip"}):
+            answer = web.post("/v1/sessions/import", content=sent, headers=headers)
+            assert error_of(answer, 400)["code"] == "bad_session_file", what
+    asked = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = web.post("/v1/completions", content=gzip.compress(b" " * (1 << 24) + b"{}"), headers=asked)
+    error_of(answer, 400)
+    long = web.post("/v1/sessions/import", content=content, params={"name": "x" * 201})
+    assert error_of(long, 400)["code"] == "string_too_long"
+    assert web.get("/v1/sessions", params={"limit": 1000}).json() == before
+    named = web.post("/v1/sessions/import", content=content, params={"name": "../../x\n"}).json()
+    file = web.get(f"/v1/sessions/{named['id']}/export")
+    assert named["name"] == "../../x\n" and named["id"] in file.headers["content-disposition"]
+
+
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_s1_a_client_that_leaves_frees_its_place(served, web, is_streamed):
     """Nothing of the turn is kept, and the next one works."""
@@ -329,10 +319,11 @@ def test_what_is_not_there_has_the_shape_of_the_api(web):
     error_of(web.delete(f"/v1/sessions/{session}"), 404)
 
 
-def test_a_body_that_is_too_long_is_refused(web, monkeypatch):
-    monkeypatch.setattr("meristem.serve.failures.MOST_BYTES", 1000)
-    assert error_of(web.post("/v1/completions", content=b" " * 1001), 413)["code"] == "too_long"
-    assert error_of(web.post("/v1/completions", content=iter([b" " * 600] * 2)), 413)["code"] == "too_long"
+def test_a_body_that_is_too_long_is_refused(web):
+    """Whether it names its length or comes in portions; the rest of it is not read."""
+    assert error_of(web.post("/v1/completions", content=b" " * (MOST_BYTES + 1)), 413)["code"] == "too_long"
+    half = b" " * (MOST_BYTES // 2 + 1)
+    assert error_of(web.post("/v1/completions", content=iter([half, half])), 413)["code"] == "too_long"
 
 
 def test_s10_messages_are_laid_out_by_the_server(web):

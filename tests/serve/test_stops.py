@@ -3,9 +3,9 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from meristem.data.chat import ENDS, Message, content_ids, message_ids
 from meristem.data.config import TokenizerConfig
 from meristem.data.tokenizer import byte_tokenizer, train_tokenizer
-from meristem.serve.layout import ENDS, Message, content_ids, message_ids
 from meristem.serve.stops import StopTexts
 
 BYTES = byte_tokenizer()

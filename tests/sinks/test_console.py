@@ -99,7 +99,7 @@ def test_text_cannot_drive_the_terminal():
 @pytest.mark.parametrize("is_terminal", [True, False])
 @pytest.mark.parametrize("wrong", [None, 3, object(), math.nan, "\ud800", b"\xff", [], {"a": None}, {1: object()}])
 def test_wrong_arguments_do_not_raise(is_terminal, wrong):
-    """Whatever is passed to any call, the run goes on."""
+    """TR-10: Whatever is passed to any call, the run goes on."""
     console = Console(screen=screen(force_terminal=is_terminal))
     console.update({"before": "start"})
     console.start(wrong)

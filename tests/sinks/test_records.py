@@ -53,7 +53,7 @@ def test_envelope_and_fields_come_back(tmp_path):
 
 @given(value=st.floats() | st.integers() | st.booleans() | st.none())
 def test_number_that_json_cannot_hold_is_named(tmp_path_factory, value):
-    """NaN and infinity become null and are named; integers beyond 2^53 - 1 become text; all else is unchanged."""
+    """CX-5.5: NaN and infinity become null and are named, integers beyond 2^53 - 1 text; all else is unchanged."""
     run_dir = tmp_path_factory.mktemp("run")
     records = Records(run_dir, "r")
     records.event(Event("x", {"deep": {"er": [0, value]}}), step=0)
@@ -130,7 +130,10 @@ def test_threads_do_not_mix_lines(tmp_path):
 @settings(max_examples=40)
 @given(n_cut=st.integers(0, 400))
 def test_torn_end_is_passed_over_and_then_cut(tmp_path_factory, n_cut):
-    """Wherever the file was torn: a reader gives the whole lines and says so; the next writer goes on after them."""
+    """Wherever the file was torn: a reader gives the whole lines and says so; the next writer goes on after them.
+
+    CX-5.4.
+    """
     run_dir = tmp_path_factory.mktemp("run")
     records = Records(run_dir, "r")
     write_steps(records, range(3))
@@ -143,7 +146,7 @@ def test_torn_end_is_passed_over_and_then_cut(tmp_path_factory, n_cut):
     is_torn = not content.endswith(b"\n") and content != b""
     events = []
     assert [r["step"] for r in read_records(path, events.append)] == list(range(whole))
-    assert [e.payload["what"] for e in events] == ["torn last line"] * is_torn
+    assert [(e.payload["what"], e.payload["line"]) for e in events] == [("torn last line", whole + 1)] * is_torn
     again = Records(run_dir, "r")
     write_steps(again, [9])
     again.close()
@@ -233,6 +236,21 @@ def test_history_is_what_was_kept(tmp_path_factory, legs, n_evaluations):
             expected.append((step, leg))
     records.close()
     assert [(r["step"], r["metrics"]["leg"]) for r in history(run_dir)] == expected
+
+
+def test_cx5_4_duplicates_collapse_and_are_counted(tmp_path):
+    """Of equal step, split, task and metric the last value counts, and a metric that comes once stays."""
+    records = Records(tmp_path, "r")
+    for metrics in ({"a": math.nan, "b": 1.0, "c": math.nan}, {"a": 2.0, "b": 3.0}, {"a": 4.0}):
+        records.metrics(1, 1, 0.0, "val", metrics)
+    records.metrics(1, 1, 0.0, "train", {"a": 5.0})
+    records.metrics(1, 1, 0.0, "val", {"a": 6.0}, task="copy")
+    records.close()
+    events = []
+    first, *others = history(tmp_path, emit=events.append)
+    assert (first["seq"], first["metrics"], first["nonfinite"]) == (3, {"a": 4.0, "b": 3.0, "c": None}, {"c": "nan"})
+    assert [record["metrics"] for record in others] == [{"a": 5.0}, {"a": 6.0}]
+    assert [(event.name, event.payload["n"]) for event in events] == [("records.replaced", 3)]
 
 
 def test_what_happens_after_a_return_stands_at_its_step(tmp_path):

@@ -51,7 +51,7 @@ def test_records_follow_their_schema(tmp_path, rank):
 
 
 def test_run_follows_its_schema(tmp_path):
-    """A run as created, as described, and as ended is valid."""
+    """CX-13.1, CX-13.3: a run as created, as described, and as ended is valid."""
     manifest = RunManifest.create(tmp_path, name="n", command="meristem train", random_seed=3)
     validator("run").validate(read(tmp_path))
     manifest.update(**describe(), best={"metric": "val/bits_per_byte", "value": 2.5, "step": 7})

@@ -25,7 +25,7 @@ def records(tmp_path):
 
 
 def test_this_process_is_read(records):
-    """Its own size and work are seen."""
+    """CX-6.3: its own size and work are seen."""
     sampler = SystemSampler(records, 10.0)
     clocks = [(time.perf_counter(), time.process_time())]
     sampler.read()
@@ -116,7 +116,7 @@ def one_gpu(monkeypatch):
 
 
 def test_gpu_through_nvml(records, monkeypatch, one_gpu):
-    """With NVML the card is found by its identity, units are ours, and a reading it lacks is null."""
+    """CX-6.5: with NVML the card is found by its identity, units are ours, and a reading it lacks is null."""
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
     events = []
     reading = SystemSampler(records, 10.0, emit=events.append, gpu=2).read()
@@ -135,7 +135,7 @@ def broken():
 
 @pytest.mark.parametrize("nvml", [None, fake_nvml(nvmlInit=broken)], ids=["missing", "broken"])
 def test_gpu_without_nvml(records, monkeypatch, one_gpu, nvml):
-    """Without NVML torch's own counts remain, and the lack is one event."""
+    """CX-6.3: without NVML torch's own counts remain, and the lack is one event."""
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     events = []
     reading = SystemSampler(records, 10.0, emit=events.append, gpu=2).read()

@@ -111,7 +111,10 @@ def gradient(model: nn.Module, tokens_bt: Tensor, targets_bt: Tensor) -> dict[st
 
 
 def test_accumulation_is_exact(corpus):
-    """Three ragged batches of 2 rows give the gradient of their 6 rows in one piece, each target counting the same."""
+    """Three ragged batches of 2 rows give the gradient of their 6 rows in one piece, each target counting the same.
+
+    CX-3.2.
+    """
     stream = Ragged(stream_of(corpus, batch=2), kept=[13, 4, 1])
     model, seen = tiny(), {}
     cursor, rows = stream.stream.start(), []
@@ -152,7 +155,7 @@ def test_clipping_bounds_the_gradient(corpus):
 
 @pytest.mark.parametrize("limits", [{"steps": 6}, {"tokens": 6 * 3 * 13}, {"tokens": 5 * 3 * 13 + 1}])
 def test_limits_agree(corpus, limits):
-    """Six steps, their tokens, and one token more than five steps have: the same six losses."""
+    """CX-3.4: Six steps, their tokens, and one token more than five steps have: the same six losses."""
     by_steps = run(tiny(), stream_of(corpus, batch=3), limit(steps=6))
     made = run(tiny(), stream_of(corpus, batch=3), limit(**limits))
     assert [step.progress.step for step in made] == [1, 2, 3, 4, 5, 6]
@@ -268,7 +271,7 @@ class Poisoned(nn.Module):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_step_changes_nothing(corpus, value):
-    """Weights, moments and step counters are to the bit those before it; it is counted and the run goes on."""
+    """CX-3.3: Weights, moments and step counters are to the bit those before it; it is counted and the run goes on."""
     model = Poisoned({3}, value)
     stream = stream_of(corpus, batch=3)
     optimizer = build_optimizer(model, OptimConfig(lr=0.01))
@@ -289,6 +292,7 @@ def test_memory_of_a_bad_step_is_dropped(corpus):
 
 
 def test_too_many_in_a_row_end_the_run(corpus):
+    """CX-3.3."""
     with pytest.raises(NonFinite, match=r"not finite in 2 steps in a row, up to step 5; 2 end a run") as caught:
         run(Poisoned({2, 4, 5}, math.nan), stream_of(corpus, batch=3), limit(steps=9, max_nonfinite=2))
     assert caught.value.fields == {"step": 5, "count": 2}
@@ -317,7 +321,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("period", [1, 3])
 def test_accelerator_is_read_only_where_a_step_logs(corpus, reads, kind, period):
-    """One read per record, however many steps lie between; the other steps tell no loss.
+    """CX-3.5: One read per record, however many steps lie between; the other steps tell no loss.
 
     Whatever kind of optimizer moves the model, and also where levels wait and fire.
     """
@@ -371,7 +375,10 @@ UNASKED = (
 
 @pytest.mark.parametrize("name", UNASKED)
 def test_no_model_makes_the_host_wait(corpus, reads, name):
-    """Forward, backward and update go out without a question, whatever the memory. One read where the step logs."""
+    """Forward, backward and update go out without a question, whatever the memory. One read where the step logs.
+
+    CX-3.5.
+    """
     model, stream = build(*ZOO[name], 256, random_seed=1), stream_of(corpus, batch=2)
     optimizer, start = build_optimizer(model, OptimConfig()), Progress(cursor=stream.start())
     part, told = limit(steps=2, log_every=2), []
@@ -480,7 +487,10 @@ def test_losses_of_layers_are_taught_and_not_told(corpus):
 
 
 def test_one_place_computes_gradients():
-    """One loop serves every recipe. Benchmarks time gradients and the device probe tries one; nothing else does."""
+    """One loop serves every recipe. Benchmarks time gradients and the device probe tries one; nothing else does.
+
+    CX-3.1.
+    """
     package = Path(meristem.__file__).parent
     callers = {
         str(path.relative_to(package).parent / path.stem)

@@ -40,6 +40,7 @@ def test_sum_over_kept_targets_equals_the_definition(dtype):
 
 
 def test_gradient_agrees_with_float64():
+    """TR-1."""
     logits_bto, targets_bt = random_case(torch.float32)
     exact_bto = logits_bto.double().requires_grad_()
     (wanted_bto,) = torch.autograd.grad(truth(exact_bto, targets_bt), exact_bto)

@@ -73,10 +73,12 @@ def test_k16_from_many_threads(worker):
 
 
 def test_k17_the_package_runs_no_loop_of_its_own_over_another():
-    """``asyncio.run`` and ``run_until_complete`` fail inside a running loop."""
+    """``asyncio.run`` and ``run_until_complete`` fail inside a running loop; verbs and their clients are in none."""
+    verbs = ("meristem.cli.", "meristem.bench.serving.")
     found = [
         source.at(node, node.attr)
         for source in SOURCES
+        if not source.name.startswith(verbs)
         for node in ast.walk(source.tree)
         if isinstance(node, ast.Attribute)
         and (node.attr in ("run_until_complete", "run_forever") or ast.unparse(node) == "asyncio.run")

@@ -1,10 +1,23 @@
 """Which figures there are, and how they are selected."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
-from meristem.bench import compositions, memory, model, rules, safety, snapshot
+from meristem.bench import (
+    batches,
+    compositions,
+    finetuning,
+    memory,
+    model,
+    prepare,
+    rules,
+    safety,
+    seeds,
+    snapshot,
+    trackers,
+)
 from meristem.bench.measure import Row
 from meristem.device.config import DeviceConfig
 from meristem.device.describe import describe
@@ -18,21 +31,35 @@ SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
     "hope": (compositions.hope, compositions.hope_decoding),
     "levels": (compositions.levels,),
     "decode": (model.decoding, memory.token),
+    "data": (batches.batches,),
     "snapshot": (snapshot.snapshots, safety.safety),
+    "seeds": (seeds.seeds,),
+    "prepare": (prepare.preparing,),
+    "trackers": (trackers.trackers,),
+    "finetune": (finetuning.finetuning,),
     "start": (model.start,),
 }
 
 
 def measure(
-    names: Sequence[str], *, n_repeats: int = 5, widths: Sequence[int] = (128,), windows: Sequence[int] = (512,)
+    names: Sequence[str],
+    *,
+    n_repeats: int = 5,
+    widths: Sequence[int] = (128,),
+    windows: Sequence[int] = (512,),
+    text_bytes: int | None = None,
 ) -> Iterator[Row]:
     """The rows of the named sections, each as soon as it is measured, in a process set up as for training.
 
     widths, windows: those of the layers in the table of rules, which belongs to the section ``memory``.
+    text_bytes: of the text that the section ``prepare`` prepares.
     """
     resolve(DeviceConfig(), silent)
     for name in names:
-        for section in SECTIONS[name]:
+        sections = SECTIONS[name]
+        if name == "prepare" and text_bytes is not None:
+            sections = (partial(prepare.preparing, size_bytes=text_bytes),)
+        for section in sections:
             yield from section(n_repeats)
         if name == "memory":
             yield from rules.speeds(n_repeats, widths, windows)

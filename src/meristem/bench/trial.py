@@ -17,8 +17,7 @@ from torch import nn
 from meristem.bench.evidence import EvidenceConfig, ReadingConfig
 from meristem.bench.reading import reading_figures
 from meristem.checkpoint.store import open_checkpoint
-from meristem.config import fingerprint
-from meristem.config.text import identity
+from meristem.config import fingerprint, identity_of_choices
 from meristem.data.prepare import prepare
 from meristem.data.stream import held_out_documents
 from meristem.data.tokenizer import Tokenizer
@@ -39,6 +38,13 @@ from meristem.runs.config import Config
 from meristem.sinks.console import Console
 from meristem.sinks.records import history
 from meristem.train.loss import cross_entropy
+
+VERSION: Final = 1
+"""Of how a trial is trained and measured; another number means that all have to be run again.
+
+What is compared is known by the settings that are not their defaults, so that a key which is new does not make hours of
+results strangers. Where a default changes, or what a setting does, this is raised.
+"""
 
 FAR: Final = 4
 """Attention spans beyond which what is recalled counts as remembered, not seen."""
@@ -80,7 +86,7 @@ class Trial:
 
     @cached_property
     def _identity(self) -> str:
-        return fingerprint([identity(self.config), self.config.eval.model_dump(mode="json")])
+        return fingerprint([VERSION, identity_of_choices(self.config), identity_of_choices(self.config.eval)])
 
     @property
     def name(self) -> str:

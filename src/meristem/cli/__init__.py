@@ -1,10 +1,11 @@
 """The command line: one function per verb. Nothing heavy is imported before a verb runs."""
 
+import functools
 import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,12 +19,19 @@ from meristem.cli import (
     data,
     doctor,
     evaluate,
+    export,
+    finetune,
     grow,
+    keys,
     plugins,
+    policy,
     runs,
     sample,
+    scan,
     serve,
+    sweep,
     train,
+    watch,
 )
 from meristem.errors import MeristemError, WrongValue
 
@@ -52,10 +60,13 @@ def meristem(
 
 
 app.command("train")(train.train)
+app.command("finetune")(finetune.finetune)
 app.command("plan")(train.plan)
 app.command("sample")(sample.sample)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
+app.command("watch")(watch.watch)
+app.add_typer(keys.app, name="keys")
 app.command("eval")(evaluate.evaluate)
 app.add_typer(grow.app, name="grow")
 app.add_typer(data.app, name="data")
@@ -63,8 +74,18 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(runs.app, name="runs")
 app.add_typer(config.app, name="config")
 app.add_typer(plugins.app, name="plugins")
+app.add_typer(export.app, name="export")
+app.command("sweep")(sweep.sweep)
+app.command("scan")(scan.scan)
+app.add_typer(policy.app, name="policy")
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
+
+
+@functools.cache
+def _commands() -> Any:
+    """All verbs with their options: made once, as it takes longer than many a verb."""
+    return typer.main.get_command(app)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -76,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if any("\0" in word for word in words):
             raise WrongValue("a word of the command line holds the character NUL, which no name can have. Remove it.")
-        code = typer.main.get_command(app).main(words, prog_name="meristem", standalone_mode=False)
+        code = _commands().main(words, prog_name="meristem", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         return 130

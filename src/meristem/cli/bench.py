@@ -1,6 +1,7 @@
 """`meristem bench`: how fast it is here and what its components are worth, each figure measured against another."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from meristem.cli.answer import Json, json_line
+from meristem.cli.sample import AnyCheckpoint
 
 if TYPE_CHECKING:
     from meristem.bench.measure import Row
@@ -43,7 +45,7 @@ def everything(
     picture: Picture = None,
     as_json: Json = False,
 ) -> None:
-    """Measure memory forms, models, compositions, decoding, snapshots and start-up: a table, then one JSON line.
+    """Measure memory forms, models, decoding, snapshots, growing, texts, trackers, finetuning, start: a table and JSON.
 
     Exit code 1 when a target is missed.
 
@@ -52,7 +54,21 @@ def everything(
       meristem bench all
       meristem bench all --repeats 3 --json
     """
-    names = ("memory", "model", "compositions", "hope", "levels", "decode", "snapshot", "start")
+    names = (
+        "memory",
+        "model",
+        "compositions",
+        "hope",
+        "levels",
+        "decode",
+        "data",
+        "snapshot",
+        "seeds",
+        "prepare",
+        "trackers",
+        "finetune",
+        "start",
+    )
     _speeds(names, repeats, as_json, layers=(width, window), picture=picture)
 
 
@@ -87,11 +103,22 @@ Two layers, sequences of 512 tokens, whole steps, interleaved with a transformer
     "hope": f"Measure training and decoding of hope, memories written. {_MISSED}",
     "levels": f"Measure what four levels cost over one in training. {_MISSED}",
     "decode": f"Measure how fast a session writes. {_MISSED}",
+    "data": f"""Measure what reading the text costs a training. {_MISSED}
+
+A step of the default preset over what it takes without taking its batches: those are read beside it, or when they are
+needed. Where the machine is loaded, in CPU time of the thread that trains.""",
     "snapshot": f"""Measure snapshots in memory, and what they and the guard cost. {_MISSED}
 
 How long a run of 100 million parameters with moments waits for a snapshot and for a rollback, and the share of the
 machine's copy bandwidth that is (this needs 6 GB of RAM); then the share of the steps of the default preset that guard,
 events and snapshots take, and how long a save keeps it waiting.""",
+    "seeds": f"Measure blends, gates, slots, changes of structure and slot scores of a model that grows. {_MISSED}",
+    "trackers": f"""Measure what it costs to write a run down and to show it to all trackers. {_MISSED}
+
+In time of the processor, as a share of the steps of the default preset, one of ten of which is recorded.""",
+    "finetune": f"""Measure a step of fine-tuning a small Llama against a plain torch loop that does the same. {_MISSED}
+
+In time of the processor, interleaved; it needs `pip install 'meristem[hf]'`.""",
     "start": f"Measure how long the program takes to start. {_MISSED}",
 }
 """What is measured by a verb of its own and without more choices: its help."""
@@ -106,6 +133,23 @@ def _verb(name: str) -> Callable[..., None]:
 
 for _name, _help in _SECTIONS.items():
     app.command(_name, help=f"{_help}\n\n\b\nExample:\n  meristem bench {_name} --repeats 9 --json")(_verb(_name))
+
+
+@app.command()
+def prepare(
+    size_mb: Annotated[int, typer.Option("--size-mb", min=1, help="Megabytes of text.")] = 16,
+    repeats: Repeats = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure preparing a text against reading and writing it, and against the tokenizers library alone.
+
+    Exit code 1 when a target is missed. The text is source code in documents of 256 KiB, made in a temporary folder.
+
+    \b
+    Example:
+      meristem bench prepare --size-mb 64 --repeats 3
+    """
+    _speeds(("prepare",), repeats, as_json, text_bytes=size_mb * 1_000_000)
 
 
 @app.command()
@@ -253,6 +297,61 @@ def stability(
         raise typer.Exit(1)
 
 
+@app.command()
+def serve(
+    checkpoint: AnyCheckpoint = None,
+    out: Annotated[Path, typer.Option("--out", help="The page; JSON stands beside it.")] = Path("serve-bench.md"),
+    session: Annotated[
+        list[int] | None,
+        typer.Option("--sessions", min=1, help="Sessions that write together; 1, 8 and 64. May be repeated."),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=8, help="Tokens that each of them writes.")] = 200,
+    long: Annotated[
+        int, typer.Option("--long", min=0, help="Tokens that one session reads; 0 leaves it out.")
+    ] = 100_000,
+    text: Annotated[
+        int, typer.Option("--text", min=0, help="Bytes that are read while the most sessions write; 0 leaves it out.")
+    ] = 1_000_000,
+    requests: Annotated[
+        int, typer.Option("--requests", min=0, help="Requests over which memory is watched; 0 leaves it out.")
+    ] = 100_000,
+    idle: Annotated[
+        int, typer.Option("--idle", min=0, help="Sessions on the disk that nobody uses, some 0.6 MB each; 0 for none.")
+    ] = 10_000,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements behind each median of tokens/s.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure a server under load from a second process, and write a page. Exit code 1 when a target is missed.
+
+    Tokens/s and the time from token to token of 1, 8 and 64 sessions, beside the same batch without a server; time per
+    token at the beginning and at the end of a long session; /healthz while a long text is read; memory over many
+    requests; going on with one of many idle sessions, which need 6 GB in $TMPDIR. It takes most of an hour.
+
+    \b
+    Examples:
+      meristem bench serve --out docs/serve-bench.md
+      meristem bench serve --long 10000 --idle 100 --requests 1000 --text 100000
+      meristem bench serve runs/latest --sessions 1 --sessions 16 --json
+    """
+    from meristem.bench.serving.study import Sizes, measure, report_of, write
+    from meristem.checkpoint.atomic import require_replaceable
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    require_replaceable(out)
+    sizes = Sizes(tuple(sorted(session or Sizes.sessions)), tokens, long, text, requests, idle, repeats)
+    rows: list[Row] = []
+    say = (lambda line: None) if as_json else typer.echo
+    for row in measure(sizes, checkpoint, say):
+        rows.append(row)
+        say(_line(row))
+    report = report_of(rows, sizes, " ".join(["meristem", *sys.argv[1:]]))
+    write(out, report)
+    if as_json:
+        json_line(report)
+    if any(row.is_met is False for row in rows):
+        raise typer.Exit(1)
+
+
 def _speeds(
     names: Sequence[str],
     repeats: int,
@@ -260,6 +359,7 @@ def _speeds(
     *,
     layers: tuple[list[int] | None, list[int] | None] = (None, None),
     picture: Path | None = None,
+    text_bytes: int | None = None,
 ) -> None:
     """The rows of these sections as they are measured, then all in one line."""
     # torch's profiler, which sees the peaks, writes a line to stderr whenever it starts and stops, unless set before.
@@ -271,7 +371,8 @@ def _speeds(
         require_replaceable(picture)
     width, window = layers
     rows: list[Row] = []
-    for row in measure(names, n_repeats=repeats, widths=width or (128,), windows=window or (512,)):
+    sizes = {"widths": width or (128,), "windows": window or (512,)}
+    for row in measure(names, n_repeats=repeats, **sizes, text_bytes=text_bytes):
         rows.append(row)
         if not as_json:
             typer.echo(_line(row))

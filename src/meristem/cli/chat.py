@@ -4,14 +4,15 @@ import contextlib
 import difflib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final, Protocol
 
 import typer
 
-from meristem.cli.answer import Json, columns, json_line, size, write_text
+from meristem.cli.answer import Json, columns, json_line, size, tell, write_text
+from meristem.cli.policy import BypassPolicy, PolicyFile, policy_of
 from meristem.cli.sample import (
     AnyCheckpoint,
     DeviceName,
@@ -29,9 +30,9 @@ from meristem.cli.sample import (
 from meristem.errors import MeristemError, WrongValue
 
 if TYPE_CHECKING:
-    from meristem.serve.session import Session
+    from meristem.safety.policy import Policy
+    from meristem.serve.session import MemoryView, Session
 
-BLANK_LINE: Final = "\n\n"
 HELP: Final = """\
 What you type is read by the model and changes its memory; then the model writes on, until a blank line or its limit.
   /memory        what the memory holds, layer by layer
@@ -45,19 +46,51 @@ What you type is read by the model and changes its memory; then the model writes
   /quit          leave, as Ctrl-D does; Ctrl-C stops a reply"""
 
 
-@dataclass
-class _Talk:
-    """The sessions of one chat, and the current one; ``exchanges`` holds the turn before each exchange."""
-
-    sessions: dict[str, "Session"]
-    exchanges: dict[str, list[int]]
-    current: str
+class _Read(Protocol):
+    """A text that was read."""
 
     @property
-    def session(self) -> "Session":
+    def n_tokens(self) -> int: ...
+    @property
+    def nats(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class _Session(Protocol):
+    """What a chat needs of a session: ``serve.session.Session`` here, ``serve.remote.RemoteSession`` of a server."""
+
+    @property
+    def turn(self) -> int: ...
+    @property
+    def n_tokens(self) -> int: ...
+    def feed(self, text: str) -> _Read: ...
+    def reply(self, line: str, max_tokens: int) -> Generator[str, None, None]: ...
+    def fork(self, name: str) -> "_Session": ...
+    def rollback(self, to: int) -> None: ...
+    def forget(self) -> None: ...
+    def memory(self) -> "MemoryView": ...
+    def save(self, path: Path) -> None: ...
+
+
+@dataclass
+class _Talk:
+    """The sessions of one chat, and the current one; ``exchanges`` holds the turn before each exchange.
+
+    load: opens a saved session as those here are. policy: of what is said and replied.
+    """
+
+    sessions: dict[str, _Session]
+    exchanges: dict[str, list[int]]
+    current: str
+    load: Callable[[Path], _Session]
+    policy: "Policy"
+
+    @property
+    def session(self) -> _Session:
         return self.sessions[self.current]
 
-    def enter(self, name: str, session: "Session", exchanges: list[int]) -> None:
+    def enter(self, name: str, session: _Session, exchanges: list[int]) -> None:
         self.sessions[name], self.exchanges[name], self.current = session, exchanges, name
 
 
@@ -72,6 +105,20 @@ def chat(
     which: Which = "mlp",
     lr: LearningRate = None,
     device: DeviceName = "cpu",
+    url: Annotated[
+        str | None,
+        typer.Option("--url", help="Talk to the model of this server instead.", metavar="URL", show_default=False),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", help="The key for that server.", envvar="MERISTEM_KEY", show_default=False),
+    ] = None,
+    session_id: Annotated[
+        str | None,
+        typer.Option("--session", help="The session of that server to go on with.", metavar="ID", show_default=False),
+    ] = None,
+    policy: PolicyFile = None,
+    bypass_policy: BypassPolicy = None,
     as_json: Json = False,
 ) -> None:
     """Talk to a model; its memory learns from what is said. /help lists the commands.
@@ -81,19 +128,56 @@ def chat(
       meristem chat
       meristem chat runs/latest
       meristem chat runs/latest --learn weights --which mlp --lr 1.5
+      meristem chat --policy default
+      meristem chat --url http://127.0.0.1:8000
       printf 'My name is Ada.\\n/memory\\n' | meristem chat runs/latest --json
     """
-    session = open_session(
-        checkpoint,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        learn=learn,
-        learning=learning_of(learn, which, lr),
-        device=device,
-    )
-    talk = _Talk({"main": session}, {"main": []}, "main")
+    learning, rules = learning_of(learn, which, lr), policy_of(policy, bypass_policy)
+    if url is not None:
+        from meristem.serve.remote import open_remote
+
+        _require_default(checkpoint, device)
+        settings = {"learn": learn} | ({"learning": learning.model_dump()} if learn == "weights" else {})
+        drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        with open_remote(url, key, session_id=session_id, settings=settings, drawing=drawing) as session:
+            typer.secho(f"session {session.id} of {session.server.url}, where it stays", dim=True, err=True)
+            _converse(_Talk({"main": session}, {"main": []}, "main", session.load, rules), max_tokens, as_json)
+    elif session_id is not None:
+        raise WrongValue("--session names a session of a server. Add --url, or /load a file.", key="session")
+    else:
+        here = open_session(
+            checkpoint,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            learn=learn,
+            learning=learning,
+            device=device,
+        )
+        _converse(_local(here, rules), max_tokens, as_json)
+
+
+def _local(session: "Session", policy: "Policy") -> _Talk:
+    def load(path: Path) -> _Session:
+        return type(session).load(
+            path, session.model, session.tokenizer, learn=session.learn, learning=session.learning
+        )
+
+    return _Talk({"main": session}, {"main": []}, "main", load, policy)
+
+
+def _require_default(checkpoint: Path | None, device: str) -> None:
+    """Refuse, beside --url, what says which model runs where: the server says that."""
+    for given, name in ((checkpoint is not None, "CKPT"), (device != "cpu", "--device")):
+        if given:
+            raise WrongValue(
+                f"{name} and --url were both given; the server has its own model. Leave one out.", key="url"
+            )
+
+
+def _converse(talk: _Talk, max_tokens: int, as_json: bool) -> None:
+    """Answer every line until the last."""
     if not as_json and sys.stdin.isatty():
         typer.echo("The model writes on from what you say; a small one is no assistant. /help lists the commands.")
     for line in _lines():
@@ -124,17 +208,29 @@ def _lines() -> Iterator[str]:
 
 
 def _exchange(talk: _Talk, line: str, max_tokens: int, as_json: bool) -> None:
-    """Read one line, then write a reply; Ctrl-C ends the reply where it is."""
+    """Read one line, then write a reply; Ctrl-C ends the reply where it is.
+
+    A reply that the policy blocks ends where the rule begins, and the session is as it was before the line.
+    """
+    line = talk.policy.require(line, "prompt", tell)
     session, before, written, stopped = talk.session, talk.session.turn, "", False
+    judged = talk.policy.stream("output", tell)
     try:
-        session.feed(line + "\n")
-        with contextlib.closing(session.stream(max_tokens, until=BLANK_LINE)) as pieces:
-            for piece in pieces:
+        with contextlib.closing(session.reply(line, max_tokens)) as pieces:
+            for piece in judged.over(pieces):
                 written += piece
                 if not as_json:
                     write_text(piece)
     except KeyboardInterrupt:
         stopped = True
+        written += (rest := judged.finish())
+        if not as_json:
+            write_text(rest)
+    if judged.blocked is not None:
+        if not as_json:
+            typer.echo()
+        session.rollback(to=before)
+        raise talk.policy.refusal(judged.blocked, "output")
     if session.turn > before:
         talk.exchanges[talk.current].append(before)
     if as_json:
@@ -194,7 +290,7 @@ def _read(talk: _Talk, argument: str) -> _Said:
 
     text = files.read(Path(_needs(argument, "/read FILE")).expanduser())
     before = talk.session.turn
-    turn = talk.session.feed(text.decode("utf-8", "surrogateescape"))
+    turn = talk.session.feed(talk.policy.require(text.decode("utf-8", "surrogateescape"), "prompt", tell))
     talk.exchanges[talk.current].append(before)
     bits_per_byte = turn.nats / math.log(2) / max(1, len(text))
     result = {"path": argument, "n_tokens": turn.n_tokens, "bits_per_byte": bits_per_byte, "seconds": turn.seconds}
@@ -211,8 +307,7 @@ def _save(talk: _Talk, argument: str) -> _Said:
 
 def _load(talk: _Talk, argument: str) -> _Said:
     path = Path(_needs(argument, "/load FILE")).expanduser()
-    now = talk.session
-    session = type(now).load(path, now.model, now.tokenizer, learn=now.learn, learning=now.learning)
+    session = talk.load(path)
     name = path.stem
     while name in talk.sessions:
         name += "+"

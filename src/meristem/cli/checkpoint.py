@@ -1,4 +1,4 @@
-"""`meristem checkpoint`: list checkpoints, compare, check and thin them out; no model is built for any of it."""
+"""`meristem checkpoint`: list checkpoints, compare, check, thin out and convert them; only the last builds a model."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from meristem.cli import complete
 from meristem.cli.answer import Json, answer, columns, pairs, tell
 from meristem.cli.sample import Checkpoint
 
-app = typer.Typer(help="List checkpoints, compare, check and thin them out.")
+app = typer.Typer(help="List checkpoints, compare, check, thin out and convert them.")
 Run = Annotated[
     Path,
     typer.Argument(
@@ -143,3 +143,27 @@ def prune(
         deleted = prune.prune(root, last=last, best=best, metric=metric, direction=direction, every=every)
     report = {"deleted": [str(path) for path in deleted]}
     answer(report, as_json, lambda report: report["deleted"] or ["nothing to delete"])
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="CKPT_OR_FOLDER", help="A checkpoint, a run, or a folder of transformers.")
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="What to write; it must not exist.")],
+    as_json: Json = False,
+) -> None:
+    """Make a folder of transformers from a checkpoint, or a checkpoint from such a folder.
+
+    \b
+    Examples:
+      meristem checkpoint convert runs/latest --to exported
+      meristem checkpoint convert exported --to imported
+    """
+    from meristem.adapters.remote import is_folder as is_of_transformers
+    from meristem.export import convert as folders
+    from meristem.export import hf
+
+    is_folder = is_of_transformers(source)
+    path = folders.to_checkpoint(source, to) if is_folder else hf.export(source, to, form="auto", emit=tell).path
+    answer({"path": str(path), "kind": "checkpoint" if is_folder else "folder of transformers"}, as_json, pairs)

@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from meristem.cli import complete
+from meristem.cli import complete, sweep
 from meristem.cli.answer import Json, Overrides, Preset, answer, columns
 
 app = typer.Typer(help="Show the settings of a preset or file, and what may be set.")
+app.command("sweep")(sweep.show)
 
 
 @app.command()

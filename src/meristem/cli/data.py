@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,31 +140,56 @@ def verify(corpus: CorpusPath, as_json: Json = False) -> None:
 
 
 @app.command()
-def stats(corpus: CorpusPath, as_json: Json = False) -> None:
-    """Count documents, tokens and bytes, and say how well each split of a corpus packs.
+def stats(
+    corpus: CorpusPath,
+    near: Annotated[
+        int,
+        typer.Option("--near", min=0, help="Documents to compare for near-duplicates, evenly spread; 0 compares none."),
+    ] = 20_000,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture", help="PNG to draw the lengths of documents and the use of ids in.", show_default=False
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Count documents, tokens and bytes of each split of a corpus, and find documents that are nearly the same.
 
     \b
-    Example:
+    Examples:
       meristem data stats ~/.cache/meristem/corpora/0f3c
+      meristem data stats ~/.cache/meristem/corpora/0f3c --picture text.png
     """
-    import numpy as np
-
+    from meristem.checkpoint.atomic import require_replaceable
     from meristem.data.corpus import open_corpus
+    from meristem.data.near import near_duplicates
+    from meristem.data.statistics import count
+    from meristem.evaluate.picture import draw_text
 
+    if picture is not None:
+        require_replaceable(picture)
     opened = open_corpus(corpus)
-    report: dict[str, object] = {"name": opened.name}
-    for split in opened.splits:
-        lengths = np.diff(opened.documents(split).astype(np.int64))
-        n_tokens = int(lengths.sum())
-        report[split] = {
-            "documents": len(lengths),
-            "tokens": n_tokens,
-            "size_bytes": opened.size_bytes(split),
-            "bytes_per_token": opened.size_bytes(split) / n_tokens,
-            "tokens_per_document": {"median": float(np.median(lengths)), "longest": int(lengths.max())},
-            "ids_used": len(np.unique(opened.tokens(split)[:])),
-        }
-    answer(report, as_json, pairs)
+    counts = count(opened)
+    quality = {name: opened.manifest["quality"][name] for name in ("bad", "empty", "duplicates")}
+    report: dict[str, object] = {"name": opened.name, **quality}
+    report |= {split: counted.to_json() for split, counted in counts.items()}
+    if near:
+        report["near_duplicates"] = asdict(near_duplicates(opened, near))
+    answer(report, as_json, _counted)
+    if picture is not None:
+        draw_text(picture, {split: (counted.lengths, counted.ids) for split, counted in counts.items()})
+
+
+def _counted(report: dict[str, Any]) -> Iterable[str]:
+    """The figures, and under them a line for each group of documents that are near each other."""
+    near = report.get("near_duplicates", {})
+    shown = {name: value for name, value in near.items() if name != "groups"}
+    yield from pairs(report | ({"near_duplicates": shown} if near else {}))
+    if groups := near.get("groups"):
+        yield ""
+        rows = [(each["count"], each["begins"], ", ".join(each["documents"])) for each in groups]
+        yield from columns(("near", "begins", "some of them"), rows)
 
 
 def _tokenizer(place: Path) -> "Tokenizer":

@@ -14,6 +14,7 @@ from meristem.cli.train import DryRun, NoPlan, Processes, Resume, RunDir
 DEMO: Final = (
     "train.max_time=3m",
     "train.log_every=5",
+    "device.threads=1",
     "schedule.shape=constant",
     "tokenizer.vocab_size=512",
     "data.seq_len=128",
@@ -27,16 +28,16 @@ DEMO: Final = (
     "grow.boundary_every=10",
     "grow.seed_warmup=20",
     "grow.shadow_every=1",
-    "grow.policy.settings={blueprints: {gated_feedforward: {hidden: 128}, "
-    "attention: {n_heads: 4, head_dim: 16, sliding_window: 64}}, flat_nats: 0.05, span: 16}",
-    "grow.blend_steps=60",
+    "grow.policy.settings={blueprints: {attention: {n_heads: 4, head_dim: 16, sliding_window: 64}, "
+    "gated_feedforward: {hidden: 128}}, flat_nats: 0.05, span: 16}",
+    "grow.blend_steps=40",
     "grow.embargo_steps=60",
-    "grow.min_age=100",
-    "grow.gates.training_steps=200",
-    "grow.gates.holding_steps=40",
+    "grow.min_age=80",
+    "grow.gates.training_steps=160",
+    "grow.gates.holding_steps=30",
     "grow.gates.quiet_steps=20",
     "grow.gates.impact_nats=0.1",
-    "grow.gates.probation_steps=150",
+    "grow.gates.probation_steps=100",
     "grow.gates.recovery_steps=40",
     "grow.gates.recovery=if_room",
 )

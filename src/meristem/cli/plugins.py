@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="List what can be chosen by name, and check that it loads.")
 
 REGISTRIES: Final = (
+    "meristem.data.sources:sources",
     "meristem.memory.named:rules",
     "meristem.memory.structure:structures",
     "meristem.memory.bias:biases",
@@ -26,10 +27,14 @@ REGISTRIES: Final = (
     "meristem.models.build:models",
     "meristem.models.topology:changes",
     "meristem.models.lm:mixers",
+    "meristem.evaluate.tasks:tasks",
+    "meristem.evaluate.metrics:metrics",
+    "meristem.evaluate.continual:continual_metrics",
     "meristem.growth.blueprint:blueprints",
     "meristem.growth.blend:blends",
     "meristem.growth.policy:policies",
     "meristem.drills.catalogue:drills",
+    "meristem.sinks.trackers.start:trackers",
 )
 """Every registry of the package, as ``module:attribute``."""
 CHECKED: Final = "meristem.plugins:checked"

@@ -10,6 +10,7 @@ import typer
 
 from meristem.cli import complete
 from meristem.cli.answer import Json, json_line, tell, write_text
+from meristem.cli.policy import BypassPolicy, PolicyFile, policy_of
 from meristem.errors import WrongValue
 
 if TYPE_CHECKING:
@@ -124,9 +125,13 @@ def sample(
     which: Which = "mlp",
     lr: LearningRate = None,
     device: DeviceName = "cpu",
+    policy: PolicyFile = None,
+    bypass_policy: BypassPolicy = None,
     as_json: Json = False,
 ) -> None:
     """Write on from a prompt; the text appears as it is made.
+
+    With --policy the exit code is 1 where the prompt or the text is blocked.
 
     \b
     Examples:
@@ -134,11 +139,14 @@ def sample(
       meristem sample runs/latest --prompt "def main(" --max-tokens 200
       head -c 500 book.txt | meristem sample runs/latest --stdin --temperature 0.5
       head -c 9000 code.py | meristem sample runs/latest --stdin --learn weights --which head
+      meristem sample --prompt "my ssn is 123-45-6789" --policy default
     """
     if prompt and from_stdin:
         raise WrongValue("both --prompt and --stdin were given. Leave one of them out.")
-    from meristem.serve.moment import BEGINNING
+    from meristem.models.generate import BEGINNING
 
+    rules = policy_of(policy, bypass_policy)
+    text = rules.require(sys.stdin.read() if from_stdin else prompt, "prompt", tell)
     session = open_session(
         checkpoint,
         temperature=temperature,
@@ -149,11 +157,10 @@ def sample(
         learning=learning_of(learn, which, lr),
         device=device,
     )
-    text = sys.stdin.read() if from_stdin else prompt
     started = time.perf_counter()
     n_read = session.feed(text or BEGINNING).n_tokens
-    written = ""
-    for piece in session.stream(max_tokens):
+    written, judged = "", rules.stream("output", tell)
+    for piece in judged.over(session.stream(max_tokens)):
         written += piece
         if not as_json:
             write_text(piece)
@@ -163,3 +170,5 @@ def sample(
         json_line({"prompt": text, "text": written, "n_read": n_read, "n_written": n_written, "seconds": seconds})
     else:
         typer.echo()
+    if judged.blocked is not None:
+        raise rules.refusal(judged.blocked, "output")

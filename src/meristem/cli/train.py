@@ -67,14 +67,20 @@ def _trained(config: "Config", run_dir: Path | None, resume: str, *, no_plan: bo
     from meristem.recipes.pretrain import pretrain
     from meristem.sinks.console import Console
 
-    recipe = grow if config.grow.enabled else pretrain
     view, is_first = Console(json=as_json), launched_rank() == 0
     if is_first:
         place = _place(config, run_dir, resume)
         run_dir = run_dir and place  # where none was given the run chooses, which knows whether it was started again
-    planned = None if no_plan or not is_first else _looked_ahead(config, view)
+    is_finetuning = config.finetune.base is not None
+    planned = None if no_plan or is_finetuning or not is_first else _looked_ahead(config, view)
     with recorded_errors():
-        result = recipe(config, run_dir=run_dir, resume=resume, view=view, planned=planned)
+        if is_finetuning:
+            from meristem.recipes.finetune import finetune
+
+            result = finetune(config, run_dir=run_dir, resume=resume, view=view)
+        else:
+            recipe = grow if config.grow.enabled else pretrain
+            result = recipe(config, run_dir=run_dir, resume=resume, view=view, planned=planned)
     if as_json and is_first:
         json_line(asdict(result))
     return result.exit_code

@@ -2,7 +2,7 @@
 
 from meristem.config.layers import Loaded, is_preset, load, preset_names, schema, size_names, sized, sources
 from meristem.config.section import ConfigSection
-from meristem.config.text import canonical, dump_yaml, fingerprint, identity, leaves, read_yaml
+from meristem.config.text import canonical, dump_yaml, fingerprint, identity, identity_of_choices, leaves, read_yaml
 
 __all__ = [
     "Loaded",
@@ -11,6 +11,7 @@ __all__ = [
     "dump_yaml",
     "fingerprint",
     "identity",
+    "identity_of_choices",
     "is_preset",
     "leaves",
     "load",

@@ -21,6 +21,7 @@ STANDS_FOR: Final[Mapping[object, object]] = {
     Path: "place",
     tuple[str, ...]: ["*.py"],
     tuple[int, ...]: [1, 8],
+    dict[str, str]: {"name": "place"},
     dict[int, float]: {8: 0.5},
     dict[int, tuple[float, float]]: {8: [0.9, 0.99]},
 }

@@ -33,6 +33,14 @@ def identity(settings: ConfigSection) -> str:
     return fingerprint(_inside(settings))
 
 
+def identity_of_choices(settings: ConfigSection) -> str:
+    """The same of those settings alone that are not their defaults: keys that a later version adds do not change it.
+
+    A default that a later version changes does not either; whoever keeps results by it has to number such changes.
+    """
+    return fingerprint(_inside(settings, has_defaults=False))
+
+
 def leaves(tree: object, path: str = "") -> dict[str, object]:
     """Dotted path to value for everything in nested mappings that is not itself a filled mapping."""
     if not isinstance(tree, Mapping) or (path and not tree):
@@ -127,12 +135,15 @@ class _TextReader(_Reader):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
-def _inside(settings: ConfigSection) -> dict[str, Any]:
+def _inside(settings: ConfigSection, *, has_defaults: bool = True) -> dict[str, Any]:
     plain = settings.model_dump(mode="json")
-    unset = {key for key in settings.outside_while_null if plain[key] is None}
-    kept = {key: getattr(settings, key) for key in plain if key not in settings.outside_identity | unset}
+    left_out = settings.outside_identity | {key for key in settings.outside_while_null if plain[key] is None}
+    if not has_defaults:
+        fields = type(settings).model_fields.items()
+        left_out |= {key for key, one in fields if getattr(settings, key) == one.get_default(call_default_factory=True)}
+    kept = {key: getattr(settings, key) for key in plain if key not in left_out}
     return {
-        key: _inside(value) if isinstance(value, ConfigSection) else plain[key]
+        key: _inside(value, has_defaults=has_defaults) if isinstance(value, ConfigSection) else plain[key]
         for key, value in kept.items()
         if not (isinstance(value, ConfigSection) and value.is_outside_identity)
     }
@@ -140,7 +151,8 @@ def _inside(settings: ConfigSection) -> dict[str, Any]:
 
 def _parsed(text: str, source: str, reader: type[_Reader] = _Reader) -> Any:
     try:
-        return yaml.load(text, Loader=reader)
+        # A reader is a SafeLoader.
+        return yaml.load(text, Loader=reader)  # nosec B506
     except yaml.MarkedYAMLError as cause:
         mark = cause.problem_mark or cause.context_mark
         line = mark.line + 1 if mark else 1

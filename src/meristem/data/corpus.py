@@ -1,5 +1,6 @@
 """A prepared corpus: tokens in files with their documents, tokenizer and manifest."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,16 @@ DOCUMENTS: Final = "documents"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens by split, read only. ``numbers`` go by the name of the file."""
+    """Tokens by split, read only. ``numbers`` go by the name of the file.
+
+    weights: the shares in which training takes its sources; empty where they are one text.
+    """
 
     path: Path
     manifest: Mapping[str, Any]
     tokenizer: Tokenizer
     numbers: Mapping[str, Numbers]
+    weights: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -47,6 +52,16 @@ class Corpus:
     def documents(self, split: str) -> np.ndarray:
         """Where each document begins among the tokens, and last where they end."""
         return self.numbers[self._file(DOCUMENTS, split)][:]
+
+    def sources(self, split: str) -> dict[str, slice]:
+        """Which documents of a split are of which source of a mixture; of any other corpus all are of one."""
+        n_documents = len(self.numbers[self._file(DOCUMENTS, split)]) - 1
+        counted = self.manifest["counts"][split].get("sources")
+        if counted is None:
+            return {self.name: slice(0, n_documents)}
+        names = [part["name"] for part in self.manifest["loader"]["args"]["parts"]]
+        edges = [0, *itertools.accumulate(counted)]
+        return dict(zip(names, map(slice, edges, edges[1:]), strict=True))
 
     def size_bytes(self, split: str) -> int:
         """The bytes of text in a split."""

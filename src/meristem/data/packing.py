@@ -1,7 +1,9 @@
 """Whole documents in rows: which row reads what, where each row takes the next document when it has read one."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
+from threading import Lock
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -24,11 +26,32 @@ class Piece(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Before a window: where each row stands in the text, how much of its document is left, and documents taken."""
+    """Before a window: where each row stands in the text, how much of its document is left, from which source that is;
+    and of each source the documents taken, and their inputs."""
 
     first_n: np.ndarray
     left_n: np.ndarray
-    n_taken: int
+    source_n: np.ndarray
+    taken: np.ndarray
+    inputs: np.ndarray
+
+
+class _Text:
+    """The documents of one source that give an input, those of two tokens or more, in an order for each epoch."""
+
+    def __init__(self, edges: np.ndarray, key: int) -> None:
+        n_inputs = np.diff(edges) - 1
+        self.firsts, self.inputs, self._key = edges[:-1][n_inputs > 0], n_inputs[n_inputs > 0], key
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
+    def document(self, n_taken: int) -> tuple[int, int]:
+        """Where the document begins that is taken after so many, and how many inputs it gives."""
+        epoch, place = divmod(n_taken, len(self.inputs))
+        document = int(self._order(epoch)[place])
+        return int(self.firsts[document]), int(self.inputs[document])
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        return permute(np.arange(len(self.inputs)), len(self.inputs), self._key, epoch)
 
 
 class Packing:
@@ -38,64 +61,78 @@ class Packing:
     So every document is read whole and by one row, no place is empty, and each epoch has every document once. A
     document of z tokens gives z - 1 inputs with their targets; none is the first token of another. What a row reads
     follows from the rows before: a position is found by walking there from the last state that was kept.
+
+    Of several sources each has epochs of its own, and the next document is of the one that is the furthest behind its
+    share of all inputs.
     """
 
-    def __init__(self, edges: np.ndarray, *, n_rows: int, window: int, key: int) -> None:
-        """edges: where each document begins, and last where they end. key: of the orders."""
-        n_inputs = np.diff(edges) - 1
-        self._firsts, self._inputs = edges[:-1][n_inputs > 0], n_inputs[n_inputs > 0]
-        self._window, self._key = window, key
-        nothing = np.zeros(n_rows, dtype=np.int64)
-        self._states = {0: _State(nothing, nothing, 0)}
+    def __init__(
+        self, texts: Sequence[np.ndarray], *, keys: Sequence[int], weights: Sequence[float], n_rows: int, window: int
+    ) -> None:
+        """texts: of each source where its documents begin, and last where they end. keys: of their orders."""
+        self._texts = [_Text(edges, key) for edges, key in zip(texts, keys, strict=True)]
+        self._weights, self._window = np.array(weights), window
+        rows, sources = np.zeros(n_rows, dtype=np.int64), np.zeros(len(texts), dtype=np.int64)
+        self._states = {0: _State(rows, rows, rows, sources, sources)}
         self._last = 0, self._states[0]
-        self._order = lru_cache(maxsize=2)(self._order_of)
+        # A stream is read by the thread that reads ahead, and by whoever asks it for something else.
+        self._lock = Lock()
 
     @property
     def n_documents(self) -> int:
         """Documents that give an input: those of two tokens or more."""
-        return len(self._inputs)
+        return sum(len(text.inputs) for text in self._texts)
 
     @property
-    def n_inputs(self) -> int:
-        """Inputs of an epoch."""
-        return int(self._inputs.sum())
+    def n_inputs(self) -> list[int]:
+        """Inputs of an epoch of each source."""
+        return [int(text.inputs.sum()) for text in self._texts]
 
     def rows(self, position: int) -> list[list[Piece]]:
         """What each row reads in the window with this number, in pieces that fill it."""
-        at, state = self._last
-        if at > position:
-            at = max(kept for kept in self._states if kept <= position)
-            state = self._states[at]
-        for now in range(at, position):
-            _, state = self._step(state)
-            if (now + 1) % KEPT_EVERY == 0:
-                self._states[now + 1] = state
-        self._last = position, state
-        return self._step(state)[0]
+        return self._step(self._at(position))[0]
+
+    def counts(self, position: int) -> np.ndarray:
+        """How many inputs of each source come before the window with this number."""
+        state = self._at(position)
+        left = np.bincount(state.source_n, state.left_n, minlength=len(self._texts))
+        return state.inputs - left.astype(np.int64)
+
+    def _at(self, position: int) -> _State:
+        """The state before a window."""
+        with self._lock:
+            at, state = self._last
+            if at > position:
+                at = max(kept for kept in self._states if kept <= position)
+                state = self._states[at]
+            for now in range(at, position):
+                _, state = self._step(state)
+                if (now + 1) % KEPT_EVERY == 0:
+                    self._states[now + 1] = state
+            self._last = position, state
+            return state
 
     def _step(self, state: _State) -> tuple[list[list[Piece]], _State]:
         """The pieces of one window, and the state after it."""
-        first_n, left_n, n_taken = state.first_n.copy(), state.left_n.copy(), state.n_taken
-        read_n = np.minimum(left_n, self._window)
+        source_n, taken, inputs = state.source_n.copy(), state.taken.copy(), state.inputs.copy()
+        read_n = np.minimum(state.left_n, self._window)
         rows = [
             [Piece(first, n_tokens, begins=False)] if n_tokens else []
-            for first, n_tokens in zip(first_n.tolist(), read_n.tolist(), strict=True)
+            for first, n_tokens in zip(state.first_n.tolist(), read_n.tolist(), strict=True)
         ]
-        free = [(n_tokens, row) for row, n_tokens in enumerate(left_n.tolist()) if n_tokens < self._window]
-        first_n, left_n = first_n + read_n, left_n - read_n
+        free = [(n_tokens, row) for row, n_tokens in enumerate(state.left_n.tolist()) if n_tokens < self._window]
+        first_n, left_n = state.first_n + read_n, state.left_n - read_n
         heapify(free)
         while free:
             at, row = heappop(free)
-            epoch, place = divmod(n_taken, self.n_documents)
-            document = int(self._order(epoch)[place])
-            n_taken += 1
-            first, n_inputs = int(self._firsts[document]), int(self._inputs[document])
+            source = int(np.argmin(inputs / self._weights)) if len(self._texts) > 1 else 0
+            first, n_inputs = self._texts[source].document(int(taken[source]))
+            taken[source] += 1
+            inputs[source] += n_inputs
             n_tokens = min(n_inputs, self._window - at)
             rows[row].append(Piece(first, n_tokens, begins=True))
+            source_n[row] = source
             first_n[row], left_n[row] = first + n_tokens, n_inputs - n_tokens
             if at + n_inputs < self._window:
                 heappush(free, (at + n_inputs, row))
-        return rows, _State(first_n, left_n, n_taken)
-
-    def _order_of(self, epoch: int) -> np.ndarray:
-        return permute(np.arange(self.n_documents), self.n_documents, self._key, epoch)
+        return rows, _State(first_n, left_n, source_n, taken, inputs)

@@ -1,4 +1,4 @@
-"""Where text comes from: a file, a directory, what Python brings along, or a registered download."""
+"""Where text comes from: a file, a directory, what Python brings along, a registered download, or a set of the hub."""
 
 import difflib
 import fnmatch
@@ -12,14 +12,19 @@ import stat
 import sysconfig
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Final
 
-from meristem.data import files, notebook, notebook_names, notebook_phrases, notebook_words
+from meristem.data import files, hub, notebook, notebook_names, notebook_phrases, notebook_words, records
 from meristem.data.config import DataConfig
-from meristem.data.download import Registered, available, local, registered
+from meristem.data.download import Progress, Registered, available, local, registered
 from meristem.errors import DataError
+from meristem.events import Emit, silent
+from meristem.plugins import Registry
+
+sources: "Final[Registry[Callable[[DataConfig], Source]]]" = Registry("source", {})
+"""Texts by name that plug-ins bring: what the name gives is called with the settings of the data."""
 
 _PYTHON: Final = ("*.py",)
 _TESTS: Final = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_sysconfigdata*")
@@ -27,11 +32,17 @@ _TESTS: Final = ("test", "tests", "idle_test", "site-packages", "dist-packages",
 
 @dataclass(frozen=True)
 class Document:
-    """One text. ``id`` stays the same when other documents come or go; ``file`` is the file that it is a part of."""
+    """One text. ``id`` stays the same when other documents come or go; ``file`` is the file that it is a part of.
+
+    bad: of a record that holds no text, why.
+    source: which source of a mixture it is of, counted from 0.
+    """
 
     id: str
     text: bytes
     file: str
+    bad: str | None = None
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,14 +66,37 @@ def documents(data: DataConfig) -> Iterator[Document]:
     return resolve(data).read()
 
 
+def named(data: DataConfig) -> list[DataConfig]:
+    """The settings of each source that ``data.source`` joins by +, of the one where it names one.
+
+    A file or a directory may have a + in its name; where weights are given, every + is between two sources.
+    """
+    name = data.source
+    is_one = "+" not in name.strip("+") or os.path.lexists(os.path.expanduser(name))
+    names = [name] if is_one and not data.weights else name.split("+")
+    return [data.model_copy(update={"source": each, "weights": ()}) for each in names]
+
+
+def fetch(data: DataConfig, emit: Emit = silent, progress: Progress | None = None) -> None:
+    """Bring what ``data.source`` names and is not here, where that is permitted; DataError where it is not."""
+    for part in named(data):
+        if part.source in registered():
+            available(part, part.source, registered()[part.source], emit, progress)
+        elif part.source.startswith(hub.PREFIX):
+            hub.available(part, emit, progress)
+
+
 def resolve(data: DataConfig) -> Source:
     """The source that ``data.source`` names. Names come before paths: write ./stdlib for a file of that name.
 
-    ``a+b`` is the text of a and of b, unless a file or a directory is called so (``_mixed``).
+    ``a+b`` is the text of a and of b, side by side (``_mixed``), or one after the other where ``data.weights`` says in
+    which shares training takes them.
     """
     name = data.source
-    if "+" in name.strip("+") and not os.path.lexists(os.path.expanduser(name)):
-        return _joined(name, [resolve(data.model_copy(update={"source": part})) for part in name.split("+")])
+    parts = named(data)
+    if len(parts) > 1:
+        found = [resolve(part) for part in parts]
+        return _weighted(found) if data.weights else _joined(name, found)
     if name == "stdlib":
         return _python(data, "stdlib", Path(sysconfig.get_path("stdlib")), "PSF-2.0")
     if name == "stdlib-docs":
@@ -78,6 +112,8 @@ def resolve(data: DataConfig) -> Source:
         return Source(name, "notebook", lambda: _notebook(data), _notebook_paths, args, licence="PSF-2.0")
     if name.startswith("installed:"):
         return _installed(data, name.removeprefix("installed:"))
+    if name.startswith(hub.PREFIX):
+        return _of_hub(data)
     if name in registered():
         entry = registered()[name]
         return Source(
@@ -88,16 +124,23 @@ def resolve(data: DataConfig) -> Source:
             {"sha256": entry.sha256},
             entry.licence,
         )
+    if name.casefold() in sources.names():
+        return sources.get(name)(data)
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
-        return _directory(data, _name(path.resolve().name), path, data.include, data.exclude)
+        return _directory(data, _name(path.resolve().name), path)
     if not os.path.lexists(path) and os.sep not in name:
         raise _unknown(name)
-    return _file(path.name, path)
+    format = _format(data, [path.name])
+    return (
+        _file(path.name, path)
+        if format == "text"
+        else _records(data, path.name, path.parent, format, lambda: [path.name])
+    )
 
 
 def _unknown(name: str) -> DataError:
-    known = ["stdlib", "stdlib-docs", "notebook", "installed:NAME", *registered()]
+    known = ["stdlib", "stdlib-docs", "notebook", "installed:NAME", "hf:NAME", *registered(), *sources.names()]
     near = difflib.get_close_matches(name, known, n=3) or known
     return DataError(
         f"data.source '{name}' is neither a file, a directory nor a known text. Did you mean {', '.join(near)}?",
@@ -119,6 +162,22 @@ def _joined(name: str, parts: Sequence[Source]) -> Source:
     )
 
 
+def _weighted(parts: Sequence[Source]) -> Source:
+    """Several texts one after the other, each of whose documents knows which it is of."""
+    names: list[str] = []
+    for part in parts:
+        n_alike = sum(other.name == part.name for other in parts[: len(names)])
+        names.append(f"{part.name} ({n_alike + 1})" if n_alike else part.name)
+
+    def read() -> Iterator[Document]:
+        for number, part in enumerate(parts):
+            for document in part.read():
+                yield replace(document, source=number)
+
+    described = [{"name": name, "loader": part.loader, **part.args} for name, part in zip(names, parts, strict=True)]
+    return replace(_joined("+".join(names), parts), loader="mixture", read=read, args={"parts": described})
+
+
 def _mixed(parts: Sequence[Source]) -> Iterator[Document]:
     """The documents of several sources side by side: each stands where its source, in its own order, is as far on in
     bytes as the whole is. The sources are read twice."""
@@ -135,9 +194,60 @@ def _mixed(parts: Sequence[Source]) -> Iterator[Document]:
         yield document
 
 
-def _directory(data: DataConfig, name: str, root: Path, include: Sequence[str], exclude: Sequence[str]) -> Source:
+def _directory(data: DataConfig, name: str, root: Path) -> Source:
+    include, exclude = data.include, data.exclude
     args = {"include": list(include), "exclude": list(exclude)}
+
+    def below() -> list[str]:
+        return find(root, include, exclude)
+
+    # Where the format is set, nothing has to be listed to know it.
+    format = _format(data, below() if data.format == "auto" else [])
+    if format != "text":
+        return _records(data, name, root, format, below, args)
     return Source(name, "directory", lambda: _read_tree(root, include, exclude), lambda: _below(root, args), args)
+
+
+def _format(data: DataConfig, names: Sequence[str]) -> str:
+    """The format of files: the one that is set, or the one format of records that the names of all of them end in."""
+    if data.format != "auto":
+        return data.format
+    formats = {records.SUFFIXES.get(os.path.splitext(name)[1].lower(), "text") for name in names}
+    return formats.pop() if len(formats) == 1 else "text"
+
+
+def _records(
+    data: DataConfig,
+    name: str,
+    root: Path,
+    format: str,
+    below: Callable[[], Sequence[str]],
+    args: Mapping[str, object] | None = None,
+) -> Source:
+    """Files of records, each of which is a document: ``file#number``. below: lists the files, relative to ``root``."""
+    records.require_library(format)
+
+    def read() -> Iterator[Document]:
+        for relative in below():
+            own = _name(relative)
+            for record in records.read(root / relative, format, data.field):
+                yield Document(f"{own}#{record.number}", record.text, own, record.bad)
+
+    where = {**(args or {}), "format": format, "field": data.field, "max_bad_fraction": data.max_bad_fraction}
+    return Source(name, "records", read, lambda: (root / relative for relative in below()), where)
+
+
+def _of_hub(data: DataConfig) -> Source:
+    """The rows of a set, each a document."""
+    wanted = hub.Set.named(data.source)
+
+    def read() -> Iterator[Document]:
+        for record in records.read(hub.available(data), "jsonl", data.field):
+            yield Document(f"{wanted.title}#{record.number}", record.text, wanted.title, record.bad)
+
+    args = {"commit": wanted.commit, "rows": data.hf.rows, "field": data.field}
+    paths = [hub.local(data), *wanted.files()]
+    return Source(wanted.title, "hf", read, lambda: paths, args | {"max_bad_fraction": data.max_bad_fraction})
 
 
 def _file(name: str, path: Path) -> Source:

@@ -45,12 +45,12 @@ def assign(group: str, ratios: Sequence[float], salt: str = SALT) -> int:
 
 def normal(text: bytes) -> bytes:
     """What copies have in common: the text with every line end as one line feed."""
-    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
 
 
 def content(text: bytes) -> int:
-    """A 64-bit number that copies share."""
-    return int.from_bytes(hashlib.blake2b(normal(text), digest_size=8).digest(), "big")
+    """A 64-bit number that copies share, in this process."""
+    return hash(normal(text)) & (1 << 64) - 1
 
 
 def firsts(contents: np.ndarray) -> np.ndarray:
@@ -73,3 +73,10 @@ def place_in(text: bytes, n_normal: int) -> int:
 def cut_points(size: int, ratios: Sequence[float]) -> tuple[int, int]:
     """Where a text of ``size`` bytes is cut into contiguous train, val and test parts."""
     return round(size * ratios[0]), round(size * (ratios[0] + ratios[1]))
+
+
+def character_start(text: bytes, place: int) -> int:
+    """The nearest place at or before this one that is not inside a UTF-8 character; the place itself in other bytes."""
+    place = min(max(place, 0), len(text))
+    starts = (at for at in range(place, max(place - 4, -1), -1) if at == len(text) or text[at] & 0xC0 != 0x80)
+    return next(starts, place)

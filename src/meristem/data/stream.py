@@ -6,13 +6,14 @@ batch, cursor = stream.next(cursor)
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import torch
 
 from meristem.data.config import CARRIED, Documents, Order
 from meristem.data.corpus import Corpus
+from meristem.data.mixture import Mixture
 from meristem.data.packing import Packing
 from meristem.data.windows import Windows, draw, key, permute
 from meristem.errors import ConflictingKeys, CorpusTooShort, DataError, ManifestMismatch
@@ -31,8 +32,8 @@ class Batch:
 
     n_targets, n_bytes: how many targets of these rows count, and the bytes of text they stand for.
     starts: the memory must begin afresh before this batch.
-    reset_mask_bt: True where a document begins, which the memory of its row must not carry into; None where the
-        order does not reset.
+    reset_mask_bt: True where a document begins, which the memory of its row must not carry into; None where nothing is
+        reset. attend_mask_bt: True where a document begins, over whose beginning attention alone must not look back.
     """
 
     tokens_bt: Tokens
@@ -41,12 +42,24 @@ class Batch:
     n_bytes: int
     starts: bool
     reset_mask_bt: torch.Tensor | None = None
+    attend_mask_bt: torch.Tensor | None = None
+
+    @property
+    def masks(self) -> dict[str, torch.Tensor]:
+        """What a model is given beside the tokens."""
+        masks = {"reset_mask_bt": self.reset_mask_bt, "attend_mask_bt": self.attend_mask_bt}
+        return {name: mask_bt for name, mask_bt in masks.items() if mask_bt is not None}
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all that it holds."""
+        return sum(held.nbytes for held in (self.tokens_bt, self.targets_bt, *self.masks.values()))
 
     def take_rows(self, start: int, stop: int) -> "Batch":
         """The rows from ``start`` to ``stop``; the counts stay those of the batch."""
-        mask_bt = None if self.reset_mask_bt is None else self.reset_mask_bt[start:stop]
+        masks: dict[str, Any] = {name: mask_bt[start:stop] for name, mask_bt in self.masks.items()}
         tokens_bt, targets_bt = self.tokens_bt[start:stop], self.targets_bt[start:stop]
-        return replace(self, tokens_bt=tokens_bt, targets_bt=targets_bt, reset_mask_bt=mask_bt)
+        return replace(self, tokens_bt=tokens_bt, targets_bt=targets_bt, **masks)
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,48 @@ class Cursor:
         return cls(int(str(values["position"])), str(values["fingerprint"]), str(values["layout"]))
 
 
+@dataclass(frozen=True)
+class SourceRead:
+    """What was read of one source. epochs: how often its text was seen."""
+
+    name: str
+    n_tokens: int
+    epochs: float
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The windows of one source, and the key of their orders."""
+
+    name: str
+    windows: Windows
+    key: int
+
+    def starts(self, order: Order, taken: np.ndarray) -> np.ndarray:
+        """Where the windows begin that are read after so many of this source."""
+        n_windows = len(self.windows)
+        if order == "random":
+            return self.windows.starts(draw(taken, n_windows, self.key))
+        place, epoch = taken % n_windows, taken // n_windows
+        if order == "curriculum":
+            return self.windows.starts(self._by_blocks(place, epoch))
+        return self.windows.starts(permute(place, n_windows, self.key, epoch))
+
+    def _by_blocks(self, place: np.ndarray, epoch: np.ndarray) -> np.ndarray:
+        """Windows of one block after the other; within a block each place of an epoch has another window."""
+        n_windows = len(self.windows)
+        size = -(-n_windows // N_BLOCKS)
+        indices = np.empty_like(place)
+        for block in np.unique(place // size).tolist():
+            first, inside = block * size, place // size == block
+            n_inside = min(size, n_windows - first)
+            times = epoch[inside] * N_BLOCKS + block
+            indices[inside] = first + permute(place[inside] - first, n_inside, self.key, times)
+        return indices
+
+
 class Stream:
-    """The batches of a split, without end.
+    """The batches of a split, without end. Where the corpus has weights, its sources are mixed.
 
     batch: rows of a batch, those of all processes together (``share``).
     stride: tokens between sequence starts; None for ``window``, or for 1 when order is random.
@@ -77,7 +130,11 @@ class Stream:
     row read on through its own contiguous part and start over at its end, the part moved by some windows from epoch
     to epoch where the rows do not share the text evenly; ``documents`` lets each row read whole documents one after the
     other, in an order that is shuffled anew in every epoch (``data.packing``), and says where each begins.
-    documents: ``join`` lets sequences run over the ends of documents, ``within`` does not.
+    documents: ``join`` lets sequences run over the ends of documents, ``within`` does not; ``mask`` and ``reset`` let
+    them and say where documents begin, for attention alone or for whatever has a state.
+
+    Of a mixture each source has epochs and an order of its own, and rows are taken from them by their shares
+    (``data.mixture``); with ``documents`` the inputs are (``data.packing``).
     """
 
     def __init__(
@@ -93,28 +150,40 @@ class Stream:
         random_seed: int,
     ) -> None:
         stride = stride or (1 if order == "random" else window)
-        edges = corpus.documents(split).astype(np.int64)
-        spans = np.stack([edges[:-1], edges[1:]], axis=1) if documents == "within" else edges[[0, -1]]
-        self._corpus = corpus
+        self._corpus, self._split = corpus, split
         self._tokens = corpus.tokens(split)
-        self._windows = Windows(spans, window, stride)
         self._window, self._batch = window, batch
         self._rows = np.arange(batch)
         self._order = order
-        self._key = key(random_seed, "data")
         self._layout = (
             f"{split} {order} {documents} window={window} stride={stride} batch={batch} random_seed={random_seed}"
         )
-        self.n_windows = len(self._windows)
+        self._mixture: Mixture | None = None
+        if corpus.weights:
+            self._layout += f" weights={','.join(map(str, corpus.weights))}"
+            self._mixture = Mixture(corpus.weights, key(random_seed, "mixture"))
+        edges = _edges(corpus, split)
+        names = [f"data {name}" for name in edges] if corpus.weights else ["data"]
+        keys = [key(random_seed, name) for name in names]
+        self._documents, self._firsts = documents, corpus.documents(split)[:-1].astype(np.int64)
         self._packing: Packing | None = None
         if order == "documents":
-            self._packing = Packing(edges, n_rows=batch, window=window, key=self._key)
-            self.n_windows = self._packing.n_inputs // window
-            if self._packing.n_documents < batch:
-                raise _too_few_documents(corpus, split, self._packing.n_documents, batch)
+            weights = corpus.weights or (1.0,)
+            self._packing = Packing(list(edges.values()), keys=keys, weights=weights, n_rows=batch, window=window)
+            self.n_windows = sum(self._packing.n_inputs) // window
+            self._require_documents(self._packing, split)
             return
-        if not self.n_windows:
-            raise _too_short(corpus, split, window, int(np.diff(spans.reshape(-1, 2)).max()))
+        spans = {
+            name: np.stack([own[:-1], own[1:]], axis=1) if documents == "within" else own[[0, -1]].reshape(-1, 2)
+            for name, own in edges.items()
+        }
+        self._texts = [
+            _Text(name, Windows(own, window, stride), key) for (name, own), key in zip(spans.items(), keys, strict=True)
+        ]
+        self.n_windows = sum(len(text.windows) for text in self._texts)
+        for text in self._texts:
+            if not len(text.windows):
+                raise _too_short(text.name, split, window, int(np.diff(spans[text.name]).max(initial=0)))
         if order == "sequential" and self.n_windows < batch:
             raise CorpusTooShort(
                 f"corpus '{corpus.name}' has {self.n_windows} sequences of {window} tokens in split '{split}'; "
@@ -130,7 +199,7 @@ class Stream:
         if self._order == "sequential":
             return self.n_windows // self._batch
         if self._packing is not None:
-            return -(-self._packing.n_inputs // (self._batch * self._window))
+            return -(-sum(self._packing.n_inputs) // (self._batch * self._window))
         return -(-self.n_windows // self._batch)
 
     def share(self, rank: int, n_ranks: int) -> Self:
@@ -156,12 +225,28 @@ class Stream:
         return Cursor(0, self._corpus.fingerprint, self._layout)
 
     def epoch(self, cursor: Cursor) -> float:
-        """How often the windows were seen before this cursor."""
+        """How often the windows were seen before this cursor; of a mixture, on average."""
         if self._order == "sequential":
             return cursor.position / self.batches_per_epoch
         if self._packing is not None:
-            return cursor.position * self._batch * self._window / self._packing.n_inputs
+            return cursor.position * self._batch * self._window / sum(self._packing.n_inputs)
         return cursor.position * self._batch / self.n_windows
+
+    def read(self, cursor: Cursor) -> list[SourceRead]:
+        """What was read of each source of a mixture before this cursor."""
+        names = list(self._corpus.sources(self._split))
+        if self._packing is not None:
+            n_tokens, n_all = self._packing.counts(cursor.position), self._packing.n_inputs
+            return [
+                SourceRead(name, n, n / whole) for name, n, whole in zip(names, n_tokens.tolist(), n_all, strict=True)
+            ]
+        if self._mixture is None:
+            return [SourceRead(names[0], cursor.position * self._batch * self._window, self.epoch(cursor))]
+        counts = self._mixture.counts(cursor.position * self._batch).tolist()
+        return [
+            SourceRead(text.name, n * self._window, n / len(text.windows))
+            for text, n in zip(self._texts, counts, strict=True)
+        ]
 
     def next(self, cursor: Cursor) -> tuple[Batch, Cursor]:
         """The batch at the cursor, and the cursor after it."""
@@ -177,16 +262,17 @@ class Stream:
             n_targets=targets.size,
             n_bytes=int(self._corpus.tokenizer.byte_lengths[targets].sum()),
             starts=self._order not in CARRIED or is_first,
-            reset_mask_bt=None if begins is None else torch.from_numpy(begins),
+            **self._masks(begins),
         )
         return batch, replace(cursor, position=cursor.position + 1)
 
     def _read(self, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Ids, those that follow, and where documents begin, as far as that is known."""
         if self._packing is None:
-            starts = self._windows.starts(self._indices(position))
-            rows = self._tokens.rows(starts, self._windows.length).astype(np.int64)
-            return rows[:, :-1].copy(), rows[:, 1:].copy(), None
+            starts = self._starts(position)
+            rows = self._tokens.rows(starts, self._window + 1).astype(np.int64)
+            begins = self._begins(starts) if self._documents in ("mask", "reset") else None
+            return rows[:, :-1].copy(), rows[:, 1:].copy(), begins
         shape = len(self._rows), self._window
         tokens, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         begins = np.zeros(shape, dtype=np.bool_)
@@ -200,33 +286,47 @@ class Stream:
                 at = stop
         return tokens, targets, begins
 
-    def _indices(self, position: int) -> np.ndarray:
-        """The window of each row of the batch at this position."""
+    def _begins(self, starts: np.ndarray) -> np.ndarray:
+        """True where a document begins in the windows that begin there."""
+        begins = np.zeros((len(starts), self._window), dtype=np.bool_)
+        low, high = (np.searchsorted(self._firsts, edges) for edges in (starts, starts + self._window))
+        for row, start in enumerate(starts.tolist()):
+            begins[row, self._firsts[low[row] : high[row]] - start] = True
+        return begins
+
+    def _masks(self, begins: np.ndarray | None) -> dict[str, Any]:
+        """What a batch says of where documents begin."""
+        if begins is None:
+            return {}
+        name = "attend_mask_bt" if self._documents == "mask" else "reset_mask_bt"
+        return {name: torch.from_numpy(begins)}
+
+    def _starts(self, position: int) -> np.ndarray:
+        """Where the window of each row of the batch at this position begins."""
         rows = self._rows
         if self._order == "sequential":
-            per_row = self.batches_per_epoch
+            (text,), per_row = self._texts, self.batches_per_epoch
             epoch, place = divmod(position, per_row)
             left_over = self.n_windows - per_row * self._batch
-            moved = draw(np.array([epoch]), left_over + 1, self._key)
-            indices: np.ndarray = moved + rows * per_row + place
-            return indices
+            moved = draw(np.array([epoch]), left_over + 1, text.key)
+            return text.windows.starts(moved + rows * per_row + place)
         taken = position * self._batch + rows
-        if self._order == "random":
-            return draw(taken, self.n_windows, self._key)
-        if self._order == "curriculum":
-            return self._by_blocks(taken % self.n_windows, taken // self.n_windows)
-        return permute(taken % self.n_windows, self.n_windows, self._key, taken // self.n_windows)
+        if self._mixture is None:
+            return self._texts[0].starts(self._order, taken)
+        source_n, before_n = self._mixture.take(taken)
+        starts = np.empty_like(taken)
+        for source in np.unique(source_n).tolist():
+            own = source_n == source
+            starts[own] = self._texts[source].starts(self._order, before_n[own])
+        return starts
 
-    def _by_blocks(self, place: np.ndarray, epoch: np.ndarray) -> np.ndarray:
-        """Windows of one block after the other; within a block each place of an epoch has another window."""
-        size = -(-self.n_windows // N_BLOCKS)
-        indices = np.empty_like(place)
-        for block in np.unique(place // size).tolist():
-            first, inside = block * size, place // size == block
-            n_inside = min(size, self.n_windows - first)
-            times = epoch[inside] * N_BLOCKS + block
-            indices[inside] = first + permute(place[inside] - first, n_inside, self._key, times)
-        return indices
+    def _require_documents(self, packing: Packing, split: str) -> None:
+        """Refuse too few documents for the rows, and a source without any."""
+        if packing.n_documents < self._batch:
+            raise _too_few_documents(self._corpus, split, packing.n_documents, self._batch)
+        for name, n_inputs in zip(self._corpus.sources(split), packing.n_inputs, strict=True):
+            if not n_inputs:
+                raise _too_short(name, split, 1, 1)
 
     def _require_known(self, largest: int) -> None:
         """Files are compared with their hashes when they are opened; later a disk may still give other bytes."""
@@ -268,7 +368,7 @@ def held_out(corpus: Corpus, split: str, *, window: int, batch: int, max_windows
     n_windows = -(-np.maximum(np.diff(edges) - 1, 0) // window)
     last = np.cumsum(n_windows)
     if not last[-1]:
-        raise _too_short(corpus, split, 1, int(np.diff(edges).max()))
+        raise _too_short(corpus.name, split, 1, int(np.diff(edges).max()))
     chosen = np.arange(last[-1])
     if max_windows is not None and max_windows < len(chosen):
         chosen = np.arange(max_windows) * len(chosen) // max_windows
@@ -304,7 +404,7 @@ def held_out_documents(
     tokens, edges = corpus.tokens(split), corpus.documents(split).astype(np.int64)
     n_inputs = np.diff(edges) - 1
     if n_inputs.max(initial=0) < 1:
-        raise _too_short(corpus, split, 1, int(np.diff(edges).max()))
+        raise _too_short(corpus.name, split, 1, int(np.diff(edges).max()))
     chosen = np.flatnonzero(n_inputs > 0)
     if max_windows is not None:
         chosen = _spread(chosen, n_inputs, max_windows * window)
@@ -335,6 +435,14 @@ def _spread(documents: np.ndarray, n_inputs: np.ndarray, most: int) -> np.ndarra
     return found
 
 
+def _edges(corpus: Corpus, split: str) -> dict[str, np.ndarray]:
+    """Where the documents of each source that is mixed begin, and last where they end; else of all as one."""
+    edges = corpus.documents(split).astype(np.int64)
+    if not corpus.weights:
+        return {corpus.name: edges}
+    return {name: edges[own.start : own.stop + 1] for name, own in corpus.sources(split).items()}
+
+
 def _too_few_documents(corpus: Corpus, split: str, n_documents: int, batch: int) -> CorpusTooShort:
     advice = f"set data.batch_size to {n_documents} or less" if n_documents else "prepare text with longer documents"
     return CorpusTooShort(
@@ -345,10 +453,10 @@ def _too_few_documents(corpus: Corpus, split: str, n_documents: int, batch: int)
     )
 
 
-def _too_short(corpus: Corpus, split: str, window: int, longest: int) -> CorpusTooShort:
+def _too_short(name: str, split: str, window: int, longest: int) -> CorpusTooShort:
     hint = f", or set data.seq_len to {longest - 1} or less" if longest > 1 else ""
     return CorpusTooShort(
-        f"corpus '{corpus.name}' holds {longest} tokens in the longest run of split '{split}'; a sequence of {window} "
+        f"corpus '{name}' holds {longest} tokens in the longest run of split '{split}'; a sequence of {window} "
         f"needs at least {window + 1}. Add text{hint}.",
         found=longest,
         expected=window + 1,

@@ -52,7 +52,7 @@ def permute(index: np.ndarray, n: int, key: int, epoch: int | np.ndarray) -> np.
     place = np.array(index, dtype=np.uint64).ravel()
     epochs = np.broadcast_to(np.asarray(epoch, dtype=np.uint64), np.shape(index)).reshape(1, -1)
     rounds = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * _GOLDEN
-    round_keys = _mix(rounds + _mix(epochs * _GOLDEN ^ np.uint64(key)))
+    round_keys = mix(rounds + mix(epochs * _GOLDEN ^ np.uint64(key)))
     walking = np.arange(len(place))
     while len(walking):
         place[walking] = _feistel(place[walking], half, round_keys[:, walking])
@@ -62,7 +62,7 @@ def permute(index: np.ndarray, n: int, key: int, epoch: int | np.ndarray) -> np.
 
 def draw(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """For each index a number of 0 .. n - 1, evenly and independently: choice with replacement."""
-    bits = _mix(np.asarray(index, dtype=np.uint64) * _GOLDEN ^ np.uint64(key))
+    bits = mix(np.asarray(index, dtype=np.uint64) * _GOLDEN ^ np.uint64(key))
     return ((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53 * n).astype(np.int64)
 
 
@@ -70,11 +70,11 @@ def _feistel(place: np.ndarray, half: np.uint64, round_keys: np.ndarray) -> np.n
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = place >> half, place & mask
     for round_key in round_keys:
-        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        left, right = right, left ^ (mix(right ^ round_key) & mask)
     return (left << half) | right
 
 
-def _mix(bits: np.ndarray) -> np.ndarray:
+def mix(bits: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele et al. 2014): every output bit depends on every input bit."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from meristem.checkpoint.atomic import write_atomic
 from meristem.errors import MissingExtra
 
@@ -68,6 +70,50 @@ def draw_remembered(
     left.set_ylim(0, 1.02)
     left.legend(fontsize="small")
     right.set_xlabel("bytes since a value stood in the document, at most")
+    write_figure(path, figure)
+
+
+def draw_runs(path: Path, panels: Mapping[str, Mapping[str, Sequence[Point]]], along: str) -> None:
+    """Write the curves of several runs as a PNG: a panel for each metric, in it a curve for each run that has it.
+
+    along: what the numbers from left to right count. A run has the same colour in every panel.
+    """
+    figure = empty_figure(path, 6.5 * len(panels), 4.5)
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    colours = {name: f"C{number % 10}" for number, name in enumerate(names)}
+    for axes, (metric, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, points in curves.items():
+            marker = "o" if len(points) < 50 else ""
+            axes.plot(*_columns(points), marker=marker, markersize=3, linewidth=1, color=colours[name], label=name)
+        axes.set_title(metric, fontsize="medium")
+        axes.set_xlabel(along)
+        axes.legend(fontsize="small")
+    write_figure(path, figure)
+
+
+def draw_text(path: Path, splits: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write as a PNG what a text is made of, a colour for each split.
+
+    splits: the tokens of each document, and how often each id stands there. On the left documents over their tokens, in
+    steps of a quarter of a doubling; on the right how often ids stand there, the most frequent first.
+    """
+    figure = empty_figure(path, 10, 4.5)
+    left, right = figure.subplots(1, 2)
+    longest = max(int(lengths.max()) for lengths, _ in splits.values())
+    steps = 2 ** np.arange(0, np.log2(longest) + 0.5, 0.25)
+    for name, (lengths, ids) in splits.items():
+        left.hist(lengths, bins=steps, histtype="step", label=f"{name}: {len(lengths):,} documents")
+        used = np.sort(ids[ids > 0])[::-1]
+        right.plot(np.arange(1, len(used) + 1), used, marker=".", markersize=2, label=f"{name}: {len(used):,} ids")
+    left.set_xscale("log", base=2)
+    left.set_xlabel("tokens of a document")
+    left.set_ylabel("documents")
+    right.set_xscale("log")
+    right.set_yscale("log")
+    right.set_xlabel("ids, the most frequent first")
+    right.set_ylabel("times in the text")
+    for axes in (left, right):
+        axes.legend(fontsize="small")
     write_figure(path, figure)
 
 

@@ -144,7 +144,8 @@ def germinate(garden: Garden, order: Order, site: Site, config: GrowConfig, step
     if config.certify:
         site.certify(order.slot)
     life = move(life, Stage.GERMINATED, step=step, reason=order.why, gate=result.number, emit=emit)
-    return garden.with_life(life).noted(life.seed, **shares, is_stored=is_stored, blending=str(blend))
+    noted = {**shares, "is_stored": is_stored, "blending": str(blend), "needs": list(order.needs)}
+    return garden.with_life(life).noted(life.seed, **noted)
 
 
 def _sanity(garden: Garden, life: Life, site: Site, step: int) -> tuple[gates.Sanity, dict[str, float]]:
@@ -212,7 +213,7 @@ def start_blending(garden: Garden, order: Order, site: Site, config: GrowConfig,
     passed, garden = _judged(garden, life, result, site, config, step, emit)
     if not passed:
         return garden
-    _unfreeze(model, life)
+    _end_training(model, life)
     blend = blending_of(garden, life, config)
     if abs(find_seed(model, life.slot).way.weight - blend.target) >= STEP:
         set_blend(model, life.slot, blend.target, steps=blend.steps, curve=blend.curve)
@@ -229,8 +230,8 @@ def stabilize(garden: Garden, order: Order, site: Site, config: GrowConfig, step
         weight=course.weight if course.is_done else None,
         size_ratio=size_ratio(model, life.slot, site.logits),
         spread_ratio=None if now is None or not before else now / before,
-        needed=(life.slot,),
-        registered=site.slots(),
+        needed=(life.slot, *garden.figures.get(life.seed, {}).get("needs", ())),
+        registered={*site.slots(), *(name for name, _ in model.named_modules())},
     )
     target = blending_of(garden, life, config).target
     result = gates.interface(life, found, config.gates, target=target, step=step)
@@ -309,7 +310,7 @@ def cull(garden: Garden, order: Order, site: Site, config: GrowConfig, step: int
 def _culled(
     garden: Garden, life: Life, site: Site, config: GrowConfig, step: int, emit: Emit, *, reason: str, gate: str = ""
 ) -> Garden:
-    _unfreeze(site.model, life)
+    _end_training(site.model, life)
     before, parameters = host_digest(site.model), [*find_seed(site.model, life.slot).parameters()]
     site.change(plan_remove(site.model, life.slot))
     after, left = host_digest(site.model), n_left(site.optimizer, parameters)
@@ -385,8 +386,9 @@ def blending_of(garden: Garden, life: Life, config: GrowConfig) -> Blending:
     return blending(garden.figures.get(life.seed, {}).get("blending", life.origin.blend), config.blending)
 
 
-def _unfreeze(model: nn.Module, life: Life) -> None:
-    """Let the host learn again, where it stood still while a seed learned."""
+def _end_training(model: nn.Module, life: Life) -> None:
+    """Let the host learn again, where it stood still while a seed learned, and the seed by what it adds alone."""
+    find_seed(model, life.slot).learn_capped(False)
     if life.way == "frozen_host" and life.stage is Stage.TRAINING:
         leave(model, frozenset(name for name, _ in model.named_parameters()))
 

@@ -12,7 +12,6 @@ from meristem.nn.slot import CHILD, Layout, Reads, Slot, put_slot, require_slott
 
 WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FSDPModule", "FullyShardedDataParallel"})
 """A part that is added inside of these is trained without the other processes, which would differ without a word."""
-NORMS = (RMSNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def attach(
@@ -151,7 +150,7 @@ def _widths(name: str, module: nn.Module, reads: Reads, width: int | None) -> tu
     if isinstance(last, nn.Linear):
         said = {last.out_features}
     else:
-        said = {_norm_width(each) for each in (module, *module.children()) if isinstance(each, NORMS)}
+        said = {found for each in (module, *module.children()) if (found := _norm_width(each)) is not None}
     if len(said) != 1 and width is None:
         raise ShapeError(
             f"'{name}', of the class {type(module).__name__}, does not say how wide it is, by a norm or a last "
@@ -166,5 +165,16 @@ def _widths(name: str, module: nn.Module, reads: Reads, width: int | None) -> tu
     return (module.in_features if isinstance(module, nn.Linear) and reads == "input" else added), added
 
 
-def _norm_width(norm: RMSNorm | nn.LayerNorm | nn.RMSNorm) -> int:
-    return len(norm.gain_d) if isinstance(norm, RMSNorm) else norm.normalized_shape[-1]
+def _norm_width(module: nn.Module) -> int | None:
+    """The width that a norm of the last axis is made for; None of any other module.
+
+    Other libraries have norms of their own, as LlamaRMSNorm, which are known by their names and single-axis weights.
+    """
+    if isinstance(module, RMSNorm):
+        return len(module.gain_d)
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return module.normalized_shape[-1]
+    shapes = {tuple(each.shape) for each in module.parameters(recurse=False)}
+    is_norm = type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and len(shapes) == 1
+    shape = shapes.pop() if is_norm else ()
+    return shape[0] if len(shape) == 1 else None

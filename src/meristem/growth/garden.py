@@ -44,7 +44,7 @@ class Order:
 
     operation: of ``gardener.TARGETS``, or a deepening, which has no slot and no seed.
     seed: the number of the seed, also of one that is still to come.
-    blueprint, settings, blend, way, random_seed: of a germination. step: the boundary at which it was given.
+    blueprint, settings, blend, way, random_seed, needs: of a germination. step: the boundary at which it was given.
     """
 
     operation: str
@@ -58,15 +58,16 @@ class Order:
     blend: str = "residual"
     way: Way = "shadow"
     random_seed: int = 0
+    needs: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; ``from_json`` makes the same of them."""
-        return vars(self) | {"settings": dict(self.settings)}
+        return vars(self) | {"settings": dict(self.settings), "needs": list(self.needs)}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Self:
         """What ``to_json`` gave."""
-        return cls(**saved)
+        return cls(**{**saved, "needs": tuple(saved.get("needs", ()))})
 
 
 @dataclass(frozen=True)

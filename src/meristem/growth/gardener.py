@@ -10,13 +10,17 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
-from meristem.errors import GrowthError, MeristemError, MissingDependency, MissingMetric
+from torch import nn
+
+from meristem.errors import BlendRefused, GrowthError, MeristemError, MissingDependency, MissingMetric
 from meristem.events import Emit, Event, silent
 from meristem.growth.acts import ACTS, Site, blending_of
-from meristem.growth.blend import blending
+from meristem.growth.attach import find_slot
+from meristem.growth.blend import Confidence, blending
 from meristem.growth.blueprint import blueprints
 from meristem.growth.features import Observes, observed
 from meristem.growth.garden import Garden, Order
+from meristem.growth.isolation import WAYS
 from meristem.growth.observe import Reading
 from meristem.growth.policy import Decision, Mask, Proposal
 from meristem.growth.proposal import DEEPENINGS
@@ -129,16 +133,24 @@ def order_of(garden: Garden, proposal: Proposal, reading: Reading, config: GrowC
         blend=str(blending(proposal.blend, config.blending)),
         way=proposal.way,
         random_seed=proposal.random_seed,
+        needs=proposal.needs,
     )
 
 
 def check_order(
-    order: Order, garden: Garden, config: GrowConfig, *, run_id: str, step: int, slots: Collection[str]
+    order: Order,
+    garden: Garden,
+    config: GrowConfig,
+    *,
+    run_id: str,
+    step: int,
+    slots: Collection[str],
+    model: nn.Module | None = None,
 ) -> Refusal | None:
     """Why an order is not to be carried out, or None. Nothing is changed.
 
-    slots: those of the model. Raises MissingDependency for an order that names no run, no seed or, where it is to
-    germinate, no blueprint.
+    slots: those of the model. model: where it is given, it has to have what a germination needs of it. Raises
+    MissingDependency for an order that names no run, no seed or, where it is to germinate, no blueprint.
     """
     is_deepening = order.operation in DEEPENINGS
     needed = {"run_id": order.run_id} | ({} if is_deepening else {"seed": order.seed, "slot": order.slot})
@@ -160,7 +172,7 @@ def check_order(
     for code, is_refused, why in refusals:
         if is_refused:
             return Refusal(code, why)
-    return _germination(order, garden, config, step) if order.operation == "germinate" else None
+    return _germination(order, garden, config, step, model) if order.operation == "germinate" else None
 
 
 def _about_stack(garden: Garden) -> list[tuple[str, bool, str]]:
@@ -194,7 +206,9 @@ def _about_seed(order: Order, garden: Garden, step: int, slots: Collection[str])
     ]
 
 
-def _germination(order: Order, garden: Garden, config: GrowConfig, step: int) -> Refusal | None:
+def _germination(
+    order: Order, garden: Garden, config: GrowConfig, step: int, model: nn.Module | None
+) -> Refusal | None:
     """What more is asked of a new seed."""
     now = garden.open_in(order.slot)
     n_open = sum(life.stage in OPEN for life in garden.lives)
@@ -204,7 +218,7 @@ def _germination(order: Order, garden: Garden, config: GrowConfig, step: int) ->
         ("blocked", order.blueprint in garden.blocked, f"too many seeds '{order.blueprint}' were culled of late"),
         ("too_many", n_open >= config.max_open, f"{n_open} seeds are on their way"),
         ("wrong_number", order.seed != garden.next_seed(order.slot), f"the next is {garden.next_seed(order.slot)}"),
-        ("unknown_way", order.way not in ("joint", "shadow", "frozen_host"), f"'{order.way}' is no way to train"),
+        ("unknown_way", order.way not in WAYS, f"'{order.way}' is no way to train"),
     )
     for code, is_refused, why in refusals:
         if is_refused:
@@ -218,6 +232,20 @@ def _germination(order: Order, garden: Garden, config: GrowConfig, step: int) ->
             settle()
         except MeristemError as cause:
             return Refusal(code, str(cause))
+    return None if model is None else _host_of(order, model)
+
+
+def _host_of(order: Order, model: nn.Module) -> Refusal | None:
+    """What a seed asks of its host: modules, and logits where its blend reads them."""
+    there = dict(model.named_modules())
+    missing = [name for name in order.needs if name not in there]
+    if missing:
+        return Refusal("missing_layers", f"the model has no {', '.join(missing)}")
+    if blending(order.blend).name == "confidence":
+        try:
+            Confidence().bind(model, find_slot(model, order.slot).widths[1])
+        except BlendRefused as cause:
+            return Refusal("no_readout", str(cause))
     return None
 
 
@@ -309,7 +337,7 @@ def act_on(garden: Garden, site: Site, config: GrowConfig, *, run_id: str, step:
     """
     orders, garden = garden.queue, replace(garden, queue=())
     for order in orders:
-        refusal = check_order(order, garden, config, run_id=run_id, step=step, slots=site.slots())
+        refusal = check_order(order, garden, config, run_id=run_id, step=step, slots=site.slots(), model=site.model)
         if refusal:
             emit(Event("order.refused", order.to_json() | {"code": refusal.code, "reason": refusal.why}, "warning"))
             continue

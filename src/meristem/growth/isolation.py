@@ -75,12 +75,16 @@ taken of, piece by piece, and returns the mean loss of all targets. Of ours it i
 
 @dataclass(frozen=True)
 class Pair:
-    """Losses of one step without and with a seed, on the same text from the same memory, still on the device."""
+    """Losses of one step without and with a seed, on the same text from the same memory, still on the device.
+
+    is_played: whether the second pass began at the seed, and not at the tokens.
+    """
 
     slot: str
     step: int
     without: Tensor
     with_seed: Tensor
+    is_played: bool = False
 
     def difference(self) -> float:
         """``L_B - L_A`` in nats per target: below 0 where the seed helps. The host waits for it."""
@@ -183,7 +187,7 @@ class ShadowPass:
                 self.tell(check_isolation(*began, read=self.read, slots=self.slots, emit=self.emit))
             for slot in self.slots:
                 with_seed = shadow_gradients(*began, read=self.read, slot=slot, tape=tape)
-                self.tell(Pair(slot, step, _summed(state, loss), with_seed))
+                self.tell(Pair(slot, step, _summed(state, loss), with_seed, is_played=tape is not None))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_room(error) or state.optimizer.reduce is not None:
                 raise  # the other processes already wait for its gradients
@@ -232,6 +236,28 @@ def shadow_gradients(
     for name, gradient in found.items():
         parameters[name].grad = gradient
     return _summed(state, loss)
+
+
+def shadow_work(model: nn.Module, slot: str, loss: Callable[[], Tensor], *, is_played: bool) -> Callable[[], object]:
+    """What a pass B of one seed computes, for its operations to be counted: a call makes one, and leaves no trace.
+
+    loss: reads the model as it is, with its graph. is_played: whether the pass begins at the seed.
+    """
+    seed = find_seed(model, slot)
+    parameters = [each for each in seed.parameters() if each.requires_grad]
+    generators = global_generators(next(model.parameters()).device)
+    tape = Tape() if is_played else None
+    if tape is not None:
+        with _begun(generators, model):
+            _put_tape(model, tape)
+            loss()
+            _put_tape(model, None)
+
+    def work() -> object:
+        with _begun(generators, model), _live(seed), _played(tape, model, slot):
+            return torch.autograd.grad(loss(), parameters, allow_unused=True)
+
+    return work
 
 
 def check_isolation(
@@ -310,16 +336,19 @@ def drawn_entries(shape: Sequence[int], most: int, generator: torch.Generator) -
 
 @dataclass(frozen=True)
 class HowToLearn:
-    """What a way is: the blend weight of the seed while it learns, and whether nothing else does."""
+    """What a way is: the blend weight of the seed while it learns, whether nothing else does, and whether the seed
+    learns although it adds nothing."""
 
     blend_weight: float
     freezes: bool = False
+    is_capped: bool = False
 
 
 WAYS: Final[Mapping[Way, HowToLearn]] = {
     "joint": HowToLearn(1.0),
     "shadow": HowToLearn(0.0),
     "frozen_host": HowToLearn(1.0, freezes=True),
+    "capped": HowToLearn(0.0, is_capped=True),
 }
 """Every way that a seed can learn in while it is TRAINING."""
 
@@ -329,7 +358,8 @@ def enter(model: nn.Module, slot: str, way: Way, *, teacher: nn.Module | None = 
 
     joint: it is live, and learns with its host. shadow: it is off, and learns by a ``ShadowPass``. frozen_host: it is
     live, and no other parameter learns until ``leave`` is given the names; what an optimizer has gathered for them
-    stays, for they have no gradient.
+    stays, for they have no gradient. capped: it adds nothing and gets no graph of its host, and its gradient is that at
+    its slot, of an addition of a tenth of the hidden vector at most: cheap, and blind to what the seed does.
 
     teacher: what the seed is trained from, where there is one; what it is made of may not learn meanwhile. Raises
     WrongValue for a slot without a seed, and a way that is none; OwnershipRefused where a seed shares a parameter with
@@ -347,6 +377,7 @@ def enter(model: nn.Module, slot: str, way: Way, *, teacher: nn.Module | None = 
     learning = [name for name, each in named.items() if each.requires_grad and (id(each) in own or not found.freezes)]
     for origin in origins(learning):
         owners = owners.claim(origin, [name for name in learning if origin_of(name) == origin])
+    find_seed(model, slot).learn_capped(found.is_capped)
     set_blend(model, slot, found.blend_weight)
     frozen = {name: each for name, each in named.items() if each.requires_grad and name not in set(learning)}
     for each in frozen.values():
@@ -382,14 +413,14 @@ def _gradients(
 @contextmanager
 def _live(seed: Seed) -> Iterator[None]:
     """While it lasts, a seed that is off adds all that it gives."""
-    weight = seed.blend_weight.clone()
+    weight, was_live, was_capped = seed.blend_weight.clone(), seed.is_live, seed.is_capped
     seed.blend_weight.fill_(1.0)
-    seed.is_live = True
+    seed.is_live, seed.is_capped = True, False
     try:
         yield
     finally:
         seed.blend_weight.copy_(weight)
-        seed.is_live = False
+        seed.is_live, seed.is_capped = was_live, was_capped
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -203,3 +204,17 @@ def spread(losses: Sequence[float]) -> float | None:
     slope = sum((x - mean_x) * (y - mean_y) for x, y in enumerate(losses)) / sum((x - mean_x) ** 2 for x in range(n))
     squares = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in enumerate(losses))
     return math.sqrt(squares / (n - 2))
+
+
+def calm(losses: Sequence[float], norms: Sequence[float]) -> dict[str, float | None]:
+    """How quiet a training is, by the names that risk has for it; None of too few steps.
+
+    losses: of the last steps, in nats. norms: of their gradients, before clipping.
+    """
+    away, middle = spread(losses), statistics.fmean(losses) if losses else 0.0
+    mean = statistics.fmean(norms) if norms else 0.0
+    return {
+        "loss_volatility": None if away is None or not middle else away / middle,
+        "gradient_norm": statistics.median(norms) if norms else None,
+        "gradient_variance": statistics.variance(norms) / mean**2 if len(norms) > 1 and mean else None,
+    }

@@ -180,7 +180,7 @@ def plan_remove(model: nn.Module, slot: str) -> Plan:
         return Applied(host)
 
     fields = {"slot": slot, "blueprint": seed.origin.blueprint}
-    preserves: Preserves = "nothing" if seed.is_live else "exact"
+    preserves: Preserves = "nothing" if seed.is_live and not seed.is_capped else "exact"
     flops = -flops_of(model, slot, seed)
     return draft(model, "remove", fields, apply, preserves=preserves, flops_per_token=flops, writes=frozenset())
 

@@ -296,9 +296,13 @@ def _asked(policy: Policy, reading: Reading, mask: Mask, budget_ms: float | None
     except (MissingMetric, InferenceFailed):
         raise
     except WorkerTimeout as cause:
+        # The deadline that ran out may be that of a new process, which had to make the policy first.
+        within_ms = 1000 * float(
+            str(cause.fields.get("deadline_s", START_S if budget_ms is None else budget_ms / 1000))
+        )
         raise PolicyTimeout(
-            f"the policy had not answered after {budget_ms or START_S * 1000:g} ms. Mend it, give it more time, or "
-            f"have it asked in another process, which can be ended.",
+            f"the policy had not answered after {within_ms:g} ms. Mend it, give it more time, or have it asked in "
+            f"another process, which can be ended.",
             code="timeout",
             **cause.fields,
         ) from cause

@@ -17,7 +17,8 @@ DEEPENINGS: Final = frozenset(get_args(Deepening))
 
 @dataclass(frozen=True)
 class Proposal(Record):
-    """What a policy would do. settings: of the blueprint. blend: as ``growth.blend.blending`` reads it.
+    """What a policy would do. settings: of the blueprint. blend: as ``growth.blend.blending`` reads it. needs: modules
+    of the host without which the seed has no use, by name.
 
     confidence: in [0, 1]; the risk that the policy sees is 1 less it. random_seed: of the first weights.
     """
@@ -31,6 +32,7 @@ class Proposal(Record):
     random_seed: int = 0
     confidence: float = 1.0
     why: str = ""
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

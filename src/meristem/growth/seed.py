@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Self, cast
 
 import torch
 from torch import Tensor
@@ -52,11 +52,17 @@ class Origin:
         return found
 
 
+CAP: Final = 0.1
+"""Largest addition of a seed that learns capped, by the size of the hidden vector: with half of it the seed drifts, as
+it never sees what it does (growth.md 2)."""
+
+
 class Seed(KeepsFloat32):
     """What stands in a slot: ``h + alpha blend(h, layer(x))``, and nothing at all where alpha is 0.
 
     blend_weight: alpha, a buffer without axes in float32, so that a compiled model is not compiled anew when it
     changes. course: where alpha stands on its way, saved beside it. is_live: whether the layer is called at all.
+    is_capped: alpha is 0, and the seed learns as if ``CAP`` bounded what it adds; what comes out is ``h``.
     """
 
     float32 = frozenset({"blend_weight", "course"})
@@ -73,7 +79,7 @@ class Seed(KeepsFloat32):
             self.blend = blends.get(origin.blend)(widths[1])
         self.register_buffer("blend_weight", torch.ones(()))
         self.register_buffer("course", Course(1.0, 1.0).to_tensor())
-        self.is_live = True
+        self.is_live, self.is_capped, self._learns_capped = True, False, False
 
     def forward(
         self, host: Tensor, read: Tensor, state: State | None, documents: Documents | None
@@ -83,6 +89,8 @@ class Seed(KeepsFloat32):
         host, read: ``(b, t, d)``, what is added to and what is read. state: None begins one.
         """
         after: State = {}
+        # Of a host that is to stay what it is the seed gets no graph: it learns alone.
+        read, onto = (read.detach(), host.detach()) if self.is_capped else (read, host)
         if not self.has_state:
             delta_btd = self.layer(read)
         elif documents is None:
@@ -91,7 +99,10 @@ class Seed(KeepsFloat32):
             delta_btd, after = self.layer.forward_documents(read, state, documents)
         else:
             delta_btd, after = read_documents(self._carry, read, state, documents)
-        added_btd = self.blend(host, delta_btd.to(host.dtype), self.blend_weight)
+        weight = torch.ones_like(self.blend_weight) if self.is_capped else self.blend_weight
+        added_btd = self.blend(onto, delta_btd.to(host.dtype), weight)
+        if self.is_capped:
+            return cast(Tensor, _Straight.apply(host, _capped(added_btd, onto))), after
         return host + added_btd.to(host.dtype), after
 
     @rows_apart
@@ -110,11 +121,41 @@ class Seed(KeepsFloat32):
         self.course.copy_(course.to_tensor())
         weight = self.way.weight
         self.blend_weight.fill_(weight)
-        self.is_live = weight > 0
+        self.is_capped = self._learns_capped and weight == 0
+        self.is_live = weight > 0 or self.is_capped
+
+    def learn_capped(self, is_capped: bool) -> None:
+        """From here on it does, wherever alpha is 0, or no longer does. It is not saved: whoever trains says it."""
+        self._learns_capped = is_capped
+        self.follow(self.way)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.is_live = self.blend_weight.is_meta or bool(self.blend_weight > 0)
+        weighs = self.blend_weight.is_meta or bool(self.blend_weight > 0)
+        self.is_capped = self._learns_capped and not weighs
+        self.is_live = weighs or self.is_capped
 
     def extra_repr(self) -> str:
         return f"{self.origin.blueprint}, blend={self.origin.blend}"
+
+
+class _Straight(torch.autograd.Function):
+    """``h`` itself, whose gradient is that of what would be added as well, whatever numbers that holds."""
+
+    @staticmethod
+    def forward(ctx: Any, host_btd: Tensor, added_btd: Tensor) -> Tensor:
+        return host_btd.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient_btd: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient_btd, gradient_btd
+
+
+def _capped(added_btd: Tensor, host_btd: Tensor) -> Tensor:
+    """``a min(1, CAP |h| / |a|)`` for each token, in the precision of the host."""
+    size_bt1 = added_btd.float().norm(dim=-1, keepdim=True)
+    most_bt1 = CAP * host_btd.float().norm(dim=-1, keepdim=True)
+    is_over_bt1 = size_bt1 > most_bt1
+    # An addition of zero, as a seed's at first, is not divided by its size: that would have no gradient.
+    scale_bt1 = torch.where(is_over_bt1, most_bt1 / torch.where(is_over_bt1, size_bt1, 1.0), 1.0)
+    return (added_btd * scale_bt1).to(host_btd.dtype)

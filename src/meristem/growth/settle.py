@@ -26,7 +26,7 @@ def settle(model: nn.Module, slot: str) -> Seed:
 
 def require_arrived(seed: Seed) -> None:
     """Raise WrongValue for a seed that is on its way, or switched off; in shapes only there is none."""
-    if seed.blend_weight.is_meta or (seed.way.is_done and seed.is_live):
+    if seed.blend_weight.is_meta or (seed.way.is_done and seed.way.weight > 0):
         return
     raise WrongValue(
         f"the seed of '{seed.slot}' has the blend weight {seed.way.weight:g} on its way to {seed.way.target:g}; one "

@@ -15,11 +15,12 @@ from meristem.errors import IllegalTransition
 from meristem.events import Emit, Event, silent
 from meristem.growth.seed import Origin
 
-Way: TypeAlias = Literal["joint", "shadow", "frozen_host"]
+Way: TypeAlias = Literal["joint", "shadow", "frozen_host", "capped"]
 """How a seed gets its gradients while it is TRAINING (growth.md 9).
 
 joint: it is live, and host and seed learn together. shadow: the host is trained without it, and it learns from a second
-pass whose gradients are the seed's alone. frozen_host: it is live, and nothing else learns.
+pass whose gradients are the seed's alone. frozen_host: it is live, and nothing else learns. capped: the model computes
+what its host does, and the seed learns from the gradient at its slot, as if it added a little.
 """
 
 RECENT: Final = 256

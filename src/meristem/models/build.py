@@ -5,7 +5,8 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from meristem.models.config import ModelConfig
+from meristem.errors import CheckpointMismatch
+from meristem.models.config import HOST, ModelConfig
 from meristem.models.init import only_part
 from meristem.models.topology import Topology, changed
 from meristem.nn.config import MemoryConfig
@@ -31,7 +32,19 @@ def build(
     Under ``torch.device("meta")`` it has shapes only. vocabulary: how many ids there are.
     topology: changes of structure that the model of these settings has gone through since.
     """
+    if model.name == HOST:
+        return _brought(topology)
     return changed(models.get(model.name)(model, memory, vocabulary, random_seed), topology)
+
+
+def _brought(topology: Topology) -> nn.Module:
+    """The model that the first change of the log brings."""
+    if not topology or topology[0].name != "host":
+        raise CheckpointMismatch(
+            f"model.name is '{HOST}', and no model of transformers comes with it. `meristem finetune` brings one.",
+            value=HOST,
+        )
+    return changed(nn.Identity(), topology)
 
 
 def drawn(make: Callable[[], nn.Module], n_blocks: int) -> Iterator[tuple[str, Tensor]]:

@@ -29,6 +29,7 @@ READS: Final = {
     "charformer": frozenset({"dim", "n_layers", "n_heads", "mlp_dim", "max_seq_len", "order", "positions", "init"}),
     "charrnn": frozenset({"dim", "n_layers"}),
     "chargru": frozenset({"dim", "n_layers"}),
+    "hf": frozenset(),
 }
 """The keys that each of our models reads; a plugin's model may read any."""
 
@@ -42,6 +43,9 @@ BY_MIXER: Final = {
     "is_residual": frozenset({"mal"}),
 }
 """Keys that only some of our mixers read; a plugin's mixer may read any."""
+
+HOST: Final = "hf"
+"""The name of a model of transformers, which its own settings describe; `meristem finetune` brings it."""
 
 OUR_MIXERS: Final = frozenset({"attention", "mag", "mac", "mal", "memory", "self_reference"})
 
@@ -70,7 +74,9 @@ class ModelConfig(ConfigSection):
 
     outside_identity: ClassVar = frozenset()
 
-    name: Annotated[str, Field(description="A registered model: lm, charformer, charrnn, chargru.")] = "lm"
+    name: Annotated[
+        str, Field(description="A registered model: lm, charformer, charrnn, chargru; hf for what is fine-tuned.")
+    ] = "lm"
     dim: Annotated[int, Field(ge=1, description="Width of the residual stream.")] = 128
     n_layers: Annotated[int, Field(ge=1, le=4096, description="How many layers stand on each other.")] = 4
     n_heads: Annotated[int, Field(ge=1, description="Attention heads; they share the width.")] = 4

@@ -15,6 +15,9 @@ from meristem.shapes import Tokens
 COLDEST: Final = torch.finfo(torch.float32).tiny
 """The smallest temperature that float32 can divide by on every device; below it the likeliest token is taken."""
 
+BEGINNING: Final = "\n"
+"""What is read before a text that has nothing before it."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -39,6 +42,11 @@ class Sampling:
                 value = getattr(self, key)
                 raise WrongValue(f"{key} is {value}; it must be {wanted}. Change it.", path=key, value=value)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the likeliest token."""
+        return self.temperature < COLDEST or self.top_k == 1
+
 
 class Drawn(NamedTuple):
     """One token that was drawn, and the state of the model that has read everything before it."""
@@ -55,7 +63,7 @@ def choose(logits_bo: Float[Tensor, "b o"], sampling: Sampling, generator: torch
     """
     if not logits_bo.amax(-1).isfinite().all():
         raise NonFinite("the model's prediction is not finite, so no token can be drawn. Use another checkpoint.")
-    if sampling.temperature < COLDEST or sampling.top_k == 1:
+    if sampling.is_greedy:
         return logits_bo.argmax(-1)
     sorted_bo, ids_bo = logits_bo.float().sort(-1, descending=True)
     # The likeliest is subtracted first: a quotient of what is left may be -inf, which is a share of 0, but never inf.

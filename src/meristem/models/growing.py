@@ -48,27 +48,26 @@ class RiskConfig(ConfigSection):
     outside_identity: ClassVar = frozenset()
 
     policy_risk: Limit = Field(Limit(downgrade=0.85, pause=0.98), description="1 less the confidence of the policy.")
-    blueprint_risk: Limit = Field(Limit(downgrade=0.5, pause=0.8), description="Of the blueprint, from 0 to 1.")
     held_out_jump: Limit = Field(
         Limit(downgrade=0.075, pause=0.15), description="Nats by which held-out loss rose at the last evaluation."
     )
-    slot_latency_ms: Limit = Field(Limit(pause=50), description="Time of the slowest slot.")
-    step_ms: Limit = Field(Limit(), description="Time of a step; it depends on the machine.")
-    apply_ms: Limit = Field(Limit(downgrade=30), description="Time that the last change of structure took.")
     isolation_violations: Limit = Field(Limit(pause=1), description="How often a host was moved by a seed on trial.")
-    loss_volatility: Limit = Field(Limit(downgrade=0.1125), description="Spread of the training loss around its line.")
-    loss_variance: Limit = Field(Limit(downgrade=0.1, pause=0.5), description="Its square.")
-    gradient_variance: Limit = Field(Limit(downgrade=1), description="Relative variance of the gradient norm.")
-    gradient_conflict: Limit = Field(Limit(downgrade=0.5), description="1 less the cosine of two of its gradients.")
-    gradient_norm: Limit = Field(Limit(downgrade=5, pause=20), description="Before clipping.")
-    latency_ms: Limit = Field(Limit(downgrade=100, pause=500), description="Time of a boundary.")
-    memory_share: Limit = Field(Limit(downgrade=0.8, pause=0.95), description="Of the memory of the device in use.")
-    cpu_share: Limit = Field(Limit(), description="Of the processor in use; it is all where it trains the model.")
-    open_breakers: Limit = Field(Limit(pause=1), description="Breakers that are open, of the policy and the library.")
-    gpu_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.95, description="A GPU that is in use by this share and has little room pauses."
+    open_breakers: Limit = Field(Limit(pause=1), description="Whether the breaker of the policy is open.")
+    loss_volatility: Limit = Field(
+        Limit(downgrade=0.25, pause=0.5), description="Spread of the training losses around their line, by their mean."
     )
-    gpu_free_bytes: Annotated[int, Field(ge=0)] = Field(default=200_000_000, description="Little room.")
+    gradient_norm: Limit = Field(Limit(downgrade=5, pause=20), description="Before clipping, the median of a span.")
+    gradient_variance: Limit = Field(
+        Limit(downgrade=1), description="Variance of the gradient norm by its squared mean."
+    )
+    gradient_conflict: Limit = Field(
+        Limit(downgrade=0.5), description="1 less the least cosine of two objectives, where they are separated."
+    )
+    memory_share: Limit = Field(
+        Limit(downgrade=0.8, pause=0.95), description="Of the memory of the accelerator, the most that was in use."
+    )
+    step_ms: Limit = Field(Limit(), description="Time of a step; with a mark, growth depends on the machine.")
+    apply_ms: Limit = Field(Limit(), description="Time of the last change of structure; likewise.")
     quiet_steps: Annotated[int, Field(ge=1)] = Field(
         default=200, description="Steps without a reason to pause, after which a run is no longer conservative."
     )

@@ -201,15 +201,21 @@ class LM(nn.Module):
         self.norm = RMSNorm(model.dim)
 
     def forward(
-        self, tokens_bt: Tokens, state: State | None = None, reset_mask_bt: Mask | None = None
+        self,
+        tokens_bt: Tokens,
+        state: State | None = None,
+        reset_mask_bt: Mask | None = None,
+        attend_mask_bt: Mask | None = None,
     ) -> tuple[Logits, State]:
         """The logits of every token, and the state after the sequence; None begins one.
 
         reset_mask_bt: ``(b, t)``, True where a document begins: it reads as if it stood alone, from a fresh state.
             Best on the host, where it is read. Raises ShapeError where it does not fit the tokens.
+        attend_mask_bt: in its place, True where a document begins over whose beginning attention does not look back,
+            while memories read on (``models.validate.require_masks`` says of which models).
         """
         check_tokens(tokens_bt)
-        documents = documents_in(tokens_bt, state, reset_mask_bt)
+        documents = documents_in(tokens_bt, state, reset_mask_bt, attend_mask_bt)
         packing = () if documents is None else (documents,)
         carried: dict[str, Any] = state or {"layer": {}}
         after: State = {}

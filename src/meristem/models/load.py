@@ -100,9 +100,11 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Che
     weights = fitting(model, weights, checkpoint)
     stays = float32_ids(model)
     # A file may hold some of them in fewer bits than they are used with.
-    others = [weights[name].dtype for name, parameter in model.named_parameters() if id(parameter) not in stays]
+    # A model that rests on a base wants what is trained of it, and the base stays as it is.
+    saved = [(name, parameter) for name, parameter in model.named_parameters() if name in weights]
+    others = [weights[name].dtype for name, parameter in saved if id(parameter) not in stays]
     dtype = reduce(torch.promote_types, others, others[0]) if others else torch.float32
-    for name, parameter in model.named_parameters():
+    for name, parameter in saved:
         parameter.data = parameter.data.to(wide(weights[name].dtype) if id(parameter) in stays else dtype)
     model.load_state_dict(weights)
 

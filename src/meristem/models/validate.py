@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from meristem.errors import CapabilityError, ShapeError
+from meristem.nn.attention import Attention
+from meristem.nn.documents import ReadsDocuments
 
 
 def check_tokens(tokens: Tensor, window: int | None = None) -> None:
@@ -29,12 +31,35 @@ def check_tokens(tokens: Tensor, window: int | None = None) -> None:
 
 
 def require_resets(model: nn.Module) -> None:
-    """Raises CapabilityError where a model, as one of a plugin may, cannot be told where documents begin."""
+    """Raises CapabilityError where a model, as one of a plug-in may, cannot be told where documents begin."""
     takes = inspect.signature(model.forward).parameters
     if "reset_mask_bt" not in takes:
         raise CapabilityError(
             f"{type(model).__name__} reads ({', '.join(takes)}) and takes no reset_mask_bt, which data.order=documents "
-            "hands it to say where documents begin. Give its forward that argument, or set data.order=shuffled.",
+            "and data.documents=reset hand it to say where documents begin. Give its forward that argument, or set "
+            "data.order=shuffled and data.documents=join.",
             operation="reset",
             reason="no reset_mask_bt",
+        )
+
+
+def require_masks(model: nn.Module) -> None:
+    """Raises CapabilityError where a model cannot keep attention within a document while its memories read on."""
+    reason, mixers = None, [block.mixer for block in getattr(model, "blocks", ())]
+    attending = [mixer for mixer in mixers if any(isinstance(each, Attention) for each in mixer.modules())]
+    apart = [mixer for mixer in mixers if isinstance(mixer, ReadsDocuments)]
+    if "attend_mask_bt" not in inspect.signature(model.forward).parameters:
+        reason = f"{type(model).__name__} takes no attend_mask_bt"
+    elif not attending:
+        reason = f"{type(model).__name__} has no attention"
+    for mixer in mixers:
+        is_ours = type(mixer).__module__.startswith("meristem.")
+        if reason is None and mixer not in apart and (mixer in attending or not is_ours):
+            reason = f"the mixer {type(mixer).__name__} does not read packed documents in a way of its own"
+    if reason is not None:
+        raise CapabilityError(
+            f"data.documents=mask keeps attention within a document while memories read on: {reason}. "
+            f"Set data.documents=reset, which begins each document afresh, or join.",
+            operation="mask",
+            reason=reason,
         )

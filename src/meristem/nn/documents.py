@@ -68,11 +68,13 @@ class Documents:
 
     groups: what is read together. quiet: rows without a token, which keep their state.
     begins_bt: True where a document begins, on the host.
+    is_joined: only attention is kept to a document; whatever else has a state reads the rows as they are.
     """
 
     groups: list[Group]
     quiet: list[int]
     begins_bt: Mask
+    is_joined: bool = False
 
     @classmethod
     def packed(
@@ -106,7 +108,9 @@ class Documents:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every row goes on as a whole: nothing begins and nothing is padding."""
+        """Whether every row goes on as a whole: nothing begins, or for attention alone, and nothing is padding."""
+        if self.is_joined:
+            return True
         whole = len(self.groups) == 1 and self.groups[0].goes_on and not self.quiet
         return whole and self.groups[0].places_n.numel() == self.begins_bt.numel()
 
@@ -117,13 +121,21 @@ class Documents:
         return torch.where(self.begins_bt, index_t, -1).cummax(dim=1).values
 
 
-def documents_in(sequence: Tensor, state: State | None, reset_mask_bt: Mask | None) -> Documents | None:
-    """How the rows of a sequence that a model reads are packed; None where they go on alike and nothing begins."""
+def documents_in(
+    sequence: Tensor, state: State | None, reset_mask_bt: Mask | None, attend_mask_bt: Mask | None = None
+) -> Documents | None:
+    """How the rows of a sequence that a model reads are packed; None where they go on alike and nothing begins.
+
+    attend_mask_bt: in place of the other, True where a document begins for attention alone.
+    """
+    mask_bt = attend_mask_bt if reset_mask_bt is None else reset_mask_bt
+    if mask_bt is None:
+        return None
+    _require_fit(sequence, mask_bt, None)
+    if not mask_bt.any() and (state is None or not is_mixed(state)):
+        return None
     if reset_mask_bt is None:
-        return None
-    _require_fit(sequence, reset_mask_bt, None)
-    if not reset_mask_bt.any() and (state is None or not is_mixed(state)):
-        return None
+        return Documents([], [], mask_bt.cpu(), is_joined=True)
     return Documents.packed(sequence, reset_mask_bt=reset_mask_bt)
 
 

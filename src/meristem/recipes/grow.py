@@ -22,7 +22,7 @@ from meristem.growth.attach import attach, slots_in
 from meristem.growth.features import Normaliser
 from meristem.growth.garden import Garden, Order
 from meristem.growth.gardener import act_on, tend
-from meristem.growth.graft import advance, cost
+from meristem.growth.graft import advance, cost, find_seed
 from meristem.growth.isolation import Isolation, Pair, ShadowPass, enter
 from meristem.growth.measure import blend_report, structure_digest
 from meristem.growth.observe import HeldOut, Reading
@@ -47,7 +47,7 @@ from meristem.models.growing import GrowConfig, GrowPolicyConfig
 from meristem.models.topology import Topology, recorded
 from meristem.recipes.plan.report import PlanReport
 from meristem.recipes.pretrain import Result, begun, finish, prepare_job, stop, train
-from meristem.recipes.site import ISOLATED, RunSite
+from meristem.recipes.site import HOST_PASSES, RunSite
 from meristem.runs.config import Config
 from meristem.runs.directory import Run
 from meristem.runs.recovery import Recovery
@@ -185,11 +185,13 @@ class Growth:
         return self._site.flops_per_token
 
     def before(self) -> None:
-        """Carry out the orders that wait; a host that is frozen is so after a resume too."""
+        """Carry out the orders that wait; a way of training that a model does not say is so after a resume too."""
         garden, self._told = self._garden, []
         for life in garden.lives:
-            if life.way == "frozen_host" and life.stage is Stage.TRAINING:
+            if life.way in ("frozen_host", "capped") and life.stage is Stage.TRAINING:
                 enter(self._job.model, life.slot, life.way)
+            elif life.way == "capped" and life.stage is Stage.GERMINATED:  # it was rolled back to here
+                find_seed(self._job.model, life.slot).learn_capped(False)
         if garden.queue:
             step = self._job.state.progress.step
             site = self._site
@@ -234,16 +236,18 @@ class Growth:
         """The garden that knows what the passes of this step told."""
         for told in self._told:
             if isinstance(told, Isolation):
-                self._site.spend(ISOLATED * self._site.step_flops)
+                self._site.spend((HOST_PASSES + len(told.slots)) * self._site.step_flops)
                 is_violated = self._run.world.any(told.is_isolated is False)
                 garden = garden.violated(told.slots) if is_violated else garden
                 continue
-            self._site.spend(self._site.step_flops)
+            flops = self._site.shadow_flops(told.slot, is_played=told.is_played)
+            self._site.spend(flops)
             life = garden.open_in(told.slot)
-            difference = told.difference()
-            if life is not None and math.isfinite(difference):
+            if life is None:
+                continue
+            garden, difference = garden.spent(life.seed, flops), told.difference()
+            if math.isfinite(difference):
                 garden = garden.with_life(replace(life, paired=life.paired.add(difference)))
-                garden = garden.spent(life.seed, self._site.step_flops)
         bad = [life for life in garden.lives if life.is_open and life.n_violations >= MOST_VIOLATIONS]
         orders = [
             Order("cull", life.slot, life.seed, self._site.run_id, step, "its host was not isolated from it")

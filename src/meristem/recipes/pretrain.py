@@ -9,8 +9,10 @@ from typing import Final, Literal, Protocol
 
 from meristem.checkpoint.store import Checkpoint
 from meristem.config import fingerprint as config_fingerprint
+from meristem.data.prefetch import prefetched
 from meristem.data.prepare import prepare
 from meristem.data.stream import Stream, held_out
+from meristem.data.tokenizer import Tokenizer
 from meristem.device.allocator import peak_bytes
 from meristem.device.determinism import be_deterministic
 from meristem.device.lost import answering
@@ -26,7 +28,7 @@ from meristem.evaluate.report import Sample
 from meristem.events import Event
 from meristem.models.load import topology_of
 from meristem.models.topology import Topology
-from meristem.models.validate import require_resets
+from meristem.models.validate import require_masks, require_resets
 from meristem.models.weights import put_rates
 from meristem.optim.schedule import rate_factor
 from meristem.recipes.plan.flops import forward_flops
@@ -156,11 +158,15 @@ def prepare_job(
     config: Config,
     checkpoint: Checkpoint | None,
     change: Callable[[Config, int, Topology], Topology] = lambda config, vocabulary, topology: topology,
+    *,
+    tokenizer: Tokenizer | None = None,
+    begins_from: Checkpoint | None = None,
 ) -> Job:
     """Text -> tokenizer -> corpus -> sequences -> stream; and the model with its optimizer, on the device.
 
     change: what is to be changed of the structure before the model is made: the settings, the size of the vocabulary,
     and the changes that it went through -> those that it has gone through then.
+    tokenizer: in place of that of the settings. begins_from: whose weights a run begins with.
     """
     world = run.world
     require_alone(world.size, config.aggregate.how)
@@ -170,7 +176,7 @@ def prepare_job(
     run.view.start(f"preparing {config.data.source}")
     saved_cursor = checkpoint.value("cursor") if checkpoint and checkpoint.has("cursor") else {}
     wanted = saved_cursor.get("fingerprint")
-    corpus = prepare(config.data, config.tokenizer, run.emit, partial(_show_preparing, run), wanted=wanted)
+    corpus = prepare(config.data, tokenizer or config.tokenizer, run.emit, partial(_show_preparing, run), wanted=wanted)
     run.view.stop()
     files = corpus.manifest["sources"]
     run.view.note(f"text: {config.data.source} ({len(files)} files, the first {files[0]['uri']})")
@@ -196,11 +202,13 @@ def prepare_job(
         vocabulary=corpus.tokenizer.vocab_size,
         progress=Progress(cursor=stream.start()),
         topology=topology,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint or begins_from,
     )
     world.require_same({"weights": lambda: weights})
-    if config.data.order == "documents":
+    if config.data.resets:
         require_resets(state.model)
+    if config.data.documents == "mask":
+        require_masks(state.model)
     if config.aggregate.how != "mean":
         keep_graphs()
     return Job(config, device, corpus, stream, state)
@@ -235,6 +243,7 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Saf
     if not run.is_first:
         name = str(checkpoint.path) if checkpoint else None
         payload = {"resume": resume, "resumed_from": start.step, "checkpoint": name, "n_parameters": n_parameters}
+        payload["seq"] = checkpoint.manifest.get("seq", 0) if checkpoint else 0  # of the last record that it follows
         run.emit(Event("run.resumed", payload | {"changed": changed(config, checkpoint) if checkpoint else {}}))
     else:
         run.emit(Event("run.started", {"resume": resume, "from": start.step, "n_parameters": n_parameters}))
@@ -357,22 +366,23 @@ def training_steps(job: Job, companion: Companion = ALONE) -> Iterator[Step]:
             found = own = own or forward_flops(state.model, job.device, config.data.seq_len)
         return PASSES * found
 
-    made = steps(
-        job,
-        job.stream,
-        schedule,
-        config=config.train,
-        device=job.device,
-        aggregate=config.aggregate,
-        beside=companion.beside,
-        flops=None if config.train.flops is None else flops,
-    )
-    if not job.state.progress.is_over(config.train):
-        companion.before()
-    for step in made:  # to its end: what the last step failed by is raised there
-        yield step
+    with prefetched(job.stream, config.data.prefetch_bytes) as batches:
+        made = steps(
+            job,
+            batches,
+            schedule,
+            config=config.train,
+            device=job.device,
+            aggregate=config.aggregate,
+            beside=companion.beside,
+            flops=None if config.train.flops is None else flops,
+        )
         if not job.state.progress.is_over(config.train):
             companion.before()
+        for step in made:  # to its end: what the last step failed by is raised there
+            yield step
+            if not job.state.progress.is_over(config.train):
+                companion.before()
 
 
 def evaluate_and_save(

@@ -1,6 +1,7 @@
 """The run as those see it who act on what has grown: what they can measure of it, and change in it (growth.md 17)."""
 
 import json
+import time
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.data.stream import Batch, held_out
+from meristem.device.allocator import peak_bytes
 from meristem.device.random import global_generators, random_state, restore_random_state
 from meristem.device.room import room_for
 from meristem.distributed.engine import Engine
@@ -25,8 +27,8 @@ from meristem.growth.garden import Garden
 from meristem.growth.gates import GateResult
 from meristem.growth.graft import seeds_in, set_blend
 from meristem.growth.heuristic import REQUESTED
-from meristem.growth.isolation import check_isolation
-from meristem.growth.measure import n_host_parameters
+from meristem.growth.isolation import check_isolation, shadow_work
+from meristem.growth.measure import calm, n_host_parameters
 from meristem.growth.observe import Reading, SlotReading
 from meristem.growth.plan import Plan
 from meristem.growth.report import FILE, GrowthReport, append
@@ -42,7 +44,7 @@ from meristem.optim.multi_period import MultiPeriodOptimizer
 from meristem.optim.origins import SeedSettings
 from meristem.optim.schedule import rate_factor
 from meristem.optim.surgery import carried
-from meristem.recipes.plan.flops import forward_flops
+from meristem.recipes.plan.flops import counted, forward_flops
 from meristem.recipes.pretrain import PASSES, measure
 from meristem.runs.directory import Run
 from meristem.runs.recovery import Recovery
@@ -60,8 +62,8 @@ CHECKED: Final = 4
 """Passes over the probe batch by which a change of structure is verified: what the model says before and after it, and
 two that see whether it is causal."""
 
-ISOLATED: Final = 3
-"""Training steps' worth of passes that a check of the isolation makes: twice without the seeds, and once of theirs."""
+HOST_PASSES: Final = 2
+"""How often a check of the isolation reads a step without seeds; with each of them it reads that once."""
 
 PROBE_ROWS: Final = 4
 """Held-out sequences that gradients and changes of logits are measured on."""
@@ -73,6 +75,7 @@ class RunSite:
     def __init__(self, run: Run, job: Job, recovery: Recovery) -> None:
         self._run, self._job, self._recovery = run, job, recovery
         self._flops: dict[str, float] = {}
+        self._apply_ms: float | None = None  # of the last change that this process made
         self.run_id = run.world.broadcast("run id", str(run.manifest.content["id"]))
         self._closing = ExitStack()
 
@@ -142,6 +145,18 @@ class RunSite:
         data, train = self._job.config.data, self._job.config.train
         return 3 * self.flops_per_token * data.batch_size * data.seq_len * train.grad_accum_steps
 
+    def shadow_flops(self, slot: str, *, is_played: bool) -> float:
+        """Of the pass of one seed beside a step: forward from where it begins, and back from the loss to the seed, of
+        the host without gradients of its parameters. Counted once for each structure."""
+        data, n_batches = self._job.config.data, self._job.config.train.grad_accum_steps
+        key = repr((self._job.state.topology, slot, is_played))
+        if key not in self._flops:
+            zeros_bt = torch.zeros(1, data.seq_len, dtype=torch.long)
+            work = shadow_work(self.model, slot, lambda: self._read(self.model, zeros_bt).sum(), is_played=is_played)
+            with torch.compiler.set_stance("force_eager"):
+                self._flops[key] = counted(work) / data.seq_len
+        return self._flops[key] * data.batch_size * data.seq_len * n_batches
+
     @property
     def measure_flops(self) -> float:
         return self.flops_per_token * sum(batch.n_targets for batch in self._held_out)
@@ -163,12 +178,15 @@ class RunSite:
 
     def reading(self, garden: Garden, step: Step) -> Reading:
         """What is known of the run now."""
-        own = {
+        own: dict[str, float | None] = {
             BUDGET_SHARE: step.progress.share(self._job.config.train),
             N_DEEPENINGS: float(len(garden.deepened)),
             "isolation_violations": float(sum(life.n_violations for life in garden.lives if life.is_open)),
             "open_breakers": float(garden.breaker is not None and garden.breaker.state(step.progress.step) == "open"),
         }
+        own |= calm(self.losses, self._recovery.safety.guard.norms)
+        own |= {"gradient_conflict": _conflict(step), "memory_share": _memory_share(self._job.device.device)}
+        own |= {"step_ms": 1000 * step.seconds, "apply_ms": self._apply_ms}
         now, seeds = self._job.state.progress, seeds_in(self.model)
         own[REQUESTED] = float(len(pending(self._run.directory, garden, now.step, emit=self._run.emit)))
         slots = []
@@ -271,6 +289,7 @@ class RunSite:
 
     def change(self, plan: Plan) -> None:
         self._spend_probe(CHECKED)
+        begun_s = time.perf_counter()
         state, world = self._job.state, self._run.world
         make = partial(self._transaction, plan)
         receipt = make(self._run.emit) if world.size == 1 else made_in_all(world.agreement, plan, make, self._run.emit)
@@ -289,6 +308,7 @@ class RunSite:
             progress=progress,
             topology=receipt.topology,
         )
+        self._apply_ms = 1000 * (time.perf_counter() - begun_s)
 
     def _transaction(self, plan: Plan, emit: Emit) -> Receipt:
         """The change in this process."""
@@ -325,7 +345,7 @@ class RunSite:
 
     def _isolation(self, slot: str) -> bool | None:
         device = self._job.device
-        self._spend_probe(ISOLATED * PASSES)
+        self._spend_probe((HOST_PASSES + 1) * PASSES)
         found = check_isolation(
             self._job.state,
             [self._probe],
@@ -383,3 +403,18 @@ class RunSite:
         if self._run.world.is_first:
             append(self._run.directory / FILE, report)
         self._run.emit(Event("growth.reported", report.to_json()))
+
+
+def _conflict(step: Step) -> float | None:
+    """1 less the least cosine of two objectives of a step; None where they were not separated, or share nothing."""
+    if step.conflict is None or step.conflict.is_idle:
+        return None
+    cosines = [each for each in step.conflict.report().cosines.values() if each is not None]
+    return 1 - min(cosines) if cosines else None
+
+
+def _memory_share(device: torch.device) -> float | None:
+    """The most of an accelerator's memory that was in use; None on a CPU, whose memory is not the run's alone."""
+    if device.type != "cuda":
+        return None
+    return peak_bytes(device) / torch.cuda.get_device_properties(device).total_memory

@@ -7,6 +7,7 @@ from typing import ClassVar, Final, Self
 
 from pydantic import Field, model_validator
 
+from meristem.adapters.config import FinetuneConfig
 from meristem.checkpoint import migrate
 from meristem.checkpoint.config import CheckpointConfig
 from meristem.config import ConfigSection, Loaded, is_preset, load
@@ -15,11 +16,12 @@ from meristem.device.config import DeviceConfig
 from meristem.distributed.config import DistributedConfig, require_shardable
 from meristem.errors import ConflictingKeys, DeadKey
 from meristem.evaluate.config import EvalConfig
-from meristem.models.config import LearnConfig, ModelConfig
+from meristem.models.config import HOST, LearnConfig, ModelConfig
 from meristem.models.growing import GrowConfig
-from meristem.models.layers import memory_keys, require_pattern
+from meristem.models.layers import MEMORY_KEYS, memory_keys, require_pattern
 from meristem.nn.config import MemoryConfig
 from meristem.optim.config import OptimConfig, ScheduleConfig
+from meristem.safety.config import SafetyConfig
 from meristem.sinks.config import SinksConfig
 from meristem.train.config import AggregateConfig, GuardConfig, ProfileConfig, RollbackConfig, TrainConfig
 
@@ -41,7 +43,7 @@ class RunConfig(ConfigSection):
 class Config(ConfigSection):
     """Everything that can be set. Each part stands beside the code that reads it."""
 
-    outside_identity: ClassVar = frozenset({"distributed", "profile", "learn", "eval", "checkpoint", "sinks"})
+    outside_identity: ClassVar = frozenset({"distributed", "profile", "learn", "eval", "checkpoint", "sinks", "safety"})
 
     run: RunConfig = RunConfig()
     device: DeviceConfig = DeviceConfig()
@@ -58,10 +60,12 @@ class Config(ConfigSection):
     guard: GuardConfig = GuardConfig()
     rollback: RollbackConfig = RollbackConfig()
     grow: GrowConfig = GrowConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     learn: LearnConfig = LearnConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sinks: SinksConfig = SinksConfig()
+    safety: SafetyConfig = SafetyConfig()
 
     @model_validator(mode="after")
     def _model_fits_its_text(self) -> Self:
@@ -88,7 +92,7 @@ class Config(ConfigSection):
 
     @model_validator(mode="after")
     def _memory_is_read(self) -> Self:
-        read = memory_keys(self.model)
+        read = MEMORY_KEYS["memory"] if self.finetune.how == "memory" else memory_keys(self.model)
         given = {key for key, field in MemoryConfig.model_fields.items() if getattr(self.memory, key) != field.default}
         dead = sorted(given - read)
         if dead:
@@ -118,14 +122,39 @@ class Config(ConfigSection):
     @model_validator(mode="after")
     def _optimizer_works_on_parts(self) -> Self:
         require_shardable(self.distributed, self.optim.name)
-        if self.distributed.shard and self.model.name == "charformer" and self.data.order == "documents":
+        if self.distributed.shard and self.model.name == "charformer" and self.data.resets:
             # Its whole stack reads each document apart, and every call of a block gathers that block's parameters.
             raise ConflictingKeys(
-                "distributed.shard is true, model.name 'charformer' and data.order 'documents': each process would go "
-                "through the blocks once for every document of its rows, and they would wait for each other for ever. "
-                "Set distributed.shard=false, or data.order=shuffled.",
+                "distributed.shard is true, model.name 'charformer', and documents begin afresh (data.order=documents, "
+                "data.documents=reset): each process would go through the blocks once for every document of its rows, "
+                "and they would wait for each other for ever. Set distributed.shard=false, or data.order=shuffled and "
+                "data.documents=join.",
                 path="distributed.shard",
                 value=True,
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _base_goes_with_the_rest(self) -> Self:
+        reasons = {
+            f"model.name is '{HOST}', which is the base of a fine-tuning": self.model.name == HOST,
+        }
+        if self.finetune.base is not None:
+            reasons = {
+                "distributed.shard is true, and a base is loaded whole": self.distributed.shard,
+                "grow.enabled is true, and the structure of what is fine-tuned stays": self.grow.enabled,
+                "finetune.how is 'memory', which is for a model of transformers": self.finetune.how == "memory"
+                and self.model.name != HOST,
+                "finetune.how is 'levels', which is for a model of ours": self.finetune.how == "levels"
+                and self.model.name == HOST,
+            }
+        found = [reason for reason, is_so in reasons.items() if is_so]
+        if found:
+            raise ConflictingKeys(
+                f"{'; '.join(found)}. finetune.base is {self.finetune.base}. Change these, or begin with `meristem "
+                f"finetune`.",
+                path="finetune.base",
+                value=self.finetune.base,
             )
         return self
 

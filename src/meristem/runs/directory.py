@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -17,17 +17,21 @@ from meristem.checkpoint import migrate
 from meristem.checkpoint import run as runs
 from meristem.checkpoint.atomic import write_atomic
 from meristem.checkpoint.run import End, RunLock, RunManifest
-from meristem.config import fingerprint, identity
+from meristem.config import fingerprint, identity, leaves
 from meristem.device.describe import describe
 from meristem.device.resolve import own_gpu
 from meristem.distributed.world import World
 from meristem.errors import ConfigError, RunError, exit_code
-from meristem.events import Event
+from meristem.events import Emit, Event
 from meristem.runs.config import Config, config_of
+from meristem.safety.policy import BYPASSED, NO_POLICY, Policy, load_policy
+from meristem.safety.secrets import redact_secrets
 from meristem.sinks.console import Console
 from meristem.sinks.emitter import SCREEN, Emitter, Sink
 from meristem.sinks.records import STREAMS, Records
 from meristem.sinks.system import SystemSampler
+from meristem.sinks.trackers.follow import Followed, Follower
+from meristem.sinks.trackers.start import followers, require
 
 RANKS = "ranks"
 """Where in a run directory the processes but the first have theirs, each under its number."""
@@ -41,7 +45,7 @@ class Run:
     """The directory and everything that writes into it.
 
     is_first: nothing was run in it before. world: the processes that make the run; each has a directory of its own,
-        that of the first is the run's, and it alone writes ``checkpoints``.
+        that of the first is the run's, and it alone writes ``checkpoints``. policy: of the texts that it writes down.
     """
 
     directory: Path
@@ -51,6 +55,7 @@ class Run:
     view: Console
     world: World
     checkpoints: Path
+    policy: Policy = NO_POLICY
 
     @property
     def records(self) -> Records:
@@ -58,7 +63,12 @@ class Run:
         return self.emitter.records
 
     def emit(self, event: Event) -> None:
-        """Record an event at the step that was last recorded; the user sees those that are no mere information."""
+        """Record an event at the step that was last recorded; the user sees those that are no mere information.
+
+        ``run.json`` says of a run that anything was bypassed in it.
+        """
+        if event.name == BYPASSED:
+            self.manifest.update(bypass=True)
         self.emitter.emit(event)
 
     def adopt(self, config: Config) -> None:
@@ -117,6 +127,10 @@ def opened(
     world: the processes of the run; any but the first hold a directory within that of the run, and show nothing.
     """
     world, checkpoints = world or World(), directory / "checkpoints"
+    require(config.sinks.use, config.sinks.places)
+    said: list[Event] = []
+    path, bypass = config.safety.policy, config.safety.bypass
+    policy = NO_POLICY if path is None else load_policy(path, bypass, said.append)
     rank = None if world.size == 1 else world.rank
     if rank:
         directory, view = directory / RANKS / str(rank), Console(screen=rich.console.Console(quiet=True))
@@ -125,11 +139,22 @@ def opened(
         described = describe()
         is_first = is_new or not (directory / runs.FILE).exists()
         manifest = RunManifest.create(directory, name=config.run.name) if is_first else RunManifest.reopen(directory)
-        manifest.update(command=" ".join(sys.argv), record_streams=[f"{name}.ndjson" for name in STREAMS], **described)
+        command = redact_secrets(" ".join(sys.argv))
+        manifest.update(command=command, policy_fingerprint=policy.fingerprint)
+        manifest.update(record_streams=[f"{name}.ndjson" for name in STREAMS], **described)
         rotate_size_bytes = config.sinks.rotate_mib << 20
-        records = Records(directory, manifest.content["id"], rotate_size_bytes=rotate_size_bytes, rank=rank)
+        records = Records(
+            directory, manifest.content["id"], rotate_size_bytes=rotate_size_bytes, rank=rank, redact=redact_secrets
+        )
+        missing: list[Event] = []
+        if not rank:
+            sinks = {**(sinks or {}), **_trackers(config, directory, manifest, missing.append)}
         emitter = Emitter(records, sinks, screen=view.show)
-        run = Run(directory, is_first, manifest, emitter, view, world, checkpoints)
+        for event in missing:
+            emitter.emit(event)
+        run = Run(directory, is_first, manifest, emitter, view, world, checkpoints, policy)
+        for event in said:
+            run.emit(event)
         view.through(partial(run.emitter.later, SCREEN), run.emit)
         try:
             if is_first:
@@ -148,6 +173,12 @@ def opened(
             _close(run)
 
 
+def _trackers(config: Config, directory: Path, manifest: RunManifest, emit: Emit) -> dict[str, Follower]:
+    settings = leaves(config.model_dump(mode="json"))
+    run = Followed(directory, manifest.content["id"], directory.name, config.sinks.project, None, settings)
+    return followers(config.sinks.use, run, config.sinks.places, emit)
+
+
 def _close(run: Run) -> None:
     """End what listens to the run, within its time, then the records; the manifest keeps what became of the sinks."""
     run.view.stop()
@@ -156,8 +187,7 @@ def _close(run: Run) -> None:
         told = {each.name: each for each in run.emitter.close()}
         if told[SCREEN].status == "hung":
             run.view.lose("it takes no more text")
-        sinks = [{"name": name, "id": None, "status": end.status, "dropped": end.dropped} for name, end in told.items()]
-        run.manifest.update(sinks=sinks)
+        run.manifest.update(sinks=[asdict(end) for end in told.values()])
     run.view.through()
     run.records.close()
 

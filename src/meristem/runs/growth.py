@@ -41,8 +41,19 @@ class LifeReport:
 
     @property
     def outcome(self) -> str:
-        """How it ended, or where it stands."""
+        """What the run came to beside what it would have come to by its line before the graft, or where it stands."""
         return self.report.outcome if self.report else f"is {self.life.stage.name}"
+
+    @property
+    def verdict(self) -> str:
+        """What was decided, and the figure or gate that it hung on; or where it stands."""
+        decided = [each for each in self.life.history if each.after in (Stage.FOSSILIZED, Stage.CULLED)]
+        if not decided:
+            return f"is {self.life.stage.name}"
+        if decided[-1].after is Stage.CULLED:
+            return f"taken out: {decided[-1].reason}"
+        gained = self.figures.get("gained")
+        return f"kept, worth {gained['mean']:.3f} nats" if gained else "kept"
 
     def spans(self, last: int) -> list[tuple[Stage, int, int]]:
         """Stages with the step at which each began and ended; the present one lasts to ``last``."""
@@ -65,6 +76,7 @@ class LifeReport:
             "gates": [each.to_json() | {"code": each.code} for each in self.results],
             "blend": [list(point) for point in self.blend],
             "figures": dict(self.figures),
+            "verdict": self.verdict,
             "outcome": self.outcome,
         }
 
@@ -102,7 +114,19 @@ def lives_of(run_dir: Path, emit: Emit = silent) -> list[LifeReport]:
 
 def table(lives: Sequence[LifeReport]) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Titles and a row for each seed: what came of it, and the figures that decided."""
-    titles = ("seed", "blueprint", "way", "stages", "blend", "on trial", "gained", "rent", "FLOPs", "outcome")
+    titles = (
+        "seed",
+        "blueprint",
+        "way",
+        "verdict",
+        "stages",
+        "blend",
+        "on trial",
+        "gained",
+        "rent",
+        "FLOPs",
+        "outcome",
+    )
     return titles, [_row(each) for each in lives]
 
 
@@ -115,6 +139,7 @@ def _row(each: LifeReport) -> tuple[object, ...]:
         life.seed,
         life.origin.blueprint,
         life.way,
+        each.verdict,
         stages,
         blend,
         interval(figures.get("tried")),
@@ -176,7 +201,7 @@ def draw_lives(path: Path, run_dir: Path, lives: Sequence[LifeReport], emit: Emi
             below.plot(steps, [place + 0.3 - 0.6 * weight for weight in weights], color="black", linewidth=0.8)
         side, words = (
             ("right" if each.life.born > last / 2 else "left"),
-            f"{each.life.origin.blueprint}: {each.outcome}",
+            f"{each.life.origin.blueprint}: {each.verdict}",
         )
         below.text(each.life.born, place - 0.36, words, fontsize=7, va="bottom", ha=side)
     below.set_yticks(range(len(lives)), [each.life.seed for each in lives])

@@ -1,5 +1,6 @@
-"""Saved models, grown or not, for whoever opens them: a grown one is built by changes that the room of growth knows."""
+"""Saved models for whoever opens them, with the rooms that know the changes by which they are built."""
 
+import meristem.adapters.changes
 import meristem.growth.topology  # noqa: F401 - registers them
 from meristem.models.load import Loaded as Loaded
 from meristem.models.load import load as load

@@ -42,15 +42,22 @@ FIRST_READ: Final = 128
 
 
 def write_samples(run: Run, job: Job) -> tuple[Sample, ...]:
-    """Let the model write on from beginnings of held-out text."""
+    """Let the model write on from beginnings of held-out text, as far as the policy of the run lets it.
+
+    A beginning that is not allowed is left out; of a text that is not the rest is.
+    """
     part, tokenizer = job.config.eval, job.corpus.tokenizer
     sampling = Sampling(temperature=part.temperature)
     samples = []
     for index, prompt in enumerate(prompts(job.corpus, part.n_samples)):
+        asked = run.policy.check(prompt, "prompt", run.emit)
+        if asked.blocked is not None:
+            continue
+        prompt = asked.text
         generator = stream(job.config.run.seed, "sample", index, device=job.device.device)
         (tokens_bt,) = job.device.move(torch.tensor([tokenizer.encode(prompt)]))
         drawn = generate(job.model, tokens_bt, max_tokens=part.sample_tokens, sampling=sampling, generator=generator)
-        text = tokenizer.decode(token.token_id for token in drawn)
+        text = run.policy.check(tokenizer.decode(token.token_id for token in drawn), "output", run.emit).text
         run.records.sample(job.state.progress.step, prompt, text, {"temperature": part.temperature, "index": index})
         samples.append(Sample(prompt, text))
     return tuple(samples)
@@ -180,9 +187,25 @@ def _facts(run: Run, job: Job, found: Likelihood) -> list[tuple[str, str]]:
         ("tokenizer", f"{job.corpus.tokenizer.kind}, {job.corpus.tokenizer.vocab_size} entries"),
         ("steps", f"{progress.step:,}, of which {progress.n_nonfinite} skipped as not finite"),
         ("times through the text", f"{job.stream.epoch(progress.cursor):.2f}"),
+        *_sources(job),
         ("tokens per second", f"{progress.tokens / max(progress.seconds_used, 1e-9):,.0f}"),
         ("device", f"{job.device.device}, parameters {job.device.param_dtype}, products {job.device.dtype}"),
         ("perplexity", f"{found.perplexity:.2f} per token"),
+    ]
+
+
+def _sources(job: Job) -> list[tuple[str, str]]:
+    """How much was read of each source of a mixture."""
+    if not job.corpus.weights:
+        return []
+    read = job.stream.read(job.state.progress.cursor)
+    n_all = max(1, sum(each.n_tokens for each in read))
+    return [
+        (
+            f"read of `{each.name}`",
+            f"{each.n_tokens:,} tokens, {each.n_tokens / n_all:.1%} of all, {each.epochs:.2f} times through",
+        )
+        for each in read
     ]
 
 

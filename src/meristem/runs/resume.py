@@ -368,7 +368,11 @@ def require_same(config: Config, now: Tokenizer, checkpoint: Checkpoint) -> None
             expected=was.fingerprint,
         )
     every = changed(config, checkpoint)
-    differences = {key: values for key, values in every.items() if key.split(".")[0] in ("model", "memory")}
+    differences = {
+        key: values
+        for key, values in every.items()
+        if key.split(".")[0] in ("model", "memory", "finetune") and key != "finetune.remote_code"
+    }
     if differences:
         listed = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in differences.items())
         raise CheckpointMismatch(

@@ -6,40 +6,30 @@ that are alike together (``serve.batch``). Orders come and go between rounds. Wh
 its portions are cut by its own text, and its row has the same bits in every batch.
 """
 
+import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from meristem.device.random import stream as random_stream
+from meristem.device.random import key as random_key
 from meristem.errors import NonFinite, QueueFull, WorkerDied
 from meristem.events import Emit, Event, silent
 from meristem.memory.state import State, alike_by
-from meristem.models.generate import Sampling, choose
+from meristem.models.generate import Sampling
 from meristem.serve.batch import Batch, exact_sizes
+from meristem.serve.draw import Drawn, Wanted, draw
 from meristem.serve.moment import READ_AT_ONCE, Moment, Reader, read, surprise
 
 READ_PER_ROUND: Final = READ_AT_ONCE
 """Tokens of texts that a round reads at most: by this much reading holds up those that write."""
 
 Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One token of a reply, which is read as well.
-
-    logprob: of the token, natural; top: the likeliest ids and theirs, as many as were wanted. None and () without.
-    """
-
-    token_id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,8 @@ class Order:
     portion: tokens read at once, at most. max_tokens: to write; 0 reads only. choice: draws of different choices have
     nothing to do with each other. n_top: alternatives of ``Drawn``; None without logarithms of probabilities.
     drawn: is given every token, in the thread of the engine, and returns True to end the reply there.
-    ended: is given the end, once. Neither may wait. deadline_s: seconds until the order is given up.
+    handed: is called when all rows of a batch were given theirs. ended: is given the end, once. None of them may wait.
+    deadline_s: seconds until the order is given up.
     """
 
     reader: Reader
@@ -78,21 +69,23 @@ class Order:
     n_top: int | None = None
     deadline_s: float | None = None
     drawn: Callable[[Drawn], bool] = lambda drawn: False
+    handed: Callable[[], None] = lambda: None
     ended: Callable[[Ended], None] = lambda ended: None
 
 
 class Job:
     """An order on its way: at ``moment`` while it reads, then a row of a batch.
 
-    logits_bo, n_tokens: while it writes, the prediction of its next token and the tokens read so far.
+    logits_bo, n_tokens: while it writes, the prediction of its next token and the tokens read so far. drawn_at: when
+    its last token was drawn.
     """
 
     def __init__(self, order: Order) -> None:
         self.order, self.moment = order, order.moment
         self.n_read, self.n_drawn, self.nats = 0, 0, 0.0
-        self.begun_at = time.monotonic()
+        self.begun_at = self.drawn_at = time.monotonic()
         self.is_cancelled = False
-        self.generator = torch.Generator()
+        self.random = random.Random()
         self.logits_bo: Tensor | None = None
         self.n_tokens = 0
 
@@ -113,13 +106,27 @@ class Job:
         return "deadline" if limit_s is not None and time.monotonic() - self.begun_at > limit_s else None
 
 
+class Tally(Protocol):
+    """Counts what the engine does, in its thread; nothing of it may wait. Times are those of ``time.monotonic``."""
+
+    def has_read(self, n_tokens: int, nats: float) -> None:
+        """A portion of a text was read, with this surprise in all."""
+
+    def drew(self, jobs: Sequence[Job], now: float) -> None:
+        """A token was drawn for each of these orders; their ``n_drawn`` and ``drawn_at`` are those before it."""
+
+    def ended(self, reason: Reason, seconds: float) -> None:
+        """An order ended."""
+
+
 Row: TypeAlias = tuple[State, Job]
 
 
 class Engine:
     """Rounds of reading and writing. ``step`` is one of them; ``start`` runs them in a thread of its own.
 
-    most_rows: orders at work at once. most_waiting: orders that wait for a place; one more is refused.
+    most_rows: orders at work at once. most_waiting: orders that wait for a place; one more is refused. tally: set
+    before the start.
     """
 
     def __init__(
@@ -128,6 +135,7 @@ class Engine:
         self.n_ids, self.most_rows, self.most_waiting = n_ids, most_rows, most_waiting
         self.device, self.emit = device, emit
         self.n_at_work = 0
+        self.tally: Tally | None = None
         self._new: deque[Job] = deque()
         self._reading: deque[Job] = deque()
         self._joining: list[Job] = []
@@ -267,10 +275,13 @@ class Engine:
             before = job.moment
             try:
                 job.moment, logits_bto = read(job.order.reader, before, ids, self.device)
-                job.nats += surprise(before.logits_bo, logits_bto, ids)
+                nats = surprise(before.logits_bo, logits_bto, ids)
             except Exception as error:  # noqa: BLE001 - one order may fail, not the engine
                 self._finish(job, "error", error)
                 continue
+            if self.tally:
+                self.tally.has_read(len(ids), nats)
+            job.nats += nats
             job.n_read += len(ids)
             n_left -= len(ids)
             if job.is_reading:
@@ -284,8 +295,7 @@ class Engine:
             self._finish(job, "length")
             return
         job.logits_bo, job.n_tokens = moment.logits_bo, moment.n_tokens
-        key = order.random_seed, "serve.sample", moment.n_tokens, order.choice
-        job.generator = random_stream(*key, device=self.device)
+        job.random = random.Random(random_key(order.random_seed, "serve.sample", moment.n_tokens, order.choice))
         self._joining.append(job)
 
     def _join(self) -> None:
@@ -332,12 +342,11 @@ class Engine:
 
     def _write(self, batch: Batch[Job]) -> None:
         """Draw a token for every row of a batch, read it, and hand it out."""
-        token_ids, drawn = [0] * batch.size, []
-        for at, job in list(batch.taken()):
-            try:
-                token = _draw(job)
-            except NonFinite as error:
-                self._leave(batch, at, job, "error", error)
+        token_ids, drawn, rows = [0] * batch.size, [], list(batch.taken())
+        wanted = [Wanted(job.logits_bo, job.order.sampling, job.random, job.order.n_top) for _, job in rows]
+        for (at, job), token in zip(rows, draw(wanted), strict=True):
+            if isinstance(token, NonFinite):
+                self._leave(batch, at, job, "error", token)
                 continue
             token_ids[at] = token.token_id
             drawn.append((at, job, token))
@@ -349,7 +358,11 @@ class Engine:
             for at, job, _ in drawn:
                 self._leave(batch, at, job, "error", error)
             return
+        now = time.monotonic()
+        if self.tally:
+            self.tally.drew([job for _, job, _ in drawn], now)
         for at, job, token in drawn:
+            job.drawn_at = now
             job.logits_bo = logits_bo[at : at + 1]
             job.n_tokens += 1
             job.n_drawn += 1
@@ -360,6 +373,8 @@ class Engine:
                 continue
             if is_over or job.n_drawn == job.order.max_tokens:
                 self._leave(batch, at, job, "stop" if is_over else "length")
+        for _, job, _ in drawn:
+            job.order.handed()
 
     def _leave(self, batch: Batch[Job], at: int, job: Job, reason: Reason, error: Exception | None = None) -> None:
         """End an order that has a row, and free the row."""
@@ -378,6 +393,8 @@ class Engine:
             payload = {"error": type(error).__name__, "message": str(error)}
             self.emit(Event("order_failed", payload, "error"))
         seconds = time.monotonic() - job.begun_at
+        if self.tally:
+            self.tally.ended(reason, seconds)
         job.order.ended(Ended(reason, job.moment, job.n_drawn, job.nats, seconds, error))
 
 
@@ -385,18 +402,3 @@ def _cut(n_rows: int, sizes: tuple[int, ...]) -> list[int]:
     """Batches for some rows: the largest there are, and the least that holds the rest."""
     whole, rest = divmod(n_rows, sizes[-1])
     return [sizes[-1]] * whole + [min(size for size in sizes if size >= rest)] * bool(rest)
-
-
-def _draw(job: Job) -> Drawn:
-    """The next token of an order, and what is wanted of its probability."""
-    order, logits_bo = job.order, job.logits_bo
-    if logits_bo is None:
-        raise NonFinite("nothing was read, so there is no prediction. Give a text to begin with.")
-    token_id = int(choose(logits_bo, order.sampling, job.generator))
-    if order.n_top is None:
-        return Drawn(token_id)
-    logprob_o = logits_bo[0].float().log_softmax(-1)
-    top = logprob_o.topk(min(order.n_top, len(logprob_o)))
-    return Drawn(
-        token_id, float(logprob_o[token_id]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    )

@@ -1,5 +1,6 @@
 """Errors as the OpenAI API says them, and a bound on what a request may send."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -10,17 +11,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from meristem.config import ConfigSection
 from meristem.errors import (
+    AccessError,
+    Blocked,
     CapabilityError,
     CheckpointError,
     ConfigError,
     DataError,
     DiskFull,
+    HostRefused,
+    KeyRefused,
     MeristemError,
     NoSession,
     QueueFull,
+    RateExceeded,
     SessionBusy,
     ShapeError,
+    TooManySessions,
     WorkerError,
     WorkerTimeout,
     WrongValue,
@@ -29,6 +37,9 @@ from meristem.errors import (
 MOST_BYTES: Final = 64 << 20
 """What a request may send: a text of megabytes, or a session."""
 
+MOST_BODY_S: Final = 300.0
+"""How long a request may take to send it."""
+
 RETRY_AFTER_S: Final = 1
 
 
@@ -36,9 +47,32 @@ class NoModel(WrongValue):
     """A request for a model that is not served here."""
 
 
+class _Error(ConfigSection):
+    """param: the field that is wrong. code: what is wrong, for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Failure(ConfigSection):
+    """An error in the shape of the OpenAI API."""
+
+    error: _Error
+
+
+FAILURES: Final[dict[int | str, dict[str, Any]]] = {"4XX": {"model": Failure}, "5XX": {"model": Failure}}
+"""How the published description names the errors of every route."""
+
 STATUS: Final[Mapping[type[Exception], tuple[int, str, str]]] = {
     NoModel: (404, "invalid_request_error", "model_not_found"),
     NoSession: (404, "invalid_request_error", "session_not_found"),
+    KeyRefused: (401, "authentication_error", "invalid_api_key"),
+    RateExceeded: (429, "rate_limit_error", "rate_limit_exceeded"),
+    TooManySessions: (403, "insufficient_quota", "too_many_sessions"),
+    HostRefused: (421, "invalid_request_error", "host_refused"),
+    AccessError: (403, "permission_error", "not_allowed"),
     SessionBusy: (409, "invalid_request_error", "session_busy"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
     DiskFull: (507, "server_error", "disk_full"),
@@ -48,17 +82,28 @@ STATUS: Final[Mapping[type[Exception], tuple[int, str, str]]] = {
     CapabilityError: (400, "invalid_request_error", "unsupported"),
     ConfigError: (400, "invalid_request_error", "invalid_value"),
     ShapeError: (400, "invalid_request_error", "invalid_value"),
+    Blocked: (400, "invalid_request_error", "content_filter"),
     DataError: (400, "invalid_request_error", "invalid_value"),
     ClientDisconnect: (499, "invalid_request_error", "client_closed_request"),
 }
 """Status, type and code of an error, by the first of its classes that is here; 500 for all others."""
 
 
-def failure(status: int, message: str, kind: str, *, param: object = None, code: str | None = None) -> JSONResponse:
-    """An error in the shape of the OpenAI API."""
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
-    error = {"message": message, "type": kind, "param": None if param is None else str(param), "code": code}
-    return JSONResponse({"error": error}, status, headers)
+def failure(
+    status: int,
+    message: str,
+    kind: str,
+    *,
+    param: object = None,
+    code: str | None = None,
+    retry_after_s: object = RETRY_AFTER_S,
+) -> JSONResponse:
+    """An error in the shape of the OpenAI API. retry_after_s: where to try again later may help."""
+    headers = {"Retry-After": str(retry_after_s)} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    error = _Error(message=message, type=kind, param=None if param is None else str(param), code=code)
+    return JSONResponse(Failure(error=error).model_dump(), status, headers)
 
 
 def failure_of(error: Exception) -> JSONResponse:
@@ -66,7 +111,9 @@ def failure_of(error: Exception) -> JSONResponse:
     for kind in type(error).__mro__:
         if kind in STATUS:
             status, name, code = STATUS[kind]
-            return failure(status, str(error), name, param=getattr(error, "fields", {}).get("key"), code=code)
+            fields = getattr(error, "fields", {})
+            later = fields.get("retry_after_s", RETRY_AFTER_S)
+            return failure(status, str(error), name, param=fields.get("key"), code=code, retry_after_s=later)
     message = (
         str(error) if isinstance(error, MeristemError) else f"{type(error).__name__}. This is a fault of meristem."
     )
@@ -106,33 +153,53 @@ def _invalid(error: RequestValidationError) -> JSONResponse:
 class LimitBody:
     """Reads the body of a request before anything else sees it, and refuses one that is too long."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, most_bytes: int = MOST_BYTES) -> None:
+        self.app, self.most_bytes = app, most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        portions: list[bytes] = []
-        n_bytes, is_whole = _declared(scope), False
-        while not is_whole and n_bytes <= MOST_BYTES:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            portions.append(message.get("body", b""))
-            n_bytes = max(n_bytes, sum(map(len, portions)))
-            is_whole = not message.get("more_body", False)
-        if n_bytes > MOST_BYTES:
-            text = f"the body is longer than {MOST_BYTES} bytes, the most that a request may send."
+        try:
+            async with asyncio.timeout(MOST_BODY_S):
+                body = await self._body(scope, receive)
+        except TimeoutError:
+            text = f"the body was not there after {MOST_BODY_S:.0f} s. Send it faster, or in several requests."
+            await failure(408, text, "invalid_request_error", code="too_slow")(scope, receive, send)
+            return
+        except _TooLong:
+            text = f"the body is longer than {self.most_bytes} bytes, the most that a request may send."
             await failure(413, text, "invalid_request_error", code="too_long")(scope, receive, send)
             return
-        body = b"".join(portions)
+        except ClientDisconnect:
+            return
         waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> Message:
             return waiting.pop() if waiting else await receive()
 
         await self.app(scope, again, send)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The body; no more of it than may be sent is ever held."""
+        portions: list[bytes] = []
+        n_bytes, is_whole = 0, False
+        if _declared(scope) > self.most_bytes:
+            raise _TooLong
+        while not is_whole:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            portions.append(message.get("body", b""))
+            n_bytes += len(portions[-1])
+            if n_bytes > self.most_bytes:
+                raise _TooLong
+            is_whole = not message.get("more_body", False)
+        return b"".join(portions)
+
+
+class _TooLong(Exception):
+    pass
 
 
 def _declared(scope: Mapping[str, Any]) -> int:

@@ -21,9 +21,6 @@ from meristem.train.loss import cross_entropy
 READ_AT_ONCE: Final = 512
 """Tokens per forward while reading, which bounds what a long text needs."""
 
-BEGINNING: Final = "\n"
-"""What a session reads before it writes, if it was given nothing to read."""
-
 Reader: TypeAlias = Callable[[Tokens, State | None], tuple[Logits, State]]
 """A model as a session reads it: ``models.online.online_reader``."""
 

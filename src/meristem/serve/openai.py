@@ -10,12 +10,12 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import Field
 
 from meristem.config import ConfigSection
+from meristem.data.chat import Message, Role
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import WrongValue
 from meristem.models.generate import Sampling
-from meristem.serve.engine import Drawn
-from meristem.serve.layout import END_OF_REPLY, Message, Role
-from meristem.serve.replies import Choice, Piece, Wish, finish_reason
+from meristem.serve.draw import Drawn
+from meristem.serve.replies import Choice, Piece, Wish
 
 MOST_TOKENS: Final = 1 << 20
 LEAST_LOGPROB: Final = -9999.0
@@ -122,9 +122,9 @@ class ChatRequest(_Asked):
             sampling=self.sampling(default),
             random_seed=self.seed,
             n=self.n,
-            stops=(END_OF_REPLY, *self.stops()),
+            stops=self.stops(),
             n_top=(self.top_logprobs or 0) if self.logprobs else None,
-            trims=True,
+            is_reply=True,
         )
 
 
@@ -165,8 +165,7 @@ class Shape:
                 text = "".join(piece.text for piece in own)
                 said = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
                 logprobs = self._logprobs(item.choice, own)
-                reason = finish_reason(item.end.reason)
-                choices.append({"index": item.choice, **said, "logprobs": logprobs, "finish_reason": reason})
+                choices.append({"index": item.choice, **said, "logprobs": logprobs, "finish_reason": item.finish})
             elif isinstance(item, Usage):
                 usage = item
         choices.sort(key=lambda choice: int(str(choice["index"])))
@@ -186,7 +185,7 @@ class Shape:
         self._offsets.setdefault(item.choice, 0)
         if isinstance(item, Choice):
             said = {} if self.is_chat else {"text": ""}
-            yield {**head, "choices": [self._chunk(item.choice, said, reason=finish_reason(item.end.reason))]}
+            yield {**head, "choices": [self._chunk(item.choice, said, reason=item.finish)]}
         elif item.text or (self.has_logprobs and item.token):
             said = {"content": item.text} if self.is_chat else {"text": item.text}
             yield {**head, "choices": [self._chunk(item.choice, said, [item])]}

@@ -15,20 +15,20 @@ from typing import Any, Final, TypedDict
 import torch
 from torch import Tensor, nn
 
+from meristem.data.chat import END_OF_REPLY, Message, ends_of, message_ids
 from meristem.data.tokenizer import Tokenizer
 from meristem.device.random import stream as random_stream
 from meristem.errors import CheckpointMismatch, WrongValue
 from meristem.evaluate.memory import COPIES, half_lives_of, weights_in
 from meristem.memory.state import State, size_bytes
 from meristem.models.config import LearnConfig
-from meristem.models.generate import Sampling, choose
+from meristem.models.generate import BEGINNING, Sampling, choose
 from meristem.models.load import numbers
 from meristem.models.online import Learn, online_reader
 from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.self_reference import SelfReference
 from meristem.serve import store
 from meristem.serve.moment import (
-    BEGINNING,
     FRESH,
     Moment,
     identity,
@@ -104,6 +104,7 @@ class Session:
         self.name = name or self.id[:8]
         self._now = FRESH
         self._turns = {0: FRESH}
+        self._broken_off = frozenset[int]()
 
     @property
     def turn(self) -> int:
@@ -122,8 +123,11 @@ class Session:
 
     def feed(self, text: str) -> Turn:
         """Read a text: the memory learns from it. Interrupted, it leaves the session as it was."""
+        ids = self.tokenizer.encode(text)
+        return self._feed(ids if self.n_tokens else self.tokenizer.begin(ids))
+
+    def _feed(self, token_ids: Sequence[int]) -> Turn:
         started = time.perf_counter()
-        token_ids = self.tokenizer.encode(text)
         at_once = portion(self.model)
         moment, nats = self._now, 0.0
         for first in range(0, len(token_ids), at_once):
@@ -147,13 +151,17 @@ class Session:
 
         until: a text, such as a blank line, that ends the reply; white space before the first word does not count.
         """
+        yield from self._write(max_tokens, until)
+
+    def _write(self, max_tokens: int, until: str | None) -> Generator[str, None, bool]:
+        """The continuation; in the end, whether a token came that ends it."""
         if max_tokens < 1:
             raise WrongValue(
                 f"max_tokens is {max_tokens}; a reply needs at least 1.", key="max_tokens", value=max_tokens
             )
-        logits_bo = self._prediction()
+        logits_bo, ends = self._prediction(), ends_of(self.tokenizer)
         generator = random_stream(self.random_seed, "session.sample", self._now.n_tokens, device=logits_bo.device)
-        characters, written = self.tokenizer.decoder(), ""
+        characters, written, has_ended = self.tokenizer.decoder(), "", False
         try:
             for _ in range(max_tokens):
                 token_id = int(choose(logits_bo, self.sampling, generator))
@@ -163,13 +171,31 @@ class Session:
                 written += piece
                 if piece:
                     yield piece
-                if until and until in written.lstrip():
+                has_ended = token_id in ends
+                if has_ended or (until and until in written.lstrip()):
                     break
             rest = characters.finish()
             if rest:
                 yield rest
+            return has_ended
         finally:
             self._end_turn()
+
+    def reply(self, line: str, max_tokens: int) -> Generator[str, None, None]:
+        """One exchange of a chat, piece by piece: read a line with its end, then write until a blank line, or both as
+        the template of the tokenizer has it."""
+        if self.tokenizer.chat_template is None:
+            self.feed(line + "\n")
+            yield from self.stream(max_tokens, until=END_OF_REPLY)
+            return
+        is_open, has_ended = self.turn in self._broken_off, False
+        said = [Message("user", line)]
+        self._feed(message_ids(self.tokenizer, said, is_first=not self.n_tokens, is_open=is_open))
+        try:
+            has_ended = yield from self._write(max_tokens, None)
+        finally:
+            if not has_ended:
+                self._broken_off |= {self.turn}
 
     def fork(self, name: str | None = None) -> "Session":
         """A second session that stands where this one stands; from here on neither knows of the other."""
@@ -197,7 +223,7 @@ class Session:
 
     def forget(self) -> None:
         """Begin afresh: memory, turns and all."""
-        self._now, self._turns = FRESH, {0: FRESH}
+        self._now, self._turns, self._broken_off = FRESH, {0: FRESH}, frozenset()
 
     def memory(self) -> MemoryView:
         """What is remembered now; nothing changes."""
@@ -213,6 +239,7 @@ class Session:
             "name": self.name,
             **identity(self.model, self.tokenizer)._asdict(),
             "turn": self.turn,
+            "is_open": self.turn in self._broken_off,
             "n_tokens": self._now.n_tokens,
             "sampling": asdict(self.sampling),
             "random_seed": self.random_seed,
@@ -253,6 +280,7 @@ class Session:
         session.id = header.get("id", session.id)
         session._now = moment_of(file, model)
         session._turns = {header.get("turn", 0): session._now}
+        session._broken_off = frozenset(session._turns if header.get("is_open") else ())
         return session
 
     @property
@@ -266,7 +294,8 @@ class Session:
     def _prediction(self) -> Tensor:
         """What may come next; a session that has read nothing reads a line end first."""
         if self._now.logits_bo is None:
-            self._now, logits_bto = self._read(self._now, self.tokenizer.encode(BEGINNING))
+            first = self.tokenizer.begin([]) or self.tokenizer.encode(BEGINNING)
+            self._now, logits_bto = self._read(self._now, first)
             return logits_bto[:, -1]
         return self._now.logits_bo
 
@@ -282,7 +311,7 @@ def memory_view(model: nn.Module, moment: Moment) -> MemoryView:
         for path, module in model.named_modules()
         if isinstance(module, NeuralMemory | SelfReference)
     }
-    held = dict(_memories(moment.state or {}))
+    held = dict(memories_in(moment.state or {}))
     layers = {path: _looked_at(modules[numbers(path)], memory) for path, memory in held.items()}
     return {"n_tokens": moment.n_tokens, "size_bytes": moment.size_bytes, "layers": layers}
 
@@ -302,13 +331,13 @@ def _require_learning(header: Mapping[str, Any], path: Path, learn: Learn | None
         )
 
 
-def _memories(state: State, path: str = "") -> Iterator[tuple[str, State]]:
+def memories_in(state: State, path: str = "") -> Iterator[tuple[str, State]]:
     """Every memory inside a state, by where it stands; copies of earlier moments are none."""
     for name, inner in state.items():
         if name == "memory":
             yield path, inner
         elif isinstance(inner, dict) and name not in COPIES:
-            yield from _memories(inner, f"{path}.{name}".removeprefix("."))
+            yield from memories_in(inner, f"{path}.{name}".removeprefix("."))
 
 
 @torch.no_grad()

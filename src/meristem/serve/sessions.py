@@ -7,10 +7,9 @@ session that is not used is in no memory: ``moment`` reads it from its file.
 """
 
 import contextlib
-import fcntl
+import struct
 import threading
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -24,21 +23,24 @@ from meristem.checkpoint.atomic import sync_directory
 from meristem.checkpoint.sqlite import Database
 from meristem.config import ConfigSection
 from meristem.data.tokenizer import Tokenizer
-from meristem.errors import CheckpointCorrupt, NoSession, RunError, RunInUse, SessionBusy
+from meristem.errors import CheckpointCorrupt, NoSession, SessionBusy, TooManySessions
 from meristem.memory.state import alike_by
 from meristem.models.config import LearnConfig
 from meristem.models.online import Learn, online_reader
 from meristem.serve import store
 from meristem.serve.moment import FRESH, Moment, Reader, identity, moment_of, read, require_same, tensors_of
 from meristem.serve.session import KEPT_TURNS
+from meristem.serve.sharing import STATES, Share, new_id
 from meristem.train.loss import cross_entropy
 
 FILE: Final = "sessions.sqlite"
-STATES: Final = "states"
 APPLICATION: Final = 0x4D535345
 MOST_LIVE_BYTES: Final = 1 << 29
 """What the moments of sessions may take in memory together; those used least recently leave first."""
 LONGEST_NAME: Final = 200
+MOST_SESSIONS: Final = 100_000
+MOST_KEPT_IDS: Final = 2048
+"""Of a turn, so that it can be read once more to be looked into; of a longer one these are the first."""
 
 MIGRATIONS: Final = (
     """
@@ -55,6 +57,8 @@ MIGRATIONS: Final = (
     );
     CREATE INDEX turns_by_file ON turns (file);
     """,
+    "CREATE UNIQUE INDEX sessions_by_owner ON sessions (owner, model, tokenizer, id);",
+    "ALTER TABLE turns ADD COLUMN ids BLOB NOT NULL DEFAULT x'';",
 )
 
 
@@ -87,7 +91,7 @@ class Said:
     """What happened in a turn: a text that was read, and the reply.
 
     finish: why it ended. seed: of its draws, None where nothing was drawn. n_read, n_drawn: tokens of the text and of
-    the reply. nats: surprise of the text.
+    the reply. nats: surprise of the text. ids: of the text and then of the reply, the first ``MOST_KEPT_IDS``.
     """
 
     text: str = ""
@@ -98,6 +102,7 @@ class Said:
     n_drawn: Count = 0
     nats: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     is_open: bool = False
+    ids: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 32)], ...], Field(max_length=MOST_KEPT_IDS)] = ()
 
 
 @dataclass(frozen=True)
@@ -135,32 +140,45 @@ class _Live:
             del self.moments[key]
 
 
+@dataclass(frozen=True)
+class SessionCounts:
+    """What there is of all owners. stored_bytes: of the states in which sessions stand. live: those in memory."""
+
+    n_sessions: int
+    stored_bytes: int
+    n_live: int
+    live_bytes: int
+
+
 class Sessions:
-    """All sessions of one model in a directory, which one process uses at a time; calls come from any thread.
+    """All sessions of one model in a directory; calls come from any thread.
+
+    One process uses the directory at a time, or several with a ``share`` each, which use different sessions.
 
     Sessions of another model or tokenizer may be in the directory as well, and are not seen. NoSession where there is
     none of the id and owner given.
+
+    most_sessions: of one owner.
     """
 
-    def __init__(self, directory: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        share: Share | None = None,
+        *,
+        most_sessions: int = MOST_SESSIONS,
+    ) -> None:
+        self.most_sessions = most_sessions
         self.directory, self.model, self.tokenizer = directory, model, tokenizer
+        self.share = share or Share()
         self.identity = identity(model, tokenizer)
         self._live, self._busy, self._lock = _Live(), set[str](), threading.RLock()
         self._readers: dict[tuple[Learn, LearnConfig], Reader] = {}
+        self._held = self.share.hold(directory)
         try:
-            (directory / STATES).mkdir(parents=True, exist_ok=True)
-            self._held = open(directory / ".lock", "w")
-        except OSError as cause:
-            raise RunError(f"{directory} cannot hold sessions: {cause.strerror}. Choose another --data.") from cause
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._database = Database(directory / FILE, "sessions of meristem", APPLICATION, MIGRATIONS, forgets=True)
-        except BlockingIOError as cause:
-            self._held.close()
-            raise RunInUse(
-                f"another server uses the sessions in {directory}. Stop it, or choose another --data.",
-                path=str(directory),
-            ) from cause
         except BaseException:
             self._held.close()
             raise
@@ -186,21 +204,29 @@ class Sessions:
         owner: str = "",
         learn: Learn = "memory",
         learning: LearnConfig | None = None,
+        place: str = "",
     ) -> SessionRecord:
-        """A session that has read nothing."""
+        """A session that has read nothing. place: how its id begins, ``sharing.PLACE`` hexadecimal digits or none."""
         self.reader(learn, learning)
-        return self._insert(name, owner, learn, learning or LearnConfig())
+        return self._insert(name, owner, learn, learning or LearnConfig(), place=place)
+
+    def counts(self) -> SessionCounts:
+        """How many sessions there are, and the bytes of their memories."""
+        query = "SELECT count(*) AS n, coalesce(sum(size_bytes), 0) AS size FROM sessions WHERE model=? AND tokenizer=?"
+        (row,) = self._database.read(query, self.identity)
+        with self._lock:
+            live = [each.size_bytes for each in self._live.moments.values()]
+        return SessionCounts(row["n"], row["size"], len(live), sum(live))
 
     def records(self, owner: str = "", *, limit: int = 100, after: str = "") -> list[SessionRecord]:
         """Sessions by their id, those that come behind ``after``."""
-        query = f"SELECT * FROM sessions WHERE {_OWN} AND id > ? ORDER BY id LIMIT ?"
+        query = f"SELECT * FROM {_SESSIONS} WHERE {_OWN} AND id > ? ORDER BY id LIMIT ?"
         return [_record(row) for row in self._database.read(query, (owner, *self.identity, after, limit))]
 
     def get(self, session_id: str, owner: str = "") -> SessionRecord:
         """One session."""
-        rows = self._database.read(
-            f"SELECT * FROM sessions WHERE {_OWN} AND id = ?", (owner, *self.identity, session_id)
-        )
+        query = f"SELECT * FROM {_SESSIONS} WHERE {_OWN} AND id = ?"
+        rows = self._database.read(query, (owner, *self.identity, session_id))
         if not rows:
             raise NoSession(
                 f"there is no session '{session_id[:64]}'. List them, or create one.", session=session_id[:64]
@@ -236,6 +262,24 @@ class Sessions:
             found = self._live.get(record.id, record.turn)
         return found or self._moment_at(record.id, record.turn)
 
+    def moment_after(self, session_id: str, turn: int, owner: str = "") -> Moment:
+        """Where a session stood at the end of a turn that it can return to; 0 is before the first. It stays there."""
+        self.get(session_id, owner)
+        with self._lock:
+            found = self._live.get(session_id, turn)
+        if found or not turn:
+            return found or FRESH
+        query = "SELECT file FROM turns WHERE session=? AND turn=? AND file IS NOT NULL"
+        rows = self._database.read(query, (session_id, turn))
+        if not rows:
+            raise NoSession(
+                f"where session '{session_id}' stood after turn {turn} is not kept; the last {KEPT_TURNS} turns are, "
+                f"and those that were saved.",
+                session=session_id,
+                turn=turn,
+            )
+        return moment_of(store.read(self.directory / STATES / rows[0]["file"]), self.model)
+
     def add(self, record: SessionRecord, moment: Moment, said: Said) -> SessionRecord:
         """Store a turn that led to ``moment``, inside ``writing``; once this returns it is on the disk."""
         turn = record.turn + 1
@@ -243,6 +287,7 @@ class Sessions:
         size_bytes, now = moment.size_bytes, time.time()
         row = {"session": record.id, "turn": turn, **asdict(said), "file": name, "n_tokens": moment.n_tokens}
         row |= {"size_bytes": size_bytes, "created": now, "seed": None if said.seed is None else str(said.seed)}
+        row["ids"] = struct.pack(f"<{len(said.ids)}I", *said.ids)
         with self._database.writing() as run:
             if not run("SELECT 1 FROM sessions WHERE id=? AND turn=?", (record.id, record.turn)).fetchone():
                 (self.directory / STATES / name).unlink()
@@ -316,18 +361,18 @@ class Sessions:
         header = self._header(record, record.turn) | {"is_open": record.is_open, "turns": said}
         return store.pack(tensors_of(self.moment(record)), header)
 
-    def put(self, content: bytes, owner: str = "", *, name: str | None = None) -> SessionRecord:
+    def put(self, content: bytes, owner: str = "", *, name: str | None = None, place: str = "") -> SessionRecord:
         """A new session from an exported one, or from one that ``Session.save`` wrote.
 
         It can return to the moment of its export and later. CheckpointMismatch where it belongs to another model,
         CheckpointCorrupt where it is no intact session of this one, whoever wrote its hash.
         """
-        place = "the file"
-        file = store.unpack(content, place)
-        header = _checked(file.header, place)
-        require_same(header.model_dump(), self.identity, self.model, place)
-        moment = self._fitting(file, self.reader(header.learn, header.learning), place)
-        record = self._insert(name or header.name, owner, header.learn, header.learning)
+        file_name = "the file"
+        file = store.unpack(content, file_name)
+        header = _checked(file.header, file_name)
+        require_same(header.model_dump(), self.identity, self.model, file_name)
+        moment = self._fitting(file, self.reader(header.learn, header.learning), file_name)
+        record = self._insert(name or header.name, owner, header.learn, header.learning, place=place)
         if moment.n_tokens:
             last = header.turns[-1] if header.turns else Said(is_open=header.is_open)
             with self.writing(record.id, owner):
@@ -353,12 +398,25 @@ class Sessions:
         return moment
 
     def _insert(
-        self, name: str | None, owner: str, learn: Learn, learning: LearnConfig, like: SessionRecord | None = None
+        self,
+        name: str | None,
+        owner: str,
+        learn: Learn,
+        learning: LearnConfig,
+        *,
+        like: SessionRecord | None = None,
+        place: str = "",
     ) -> SessionRecord:
-        session_id, now = uuid.uuid4().hex, time.time()
+        session_id, now = new_id(like.id if like else place), time.time()
         stands = (like.turn, like.n_tokens, like.size_bytes, like.is_open) if like else (0, 0, 0, False)
-        row = (session_id, (name or session_id[:8])[:LONGEST_NAME], owner, *self.identity, learn)
+        row = (session_id, (name or session_id[-8:])[:LONGEST_NAME], owner, *self.identity, learn)
         with self._database.writing() as run:
+            own = (owner, *self.identity, self.most_sessions - 1)
+            if run(f"SELECT 1 FROM {_SESSIONS} WHERE {_OWN} LIMIT 1 OFFSET ?", own).fetchone():
+                raise TooManySessions(
+                    f"there are {self.most_sessions} sessions of this owner, which is the most. Delete some.",
+                    limit=self.most_sessions,
+                )
             values = (*row, learning.model_dump_json(), now, now, *stands)
             run(f"INSERT INTO sessions VALUES ({', '.join('?' * len(values))})", values)
             if like:
@@ -380,7 +438,7 @@ class Sessions:
         }
 
     def _write_state(self, record: SessionRecord, turn: int, moment: Moment) -> str:
-        name = f"{uuid.uuid4().hex}.session"
+        name = self.share.new_file()
         header = self._header(record, turn) | {"n_tokens": moment.n_tokens}
         store.write(self.directory / STATES / name, tensors_of(moment), header)
         return name
@@ -413,12 +471,15 @@ class Sessions:
         """Delete what a crash left: files that were written, or let go, and have no row."""
         named = {row["file"] for row in self._database.read("SELECT DISTINCT file FROM turns WHERE file IS NOT NULL")}
         for path in (self.directory / STATES).iterdir():
-            if path.name not in named:
+            if path.name not in named and self.share.has(path.name):
                 path.unlink(missing_ok=True)
         self._database.empty_log()
 
 
 _OWN: Final = "owner=? AND model=? AND tokenizer=?"
+_SESSIONS: Final = "sessions INDEXED BY sessions_by_owner"
+"""Searched by its owner first, an id of another is as absent as an id of nobody: its row is never touched, so that no
+time differs."""
 
 
 def _record(row: Mapping[str, Any]) -> SessionRecord:
@@ -429,7 +490,8 @@ def _record(row: Mapping[str, Any]) -> SessionRecord:
 
 def _turn(row: Mapping[str, Any]) -> TurnRecord:
     own = {name: row[name] for name in ("text", "reply", "finish", "n_read", "n_drawn", "nats")}
-    said = Said(**own, seed=None if row["seed"] is None else int(row["seed"]), is_open=bool(row["is_open"]))
+    seed, ids = row["seed"], struct.unpack(f"<{len(row['ids']) // 4}I", row["ids"])
+    said = Said(**own, seed=None if seed is None else int(seed), is_open=bool(row["is_open"]), ids=ids)
     beside = {name: row[name] for name in ("turn", "n_tokens", "size_bytes", "created", "label")}
     return TurnRecord(said=said, can_return=row["file"] is not None, **beside)
 

@@ -1,7 +1,8 @@
 """Text from drawn ids, up to the first of some texts that end it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from meristem.data.chat import END_OF_REPLY
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import WrongValue
 
@@ -11,19 +12,30 @@ class StopTexts:
 
     The first stop is the one that is complete first, and of two that end together the longer; what is given is the text
     before it, however the characters were cut into tokens. White space before the first word is passed over where
-    ``is_trimmed``.
+    ``is_trimmed``. An id of ``ends`` ends the text as END_OF_REPLY would.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, is_trimmed: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        is_trimmed: bool = False,
+        ends: Collection[int] = (),
+    ) -> None:
         if "" in stops:
             raise WrongValue("a stop text is empty, which would end every reply at once. Leave it out.", key="stop")
         self._characters, self._stops, self._is_trimmed = tokenizer.decoder(), tuple(stops), is_trimmed
-        self._waiting = ""
+        self._waiting, self._ends = "", ends
         self.found: str | None = None
 
     def feed(self, token_id: int) -> str:
         """The text that is sure once this token has come; often none."""
-        return self._released(self._characters.feed(token_id))
+        if token_id not in self._ends:
+            return self._released(self._characters.feed(token_id))
+        rest = self.finish()
+        self.found = self.found or END_OF_REPLY
+        return rest
 
     def finish(self) -> str:
         """What was held back, if no stop came."""

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,11 @@ from meristem.sinks.queue import Call, RateLimit, SinkQueue, Status
 from meristem.sinks.records import Records
 
 Sink = Callable[[Mapping[str, Any]], None]
-"""Takes records, on a thread of its own. It may have a ``close``, which is called there after the last of them."""
+"""Takes records, on a thread of its own.
+
+It may have a ``close``, which is called there after the last of them, ``close_s``, how long that may take, and ``id``,
+that of the run there.
+"""
 
 SCREEN = "console"
 
@@ -32,6 +36,7 @@ class SinkRecord:
     name: str
     status: Status
     dropped: int
+    id: str | None = None
 
 
 class Limit:
@@ -95,7 +100,7 @@ class Emitter:
         self._limit = Limit(minor_per_minute, clock)
         self._sinks = {**(sinks or {}), **({SCREEN: screen} if screen else {})}
         self._boxes = {
-            name: SinkQueue(name, self.emit, pace or RateLimit(), getattr(sink, "close", None))
+            name: SinkQueue(name, self.emit, _pace(pace or RateLimit(), sink), getattr(sink, "close", None))
             for name, sink in self._sinks.items()
         }
         self._n_told = dict.fromkeys(self._sinks, 0)
@@ -123,7 +128,10 @@ class Emitter:
                 ends.callback(self._tell_losses)
                 ends.callback(box.close)
             ends.callback(self._tell_losses)
-        return tuple(SinkRecord(name, box.status, box.n_dropped) for name, box in self._boxes.items())
+        return tuple(
+            SinkRecord(name, box.status, box.n_dropped, getattr(self._sinks[name], "id", None))
+            for name, box in self._boxes.items()
+        )
 
     def _show(self, record: Mapping[str, Any]) -> None:
         """Put a record before every sink."""
@@ -151,3 +159,7 @@ class Emitter:
                     payload = {"sink": name, "dropped": n_new, "in_all": in_all}
                     events.append(Event("sink.dropped", payload, "warning"))
         return events
+
+
+def _pace(pace: RateLimit, sink: Sink) -> RateLimit:
+    return replace(pace, close_s=getattr(sink, "close_s", pace.close_s))

@@ -91,7 +91,7 @@ def read_records(path: Path, emit: Emit = silent) -> Iterator[dict[str, Any]]:
         for file, lines in _opened(path, opened):
             size_bytes, end = os.fstat(lines.fileno()).st_size, 0
             for number, line in enumerate(lines, start=1):
-                record, end = _parsed(line), end + len(line)
+                record, end = parsed(line), end + len(line)
                 if record is not None:
                     yield record
                 elif file == path and end >= size_bytes:
@@ -122,8 +122,8 @@ def _opened(path: Path, opened: contextlib.ExitStack) -> list[tuple[Path, Binary
     return found
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The record on a whole line, or None."""
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The record on a whole line, its end included; None where it holds none."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -140,7 +140,7 @@ def _cut_torn_end(path: Path) -> tuple[dict[str, Any] | None, int]:
             while end:
                 start = _line_start(file, end)
                 file.seek(start)
-                record = _parsed(file.read(end - start))
+                record = parsed(file.read(end - start))
                 if record is not None:
                     break
                 end = start

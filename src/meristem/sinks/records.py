@@ -9,7 +9,7 @@ import datetime
 import importlib.resources
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +28,15 @@ LARGEST_PAYLOAD_BYTES = 65_536
 
 Split = Literal["train", "val", "test", "gen"]
 Listener = Callable[[Mapping[str, Any]], None]
+Return = tuple[int, int]
+"""The ``seq`` of an event of ``RETURNS``, and the step at which the run stands again."""
 
 
 class Records:
     """Writes the records of one run. Threads may share it.
 
     rank: stands in every record where it is given, as in a run of several processes.
+    redact: what every text of a record goes through, whoever wrote it; by default it stays as it is.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class Records:
         *,
         rotate_size_bytes: int = ROTATE_SIZE_BYTES,
         rank: int | None = None,
+        redact: Callable[[str], str] = str,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir
         self.run_id = run_id
         self.step = 0
         self._rank = {} if rank is None else {"rank": rank}
+        self._redact = redact
         self._listener: Listener | None = None
         self._lock = threading.RLock()
         self._lines = {name: JsonLines(run_dir / f"{name}.ndjson", rotate_size_bytes) for name in STREAMS}
@@ -112,7 +117,7 @@ class Records:
         self, stream: str, kind: str, step: int | None, fields: Mapping[str, object], odd_below: str = ""
     ) -> None:
         odd: dict[str, str] = {}
-        plain = _plain(fields, "", odd)
+        plain = _plain(fields, "", odd, self._redact)
         if odd:
             plain["nonfinite"] = {path.removeprefix(f"{odd_below}."): value for path, value in odd.items()}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
@@ -147,12 +152,12 @@ def _returned_to(name: str, payload: Mapping[str, object]) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def _plain(value: object, path: str, odd: dict[str, str]) -> Any:
+def _plain(value: object, path: str, odd: dict[str, str], redact: Callable[[str], str] = str) -> Any:
     """``value`` as JSON can hold it. What is not finite becomes null, and ``odd`` gets its path and what it was."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner, f"{path}.{key}".lstrip("."), odd) for key, inner in value.items()}
+        return {str(key): _plain(inner, f"{path}.{key}".lstrip("."), odd, redact) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(inner, f"{path}.{index}", odd) for index, inner in enumerate(value)]
+        return [_plain(inner, f"{path}.{index}", odd, redact) for index, inner in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         odd[path] = "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
         return None
@@ -161,10 +166,10 @@ def _plain(value: object, path: str, odd: dict[str, str]) -> Any:
     if isinstance(value, int):
         return value if abs(value) <= LARGEST_EXACT else str(value)
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return redact(value.encode("utf-8", "replace").decode())
     item = getattr(value, "item", None)
     # A number of numpy or torch; anything else is recorded by its text, since a record may not stop what it records.
-    return _plain(item(), path, odd) if item and getattr(value, "ndim", 1) == 0 else str(value)
+    return _plain(item(), path, odd, redact) if item and getattr(value, "ndim", 1) == 0 else redact(str(value))
 
 
 def _limited(payload: Mapping[str, object]) -> dict[str, object]:
@@ -194,20 +199,24 @@ def _count(value: object) -> int:
 def history(run_dir: Path, stream: str = "metrics", emit: Emit = silent) -> list[dict[str, Any]]:
     """What a run really did: its records without those of abandoned steps, and of equal ones only the last.
 
-    Two metrics records are equal when step, split and task are.
+    Two metrics records are equal when step, split and task are; of each metric the last value counts. How many values
+    were replaced is the event ``records.replaced``.
     """
     found: dict[object, dict[str, Any]] = {}
+    n_replaced = 0
     try:
-        returns = [
-            (event["seq"], step)
-            for event in read_records(run_dir / "events.ndjson", emit)
-            if (step := _returned_to(event["name"], event["payload"])) is not None
-        ]
+        events = read_records(run_dir / "events.ndjson", emit)
+        returns = [each for event in events if (each := return_of(event)) is not None]
         for record in read_records(run_dir / f"{stream}.ndjson", emit):
-            if any(record["seq"] < seq and record["step"] > step for seq, step in returns):
+            if is_abandoned(record, returns):
                 continue
             same = (record["step"], record["split"], record["task"]) if stream == "metrics" else record["seq"]
+            if stream == "metrics" and same in found:
+                n_replaced += len(found[same]["metrics"].keys() & record["metrics"].keys())
+                record = _joined(found[same], record)
             found[same] = record
+        if n_replaced:
+            emit(Event("records.replaced", {"n": n_replaced, "path": f"{stream}.ndjson"}))
         return sorted(found.values(), key=lambda record: int(record["seq"]))
     except (KeyError, TypeError, ValueError, AttributeError) as cause:
         raise BadRecords(
@@ -216,6 +225,26 @@ def history(run_dir: Path, stream: str = "metrics", emit: Emit = silent) -> list
         ) from cause
 
 
+def _joined(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """The later of two equal metrics records, with the metrics that only the earlier one has."""
+    alone = earlier["metrics"].keys() - later["metrics"].keys()
+    odd = {path: value for path, value in earlier.get("nonfinite", {}).items() if path in alone}
+    odd |= later.get("nonfinite", {})
+    joined = {**later, "metrics": {**earlier["metrics"], **later["metrics"]}}
+    return joined | ({"nonfinite": odd} if odd else {})
+
+
+def return_of(event: Mapping[str, Any]) -> Return | None:
+    """The return that an event record reports; None for an event that reports none."""
+    step = _returned_to(event["name"], event["payload"])
+    return None if step is None else (int(event["seq"]), step)
+
+
+def is_abandoned(record: Mapping[str, Any], returns: Iterable[Return]) -> bool:
+    """Whether the run returned, after this record was written, to a step before that of the record."""
+    return any(record["seq"] < seq and record["step"] > step for seq, step in returns)
+
+
 def schema(name: str) -> dict[str, Any]:
-    """The published JSON Schema ``name``: metrics, event, sample, system, run, checkpoint or dataset."""
+    """The published JSON Schema of what is written: a stream of a run, or a file, by its name in ``schemas``."""
     return dict(orjson.loads((importlib.resources.files("meristem.sinks") / "schemas" / f"{name}.json").read_bytes()))

@@ -209,9 +209,9 @@ def _forward(
     tokens_bt, targets_bt = device.move(batch.tokens_bt, batch.targets_bt)
     with record_function("forward"), device.autocast():
         # Read on the host, and so not moved.
-        resets = {} if batch.reset_mask_bt is None else {"reset_mask_bt": batch.reset_mask_bt}
-        logits_bto, memory = model(tokens_bt, memory, **resets)
-        teacher_bto = None if teacher is None else teacher.logits(tokens_bt, **resets)
+        masks = batch.masks
+        logits_bto, memory = model(tokens_bt, memory, **masks)
+        teacher_bto = None if teacher is None else teacher.logits(tokens_bt, **masks)
     text = cross_entropy(logits_bto, targets_bt) / n_targets
     losses, nats, own = {"text": text}, text.detach(), auxiliary(memory)
     if teacher is not None and teacher_bto is not None:

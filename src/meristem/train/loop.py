@@ -9,7 +9,8 @@ from typing import Final, Protocol
 import torch
 from torch.profiler import record_function
 
-from meristem.data.stream import Batch, Cursor, Stream
+from meristem.data.prefetch import Batches
+from meristem.data.stream import Batch, Cursor
 from meristem.device.random import GlobalGenerators, global_generators
 from meristem.device.resolve import Device
 from meristem.device.room import is_out_of_room, no_room
@@ -97,7 +98,7 @@ class Beside(Protocol):
 
 def steps(
     held: Holder,
-    stream: Stream,
+    stream: Batches,
     schedule: Callable[[ScheduleProgress], float],
     *,
     config: TrainConfig,
@@ -173,7 +174,7 @@ def steps(
             raise failure
 
 
-def _take(stream: Stream, cursor: Cursor, n_batches: int) -> tuple[list[Batch], Cursor]:
+def _take(stream: Batches, cursor: Cursor, n_batches: int) -> tuple[list[Batch], Cursor]:
     """The batches of one step. All are taken before the first is used: the step divides by all of their targets."""
     batches = []
     for _ in range(n_batches):

@@ -85,7 +85,7 @@ def true_peak(config: Config) -> int:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_peak_is_that_of_the_run(load, preset):
-    """The predicted peak is within 1 % of what the allocator gives out in real steps."""
+    """C5.2: The predicted peak is within 1 % of what the allocator gives out in real steps."""
     config = load(preset, "data.batch_size=3", "data.seq_len=43", "model.n_layers=2", "device.threads=1")
     assert plan(config, until="steps").training.peak_bytes == pytest.approx(true_peak(config), rel=0.01)
 
@@ -104,7 +104,7 @@ def test_peak_knows_how_the_run_steps(load, override):
 
 @pytest.mark.parametrize("preset, n", [("charformer", 858_880), ("charrnn", 197_888), ("chargru", 462_080)])
 def test_parameters_are_those_of_the_definition(load, preset, n):
-    """The counts of platform.md 6.1."""
+    """C5.4: The counts of platform.md 6.1."""
     report = plan(load(preset), until="build")
     assert (report.n_parameters, report.n_trainable) == (n, n)
 
@@ -166,7 +166,10 @@ def test_what_takes_too_long_is_said_to_be_uncertain(load, monkeypatch):
 
 
 def test_parts_in_order(load):
-    """Every part is gone through and says how it ended; the whole can be read as JSON, as tables and in three lines."""
+    """Every part is gone through and says how it ended; the whole can be read as JSON, as tables and in three lines.
+
+    C5.1.
+    """
     report = plan(load("titans-mag", "data.batch_size=2", "data.seq_len=33", "model.n_layers=1"))
     assert [part.name for part in report.parts] == list(PARTS)
     assert [part.outcome for part in report.parts] == ["ok", "not prepared", *["ok"] * 5]
@@ -221,7 +224,7 @@ def test_prepared_text_is_counted(load):
     ],
 )
 def test_refusals(load, override, part, exit_code, message):
-    """What cannot work is refused in its part, with the exit code and the words of the error itself."""
+    """C5.1: What cannot work is refused in its part, with the exit code and the words of the error itself."""
     report = plan(load("titans-mag", "data.batch_size=1", "data.seq_len=9", "model.n_layers=1", override))
     outcomes = {outcome.name: outcome for outcome in report.parts}
     assert outcomes[part].outcome == "failed" and message in outcomes[part].message
@@ -238,7 +241,7 @@ def test_a_refused_plan_raises_the_error_of_its_part(load):
 
 
 def test_a_model_of_ten_terabytes_is_planned_in_little_memory(load):
-    """Nothing is allocated for a model that no machine holds; the figures are there and the run is refused."""
+    """C5.7: Nothing is allocated for a model that no machine holds; the figures are there and the run is refused."""
     size = ("model.dim=262144", "model.n_heads=2048", "model.n_layers=3", "memory.head_dim=128", "data.seq_len=48")
     before = psutil.Process(os.getpid()).memory_info().rss
     report = plan(load("titans-mag", *size), until="steps")
@@ -286,7 +289,7 @@ def careless(load):
 
 
 def test_warnings(careless):
-    """Idle modules, missing gradients, uncounted work and reads from the device are named, with their line."""
+    """C5.7: Idle modules, missing gradients, uncounted work and reads from the device are named, with their line."""
     idle, *no_gradient, uncounted, reading = plan(careless(Careless)).warnings
     assert idle == "idle is never called"
     assert no_gradient == ["idle.weight gets no gradient", "idle.bias gets no gradient"]

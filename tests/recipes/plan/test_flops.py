@@ -27,7 +27,7 @@ def leaf(*shape):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_attention(is_causal):
-    """Two products of b h t s k each; five in the backward pass, because the scores are formed again."""
+    """C5.4: Two products of b h t s k each; five in the backward pass, because the scores are formed again."""
     b, h, t, s, k = 2, 3, 7, 11, 5
     s = t if is_causal else s
     forward, backward = counted(
@@ -41,7 +41,7 @@ def test_attention(is_causal):
 
 @pytest.mark.parametrize("groups", [1, 3, 6])
 def test_convolution(groups):
-    """Each output position is an inner product of kernel x inputs per group; the backward pass does it twice."""
+    """C5.4: Each output position is an inner product of kernel x inputs per group; the backward pass does it twice."""
     b, t, width, kernel = 2, 13, 6, 4
     forward, backward = counted(
         lambda: F.conv1d(leaf(b, width, t), leaf(width, width // groups, kernel), groups=groups)
@@ -51,7 +51,7 @@ def test_convolution(groups):
 
 
 def test_linear():
-    """2 x rows x inputs x outputs, and twice that in the backward pass."""
+    """C5.4: 2 x rows x inputs x outputs, and twice that in the backward pass."""
     forward, backward = counted(lambda: F.linear(leaf(2, 5, 7), leaf(11, 7), leaf(11)))
     assert (forward, backward) == (2 * 2 * 5 * 7 * 11, 2 * 2 * 2 * 5 * 7 * 11)
 

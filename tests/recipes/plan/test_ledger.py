@@ -26,7 +26,7 @@ def highest(ledger, stage=None):
 
 @pytest.mark.parametrize("make", MODELS)
 def test_peak_is_that_of_the_allocator(make):
-    """The predicted peak is the profiler's, to the byte, shared layers and loops over time included."""
+    """C5.5: The predicted peak is the profiler's, to the byte, shared layers and loops over time included."""
     ledger, _ = fake_run(make, batch=3, window=37)
     model = make()
     truth = profiled_peak(model, lambda: train(model, 3, 37))
@@ -77,7 +77,10 @@ def test_backward_work_belongs_to_the_module_of_the_forward(make):
 
 
 def test_recomputed_work_counts_where_it_runs():
-    """A checkpointed layer does its forward work once more in the backward pass, as far as the recomputation goes."""
+    """A checkpointed layer does its forward work once more in the backward pass, as far as the recomputation goes.
+
+    C5.5.
+    """
 
     class Again(nn.Module):
         def __init__(self):

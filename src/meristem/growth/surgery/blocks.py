@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from meristem.growth.attach import strip
+from meristem.growth.attach import attach, slots_in, strip
 from meristem.growth.plan import Applied, Plan, draft
-from meristem.growth.surgery.host import moved_names, refused, rename_slots, require_lm, require_place
+from meristem.growth.surgery.host import BLOCKS, moved_names, refused, rename_slots, require_lm, require_place
 from meristem.growth.surgery.width import widen_block
 from meristem.growth.topology import without_numbers
 from meristem.models.init import seeded
@@ -28,6 +28,7 @@ N_TIME: Final = 64
 
 def plan_insert_block(model: nn.Module, at: int, *, like: int | None = None, random_seed: int = 0) -> Plan:
     """A fresh block before block ``at``, or on top where that is how many there are; the model computes what it did.
+    It has empty slots where the block has some that it is like.
 
     The last projections of its mixer and feed-forward layers are zero: ``x + 0`` twice (growth.md 11.2, exact).
     like: the block whose settings it has; None for the one below it. random_seed: of its first weights.
@@ -118,8 +119,12 @@ def _insert(model: nn.Module, fields: Mapping[str, Any]) -> Applied:
     like = lm.blocks[fields["like"]]
     block = _fresh_block(lm, like, fields)
     carries = moved_names(lm, {old: [old + 1] for old in range(at, len(lm.blocks))})
+    slots = [(name.split(".")[2:], slot) for name, slot in slots_in(lm).items() if _number(name) == fields["like"]]
     lm.blocks.insert(at, block)
     rename_slots(lm)
+    for rest, slot in slots:
+        name = ".".join([BLOCKS, str(at), *rest])
+        attach(lm, name, reads=slot.reads, width=slot.widths[1], layout=slot.layout)
     return Applied(record(lm, Change(INSERT, dict(fields))), carries)
 
 
@@ -171,6 +176,12 @@ def _fresh_block(lm: LM, like: Any, fields: Mapping[str, Any]) -> Block:
     block.m3_every, block.joined = like.m3_every, _part(lm)
     dtype = like.mixer.out.weight.dtype
     return block.to(device=first.device, dtype=dtype).train(like.training)
+
+
+def _number(name: str) -> int | None:
+    """The number of the block that a module stands in, or None."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == BLOCKS and len(parts) > 1 else None
 
 
 def _part(lm: LM) -> str:

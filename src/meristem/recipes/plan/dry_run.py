@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import torch
 
+from meristem.data.given import given
+from meristem.data.tokenizer import most_entries
 from meristem.device.limits import available_bytes, total_bytes
 from meristem.device.resolve import NAMES, Device, resolve
 from meristem.errors import MeristemError, OutOfDeviceBytes, exit_code
@@ -88,7 +90,8 @@ def check_data(draft: Draft) -> PartOutcome:
     """Part 2. What is known of the text without reading it; the vocabulary, or what the tokenizer may at most learn."""
     figures = look(draft.config)
     tokenizer = draft.config.tokenizer
-    most = 256 if tokenizer.kind == "byte" else tokenizer.vocab_size
+    found = given(tokenizer, download=draft.config.data.download)
+    most = found.vocab_size if found is not None else most_entries(tokenizer)
     draft.vocabulary = most if figures is None else figures.vocabulary
     draft.sections |= {"vocabulary": draft.vocabulary, "data": figures}
     if figures is None:

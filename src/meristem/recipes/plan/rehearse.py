@@ -77,7 +77,7 @@ def train(config: Config, vocabulary: int, device: Device, *, batch: int, window
         without_gradient = _announce_stages(model, optimizer, ledger)
         for _ in steps(
             Held.alone(model, optimizer, Progress(cursor=stream.start())),
-            stream,  # type: ignore[arg-type]
+            stream,
             lambda share: 1.0,
             config=TrainConfig(steps=n_steps, max_time=None, grad_accum_steps=accumulate),
             device=device,

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from meristem.data import hub, sources
 from meristem.data import manifest as manifests
-from meristem.data import sources
 from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.corpus import open_corpus
 from meristem.data.download import available, registered
 from meristem.data.files import opened, store
+from meristem.data.given import given
 from meristem.data.split import ratios_for
 from meristem.data.stream import Stream
+from meristem.data.tokenizer import Tokenizer, load_tokenizer
 from meristem.errors import DataError, TokenizerMismatch
 from meristem.recipes.plan.report import DataFigures
 from meristem.runs.config import Config
@@ -26,7 +29,7 @@ def look(config: Config) -> DataFigures | None:
     place = prepared(config.data, config.tokenizer)
     if place is None:
         return None
-    corpus = open_corpus(place, verify=False)
+    corpus = replace(open_corpus(place, verify=False), weights=config.data.weights)
     vocabulary = corpus.tokenizer.vocab_size
     max_token_id = int(corpus.manifest["max_token_id"])
     if max_token_id >= vocabulary:
@@ -71,15 +74,31 @@ def prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Path | None:
     """
     source = sources.resolve(data)
     sizes = _sizes(data, source)
-    wanted = (source.name, source.loader, dict(source.args), list(ratios_for(data.validation)), tokenizer.kind)
+    read = given(tokenizer, download=data.download)
+    wanted = (source.name, source.loader, dict(source.args), list(ratios_for(data.validation)))
     fitting = [
         (manifest["created"], place)
         for place, manifest in _manifests(store(data, "corpora"))
         if _described(manifest) == wanted
-        and (tokenizer.kind == "byte" or _asked(manifest) == tokenizer.vocab_size)
+        and (_is_made_so(place, manifest, tokenizer) if read is None else _is_of(manifest, read))
         and sizes in (None, {entry["uri"]: entry["size_bytes"] for entry in manifest["sources"]})
     ]
     return max(fitting)[-1] if fitting else None
+
+
+def _is_of(manifest: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
+    return bool(manifest["tokenizer"]["fingerprint"] == tokenizer.fingerprint)
+
+
+def _is_made_so(place: Path, manifest: Mapping[str, Any], tokenizer: TokenizerConfig) -> bool:
+    """Whether a corpus has a tokenizer that was made from these settings."""
+    if manifest["tokenizer"]["name"] != tokenizer.kind:
+        return False
+    if tokenizer.kind != "byte" and _asked(manifest) != tokenizer.vocab_size:
+        return False
+    found = load_tokenizer(place)
+    marks = [found.special.get(name) if name else None for name in (tokenizer.bos_token, tokenizer.eos_token)]
+    return set(found.special) == set(tokenizer.special_tokens) and marks == [found.bos_id, found.eos_id]
 
 
 def _asked(manifest: Mapping[str, Any]) -> int:
@@ -94,9 +113,16 @@ def _sizes(data: DataConfig, source: sources.Source) -> dict[str, int] | None:
     What is missing is refused here, as preparing would refuse it.
     """
     path = Path(data.source).expanduser()
+    if source.loader == "hf":
+        hub.require_permitted(data)
     if source.loader == "registered":
         if not data.download:
             available(data, data.source, registered()[data.source])
+        return None
+    if source.loader == "records":  # the manifest says how much text each file holds, not how long it is
+        for file in source.paths():
+            with opened(file):
+                pass
         return None
     if source.loader == "directory":
         return {name: (path / name).stat().st_size for name in sources.find(path, data.include, data.exclude)}
@@ -114,5 +140,5 @@ def _manifests(corpora: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _described(manifest: Mapping[str, Any]) -> tuple[object, ...]:
-    loader, tokenizer = manifest["loader"], manifest["tokenizer"]
-    return manifest["name"], loader["name"], loader["args"], manifest["split"]["ratios"], tokenizer["name"]
+    loader = manifest["loader"]
+    return manifest["name"], loader["name"], loader["args"], manifest["split"]["ratios"]

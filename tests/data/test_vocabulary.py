@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from meristem.data import byte_pairs
-from meristem.data.byte_pairs import LONGEST_WORD, learn
+from meristem.data import vocabulary
 from meristem.data.config import TokenizerConfig
 from meristem.data.tokenizer import train_tokenizer
+from meristem.data.vocabulary import LONGEST_WORD, learn
 from meristem.errors import WorkerDied
 
 
@@ -30,13 +30,13 @@ def uncut(vocab_size: int, texts: list[str]) -> bytes:
     return model.to_str().encode()
 
 
-@pytest.mark.parametrize("at_once", [0, byte_pairs._AT_ONCE_BYTES])
+@pytest.mark.parametrize("at_once", [0, vocabulary._AT_ONCE_BYTES])
 def test_gr7_ordinary_text_gives_the_file_it_always_gave(at_once, monkeypatch):
     """Cutting long words changes nothing where there are none; nor does another process."""
-    monkeypatch.setattr(byte_pairs, "_AT_ONCE_BYTES", at_once)
+    monkeypatch.setattr(vocabulary, "_AT_ONCE_BYTES", at_once)
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-c]*.py"))
     texts = [path.read_text("utf-8") for path in paths] + ["wächst 🌱\r\n" * 50, "a" * LONGEST_WORD]
-    assert learn(700, texts) == uncut(700, texts)
+    assert learn("bpe", 700, texts) == uncut(700, texts)
 
 
 def test_gr7_a_word_without_end_is_counted_in_pieces():
@@ -57,12 +57,12 @@ def letters(tmp_path):
 LEARNER = """
 import os, sys
 from pathlib import Path
-from meristem.data.byte_pairs import learn
+from meristem.data.vocabulary import learn
 def texts():
     yield Path(sys.argv[1]).read_text()
     print("sent", flush=True)
 try:
-    learn(2048, texts())
+    learn("bpe", 2048, texts())
 except KeyboardInterrupt:
     try:
         os.waitpid(-1, os.WNOHANG)
@@ -108,14 +108,14 @@ def test_gr7_learning_ends_with_the_process_that_asked_for_it(letters):
 
 def test_gr7_learning_that_dies_is_our_error(monkeypatch):
     """As where memory runs out."""
-    monkeypatch.setattr(byte_pairs, "_AT_ONCE_BYTES", 0)
-    monkeypatch.setattr(byte_pairs, "_PROGRAM", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(vocabulary, "_AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(vocabulary, "_PROGRAM", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(WorkerDied, match="ended with -9 and gave nothing"):
-        learn(300, ["a text " * 100_000])
+        learn("bpe", 300, ["a text " * 100_000])
 
 
 def test_gr7_an_error_of_the_text_ends_the_learning(monkeypatch):
-    monkeypatch.setattr(byte_pairs, "_AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(vocabulary, "_AT_ONCE_BYTES", 0)
     begun, popen = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *words, **more: begun.append(popen(*words, **more)) or begun[0])
 
@@ -124,5 +124,5 @@ def test_gr7_an_error_of_the_text_ends_the_learning(monkeypatch):
         raise KeyError("this one")
 
     with pytest.raises(KeyError, match="this one"):
-        learn(300, texts())
+        learn("bpe", 300, texts())
     assert [child.returncode for child in begun] == [-signal.SIGKILL]

@@ -1,0 +1,1 @@
+"""Exports: a trained model in the form that other programs load."""

@@ -1,0 +1,1 @@
+"""Trackers that people already have: TensorBoard, MLflow, Weights & Biases, and others by entry point."""

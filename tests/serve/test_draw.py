@@ -1,0 +1,98 @@
+"""Rows that are drawn together are drawn as alone, each by its own settings and its own random numbers."""
+
+import math
+from random import Random
+
+import pytest
+import torch
+
+from meristem.errors import NonFinite
+from meristem.models.generate import Sampling
+from meristem.serve.draw import LIKELIEST, Drawn, Wanted, choose_rows, draw
+
+N_IDS = 1037
+"""More than are put in order at first, and no multiple of a register."""
+
+SETTINGS = (
+    Sampling(temperature=0),
+    Sampling(temperature=1),
+    Sampling(temperature=0.3),
+    Sampling(temperature=1, top_p=0.9),
+    Sampling(temperature=40, top_p=0.99),
+    Sampling(temperature=1, top_p=5e-324),
+    Sampling(temperature=1, top_k=7),
+    Sampling(temperature=9, top_k=700, top_p=0.8),
+    Sampling(temperature=9, top_k=1),
+    Sampling(temperature=9, top_k=10 * N_IDS),
+)
+
+
+def predictions(n_rows: int, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(n_rows, N_IDS, generator=torch.Generator().manual_seed(5)) * scale
+
+
+def wanted(logits_bo: torch.Tensor) -> list[Wanted]:
+    return [
+        Wanted(logits_bo[row : row + 1], SETTINGS[row % len(SETTINGS)], Random(row), None)
+        for row in range(len(logits_bo))
+    ]
+
+
+def test_s3_a_draw_does_not_depend_on_its_batch():
+    """Alone and in batches of every composition, with and without rows that have no finite prediction."""
+    logits_bo = predictions(50)
+    alone = [draw([each])[0] for each in wanted(logits_bo)]
+    shuffled = Random(3)
+    for n_rows in (2, 3, 17, 49, 50):
+        rows = shuffled.sample(range(50), n_rows)
+        each = wanted(logits_bo)
+        bad = Wanted(torch.full((1, N_IDS), math.nan), SETTINGS[1], Random(0), None)
+        *found, spoilt, unread = draw([*(each[row] for row in rows), bad, bad._replace(logits_bo=None)])
+        assert found == [alone[row] for row in rows]
+        assert isinstance(spoilt, NonFinite) and isinstance(unread, NonFinite)
+    assert all(isinstance(each, Drawn) for each in alone)
+    assert [each.token_id for each in alone[::10]] == logits_bo[::10].argmax(-1).tolist()
+
+
+def test_every_token_takes_one_number():
+    """At any temperature, so that rows of one session stay where they are when its settings change."""
+    each = Wanted(predictions(1), Sampling(temperature=0), Random(4), None)
+    draw([each])
+    other = Random(4)
+    other.random()
+    assert each.random.random() == other.random()
+
+
+def test_no_number_leaves_the_ids_that_are_kept():
+    """From 0 to the last number below 1, and for top_p that no sum of shares is below."""
+    logits_bo = predictions(len(SETTINGS))
+    logits_bo[:, [0, -1]] = -torch.inf
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        for row, token_id in enumerate(choose_rows(logits_bo, SETTINGS, [uniform] * len(SETTINGS)).tolist()):
+            sampling = SETTINGS[row]
+            order = logits_bo[row].argsort(descending=True).tolist()
+            assert order.index(token_id) < min(sampling.top_k or N_IDS, N_IDS - 2)
+            assert sampling.top_p > 0.1 or order.index(token_id) == 0
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=2), Sampling(temperature=2, top_p=0.6, top_k=500)])
+def test_draws_follow_the_shares_that_are_kept(sampling):
+    """Of a number that rises evenly each id gets its share; the nucleus is wider than what is put in order at first."""
+    n = 8_000
+    logits_o = predictions(1, 1.5)[0]
+    share_o = (logits_o.double() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        in_order = share_o.argsort(descending=True)
+        n_kept = int((share_o[in_order].cumsum(-1) < sampling.top_p).sum()) + 1
+        assert LIKELIEST < n_kept < 500
+        share_o[in_order[n_kept:]] = 0
+    drawn_b = torch.cat(
+        [
+            choose_rows(
+                logits_o.expand(1000, -1), [sampling] * 1000, [(at + 0.5) / n for at in range(first, first + 1000)]
+            )
+            for first in range(0, n, 1000)
+        ]
+    )
+    found_o = drawn_b.bincount(minlength=N_IDS) / n
+    torch.testing.assert_close(found_o.double(), share_o / share_o.sum(), rtol=0, atol=1.01 / n)
