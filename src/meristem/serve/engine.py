@@ -54,7 +54,8 @@ class Order:
     portion: tokens read at once, at most. max_tokens: to write; 0 reads only. choice: draws of different choices have
     nothing to do with each other. n_top: alternatives of ``Drawn``; None without logarithms of probabilities.
     drawn: is given every token, in the thread of the engine, and returns True to end the reply there.
-    handed: is called when all rows of a batch were given theirs. ended: is given the end, once. None of them may wait.
+    handed: is called when all rows of a batch were given theirs, once for all that have the same. ended: is given the
+    end, once. None of them may wait.
     deadline_s: seconds until the order is given up.
     """
 
@@ -361,9 +362,10 @@ class Engine:
         now = time.monotonic()
         if self.tally:
             self.tally.drew([job for _, job, _ in drawn], now)
+        rows_bo = logits_bo.split(1)
         for at, job, token in drawn:
             job.drawn_at = now
-            job.logits_bo = logits_bo[at : at + 1]
+            job.logits_bo = rows_bo[at]
             job.n_tokens += 1
             job.n_drawn += 1
             try:
@@ -373,8 +375,8 @@ class Engine:
                 continue
             if is_over or job.n_drawn == job.order.max_tokens:
                 self._leave(batch, at, job, "stop" if is_over else "length")
-        for _, job, _ in drawn:
-            job.order.handed()
+        for handed in {job.order.handed for _, job, _ in drawn}:
+            handed()
 
     def _leave(self, batch: Batch[Job], at: int, job: Job, reason: Reason, error: Exception | None = None) -> None:
         """End an order that has a row, and free the row."""

@@ -392,7 +392,7 @@ async def _exchange(
             elif record is not None:
                 end, stop = choices[0].end, choices[0].stop
                 # Of a reply that is not given as it was drawn, no view of its tokens is given either.
-                drawn = () if choices[0].is_redacted else [piece.token.token_id for piece in pieces if piece.token]
+                drawn = () if choices[0].is_redacted else [token.token_id for piece in pieces for token in piece.tokens]
                 said = Said(
                     text=prompt.text,
                     reply=texts_of(pieces, 1)[0],
