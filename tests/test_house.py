@@ -13,7 +13,7 @@ from meristem.config import ConfigSection
 
 FLOORS = (
     ("errors", "events", "config", "plugins"),
-    ("shapes", "linalg", "device", "worker", "checkpoint", "bus", "sinks"),
+    ("shapes", "linalg", "device", "native", "worker", "checkpoint", "bus", "sinks"),
     ("memory", "optim", "data", "safety", "distributed"),
     ("nn",),
     ("models",),
@@ -40,6 +40,7 @@ EXCEPTIONS: dict[str, str] = {}
 
 UNCALLED = {
     "meristem.config.text.ignore_aliases": "yaml calls it",
+    "meristem.native.build.has_compiler": "setup.py calls it",
     "meristem.cli.grow.resolve_command": "click calls it",
     **{
         f"meristem.export.hub.{name}": "transformers calls it"
