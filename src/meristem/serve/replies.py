@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from meristem.data.chat import END_OF_REPLY, ends_of
@@ -75,6 +75,11 @@ class _Reply:
     it; by the engine only where a token may end the reply.
     """
 
+    __slots__ = (
+        *("_choice", "_stops", "_judged", "_hurry", "_deciding", "_drawn", "_has_begun", "_lock", "_text", "_tokens"),
+        "_end",
+    )
+
     def __init__(self, choice: int, stops: StopTexts, judged: PolicyStream, hurry: Callable[[], None]) -> None:
         self._choice, self._stops, self._judged, self._hurry = choice, stops, judged, hurry
         self._deciding = stops.deciding if judged.rules is None else EVERY
@@ -94,6 +99,11 @@ class _Reply:
     def has_come(self) -> bool:
         """Whether there is something to take."""
         return bool(self._drawn or self._tokens or self._text or self._end)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last that there is to take is the end."""
+        return self._end is not None
 
     def drawn(self, token: Drawn) -> bool:
         """Keep a token; whether the reply ends with it. In the thread of the engine, as ``ended``."""
@@ -191,15 +201,37 @@ class _Post:
 _posts: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, _Post]] = WeakKeyDictionary()
 
 
+class Sink(Protocol):
+    """Takes pieces at once, in the loop, where their reader would have to be woken for them."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes any now."""
+
+    def take(self, pieces: Sequence[Piece]) -> None:
+        """Takes them all."""
+
+
 class Conversation:
     """One request at the engine, for one reader in an event loop; ``close`` ends what is left of it.
 
-    policy: what it makes of each reply is given. seed: of the draws, a fresh one where none was given.
+    policy: what it makes of each reply is given. sink: takes pieces instead of the reader, while it is open. n_before:
+    choices that the reader was given before. seed: of the draws, a fresh one where none was given. pieces: all that
+    were given.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, policy: Policy = NO_POLICY) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        policy: Policy = NO_POLICY,
+        *,
+        sink: Sink | None = None,
+        n_before: int = 0,
+    ) -> None:
         self.engine, self.tokenizer, self.policy = engine, tokenizer, policy
-        self.seed = 0
+        self.seed, self.pieces = 0, list[Piece]()
+        self._sink, self._n_before = sink, n_before
         loop = asyncio.get_running_loop()
         self._post = _posts.setdefault(loop, _Post(loop))
         self._jobs: list[Job] = []
@@ -231,13 +263,21 @@ class Conversation:
             job.cancel()
 
     def wake(self) -> bool:
-        """Have what has come be taken; whether there is something. Whoever takes too little is given up."""
-        has_come = any(reply.has_come for reply in self._replies)
-        if has_come:
-            self._has_come.set()
-            if sum(reply.n_unread for reply in self._replies) > MOST_UNREAD:
-                self.give_up()
-        return has_come
+        """Have what has come be taken; whether there was something. Whoever takes too little is given up."""
+        if not any(reply.has_come for reply in self._replies):
+            return False
+        if self._sink and self._sink.is_open and not any(reply.has_ended for reply in self._replies):
+            self._sink.take([item for item in self._take() if isinstance(item, Piece)])
+            return True
+        self._has_come.set()
+        if sum(reply.n_unread for reply in self._replies) > MOST_UNREAD:
+            self.give_up()
+        return True
+
+    def _take(self) -> list[Piece | Choice]:
+        found = [item for reply in self._replies for item in reply.take()]
+        self.pieces += [item for item in found if isinstance(item, Piece)]
+        return found
 
     async def _all(self, order: Order, wish: Wish) -> AsyncIterator[list[Piece | Choice]]:
         """What has come of all choices, until each has ended."""
@@ -249,8 +289,7 @@ class Conversation:
         while n_left:
             await self._has_come.wait()
             self._has_come.clear()
-            items = [item for reply in self._replies for item in reply.take()]
-            yield items
+            yield (items := self._take())
             for end in [item.end for item in items if isinstance(item, Choice)]:
                 _require_whole(end)
                 n_left -= 1
@@ -263,7 +302,7 @@ class Conversation:
             is_trimmed=wish.is_reply,
             ends=ends_of(self.tokenizer),
         )
-        return _Reply(choice, stops, self.policy.stream("output", self.engine.emit), self._post.hurry)
+        return _Reply(self._n_before + choice, stops, self.policy.stream("output", self.engine.emit), self._post.hurry)
 
     def _submit(self, order: Order, wish: Wish, choice: int, reply: _Reply) -> None:
         def ended(end: Ended) -> None:
