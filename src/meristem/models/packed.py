@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from meristem.memory.kernels.select import is_forced
 from meristem.memory.region import curvature, is_coasting
 from meristem.memory.rule import Rule
 from meristem.memory.update import implicit, plain
@@ -34,6 +35,7 @@ MIXERS: Final = {
 }
 COMBINES: Final = {Gated: 0, Normalised: 1, Projected: 2, Sigmoid: 3, Additive: 4}
 """By class, its place in ``native.COMBINATIONS``."""
+
 
 class NotTaken(Exception):
     """The core does not take a model, or a state of it; the message is the reason, as a clause."""
@@ -66,8 +68,8 @@ _ALIVE: Final[weakref.WeakValueDictionary[object, Packed]] = weakref.WeakValueDi
 def packed(reader: object) -> Packed:
     """The weights of a reader, packed now or since they last changed. Raises NotTaken."""
     library = core().library
-    if library is None:
-        raise NotTaken(f"the native core is not there: {core().said}")
+    if library is None or is_forced():
+        raise NotTaken("force_reference() is in effect" if is_forced() else f"there is no native core: {core().said}")
     model, tensors = _taken(reader)
     blocks: list[Any] = list(model.blocks)
     shape, layers = _shape(model), [_layer_shape(index, block) for index, block in enumerate(blocks)]
@@ -131,16 +133,17 @@ def _layer_shape(index: int, block: Any) -> native.LayerShape:
     if type(block) is not Block or type(block.mixer) not in MIXERS:
         part = block if type(block) is not Block else block.mixer
         raise NotTaken(f"{where} has a {type(part).__name__} that the core does not have")
-    if type(block.mlp) not in (SwiGLU, Feedforward) or block.mlp_norm is None:
-        raise NotTaken(f"{where} has a {type(block.mlp).__name__} that the core does not have")
-    mixer = block.mixer
-    shape = native.LayerShape(mixer=MIXERS[type(mixer)], hidden=block.mlp.out.in_features)
-    _plain_linear(block.mlp.out, where, has_bias=type(block.mlp) is Feedforward)
-    if type(block.mlp) is SwiGLU:
-        _plain_linear(block.mlp.gate_up, where)
+    mixer: Any = block.mixer
+    mlp: Any = block.mlp
+    if type(mlp) not in (SwiGLU, Feedforward) or block.mlp_norm is None:
+        raise NotTaken(f"{where} has a {type(mlp).__name__} that the core does not have")
+    shape = native.LayerShape(mixer=MIXERS[type(mixer)], hidden=mlp.out.in_features)
+    _plain_linear(mlp.out, where, has_bias=type(mlp) is Feedforward)
+    if type(mlp) is SwiGLU:
+        _plain_linear(mlp.gate_up, where)
     else:
-        _plain_linear(block.mlp.up, where, has_bias=True)
-        if block.mlp.activation is not torch.nn.functional.gelu:
+        _plain_linear(mlp.up, where, has_bias=True)
+        if mlp.activation is not torch.nn.functional.gelu:
             raise NotTaken(f"{where} has an activation that the core does not have")
         shape.mlp = native.GELU
     if (attention := _attention(mixer)) is not None:
@@ -245,11 +248,9 @@ def _attention_weights(attention: Attention) -> dict[str, Tensor]:
 def _memory_weights(recall: NeuralMemory) -> dict[str, Tensor]:
     gates = recall.gates
     found = {"memory": recall.qkv.weight, "conv": recall.conv.weight_dc}
-    scale_h = gates.scale_h
-    weight_hd, bias_h = gates.weight_hd, gates.bias_h
-    if scale_h is not None:
-        weight_hd, bias_h = weight_hd * scale_h[:, None], bias_h * scale_h
-    found |= {"gates": weight_hd, "gate_bias": bias_h}
+    found |= {"gates": gates.weight_hd, "gate_bias": gates.bias_h}
+    if gates.scale_h is not None:
+        found |= {"gates": gates.weight_hd * gates.scale_h[:, None], "gate_bias": gates.bias_h * gates.scale_h}
     most_h = gates.most_momentum()
     return found if most_h is None else found | {"most_momentum": most_h}
 

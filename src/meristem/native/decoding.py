@@ -73,10 +73,10 @@ Weights: TypeAlias = Mapping[str, Tensor]
 
 
 class Held(NamedTuple):
-    """What readers hold of one layer, as views of their blocks, n for each reader; None of what the layer does not have.
+    """What readers hold of one layer, as views of their blocks; None of what the layer does not have.
 
-    Keys and values, and the tail of the convolution, are rings: token t stands in slot ``t % slots``, counted from where
-    the ring was filled. The axes are those of the leaves of a state.
+    Keys and values, and the tail of the convolution, are rings: token t stands in slot ``t % slots``, counted from
+    where the ring was filled. The axes are those of the leaves of a state.
     """
 
     keys_bshk: Tensor | None
@@ -209,7 +209,7 @@ class Readers:
         n, n_ids = len(self.blocks), self.decoder.shape.vocabulary
         if len(token_ids) != n:
             raise ShapeError(f"{len(token_ids)} tokens were given for {n} readers. Give each one.", expected=n)
-        self._tokens[:] = token_ids
+        self._tokens[:] = list(token_ids)
         logits_bo = self.decoder.logits(n)
         arguments = self._tokens, self._pointers, self._n_read, logits_bo.data_ptr(), self._room.data_ptr()
         if not self.decoder.step(n, *arguments):
@@ -258,14 +258,14 @@ def _sizes(d: int, own: LayerShape) -> dict[str, tuple[int, ...]]:
     head = (d // own.memory_heads,)
     if own.mixer != GATE:
         return sizes | {"memory_norm": head, "open": (d, d), "open_bias": (d,), "memory_out": (d, d)}
-    combine = COMBINATIONS[own.combine]
-    return sizes | {
+    of_combination: dict[str, dict[str, tuple[int, ...]]] = {
         "gated": {"memory_norm": (d,), "open_bias": (d,)},
         "normalised": {"memory_norm": (d,), "attention_norm": (d,), "open_bias": (d,)},
         "projected": {"memory_norm": (d,), "attention_norm": (d,), "open": (d, d), "open_bias": (d,)},
         "sigmoid": {},
         "additive": {"memory_norm": head, "open": (d, d), "open_bias": (d,)},
-    }[combine]
+    }
+    return sizes | of_combination[COMBINATIONS[own.combine]]
 
 
 def _checked(weights: Weights, sizes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
