@@ -116,12 +116,14 @@ def test_decoding_is_prefill(name, n_begun):
 
 @pytest.mark.parametrize("name", sorted(TAKEN))
 def test_float32_is_as_near_to_the_truth_as_torch(name):
-    """3e-6 of the prediction's length from the same weights in float64."""
-    model, tokens_bt = zoo.grown(name, torch.float32), zoo.ids(3, N_TIME)
-    true_bto, _ = copy.deepcopy(model).double()(tokens_bt)
-    found_bto = read_on(Decoding(model, begun(model, tokens_bt[:, :4])), tokens_bt[:, 4:])
-    errors_bt = (found_bto.double() - true_bto[:, 4:]).norm(dim=-1) / true_bto[:, 4:].norm(dim=-1)
-    assert float(errors_bt.max()) < 3e-6
+    """3e-6 of the predictions' length from the same weights in float64, and within twice what torch is off."""
+    model, tokens_bt = zoo.grown(name, torch.float32), zoo.ids(16, N_TIME)
+    true_bto = copy.deepcopy(model).double()(tokens_bt)[0][:, 4:]
+    state = begun(model, tokens_bt[:, :4])
+    found_bto = read_on(Decoding(model, state), tokens_bt[:, 4:])
+    with force_reference():
+        plain_bto = read_on(Decoding(model, state), tokens_bt[:, 4:])
+    assert relative(found_bto, true_bto) < min(3e-6, 2 * relative(plain_bto, true_bto))
 
 
 @pytest.mark.parametrize("name", ["preset-titans-mag", "preset-default", "preset-titans-mal", "wide"])
