@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from meristem.device.random import stream as random_stream
 from meristem.memory.state import State, alike_by, clone, flatten, join_rows, put_rows, select_rows, take_rows
-from meristem.serve.moment import Reader, portion
+from meristem.models.decoding import Reader
+from meristem.serve.moment import portion
 from meristem.shapes import Tokens
 
 Owner = TypeVar("Owner")

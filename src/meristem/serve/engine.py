@@ -22,10 +22,11 @@ from meristem.device.random import key as random_key
 from meristem.errors import NonFinite, QueueFull, WorkerDied
 from meristem.events import Emit, Event, silent
 from meristem.memory.state import State, alike_by
+from meristem.models.decoding import Reader
 from meristem.models.generate import Sampling
 from meristem.serve.batch import Batch, exact_sizes
 from meristem.serve.draw import Drawn, Wanted, draw
-from meristem.serve.moment import READ_AT_ONCE, Moment, Reader, read, surprise
+from meristem.serve.moment import READ_AT_ONCE, Moment, read, surprise
 
 READ_PER_ROUND: Final = READ_AT_ONCE
 """Tokens of texts that a round reads at most: by this much reading holds up those that write."""
