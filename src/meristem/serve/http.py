@@ -77,7 +77,7 @@ class Served:
         return self.sessions.tokenizer
 
     def warm_up(self) -> None:
-        """Find the batches in which the model is exact, write one token, and be ready."""
+        """Have the engine prepare for the model, write one token, and be ready."""
         try:
             for learn in ("memory", "none"):
                 self.engine.prepare(self.sessions.reader(learn))
