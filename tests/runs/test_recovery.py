@@ -1,6 +1,7 @@
 """A run that goes wrong goes back: snapshots, checkpoints, the guard and the emergency level, together in a recipe."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from meristem.data.stream import Batch, Cursor
 from meristem.errors import Halted, RollbackFailed, SnapshotTooLarge
 from meristem.events import silent
 from meristem.recipes.pretrain import Result, prepare_job, pretrain
-from meristem.runs.resume import Job
+from meristem.runs.recovery import Recovery
+from meristem.runs.resume import Job, newest_sound
 from meristem.sinks.console import Console
 from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import history
@@ -266,3 +268,31 @@ def test_weight_that_no_step_reads_is_missed_all_the_same(text, tmp_path):
     run(text, tmp_path / "run", "train.measure_updates_every=10", change=at_call(33, spoil))
     warned = events(tmp_path / "run", "guard.verdict")
     assert [(each["step"], each["detectors"]) for each in warned] == [(40, ["update"]), (50, ["update"])]
+
+
+def test_a_saved_checkpoint_says_of_which_step_it_is(text, tmp_path, monkeypatch):
+    """T1: it is written beside the training, so that the record of its event may be of a later step.
+
+    Trackers take the steps up to it as final, and none of one that a resume would pass over.
+    """
+    plainly = store.save
+
+    def late(*given: Any, step: int, **named: Any) -> Path:
+        while step < 12 and history(tmp_path / "run")[-1]["step"] < step + 2:
+            time.sleep(0.002)
+        return plainly(*given, step=step, **named)
+
+    monkeypatch.setattr(store, "save", late)
+    run(text, tmp_path / "run", "train.steps=12", "checkpoint.every=5")
+    saved = [e for e in read_records(tmp_path / "run" / "events.ndjson") if e["name"] == "checkpoint.saved"]
+    assert [e["payload"]["step"] for e in saved] == [5, 10, 12]
+    assert [e["step"] >= e["payload"]["step"] + 2 for e in saved] == [True, True, False]
+    assert all(e["payload"]["is_sound"] for e in saved)
+
+
+def test_a_checkpoint_that_a_resume_would_pass_over_is_said_not_to_be_sound(text, tmp_path, monkeypatch):
+    """T1: what was saved while the probe cost no number."""
+    monkeypatch.setattr(Recovery, "_probe", lambda _: math.nan)
+    run(text, tmp_path / "run", "train.steps=6", "checkpoint.every=3", "guard.enabled=false")
+    assert {event["is_sound"] for event in events(tmp_path / "run", "checkpoint.saved")} == {False}
+    assert newest_sound(tmp_path / "run" / "checkpoints", silent) is None

@@ -6,10 +6,14 @@ import math
 import os
 import signal
 import socket
+import sqlite3
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +72,29 @@ def of_tensorboard(run_dir: Path) -> Values:
     return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
-def mlflow_run(run_dir: Path) -> tuple[Any, Any]:
+def mlflow_run(run_dir: Path, run_id: str | None = None) -> tuple[Any, Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{run_dir.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("meristem")
-    tag = f"tags.`meristem.run` = '{read(run_dir)['id']}'"
+    tag = f"tags.`meristem.run` = '{run_id or read(run_dir)['id']}'"
     (run,) = client.search_runs([experiment.experiment_id], tag)
     return client, run
 
 
-def of_mlflow(run_dir: Path) -> Values:
-    client, run = mlflow_run(run_dir)
+def of_mlflow(run_dir: Path, run_id: str | None = None) -> Values:
+    client, run = mlflow_run(run_dir, run_id)
     read = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
     return {name: [(metric.step, metric.value) for metric in metrics] for name, metrics in read.items()}
+
+
+def n_in_mlflow(run_dir: Path) -> int:
+    """How many values MLflow holds, seen from beside the run."""
+    path = run_dir.parent / "mlflow.db"
+    if not path.exists():
+        return 0
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        return int(database.execute("SELECT count(*) FROM metrics").fetchone()[0])
 
 
 def of_wandb(run_dir: Path) -> Values:
@@ -181,13 +194,17 @@ def test_t1_resume_with_another_length_goes_on_in_the_same_run(runs, small, tmp_
     CX-13.2: the id of the run is that of TensorBoard and W&B, and all agree on every value, offline.
     """
     run_dir = tmp_path / "run"
-    kill_at(runs, runs.start("charrnn", [*small, ALL], run_dir), run_dir, 20)
+    pid = runs.start("charrnn", [*small, ALL, "train.steps=100000"], run_dir)
+    while not n_in_mlflow(run_dir):
+        time.sleep(0.02)
+    kill_at(runs, pid, run_dir, 20)
     client, run = mlflow_run(run_dir)
     assert run.info.status == "RUNNING"
-    assert runs.run("charrnn", [*small, ALL, "train.steps=44"], run_dir) == 0
+    n_steps = _records(run_dir)[-1]["step"] + 4
+    assert runs.run("charrnn", [*small, ALL, f"train.steps={n_steps}"], run_dir) == 0
     _, after = mlflow_run(run_dir)
     assert after.info.run_id == run.info.run_id and after.info.status == "FINISHED"
-    assert after.data.params["train.steps"] == "40" and after.data.params["train.steps.2"] == "44"
+    assert after.data.params["train.steps"] == "100000" and after.data.params["train.steps.2"] == str(n_steps)
     assert {s["name"]: s["id"] for s in read(run_dir)["sinks"]} == {
         "tensorboard": read(run_dir)["id"],
         "mlflow": run.info.run_id,
@@ -195,6 +212,28 @@ def test_t1_resume_with_another_length_goes_on_in_the_same_run(runs, small, tmp_
         "console": None,
     }
     assert_agree(run_dir)
+
+
+def test_t1_killed_after_any_commit_mlflow_has_one_run_of_it(tmp_path):
+    """Also amid the making of its database, between a value and the tag that says it, and while a run is replaced.
+
+    A run of MLflow is replaced where the run itself went back behind what was in it, and by no kill.
+    """
+    from mlflow.entities import ViewType
+
+    program = Path(__file__).with_name("killed_mlflow.py")
+    names = json.loads(subprocess.run([sys.executable, program, tmp_path], check=True, stdout=subprocess.PIPE).stdout)
+    assert len(names) > 15
+    for name in names:
+        run_dir = tmp_path / name
+        client, run = mlflow_run(run_dir, name)
+        assert run.info.status == "FINISHED", name
+        assert of_mlflow(run_dir, name) == truth(run_dir), name
+        binned = client.search_runs([run.info.experiment_id], f"tags.`meristem.run` = '{name}'", ViewType.DELETED_ONLY)
+        events = list(read_records(run_dir / "events.ndjson"))
+        n_returns = sum(event["name"] == "rollback.done" for event in events)
+        n_returns += sum(event["name"] == "run.ended" and event["payload"]["status"] == "failed" for event in events)
+        assert len(binned) <= n_returns, name
 
 
 def test_cx6_2_no_tracker_run_stays_active(runs, small, tmp_path):

@@ -78,14 +78,19 @@ def _write(run: Run, metrics: dict[str, Any], last_step: int, n_records: int) ->
     for step in range(last_step + 1, last_step + n_records + 1):
         run.records.metrics(step, step, 0.0, "train", metrics)
         if step % 10 == 0:
-            run.emit(Event("checkpoint.saved"))
-    run.emit(Event("checkpoint.saved"))
+            run.emit(_covered(step))
+    run.emit(_covered(step))
     for name in TRACKERS:
         done = threading.Event()
         with suppress(KeyError):  # not among those of the run
             run.emitter.later(name, done.set)
             done.wait(60)
     return last_step + n_records
+
+
+def _covered(step: int) -> Event:
+    """What a run says of a checkpoint of that step."""
+    return Event("checkpoint.saved", {"step": step, "is_sound": True})
 
 
 def _cpu_s() -> float:

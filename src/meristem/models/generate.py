@@ -1,8 +1,9 @@
 """From logits to ids: how the next token is drawn, and the loop that draws many."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from functools import partial
+from typing import Final
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from meristem.errors import NonFinite, ShapeError, WrongValue
 from meristem.memory.state import State
+from meristem.models.decoding import Decoding, Reader
 from meristem.shapes import Tokens
 
 COLDEST: Final = torch.finfo(torch.float32).tiny
@@ -48,11 +50,20 @@ class Sampling:
         return self.temperature < COLDEST or self.top_k == 1
 
 
-class Drawn(NamedTuple):
-    """One token that was drawn, and the state of the model that has read everything before it."""
+@dataclass(frozen=True)
+class Drawn:
+    """One token that was drawn.
+
+    make_state: gives ``state``, which few ask for.
+    """
 
     token_id: int
-    state: State
+    make_state: Callable[[], State]
+
+    @property
+    def state(self) -> State:
+        """The state of the model that has read everything before the token, as it was then."""
+        return self.make_state()
 
 
 def choose(logits_bo: Float[Tensor, "b o"], sampling: Sampling, generator: torch.Generator) -> Int[Tensor, " b"]:
@@ -96,8 +107,26 @@ def generate(
             f"Call generate for each row.",
             found=tuple(tokens_bt.shape),
         )
-    for _ in range(max_tokens):
-        with torch.no_grad():
-            logits_bto, state = model(tokens_bt, state)
-        tokens_bt = choose(logits_bto[:, -1], sampling, generator)[:, None]
-        yield Drawn(int(tokens_bt), state)
+    if not max_tokens:
+        return
+    with torch.no_grad():
+        logits_bto, begun = model(tokens_bt, state)
+    decoding, logits_bo, read = Decoding(model, begun), logits_bto[:, -1], list[int]()
+    while True:
+        token_id = int(choose(logits_bo, sampling, generator))
+        if decoding.refusal:
+            yield Drawn(token_id, partial(State, decoding.state))
+        else:
+            yield Drawn(token_id, partial(_state_after, model, begun, read, len(read)))
+        if len(read) + 1 == max_tokens:
+            return
+        logits_bo = decoding.step([token_id])
+        read.append(token_id)
+
+
+def _state_after(reader: Reader, begun: State, read: Sequence[int], n: int) -> State:
+    """The state after the first ``n`` of the tokens read since ``begun``, read once more: to the bit what it was."""
+    again = Decoding(reader, begun)
+    for token_id in read[:n]:
+        again.step([token_id])
+    return again.state

@@ -191,10 +191,16 @@ def newest_sound(checkpoints: Path, emit: Emit) -> Checkpoint | None:
 
 
 def _unsound(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.has("probe") and checkpoint.value("probe").get("nats", 0.0) is None:
+    names = ("probe", "safety")
+    return _why_unsound({name: checkpoint.value(name) for name in names if checkpoint.has(name)})
+
+
+def _why_unsound(values: Mapping[str, Any]) -> str | None:
+    """Why a resume passes over a checkpoint with these plain values; None where it does not."""
+    if values.get("probe", {}).get("nats", 0.0) is None:
         # Spoilt in the last step before it was saved, so that no detector had met it yet.
         return "the probe cost no number when it was saved"
-    if not checkpoint.has("safety") or Safety.from_json(checkpoint.value("safety")).guard.is_quiet:
+    if "safety" not in values or Safety.from_json(values["safety"]).guard.is_quiet:
         return None
     return "it was saved while the guard was counting"
 
@@ -275,7 +281,9 @@ def write(
             "world": {"size": n_ranks, "mesh": [n_ranks] if config.distributed.shard and n_ranks > 1 else None},
         },
     )
-    run.emit(Event("checkpoint.saved", {"checkpoint": path.name, "reason": reason, "metrics": metrics}))
+    # The run may be steps further by now, and its record stands there; so the step that is safe is said apart.
+    safe = {"step": progress.step, "is_sound": _why_unsound(saved.values) is None}
+    run.emit(Event("checkpoint.saved", {"checkpoint": path.name, **safe, "reason": reason, "metrics": metrics}))
     part = config.checkpoint
     prune.prune(
         run.checkpoints,

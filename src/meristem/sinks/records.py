@@ -9,7 +9,7 @@ import datetime
 import importlib.resources
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,11 +205,7 @@ def history(run_dir: Path, stream: str = "metrics", emit: Emit = silent) -> list
     found: dict[object, dict[str, Any]] = {}
     n_replaced = 0
     try:
-        events = read_records(run_dir / "events.ndjson", emit)
-        returns = [each for event in events if (each := return_of(event)) is not None]
-        for record in read_records(run_dir / f"{stream}.ndjson", emit):
-            if is_abandoned(record, returns):
-                continue
+        for record in _surviving(run_dir, stream, emit):
             same = (record["step"], record["split"], record["task"]) if stream == "metrics" else record["seq"]
             if stream == "metrics" and same in found:
                 n_replaced += len(found[same]["metrics"].keys() & record["metrics"].keys())
@@ -219,10 +215,34 @@ def history(run_dir: Path, stream: str = "metrics", emit: Emit = silent) -> list
             emit(Event("records.replaced", {"n": n_replaced, "path": f"{stream}.ndjson"}))
         return sorted(found.values(), key=lambda record: int(record["seq"]))
     except (KeyError, TypeError, ValueError, AttributeError) as cause:
-        raise BadRecords(
-            f"{run_dir} holds a record that is none of a run: {cause!r}. Remove its line to read the rest.",
-            path=str(run_dir),
-        ) from cause
+        raise _no_records(run_dir, cause) from cause
+
+
+def surviving(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics records of a run without those of abandoned steps, each as it was written and in that order.
+
+    Where ``history`` holds one record of a step that a resume measured again, with the later ``seq``, this holds both.
+    Raises BadRecords where a file holds what is no record.
+    """
+    try:
+        return list(_surviving(run_dir, "metrics", silent))
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+        raise _no_records(run_dir, cause) from cause
+
+
+def _surviving(run_dir: Path, stream: str, emit: Emit) -> Iterator[dict[str, Any]]:
+    events = read_records(run_dir / "events.ndjson", emit)
+    returns = [each for event in events if (each := return_of(event)) is not None]
+    for record in read_records(run_dir / f"{stream}.ndjson", emit):
+        if not is_abandoned(record, returns):
+            yield record
+
+
+def _no_records(run_dir: Path, cause: Exception) -> BadRecords:
+    return BadRecords(
+        f"{run_dir} holds a record that is none of a run: {cause!r}. Remove its line to read the rest.",
+        path=str(run_dir),
+    )
 
 
 def _joined(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,11 @@ def force_reference() -> Iterator[None]:
         _is_forced.reset(token)
 
 
+def is_forced() -> bool:
+    """Whether ``force_reference`` is in effect."""
+    return _is_forced.get()
+
+
 def choose_window(rule: Rule, keys_bthk: Keys, values_bthv: Values) -> Backend:
     """What runs a whole sequence: ``fla``, or ``reference`` for the form's own code."""
     return "reference" if _is_plain() or fla_refusals(rule, keys_bthk, values_bthv) else "fla"
@@ -143,7 +148,7 @@ def fla_refusals(rule: Rule, keys_bthk: Keys, values_bthv: Values) -> list[str]:
 
 def _is_plain() -> bool:
     """No kernel may run. The compiler is checked first: it cannot trace the other check, and fuses plain code well."""
-    return torch.compiler.is_compiling() or _is_forced.get()
+    return torch.compiler.is_compiling() or is_forced()
 
 
 def _interprets() -> bool:

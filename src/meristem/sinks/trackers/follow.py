@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from meristem.sinks.records import RETURNS, history
+from meristem.sinks.records import RETURNS, history, surviving
 
 Record = Mapping[str, Any]
 
@@ -47,6 +47,9 @@ class Tracker(Protocol):
 
     id: of the run there, empty before it is known. holds_back: a step is written only when a checkpoint covers it,
     because the tracker cannot take one back while somebody looks on.
+
+    It may have ``begun_seq``: after ``open``, the ``seq`` up to which an earlier process had begun to write, where that
+    can be more than what ``open`` gave. What lies between is written once more, so it must be the same to the tracker.
     """
 
     id: str
@@ -82,6 +85,7 @@ class Follower:
         self._covered_step = self._written_step = -1
         self._written_seq = 0
         self._at_written_step: set[object] = set()
+        self._begun_at: dict[tuple[int, str, str | None], str] = {}
         self._status: str | None = None
         self._rest_s, self._rest_until_s = 0.0, -math.inf
 
@@ -111,12 +115,16 @@ class Follower:
                 self._waiting.clear()
                 self._must_reread = True
         elif name == "checkpoint.saved":
-            self._covered_step = self._seen_step
+            # Written beside the training: the step that it covers lies before that of its record. One that a resume
+            # would pass over covers nothing.
+            if record["payload"]["is_sound"]:
+                self._covered_step = max(self._covered_step, int(record["payload"]["step"]))
         elif name == "run.ended":
             self._status = str(record["payload"]["status"])
         elif name in RETURNS:
             step = int(record["payload"]["resumed_from"])
             self._waiting = [record for record in self._waiting if record["step"] <= step]
+            self._begun_at = {same: at for same, at in self._begun_at.items() if same[0] <= step}
             self._covered_step = min(self._covered_step, step)
             self._must_restart |= self._written_step > step
 
@@ -138,20 +146,31 @@ class Follower:
         """Open the tracker, and see whether what it holds from an earlier process has survived."""
         seq = self._tracker.open()
         self._is_open = self._must_reread = True
-        if seq:
-            records = history(self._run_dir)
+        begun = max(seq, getattr(self._tracker, "begun_seq", 0))
+        if begun:
+            # Not of the history, where a step that was measured again since has the ``seq`` of the later record.
+            records = surviving(self._run_dir)
             self._written([record for record in records if record["seq"] <= seq])
-            self._must_restart |= all(record["seq"] != seq for record in records)
+            # What was begun may not survive either: at its end a run writes also what no checkpoint covers.
+            ends = {seq, begun} - {0}
+            self._must_restart |= not ends <= {record["seq"] for record in records}
 
     def _write(self) -> None:
         if self._must_reread:
             # The files hold each record before a sink is shown it; what came after is taken when its turn comes.
             found = [record for record in history(self._run_dir) if record["seq"] <= self._seen_seq]
             self._waiting = [record for record in found if record["seq"] > self._written_seq]
+            written = [record for record in surviving(self._run_dir) if record["seq"] > self._written_seq]
+            self._begun_at = {_same(record): record["ts"] for record in reversed(written)}
             self._must_reread = False
         ready = [record for record in self._waiting if self._is_ready(record)]
-        # A resume may measure a step again that was measured before it.
-        new = {_same(record): record for record in ready if _same(record) not in self._at_written_step}
+        # A resume may measure a step again that was measured before it, and was perhaps written: to a tracker it is the
+        # same value if it has the same time.
+        new = {
+            _same(record): {**record, "ts": self._begun_at.get(_same(record), record["ts"])}
+            for record in ready
+            if _same(record) not in self._at_written_step
+        }
         if new:
             self._tracker.write(list(new.values()))
         if ready:
@@ -174,7 +193,7 @@ class Follower:
         self._at_written_step |= {_same(record) for record in records if record["step"] == step}
 
 
-def _same(record: Record) -> object:
+def _same(record: Record) -> tuple[int, str, str | None]:
     return record["step"], record["split"], record["task"]
 
 
