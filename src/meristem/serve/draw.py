@@ -6,7 +6,6 @@ long.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import Final, NamedTuple
 
@@ -24,8 +23,7 @@ LIKELIEST: Final = 256
 """So many shares are put in order at first, which is a tenth of the work of all; all where that is not enough."""
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """One token of a reply, which is read as well.
 
     logprob: of the token, natural; top: the likeliest ids and theirs, as many as were wanted. None and () without.

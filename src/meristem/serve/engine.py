@@ -6,6 +6,7 @@ rows together (``serve.batch``). Orders come and go between rounds. What an orde
 its portions are cut by its own text, and its row has the same bits in every batch.
 """
 
+import math
 import random
 import threading
 import time
@@ -48,14 +49,15 @@ class Ended:
     error: Exception | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Order:
     """What is to be read and written from a moment on.
 
     portion: tokens read at once, at most. max_tokens: to write; 0 reads only. choice: draws of different choices have
     nothing to do with each other. n_top: alternatives of ``Drawn``; None without logarithms of probabilities.
     drawn: is given every token, in the thread of the engine, and returns True to end the reply there.
-    handed: is called when all rows of a batch were given theirs. ended: is given the end, once. None of them may wait.
+    handed: is called when all rows of a batch were given theirs, once for all that have the same. ended: is given the
+    end, once. None of them may wait.
     deadline_s: seconds until the order is given up.
     """
 
@@ -81,10 +83,17 @@ class Job:
     its last token was drawn.
     """
 
+    # Every job is looked at for every token: without a dictionary of its own it is found in half of the time.
+    __slots__ = (
+        *("order", "moment", "n_read", "n_drawn", "nats", "begun_at", "drawn_at", "until", "is_cancelled", "random"),
+        *("logits_bo", "n_tokens"),
+    )
+
     def __init__(self, order: Order) -> None:
         self.order, self.moment = order, order.moment
         self.n_read, self.n_drawn, self.nats = 0, 0, 0.0
         self.begun_at = self.drawn_at = time.monotonic()
+        self.until = math.inf if order.deadline_s is None else self.begun_at + order.deadline_s
         self.is_cancelled = False
         self.random = random.Random()
         self.logits_bo: Tensor | None = None
@@ -98,13 +107,9 @@ class Job:
     def is_reading(self) -> bool:
         return self.n_read < len(self.order.token_ids)
 
-    @property
-    def broken_off(self) -> Reason | None:
-        """Why it ends here, where it does not end by itself."""
-        if self.is_cancelled:
-            return "cancelled"
-        limit_s = self.order.deadline_s
-        return "deadline" if limit_s is not None and time.monotonic() - self.begun_at > limit_s else None
+    def broken_off(self, now: float) -> Reason | None:
+        """Why it ends here, where it does not end by itself. now: of ``time.monotonic``."""
+        return "cancelled" if self.is_cancelled else "deadline" if now > self.until else None
 
 
 class Tally(Protocol):
@@ -245,20 +250,19 @@ class Engine:
 
     def _break_off(self) -> None:
         """End what was cancelled or is late, also what still waits."""
+        now = time.monotonic()
         with self._changed:
-            waiting = {job: job.broken_off for job in self._new}
-            self._new = deque(job for job, why in waiting.items() if why is None)
-        for job, why in waiting.items():
-            if why:
-                self._end(job, why)
-        reading = {job: job.broken_off for job in self._reading}
-        self._reading = deque(job for job, why in reading.items() if why is None)
-        for job, why in reading.items():
-            if why:
-                self._finish(job, why)
+            waiting = [job for job in self._new if job.broken_off(now)]
+            for job in waiting:
+                self._new.remove(job)
+        for job in waiting:
+            self._end(job, job.broken_off(now) or "cancelled")
+        for job in [job for job in self._reading if job.broken_off(now)]:
+            self._reading.remove(job)
+            self._finish(job, job.broken_off(now) or "cancelled")
         for batch in self._batches:
             for at, job in batch.taken():
-                if why := job.broken_off:
+                if why := job.broken_off(now):
                     self._leave(batch, at, job, why)
 
     def _take_in(self) -> None:
@@ -377,9 +381,10 @@ class Engine:
         now = time.monotonic()
         if self.tally:
             self.tally.drew([job for _, job, _ in drawn], now)
+        rows_bo = logits_bo.split(1)
         for at, job, token in drawn:
             job.drawn_at = now
-            job.logits_bo = logits_bo[at : at + 1]
+            job.logits_bo = rows_bo[at]
             job.n_tokens += 1
             job.n_drawn += 1
             try:
@@ -389,8 +394,8 @@ class Engine:
                 continue
             if is_over or job.n_drawn == job.order.max_tokens:
                 self._leave(batch, at, job, "stop" if is_over else "length")
-        for _, job, _ in drawn:
-            job.order.handed()
+        for handed in {job.order.handed for _, job, _ in drawn}:
+            handed()
 
     def _leave(
         self, batch: Batch[Job] | NativeBatch[Job], at: int, job: Job, reason: Reason, error: Exception | None = None
