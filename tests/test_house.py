@@ -61,6 +61,7 @@ UNCALLED = {
         for name in ("generate_until", "loglikelihood", "loglikelihood_rolling")
     },
     "meristem.distributed.agreement.barrier": "growth meets there before it changes the structure",
+    "meristem.serve.connection.handle_events": "uvicorn calls it",
     "meristem.serve.connection.pause_writing": "asyncio calls it",
     "meristem.serve.connection.resume_writing": "asyncio calls it",
 }

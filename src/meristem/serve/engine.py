@@ -83,7 +83,7 @@ class Job:
     its last token was drawn.
     """
 
-    # Every job is looked at for every token: without a dictionary of its own it is found in half of the time.
+    # Every job is read for every token: without a dictionary it takes half of the time.
     __slots__ = (
         *("order", "moment", "n_read", "n_drawn", "nats", "begun_at", "drawn_at", "until", "is_cancelled", "random"),
         *("logits_bo", "n_tokens"),
