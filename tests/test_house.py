@@ -12,7 +12,7 @@ import house
 from meristem.config import ConfigSection
 
 FLOORS = (
-    ("errors", "events", "config", "plugins"),
+    ("errors", "events", "config", "plugins", "extras"),
     ("shapes", "linalg", "device", "native", "worker", "checkpoint", "bus", "sinks"),
     ("memory", "optim", "data", "safety", "distributed"),
     ("nn",),
@@ -28,6 +28,7 @@ FLOORS = (
 SIDEWAYS = {
     ("config", "errors"): "the ground stands on one error tree",
     ("plugins", "errors"): "the ground stands on one error tree",
+    ("extras", "errors"): "the ground stands on one error tree",
     ("optim", "memory"): "Newton-Schulz stands once, with the kernels",
     ("data", "safety"): "a text is searched for secrets before it is used",
     ("bench", "recipes"): "what is measured is a recipe's work",
