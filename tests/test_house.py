@@ -59,6 +59,7 @@ UNCALLED = {
     },
     "meristem.memory.structure.setup_context": "torch.autograd calls it",
     "meristem.distributed.agreement.barrier": "growth meets there before it changes the structure",
+    "meristem.serve.connection.handle_events": "uvicorn calls it",
     "meristem.serve.connection.pause_writing": "asyncio calls it",
     "meristem.serve.connection.resume_writing": "asyncio calls it",
 }

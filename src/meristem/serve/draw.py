@@ -26,49 +26,36 @@ class Drawn(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """A token that is to be drawn.
+    """How a token is to be drawn.
 
-    logits_bo: its prediction, one row; None where nothing was read. random: gives one number for each token, at any
-    temperature. n_top: alternatives of ``Drawn``; None without logarithms of probabilities.
+    random: gives one number for each token, at any temperature. n_top: alternatives of ``Drawn``; None without
+    logarithms of probabilities.
     """
 
-    logits_bo: Tensor | None
     sampling: Sampling
     random: Random
     n_top: int | None
 
 
-def draw(wanted: Sequence[Wanted]) -> list[Drawn | NonFinite]:
-    """A token for each, or why it has none: nothing was read, or its prediction is not finite."""
-    found: list[Drawn | NonFinite] = [
-        NonFinite("nothing was read, so there is no prediction. Give a text to begin with.") for _ in wanted
-    ]
-    predicted = [(at, each, each.logits_bo) for at, each in enumerate(wanted) if each.logits_bo is not None]
-    if not predicted:
-        return found
-    logits_bo = torch.cat([row_bo for _, _, row_bo in predicted])
+def draw(logits_bo: Float[Tensor, "b o"], wanted: Sequence[Wanted]) -> list[Drawn | NonFinite]:
+    """A token for each row of predictions, or why it has none: its prediction is not finite."""
     is_finite = logits_bo.amax(-1).isfinite().tolist()
     # The places of rows that are not finite are drawn as well, from zeros, and passed over.
     drawable_bo = logits_bo if all(is_finite) else logits_bo.where(logits_bo.amax(-1, keepdim=True).isfinite(), 0)
-    samplings, uniforms = (
-        [each.sampling for _, each, _ in predicted],
-        [each.random.random() for _, each, _ in predicted],
-    )
+    samplings, uniforms = [each.sampling for each in wanted], [each.random.random() for each in wanted]
     token_ids = choose_rows(drawable_bo, samplings, uniforms).tolist()
-    for (at, each, row_bo), is_fine, token_id in zip(predicted, is_finite, token_ids, strict=True):
-        if is_fine:
-            found[at] = _told(token_id, row_bo, each.n_top)
-        else:
-            found[at] = NonFinite(
-                "the model's prediction is not finite, so no token can be drawn. Use another checkpoint."
-            )
-    return found
+    return [
+        _told(token_id, logits_bo[row : row + 1], each.n_top)
+        if is_fine and each.n_top is not None
+        else Drawn(token_id)
+        if is_fine
+        else NonFinite("the model's prediction is not finite, so no token can be drawn. Use another checkpoint.")
+        for row, (is_fine, token_id, each) in enumerate(zip(is_finite, token_ids, wanted, strict=True))
+    ]
 
 
-def _told(token_id: int, logits_bo: Tensor, n_top: int | None) -> Drawn:
+def _told(token_id: int, logits_bo: Tensor, n_top: int) -> Drawn:
     """A token with what is wanted of its probability."""
-    if n_top is None:
-        return Drawn(token_id)
     logprob_o = logits_bo[0].float().log_softmax(-1)
     top = logprob_o.topk(min(n_top, len(logprob_o)))
     return Drawn(
