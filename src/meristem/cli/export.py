@@ -41,8 +41,8 @@ def hf(
 
 @app.command()
 def edge(
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write; it must not exist.")],
     run: AnyCheckpoint = None,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write; it must not exist.")] = ...,  # type: ignore[assignment]
     web: Annotated[bool, typer.Option("--web", help="With a page that goes on with a session in a browser.")] = False,
     as_json: Json = False,
 ) -> None:
