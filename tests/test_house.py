@@ -33,6 +33,7 @@ SIDEWAYS = {
     ("data", "safety"): "a text is searched for secrets before it is used",
     ("bench", "recipes"): "what is measured is a recipe's work",
     ("bench", "serve"): "what is measured is a server",
+    ("export", "serve"): "what is exported goes on with the sessions that are served",
     ("drills", "recipes"): "a drill breaks something of a recipe",
 }
 

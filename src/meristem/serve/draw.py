@@ -8,6 +8,7 @@ from random import Random
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from meristem.errors import NonFinite
