@@ -16,6 +16,11 @@
 
 namespace meristem {
 
+// Of the system, unless a build brings its own (elementary.hpp), which have the same bits everywhere.
+#if !defined(MERISTEM_ELEMENTARY)
+using std::cos, std::erf, std::exp, std::hypot, std::log, std::log1p, std::pow, std::sin;
+#endif
+
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64;
 #else

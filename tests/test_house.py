@@ -12,7 +12,7 @@ import house
 from meristem.config import ConfigSection
 
 FLOORS = (
-    ("errors", "events", "config", "plugins"),
+    ("errors", "events", "config", "plugins", "extras"),
     ("shapes", "linalg", "device", "native", "worker", "checkpoint", "bus", "sinks"),
     ("memory", "optim", "data", "safety", "distributed"),
     ("nn",),
@@ -28,10 +28,12 @@ FLOORS = (
 SIDEWAYS = {
     ("config", "errors"): "the ground stands on one error tree",
     ("plugins", "errors"): "the ground stands on one error tree",
+    ("extras", "errors"): "the ground stands on one error tree",
     ("optim", "memory"): "Newton-Schulz stands once, with the kernels",
     ("data", "safety"): "a text is searched for secrets before it is used",
     ("bench", "recipes"): "what is measured is a recipe's work",
     ("bench", "serve"): "what is measured is a server",
+    ("export", "serve"): "what is exported goes on with the sessions that are served",
     ("drills", "recipes"): "a drill breaks something of a recipe",
 }
 
@@ -61,6 +63,7 @@ UNCALLED = {
         for name in ("generate_until", "loglikelihood", "loglikelihood_rolling")
     },
     "meristem.distributed.agreement.barrier": "growth meets there before it changes the structure",
+    "meristem.serve.connection.handle_events": "uvicorn calls it",
     "meristem.serve.connection.pause_writing": "asyncio calls it",
     "meristem.serve.connection.resume_writing": "asyncio calls it",
 }

@@ -79,25 +79,25 @@ class Order:
 class Job:
     """An order on its way: at ``moment`` while it reads, then a row of a batch.
 
-    logits_bo, n_tokens: while it writes, the prediction of its next token and the tokens read so far. drawn_at: when
-    its last token was drawn.
+    logits_bo: while it writes, the prediction of its next token, as far as its ``_Rows`` have not gone on without it.
+    wanted, drawn: of the order. until: when it is late, in ``time.monotonic``.
     """
 
-    # Every job is looked at for every token: without a dictionary of its own it is found in half of the time.
+    # Every job is read for every token: without a dictionary it takes half of the time.
     __slots__ = (
-        *("order", "moment", "n_read", "n_drawn", "nats", "begun_at", "drawn_at", "until", "is_cancelled", "random"),
-        *("logits_bo", "n_tokens"),
+        *("order", "moment", "n_read", "n_drawn", "nats", "begun_at", "until", "is_cancelled"),
+        *("logits_bo", "wanted", "drawn", "max_tokens"),
     )
 
     def __init__(self, order: Order) -> None:
         self.order, self.moment = order, order.moment
         self.n_read, self.n_drawn, self.nats = 0, 0, 0.0
-        self.begun_at = self.drawn_at = time.monotonic()
+        self.begun_at = time.monotonic()
         self.until = math.inf if order.deadline_s is None else self.begun_at + order.deadline_s
         self.is_cancelled = False
-        self.random = random.Random()
         self.logits_bo: Tensor | None = None
-        self.n_tokens = 0
+        self.wanted = Wanted(order.sampling, random.Random(), order.n_top)
+        self.drawn, self.max_tokens = order.drawn, order.max_tokens
 
     def cancel(self) -> None:
         """End before the next token; from any thread."""
@@ -118,14 +118,29 @@ class Tally(Protocol):
     def has_read(self, n_tokens: int, nats: float) -> None:
         """A portion of a text was read, with this surprise in all."""
 
-    def drew(self, jobs: Sequence[Job], now: float) -> None:
-        """A token was drawn for each of these orders; their ``n_drawn`` and ``drawn_at`` are those before it."""
+    def drew(self, n_tokens: int, gap_s: float, firsts_s: Sequence[float]) -> None:
+        """So many tokens were drawn, one of each order. firsts_s: of those that are the first of theirs, the time since
+        the order; gap_s: of the others, since the token before."""
 
     def ended(self, reason: Reason, seconds: float) -> None:
         """An order ended."""
 
 
 Row: TypeAlias = tuple[State, Job]
+
+
+@dataclass
+class _Rows:
+    """The rows of a batch that write, as long as none joins or leaves.
+
+    logits_bo: the predictions of their next tokens, in their order. drawn_at: when the last were drawn, None before.
+    """
+
+    rows: list[tuple[int, Job]]
+    wanted: list[Wanted]
+    handed: set[Callable[[], None]]
+    logits_bo: Tensor
+    drawn_at: float | None = None
 
 
 class Engine:
@@ -146,6 +161,8 @@ class Engine:
         self._reading: deque[Job] = deque()
         self._joining: list[Job] = []
         self._batches: list[Batch[Job] | NativeBatch[Job]] = []
+        self._rows: dict[int, _Rows] = {}
+        self._has_left, self._wrote_at = False, time.monotonic()
         self._sizes: dict[int, tuple[Reader, tuple[int, ...]]] = {}
         self._changed = threading.Condition()
         self._is_closing = False
@@ -244,6 +261,7 @@ class Engine:
             self._end(job, "cancelled")
         for job in [*self._reading, *self._joining]:
             self._finish(job, "cancelled")
+        self._settle()
         for batch in self._batches:
             for at, job in batch.taken():
                 self._leave(batch, at, job, "cancelled")
@@ -260,10 +278,16 @@ class Engine:
         for job in [job for job in self._reading if job.broken_off(now)]:
             self._reading.remove(job)
             self._finish(job, job.broken_off(now) or "cancelled")
-        for batch in self._batches:
-            for at, job in batch.taken():
-                if why := job.broken_off(now):
-                    self._leave(batch, at, job, why)
+        broken_off = [
+            (batch, at, job)
+            for batch in self._batches
+            for at, job in batch.taken()
+            if job.is_cancelled or now > job.until
+        ]
+        if broken_off:
+            self._settle()
+        for batch, at, job in broken_off:
+            self._leave(batch, at, job, job.broken_off(now) or "cancelled")
 
     def _take_in(self) -> None:
         with self._changed:
@@ -304,12 +328,20 @@ class Engine:
         if not order.max_tokens:
             self._finish(job, "length")
             return
-        job.logits_bo, job.n_tokens = moment.logits_bo, moment.n_tokens
-        job.random = random.Random(random_key(order.random_seed, "serve.sample", moment.n_tokens, order.choice))
+        if moment.logits_bo is None:
+            why = NonFinite("nothing was read, so there is no prediction. Give a text to begin with.")
+            self._finish(job, "error", why)
+            return
+        job.logits_bo = moment.logits_bo
+        job.wanted.random.seed(random_key(order.random_seed, "serve.sample", moment.n_tokens, order.choice))
         self._joining.append(job)
 
     def _join(self) -> None:
         """Give rows to the orders that begin to write; put batches together that have become alike."""
+        if not (self._joining or self._has_left or any(isinstance(batch, Batch) for batch in self._batches)):
+            return
+        self._settle()
+        self._has_left = False
         # An empty batch may be of one row, whose tensors are not its own: a place in it is no place.
         self._batches = [batch for batch in self._batches if any(batch.taken())]
         native = [batch for batch in self._batches if isinstance(batch, NativeBatch)]
@@ -360,50 +392,81 @@ class Engine:
             first += size
         return made
 
+    def _settle(self) -> None:
+        """Give every row that writes its own prediction, so that rows may join, leave and change places."""
+        for rows in self._rows.values():
+            for (_, job), row_bo in zip(rows.rows, rows.logits_bo.split(1), strict=True):
+                job.logits_bo = row_bo
+        self._rows.clear()
+
+    def _rows_of(self, batch: Batch[Job] | NativeBatch[Job]) -> _Rows:
+        found = self._rows.get(id(batch))
+        if found is None:
+            rows = list(batch.taken())
+            wanted, handed = [job.wanted for _, job in rows], {job.order.handed for _, job in rows}
+            logits_bo = torch.cat([job.logits_bo for _, job in rows if job.logits_bo is not None])
+            found = self._rows[id(batch)] = _Rows(rows, wanted, handed, logits_bo)
+        return found
+
     def _write(self, batch: Batch[Job] | NativeBatch[Job]) -> None:
         """Draw a token for every row of a batch, read it, and hand it out."""
-        token_ids, drawn, rows = [0] * batch.size, [], list(batch.taken())
-        wanted = [Wanted(job.logits_bo, job.order.sampling, job.random, job.order.n_top) for _, job in rows]
-        for (at, job), token in zip(rows, draw(wanted), strict=True):
-            if isinstance(token, NonFinite):
-                self._leave(batch, at, job, "error", token)
-                continue
+        writing = self._rows_of(batch)
+        found = draw(writing.logits_bo, writing.wanted)
+        tokens = [token for token in found if not isinstance(token, NonFinite)]
+        if len(tokens) < len(found):
+            self._settle()
+            for (at, job), why in zip(writing.rows, found, strict=True):
+                if isinstance(why, NonFinite):
+                    self._leave(batch, at, job, "error", why)
+            if not tokens:
+                return
+            writing = self._rows_of(batch)
+        token_ids = [0] * batch.size
+        for (at, _), token in zip(writing.rows, tokens, strict=True):
             token_ids[at] = token.token_id
-            drawn.append((at, job, token))
-        if not drawn:
-            return
         try:
             logits_bo = batch.read(token_ids)
         except Exception as error:  # noqa: BLE001 - its rows fail, not the engine
-            for at, job, _ in drawn:
+            self._settle()
+            for at, job in writing.rows:
                 self._leave(batch, at, job, "error", error)
             return
+        is_full = len(tokens) == batch.size
+        writing.logits_bo = logits_bo if is_full else logits_bo[[at for at, _ in writing.rows]]
+        self._hand_out(batch, writing, tokens)
+
+    def _hand_out(self, batch: Batch[Job] | NativeBatch[Job], writing: _Rows, tokens: Sequence[Drawn]) -> None:
+        """Give every row the token that it has drawn and read; those for which it is the last leave."""
         now = time.monotonic()
         if self.tally:
-            self.tally.drew([job for _, job, _ in drawn], now)
-        rows_bo = logits_bo.split(1)
-        for at, job, token in drawn:
-            job.drawn_at = now
-            job.logits_bo = rows_bo[at]
-            job.n_tokens += 1
+            firsts_s = [now - job.begun_at for _, job in writing.rows if not job.n_drawn]
+            self.tally.drew(len(tokens), now - (writing.drawn_at or self._wrote_at), firsts_s)
+        self._wrote_at = writing.drawn_at = now
+        leaving: list[tuple[int, Job, Reason, Exception | None]] = []
+        for (at, job), token in zip(writing.rows, tokens, strict=True):
             job.n_drawn += 1
             try:
-                is_over = job.order.drawn(token)
+                is_over = job.drawn(token)
             except Exception as error:  # noqa: BLE001 - who listens may fail, not the engine
-                self._leave(batch, at, job, "error", error)
+                leaving.append((at, job, "error", error))
                 continue
-            if is_over or job.n_drawn == job.order.max_tokens:
-                self._leave(batch, at, job, "stop" if is_over else "length")
-        for handed in {job.order.handed for _, job, _ in drawn}:
+            if is_over or job.n_drawn == job.max_tokens:
+                leaving.append((at, job, "stop" if is_over else "length", None))
+        if leaving:
+            self._settle()
+            for each in leaving:
+                self._leave(batch, *each)
+        for handed in writing.handed:
             handed()
 
     def _leave(
         self, batch: Batch[Job] | NativeBatch[Job], at: int, job: Job, reason: Reason, error: Exception | None = None
     ) -> None:
-        """End an order that has a row, and free the row."""
+        """End an order that has a row, and free the row; after ``_settle``."""
         logits_bo = None if job.logits_bo is None else job.logits_bo.clone()
-        job.moment = Moment(batch.row(at), logits_bo, job.n_tokens)
+        job.moment = Moment(batch.row(at), logits_bo, job.moment.n_tokens + job.n_drawn)
         batch.owners[at] = None
+        self._has_left = True
         self._finish(job, reason, error)
 
     def _finish(self, job: Job, reason: Reason, error: Exception | None = None) -> None:

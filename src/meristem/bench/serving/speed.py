@@ -9,6 +9,8 @@ from pydoc_data.topics import topics
 from random import Random
 from typing import Any, Final
 
+import torch
+
 from meristem.bench.measure import Row
 from meristem.bench.serving.client import Connection, Heard
 from meristem.bench.serving.server import Server
@@ -105,13 +107,13 @@ def alone(loaded: Loaded, n_rows: int, n_tokens: int) -> float:
         states.append(moment.state or {})
         logits.append(logits_bto[:, -1])
     rows, randoms = Decoding(loaded.model, join_rows(states)), [Random(at) for at in range(n_rows)]
-    sampling, began = Sampling(temperature=TEMPERATURE), 0.0
+    logits_bo, sampling, began = torch.cat(logits), Sampling(temperature=TEMPERATURE), 0.0
+    wanted = [Wanted(sampling, own, None) for own in randoms]
     for step in range(N_WARM + n_tokens):
         if step == N_WARM:
             began = time.perf_counter()
-        found = draw([Wanted(row_bo, sampling, own, None) for row_bo, own in zip(logits, randoms, strict=True)])
+        found = draw(logits_bo, wanted)
         logits_bo = rows.step([token.token_id for token in found if isinstance(token, Drawn)])
-        logits = list(logits_bo.split(1))
     return n_rows * n_tokens / (time.perf_counter() - began)
 
 
