@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from meristem.memory.kernels.select import is_forced
 from meristem.memory.region import curvature, is_coasting
 from meristem.memory.rule import Rule
+from meristem.memory.state import as_tensors
 from meristem.memory.update import implicit, plain
 from meristem.models.lm import LM, Block
 from meristem.native import decoding as native
@@ -23,7 +24,7 @@ from meristem.nn.conv import CausalConv
 from meristem.nn.gates import GateMap
 from meristem.nn.mag import MemoryAsGate
 from meristem.nn.mal import MemoryAsLayer
-from meristem.nn.memory import MemoryLayer
+from meristem.nn.memory import MemoryLayer, initial_state
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.norm import RMSNorm
@@ -78,9 +79,7 @@ def packed(reader: object) -> Packed:
         found = _ALIVE.get(key)
         if found is None:
             weights = [(own, _layer_weights(block, own)) for own, block in zip(layers, model.blocks, strict=True)]
-            head_od = model.embedding.weight if model.head is None else model.head.weight
-            ends = {"embedding": model.embedding.weight, "norm": model.norm.gain_d, "head": head_od}
-            found = Packed(native.Decoder(library, shape, weights, ends), tensors, versions, places)
+            found = Packed(native.Decoder(library, shape, weights, _ends(model)), tensors, versions, places)
             _ALIVE[key] = found
         _LAST[model] = found
     return found
@@ -118,6 +117,47 @@ def _library() -> ctypes.CDLL:
     if (library := core().library) is None:
         raise NotTaken(f"there is no native core: {core().said}")
     return library
+
+
+class Parts(NamedTuple):
+    """What a model is made of, as the core has it.
+
+    layers: each with its weights by name. begin: what a memory holds before the first token, where that is not zero, by
+    layer and then by the name of a leaf of its state.
+    """
+
+    shape: native.ModelShape
+    layers: list[tuple[native.LayerShape, native.Weights]]
+    ends: native.Weights
+    begin: list[dict[str, Tensor]]
+
+
+def parts_of(reader: object) -> Parts:
+    """A model in parts, for a core that is not of this process. Raises NotTaken."""
+    model, _ = _taken(reader)
+    shape, own = shapes(model)
+    blocks: list[Any] = list(model.blocks)
+    layers: list[tuple[native.LayerShape, native.Weights]] = [
+        (each, _layer_weights(block, each)) for each, block in zip(own, blocks, strict=True)
+    ]
+    return Parts(shape, layers, _ends(model), [_begin(block.mixer) for block in blocks])
+
+
+@torch.no_grad()
+def _begin(mixer: Any) -> dict[str, Tensor]:
+    recall = _recall(mixer)
+    if recall is None:
+        return {}
+    persistent_gd = getattr(_attention(mixer), "persistent_gd", None)
+    state = initial_state(recall, persistent_gd, recall.qkv.weight[None, :1])
+    leaves = as_tensors(recall.init_state(recall.qkv.weight[None, :1]) if state is None else state)
+    inside = "" if type(mixer) is MemoryLayer else "recall."
+    return {f"{inside}{name}": leaf for name, leaf in leaves.items() if leaf.any()}
+
+
+def _ends(model: LM) -> dict[str, Tensor]:
+    head_od = model.embedding.weight if model.head is None else model.head.weight
+    return {"embedding": model.embedding.weight, "norm": model.norm.gain_d, "head": head_od}
 
 
 def _places(tensors: list[Tensor]) -> list[int]:
