@@ -169,6 +169,8 @@ template <class T, class F> inline void each(int d, F f) { for (int j = 0; j < d
 template <class T, class F> inline void columns(int d, F f) {
   const int n = up(d, LANES<T>);
   int j = 0;
+  if constexpr (VECTOR_BYTES == 64)
+    for (; j + 8 * LANES<T> <= n; j += 8 * LANES<T>) f.template operator()<8>(j);
   for (; j + 4 * LANES<T> <= n; j += 4 * LANES<T>) f.template operator()<4>(j);
   for (; j + 2 * LANES<T> <= n; j += 2 * LANES<T>) f.template operator()<2>(j);
   for (; j < n; j += LANES<T>) f.template operator()<1>(j);
@@ -504,14 +506,14 @@ template <class T> class Decoder {
       columns<T>(k, [&]<int W>(int j) {
         Vec<T> e[W] = {};
         auto add = [&](T s, const T* value) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int i = 0; i < W; ++i) e[i] += s * load(value + j + i * LANES<T>);
         };
         for (int g = 0; g < pinned; ++g) add(first[g], still + int64_t(g) * l.s.attention_heads * vs);
         for (int t = begin; t < seen; ++t) add(score[t], values + t * vs);
         for (int t = 0; t < begin; ++t) add(score[t], values + t * vs);
         T out[W * LANES<T>];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < W; ++i) store(out + i * LANES<T>, e[i] * by);
         std::memcpy(y + a * k + j, out, std::min(W * LANES<T>, k - j) * sizeof(T));
       });
@@ -528,7 +530,7 @@ template <class T> class Decoder {
       if (l.s.is_rotated) {
         for (int j = 0; j < half; ++j) {
           const T left = query[j], right = query[j + half];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int i = 0; i < W; ++i) {
             const int at = t + i * LANES<T>;
             const Vec<T> kl = load(keys + j * stride + at), kr = load(keys + (j + half) * stride + at);
@@ -538,10 +540,10 @@ template <class T> class Decoder {
         }
       } else {
         for (int j = 0; j < k; ++j)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int i = 0; i < W; ++i) e[i] += query[j] * load(keys + j * stride + t + i * LANES<T>);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < W; ++i) store(score + t + i * LANES<T>, e[i]);
     });
   }
@@ -592,9 +594,9 @@ template <class T> class Decoder {
     columns<T>(k, [&]<int W>(int j) {
       Vec<T> r[W] = {};
       for (int i = 0; i < k; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int x = 0; x < W; ++x) r[x] += query[i] * load(matrix + i * ms + j + x * LANES<T>);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int x = 0; x < W; ++x) store(read + j + x * LANES<T>, r[x]);
     });
   }
@@ -617,12 +619,12 @@ template <class T> class Decoder {
       Vec<T> e[W] = {}, r[W] = {};
       if (s.slope != 0)
         for (int i = 0; i < k; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int x = 0; x < W; ++x) e[x] += v.key[i] * load(matrix + i * ms + j + x * LANES<T>);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int x = 0; x < W; ++x) e[x] = rate * (load(v.value + j + x * LANES<T>) - probe * e[x]);
       for (int i = 0; i < k; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int x = 0; x < W; ++x) {
           const int64_t here = i * ms + j + x * LANES<T>;
           Vec<T> moved = v.key[i] * e[x];
@@ -635,7 +637,7 @@ template <class T> class Decoder {
           r[x] += v.query[i] * held;
         }
       if (!s.reads_before)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int x = 0; x < W; ++x) store(read + j + x * LANES<T>, r[x]);
     });
   }

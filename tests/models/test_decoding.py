@@ -26,12 +26,6 @@ pytestmark = pytest.mark.skipif(core().library is None, reason=f"the native core
 N_TIME = 23
 """Tokens: the longest that every model of the zoo reads at once; a window of 5 wraps four times."""
 
-TAKEN = {
-    *("preset-attention", "preset-default", "preset-delta-mag", "preset-gated-delta", "preset-lmm"),
-    *("preset-titans-mag", "preset-titans-mal"),
-}
-"""The models of the zoo that the core reads."""
-
 SIZES = {"dim": 12, "n_layers": 2, "n_heads": 2, "mlp_dim": 17, "sliding_window": 5}
 RULES = ("hebbian", "delta", "gated_delta", "implicit_delta", "delta_descent", "titans", "momentum_delta")
 
@@ -94,13 +88,13 @@ def test_the_core_takes_what_it_is_said_to_take(name):
     """No model is read by torch unnoticed; what is not taken says why, and goes on as it did."""
     model, tokens_bt = zoo.grown(name), zoo.ids(2)
     decoding = Decoding(model, begun(model, tokens_bt[:, :9]))
-    assert (not decoding.refusal) == (name in TAKEN), decoding.refusal
+    assert (not decoding.refusal) == (name in zoo.NATIVE), decoding.refusal
     torch.testing.assert_close(read_on(decoding, tokens_bt[:, 9:]), model(tokens_bt)[0][:, 9:], rtol=0, atol=1e-10)
     torch.testing.assert_close(flatten(decoding.state), flatten(begun(model, tokens_bt)), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("n_begun", [1, 4, 7])
-@pytest.mark.parametrize("name", [*sorted(TAKEN), *VARIED])
+@pytest.mark.parametrize("name", [*sorted(zoo.NATIVE), *VARIED])
 def test_decoding_is_prefill(name, n_begun):
     """Float64: predictions and state after any beginning are those of one forward, to 1e-13."""
     model = zoo.grown(name) if name in zoo.ZOO else zoo.moved(*settings_of(*VARIED[name]))
@@ -114,7 +108,7 @@ def test_decoding_is_prefill(name, n_begun):
     assert all(relative(found[name], leaf) < 1e-13 for name, leaf in true.items() if leaf.numel())
 
 
-@pytest.mark.parametrize("name", sorted(TAKEN))
+@pytest.mark.parametrize("name", sorted(zoo.NATIVE))
 def test_float32_is_as_near_to_the_truth_as_torch(name):
     """3e-6 of the predictions' length from the same weights in float64, and within twice what torch is off."""
     model, tokens_bt = zoo.grown(name, torch.float32), zoo.ids(16, N_TIME)

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from meristem.memory.state import State, alike_rows, flatten, join_rows, unflatten
+from meristem.memory.state import State, alike_rows, clone, flatten, join_rows, select_rows, take_rows, unflatten
 from meristem.memory.update import momentum_name
 from meristem.models.packed import NotTaken, Packed, packed
 from meristem.native import decoding as native
@@ -21,6 +21,15 @@ Reader: TypeAlias = Callable[[Tokens, State | None], tuple[Logits, State]]
 """A model, or a way to read one (``models.online.online_reader``)."""
 
 MATRIX: Final = "matrix_bhkv"
+
+
+def refusal(reader: Reader) -> str:
+    """Why the core does not read this reader, as a clause; empty where it does."""
+    try:
+        packed(reader)
+    except NotTaken as reason:
+        return str(reason)
+    return ""
 
 
 class Decoding:
@@ -68,6 +77,25 @@ class Decoding:
             self._state = self._rows.state()
         return self._state or {}
 
+    def row(self, at: int) -> State:
+        """What one row carries now; a copy."""
+        return clone(take_rows(self.state, at, at + 1)) if self._rows is None else self._rows.state([at])
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Read on with some of the rows, each once, in the order given."""
+        if self._rows is None:
+            self._state = select_rows(self.state, rows)
+            return
+        self._rows, self._state = self._rows.selected(rows), None
+
+    def extend(self, others: "Sequence[Decoding]") -> None:
+        """Read on with the rows of others of the same reader as well, behind one's own. They read no more."""
+        found = [each._rows for each in (self, *others) if each._rows is not None]
+        if len(found) == len(others) + 1 and len({id(each.packed) for each in found}) == 1:
+            self._rows, self._state = Rows.joined(found), None
+        else:
+            self._begin(join_rows([each.state for each in (self, *others)]))
+
 
 class Rows(NamedTuple):
     """Readers of the core, and the weights that they read."""
@@ -81,18 +109,35 @@ class Rows(NamedTuple):
         hold."""
         blocks: dict[int, Tensor] = {}
         n_read: dict[int, int] = {}
-        for places, alike in alike_rows(state):
+        try:
+            groups = alike_rows(state)
+        except ValueError as cause:
+            raise NotTaken("a leaf of its state names no rows") from cause
+        for places, alike in groups:
             own_bn, count = _filled(by.decoder, flatten(alike), len(places))
             for place, block_n in zip(places, own_bn, strict=True):
                 blocks[place], n_read[place] = block_n, count
         order = range(len(blocks))
         return cls(by, native.Readers(by.decoder, [blocks[at] for at in order], [n_read[at] for at in order]))
 
-    def state(self) -> State:
-        """What all of them carry, as a state of the model; a copy."""
-        decoder, counts = self.packed.decoder, self.readers.n_read
-        rows = zip(self.readers.blocks, counts, strict=True)
-        return join_rows([unflatten(_taken_out(decoder, block_n, count)) for block_n, count in rows])
+    @classmethod
+    def joined(cls, parts: "Sequence[Rows]") -> "Rows":
+        """The readers of several, which share their weights, in their order."""
+        blocks = [block_n for each in parts for block_n in each.readers.blocks]
+        n_read = [count for each in parts for count in each.readers.n_read]
+        return cls(parts[0].packed, native.Readers(parts[0].packed.decoder, blocks, n_read))
+
+    def selected(self, rows: Sequence[int]) -> "Rows":
+        """Some of the readers, in the order given."""
+        blocks, n_read = self.readers.blocks, self.readers.n_read
+        found = native.Readers(self.packed.decoder, [blocks[at] for at in rows], [n_read[at] for at in rows])
+        return self._replace(readers=found)
+
+    def state(self, rows: Sequence[int] | None = None) -> State:
+        """What some of them carry, or all, as a state of the model; a copy."""
+        decoder, counts, blocks = self.packed.decoder, self.readers.n_read, self.readers.blocks
+        chosen = range(len(blocks)) if rows is None else rows
+        return join_rows([unflatten(_taken_out(decoder, blocks[at], counts[at])) for at in chosen])
 
 
 class _Leaves(NamedTuple):
