@@ -46,6 +46,15 @@ struct Place {
   int64_t key_stride, value_stride, matrix_stride, tail_stride;  // matrices [head][key][value], tail [slot][channel]
 };
 
+// In a build without exceptions, as for WebAssembly, the host catches the trap.
+[[noreturn]] inline void out_of_memory() {
+#if defined(__cpp_exceptions)
+  throw std::bad_alloc();
+#else
+  __builtin_trap();
+#endif
+}
+
 // Numbers on a line of the cache, none at first.
 template <class T> class Numbers {
   struct Free { void operator()(T* p) const { std::free(p); } };
@@ -55,7 +64,7 @@ template <class T> class Numbers {
   void make(size_t n) {
     const size_t bytes = (n * sizeof(T) + 63) / 64 * 64 + 64;
     at_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-    if (!at_) throw std::bad_alloc();
+    if (!at_) out_of_memory();
     std::memset(static_cast<void*>(at_.get()), 0, bytes);
   }
   void copy(const T* from, size_t n) {
@@ -170,11 +179,11 @@ template <class T, class F> inline void columns(int d, F f) {
 // What the gates of a head are inside the region where no memory runs away: ``within`` of memory/region.py.
 template <class T> struct Gates { T retain, write, momentum; };
 
-template <class T> inline T share(T x) { return 1 / (1 + std::exp(-x)); }  // the sigmoid of one number
-template <class T> inline T log_sigmoid(T x) { return (x < 0 ? x : T(0)) - std::log1p(std::exp(x < 0 ? x : -x)); }
+template <class T> inline T share(T x) { return 1 / (1 + exp(-x)); }  // the sigmoid of one number
+template <class T> inline T log_sigmoid(T x) { return (x < 0 ? x : T(0)) - log1p(exp(x < 0 ? x : -x)); }
 template <class T> inline T excess(T x) {
   constexpr T sharpness = 64, soft = 40;
-  return x * sharpness > soft ? x : std::log1p(std::exp(x * sharpness)) / sharpness;
+  return x * sharpness > soft ? x : log1p(exp(x * sharpness)) / sharpness;
 }
 template <class T> inline Gates<T> bounded(const LayerShape& s, T raw_write, T raw_retain, T raw_momentum, T most) {
   constexpr T fade = T(1) / 65536, overshoot = T(0.9), tiny = T(1e-30);
@@ -183,14 +192,14 @@ template <class T> inline Gates<T> bounded(const LayerShape& s, T raw_write, T r
   T log_retain = 0;
   if (s.has_retain) {
     const T least = fade * g.write;
-    log_retain = -(s.has_retain_gate ? std::hypot(log_sigmoid(raw_retain), least) : least);
-    g.retain = std::exp(log_retain);
+    log_retain = -(s.has_retain_gate ? hypot(log_sigmoid(raw_retain), least) : least);
+    g.retain = exp(log_retain);
   }
   if (s.has_momentum) {
-    T log_most = std::log(most) + (s.is_coasting ? log_retain : T(0));
+    T log_most = log(most) + (s.is_coasting ? log_retain : T(0));
     log_most = log_most < T(-1e4) ? T(-1e4) : log_most;
     const T log_momentum = log_sigmoid(raw_momentum);
-    g.momentum = std::exp(log_momentum - excess(log_momentum - log_most));
+    g.momentum = exp(log_momentum - excess(log_momentum - log_most));
   }
   if (s.curvature > 0) {
     T limit = overshoot / T(s.curvature) * (1 + g.retain);
@@ -199,7 +208,7 @@ template <class T> inline Gates<T> bounded(const LayerShape& s, T raw_write, T r
       limit = room + room * g.retain - 2 * (room / most) * g.momentum;
     }
     const T of_limit = g.write / (limit < tiny ? tiny : limit);
-    g.write /= std::exp(excess(std::log(of_limit < tiny ? tiny : of_limit)));
+    g.write /= exp(excess(log(of_limit < tiny ? tiny : of_limit)));
   }
   return g;
 }
@@ -264,11 +273,11 @@ template <class T> struct Layer {
     cosine.make(half * n);
     sine.make(half * n);
     for (int64_t j = 0; j < half; ++j) {
-      const double pace = std::pow(10000.0, -2.0 * double(j) / key_width);
+      const double pace = pow(10000.0, -2.0 * double(j) / key_width);
       for (int64_t i = 0; i < 2 * s.span; ++i) {
         const double angle = pace * double((2 * s.span - i) % s.span);
-        cosine.get()[j * n + i] = T(std::cos(angle));
-        sine.get()[j * n + i] = T(std::sin(angle));
+        cosine.get()[j * n + i] = T(cos(angle));
+        sine.get()[j * n + i] = T(sin(angle));
       }
     }
   }
@@ -364,7 +373,7 @@ template <class T> class Decoder {
   // of the vocabulary.
   bool step(int rows, const int64_t* tokens, T* const* blocks, int64_t* n_read, T* logits, T* room) const {
     for (int r = 0; r < rows; ++r) if (tokens[r] < 0 || tokens[r] >= m_.vocabulary) return false;
-    const Flushed flushed;
+    [[maybe_unused]] const Flushed flushed;
     const Room c = cut(room, rows);
     const int d = int(m_.width);
     for (int r = 0; r < rows; ++r) {
@@ -453,7 +462,7 @@ template <class T> class Decoder {
       } else {
         for (int j = 0; j < f; ++j) {
           const T y = up[j] + l.up_bias.get()[j];
-          h[j] = y * T(0.5) * (1 + std::erf(y * T(0.70710678118654752440)));
+          h[j] = y * T(0.5) * (1 + erf(y * T(0.70710678118654752440)));
         }
       }
     }

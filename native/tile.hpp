@@ -16,6 +16,11 @@
 
 namespace meristem {
 
+// Of the system, unless a build brings its own (elementary.hpp), which have the same bits everywhere.
+#if !defined(MERISTEM_ELEMENTARY)
+using std::cos, std::erf, std::exp, std::hypot, std::log, std::log1p, std::pow, std::sin;
+#endif
+
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64;
 #else
@@ -109,39 +114,22 @@ template <class T, int MR, int NR> struct Tile {
   }
 };
 
-// One block of fewer rows than ROWS.
-template <class T, int NR, class F> MERISTEM_INLINE void rest(int n_rows, int i, int j, F& f) {
-  switch (n_rows) {
-    case 5: f.template operator()<5, NR>(i, j); break;
-    case 4: f.template operator()<4, NR>(i, j); break;
-    case 3: f.template operator()<3, NR>(i, j); break;
-    case 2: f.template operator()<2, NR>(i, j); break;
-    case 1: f.template operator()<1, NR>(i, j); break;
-  }
-}
-
-// Blocks of rows from ``first`` to ``n_rows``. The last eight become 4 and 4: a tile of two rows takes as long as one of six.
+// Blocks of rows from ``first`` to ``n_rows``: sixes, then fours, then single ones; each shape more is more code. The last
+// eight become 4 and 4: a tile of two rows takes as long as one of six.
 template <class T, int NR, class F> MERISTEM_INLINE void rows(int first, int n_rows, int j, F& f) {
   int i = first;
   for (; i + ROWS <= n_rows && n_rows - i != 8; i += ROWS) f.template operator()<ROWS, NR>(i, j);
-  if (n_rows - i == 8) {
-    f.template operator()<4, NR>(i, j);
-    f.template operator()<4, NR>(i + 4, j);
-  } else {
-    rest<T, NR>(n_rows - i, i, j, f);
-  }
+  for (; i + 4 <= n_rows; i += 4) f.template operator()<4, NR>(i, j);
+  for (; i < n_rows; ++i) f.template operator()<1, NR>(i, j);
 }
 // The same blocks, the last one first.
 template <class T, int NR, class F> MERISTEM_INLINE void rows_up(int n_rows, int j, F& f) {
-  int i = n_rows / ROWS * ROWS;
-  if (n_rows >= 8 && n_rows - i == 2) {
-    f.template operator()<4, NR>(n_rows - 4, j);
-    f.template operator()<4, NR>(n_rows - 8, j);
-    i -= ROWS;
-  } else {
-    rest<T, NR>(n_rows - i, i, j, f);
-  }
-  for (i -= ROWS; i >= 0; i -= ROWS) f.template operator()<ROWS, NR>(i, j);
+  int sixes = n_rows / ROWS * ROWS;
+  if (n_rows >= 8 && n_rows - sixes == 2) sixes -= ROWS;
+  const int fours = sixes + (n_rows - sixes) / 4 * 4;
+  for (int i = n_rows - 1; i >= fours; --i) f.template operator()<1, NR>(i, j);
+  for (int i = fours - 4; i >= sixes; i -= 4) f.template operator()<4, NR>(i, j);
+  for (int i = sixes - ROWS; i >= 0; i -= ROWS) f.template operator()<ROWS, NR>(i, j);
 }
 
 // ``f<MR, NR>(i, j)`` for every tile of a result, columns outside, rows inside; the columns are a multiple of the lanes.

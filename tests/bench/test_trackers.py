@@ -9,7 +9,7 @@ from meristem.bench import finetuning, trackers
 
 def test_without_a_tracker_there_is_no_target(monkeypatch):
     """The cost of the files alone is measured, and what is not installed is named."""
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("meristem.extras.find_spec", lambda name: None)
     monkeypatch.setattr(trackers, "PRESET", "charrnn")
     monkeypatch.setattr(trackers, "N_RECORDS", 10)
     clock = count(step=0.5)
@@ -22,7 +22,7 @@ def test_without_a_tracker_there_is_no_target(monkeypatch):
 
 
 def test_without_transformers_nothing_is_measured(monkeypatch):
-    monkeypatch.setattr("meristem.adapters.extra.import_module", lambda name: (_ for _ in ()).throw(ImportError))
+    monkeypatch.setattr("meristem.extras.import_module", lambda name: (_ for _ in ()).throw(ImportError))
     (row,) = finetuning.finetuning(1)
     assert row.measured is None and "pip install 'meristem[hf]'" in row.note
 

@@ -159,6 +159,6 @@ def test_a_name_that_means_no_set_is_refused(name):
 
 
 def test_without_the_library_the_extra_is_named(tmp_path, saved, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"needs the library datasets. Run: pip install 'meristem\[data\]'"):
+    monkeypatch.setattr("meristem.extras.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"needs datasets.* not installed. Run: pip install 'meristem\[data\]'"):
         hub.available(settings(tmp_path, saved))

@@ -182,7 +182,7 @@ def test_progress_ends_at_the_whole(tmp_path, text, monkeypatch):
 
 @pytest.mark.parametrize("change", ["altered", "added", "removed"])
 def test_a_text_that_changes_while_it_is_prepared_is_refused(tmp_path, text, monkeypatch, change):
-    """The first reading lists the text, the second writes it; between them a file changes."""
+    """The first reading lists the text, another learns from it; between them a file changes."""
     wrapped, n_readings = sources._read_tree, 0
 
     def read_tree(*arguments):
@@ -198,7 +198,7 @@ def test_a_text_that_changes_while_it_is_prepared_is_refused(tmp_path, text, mon
 
     monkeypatch.setattr(sources, "_read_tree", read_tree)
     with pytest.raises(FileChanged, match="the text of 'text' changed while it was prepared: (13|99).txt"):
-        prepare(settings(tmp_path, text), TokenizerConfig())
+        prepare(settings(tmp_path, text), BPE)
     assert stored(tmp_path) == []
 
 

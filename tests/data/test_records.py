@@ -1,7 +1,6 @@
 """Files of records as a text: what each format holds, what is counted as bad, and what is refused."""
 
 import csv
-import importlib.util
 import json
 from pathlib import Path
 
@@ -150,7 +149,7 @@ def test_another_field_is_another_corpus(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.feather"])
 def test_a_missing_library_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("meristem.extras.find_spec", lambda name: None)
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(MissingExtra, match=r"pip install 'meristem\[arrow\]'"):
         texts(tmp_path / name)

@@ -108,7 +108,7 @@ def test_a_long_text_has_the_ids_of_the_whole(parts):
     text = "".join(parts)
     whole = SPACED.encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizers, "_PORTION", 3)
+        patch.setattr(tokenizers, "LEARNED_BYTES", 3)
         assert SPACED.encode(text) == whole
 
 

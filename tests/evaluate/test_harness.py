@@ -135,7 +135,7 @@ def test_the_library_is_given_a_model_of_its_class(library, capsys):
 
 def test_cx5_6_a_missing_library_is_said_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("meristem.extras.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'meristem\[eval\]'"):
         require_library(["hellaswag"])
 

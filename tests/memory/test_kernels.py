@@ -431,7 +431,7 @@ def test_arguments_for_fla_are_those_of_its_own_reference(name: str) -> None:
 def test_a_missing_fla_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fla", "fla.ops.gated_delta_rule"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingExtra, match=r"fla-core cannot be loaded.*pip install 'meristem\[kernels\]'"):
+    with pytest.raises(MissingExtra, match=r"needs fla, which is not installed.*pip install 'meristem\[kernels\]'"):
         fla_delta(named("delta"), *tokens(named("delta"), 3))
 
 

@@ -13,7 +13,6 @@ from meristem.cli import app
 from meristem.errors import ConflictingKeys, MissingExtra
 from meristem.events import Event
 from meristem.recipes.sweeps import run as run_room
-from meristem.recipes.sweeps import search as search_room
 from meristem.recipes.sweeps import work
 from meristem.recipes.sweeps.config import PruneConfig, SearchConfig, SweepConfig, read_sweep
 from meristem.recipes.sweeps.picture import plot_sweep
@@ -104,7 +103,7 @@ def test_what_the_guard_did_is_counted_once(tmp_path: Path) -> None:
 
 
 def test_without_optuna_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(search_room, "find_spec", lambda name: None)
+    monkeypatch.setattr("meristem.extras.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'meristem\[sweep\]'"):
         sweep(read_sweep(written(tmp_path, search={"n": 9, "keys": KEYS})), print)
     assert not (tmp_path / "sweeps").exists()

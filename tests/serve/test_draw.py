@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from meristem.errors import NonFinite
-from meristem.models.generate import Sampling
-from meristem.serve.draw import LIKELIEST, Drawn, Wanted, choose_rows, draw
+from meristem.models.generate import LIKELIEST, Sampling, choose_rows
+from meristem.serve.draw import Drawn, Wanted, draw
 
 N_IDS = 1037
 """More than are put in order at first, and no multiple of a register."""

@@ -135,7 +135,8 @@ def test_until_ends_a_reply():
     """The reply ends once the text stands in it, and white space in front of the first word does not count."""
     session = fed(MODELS["chargru"], "a", sampling=Sampling(temperature=5.0))
     whole = session.fork().generate(300)
-    word = next(character for character in whole.lstrip() if whole.count(character) > 1)
+    # One byte: another character may come together with the one after it.
+    word = next(character for character in whole.lstrip() if character.isascii() and whole.count(character) > 1)
     reply = session.generate(300, until=word)
     assert whole.startswith(reply)
     assert reply.endswith(word) and reply.lstrip().count(word) == 1

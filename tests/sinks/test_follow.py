@@ -219,14 +219,14 @@ def test_values_that_are_no_numbers_stay_what_they_are():
 
 def test_cx6_4_missing_extra(monkeypatch):
     """It names the command that installs it, before anything is made."""
-    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("meristem.extras.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'meristem\[mlflow\]'"):
         start.require(["mlflow"], {})
 
 
 def test_cx6_4_question_mark(monkeypatch, tmp_path):
     """A tracker with ``?`` that is not there is one event."""
-    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("meristem.extras.find_spec", lambda name: None)
     start.require(["mlflow?"], {})
     told: list[Event] = []
     run = Followed(tmp_path, "id", "name", "project", None, {})

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from meristem.adapters.base import FrozenWeights, in_shapes
-from meristem.adapters.extra import imported
 from meristem.adapters.memory import forgotten, reading
 from meristem.adapters.remote import located, runs_code
 from meristem.errors import CheckpointMismatch
+from meristem.extras import imported
 from meristem.memory.state import State, rows_apart
 from meristem.models.validate import check_tokens
 from meristem.nn.documents import Mask, documents_in, read_documents

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from meristem.adapters.base import FrozenWeights, in_shapes, rest
-from meristem.adapters.extra import imported
 from meristem.adapters.host import HostLM
 from meristem.errors import WrongValue
+from meristem.extras import imported
 from meristem.models.init import seeded
 from meristem.nn.attention import Attention
 

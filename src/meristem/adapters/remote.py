@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import orjson
 
-from meristem.adapters.extra import imported
 from meristem.data.files import read
 from meristem.data.given import PINNED
 from meristem.errors import CheckpointMismatch, WrongValue
+from meristem.extras import imported
 
 ALLOWED: Final = "MERISTEM_ALLOW_REMOTE_CODE"
 """An environment variable: models whose own code may run, joined by commas."""

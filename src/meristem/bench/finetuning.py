@@ -10,10 +10,10 @@ from typing import Any, Final
 import torch
 from torch.nn import functional
 
-from meristem.adapters.extra import imported
 from meristem.bench.measure import Row, Timed, timed
 from meristem.data.tokenizer import byte_tokenizer, library_file
 from meristem.errors import MissingExtra
+from meristem.extras import imported
 from meristem.recipes.finetune import prepare, settled
 from meristem.recipes.pretrain import training_steps
 from meristem.runs.directory import opened

@@ -4,7 +4,6 @@ Time of the processor and not of the clock: trackers work on threads beside the 
 besides changes nothing of the ratio.
 """
 
-import importlib.util
 import statistics
 import tempfile
 import threading
@@ -18,6 +17,7 @@ import psutil
 
 from meristem.bench.measure import Row
 from meristem.events import Event
+from meristem.extras import is_there
 from meristem.recipes.pretrain import prepare_job, training_steps
 from meristem.runs.config import load_config
 from meristem.runs.directory import Run, opened
@@ -35,7 +35,7 @@ N_WARM: Final = 20
 def trackers(n_repeats: int) -> Iterator[Row]:
     """The share of a step of the default preset that its records take, all trackers on: one in ``train.log_every``
     steps."""
-    found = [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+    found = [name for name in TRACKERS if is_there(name)]
     words = [f"sinks.use=[{','.join(found)}]", "train.max_time=null"]
     words.append(f"train.steps={(n_repeats + 1) * load_config(PRESET).tree.train.log_every}")
     config = load_config(PRESET, words).tree

@@ -138,7 +138,7 @@ for _name, _help in _SECTIONS.items():
 
 @app.command()
 def prepare(
-    size_mb: Annotated[int, typer.Option("--size-mb", min=1, help="Megabytes of text.")] = 16,
+    size_mb: Annotated[int, typer.Option("--size-mb", min=1, help="Megabytes of text.")] = 256,
     repeats: Repeats = 5,
     as_json: Json = False,
 ) -> None:
@@ -148,7 +148,7 @@ def prepare(
 
     \b
     Example:
-      meristem bench prepare --size-mb 64 --repeats 3
+      meristem bench prepare --size-mb 1000 --repeats 3
     """
     _speeds(("prepare",), repeats, as_json, text_bytes=size_mb * 1_000_000)
 

@@ -22,7 +22,8 @@ import typer
 from meristem.cli.answer import Json, json_line, report_error, tell
 from meristem.cli.policy import BypassPolicy, PolicyFile, policy_of
 from meristem.cli.sample import AnyCheckpoint, DeviceName, Temperature, TopK, TopP, device_called
-from meristem.errors import MeristemError, MissingExtra, RunError, WorkerDied, WrongValue
+from meristem.errors import MeristemError, RunError, WorkerDied, WrongValue
+from meristem.extras import needed
 
 if TYPE_CHECKING:
     from meristem.safety.policy import Policy
@@ -179,15 +180,10 @@ def serve(
 
 def _require_extra() -> None:
     """MissingExtra where a package is not installed that serving needs."""
-    try:
+    with needed("serving"):
         import uvicorn  # noqa: F401
 
         import meristem.serve.http  # noqa: F401
-    except ModuleNotFoundError as cause:
-        raise MissingExtra(
-            f"serving needs the package {cause.name}, which is not installed. Run: pip install 'meristem[serve]'",
-            extra="serve",
-        ) from cause
 
 
 def _has_key(directory: Path, host: str) -> bool:
@@ -262,10 +258,11 @@ def _access_log(options: Options, worker: int) -> "AccessLog | None":
 
 def _run(served: "Served", listening: socket.socket, grace_s: float) -> None:
     """Serve until a signal comes, and then until replies have ended: after SIGTERM that is the end of this verb."""
-    import uvicorn
+    with needed("serving"):
+        import uvicorn
 
-    from meristem.serve.connection import WatchedProtocol
-    from meristem.serve.http import make_app
+        from meristem.serve.connection import WatchedProtocol
+        from meristem.serve.http import make_app
 
     # Replies that do not end in time are given up; their clients read so before uvicorn closes the connections.
     config = uvicorn.Config(

@@ -10,7 +10,8 @@ import typer
 from meristem.cli import complete
 from meristem.cli.answer import Json, json_line
 from meristem.cli.serve import hosts_of, listen_at
-from meristem.errors import MissingExtra, WrongValue
+from meristem.errors import WrongValue
+from meristem.extras import needed
 
 
 def watch(
@@ -38,16 +39,11 @@ def watch(
       meristem watch runs/latest
       meristem watch runs/a runs/b --port 0 --open
     """
-    try:
+    with needed("watching"):
         import uvicorn
 
         from meristem.serve.access import LOOPBACK, Access
         from meristem.serve.watch import make_watch
-    except ModuleNotFoundError as cause:
-        raise MissingExtra(
-            f"watching needs the package {cause.name}, which is not installed. Run: pip install 'meristem[serve]'",
-            extra="serve",
-        ) from cause
     if host not in LOOPBACK:
         raise WrongValue(
             f"--host is {host}; the page shows a run to whoever reaches it, so that it listens at {LOOPBACK[0]} alone. "

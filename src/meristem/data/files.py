@@ -6,11 +6,15 @@ import stat
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from meristem.data.config import DataConfig
 from meristem.errors import DataError, FileChanged
+
+PIECE_BYTES: Final = 1 << 24
+"""How much of a text is in memory at once."""
 
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
@@ -51,6 +55,47 @@ def read(path: Path) -> bytes:
             return file.read()
         except OSError as cause:
             raise refused("read", path, cause) from cause
+
+
+def pieces(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """The content of a regular file in pieces that fit into memory, and of each whether there is another one.
+
+    A piece ends before a whole UTF-8 character, and never between a carriage return and its line feed. Raises
+    FileChanged where the file was written to meanwhile.
+    """
+    with opened(path) as (descriptor, status), open(descriptor, "rb", buffering=0, closefd=False) as file:
+
+        def read() -> bytes:
+            try:
+                return bytes(file.read(min(PIECE_BYTES, status.st_size + 1)))
+            except OSError as cause:
+                raise refused("read", path, cause) from cause
+
+        text = read()
+        while more := read():
+            end = _last_character(text)
+            yield text[:end], True
+            text = text[end:] + more
+        now = stamp(os.fstat(descriptor))
+        if now != stamp(status):
+            raise FileChanged(
+                f"{path} changed while it was read: size, time and inode were {stamp(status)}, now {now}. Prepare the "
+                f"text again when nothing writes to it.",
+                path=str(path),
+                found=now,
+                expected=stamp(status),
+            )
+        yield text, False
+
+
+def _last_character(text: bytes) -> int:
+    """Where the last UTF-8 character begins, which may not be whole, or the line end; in other bytes, the last byte."""
+    if text.endswith(b"\r\n"):
+        return len(text) - 2
+    for end in range(len(text) - 1, max(len(text) - 5, -1), -1):
+        if text[end] & 0xC0 != 0x80:
+            return end
+    return len(text) - 1
 
 
 class Numbers:

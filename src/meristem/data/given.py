@@ -6,7 +6,6 @@ lies beside them is run.
 
 import re
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +22,8 @@ from meristem.data.tokenizer import (
     tokenizer_from_bytes,
     with_marks,
 )
-from meristem.errors import DataError, MissingExtra, WrongValue
+from meristem.errors import DataError, WrongValue
+from meristem.extras import imported
 
 _SETTINGS: Final = "tokenizer_config.json"
 _TEMPLATE: Final = "chat_template.jinja"
@@ -119,13 +119,7 @@ def _fetched(name: str, download: bool) -> Path:
             path="tokenizer.path",
             value=name,
         )
-    try:
-        hub = import_module("huggingface_hub")
-    except ImportError as cause:
-        raise MissingExtra(
-            "tokenizer.kind=hf needs huggingface_hub, which is not installed. Run: pip install 'meristem[hf]'",
-            extra="hf",
-        ) from cause
+    hub = imported("huggingface_hub", "tokenizer.kind=hf")
     try:
         folder = hub.snapshot_download(
             found["name"], revision=found["commit"], allow_patterns=list(_FILES), local_files_only=not download

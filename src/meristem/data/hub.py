@@ -5,7 +5,6 @@ run depends neither on a network nor on the library, whose shuffled streams do n
 """
 
 import hashlib
-import importlib.util
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -25,8 +24,9 @@ from meristem.data import seen
 from meristem.data.config import DataConfig
 from meristem.data.download import Progress
 from meristem.data.files import opened, read, store
-from meristem.errors import DataError, FileChanged, MissingExtra
+from meristem.errors import DataError, FileChanged
 from meristem.events import Emit, Event, silent
+from meristem.extras import imported, needed
 
 PREFIX: Final = "hf:"
 
@@ -213,7 +213,8 @@ def _is_saved(directory: Path) -> bool:
 
 def _newest(wanted: Set, source: str) -> str:
     """The commit at which a set of the hub is now, so that all of it is of one."""
-    from huggingface_hub import HfApi
+    with needed(f"data.source={source}"):
+        from huggingface_hub import HfApi
 
     try:
         return str(HfApi().dataset_info(wanted.place).sha)
@@ -225,11 +226,6 @@ def _newest(wanted: Set, source: str) -> str:
 
 def _library(source: str) -> Any:
     """The library ``datasets``. Raises MissingExtra where it is not installed."""
-    if importlib.util.find_spec("datasets") is None:
-        raise MissingExtra(
-            f"data.source={source} needs the library datasets. Run: pip install 'meristem[data]'", extra="data"
-        )
-    import datasets
-
+    datasets = imported("datasets", f"data.source={source}")
     datasets.disable_progress_bars()
     return datasets

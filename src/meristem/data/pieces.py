@@ -1,11 +1,11 @@
 """Models of SentencePiece, which its own library runs: what each piece stands for."""
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import Final, NamedTuple
 
 from meristem.data.entries import UNKNOWN
-from meristem.errors import DataError, MissingExtra
+from meristem.errors import DataError
+from meristem.extras import imported
 
 _SPACE: Final = "\u2581"
 """What the library writes for a space."""
@@ -25,13 +25,7 @@ class Pieces(NamedTuple):
 
 def pieces_of(model: bytes, where: str) -> Pieces:
     """model: the content of a ``.model`` file. MissingExtra where the library is not installed."""
-    try:
-        library = import_module("sentencepiece")
-    except ImportError as cause:
-        raise MissingExtra(
-            "a SentencePiece model needs sentencepiece, which is not installed. Run: pip install 'meristem[tok]'",
-            extra="tok",
-        ) from cause
+    library = imported("sentencepiece", "a SentencePiece model")
     try:
         read = library.SentencePieceProcessor(model_proto=model)
     except RuntimeError as cause:

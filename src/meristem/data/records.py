@@ -5,7 +5,6 @@ is ``bad``, with the reason, so that whoever reads can count it.
 """
 
 import csv
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ import orjson
 
 from meristem.data.chat import as_json, messages_of
 from meristem.data.files import opened, refused
-from meristem.errors import DataError, MissingExtra
+from meristem.errors import DataError
+from meristem.extras import needed, require
 
 LONGEST: Final = 1 << 26
 """Bytes that a record may have: what has to be in memory at once."""
@@ -54,11 +54,8 @@ def read(path: Path, format: str, field: str) -> Iterator[Record]:
 
 def require_library(format: str) -> None:
     """MissingExtra, with the command that installs it, where the format needs a library that is not here."""
-    if format in ("parquet", "arrow") and importlib.util.find_spec("pyarrow") is None:
-        raise MissingExtra(
-            f"data.source is in the format {format}, which needs pyarrow. Run: pip install 'meristem[arrow]'",
-            extra="arrow",
-        )
+    if format in ("parquet", "arrow"):
+        require("pyarrow", f"data.source in the format {format}")
 
 
 def _json_lines(path: Path, field: str, read_value: "_ReadValue") -> Iterator[Record]:
@@ -149,7 +146,8 @@ def _column(path: Path, names: list[str], field: str) -> int:
 
 
 def _parquet(path: Path, field: str) -> Iterator[Record]:
-    import pyarrow.parquet
+    with needed("a file of Parquet"):
+        import pyarrow.parquet
 
     with opened(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as raw:
         try:
@@ -162,7 +160,8 @@ def _parquet(path: Path, field: str) -> Iterator[Record]:
 
 def _arrow(path: Path, field: str) -> Iterator[Record]:
     """The format of files, which begins with ``ARROW1``, and that of streams, which the library datasets writes."""
-    import pyarrow
+    with needed("a file of Arrow"):
+        import pyarrow
 
     with opened(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as raw:
         is_file = raw.read(6) == b"ARROW1"
@@ -177,7 +176,8 @@ def _arrow(path: Path, field: str) -> Iterator[Record]:
 
 
 def _rows(path: Path, batches: Iterator[Any], field: str) -> Iterator[Record]:
-    import pyarrow
+    with needed("rows of Arrow"):
+        import pyarrow
 
     number = 0
     try:
@@ -192,7 +192,8 @@ def _rows(path: Path, batches: Iterator[Any], field: str) -> Iterator[Record]:
 
 
 def _require_text(path: Path, schema: Any, field: str) -> None:
-    import pyarrow.types as types
+    with needed("rows of Arrow"):
+        import pyarrow.types as types
 
     kind = schema.field(_column(path, list(schema.names), field)).type
     value = kind.value_type if types.is_dictionary(kind) else kind

@@ -36,6 +36,7 @@ class Document:
 
     bad: of a record that holds no text, why.
     source: which source of a mixture it is of, counted from 0.
+    goes_on: whether the next document is the rest of this one, as with a file that is too long for the memory.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Document:
     file: str
     bad: str | None = None
     source: int = 0
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Source:
 
     loader, args: what the manifest says about how it was read; ``args`` holds no path of this machine.
     paths: the files that hold it, which a reading opens.
+    listed: where that is known without reading, the source, name and size in bytes of each document.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Source:
     paths: Callable[[], Iterable[Path]]
     args: Mapping[str, object] = field(default_factory=dict)
     licence: str | None = None
+    listed: Callable[[], Iterator[tuple[int, str, int]]] = lambda: iter(())
 
 
 def documents(data: DataConfig) -> Iterator[Document]:
@@ -159,7 +163,21 @@ def _joined(name: str, parts: Sequence[Source]) -> Source:
         lambda: itertools.chain.from_iterable(part.paths() for part in parts),
         {"parts": [{"name": part.name, "loader": part.loader, **part.args} for part in parts]},
         " and ".join(sorted(filter(None, licences))) if all(licences) else None,
+        _all_listed(parts, is_one=True),
     )
+
+
+def _all_listed(parts: Sequence[Source], *, is_one: bool) -> Callable[[], Iterator[tuple[int, str, int]]]:
+    """What is known of the documents of several sources; of none, where one is not listed and they are one text."""
+
+    def listed() -> Iterator[tuple[int, str, int]]:
+        found = [list(part.listed()) for part in parts]
+        if is_one and not all(found):
+            return
+        for number, of_part in enumerate(found):
+            yield from ((0 if is_one else number, name, size_bytes) for _, name, size_bytes in of_part)
+
+    return listed
 
 
 def _weighted(parts: Sequence[Source]) -> Source:
@@ -175,13 +193,18 @@ def _weighted(parts: Sequence[Source]) -> Source:
                 yield replace(document, source=number)
 
     described = [{"name": name, "loader": part.loader, **part.args} for name, part in zip(names, parts, strict=True)]
-    return replace(_joined("+".join(names), parts), loader="mixture", read=read, args={"parts": described})
+    listed = _all_listed(parts, is_one=False)
+    joined = _joined("+".join(names), parts)
+    return replace(joined, loader="mixture", read=read, args={"parts": described}, listed=listed)
 
 
 def _mixed(parts: Sequence[Source]) -> Iterator[Document]:
     """The documents of several sources side by side: each stands where its source, in its own order, is as far on in
-    bytes as the whole is. The sources are read twice."""
-    sizes = [sum(len(document.text) for document in part.read()) for part in parts]
+    bytes as the whole is. Sources that are not listed are read twice."""
+    sizes = [
+        sum(size_bytes for *_, size_bytes in part.listed()) or sum(len(document.text) for document in part.read())
+        for part in parts
+    ]
     readers, done = [part.read() for part in parts], [0] * len(parts)
     left = set(range(len(parts)))
     while left:
@@ -192,6 +215,10 @@ def _mixed(parts: Sequence[Source]) -> Iterator[Document]:
             continue
         done[least] += len(document.text)
         yield document
+        while document.goes_on:
+            document = next(readers[least])
+            done[least] += len(document.text)
+            yield document
 
 
 def _directory(data: DataConfig, name: str, root: Path) -> Source:
@@ -205,7 +232,7 @@ def _directory(data: DataConfig, name: str, root: Path) -> Source:
     format = _format(data, below() if data.format == "auto" else [])
     if format != "text":
         return _records(data, name, root, format, below, args)
-    return Source(name, "directory", lambda: _read_tree(root, include, exclude), lambda: _below(root, args), args)
+    return _tree(name, "directory", root, args, None)
 
 
 def _format(data: DataConfig, names: Sequence[str]) -> str:
@@ -252,13 +279,35 @@ def _of_hub(data: DataConfig) -> Source:
 
 def _file(name: str, path: Path) -> Source:
     own = _name(path.name)
-    return Source(name, "file", lambda: iter([Document(own, files.read(path), own)]), lambda: [path])
+    return Source(
+        name, "file", lambda: _read_file(own, path), lambda: [path], listed=lambda: iter([(0, own, _size(path))])
+    )
 
 
 def _python(data: DataConfig, name: str, root: Path, licence: str | None) -> Source:
     include, exclude = data.include or _PYTHON, (*_TESTS, *data.exclude)
     args = {"include": list(include), "exclude": list(exclude)}
-    return Source(name, "python", lambda: _read_tree(root, include, exclude), lambda: _below(root, args), args, licence)
+    return _tree(name, "python", root, args, licence)
+
+
+def _tree(name: str, loader: str, root: Path, args: Mapping[str, list[str]], licence: str | None) -> Source:
+    include, exclude = args["include"], args["exclude"]
+
+    def listed() -> Iterator[tuple[int, str, int]]:
+        return ((0, _name(relative), _size(root / relative)) for relative in find(root, include, exclude))
+
+    read = lambda: _read_tree(root, include, exclude)  # noqa: E731
+    return Source(name, loader, read, lambda: _below(root, args), args, licence, listed)
+
+
+def _size(path: Path) -> int:
+    return int(_status(path).st_size)
+
+
+def _read_file(name: str, path: Path) -> Iterator[Document]:
+    """A file as one document, in pieces where it is long."""
+    for text, goes_on in files.pieces(path):
+        yield Document(name, text, name, goes_on=goes_on)
 
 
 def _installed(data: DataConfig, package: str) -> Source:
@@ -336,8 +385,7 @@ def _read_tree(root: Path, include: Sequence[str], exclude: Sequence[str]) -> It
             path=str(root),
         )
     for relative in found:
-        name = _name(relative)
-        yield Document(name, files.read(root / relative), name)
+        yield from _read_file(_name(relative), root / relative)
 
 
 def _below(root: Path, args: Mapping[str, Sequence[str]]) -> Iterator[Path]:
@@ -353,12 +401,14 @@ def find(root: Path, include: Sequence[str], exclude: Sequence[str]) -> list[str
     """
     show_hidden = any(glob.startswith(".") or "/." in glob for glob in include)
 
+    base = os.fspath(root)
+
     def walk(directory: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
         for name in _names(root / directory):
             relative = f"{directory}{name}"
             if (name.startswith(".") and not show_hidden) or _matches(relative, exclude):
                 continue
-            status = _status(root / relative)
+            status = _status(f"{base}/{relative}")
             if stat.S_ISDIR(status.st_mode):
                 place = (status.st_dev, status.st_ino)
                 if place in above:
@@ -387,7 +437,7 @@ def _names(directory: Path) -> Iterable[str]:
         raise files.refused("list", directory, cause) from cause
 
 
-def _status(path: Path) -> os.stat_result:
+def _status(path: Path | str) -> os.stat_result:
     try:
         return os.stat(path)
     except OSError as cause:
@@ -395,6 +445,8 @@ def _status(path: Path) -> os.stat_result:
 
 
 def _matches(relative: str, globs: Sequence[str]) -> bool:
+    if not globs:
+        return False
     name = relative.rpartition("/")[2]
     return any(fnmatch.fnmatchcase(relative if "/" in glob else name, glob) for glob in globs)
 

@@ -32,9 +32,12 @@ _BYTE_FILE: Final = orjson.dumps({"schema": "meristem.tokenizer/1", "kind": "byt
 _SCHEMA: Final = "meristem.tokenizer/2"
 """Of a file that says more than what others know: where documents begin and end, and how a chat is laid out."""
 
-_PORTION: Final = 1 << 16
+LEARNED_BYTES: Final = 1 << 16
+"""Bytes of a long text that entries are learned from at once."""
 _LONG: Final = 1 << 20
 """Bytes up to which a text is encoded in one piece, where entries may span lines."""
+_LONGEST: Final = 1 << 26
+"""Bytes of a text that may be held in memory until there is a place where it can be cut."""
 
 _NO_UTF8: Final = re.compile("([\udc80-\udcff]+)")
 # The pre-tokenizer never joins across such a line end, so text cut there has the ids it has in one piece.
@@ -52,6 +55,8 @@ class Tokenizer:
     special: the special tokens with their ids. bos_id, eos_id: those that begin and end a document; None where none
     does, which no other id stands in for.
     chat_template: how the messages of a chat are laid out, in Jinja.
+    portion_bytes: a long text is cut at the first line end after so many bytes where no entry goes across, which leaves
+    its ids as they are; 0 where every byte is an id of its own.
     loses: why a text may come back changed, None where it never does. prefix: bytes that are put before every text.
     """
 
@@ -63,6 +68,7 @@ class Tokenizer:
     bos_id: int | None = None
     eos_id: int | None = None
     chat_template: str | None = None
+    portion_bytes: int = 0
     loses: str | None = None
     prefix: bytes = b""
 
@@ -154,6 +160,59 @@ class Tokenizer:
         return self.tokens[token_id]
 
 
+class DocumentEncoder:
+    """Ids of documents of which the long ones come in pieces: joined, they are those of the whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._long: Portions | None = None
+
+    def encode(self, texts: Sequence[bytes], goes_on: Sequence[bool]) -> list[np.ndarray]:
+        """The ids of each text; of one that goes on in the next, those that are certain by now."""
+        if self._long is None and not any(goes_on):
+            return self._tokenizer.encode_documents(texts)
+        runs: list[list[bytes]] = []
+        marks: list[tuple[list[int | None], list[int | None]]] = []
+        for text, is_more in zip(texts, goes_on, strict=True):
+            bos = [self._tokenizer.bos_id] if self._long is None else []
+            if self._long is None and is_more:
+                self._long = Portions(self._tokenizer.portion_bytes)
+            runs.append([text] if self._long is None else list(self._long.feed(text, is_end=not is_more)))
+            self._long = self._long if is_more else None
+            marks.append((bos, [] if is_more else [self._tokenizer.eos_id]))
+        encoded = iter(self._tokenizer.encode_batch([portion for run in runs for portion in run]))
+        return [
+            np.concatenate([_ids(bos), *(next(encoded) for _ in run), _ids(eos)])
+            for run, (bos, eos) in zip(runs, marks, strict=True)
+        ]
+
+
+def _ids(found: Sequence[int | None]) -> np.ndarray:
+    return np.array([each for each in found if each is not None], dtype=np.uint32)
+
+
+class Portions:
+    """A long text, which comes in pieces, in the portions that have the ids they have within it.
+
+    size_bytes: as ``Tokenizer.portion_bytes``. A text that cannot be cut for ``_LONGEST`` bytes is cut all the same.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes, self._held = size_bytes, b""
+
+    def feed(self, piece: bytes, *, is_end: bool) -> Iterator[bytes]:
+        """The portions that are whole with one more piece; at the end, all that is left."""
+        text, start = self._held + piece if self._held else piece, 0
+        while self._size_bytes and (cut := _SAFE_CUT.search(text, start + self._size_bytes)):
+            yield text[start : cut.end()]
+            start = cut.end()
+        rest = text[start:] if start else text
+        if rest and (is_end or not self._size_bytes or len(rest) > _LONGEST):
+            yield rest
+            rest = b""
+        self._held = rest
+
+
 class Decoder:
     """Text from ids as they come: a character appears when its last byte has come."""
 
@@ -191,7 +250,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[bytes]) -> Tokenize
     else:
         kind = cast(Kind, config.kind)  # those that are given are read, by ``data.given``
         n_learned = config.vocab_size - len(config.special_tokens)
-        pieces = (_text(portion) for text in texts for portion in _portions(text, _PORTION))
+        pieces = (_text(portion) for text in texts for portion in _portions(text, LEARNED_BYTES))
         plain = with_special(tokenizer_from_bytes(learn(kind, n_learned, pieces)), config.special_tokens)
     return with_marks(plain, bos=config.bos_token, eos=config.eos_token, chat_template=template_of(config))
 
@@ -336,6 +395,7 @@ def _of_pieces(model: bytes, where: str) -> Tokenizer:
         content=b"",
         encode_batch=encode_batch,
         special=pieces.special,
+        portion_bytes=_LONG,
         loses="SentencePiece changes white space and joins characters that look alike",
         prefix=pieces.prefix,
     )
@@ -366,7 +426,7 @@ def _of_library(described: Mapping[str, Any], content: bytes, where: str) -> Tok
     bos_id = framed[0] if len(framed) > len(plain) and framed[0] in entries.special.values() else None
     if "[CLS]" in entries.special and bos_id == entries.special["[CLS]"]:
         bos_id = None  # it begins what is classified, not a document
-    portion = _PORTION if is_cut_by_lines(described) else _LONG
+    portion = LEARNED_BYTES if is_cut_by_lines(described) else _LONG
     apart = _not_as_text(described)
     id_of = _byte_ids(entries.tokens) if entries.has_bytes else None
 
@@ -399,6 +459,7 @@ def _of_library(described: Mapping[str, Any], content: bytes, where: str) -> Tok
         encode_batch=encode_batch,
         special=entries.special,
         bos_id=bos_id,
+        portion_bytes=portion,
         loses=entries.loses,
         prefix=entries.prefix,
     )

@@ -4,7 +4,6 @@ The library reads the task, makes its requests and computes its metrics; a model
 """
 
 import contextlib
-import importlib.util
 import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +13,10 @@ from typing import Any, Protocol
 import orjson
 
 from meristem.checkpoint.atomic import sha256
-from meristem.errors import CapabilityError, DataError, MeristemError, MissingExtra, NonFinite, WrongValue
+from meristem.errors import CapabilityError, DataError, MeristemError, NonFinite, WrongValue
 from meristem.evaluate.asking import Reading
 from meristem.evaluate.results import figure
+from meristem.extras import needed, require
 
 _N_RESAMPLED = 1000
 """Draws for the standard error of a metric that has no formula for it."""
@@ -77,10 +77,7 @@ def _finite(nats: float) -> float:
 
 def require_library(places: Iterable[str]) -> None:
     """MissingExtra where the library is not here, WrongValue for a task file that is not."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtra(
-            "--lm-eval needs lm-eval, which is not installed. Run: pip install 'meristem[eval]'", extra="eval"
-        )
+    require("lm_eval", "--lm-eval")
     for place in places:
         if _is_file(place) and not Path(place).is_file():
             raise WrongValue(f"there is no task file {place}. Give one, or the name of a task of lm-eval.", value=place)
@@ -95,9 +92,10 @@ def examine(reading: Reading, places: Sequence[str], most: int | None) -> list[d
 
     A public one downloads its data. most: examples of each task. DataError where the library cannot go on.
     """
-    from lm_eval.api.model import LM
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    with needed("--lm-eval"):
+        from lm_eval.api.model import LM
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.tasks import TaskManager
 
     model = type("Model", (Answers, LM), {})(reading)
     try:

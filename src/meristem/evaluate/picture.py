@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from meristem.checkpoint.atomic import write_atomic
-from meristem.errors import MissingExtra
+from meristem.extras import needed
 
 Point = tuple[int, float]
 """Tokens read, and bits per byte there."""
@@ -132,14 +132,9 @@ def write_figure(path: Path, figure: Any) -> None:
 
 def empty_figure(path: Path, width: float, height: float) -> Any:
     """An empty figure with a canvas and without pyplot: no global state, no display, nothing left behind."""
-    try:
+    with needed(f"drawing {path.name}"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as cause:
-        raise MissingExtra(
-            f"matplotlib is not installed, so {path.name} cannot be drawn. Run: pip install 'meristem[plot]'",
-            extra="plot",
-        ) from cause
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meristem.adapters.base import WEIGHTS
-from meristem.adapters.extra import imported
 from meristem.adapters.host import HostLM
 from meristem.adapters.lora import merged
 from meristem.adapters.remote import CONFIG
@@ -24,6 +23,7 @@ from meristem.errors import CheckpointMismatch, RunError, WrongValue
 from meristem.events import Emit
 from meristem.export import plain
 from meristem.export.card import card
+from meristem.extras import imported
 from meristem.models.config import ModelConfig
 from meristem.models.load import topology_of
 from meristem.models.topology import to_json

@@ -1,10 +1,11 @@
 """What the native core takes of a model: the numbers of its layers and its weights, or the reason why it does not."""
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from meristem.memory.kernels.select import is_forced
 from meristem.memory.region import curvature, is_coasting
 from meristem.memory.rule import Rule
+from meristem.memory.state import as_tensors
 from meristem.memory.update import implicit, plain
 from meristem.models.lm import LM, Block
 from meristem.native import decoding as native
@@ -22,7 +24,7 @@ from meristem.nn.conv import CausalConv
 from meristem.nn.gates import GateMap
 from meristem.nn.mag import MemoryAsGate
 from meristem.nn.mal import MemoryAsLayer
-from meristem.nn.memory import MemoryLayer
+from meristem.nn.memory import MemoryLayer, initial_state
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.norm import RMSNorm
@@ -67,25 +69,95 @@ _ALIVE: Final[weakref.WeakValueDictionary[object, Packed]] = weakref.WeakValueDi
 
 def packed(reader: object) -> Packed:
     """The weights of a reader, packed now or since they last changed. Raises NotTaken."""
-    library = core().library
-    if library is None or is_forced():
-        raise NotTaken("force_reference() is in effect" if is_forced() else f"there is no native core: {core().said}")
     model, tensors = _taken(reader)
-    blocks: list[Any] = list(model.blocks)
-    shape, layers = _shape(model), [_layer_shape(index, block) for index, block in enumerate(blocks)]
+    library = _library()
+    shape, layers = shapes(model)
     with _LOCK:
         versions, places = [x._version for x in tensors], _places(tensors)
         of_shapes = (bytes(shape), *(bytes(each) for each in layers))
         key = of_shapes, tuple(map(id, tensors)), tuple(versions), tuple(places)
         found = _ALIVE.get(key)
         if found is None:
-            weights = [(own, _layer_weights(block, own)) for own, block in zip(layers, blocks, strict=True)]
-            head_od = model.embedding.weight if model.head is None else model.head.weight
-            ends = {"embedding": model.embedding.weight, "norm": model.norm.gain_d, "head": head_od}
-            found = Packed(native.Decoder(library, shape, weights, ends), tensors, versions, places)
+            weights = [(own, _layer_weights(block, own)) for own, block in zip(layers, model.blocks, strict=True)]
+            found = Packed(native.Decoder(library, shape, weights, _ends(model)), tensors, versions, places)
             _ALIVE[key] = found
         _LAST[model] = found
     return found
+
+
+def refusal_as_built(model: nn.Module) -> str:
+    """Why the core would not read a model that is built like this one, as a clause; empty where it would. Shapes are
+    enough: the model may be on ``meta``."""
+    try:
+        shapes(model)
+        _library()
+    except NotTaken as reason:
+        return str(reason)
+    return ""
+
+
+def shapes(model: nn.Module) -> tuple[native.ModelShape, list[native.LayerShape]]:
+    """The numbers of a model and of its layers. Raises NotTaken."""
+    if type(model) is not LM:
+        raise NotTaken(f"it is a {type(model).__name__}, not a language model of ours alone")
+    if model.join is not None or model.n_masked:
+        raise NotTaken("its layers stand side by side" if model.join is not None else "part of its vocabulary is idle")
+    vocabulary, width = model.embedding.weight.shape
+    if type(model.embedding) is not nn.Embedding:
+        raise NotTaken(f"its embedding is a {type(model.embedding).__name__}")
+    if model.head is not None:
+        _plain_linear(model.head, "the head")
+    shape = native.ModelShape(width, vocabulary, len(model.blocks), model.norm.eps)
+    return shape, [_layer_shape(index, block) for index, block in enumerate(model.blocks)]
+
+
+def _library() -> ctypes.CDLL:
+    if is_forced():
+        raise NotTaken("force_reference() is in effect")
+    if (library := core().library) is None:
+        raise NotTaken(f"there is no native core: {core().said}")
+    return library
+
+
+class Parts(NamedTuple):
+    """What a model is made of, as the core has it.
+
+    layers: each with its weights by name. begin: what a memory holds before the first token, where that is not zero, by
+    layer and then by the name of a leaf of its state.
+    """
+
+    shape: native.ModelShape
+    layers: list[tuple[native.LayerShape, native.Weights]]
+    ends: native.Weights
+    begin: list[dict[str, Tensor]]
+
+
+def parts_of(reader: object) -> Parts:
+    """A model in parts, for a core that is not of this process. Raises NotTaken."""
+    model, _ = _taken(reader)
+    shape, of_layers = shapes(model)
+    blocks: list[Any] = list(model.blocks)
+    layers: list[tuple[native.LayerShape, native.Weights]] = [
+        (own, _layer_weights(block, own)) for own, block in zip(of_layers, blocks, strict=True)
+    ]
+    return Parts(shape, layers, _ends(model), [_begin(block.mixer) for block in blocks])
+
+
+@torch.no_grad()
+def _begin(mixer: Any) -> dict[str, Tensor]:
+    recall = _recall(mixer)
+    if recall is None:
+        return {}
+    persistent_gd = getattr(_attention(mixer), "persistent_gd", None)
+    state = initial_state(recall, persistent_gd, recall.qkv.weight[None, :1])
+    leaves = as_tensors(recall.init_state(recall.qkv.weight[None, :1]) if state is None else state)
+    inside = "" if type(mixer) is MemoryLayer else "recall."
+    return {f"{inside}{name}": leaf for name, leaf in leaves.items() if leaf.any()}
+
+
+def _ends(model: LM) -> dict[str, Tensor]:
+    head_od = model.embedding.weight if model.head is None else model.head.weight
+    return {"embedding": model.embedding.weight, "norm": model.norm.gain_d, "head": head_od}
 
 
 def _places(tensors: list[Tensor]) -> list[int]:
@@ -114,18 +186,7 @@ def _taken(reader: object) -> tuple[LM, list[Tensor]]:
         is_usual = type(x) in (Tensor, nn.Parameter) and not x.is_inference() and x.is_cpu and x.dtype == dtype
         if not is_usual or dtype not in (torch.float32, torch.float64):
             raise NotTaken(f"its weights are not all float32 or float64 on the CPU: one is {x.dtype} on {x.device}")
-    if reader.join is not None or reader.n_masked:
-        raise NotTaken("its layers stand side by side" if reader.join is not None else "part of its vocabulary is idle")
     return reader, tensors
-
-
-def _shape(model: LM) -> native.ModelShape:
-    vocabulary, width = model.embedding.weight.shape
-    if type(model.embedding) is not nn.Embedding:
-        raise NotTaken(f"its embedding is a {type(model.embedding).__name__}")
-    if model.head is not None:
-        _plain_linear(model.head, "the head")
-    return native.ModelShape(width, vocabulary, len(model.blocks), model.norm.eps)
 
 
 def _layer_shape(index: int, block: Any) -> native.LayerShape:

@@ -8,6 +8,7 @@ is imported here.
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,6 +32,29 @@ FLAGS: Final = (
 PORTABLE: Final = ("-static-libstdc++", "-static-libgcc") if sys.platform == "linux" else ()
 
 COMPILERS: Final = ("c++", "g++", "clang++")
+
+CORE: Final = "core.cpp"
+EDGE: Final = "edge.cpp"
+"""What is compiled by itself: the core that Python calls, and the one of ``meristem export edge``."""
+
+# The edge's library stands alone, with the C++ library in it and no more of that than it needs.
+SMALL: Final = (
+    ("-fno-rtti", "-DMERISTEM_SMALL", *PORTABLE, "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-s")
+    if sys.platform == "linux"
+    else ()
+)
+# No sum is contracted and no small number flushed: the bits are those of any build with these, whatever its vectors.
+SAME_BITS: Final = ("-ffp-contract=off", "-DMERISTEM_PORTABLE_BITS", "-fno-fast-math")
+WASM_SIMD: Final = ("-msimd128",)
+WASM: Final = (
+    *("--target=wasm32-wasi", "-std=c++20", "-O3", "-mexec-model=reactor", "-fvisibility=hidden"),
+    *("-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math", *SAME_BITS),
+    "-Wl,-s,--gc-sections",
+)
+WASM_COMPILER: Final = "clang++"
+WASM_NEEDS: Final = (
+    "clang for WebAssembly: apt-get install clang lld wasi-libc libc++-dev-wasm32 libclang-rt-14-dev-wasm32"
+)
 TIMEOUT_S: Final = 600
 PACKAGED: Final = Path(__file__).parent / "variants"
 """Where a wheel has libraries that are compiled already."""
@@ -71,12 +95,17 @@ def has_compiler() -> bool:
         return False
 
 
-def compile_variant(flags: tuple[str, ...], sources: Path, target: Path) -> None:
-    """Compile ``core.cpp`` of the folder ``sources`` into the library ``target``, which is whole or not there.
+def compile_variant(flags: tuple[str, ...], sources: Path, target: Path, main: str = CORE) -> None:
+    """Compile ``main`` of the folder ``sources`` into the library ``target``, which is whole or not there.
 
     Processes that do this at once do not disturb each other: each compiles into a file of its own, and the last to
     finish puts an equal library in the place of the first. Raises BuildFailed, with what the compiler said.
     """
+    compile_into(target, [*compiler(), *FLAGS, *flags, str(sources / main)])
+
+
+def compile_into(target: Path, words: list[str]) -> None:
+    """Run a compiler with ``-o`` and a name beside ``target``, which takes its place. Raises BuildFailed."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, own = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".part")
@@ -84,8 +113,9 @@ def compile_variant(flags: tuple[str, ...], sources: Path, target: Path) -> None
         raise BuildFailed(f"{target.parent} cannot be written: {cause.strerror}") from cause
     os.close(handle)
     try:
-        words = [*compiler(), *FLAGS, *flags, str(sources / "core.cpp"), "-o", own]
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT_S)
+        done = subprocess.run(
+            [*words, "-o", own], capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT_S
+        )
         if done.returncode:
             said = (done.stderr or done.stdout).strip()[-500:] or f"exit code {done.returncode}"
             raise BuildFailed(f"{words[0]} failed: {said}")
@@ -97,25 +127,64 @@ def compile_variant(flags: tuple[str, ...], sources: Path, target: Path) -> None
         Path(own).unlink(missing_ok=True)
 
 
-def cached(variant: str) -> Path:
+def cached(variant: str, main: str = CORE) -> Path:
     """The library of a variant of this machine in the cache, compiled first where it is not there. Raises BuildFailed.
 
     The cache is ``$MERISTEM_CACHE/native`` or ``~/.cache/meristem/native``. A library stands in a folder named by what
     it was made of: the sources, the flags and the compiler.
     """
-    flags, sources, words = VARIANTS[machine()][variant], source_folder(), compiler()
-    digest = hashlib.sha256(repr((FLAGS, flags, words)).encode())
+    flags, sources = (*VARIANTS[machine()][variant], *(SMALL if main == EDGE else ())), source_folder()
+    target = _place(f"{Path(main).stem}-{variant}.so", (*FLAGS, *flags), sources, compiler())
+    if not target.is_file():
+        compile_variant(flags, sources, target, main)
+    return target
+
+
+def cached_wasm(vectors: tuple[str, ...] = WASM_SIMD) -> Path:
+    """The edge's core for WebAssembly, from the wheel, or from the cache, compiled first. Raises BuildFailed.
+
+    vectors: flags; none for a build without vectors, which gives the same bits and is slower.
+    """
+    packaged = PACKAGED / "edge.wasm"
+    if vectors and packaged.is_file():
+        return packaged
+    found, sources = shutil.which(WASM_COMPILER), source_folder()
+    if found is None:
+        raise BuildFailed(f"no {WASM_NEEDS}")
+    words = [found, *WASM, *vectors, *_exports(sources)]
+    target = _place("edge.wasm", tuple(words[1:]), sources, [found])
+    if not target.is_file():
+        try:
+            compile_into(target, [*words, str(sources / EDGE)])
+        except BuildFailed as cause:
+            raise BuildFailed(f"{cause}; it needs {WASM_NEEDS}") from cause
+    return target
+
+
+def _exports(sources: Path) -> list[str]:
+    """For the linker: the functions of the header that WebAssembly has, those without files."""
+    header = (sources / "meristem.h").read_text(encoding="utf-8")
+    names = set(re.findall(r"^MERISTEM_API .*?(meristem_[a-z_]+)\(", header, re.MULTILINE))
+    names -= {"meristem_open", "meristem_load", "meristem_save"}
+    return [f"-Wl,--export={name}" for name in (*sorted(names), "malloc", "free")]
+
+
+def _place(name: str, flags: tuple[str, ...], sources: Path, words: list[str]) -> Path:
+    """Where the cache keeps what is made of these sources by this compiler."""
+    digest = hashlib.sha256(repr((name, flags, words)).encode())
     status = os.stat(os.path.realpath(words[0]))
     digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-    for source in sorted(sources.glob("*.[ch]pp")):
+    for source in sources_in(sources):
         digest.update(f"{source.name}\0".encode() + source.read_bytes())
     root = os.path.expanduser(os.environ.get("MERISTEM_CACHE") or "~/.cache/meristem")
     if root.startswith("~"):
         raise BuildFailed("no home directory is known for the cache; set MERISTEM_CACHE")
-    target = Path(root, "native", digest.hexdigest()[:16], f"{variant}.so")
-    if not target.is_file():
-        compile_variant(flags, sources, target)
-    return target
+    return Path(root, "native", digest.hexdigest()[:16], name)
+
+
+def sources_in(folder: Path) -> list[Path]:
+    """What is compiled, and what it includes."""
+    return sorted([*folder.glob("*.[ch]pp"), *folder.glob("*.h")])
 
 
 def fill(folder: Path) -> list[str]:
@@ -125,12 +194,19 @@ def fill(folder: Path) -> list[str]:
     """
     sources, made = source_folder(), []
     (folder / "source").mkdir(parents=True, exist_ok=True)
-    for source in sources.glob("*.[ch]pp"):
+    for source in sources_in(sources):
         shutil.copy2(source, folder / "source")
+    if (sources / "edge").is_dir():
+        shutil.copytree(sources / "edge", folder / "source" / "edge", dirs_exist_ok=True)
     try:
         for variant, flags in VARIANTS.get(machine(), {}).items():
             compile_variant((*flags, *PORTABLE), sources, folder / PACKAGED.name / f"{variant}.so")
+            compile_variant((*flags, *SMALL), sources, folder / PACKAGED.name / f"edge-{variant}.so", EDGE)
             made.append(variant)
     except BuildFailed as cause:
         sys.stderr.write(f"the wheel goes without the native core: {cause}\n")
+    try:
+        shutil.copy2(cached_wasm(), folder / PACKAGED.name / "edge.wasm")
+    except BuildFailed as cause:
+        sys.stderr.write(f"the wheel goes without the page of the edge: {cause}\n")
     return made

@@ -12,7 +12,6 @@ import torch
 import meristem.adapters.changes  # noqa: F401 - registers the changes by which such models are built
 from meristem.adapters.base import FrozenWeights, pinned, tree_of, weights_in
 from meristem.adapters.config import How
-from meristem.adapters.extra import require
 from meristem.adapters.host import HostLM, loaded, seen_by
 from meristem.adapters.levels import levels_of
 from meristem.adapters.lora import matched, targets_for
@@ -25,6 +24,7 @@ from meristem.data.given import of_folder
 from meristem.data.tokenizer import Tokenizer, tokenizer_from_bytes
 from meristem.errors import ConflictingKeys, DataError, WrongValue
 from meristem.events import Event, silent
+from meristem.extras import require
 from meristem.models.build import build
 from meristem.models.config import HOST
 from meristem.models.load import topology_of

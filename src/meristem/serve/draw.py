@@ -1,26 +1,17 @@
 """The next tokens of many orders, drawn together; each as it would be drawn alone.
 
-A row is drawn from one number of its own on the sums of its shares. ``models.generate.choose`` draws among as many rows
-as it is given from one generator, and sorts each of them: so a row's draw depends on its place, and takes ten times as
-long.
+A row is drawn from one number of its own (``models.generate.choose_rows``): so its draw does not depend on its place.
 """
 
 from collections.abc import Sequence
 from random import Random
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from meristem.errors import NonFinite
-from meristem.models.generate import Sampling
-
-WARMEST: Final = torch.finfo(torch.float32).max
-"""The largest temperature that float32 can divide by."""
-
-LIKELIEST: Final = 256
-"""So many shares are put in order at first, which is a tenth of the work of all; all where that is not enough."""
+from meristem.models.generate import Sampling, choose_rows
 
 
 class Drawn(NamedTuple):
@@ -70,62 +61,3 @@ def _told(token_id: int, logits_bo: Tensor, n_top: int) -> Drawn:
     return Drawn(
         token_id, float(logprob_o[token_id]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
     )
-
-
-def choose_rows(
-    logits_bo: Float[Tensor, "b o"], samplings: Sequence[Sampling], uniforms: Sequence[float]
-) -> Int[Tensor, " b"]:
-    """One id per row, each with settings and a number in [0, 1) of its own; what a row gives depends on no other.
-
-    p_i = softmax((x_i - max x) / temperature), 0 where top_p or top_k leaves i out; the id is the first at which
-    p_0 + ... + p_i exceeds ``uniform`` times the sum of all. A logit of -inf is never drawn; the largest
-    has to be finite.
-    """
-    drawn = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
-    if not drawn:
-        return logits_bo.argmax(-1)
-    if len(drawn) == len(samplings):
-        return _drawn(logits_bo, samplings, uniforms)
-    chosen_b = logits_bo.argmax(-1)
-    chosen_b[drawn] = _drawn(logits_bo[drawn], [samplings[row] for row in drawn], [uniforms[row] for row in drawn])
-    return chosen_b
-
-
-def _drawn(
-    logits_bo: Float[Tensor, "b o"], samplings: Sequence[Sampling], uniforms: Sequence[float]
-) -> Int[Tensor, " b"]:
-    """Ids where no row takes the likeliest. Only operations whose bits are those of each row alone stand here."""
-    logits_bo = logits_bo.float()
-    temperatures = [[min(sampling.temperature, WARMEST)] for sampling in samplings]
-    temperature_b1 = torch.tensor(temperatures, dtype=torch.float32, device=logits_bo.device)
-    # The likeliest is subtracted first: a quotient of what is left may be -inf, which is a share of 0, but never inf.
-    # On the CPU, since sums on a GPU come in any order.
-    share_bo = ((logits_bo - logits_bo.amax(-1, keepdim=True)) / temperature_b1).softmax(-1).cpu()
-    cut = [row for row, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
-    if cut:
-        share_bo[cut] = _cut(share_bo[cut], [samplings[row] for row in cut])
-    cumulative_bo = share_bo.cumsum(-1, dtype=torch.float64)
-    total_b1 = cumulative_bo[:, -1:]
-    part_b1 = torch.tensor(uniforms, dtype=torch.float64)[:, None] * total_b1
-    # A product that was rounded up to the total would be exceeded by none.
-    part_b1 = part_b1.minimum(total_b1.nextafter(torch.zeros_like(total_b1)))
-    return torch.searchsorted(cumulative_bo, part_b1, right=True)[:, 0].to(logits_bo.device)
-
-
-def _cut(share_bo: Float[Tensor, "b o"], samplings: Sequence[Sampling]) -> Float[Tensor, "b o"]:
-    """The shares, 0 where top_p or top_k leaves an id out; ids as likely as the last that stays, stay too."""
-    n_ids = share_bo.shape[-1]
-    most_b1 = torch.tensor([[min(sampling.top_k or n_ids, n_ids)] for sampling in samplings])
-    held = [[sampling.top_p if sampling.top_p < 1 else float("inf")] for sampling in samplings]
-    held_b1 = torch.tensor(held, dtype=torch.float64)
-
-    def last_of(largest_bo: Tensor) -> Tensor:
-        # The likeliest always stays: its place is the first, however little is to be held.
-        return torch.searchsorted(largest_bo.cumsum(-1, dtype=torch.float64), held_b1).minimum(most_b1 - 1)
-
-    largest_bo = share_bo.topk(min(n_ids, LIKELIEST)).values
-    last_b1 = last_of(largest_bo)
-    if int(last_b1.max()) >= largest_bo.shape[-1]:
-        largest_bo = share_bo.sort(descending=True).values
-        last_b1 = last_of(largest_bo)
-    return share_bo.where(share_bo >= largest_bo.gather(-1, last_b1), 0)

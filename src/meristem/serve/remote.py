@@ -14,7 +14,6 @@ from meristem.checkpoint.atomic import write_atomic
 from meristem.errors import (
     CheckpointError,
     MeristemError,
-    MissingExtra,
     NoSession,
     QueueFull,
     RunError,
@@ -22,6 +21,7 @@ from meristem.errors import (
     WorkerError,
     WrongValue,
 )
+from meristem.extras import needed
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -114,7 +114,8 @@ class Server:
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Turn what a connection, or another kind of server, makes into an error of ours."""
-        import httpx2 as httpx
+        with needed("talking to a server"):
+            import httpx2 as httpx
 
         try:
             yield
@@ -228,14 +229,8 @@ def open_remote(
     url: str, key: str | None, *, session_id: str | None, settings: Mapping[str, Any], drawing: Mapping[str, Any]
 ) -> Iterator[RemoteSession]:
     """A session of the server at ``url``: the one of that id, or a new one with ``settings``."""
-    try:
+    with needed("talking to a server"):
         import httpx2 as httpx
-    except ModuleNotFoundError as cause:
-        raise MissingExtra(
-            f"talking to a server needs the package {cause.name}, which is not installed. Run: "
-            f"pip install 'meristem[serve]'",
-            extra="serve",
-        ) from cause
 
     root = url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -1,13 +1,12 @@
 """The metrics of a run as one table: CSV, Parquet or SQLite."""
 
 import csv
-import importlib.util
 import io
 import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
-from meristem.errors import MissingExtra
+from meristem.extras import needed
 
 Format = Literal["csv", "parquet", "sqlite"]
 ENDINGS: Final[Mapping[str, Format]] = {
@@ -50,13 +49,9 @@ def _csv(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 def _parquet(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise MissingExtra(
-            "a table in Parquet needs pyarrow, which is not installed. Run: pip install 'meristem[arrow]'",
-            extra="arrow",
-        )
-    import pyarrow
-    import pyarrow.parquet
+    with needed("a table in Parquet"):
+        import pyarrow
+        import pyarrow.parquet
 
     kinds = {"INTEGER": pyarrow.int64(), "REAL": pyarrow.float64(), "TEXT": pyarrow.string()}
     fields = [(title, kinds[_FIXED.get(title, "REAL")]) for title in titles]

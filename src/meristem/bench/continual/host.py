@@ -13,9 +13,10 @@ from meristem.bench.evidence import TOLERANCE
 from meristem.data.corpus import Corpus
 from meristem.data.prepare import prepare
 from meristem.device.resolve import Device, resolve
-from meristem.errors import ConflictingKeys, MissingExtra
+from meristem.errors import ConflictingKeys
 from meristem.evaluate.likelihood import Reader
 from meristem.events import silent
+from meristem.extras import needed
 from meristem.memory.state import State
 from meristem.models.build import build
 from meristem.models.init import seeded
@@ -76,13 +77,8 @@ def maker(tree: ContinualConfig, host: HostConfig, vocabulary: int) -> Make:
 
 def _foreign(settings: Mapping[str, Any], vocabulary: int) -> Make:
     """A causal LM of Hugging Face with drawn weights; nothing is downloaded."""
-    try:
+    with needed("a model of Hugging Face as host"):
         from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError as cause:
-        raise MissingExtra(
-            "transformers is not installed, so that its models cannot be hosts. Run: pip install 'meristem[hf]'",
-            extra="hf",
-        ) from cause
 
     def make(random_seed: int) -> nn.Module:
         config = AutoConfig.for_model(**settings, vocab_size=vocabulary)

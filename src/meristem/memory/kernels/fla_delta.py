@@ -8,10 +8,9 @@ the quotient finite.
 Source: Gated DeltaNet (2412.06464), eq. 10.
 """
 
-from importlib import import_module
 from typing import Any
 
-from meristem.errors import MissingExtra
+from meristem.extras import imported
 from meristem.memory.gates import Gates
 from meristem.memory.rule import Rule
 from meristem.memory.state import Memory
@@ -32,13 +31,8 @@ def fla_delta(
 
     chunk: not used; the kernels have a chunk of their own.
     """
-    try:
-        kernels = import_module("fla.ops.gated_delta_rule")
-    except ImportError as cause:
-        raise MissingExtra(
-            f"the kernels of fla-core cannot be loaded: {cause}. On a machine with an NVIDIA GPU, "
-            f"pip install 'meristem[kernels]'; without one, call memory.run, which takes what is there."
-        ) from cause
+    advice = "It needs an NVIDIA GPU; without one, call memory.run, which takes what is there."
+    kernels = imported("fla.ops.gated_delta_rule", "this form, by fla-core,", advice)
     given = recurrence(rule, memory, keys_bthk, values_bthv, queries_bthk, gates)
     read_bthv, matrix_bhkv = kernels.chunk_gated_delta_rule(**given)
     return read_bthv, memory | {"matrix_bhkv": matrix_bhkv}

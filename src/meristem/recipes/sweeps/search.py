@@ -6,23 +6,17 @@ Its answer follows from them, the number of the point and the random seed.
 
 import random
 from collections.abc import Mapping, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
-from meristem.errors import MissingExtra
+from meristem.extras import imported, require
 from meristem.recipes.sweeps.config import Choice, PruneConfig, RangeConfig, SearchConfig, SweepConfig
 from meristem.recipes.sweeps.points import Row
 
 
 def require_optuna(config: SweepConfig) -> None:
     """MissingExtra where a sweep compares its runs and Optuna is not installed; nothing is imported."""
-    if config.compares and find_spec("optuna") is None:
-        raise MissingExtra(
-            f"the sweep '{config.name}' compares its runs, which needs optuna, and that is not installed. "
-            "Run: pip install 'meristem[sweep]'",
-            extra="sweep",
-        )
+    if config.compares:
+        require("optuna", f"the sweep '{config.name}', which compares its runs,")
 
 
 def drawn(
@@ -90,7 +84,7 @@ def pruned_at(
 
 
 def _optuna() -> Any:
-    optuna = import_module("optuna")
+    optuna = imported("optuna", "a sweep that compares its runs")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -1,11 +1,11 @@
 """The trackers that ``sinks.use`` names, ready to follow a run."""
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from meristem.errors import MissingExtra, PluginError, SinkError, WrongValue
 from meristem.events import Emit, Event
+from meristem.extras import require as require_library
 from meristem.plugins import Registry
 from meristem.sinks.trackers.follow import Followed, Follower, Tracker
 
@@ -69,9 +69,5 @@ def _follower(name: str, run: Followed, place: str | None) -> Follower:
 
 def _require_library(name: str) -> None:
     is_ours = any(origin.is_ours for origin in trackers.origins() if origin.name == name)
-    if is_ours and importlib.util.find_spec(name) is None:
-        raise MissingExtra(
-            f"sinks.use names '{name}', which is not installed. Run: pip install 'meristem[{name}]', or write "
-            f"'{name}?' to go on without it.",
-            extra=name,
-        )
+    if is_ours:
+        require_library(name, f"sinks.use={name}", f"Or write '{name}?' to go on without it.")
