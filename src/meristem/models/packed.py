@@ -149,10 +149,10 @@ class Parts(NamedTuple):
 def parts_of(reader: object) -> Parts:
     """A model in parts, for a core that is not of this process. Raises NotTaken."""
     model, _ = _taken(reader)
-    shape, own = shapes(model)
+    shape, of_layers = shapes(model)
     blocks: list[Any] = list(model.blocks)
     layers: list[tuple[native.LayerShape, native.Weights]] = [
-        (each, _layer_weights(block, each)) for each, block in zip(own, blocks, strict=True)
+        (own, _layer_weights(block, own)) for own, block in zip(of_layers, blocks, strict=True)
     ]
     return Parts(shape, layers, _ends(model), [_begin(block.mixer) for block in blocks])
 
