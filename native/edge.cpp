@@ -190,7 +190,8 @@ struct meristem_model {
   std::unique_ptr<Decoder<float>> decoder;
   Text identity[2], pieces;  // fingerprints of model and tokenizer, as written
   std::vector<int64_t> piece_ends;
-  Numbers<float> first, block, room, logits;  // first: what a reader that has read nothing carries
+  Numbers<float> block, room, logits;
+  std::vector<std::pair<int64_t, float>> first;  // what a reader that has read nothing carries, where that is not zero
   int64_t n_ring = 0, n_tokens = 0;           // tokens read since the rings were filled from slot 0, and in all
   bool has_read = false, is_broken = false;
   Text header, saved;  // header: what the session says of itself, besides where it stands; empty at first
@@ -202,7 +203,8 @@ struct meristem_model {
   meristem_code read(const int32_t* tokens, size_t n);
   meristem_code step(const meristem_sampling& how, int32_t* token);
   void forget() {
-    std::memcpy(block.get(), first.get(), size_t(decoder->block_size()) * sizeof(float));
+    std::memset(block.get(), 0, size_t(decoder->block_size()) * sizeof(float));
+    for (const auto& [at, number] : first) block.get()[at] = number;
     n_ring = n_tokens = 0;
     has_read = is_broken = false;
     header.clear();
@@ -295,7 +297,6 @@ meristem_code meristem_model::fill(const File& file) {
   const ModelWeights<float> ends{embedding.data(), norm.data(), is_tied ? embedding.data() : head.data()};
   decoder = std::make_unique<Decoder<float>>(shape, layers.data(), ends, of_layers.data());
   const size_t n = size_t(decoder->block_size());
-  first.make(n);
   block.make(n);
   room.make(size_t(decoder->room_size(1)));
   logits.make(size_t(decoder->logits_stride()));
@@ -314,7 +315,7 @@ meristem_code meristem_model::begin(const File& file) {
       std::vector<float> numbers;
       if (const meristem_code code = tensor(file, name.span(), leaves[j].sizes[0] * leaves[j].sizes[1] * leaves[j].sizes[2], 0, numbers)) return code;
       size_t at = 0;
-      each_of(leaves[j], first.get(), [&](float* x) { *x = numbers[at++]; });
+      each_of(leaves[j], block.get(), [&](float* x) { first.emplace_back(x - block.get(), numbers[at++]); });
     }
   }
   forget();

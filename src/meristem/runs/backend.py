@@ -20,6 +20,10 @@ from meristem.nn.neural_memory import NeuralMemory
 from meristem.runs.config import Config
 
 N_ROUNDS: Final = 3
+LEAST_GAIN: Final = 0.8
+"""From which on the core is taken. What is measured wavers, and two runs from one seed are to choose alike: tensor code
+is taken only where it is faster beyond doubt."""
+
 MOST_ROWS, MOST_TIME, MOST_HEADS, MOST_WIDTH = 4, 256, 4, 256
 """Of what is measured: enough to see which is faster, a tenth of a second."""
 
@@ -49,7 +53,8 @@ def choose_backend(model: nn.Module, config: Config, device: torch.device, check
     """The faster of the native core and tensor code at the sizes of the run, or what the run began with.
 
     A run that goes on keeps its choice, or its steps would not be those that it would have made; without the core it
-    goes on by tensor code. Nothing is measured where no memory would go through the core, as on another device.
+    goes on by tensor code, as does one from before there was a core. Nothing is measured where no memory would go
+    through the core, as on another device.
     """
     module = next((m for m in model.modules() if isinstance(m, NeuralMemory) and _goes_through(m)), None)
     if module is None or device.type != "cpu":
@@ -60,12 +65,12 @@ def choose_backend(model: nn.Module, config: Config, device: torch.device, check
     reasons = native_refusals(torch.empty(sizes.keys), torch.empty(sizes.values))
     if reasons:
         return Backend("reference", "; ".join(reasons))
-    saved = checkpoint.value("device").get("memory") if checkpoint and checkpoint.has("device") else None
+    saved = checkpoint.value("device").get("memory", "reference") if checkpoint and checkpoint.has("device") else None
     if saved in ("native", "reference"):
         return Backend(saved, "the run began so")
     gain = measured_gain(module.rule.without_features(), sizes, module.chunk)
     why = f"the native core ran at {gain:.1f} times the speed of tensor code"
-    return Backend("native" if gain >= 1 else "reference", why, round(gain, 2))
+    return Backend("native" if gain >= LEAST_GAIN else "reference", why, round(gain, 2))
 
 
 def _goes_through(module: NeuralMemory) -> bool:
@@ -92,8 +97,9 @@ _gains: Final[dict[tuple[object, ...], float]] = {}
 
 
 def measured_gain(rule: Rule, sizes: _Sizes, chunk: int) -> float:
-    """Seconds of tensor code over seconds of the core, forward and backward; the best of ``N_ROUNDS`` of each,
-    interleaved. Measured once for a process, so that its runs, and the plan before them, choose alike."""
+    """Seconds of the processor of tensor code over those of the core, forward and backward; the best of ``N_ROUNDS`` of
+    each, interleaved, so that other programs do not tell. Measured once for a process, so that its runs, and the plan
+    before them, choose alike."""
     parts = rule.structure.kind, rule.bias.name, rule.update.name, rule.probe, rule.reads
     place = *parts, sizes, chunk, torch.get_num_threads()
     if place not in _gains:
@@ -123,7 +129,7 @@ def _measure(rule: Rule, sizes: _Sizes, chunk: int) -> float:
     for _ in range(N_ROUNDS):
         for name in best_s:
             with force_reference() if name == "reference" else nullcontext():
-                began_s = time.perf_counter()
+                began_s = time.process_time()
                 step()
-                best_s[name] = min(best_s[name], time.perf_counter() - began_s)
+                best_s[name] = min(best_s[name], time.process_time() - began_s)
     return best_s["reference"] / best_s["native"]
