@@ -3,13 +3,16 @@
 # For NVIDIA GPUs: docker build --build-arg LOCK=requirements-cuda.txt -t meristem:cuda .
 FROM python:3.11-slim AS build
 WORKDIR /src
+# Compiles the native core; the image itself is without it.
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends g++
 RUN python -m venv /opt/meristem
 ARG LOCK=requirements.txt
 COPY docker docker
 # pip reads it from the environment.
 ARG PIP_EXTRA_INDEX_URL
 RUN /opt/meristem/bin/python -m pip install --no-cache-dir --require-hashes -r docker/$LOCK
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY native native
 COPY src src
 # With the locked setuptools, so that nothing without a hash is fetched.
 RUN /opt/meristem/bin/python -m pip install --no-cache-dir --no-deps --no-build-isolation .

@@ -90,6 +90,8 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$(stamp)" ]; then
     echo "Installing meristem and what it needs into .venv ..." >&2
     .venv/bin/python -m pip install $pip_options -c constraints.txt -e '.[plot,serve,test,lint]' ||
         fail "pip could not install the requirements; its message stands above. Is the network there?"
+    # Compiled here, where somebody waits anyway; without a compiler memories run as tensor code, and this says so.
+    [ ! -d native ] || .venv/bin/python -m meristem.native.library
     stamp >.venv/stamp
 fi
 if [ -n "${MERISTEM_EXTRAS:-}" ] && [ "$(cat .venv/extras 2>/dev/null)" != "$(stamp) $MERISTEM_EXTRAS" ]; then

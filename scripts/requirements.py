@@ -33,11 +33,12 @@ class Requirement:
 def pattern(identifier: str) -> re.Pattern[str]:
     """CX-9.1 also as cx_9_1, cx9_1 and CX9.1; never as the beginning of CX-9.10 or of CX-9.1.2.
 
-    An id of one letter, such as F9, is found in capitals or behind ``test_`` alone: f1 is a metric as well.
+    An id of one letter, such as F9, is found in capitals or at the beginning of a test's name, behind other ids, alone:
+    f1 is a metric as well.
     """
     letters, *numbers = re.findall(r"[A-Za-z]+|\d+", identifier)
     body = "[-_]?" + "[._]".join(numbers) + r"(?![0-9]|[._][0-9])"
-    low = rf"(?<=test_){letters.lower()}" if len(letters) == 1 else rf"(?<![a-z0-9]){letters.lower()}"
+    low = rf"\btest(?:_[a-z]+\d+)*_{letters.lower()}" if len(letters) == 1 else rf"(?<![a-z0-9]){letters.lower()}"
     return re.compile(rf"(?:(?<![A-Za-z0-9]){letters}|{low}){body}")
 
 

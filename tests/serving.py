@@ -17,6 +17,7 @@ from meristem.models.config import ModelConfig
 from meristem.models.generate import Sampling
 from meristem.nn.config import MemoryConfig
 from meristem.serve.access import Access
+from meristem.serve.batch import NativeBatch
 from meristem.serve.connection import WatchedProtocol
 from meristem.serve.engine import Engine
 from meristem.serve.http import Served, make_app
@@ -83,7 +84,9 @@ def poison(engine: Engine) -> None:
     """NaN in every row that nobody owns."""
     for batch in [batch for batch in engine._batches if any(batch.taken())]:
         for at, owner in enumerate(batch.owners):
-            if owner is None:
+            if owner is None and isinstance(batch, NativeBatch):
+                batch._rows._rows.readers.blocks[at].fill_(math.nan)
+            elif owner is None:
                 poisoned = map_tensors(
                     lambda leaf: leaf.fill_(math.nan) if leaf.is_floating_point() else leaf, batch.row(at)
                 )

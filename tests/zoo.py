@@ -102,6 +102,13 @@ ZOO = _distinct()
 """Name to the settings of one model. A new preset, model or mixer is in it by being registered."""
 
 
+NATIVE = {
+    *("preset-attention", "preset-default", "preset-delta-mag", "preset-gated-delta", "preset-lmm"),
+    *("preset-titans-mag", "preset-titans-mal"),
+}
+"""Those that the native core reads token by token."""
+
+
 def grown(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """One model of the zoo, its weights moved off their first values; the same for all tests of a process.
 

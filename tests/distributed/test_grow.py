@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.processes import Played, Stage
+from distributed.processes import SMOOTH, Played, Stage
 from meristem.checkpoint.store import entries, open_checkpoint
 from meristem.growth.graft import seeds_in
 from meristem.growth.stage import Stage as LifeStage
@@ -21,7 +21,7 @@ TOLERANCE = 1e-5
 """Largest relative difference of a loss, and largest difference of a weight, to one process: sums over rows are rounded
 in another order."""
 
-SHARED = ("data.batch_size=6", "distributed.timeout_s=20", "checkpoint.every=1", "checkpoint.last=100")
+SHARED = ("data.batch_size=6", "distributed.timeout_s=20", "checkpoint.every=1", "checkpoint.last=100", SMOOTH)
 
 
 def planted(way: str, prune: int | None = None) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from distributed.processes import Played, Stage
+from distributed.processes import SMOOTH, Played, Stage
 from meristem.checkpoint.store import Checkpoint, find
 from meristem.distributed.agreement import fingerprint
 from meristem.events import silent
@@ -31,6 +31,7 @@ SETTINGS = (
     "eval.every=4",
     "checkpoint.every=3",
     "distributed.timeout_s=20",
+    SMOOTH,
 )
 
 KINDS = {

@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean, linear_regression, median
 
 import pytest
 
@@ -34,12 +34,13 @@ def test_tr9_soak_stays_flat(tmp_path, request):
     assert events.count("checkpoint.saved") >= n_steps // 500
     late = found["samples"][len(found["samples"]) // 2 :]
     rss = [sample["rss"] for sample in late]
-    slope, _ = statistics.linear_regression(range(len(rss)), rss)
-    growth = slope * len(rss) / statistics.fmean(rss)
+    slope, _ = linear_regression(range(len(rss)), rss)
+    growth = slope * len(rss) / fmean(rss)
     print(f"RSS {rss[0] / 2**20:.1f} to {rss[-1] / 2**20:.1f} MiB, {growth:+.3%} by its slope")
     assert growth < 0.01
-    # A checkpoint in the making has a thread and a file; what is there between two of them stays.
+    # A checkpoint in the making has a thread and a file, and a rollback changes the thread that reads ahead: what is
+    # there at most times stays.
     for name in ("descriptors", "threads"):
         counts = [sample[name] for sample in late]
         first, last = counts[: len(counts) // 2], counts[len(counts) // 2 :]
-        assert min(first) == min(last) and max(last) <= max(first) + 1, f"{name}: {counts}"
+        assert median(first) == median(last) and max(last) <= max(first) + 1, f"{name}: {counts}"

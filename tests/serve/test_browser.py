@@ -1,5 +1,6 @@
 """The page in Chromium, as a desktop and as a phone: a fact told, a reply that streams, and what the memory shows."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -50,19 +51,29 @@ class Letters(nn.Module):
         return logits_bto + self.bias_o, state
 
 
-class Gate:
-    """Lets the engine of a server go on, or holds it between two rounds."""
+ROUNDS = 40
+WRITING = re.compile("meristem: .*[a-z]{2}")
+"""A reply that has text: who speaks stands before it, for screen readers."""
 
-    def __init__(self, engine):
-        self._open, step = threading.Event(), engine.step
-        self._open.set()
 
-        def held():
-            self._open.wait(WAIT_MS / 1000)
-            step()
+@contextlib.contextmanager
+def held(engine):
+    """The engine stops after some rounds of the next reply, in the middle of it, until the block ends."""
+    step, is_open, n_rounds = engine.step, threading.Event(), 0
 
-        engine.step = held
-        self.open, self.shut = self._open.set, self._open.clear
+    def counted():
+        nonlocal n_rounds
+        n_rounds += 1
+        if n_rounds > ROUNDS:
+            is_open.wait(WAIT_MS / 1000)
+        step()
+
+    engine.step = counted
+    try:
+        yield
+    finally:
+        engine.step = step
+        is_open.set()
 
 
 @pytest.fixture(scope="module")
@@ -176,18 +187,14 @@ def test_a_fact_is_told_and_the_memory_shows_it(visit, settings):
 def test_a_reply_comes_in_pieces_and_can_be_stopped(visit, server):
     page = visit(**DESKTOP)
     say(page, "Ada lives in Oslo.")
-    gate = Gate(server[1].engine)
-    try:
+    with held(server[1].engine):
         page.get_by_label("Message", exact=True).fill("And where?")
         page.get_by_role("button", name="Send").click()
         reply = page.locator("#turns .reply.writing")
-        expect(reply).to_contain_text(re.compile("[a-z]{2}"))
-        gate.shut()
+        expect(reply).to_contain_text(WRITING)
         # What is here came before the end: the engine is held.
         assert len(reply.inner_text()) < 256 and server[1].engine.n_at_work == 1
         page.get_by_role("button", name="Stop").click()
-    finally:
-        gate.open()
     expect(page.locator("#turns .notice")).to_contain_text("Nothing of this turn was kept")
     expect(page.get_by_label("Message", exact=True)).to_have_value("And where?")
     expect(page.locator("#turns .below")).to_have_count(1)
@@ -238,6 +245,67 @@ def test_save_fork_roll_back_forget_and_delete(visit, server):
     page.reload()
     expect(page.locator("#session-name")).to_have_text("one fact")
     assert page.url.endswith(first)
+
+
+def held_back(page, path: str):
+    """Holds the first request of the page for a path; gives what lets it go, once it was made."""
+    held = []
+    page.route(f"**{path}", lambda route: held.append(route), times=1)
+
+    def let_go():
+        while not held:
+            page.wait_for_timeout(10)
+        held.pop().continue_()
+
+    return let_go
+
+
+def test_what_is_sent_before_the_page_has_begun_is_sent_when_it_has(visit):
+    """A slow network must not swallow Enter: the first message waits until the list of sessions has come."""
+    page = visit(**DESKTOP)
+    expect(page.get_by_role("button", name="New", exact=True)).to_be_enabled()
+    let_go = held_back(page, "/v1/sessions?*")
+    page.reload()
+    field = page.get_by_label("Message", exact=True)
+    field.fill("Ada lives in Oslo.")
+    field.press("Enter")
+    field.press("Enter")
+    expect(page.locator("#waiting")).to_contain_text("will be sent")
+    let_go()
+    expect(page.locator("#turns .below")).to_have_count(1)
+    expect(page.locator("#turns .text")).to_have_text("You: Ada lives in Oslo.")
+    expect(field).to_have_value("")
+    expect(page.locator("#waiting")).to_have_text("")
+
+
+def test_what_is_sent_beside_a_reply_is_sent_behind_it(visit, server):
+    page = visit(**DESKTOP)
+    field = page.get_by_label("Message", exact=True)
+    with held(server[1].engine):
+        field.fill("Ada lives in Oslo.")
+        field.press("Enter")
+        expect(page.locator("#turns .reply.writing")).to_contain_text(WRITING)
+        field.fill("And where?")
+        field.press("Enter")
+        expect(page.locator("#waiting")).to_contain_text("will be sent")
+    expect(page.locator("#turns .below")).to_have_count(2)
+    expect(page.locator("#turns .text")).to_have_text(["You: Ada lives in Oslo.", "You: And where?"])
+
+
+def test_what_is_typed_beside_a_reply_outlives_its_end(visit, server):
+    """Stop gives the message back, and takes nothing of what was typed since; what waited is not sent by itself."""
+    page = visit(**DESKTOP)
+    field = page.get_by_label("Message", exact=True)
+    with held(server[1].engine):
+        field.fill("Ada lives in Oslo.")
+        field.press("Enter")
+        expect(page.locator("#turns .reply.writing")).to_contain_text(WRITING)
+        field.fill("And where?")
+        field.press("Enter")
+        page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#turns .notice")).to_contain_text("Nothing of this turn was kept")
+    expect(field).to_have_value("Ada lives in Oslo.\nAnd where?")
+    expect(page.locator("#turns .below")).to_have_count(0)
 
 
 def test_a_text_is_read_without_a_reply(visit):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from meristem.errors import NonFinite
-from meristem.models.generate import Sampling
-from meristem.serve.draw import LIKELIEST, Drawn, Wanted, choose_rows, draw
+from meristem.models.generate import LIKELIEST, Sampling, choose_rows
+from meristem.serve.draw import Drawn, Wanted, draw
 
 N_IDS = 1037
 """More than are put in order at first, and no multiple of a register."""
@@ -31,33 +31,30 @@ def predictions(n_rows: int, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(n_rows, N_IDS, generator=torch.Generator().manual_seed(5)) * scale
 
 
-def wanted(logits_bo: torch.Tensor) -> list[Wanted]:
-    return [
-        Wanted(logits_bo[row : row + 1], SETTINGS[row % len(SETTINGS)], Random(row), None)
-        for row in range(len(logits_bo))
-    ]
+def wanted(n_rows: int) -> list[Wanted]:
+    return [Wanted(SETTINGS[row % len(SETTINGS)], Random(row), None) for row in range(n_rows)]
 
 
 def test_s3_a_draw_does_not_depend_on_its_batch():
     """Alone and in batches of every composition, with and without rows that have no finite prediction."""
     logits_bo = predictions(50)
-    alone = [draw([each])[0] for each in wanted(logits_bo)]
+    alone = [draw(logits_bo[row : row + 1], [each])[0] for row, each in enumerate(wanted(50))]
     shuffled = Random(3)
     for n_rows in (2, 3, 17, 49, 50):
         rows = shuffled.sample(range(50), n_rows)
-        each = wanted(logits_bo)
-        bad = Wanted(torch.full((1, N_IDS), math.nan), SETTINGS[1], Random(0), None)
-        *found, spoilt, unread = draw([*(each[row] for row in rows), bad, bad._replace(logits_bo=None)])
+        each = wanted(50)
+        bad_bo, bad = torch.full((1, N_IDS), math.nan), Wanted(SETTINGS[1], Random(0), None)
+        *found, spoilt = draw(torch.cat([logits_bo[rows], bad_bo]), [*(each[row] for row in rows), bad])
         assert found == [alone[row] for row in rows]
-        assert isinstance(spoilt, NonFinite) and isinstance(unread, NonFinite)
+        assert isinstance(spoilt, NonFinite)
     assert all(isinstance(each, Drawn) for each in alone)
     assert [each.token_id for each in alone[::10]] == logits_bo[::10].argmax(-1).tolist()
 
 
 def test_every_token_takes_one_number():
     """At any temperature, so that rows of one session stay where they are when its settings change."""
-    each = Wanted(predictions(1), Sampling(temperature=0), Random(4), None)
-    draw([each])
+    each = Wanted(Sampling(temperature=0), Random(4), None)
+    draw(predictions(1), [each])
     other = Random(4)
     other.random()
     assert each.random.random() == other.random()

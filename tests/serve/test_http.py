@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 import threading
 import time
 
@@ -306,7 +307,22 @@ def test_bad_requests_are_told_what_is_wrong(web, what):
     error_of(web.post("/v1/completions", content=content, headers={"content-type": "application/json"}), status)
 
 
+@pytest.mark.parametrize(
+    "body, param, message",
+    [
+        ({"prompt": "x", "tools": []}, "tools", "there is no such field here; leave it out."),
+        ({"prompt": 5}, "prompt", "a valid string, or .*a valid list"),
+        ({"prompt": "x", "stop": [""]}, "stop", "at least 1 character"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ],
+)
+def test_what_is_wrong_names_the_field_and_what_to_do(web, body, param, message):
+    error = error_of(web.post("/v1/completions", json=body), 400)
+    assert error["param"] == param and re.search(f"^{param}: .*{message}", error["message"])
+
+
 def test_what_is_not_there_has_the_shape_of_the_api(web):
+    assert error_of(web.get("/nothing"), 404)["message"].startswith("GET /nothing: Not Found. /openapi.json lists")
     error_of(web.get("/v1/nothing"), 404)
     error_of(web.put("/v1/sessions"), 405)
     error_of(web.post("/v1/chat/completions", json={"messages": []}), 400)

@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from meristem.data.chat import ENDS, Message, content_ids, message_ids
+from meristem.data.chat import END_OF_REPLY, ENDS, Message, content_ids, message_ids
 from meristem.data.config import TokenizerConfig
 from meristem.data.tokenizer import byte_tokenizer, train_tokenizer
 from meristem.serve.stops import StopTexts
@@ -32,6 +32,34 @@ def test_s8_a_reply_ends_before_the_first_stop(text, stops, data):
         assert found == whole(text, stops)
         assert (feed.found is not None) == any(stop in text for stop in stops)
         assert feed.finish() == ""
+
+
+@given(
+    st.text(LETTERS, max_size=30), st.lists(st.text(LETTERS, min_size=1, max_size=4), min_size=1, max_size=4), st.data()
+)
+@example("ab\N{REPLACEMENT CHARACTER}b", ["\N{REPLACEMENT CHARACTER}"], None)
+def test_s8_many_tokens_at_once_give_what_each_alone_gives(text, stops, data):
+    """As long as whatever may complete a stop is the last of what is fed."""
+    for tokenizer in (BYTES, PAIRS):
+        alone, together = StopTexts(tokenizer, stops), StopTexts(tokenizer, stops)
+        waiting, found, truth = [], "", ""
+        for token_id in tokenizer.encode(text):
+            truth += alone.feed(token_id)
+            waiting.append(token_id)
+            is_decided = token_id in together.deciding
+            assert alone.found is None or is_decided
+            if is_decided or (data and data.draw(st.booleans())):
+                found += together.feed(*waiting)
+                waiting.clear()
+            if alone.found:
+                assert together.found == alone.found
+                break
+        assert found + together.feed(*waiting) + together.finish() == truth + alone.finish()
+
+
+def test_an_id_that_ends_a_reply_ends_it_behind_others():
+    feed = StopTexts(BYTES, ["END"], ends=[0])
+    assert feed.feed(*b"Hi E", 0) == "Hi E" and feed.found == END_OF_REPLY
 
 
 def test_s8_what_cannot_become_a_stop_is_given_at_once():

@@ -6,18 +6,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import nn
 
 from meristem.bench.measure import Row, medians, timed
 from meristem.bench.peer_titans import peak_bytes
+from meristem.memory.kernels.select import force_reference
 from meristem.models.build import build
+from meristem.models.decoding import Decoding
 from meristem.runs.config import load_config
 from meristem.train.loss import cross_entropy
 
 N_TOKENS = 4096
 """Tokens of one step: longer sequences mean fewer rows, down to one."""
+
+DECODED: Final = {1: 10_000, 64: 18_000}
+"""Readers that go on token by token at once, and the tokens/s of all that are asked."""
+
+N_READ: Final = {1: (8, 256), 64: (2, 16)}
+"""By readers, the tokens of each in one repetition: of torch, and of the native core."""
 
 
 def models(n_repeats: int) -> Iterator[Row]:
@@ -54,17 +63,71 @@ def decoding(n_repeats: int) -> Iterator[Row]:
     """Seconds per token of titans-mag late in a text of 20,000 tokens over those early in it."""
     config = load_config("titans-mag").tree
     model = build(config.model, config.memory, 256, 0)
-    seconds, state = [], None
-    token_bt = torch.zeros(1, 1, dtype=torch.int64)
+    seconds = []
     with torch.no_grad():
+        logits_bto, state = model(torch.zeros(1, 1, dtype=torch.int64))
+        text, token_id = Decoding(model, state), int(logits_bto[0, -1].argmax())
         for _ in range(20_000):
             began = time.perf_counter()
-            logits_bto, state = model(token_bt, state)
-            token_bt = logits_bto[:, -1].argmax(-1, keepdim=True)
+            token_id = int(text.step([token_id])[0].argmax())
             seconds.append(time.perf_counter() - began)
     first, last = statistics.median(seconds[:2000]), statistics.median(seconds[-2000:])
     note = f"{1 / first:,.0f} tokens/s in the first tenth, {1 / last:,.0f} in the last"
     yield Row("decoding, last tenth over first", last / first, "x", 1.2, "<=", note)
+
+
+def decoding_speed(n_repeats: int) -> Iterator[Row]:
+    """Tokens/s that titans-mag reads one by one, alone and with 63 others: over the same by torch, and over a
+    full-attention transformer of its width and depth with 512 tokens in its cache. One thread, its own time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        config = load_config("titans-mag").tree
+        ours = build(config.model, config.memory, config.tokenizer.vocab_size, 0)
+        part = config.model.model_copy(update={"mixer": "attention", "sliding_window": None})
+        transformer = build(part, config.memory, config.tokenizer.vocab_size, 0)
+        for n_rows, asked in DECODED.items():
+            few, many = N_READ[n_rows]
+            candidates = {
+                "ours": timed(_reading(ours, n_rows, many), time.process_time),
+                "torch": timed(_in_torch(_reading(ours, n_rows, few)), time.process_time),
+                "full": timed(_in_torch(_reading(transformer, n_rows, few)), time.process_time),
+            }
+            seconds = medians(candidates, n_repeats=4 * n_repeats)
+            speed = {name: n_rows * (many if name == "ours" else few) / each for name, each in seconds.items()}
+            label = f"titans-mag, {n_rows} at once: decoding"
+            yield Row(label, speed["ours"], "tokens/s", asked)
+            for name, what, target in (("torch", "torch", None), ("full", "transformer at 512 tokens", 2.0)):
+                note = f"{speed['ours']:,.0f} against {speed[name]:,.0f} tokens/s"
+                yield Row(f"{label}, over {what}", speed["ours"] / speed[name], "x", target, note=note)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _reading(model: nn.Module, n_rows: int, n_tokens: int) -> Callable[[], object]:
+    """So many tokens of each row after a text of 512."""
+    generator = torch.Generator().manual_seed(0)
+    tokens_bt = torch.randint(model.get_parameter("embedding.weight").shape[0], (n_rows, 512), generator=generator)
+    with torch.no_grad():
+        _, state = model(tokens_bt)
+    columns = tokens_bt[:, :n_tokens].T.tolist()
+
+    def step() -> None:
+        rows = Decoding(model, state)
+        for token_ids in columns:
+            rows.step(token_ids)
+
+    return step
+
+
+def _in_torch(step: Callable[[], object]) -> Callable[[], object]:
+    """The same without the native core."""
+
+    def plain() -> None:
+        with force_reference():
+            step()
+
+    return plain
 
 
 def start(n_repeats: int) -> Iterator[Row]:

@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
     "compositions": (compositions.compositions,),
     "hope": (compositions.hope, compositions.hope_decoding),
     "levels": (compositions.levels,),
-    "decode": (model.decoding, memory.token),
+    "decode": (model.decoding, model.decoding_speed, memory.token),
     "data": (batches.batches,),
     "snapshot": (snapshot.snapshots, safety.safety),
     "seeds": (seeds.seeds,),

@@ -4,12 +4,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from meristem.cli.answer import Json, json_line
 from meristem.cli.sample import AnyCheckpoint
+from meristem.errors import WrongValue
 
 if TYPE_CHECKING:
     from meristem.bench.measure import Row
@@ -319,36 +320,46 @@ def serve(
         int, typer.Option("--idle", min=0, help="Sessions on the disk that nobody uses, some 0.6 MB each; 0 for none.")
     ] = 10_000,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements behind each median of tokens/s.")] = 3,
+    part: Annotated[
+        list[str] | None,
+        typer.Option("--part", help="Measure this alone, and keep the rest of the page. May be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a server under load from a second process, and write a page. Exit code 1 when a target is missed.
 
     Tokens/s and the time from token to token of 1, 8 and 64 sessions, beside the same batch without a server; time per
     token at the beginning and at the end of a long session; /healthz while a long text is read; memory over many
-    requests; going on with one of many idle sessions, which need 6 GB in $TMPDIR. It takes most of an hour.
+    requests; going on with one of many idle sessions, which need 6 GB in $TMPDIR. It takes most of an hour. Its parts
+    are speeds, long, health, requests and idle; the page is written after each.
 
     \b
     Examples:
       meristem bench serve --out docs/serve-bench.md
+      meristem bench serve --part speeds --part health --out docs/serve-bench.md
       meristem bench serve --long 10000 --idle 100 --requests 1000 --text 100000
       meristem bench serve runs/latest --sessions 1 --sessions 16 --json
     """
-    from meristem.bench.serving.study import Sizes, measure, report_of, write
+    from meristem.bench.serving.study import PARTS, Sizes, measure, read, report_of, write
     from meristem.checkpoint.atomic import require_replaceable
 
+    if unknown := set(part or ()) - set(PARTS):
+        raise WrongValue(f"there is no part '{min(unknown)}'; there are {', '.join(PARTS)}.", key="part")
     out.parent.mkdir(parents=True, exist_ok=True)
     require_replaceable(out)
     sizes = Sizes(tuple(sorted(session or Sizes.sessions)), tokens, long, text, requests, idle, repeats)
-    rows: list[Row] = []
+    earlier, command = read(out) if part else None, " ".join(["meristem", *sys.argv[1:]])
     say = (lambda line: None) if as_json else typer.echo
-    for row in measure(sizes, checkpoint, say):
-        rows.append(row)
-        say(_line(row))
-    report = report_of(rows, sizes, " ".join(["meristem", *sys.argv[1:]]))
-    write(out, report)
+    parts: list[dict[str, Any]] = []
+    for found in measure(sizes, part or [*PARTS], checkpoint, say, lambda row: say(_line(row))):
+        parts.append(found)
+        report = report_of(parts, command, earlier)
+        write(out, report)
+    if not parts:
+        raise WrongValue("every part is left out. Give one of them a size above 0.", key="part")
     if as_json:
         json_line(report)
-    if any(row.is_met is False for row in rows):
+    if any(row["is_met"] is False for found in parts for row in found["rows"]):
         raise typer.Exit(1)
 
 

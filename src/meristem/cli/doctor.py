@@ -98,6 +98,17 @@ def _devices(run_root: Path) -> Iterator[Item]:
         yield Item(f"device {name}", "fail" if "fp32" in failed else "ok", f"computes in {working}{reasons}")
 
 
+def _native(run_root: Path) -> Iterator[Item]:
+    from meristem.native.library import core
+
+    found, name = core(), "native core"
+    if found.library is None:
+        drawback = "memories on the CPU run as tensor code, at less than half the speed"
+        yield Item(name, "warn", f"not used: {found.said}; {drawback}")
+    else:
+        yield Item(name, "ok", found.said)
+
+
 def _room(run_root: Path) -> Iterator[Item]:
     from meristem.device.limits import available_bytes
 
@@ -171,4 +182,4 @@ def _tokenizers(run_root: Path) -> Iterator[Item]:
         yield Item(f"tokenizer {kind}", "ok" if is_lossless else "fail", detail)
 
 
-_LOOKS = (_python, _torch, _devices, _room, _clock, _extras, _plugins, _tokenizers)
+_LOOKS = (_python, _torch, _devices, _native, _room, _clock, _extras, _plugins, _tokenizers)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from meristem.cli.answer import Json, answer, pairs, tell
-from meristem.cli.sample import Checkpoint
+from meristem.cli.sample import AnyCheckpoint, Checkpoint
 
 app = typer.Typer(help="Write a trained model for other programs.")
 
@@ -36,4 +36,25 @@ def hf(
     from meristem.export import hf as folders
 
     made = folders.export(run, to, form=form, emit=tell)
+    answer(made._asdict() | {"path": str(made.path)}, as_json, pairs)
+
+
+@app.command()
+def edge(
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write; it must not exist.")],
+    run: AnyCheckpoint = None,
+    web: Annotated[bool, typer.Option("--web", help="With a page that goes on with a session in a browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a folder that reads on without Python: weights, a C library with one header, an example, a page.
+
+    \b
+    Examples:
+      meristem export edge runs/latest --to edge
+      meristem export edge --web --to edge
+    """
+    from meristem.export import edge as folders
+    from meristem.models.shipped import DIRECTORY
+
+    made = folders.export(run or DIRECTORY, to, web=web, emit=tell)
     answer(made._asdict() | {"path": str(made.path)}, as_json, pairs)

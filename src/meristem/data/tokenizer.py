@@ -124,6 +124,17 @@ class Tokenizer:
             return b"".join(map(self._token, given))  # which says what it is that is none
         return b"".join([tokens[token_id] for token_id in given])
 
+    def ids_with(self, byte: int) -> frozenset[int]:
+        """The ids that stand for bytes of which this is one."""
+        if byte not in self._holding:
+            held = bytes([byte])
+            self._holding[byte] = frozenset(at for at, token in enumerate(self.tokens) if held in token)
+        return self._holding[byte]
+
+    @cached_property
+    def _holding(self) -> dict[int, frozenset[int]]:
+        return {}
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids of a whole text; bytes that are not UTF-8, as half a character at the end, show as
         U+FFFD."""
@@ -203,15 +214,15 @@ class Portions:
 
 
 class Decoder:
-    """Text from ids one at a time: a character appears when its last byte has come."""
+    """Text from ids as they come: a character appears when its last byte has come."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, token_id: int) -> str:
-        """The characters that this id completes; often none or several."""
-        return self._characters.decode(self._tokenizer.decode_bytes([token_id]))
+    def feed(self, *token_ids: int) -> str:
+        """The characters that these ids complete; often none or several."""
+        return self._characters.decode(self._tokenizer.decode_bytes(token_ids))
 
     def finish(self) -> str:
         """What is left: U+FFFD when the ids ended inside a character."""

@@ -116,7 +116,7 @@ def most_momentum(rule: Rule, usual: Tensor) -> Tensor:
     Where momentum does not go on into the memory as it is, it only has to stay below 1.
     """
     least, most = MOMENTA
-    return least + (most - least) * usual.sqrt() if _is_coasting(rule) else torch.full_like(usual, most)
+    return least + (most - least) * usual.sqrt() if is_coasting(rule) else torch.full_like(usual, most)
 
 
 class Bounded(NamedTuple):
@@ -140,7 +140,7 @@ def within(rule: Rule, log_retain: Tensor, write: Tensor, log_momentum: Tensor |
         log_retain = -(torch.hypot(log_retain, least) if rule.has_retain_gate else least)
     retain = log_retain.exp()
     if log_momentum is not None and most is not None:
-        log_most = most.log() + log_retain if _is_coasting(rule) else most.log()
+        log_most = most.log() + log_retain if is_coasting(rule) else most.log()
         # A retain of 0 has no logarithm to compare with.
         log_momentum = log_momentum - _excess(log_momentum - log_most.clamp_min(LOG_NOTHING))
         momentum = log_momentum.exp()
@@ -156,7 +156,7 @@ def within(rule: Rule, log_retain: Tensor, write: Tensor, log_momentum: Tensor |
     return Bounded(retain, write, momentum, log_retain, log_momentum)
 
 
-def _is_coasting(rule: Rule) -> bool:
+def is_coasting(rule: Rule) -> bool:
     """The momentum goes on into the memory as it is."""
     return rule.update.name == "momentum"
 

@@ -1,8 +1,9 @@
 """From logits to ids: how the next token is drawn, and the loop that draws many."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from functools import partial
+from typing import Final
 
 import torch
 from jaxtyping import Float, Int
@@ -10,10 +11,17 @@ from torch import Tensor, nn
 
 from meristem.errors import NonFinite, ShapeError, WrongValue
 from meristem.memory.state import State
+from meristem.models.decoding import Decoding, Reader
 from meristem.shapes import Tokens
 
 COLDEST: Final = torch.finfo(torch.float32).tiny
 """The smallest temperature that float32 can divide by on every device; below it the likeliest token is taken."""
+
+WARMEST: Final = torch.finfo(torch.float32).max
+"""The largest temperature that float32 can divide by."""
+
+LIKELIEST: Final = 256
+"""So many shares are put in order at first, which is a tenth of the work of all; all where that is not enough."""
 
 BEGINNING: Final = "\n"
 """What is read before a text that has nothing before it."""
@@ -48,32 +56,95 @@ class Sampling:
         return self.temperature < COLDEST or self.top_k == 1
 
 
-class Drawn(NamedTuple):
-    """One token that was drawn, and the state of the model that has read everything before it."""
+@dataclass(frozen=True)
+class Drawn:
+    """One token that was drawn.
+
+    make_state: gives ``state``, which few ask for.
+    """
 
     token_id: int
-    state: State
+    make_state: Callable[[], State]
+
+    @property
+    def state(self) -> State:
+        """The state of the model that has read everything before the token, as it was then."""
+        return self.make_state()
 
 
 def choose(logits_bo: Float[Tensor, "b o"], sampling: Sampling, generator: torch.Generator) -> Int[Tensor, " b"]:
-    """One id per row. ``generator`` must live where the logits do; taking the likeliest draws nothing from it.
+    """One id per row, as ``choose_rows``. ``generator`` must live where the logits do; taking the likeliest draws
+    nothing from it.
 
-    p_i = softmax((x_i - max x) / temperature), cut by top_p, then top_k. A logit of -inf is never drawn; ``NonFinite``
-    where the largest is not finite.
+    A logit of -inf is never drawn; ``NonFinite`` where the largest is not finite.
     """
     if not logits_bo.amax(-1).isfinite().all():
         raise NonFinite("the model's prediction is not finite, so no token can be drawn. Use another checkpoint.")
     if sampling.is_greedy:
         return logits_bo.argmax(-1)
-    sorted_bo, ids_bo = logits_bo.float().sort(-1, descending=True)
+    # Not every device has float64: two numbers of 24 bits are one of 48.
+    pairs_b2 = torch.rand(len(logits_bo), 2, generator=generator, device=logits_bo.device)
+    uniforms = [high + low * 2.0**-24 for high, low in pairs_b2.tolist()]
+    return choose_rows(logits_bo, [sampling] * len(uniforms), uniforms)
+
+
+def choose_rows(
+    logits_bo: Float[Tensor, "b o"], samplings: Sequence[Sampling], uniforms: Sequence[float]
+) -> Int[Tensor, " b"]:
+    """One id per row, each with settings and a number in [0, 1) of its own; what a row gives depends on no other.
+
+    p_i = softmax((x_i - max x) / temperature), 0 where top_p or top_k leaves i out; the id is the first at which
+    p_0 + ... + p_i exceeds ``uniform`` times the sum of all. A logit of -inf is never drawn; the largest
+    has to be finite.
+    """
+    drawn = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
+    if not drawn:
+        return logits_bo.argmax(-1)
+    if len(drawn) == len(samplings):
+        return _drawn(logits_bo, samplings, uniforms)
+    chosen_b = logits_bo.argmax(-1)
+    chosen_b[drawn] = _drawn(logits_bo[drawn], [samplings[row] for row in drawn], [uniforms[row] for row in drawn])
+    return chosen_b
+
+
+def _drawn(
+    logits_bo: Float[Tensor, "b o"], samplings: Sequence[Sampling], uniforms: Sequence[float]
+) -> Int[Tensor, " b"]:
+    """Ids where no row takes the likeliest. Only operations whose bits are those of each row alone stand here."""
+    logits_bo = logits_bo.float()
+    temperatures = [[min(sampling.temperature, WARMEST)] for sampling in samplings]
+    temperature_b1 = torch.tensor(temperatures, dtype=torch.float32, device=logits_bo.device)
     # The likeliest is subtracted first: a quotient of what is left may be -inf, which is a share of 0, but never inf.
-    share_bo = ((sorted_bo - sorted_bo[:, :1]) / sampling.temperature).softmax(-1)
-    is_kept_bo = share_bo.cumsum(-1) - share_bo < sampling.top_p
-    is_kept_bo[:, :1] = True
-    if sampling.top_k:
-        is_kept_bo[:, sampling.top_k :] = False
-    place_b1 = torch.multinomial(share_bo * is_kept_bo, 1, generator=generator)
-    return ids_bo.gather(-1, place_b1)[:, 0]
+    # On the CPU, since sums on a GPU come in any order.
+    share_bo = ((logits_bo - logits_bo.amax(-1, keepdim=True)) / temperature_b1).softmax(-1).cpu()
+    cut = [row for row, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
+    if cut:
+        share_bo[cut] = _cut(share_bo[cut], [samplings[row] for row in cut])
+    cumulative_bo = share_bo.cumsum(-1, dtype=torch.float64)
+    total_b1 = cumulative_bo[:, -1:]
+    part_b1 = torch.tensor(uniforms, dtype=torch.float64)[:, None] * total_b1
+    # A product that was rounded up to the total would be exceeded by none.
+    part_b1 = part_b1.minimum(total_b1.nextafter(torch.zeros_like(total_b1)))
+    return torch.searchsorted(cumulative_bo, part_b1, right=True)[:, 0].to(logits_bo.device)
+
+
+def _cut(share_bo: Float[Tensor, "b o"], samplings: Sequence[Sampling]) -> Float[Tensor, "b o"]:
+    """The shares, 0 where top_p or top_k leaves an id out; ids as likely as the last that stays, stay too."""
+    n_ids = share_bo.shape[-1]
+    most_b1 = torch.tensor([[min(sampling.top_k or n_ids, n_ids)] for sampling in samplings])
+    held = [[sampling.top_p if sampling.top_p < 1 else float("inf")] for sampling in samplings]
+    held_b1 = torch.tensor(held, dtype=torch.float64)
+
+    def last_of(largest_bo: Tensor) -> Tensor:
+        # The likeliest always stays: its place is the first, however little is to be held.
+        return torch.searchsorted(largest_bo.cumsum(-1, dtype=torch.float64), held_b1).minimum(most_b1 - 1)
+
+    largest_bo = share_bo.topk(min(n_ids, LIKELIEST)).values
+    last_b1 = last_of(largest_bo)
+    if int(last_b1.max()) >= largest_bo.shape[-1]:
+        largest_bo = share_bo.sort(descending=True).values
+        last_b1 = last_of(largest_bo)
+    return share_bo.where(share_bo >= largest_bo.gather(-1, last_b1), 0)
 
 
 def generate(
@@ -96,8 +167,26 @@ def generate(
             f"Call generate for each row.",
             found=tuple(tokens_bt.shape),
         )
-    for _ in range(max_tokens):
-        with torch.no_grad():
-            logits_bto, state = model(tokens_bt, state)
-        tokens_bt = choose(logits_bto[:, -1], sampling, generator)[:, None]
-        yield Drawn(int(tokens_bt), state)
+    if not max_tokens:
+        return
+    with torch.no_grad():
+        logits_bto, begun = model(tokens_bt, state)
+    decoding, logits_bo, read = Decoding(model, begun), logits_bto[:, -1], list[int]()
+    while True:
+        token_id = int(choose(logits_bo, sampling, generator))
+        if decoding.refusal:
+            yield Drawn(token_id, partial(State, decoding.state))
+        else:
+            yield Drawn(token_id, partial(_state_after, model, begun, read, len(read)))
+        if len(read) + 1 == max_tokens:
+            return
+        logits_bo = decoding.step([token_id])
+        read.append(token_id)
+
+
+def _state_after(reader: Reader, begun: State, read: Sequence[int], n: int) -> State:
+    """The state after the first ``n`` of the tokens read since ``begun``, read once more: to the bit what it was."""
+    again = Decoding(reader, begun)
+    for token_id in read[:n]:
+        again.step([token_id])
+    return again.state

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from meristem.errors import DiskFull, RunError
 from meristem.events import Emit, Event, silent
 from meristem.serve.access import Caller
+from meristem.serve.connection import outlet_of
 from meristem.serve.metrics import Metrics
 from meristem.sinks.jsonl import JsonLines
 
@@ -95,6 +96,8 @@ class Journal:
             raise
         finally:
             seconds = time.monotonic() - begun
+            outlet = outlet_of(scope)
+            n_out += outlet.n_bytes if outlet else 0
             line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "request": request_id,

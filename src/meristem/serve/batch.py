@@ -1,5 +1,8 @@
 """Rows of many sessions that read one token together, and which numbers of rows give each the bits it has alone.
 
+The native core (``models.decoding``) gives a row the same bits in a batch of any size, whatever the others have read.
+Where it does not take a model, torch reads rows that are alike.
+
 A matrix product sums in another order for another number of rows: of one or two rows torch makes other bits than of
 four, and of a width that is no multiple of a vector register the last elements of a batch are others. So a row never
 reads alone in a batch of one: alone, it is repeated to the least size of ``exact_sizes``, and a larger batch is used
@@ -14,7 +17,8 @@ from torch import Tensor, nn
 
 from meristem.device.random import stream as random_stream
 from meristem.memory.state import State, alike_by, clone, flatten, join_rows, put_rows, select_rows, take_rows
-from meristem.serve.moment import Reader, portion
+from meristem.models.decoding import Decoding, Reader
+from meristem.serve.moment import portion
 from meristem.shapes import Tokens
 
 Owner = TypeVar("Owner")
@@ -78,6 +82,49 @@ class Batch(Generic[Owner]):
         with torch.no_grad():
             logits_bto, self.state = self.reader(tokens_bt, self.state)
         return logits_bto[:, -1]
+
+
+class NativeBatch(Generic[Owner]):
+    """Rows of one reader that the native core reads, whatever each has read; as many as there are owners.
+
+    A row that has lost its owner is read once more at most, and then has no place.
+    """
+
+    def __init__(self, reader: Reader, rows: Sequence[tuple[Decoding, Owner]]) -> None:
+        """rows: one each, which the core takes."""
+        (self._rows, first), *others = rows
+        self.reader = reader
+        self.owners: list[Owner | None] = [first]
+        self.add(others)
+
+    @property
+    def size(self) -> int:
+        return len(self.owners)
+
+    def taken(self) -> Iterator[tuple[int, Owner]]:
+        """The places with an owner."""
+        return ((at, owner) for at, owner in enumerate(self.owners) if owner is not None)
+
+    def add(self, rows: Sequence[tuple[Decoding, Owner]]) -> None:
+        """Give places to more rows, each with its owner."""
+        if rows:
+            self._rows.extend([row for row, _ in rows])
+            self.owners += [owner for _, owner in rows]
+
+    def close_up(self) -> None:
+        """Leave no place without an owner; there must be one with."""
+        if None in self.owners:
+            places = [at for at, _ in self.taken()]
+            self._rows.select(places)
+            self.owners = [self.owners[at] for at in places]
+
+    def row(self, at: int) -> State:
+        """A copy of the state of one row."""
+        return self._rows.row(at)
+
+    def read(self, token_ids: Sequence[int]) -> Tensor:
+        """One token for each row; the predictions of the next, ``(size, vocabulary)``."""
+        return self._rows.step(token_ids)
 
 
 def exact_sizes(reader: Reader, n_ids: int, most: int, device: torch.device | str = "cpu") -> tuple[int, ...]:

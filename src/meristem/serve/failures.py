@@ -1,7 +1,8 @@
 """Errors as the OpenAI API says them, and a bound on what a request may send."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
@@ -41,6 +42,8 @@ MOST_BODY_S: Final = 300.0
 """How long a request may take to send it."""
 
 RETRY_AFTER_S: Final = 1
+LONGEST_PLACE: Final = 200
+"""Characters of a path that an error repeats."""
 
 
 class NoModel(WrongValue):
@@ -127,8 +130,10 @@ def answer_failures(app: FastAPI) -> None:
         return _invalid(error) if isinstance(error, RequestValidationError) else failure_of(error)
 
     async def refused(request: Request, error: Exception) -> Response:
-        status, detail = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "")
-        return failure(status, str(detail), "invalid_request_error")
+        status, detail = (error.status_code, str(error.detail)) if isinstance(error, HTTPException) else (500, "")
+        asked = f"{request.method} {request.url.path[:LONGEST_PLACE]}"
+        said = f"{asked}: {detail}. /openapi.json lists what there is." if status in (404, 405) else detail
+        return failure(status, said, "invalid_request_error")
 
     async def failed(request: Request, error: Exception) -> Response:
         return failure_of(error)
@@ -141,13 +146,21 @@ def answer_failures(app: FastAPI) -> None:
 
 def _invalid(error: RequestValidationError) -> JSONResponse:
     """The first thing that is wrong with a request."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"][1:]]
+    first, *others = error.errors()
     if first["type"] == "json_invalid":
         return failure(400, f"the body is not JSON: {first['ctx']['error']}.", "invalid_request_error", code="bad_json")
-    param = ".".join(place) or None
-    message = f"{param or 'the body'}: {first['msg']}"
+    param = _field(first["loc"])
+    wrong = dict.fromkeys(each["msg"] for each in (first, *others) if _field(each["loc"]) == param)
+    if first["type"] == "extra_forbidden":
+        wrong = {"there is no such field here; leave it out": None}
+    message = f"{param or 'the body'}: {', or '.join(wrong)}."
     return failure(400, message, "invalid_request_error", param=param, code=str(first["type"]))
+
+
+def _field(place: Sequence[str | int]) -> str | None:
+    """The name of a field, without the types that were tried where it takes several."""
+    names = takewhile(lambda part: part not in ("str", "constrained-str") and "[" not in part, map(str, place[1:]))
+    return ".".join(names) or None
 
 
 class LimitBody:

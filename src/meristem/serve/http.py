@@ -27,12 +27,13 @@ from meristem.models.online import Learn
 from meristem.safety.policy import NO_POLICY, Policy
 from meristem.serve.access import METRICS, Access, Asking, Caller, Guard
 from meristem.serve.access_log import AccessLog, Journal
+from meristem.serve.connection import Outlet, outlet_of
 from meristem.serve.engine import Ended, Engine, Order
 from meristem.serve.failures import FAILURES, LimitBody, NoModel, answer_failures, failure, failure_of
 from meristem.serve.metrics import Metrics
 from meristem.serve.moment import FRESH, portion
 from meristem.serve.openai import ChatRequest, CompletionRequest, Shape, Usage
-from meristem.serve.replies import Choice, Conversation, Piece, Wish, texts_of
+from meristem.serve.replies import Choice, Conversation, Piece, Sink, Wish, texts_of
 from meristem.serve.session import memory_view
 from meristem.serve.sessions import LONGEST_NAME, MOST_KEPT_IDS, Said, SessionRecord, Sessions, TurnRecord
 from meristem.serve.sharing import PLACE, PLACE_HEADER, SESSION_HEADER
@@ -76,7 +77,7 @@ class Served:
         return self.sessions.tokenizer
 
     def warm_up(self) -> None:
-        """Find the batches in which the model is exact, write one token, and be ready."""
+        """Have the engine prepare for the model, write one token, and be ready."""
         try:
             for learn in ("memory", "none"):
                 self.engine.prepare(self.sessions.reader(learn))
@@ -344,13 +345,16 @@ async def _answer(
         )
     is_chat = isinstance(asked, ChatRequest)
     shape = Shape(served.name, served.tokenizer, is_chat=is_chat, has_logprobs=has_logprobs)
-    come = _exchange(served, asked.session, caller, prompts, asked.wish(served.sampling))
+    outlet = outlet_of(request.scope) if asked.stream else None
+    short = None if outlet is None else _Short(outlet, shape, has_usage=asked.has_usage_chunk)
+    come = _exchange(served, asked.session, caller, prompts, asked.wish(served.sampling), short)
     if not asked.stream:
         found = await _unless_gone(request, _gathered(come))
         return JSONResponse(shape.whole(found))
     # Until the first token has come an error is an answer of its own; later it is the last event of the stream.
     first = await _unless_gone(request, anext(come))
-    return StreamingResponse(_events(shape, first, come, asked.has_usage_chunk), media_type="text/event-stream")
+    events = _events(shape, first, come, asked.has_usage_chunk, short)
+    return StreamingResponse(events, media_type="text/event-stream")
 
 
 async def _complete(served: Served, request: Request, asked: CompletionRequest, caller: Caller) -> Response:
@@ -359,9 +363,15 @@ async def _complete(served: Served, request: Request, asked: CompletionRequest, 
 
 
 async def _exchange(
-    served: Served, session_id: str | None, caller: Caller, prompts: Sequence[_Prompt], wish: Wish
+    served: Served,
+    session_id: str | None,
+    caller: Caller,
+    prompts: Sequence[_Prompt],
+    wish: Wish,
+    sink: Sink | None,
 ) -> AsyncGenerator[list[Item], None]:
-    """What has come: the pieces of all replies, then how each choice ended, then what was read and written.
+    """What has come: the pieces of all replies but for those that a sink takes, then how each choice ended, then what
+    was read and written.
 
     With a session the turn is on the disk before its end is given; broken off earlier, nothing of it is. Of a reply
     that the policy blocks nothing is either: the session stays as it was.
@@ -376,15 +386,13 @@ async def _exchange(
                 ids = served.tokenizer.begin(ids) or served.tokenizer.encode(BEGINNING)
             reader = sessions.reader() if record is None else sessions.reader(record.learn, record.learning)
             order = Order(reader, moment, tuple(ids), portion(sessions.model), deadline_s=served.deadline_s)
-            conversation = Conversation(served.engine, served.tokenizer, served.policy)
+            conversation = Conversation(served.engine, served.tokenizer, served.policy, sink=sink, n_before=at * wish.n)
             stack.callback(conversation.close)
-            choices, pieces = [], []
+            choices = []
             async for items in conversation.write(order, wish):
-                come = [item._replace(choice=at * wish.n + item.choice) if at else item for item in items]
-                choices += [item for item in come if isinstance(item, Choice)]
-                if own := [item for item in come if isinstance(item, Piece)]:
-                    pieces += own
-                    yield list(own)
+                choices += [item for item in items if isinstance(item, Choice)]
+                yield [item for item in items if isinstance(item, Piece)]
+            pieces = conversation.pieces
             n_read += len(ids)
             n_drawn += sum(choice.end.n_drawn for choice in choices)
             if record is not None and choices[0].is_blocked:
@@ -392,7 +400,7 @@ async def _exchange(
             elif record is not None:
                 end, stop = choices[0].end, choices[0].stop
                 # Of a reply that is not given as it was drawn, no view of its tokens is given either.
-                drawn = () if choices[0].is_redacted else [piece.token.token_id for piece in pieces if piece.token]
+                drawn = () if choices[0].is_redacted else [token.token_id for piece in pieces for token in piece.tokens]
                 said = Said(
                     text=prompt.text,
                     reply=texts_of(pieces, 1)[0],
@@ -432,27 +440,51 @@ async def _gathered(come: AsyncIterator[list[Item]]) -> list[Item]:
 
 
 async def _events(
-    shape: Shape, first: list[Item], come: AsyncGenerator[list[Item], None], has_usage: bool
+    shape: Shape, first: list[Item], come: AsyncGenerator[list[Item], None], has_usage: bool, short: "_Short | None"
 ) -> AsyncIterator[bytes]:
     """The reply as server-sent events, what has come together in one piece. Whoever stops listening ends it before its
     next token."""
-
-    def events(items: list[Item]) -> bytes:
-        return b"".join(_event(chunk) for item in items for chunk in shape.chunks(item, has_usage=has_usage))
-
     try:
-        if found := events(first):
-            yield found
-        async for items in come:
+        items: list[Item] | None = first
+        while items is not None:
             # A token that completes no character has no event.
-            if found := events(items):
+            if found := _event_bytes(shape, items, has_usage):
                 yield found
+            # What was yielded has been written: until more is, the short way is free.
+            if short is not None:
+                short.is_free = True
+            items = await anext(come, None)
+            if short is not None:
+                short.is_free = False
     except Exception as error:  # noqa: BLE001 - the status is sent already, so that any error is an event
         yield _event(json.loads(bytes(failure_of(error).body)))
         return
     finally:
         await come.aclose()
     yield DONE
+
+
+@dataclass
+class _Short:
+    """The short way of the events of a reply. is_free: nothing is on its way on the long one, which would be
+    overtaken."""
+
+    outlet: Outlet
+    shape: Shape
+    has_usage: bool
+    is_free: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        return self.is_free and self.outlet.is_open
+
+    def take(self, pieces: Sequence[Piece]) -> None:
+        if found := _event_bytes(self.shape, pieces, self.has_usage):
+            self.outlet.write(found)
+
+
+def _event_bytes(shape: Shape, items: Sequence[Item], has_usage: bool) -> bytes:
+    return b"".join([_event(chunk) for item in items for chunk in shape.chunks(item, has_usage=has_usage)])
 
 
 def _event(body: dict[str, Any]) -> bytes:

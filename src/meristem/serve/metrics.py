@@ -2,7 +2,6 @@
 
 import threading
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -13,7 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from meristem.device import limits
-from meristem.serve.engine import Engine, Job, Reason
+from meristem.serve.engine import Engine, Reason
 from meristem.serve.sessions import Sessions
 
 SHORT_S: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -104,14 +103,12 @@ class Metrics:
         self._n_read.inc(n_tokens)
         self._nats.add(nats / n_tokens, n_tokens)
 
-    def drew(self, jobs: Sequence[Job], now: float) -> None:
-        self._n_drawn.inc(len(jobs))
-        # Those that are in their first round are few; of the others most drew in the same round before this one.
-        for drawn_at, n in Counter(job.drawn_at for job in jobs if job.n_drawn).items():
-            self._gap.add(now - drawn_at, n)
-        for job in jobs:
-            if not job.n_drawn:
-                self._first.add(now - job.begun_at)
+    def drew(self, n_tokens: int, gap_s: float, firsts_s: Sequence[float]) -> None:
+        self._n_drawn.inc(n_tokens)
+        if n_tokens > len(firsts_s):
+            self._gap.add(gap_s, n_tokens - len(firsts_s))
+        for seconds in firsts_s:
+            self._first.add(seconds)
 
     def ended(self, reason: Reason, seconds: float) -> None:
         self._ends.labels(reason).inc()

@@ -3,9 +3,9 @@
 How a moment reads on, and how it is put into a session file and comes back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointMismatch
 from meristem.memory.state import State, as_tensors, from_tensors, size_bytes
+from meristem.models.decoding import Decoding, Reader
 from meristem.models.load import of_today
 from meristem.serve import store
-from meristem.shapes import Logits, Tokens
 from meristem.train.loss import cross_entropy
 
 READ_AT_ONCE: Final = 512
 """Tokens per forward while reading, which bounds what a long text needs."""
-
-Reader: TypeAlias = Callable[[Tokens, State | None], tuple[Logits, State]]
-"""A model as a session reads it: ``models.online.online_reader``."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,30 @@ def read(
     with torch.no_grad():
         logits_bto, state = reader(tokens_bt, moment.state)
     return Moment(state, logits_bto[:, -1].clone(), moment.n_tokens + len(token_ids)), logits_bto
+
+
+class Continuation:
+    """A moment that is read on token by token.
+
+    logits_bo, n_tokens: the prediction of the next token, and the tokens read so far.
+    """
+
+    def __init__(self, reader: Reader, moment: Moment) -> None:
+        """moment: one at which something was read."""
+        self._decoding = Decoding(reader, moment.state or {})
+        self.logits_bo, self.n_tokens = moment.logits_bo, moment.n_tokens
+
+    def read(self, token_id: int) -> Tensor:
+        """Read a token; the prediction of the next, ``(1, vocabulary)``."""
+        self.logits_bo = self._decoding.step([token_id])
+        self.n_tokens += 1
+        return self.logits_bo
+
+    @property
+    def moment(self) -> Moment:
+        """Where it stands now."""
+        logits_bo = None if self.logits_bo is None else self.logits_bo.clone()
+        return Moment(self._decoding.state, logits_bo, self.n_tokens)
 
 
 def surprise(before_bo: Tensor | None, logits_bto: Tensor, token_ids: Sequence[int]) -> float:

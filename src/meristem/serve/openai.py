@@ -186,7 +186,7 @@ class Shape:
         if isinstance(item, Choice):
             said = {} if self.is_chat else {"text": ""}
             yield {**head, "choices": [self._chunk(item.choice, said, reason=item.finish)]}
-        elif item.text or (self.has_logprobs and item.token):
+        elif item.text or (self.has_logprobs and item.tokens):
             said = {"content": item.text} if self.is_chat else {"text": item.text}
             yield {**head, "choices": [self._chunk(item.choice, said, [item])]}
 
@@ -197,7 +197,7 @@ class Shape:
         return {"index": choice, **body, "logprobs": self._logprobs(choice, pieces), "finish_reason": reason}
 
     def _logprobs(self, choice: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
-        tokens = [piece.token for piece in pieces if piece.token]
+        tokens = [token for piece in pieces for token in piece.tokens]
         if not self.has_logprobs or not tokens:
             return None
         if self.is_chat:

@@ -2,20 +2,22 @@
 
 import asyncio
 import secrets
+import threading
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from meristem.data.chat import END_OF_REPLY, ends_of
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import MeristemError, WorkerTimeout
 from meristem.models.generate import Sampling
-from meristem.safety.policy import NO_POLICY, Policy
+from meristem.safety.policy import NO_POLICY, Policy, PolicyStream
 from meristem.serve.draw import Drawn
 from meristem.serve.engine import Ended, Engine, Job, Order
-from meristem.serve.stops import StopTexts
+from meristem.serve.stops import EVERY, StopTexts
 
 MOST_UNREAD: Final = 1024
 """Tokens that wait for a slow reader; with more of them the reply is given up."""
@@ -24,13 +26,16 @@ MOST_UNREAD: Final = 1024
 HELD_S: Final = 0.05
 """How long what is drawn may wait for more, so that it is sent together. Twenty times a second is fast to read."""
 
+HELD_EACH_S: Final = 0.005
+"""The same for each reply that is on its way: where there are few, nothing is saved by sending them seldom."""
+
 
 class Piece(NamedTuple):
-    """What a token adds to a choice: often no text. token: None for text that was held back to the end."""
+    """What was added to a choice since the piece before: tokens, and the text that is sure with them, maybe none."""
 
     choice: int
     text: str
-    token: Drawn | None
+    tokens: tuple[Drawn, ...]
 
 
 class Choice(NamedTuple):
@@ -63,97 +68,233 @@ class Wish:
     is_reply: bool = False
 
 
+class _Reply:
+    """A choice on its way from the thread of the engine to the loop.
+
+    In the engine a token costs no more than to be kept. Text is made of many tokens together, by the loop when it sends
+    it; by the engine only where a token may end the reply.
+    """
+
+    __slots__ = (
+        *("_choice", "_stops", "_judged", "_hurry", "_deciding", "_drawn", "_has_begun", "_lock", "_text", "_tokens"),
+        "_end",
+    )
+
+    def __init__(self, choice: int, stops: StopTexts, judged: PolicyStream, hurry: Callable[[], None]) -> None:
+        self._choice, self._stops, self._judged, self._hurry = choice, stops, judged, hurry
+        self._deciding = stops.deciding if judged.rules is None else EVERY
+        self._drawn: deque[Drawn] = deque()
+        self._has_begun = False
+        # Under the lock: the text that is sure, the tokens that it was made of and the end.
+        self._lock = threading.Lock()
+        self._text, self._tokens = "", list[Drawn]()
+        self._end: Ended | None = None
+
+    @property
+    def n_unread(self) -> int:
+        """Tokens that nobody took yet."""
+        return len(self._drawn) + len(self._tokens)
+
+    @property
+    def has_come(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._drawn or self._tokens or self._text or self._end)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last that there is to take is the end."""
+        return self._end is not None
+
+    def drawn(self, token: Drawn) -> bool:
+        """Keep a token; whether the reply ends with it. In the thread of the engine, as ``ended``."""
+        self._drawn.append(token)
+        if not self._has_begun:
+            self._has_begun = True
+            self._hurry()
+        if token.token_id not in self._deciding:
+            return False
+        with self._lock:
+            self._read()
+            return self._stops.found is not None or self._judged.blocked is not None
+
+    def ended(self, end: Ended) -> None:
+        with self._lock:
+            self._read()
+            self._text += self._judged.feed(self._stops.finish()) + self._judged.finish()
+            self._end = end
+        self._hurry()
+
+    def take(self) -> list[Piece | Choice]:
+        """What has come; in the loop."""
+        found: list[Piece | Choice] = []
+        with self._lock:
+            self._read()
+            if self._tokens or self._text:
+                found.append(Piece(self._choice, self._text, tuple(self._tokens)))
+                self._text, self._tokens = "", []
+            if self._end is not None:
+                is_blocked = self._judged.blocked is not None
+                is_redacted = any(hit.action == "redact" for hit in self._judged.hits)
+                found.append(Choice(self._choice, self._end, self._stops.found, is_blocked, is_redacted))
+                self._end = None
+        return found
+
+    def _read(self) -> None:
+        """Make text of the tokens that were kept."""
+        tokens = [self._drawn.popleft() for _ in range(len(self._drawn))]
+        if tokens:
+            self._text += self._judged.feed(self._stops.feed(*(token.token_id for token in tokens)))
+            self._tokens += tokens
+
+
 class _Post:
-    """What another thread gives to an event loop, which is handed over together.
+    """Has an event loop look for what another thread has made, for all who wait in it together.
 
     Every call into the loop is a system call that wakes it, and then the two threads take the interpreter from each
     other: once for every token of every row it would cost as much as a third of the tokens.
     """
 
-    def __init__(self) -> None:
-        self._given: deque[tuple[asyncio.Queue[Any], object]] = deque()
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        # Weak: of every loop there is one of these, for as long as there is the loop.
+        self._loop = weakref.ref(loop)
+        self._readers: set[Conversation] = set()
         self._is_called = self._is_urgent = self._is_looking = False
         self._next_look: asyncio.TimerHandle | None = None
 
-    def put(self, queue: "asyncio.Queue[Any]", item: object, *, is_urgent: bool) -> None:
-        """Keep something for a queue of the loop, until ``send``; what is urgent is not held."""
-        self._given.append((queue, item))
-        self._is_urgent |= is_urgent
+    def enter(self, reader: "Conversation") -> None:
+        """Look for what has come for it, too; in the loop."""
+        self._readers.add(reader)
 
-    def send(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Have the loop take what is there: at once, or when it looks next. RuntimeError where it has ended."""
-        if self._is_called or not self._given or (self._is_looking and not self._is_urgent):
+    def leave(self, reader: "Conversation") -> None:
+        """Look no longer for it; in the loop."""
+        self._readers.discard(reader)
+
+    def hurry(self) -> None:
+        """What there is now is not to wait for more: the next ``send`` wakes the loop."""
+        self._is_urgent = True
+
+    def send(self) -> None:
+        """Have the loop look: at once, or when it does next. In the thread that made what there is."""
+        loop = self._loop()
+        if loop is None or self._is_called or (self._is_looking and not self._is_urgent):
             return
         self._is_called, self._is_urgent = True, False
-        loop.call_soon_threadsafe(self._deliver, loop)
+        try:
+            loop.call_soon_threadsafe(self._look)
+        except RuntimeError:  # the loop has ended, and with it whoever waited
+            for reader in list(self._readers):
+                reader.give_up()
 
-    def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Hand over what is there; while something comes, look again every ``HELD_S``."""
-        # First: what is put after the last of it was taken is sent again.
-        self._is_called = self._is_looking = False
+    def _look(self) -> None:
+        """Wake those for whom something has come; while something comes, look again."""
+        # First: what is made after this has looked is sent again.
+        self._is_called = self._is_looking = self._is_urgent = False
         if self._next_look is not None:
             self._next_look.cancel()
             self._next_look = None
-        has_come = bool(self._given)
-        while self._given:
-            queue, item = self._given.popleft()
-            queue.put_nowait(item)
-        if has_come:
-            self._next_look = loop.call_later(HELD_S, self._deliver, loop)
+        n_woken, loop = sum(reader.wake() for reader in self._readers), self._loop()
+        if n_woken and loop is not None:
+            self._next_look = loop.call_later(min(HELD_S, HELD_EACH_S * n_woken), self._look)
             self._is_looking = True
 
 
 _posts: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, _Post]] = WeakKeyDictionary()
 
 
+class Sink(Protocol):
+    """Takes pieces at once, in the loop, where their reader would have to be woken for them."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes any now."""
+
+    def take(self, pieces: Sequence[Piece]) -> None:
+        """Takes them all."""
+
+
 class Conversation:
     """One request at the engine, for one reader in an event loop; ``close`` ends what is left of it.
 
-    policy: what it makes of each reply is given. seed: of the draws, a fresh one where none was given.
+    policy: what it makes of each reply is given. sink: takes pieces instead of the reader, while it is open. n_before:
+    choices that the reader was given before. seed: of the draws, a fresh one where none was given. pieces: all that
+    were given.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, policy: Policy = NO_POLICY) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        policy: Policy = NO_POLICY,
+        *,
+        sink: Sink | None = None,
+        n_before: int = 0,
+    ) -> None:
         self.engine, self.tokenizer, self.policy = engine, tokenizer, policy
-        self.seed = 0
-        self._queue = asyncio.Queue[Piece | Choice]()
-        self._loop = asyncio.get_running_loop()
-        self._post = _posts.setdefault(self._loop, _Post())
+        self.seed, self.pieces = 0, list[Piece]()
+        self._sink, self._n_before = sink, n_before
+        loop = asyncio.get_running_loop()
+        self._post = _posts.setdefault(loop, _Post(loop))
         self._jobs: list[Job] = []
+        self._replies: list[_Reply] = []
+        self._has_come = asyncio.Event()
 
     async def read(self, order: Order) -> Ended:
         """Read a text without a reply."""
-        done = asyncio.Queue[Ended]()
-
-        def ended(end: Ended) -> None:
-            self._post.put(done, end, is_urgent=True)
-            self._send()
-
-        self._submit(replace(order, max_tokens=0, ended=ended))
-        return _require_whole(await done.get())
+        only_read = Wish(max_tokens=0, sampling=order.sampling)
+        (end,) = [item.end async for items in self._all(order, only_read) for item in items if isinstance(item, Choice)]
+        return end
 
     async def write(self, order: Order, wish: Wish) -> AsyncIterator[list[Piece | Choice]]:
         """What has come of all choices, pieces and each choice when it has ended; the text is read once."""
         self.seed = secrets.randbits(63) if wish.random_seed is None else wish.random_seed
         if wish.n > 1 and order.token_ids:
             order = replace(order, moment=(await self.read(order)).moment, token_ids=())
-        for choice in range(wish.n):
-            self._begin(order, wish, choice)
+        async for items in self._all(order, wish):
+            yield items
+
+    def close(self) -> None:
+        """End what is still at work, before its next token."""
+        self.give_up()
+        self._post.leave(self)
+
+    def give_up(self) -> None:
+        """The same, and stay to hear of the end; from any thread."""
+        for job in self._jobs:
+            job.cancel()
+
+    def wake(self) -> bool:
+        """Have what has come be taken; whether there was something. Whoever takes too little is given up."""
+        if not any(reply.has_come for reply in self._replies):
+            return False
+        if self._sink and self._sink.is_open and not any(reply.has_ended for reply in self._replies):
+            self._sink.take([item for item in self._take() if isinstance(item, Piece)])
+            return True
+        self._has_come.set()
+        if sum(reply.n_unread for reply in self._replies) > MOST_UNREAD:
+            self.give_up()
+        return True
+
+    def _take(self) -> list[Piece | Choice]:
+        found = [item for reply in self._replies for item in reply.take()]
+        self.pieces += [item for item in found if isinstance(item, Piece)]
+        return found
+
+    async def _all(self, order: Order, wish: Wish) -> AsyncIterator[list[Piece | Choice]]:
+        """What has come of all choices, until each has ended."""
+        self._replies = [self._reply(wish, choice) for choice in range(wish.n)]
+        self._post.enter(self)
+        for choice, reply in enumerate(self._replies):
+            self._submit(order, wish, choice, reply)
         n_left = wish.n
         while n_left:
-            items = [await self._queue.get()]
-            while not self._queue.empty():
-                items.append(self._queue.get_nowait())
-            yield items
+            await self._has_come.wait()
+            self._has_come.clear()
+            yield (items := self._take())
             for end in [item.end for item in items if isinstance(item, Choice)]:
                 _require_whole(end)
                 n_left -= 1
 
-    def close(self) -> None:
-        """End what is still at work, before its next token."""
-        for job in self._jobs:
-            job.cancel()
-
-    def _begin(self, order: Order, wish: Wish, choice: int) -> None:
+    def _reply(self, wish: Wish, choice: int) -> _Reply:
         is_laid_out = wish.is_reply and self.tokenizer.chat_template is None
         stops = StopTexts(
             self.tokenizer,
@@ -161,49 +302,28 @@ class Conversation:
             is_trimmed=wish.is_reply,
             ends=ends_of(self.tokenizer),
         )
-        judged = self.policy.stream("output", self.engine.emit)
-        is_first = True
+        return _Reply(self._n_before + choice, stops, self.policy.stream("output", self.engine.emit), self._post.hurry)
 
-        def drawn(token: Drawn) -> bool:
-            nonlocal is_first
-            piece = Piece(choice, judged.feed(stops.feed(token.token_id)), token)
-            self._post.put(self._queue, piece, is_urgent=is_first)
-            is_first = False
-            if self._queue.qsize() > MOST_UNREAD:
-                self.close()
-            return stops.found is not None or judged.blocked is not None
-
+    def _submit(self, order: Order, wish: Wish, choice: int, reply: _Reply) -> None:
         def ended(end: Ended) -> None:
-            rest = judged.feed(stops.finish()) + judged.finish()
-            if rest:
-                self._post.put(self._queue, Piece(choice, rest, None), is_urgent=True)
-            is_redacted = any(hit.action == "redact" for hit in judged.hits)
-            choice_of = Choice(choice, end, stops.found, judged.blocked is not None, is_redacted)
-            self._post.put(self._queue, choice_of, is_urgent=True)
-            self._send()
+            reply.ended(end)
+            self._post.send()
 
-        self._submit(
-            replace(
-                order,
-                max_tokens=wish.max_tokens,
-                sampling=wish.sampling,
-                random_seed=self.seed,
-                choice=choice,
-                n_top=wish.n_top,
-                drawn=drawn,
-                handed=self._send,
-                ended=ended,
+        self._jobs.append(
+            self.engine.submit(
+                replace(
+                    order,
+                    max_tokens=wish.max_tokens,
+                    sampling=wish.sampling,
+                    random_seed=self.seed,
+                    choice=choice,
+                    n_top=wish.n_top,
+                    drawn=reply.drawn,
+                    handed=self._post.send,
+                    ended=ended,
+                )
             )
         )
-
-    def _submit(self, order: Order) -> None:
-        self._jobs.append(self.engine.submit(order))
-
-    def _send(self) -> None:
-        try:
-            self._post.send(self._loop)
-        except RuntimeError:  # the loop has ended, and with it whoever waited
-            self.close()
 
 
 def _require_whole(end: Ended) -> Ended:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from meristem.nn.self_reference import SelfReference
 from meristem.serve import store
 from meristem.serve.moment import (
     FRESH,
+    Continuation,
     Moment,
     identity,
     moment_of,
@@ -107,6 +108,15 @@ class Session:
         self._broken_off = frozenset[int]()
 
     @property
+    def _now(self) -> Moment:
+        """The moment at which the session stands; while it writes, with every token that it wrote."""
+        return self._moment if self._writing is None else self._writing.moment
+
+    @_now.setter
+    def _now(self, moment: Moment) -> None:
+        self._moment, self._writing = moment, cast(Continuation | None, None)
+
+    @property
     def turn(self) -> int:
         """Index of the last turn, a text fed or a reply written; 0 before the first."""
         return max(self._turns)
@@ -114,7 +124,7 @@ class Session:
     @property
     def n_tokens(self) -> int:
         """Tokens read so far, those the session wrote itself included."""
-        return self._now.n_tokens
+        return self._moment.n_tokens if self._writing is None else self._writing.n_tokens
 
     @property
     def size_bytes(self) -> int:
@@ -165,8 +175,7 @@ class Session:
         try:
             for _ in range(max_tokens):
                 token_id = int(choose(logits_bo, self.sampling, generator))
-                self._now, logits_bto = self._read(self._now, [token_id])
-                logits_bo = logits_bto[:, -1]
+                logits_bo = self._read_on(token_id)
                 piece = characters.feed(token_id)
                 written += piece
                 if piece:
@@ -200,6 +209,7 @@ class Session:
     def fork(self, name: str | None = None) -> "Session":
         """A second session that stands where this one stands; from here on neither knows of the other."""
         other = copy.copy(self)
+        other._now = self._now
         other._reader = online_reader(self.model, self.learn, cross_entropy, self.learning)
         other.id = uuid.uuid4().hex
         other.name = name or other.id[:8]
@@ -288,6 +298,7 @@ class Session:
         return next(self.model.parameters()).device
 
     def _end_turn(self) -> None:
+        self._now = self._now  # a reply ends here
         turns = {**self._turns, self.turn + 1: self._now}
         self._turns = {index: turns[index] for index in sorted(turns)[-KEPT_TURNS - 1 :]}
 
@@ -298,6 +309,12 @@ class Session:
             self._now, logits_bto = self._read(self._now, first)
             return logits_bto[:, -1]
         return self._now.logits_bo
+
+    def _read_on(self, token_id: int) -> Tensor:
+        """Read one token of a reply; the prediction of the next."""
+        if self._writing is None:
+            self._writing = Continuation(self._reader, self._moment)
+        return self._writing.read(token_id)
 
     def _read(self, moment: Moment, token_ids: Sequence[int]) -> tuple[Moment, Tensor]:
         """The moment after reading some tokens, and the prediction made at each of them."""

@@ -1,10 +1,23 @@
 """Text from drawn ids, up to the first of some texts that end it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
+from typing import Final
 
 from meristem.data.chat import END_OF_REPLY
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import WrongValue
+
+
+class _Every(Container[int]):
+    """Holds every id."""
+
+    def __contains__(self, token_id: object) -> bool:
+        return True
+
+
+EVERY: Final = _Every()
+_UNREADABLE: Final = "\N{REPLACEMENT CHARACTER}"
+"""What stands for bytes that are no character; any byte may complete it."""
 
 
 class StopTexts:
@@ -26,16 +39,20 @@ class StopTexts:
         if "" in stops:
             raise WrongValue("a stop text is empty, which would end every reply at once. Leave it out.", key="stop")
         self._characters, self._stops, self._is_trimmed = tokenizer.decoder(), tuple(stops), is_trimmed
-        self._waiting, self._ends = "", ends
+        self._waiting, self._ends = "", frozenset(ends)
+        self.deciding = _deciding(tokenizer, self._stops, self._ends)
         self.found: str | None = None
 
-    def feed(self, token_id: int) -> str:
-        """The text that is sure once this token has come; often none."""
-        if token_id not in self._ends:
-            return self._released(self._characters.feed(token_id))
-        rest = self.finish()
+    def feed(self, *token_ids: int) -> str:
+        """The text that is sure once these tokens have come; often none.
+
+        They may come one by one or many at once, as long as one of ``deciding`` is the last of its ``token_ids``.
+        """
+        if not token_ids or token_ids[-1] not in self._ends:
+            return self._released(self._characters.feed(*token_ids))
+        sure = self._released(self._characters.feed(*token_ids[:-1])) + self.finish()
         self.found = self.found or END_OF_REPLY
-        return rest
+        return sure
 
     def finish(self) -> str:
         """What was held back, if no stop came."""
@@ -63,6 +80,13 @@ class StopTexts:
         cut = len(self._waiting) - n_held
         sure, self._waiting = self._waiting[:cut], self._waiting[cut:]
         return sure
+
+
+def _deciding(tokenizer: Tokenizer, stops: Sequence[str], ends: frozenset[int]) -> Container[int]:
+    """A stop is complete when its last byte has come, so that only an id that holds it may complete it."""
+    if any(stop[-1] == _UNREADABLE for stop in stops):
+        return EVERY
+    return ends.union(*(tokenizer.ids_with(stop.encode()[-1]) for stop in stops))
 
 
 def _overlap(text: str, stop: str) -> int:

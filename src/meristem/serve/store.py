@@ -35,20 +35,24 @@ class SessionFile(NamedTuple):
 
 
 def pack(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> bytes:
-    """Tensors and header as the bytes of a session file.
+    """Tensors and header as the bytes of a session file."""
+    metadata = {
+        "schema": f"meristem.session/{migrate.version(HEADER)}",
+        "state": str(migrate.version(STATE)),
+        "session": canonical(header).decode(),
+    }
+    return sealed(tensors, metadata)
+
+
+def sealed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with a hash of all of it.
 
     The hash stands inside the file, so it is taken with its own 64 digits set to zero.
     """
     whole = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    metadata = {
-        "schema": f"meristem.session/{migrate.version(HEADER)}",
-        "state": str(migrate.version(STATE)),
-        "session": canonical(header).decode(),
-        "sha256": _NO_DIGEST.decode(),
-    }
-    content = safetensors.torch.save(whole, metadata)
+    content = safetensors.torch.save(whole, {**metadata, "sha256": _NO_DIGEST.decode()})
     digest = sha256(content).encode()
     return content.replace(_DIGEST_FIELD + _NO_DIGEST, _DIGEST_FIELD + digest, 1)
 

@@ -26,6 +26,7 @@ from meristem.memory.state import size_bytes
 from meristem.memory.structure import mlp, structures
 from meristem.memory.update import momentum, plain, updates
 from meristem.models.build import build, models
+from meristem.native.library import core
 from meristem.optim.groups import build as build_optimizer
 from meristem.recipes.plan import measure
 from meristem.recipes.plan.dry_run import PARTS, plan
@@ -109,15 +110,17 @@ def test_parameters_are_those_of_the_definition(load, preset, n):
     assert (report.n_parameters, report.n_trainable) == (n, n)
 
 
-@pytest.mark.parametrize("preset", ["titans-mag", "charformer"])
-def test_state_of_a_session_is_that_of_the_model(load, preset):
-    """The bytes a session keeps are those of the state that the real model gives back."""
+@pytest.mark.parametrize("preset, refused", [("titans-mag", ""), ("charformer", "it is a CharFormer")])
+def test_state_of_a_session_is_that_of_the_model(load, preset, refused):
+    """The bytes a session keeps are those of the state that the real model gives back; and it is said what reads on."""
     config = load(preset, "data.batch_size=1", "data.seq_len=83", "model.n_layers=2", "device.dtype=fp32")
     session = plan(config, until="steps").session
     model = build(config.model, config.memory, 256, 0)
     _, state = model(torch.zeros(1, 82, dtype=torch.int64))
     assert session.n_prompt == 82
     assert session.state_bytes == size_bytes(state)
+    reason = refused or ("" if core().library else f"there is no native core: {core().said}")
+    assert session.decoded_by.startswith(f"torch: {reason}" if reason else "native core")
 
 
 def test_work_of_the_whole_is_that_of_its_modules(load):

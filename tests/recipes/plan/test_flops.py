@@ -7,6 +7,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meristem.memory import Gates, named, run, scan
+from meristem.memory.kernels.select import force_reference
+from meristem.native.library import core, library
 from meristem.recipes.plan.ledger import Ledger
 
 
@@ -119,7 +121,27 @@ def chunked(name, b, h, n_chunks, c, d):
 @pytest.mark.parametrize("c, d", [(32, 31), (16, 61), (64, 33)])
 def test_exact_chunk_form_with_momentum(c, d):
     """About 6.5 C d + 6 d^2 multiply-adds per token and head (memory.md 4.11)."""
-    assert chunked("titans", 1, 1, 2, c, d) == pytest.approx(2 * 2 * c * (6.5 * c * d + 6 * d * d), rel=0.25)
+    with force_reference():
+        assert chunked("titans", 1, 1, 2, c, d) == pytest.approx(2 * 2 * c * (6.5 * c * d + 6 * d * d), rel=0.25)
+
+
+@pytest.mark.skipif(library() is None, reason=f"there is no native core: {core().said}")
+@pytest.mark.parametrize(
+    "name, per_level, triangles", [("titans", 6, 4), ("delta", 3, 4), ("gated_delta", 3, 4), ("hebbian", 2, 2)]
+)
+def test_the_native_core_works_on_triangles(name, per_level, triangles):
+    """Half of each product of tokens with tokens, nothing to invert: 2 C d + 6 d^2 with momentum; backwards twice that,
+    for the products of keys are kept."""
+    rule, (b, h, n, c, d) = named(name), (2, 3, 5, 16, 7)
+    n_gates = 1 + len(rule.init(1, 1, d, d))
+
+    def call():
+        keys, values, queries = (leaf(b, n * c, h, d) for _ in range(3))
+        gates = Gates(*(leaf(b, n * c, h) for _ in range(n_gates)))
+        return run(rule, rule.init(b, h, d, d), keys, values, queries, gates, form="exact_chunk", chunk=c)[0]
+
+    per_token = per_level * d * d + triangles * c / 2 * d
+    assert counted(call) == (2 * b * h * n * c * per_token, 2 * 2 * b * h * n * c * per_token)
 
 
 @pytest.mark.parametrize("name", ["hebbian", "delta", "gated_delta", "titans"])

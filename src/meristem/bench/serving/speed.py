@@ -9,12 +9,15 @@ from pydoc_data.topics import topics
 from random import Random
 from typing import Any, Final
 
+import torch
+
 from meristem.bench.measure import Row
 from meristem.bench.serving.client import Connection, Heard
 from meristem.bench.serving.server import Server
+from meristem.memory.state import join_rows
+from meristem.models.decoding import Decoding
 from meristem.models.generate import Sampling
 from meristem.models.load import Loaded
-from meristem.serve.batch import Batch
 from meristem.serve.draw import Drawn, Wanted, draw
 from meristem.serve.moment import FRESH, read
 
@@ -98,19 +101,19 @@ def spell_of(heard: Sequence[Heard]) -> Spell:
 
 def alone(loaded: Loaded, n_rows: int, n_tokens: int) -> float:
     """Tokens/s of a batch of so many rows that are read and drawn in this process, and nothing else."""
-    rows = []
+    states, logits = [], []
     for at in range(n_rows):
         moment, logits_bto = read(loaded.model, FRESH, loaded.tokenizer.encode(prose(300, first=1000 * at)))
-        rows.append((moment.state or {}, logits_bto[:, -1]))
-    batch = Batch.of(loaded.model, n_rows, [(state, at) for at, (state, _) in enumerate(rows)])
-    logits, randoms = [row_bo for _, row_bo in rows], [Random(at) for at in range(n_rows)]
-    sampling, began = Sampling(temperature=TEMPERATURE), 0.0
+        states.append(moment.state or {})
+        logits.append(logits_bto[:, -1])
+    rows, randoms = Decoding(loaded.model, join_rows(states)), [Random(at) for at in range(n_rows)]
+    logits_bo, sampling, began = torch.cat(logits), Sampling(temperature=TEMPERATURE), 0.0
+    wanted = [Wanted(sampling, own, None) for own in randoms]
     for step in range(N_WARM + n_tokens):
         if step == N_WARM:
             began = time.perf_counter()
-        found = draw([Wanted(row_bo, sampling, own, None) for row_bo, own in zip(logits, randoms, strict=True)])
-        logits_bo = batch.read([token.token_id for token in found if isinstance(token, Drawn)])
-        logits = list(logits_bo.split(1))
+        found = draw(logits_bo, wanted)
+        logits_bo = rows.step([token.token_id for token in found if isinstance(token, Drawn)])
     return n_rows * n_tokens / (time.perf_counter() - began)
 
 

@@ -23,7 +23,8 @@ from meristem.memory.forms.decay import Decay, Logs, between, compute_decay, com
 from meristem.memory.gates import Gates
 from meristem.memory.kernels.chunk_solve import Solved, Weights, solve, solve_back, sooner
 from meristem.memory.kernels.fla_delta import fla_delta
-from meristem.memory.kernels.select import choose_window, loop_kernel
+from meristem.memory.kernels.native_form import native_form
+from meristem.memory.kernels.select import choose_form, choose_window, loop_kernel
 from meristem.memory.rule import Rule
 from meristem.memory.state import Memory, full_precision
 from meristem.memory.update import momentum_name
@@ -117,6 +118,8 @@ def solved(
 ) -> tuple[Values, Memory]:
     """The chunk form of a linear rule; is_frozen: with every residual measured at the memory that enters the chunk."""
     keys_bthk, values_bthv, queries_bthk = inputs
+    if choose_form(keys_bthk, values_bthv) == "native":
+        return native_form(rule, memory, inputs, gates, chunk=chunk, is_frozen=is_frozen)
     batch, n_time, heads = keys_bthk.shape[:3]
     chunk = min(chunk, n_time)
     address_bthk, wanted_bthk = rule.structure.address(keys_bthk), rule.structure.address(queries_bthk)

@@ -1,6 +1,8 @@
-"""Which code runs a sequence or its chunk loop: plain tensor code, our Triton kernel, or the kernels of ``fla-core``.
+"""Which code runs a sequence or its chunk loop: plain tensor code, the native core, our Triton kernel, or the kernels
+of ``fla-core``.
 
-    reference   plain tensor code: any device, any width, any dtype, and whatever is being compiled
+    reference   plain tensor code: any device, any width, any dtype
+    native      ``native_form``: the whole form in compiled code on a CPU, forward and backward
     triton      ``titans_triton``: the chunk loop in one launch instead of a handful per chunk; exact float32
     fla         ``fla_delta``: delta and gated delta as a whole; its products round to TF32
 
@@ -12,19 +14,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from meristem.memory.rule import Rule
+from meristem.native.library import core
 from meristem.shapes import Keys, Values
 
-Backend = Literal["reference", "triton", "fla"]
+Backend = Literal["reference", "native", "triton", "fla"]
 
 WIDTHS = (16, 32, 64, 128)
 """Chunks and widths that the Triton kernel takes: its tiles are powers of two, its products no narrower than 16, and
@@ -36,19 +40,62 @@ DELTA = ("matrix", "squared", "decay", "plain")
 _is_forced: ContextVar[bool] = ContextVar("force_reference", default=False)
 
 
+@dataclass
+class _Forced:
+    """How many ``force_reference`` the process is inside of: what the compiler can check, which knows no contexts."""
+
+    depth: int = 0
+
+
+_forced: Final = _Forced()
+
+
 @contextmanager
 def force_reference() -> Iterator[None]:
-    """Plain tensor code inside, whatever is installed; a backward pass runs as its forward pass did."""
+    """Plain tensor code inside, whatever is installed; a backward pass runs as its forward pass did.
+
+    What is compiled while any thread is inside is plain as well, and is compiled anew afterwards.
+    """
     token = _is_forced.set(True)
+    _forced.depth += 1
     try:
         yield
     finally:
+        _forced.depth -= 1
         _is_forced.reset(token)
+
+
+def is_forced() -> bool:
+    """Whether ``force_reference`` is in effect."""
+    return _is_forced.get()
 
 
 def choose_window(rule: Rule, keys_bthk: Keys, values_bthv: Values) -> Backend:
     """What runs a whole sequence: ``fla``, or ``reference`` for the form's own code."""
     return "reference" if _is_plain() or fla_refusals(rule, keys_bthk, values_bthv) else "fla"
+
+
+def choose_form(keys_bthk: Keys, values_bthv: Values) -> Backend:
+    """What runs the chunk form of a linear rule: ``native`` or ``reference``. The compiler sees it as one operation."""
+    is_forced = _forced.depth > 0 if torch.compiler.is_compiling() else _is_forced.get()
+    return "reference" if is_forced or native_refusals(keys_bthk, values_bthv) else "native"
+
+
+def native_refusals(keys_bthk: Keys, values_bthv: Values) -> list[str]:
+    """Why the native core cannot run the form on these tensors; empty when it can."""
+    reasons = {
+        f"the device is {keys_bthk.device.type}": keys_bthk.device.type == "cpu",
+        f"the memory is {keys_bthk.dtype}": keys_bthk.dtype in (torch.float32, torch.float64),
+        "there is nothing to read": keys_bthk.numel() > 0 and values_bthv.numel() > 0,
+    }
+    return [reason for reason, is_met in reasons.items() if not is_met] + _why_no_core()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_no_core() -> list[str]:
+    if _interprets():
+        return ["Triton's interpreter is on"]
+    return [] if core().library is not None else [f"there is no native core: {core().said}"]
 
 
 def choose_loop(key_nhck: Float[Tensor, "n h c k"], value_nhcv: Float[Tensor, "n h c v"]) -> Backend:
@@ -101,7 +148,7 @@ def fla_refusals(rule: Rule, keys_bthk: Keys, values_bthv: Values) -> list[str]:
 
 def _is_plain() -> bool:
     """No kernel may run. The compiler is checked first: it cannot trace the other check, and fuses plain code well."""
-    return torch.compiler.is_compiling() or _is_forced.get()
+    return torch.compiler.is_compiling() or is_forced()
 
 
 def _interprets() -> bool:

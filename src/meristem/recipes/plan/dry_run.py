@@ -17,6 +17,8 @@ from meristem.device.limits import available_bytes, total_bytes
 from meristem.device.resolve import NAMES, Device, resolve
 from meristem.errors import MeristemError, OutOfDeviceBytes, exit_code
 from meristem.events import silent
+from meristem.models.build import build as build_model
+from meristem.models.packed import refusal_as_built
 from meristem.recipes.plan import rehearse, table
 from meristem.recipes.plan.fit import extrapolate
 from meristem.recipes.plan.ledger import failing_line
@@ -34,6 +36,7 @@ from meristem.recipes.plan.report import (
     size,
 )
 from meristem.recipes.plan.text import look
+from meristem.runs.backend import choose_backend
 from meristem.runs.config import Config
 from meristem.train.rollback import n_snapshots
 
@@ -106,7 +109,10 @@ def build(draft: Draft) -> PartOutcome:
     parameters = list(model.parameters())
     draft.sections["n_parameters"] = sum(p.numel() for p in parameters)
     draft.sections["n_trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
-    return PartOutcome(name="build", outcome="ok", message=f"{draft.sections['n_parameters']:,} parameters")
+    chosen = choose_backend(model, draft.config, draft.device.device, None)
+    by = {"native": "; memories by the native core: ", "reference": "; memories by tensor code: "}
+    said = by[chosen.name] + chosen.why if chosen.name in by else ""
+    return PartOutcome(name="build", outcome="ok", message=f"{draft.sections['n_parameters']:,} parameters{said}")
 
 
 def rehearse_steps(draft: Draft) -> PartOutcome:
@@ -268,4 +274,6 @@ def _session(draft: Draft) -> SessionFigures:
     lengths = tuple(draft.step.samples) if draft.step.is_fitted and takes_line else (n_prompt,)
     readings = {n: rehearse.read(draft.config, draft.vocabulary, draft.device, n_prompt=n) for n in lengths}
     figures = extrapolate({n: reading.figures() for n, reading in readings.items()}, n_prompt)
-    return SessionFigures(n_prompt=n_prompt, **figures)
+    with torch.device("meta"):
+        reason = refusal_as_built(build_model(draft.config.model, draft.config.memory, draft.vocabulary, 0))
+    return SessionFigures(n_prompt=n_prompt, decoded_by=f"torch: {reason}" if reason else "native core", **figures)

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from meristem.device.resolve import Device
+from meristem.native.operations import PROBES  # it registers the operations as well
 
-aten = torch.ops.aten
+aten, core = torch.ops.aten, torch.ops.meristem
 
 Formula = Callable[..., int]
 
@@ -149,6 +150,36 @@ def _outer(start: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *args: 
     return 2 * left.numel() * right.numel()
 
 
+def _chunk_form(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: Any, **kwargs: object) -> int:
+    """The products of ``native/form.hpp``: per token with memory and momentum, and triangles of every chunk."""
+    *_, moving, chunk, probe, _, _ = rest
+    per_level, triangles = _parts_of_form(query, values.shape[-1], chunk)
+    levels, is_solved = 1 if moving is None else 2, probe == PROBES["token"]
+    n_levels = 2 * levels + _probed(levels, probe)
+    return per_level * n_levels + triangles * (1 + is_solved) * (query.shape[-1] + values.shape[-1])
+
+
+def _chunk_form_backward(query: torch.Tensor, *rest: Any, **kwargs: object) -> int:
+    """Twice the products of the forward pass: those of keys with keys and queries are kept."""
+    *_, d_read, _, d_last_moving, chunk, probe, _ = rest
+    per_level, triangles = _parts_of_form(query, d_read.shape[-1], chunk)
+    levels, is_solved = 1 if d_last_moving is None else 2, probe == PROBES["token"]
+    n_levels = 4 * levels + 2 * _probed(levels, probe)
+    return per_level * n_levels + triangles * 2 * (1 + is_solved) * (query.shape[-1] + d_read.shape[-1])
+
+
+def _parts_of_form(query: torch.Tensor, value_width: int, chunk: int) -> tuple[int, int]:
+    """Operations of one product of all tokens with a memory, and of one triangle of every chunk for each channel."""
+    b, t, h, k = query.shape
+    whole, rest = divmod(t, chunk)
+    return 2 * b * t * h * k * value_width, b * h * (whole * chunk**2 + rest**2)
+
+
+def _probed(levels: int, probe: int) -> int:
+    """With how many of memory and momentum keys are multiplied for the residuals."""
+    return {PROBES["never"]: 0, PROBES["start"]: 1, PROBES["token"]: levels}[probe]
+
+
 FORMULAS: dict[OpOverloadPacket, Formula] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -164,4 +195,6 @@ FORMULAS: dict[OpOverloadPacket, Formula] = {
     aten.addmv_: _added_matrix_vector,
     aten.addr: _outer,
     aten.addr_: _outer,
+    core.chunk_form: _chunk_form,
+    core.chunk_form_backward: _chunk_form_backward,
 }

@@ -98,13 +98,17 @@ class Training(ConfigSection):
 
 
 class SessionFigures(ConfigSection):
-    """One reader: the prompt read in one call, then one token."""
+    """One reader: the prompt read in one call, then one token.
+
+    decoded_by: what reads token by token on a CPU, and if it is not the native core, why.
+    """
 
     n_prompt: int
     state_bytes: int
     state_bytes_after_one_more: int
     flops_prefill: int
     flops_per_token: int
+    decoded_by: str
 
 
 class WhatIf(ConfigSection):
@@ -294,6 +298,7 @@ def _totals(report: PlanReport) -> Section:
         rows.append(("state per session", size(session.state_bytes) + (", growing with the text" if grows else "")))
         prompt = f"{session.n_prompt} tokens in one call: {amount(session.flops_prefill)}FLOP"
         rows.append(("work per read token", f"{amount(session.flops_per_token)}FLOP; {prompt}"))
+        rows.append(("token by token on a CPU", session.decoded_by))
     return Section("Totals", ("figure", "value"), tuple(rows))
 
 

@@ -10,24 +10,31 @@ const HINTS = ["Ada lives in Oslo.", "Bruno works as a baker.", "Where does Ada 
 
 const at = (id) => document.getElementById(id);
 const memory = memoryView();
-const now = { sessions: [], session: null, turns: [], isBusy: false, abort: null };
+const now = { sessions: [], session: null, turns: [], waiting: [], isBusy: false, abort: null };
 
-/** Do something for the user: controls rest meanwhile, and what is refused is said. */
+/**
+ * Do something for the user when what was asked for before is done: controls rest meanwhile, and what is refused is said.
+ * After a refusal nothing that waits is done, so that the user sees it first.
+ */
 async function act(work) {
-  if (now.isBusy) return;
+  now.waiting.push(work);
+  if (now.isBusy) return showControls();
   now.isBusy = true;
-  memory.pause();
-  at("wrong").hidden = true;
-  showControls();
-  try {
-    await work();
-  } catch (error) {
-    complain(error);
-  } finally {
-    now.isBusy = false;
-    memory.resume();
+  while (now.waiting.length) {
+    const next = now.waiting.shift();
+    memory.pause();
+    at("wrong").hidden = true;
     showControls();
+    try {
+      await next();
+    } catch (error) {
+      now.waiting = [];
+      complain(error);
+    }
   }
+  now.isBusy = false;
+  memory.resume();
+  showControls();
 }
 
 function complain(error) {
@@ -46,7 +53,7 @@ function showControls() {
   for (const id of ["save", "fork", "forget"]) at(id).disabled = isBusy || !session?.turn;
   at("delete").disabled = isBusy || !session;
   at("send").hidden = isWriting;
-  at("send").disabled = isBusy;
+  at("waiting").textContent = now.waiting.length ? "It will be sent after this." : "";
   at("stop").hidden = !isWriting;
   at("log").setAttribute("aria-busy", String(isWriting));
   for (const button of document.querySelectorAll("#list button, #turns button, #new")) button.disabled = isBusy;
@@ -153,9 +160,10 @@ function inspect(turn) {
 }
 
 async function send() {
-  const text = at("message").value.trim();
-  if (!text) return at("message").focus();
+  if (!at("message").value.trim()) return at("message").focus();
   await act(async () => {
+    const text = at("message").value.trim();
+    if (!text) return; // it was sent while this waited
     if (!now.session) {
       const name = text.length > LONGEST_NAME ? `${text.slice(0, LONGEST_NAME - 1)}…` : text;
       now.session = await ask("/v1/sessions", { method: "POST", body: { name, learn: at("learn").value } });
@@ -165,12 +173,13 @@ async function send() {
     try {
       await (isOnlyRead ? read(text) : reply(text));
     } catch (error) {
-      // A turn is kept whole or not at all: what was not read is there to be sent again.
-      at("message").value = text;
+      // A turn is kept whole or not at all: what was not read is there to be sent again, before what was typed since.
+      at("message").value = [text, at("message").value].filter(Boolean).join("\n");
       if (error.name !== "AbortError") {
         await refresh().catch(() => {});
         throw error;
       }
+      now.waiting = [];
       await refresh();
       at("status").textContent = "Stopped. Nothing of this turn was kept.";
       at("turns").append(element("li", { class: "notice small" }, "Stopped. Nothing of this turn was kept; your message is back in the field."));

@@ -294,7 +294,9 @@ function signed(value) {
 function times(value) {
   const factor = Math.exp(Math.abs(value));
   if (factor < 1.005) return "neither likelier nor less likely";
-  const said = factor < 1e4 ? Number(factor.toPrecision(2)).toLocaleString("en") : factor.toExponential(0).replace("e+", " · 10^");
+  // As a power it is said of the logarithm: a long reply can be likelier by more than a number holds.
+  const power = String(Math.round(Math.abs(value) / Math.LN10));
+  const said = factor < 1e4 ? Number(factor.toPrecision(2)).toLocaleString("en") : `some 10${[...power].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("")}`;
   return `${said} times ${value > 0 ? "as likely" : "less likely"}`;
 }
 

@@ -1,0 +1,320 @@
+// The plain C interface of the native core: what Python binds by ctypes. One file, compiled once for each processor level
+// (src/meristem/native/build.py), without torch and without any library but that of the compiler.
+//
+// The interface has a version, ABI. Raise it here and in src/meristem/native/library.py when a function or a structure
+// changes. What runs the form keeps no pointer after it has returned, allocates nothing, and returns 0 or a reason.
+#include <atomic>
+#include <system_error>
+#include <thread>
+
+#include "decode.hpp"
+#include "form.hpp"
+
+#define MERISTEM_EXPORT extern "C" __attribute__((visibility("default")))
+
+constexpr int ABI = 3;
+
+// Of the interface that this library was compiled with; the caller compares it before it calls anything else.
+MERISTEM_EXPORT int meristem_abi() { return ABI; }
+
+// Numbers of the widest vector in bytes: widths are padded to that.
+MERISTEM_EXPORT int meristem_vector_bytes() { return meristem::VECTOR_BYTES; }
+
+// ---- the exact chunk form ----
+
+// A tensor [row, time, head, width], or [row, head, ...] without time, by its strides in numbers; ``at`` is null where there
+// is none. The last axis has no gaps.
+struct MeristemView {
+  void* at;
+  int64_t row, time, head;
+};
+
+// What both passes are given. memory, moving (the momentum), and what is like them: [row, head, key, value]. The last
+// are what the backward pass reads again: new_values [row head, chunks, chunk, value], K K^T and Q K^T, or Q K^T alone where
+// writes do not depend on each other [row head, chunks, 2 or 1, chunk, columns], and what entered [row head, chunks, levels key,
+// value]. Without them nothing is kept.
+struct MeristemForm {
+  int64_t rows, time, heads, key, value, chunk, threads;
+  int32_t levels, probe, reads_before, is_double;
+  MeristemView query, keys, values, retain, momentum, write, scale;
+  MeristemView memory, moving, read, last, last_moving;
+  void *new_values, *products, *entered;
+  void* scratch;
+  int64_t n_scratch_bytes;
+  MeristemView d_read, d_last, d_last_moving, d_query, d_keys, d_values, d_retain, d_momentum, d_write, d_scale, d_memory,
+      d_moving;
+};
+
+enum MeristemFault { FINE = 0, BAD_SIZES = 1, BAD_POINTERS = 2 };
+
+namespace {
+using namespace meristem;
+
+template <class T> T* at(const MeristemView& x, int64_t row, int64_t head, int64_t time = 0) {
+  return static_cast<T*>(x.at) + row * x.row + head * x.head + time * x.time;
+}
+
+// Rows of a chunk without gaps: those of the tensor, or a copy.
+template <class T>
+const T* packed(const MeristemView& x, int64_t row, int64_t head, int64_t time, int c, int width, T* copy) {
+  const T* from = at<T>(x, row, head, time);
+  if (x.time == width) return from;
+  for (int i = 0; i < c; ++i) std::memcpy(copy + i * width, from + i * x.time, width * sizeof(T));
+  return copy;
+}
+template <class T> void unpack(const T* from, const MeristemView& x, int64_t row, int64_t head, int64_t time, int c, int width) {
+  T* to = at<T>(x, row, head, time);
+  if (to == from) return;
+  for (int i = 0; i < c; ++i) std::memcpy(to + i * x.time, from + i * width, width * sizeof(T));
+}
+// e^-30: a factor of retain or momentum below it counts as it and has the gradient 0, as memory/gates.py says.
+constexpr double LEAST_FACTOR = 9.3576229688401746e-14;
+
+template <class T>
+void gate(const MeristemView& x, int64_t row, int64_t head, int64_t time, int c, T* to, double least = -INFINITY) {
+  if (!x.at) return std::fill(to, to + c, T(1));
+  const T* from = at<T>(x, row, head, time);
+  for (int i = 0; i < c; ++i) to[i] = from[i * x.time] < T(least) ? T(least) : from[i * x.time];  // NaN stays
+}
+template <class T>
+void ungate(const T* from, const MeristemView& x, int64_t row, int64_t head, int64_t time, int c,
+            const MeristemView* floored = nullptr) {
+  if (!x.at) return;
+  T* to = at<T>(x, row, head, time);
+  for (int i = 0; i < c; ++i) {
+    const bool counts = !floored || !(at<T>(*floored, row, head, time + i)[0] < T(LEAST_FACTOR));
+    to[i * x.time] = counts ? from[i] : T(0);
+  }
+}
+
+// ``work(thread, item)`` for every item, each by one thread alone: the bits do not depend on how many there are.
+template <class F> void share(int64_t n_items, int64_t n_threads, F work) {
+  std::atomic<int64_t> next{0};
+  const auto run = [&](int64_t thread) {
+    const Flushed flushed;
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < n_items;) work(thread, item);
+  };
+  constexpr int64_t MOST = 256;
+  std::thread others[MOST - 1];
+  int64_t n_others = 0;
+  try {
+    for (const int64_t wanted = std::min({n_threads, n_items, MOST}) - 1; n_others < wanted; ++n_others)
+      others[n_others] = std::thread(run, n_others + 1);
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that are there do the work.
+  }
+  run(0);
+  for (int64_t i = 0; i < n_others; ++i) others[i].join();
+}
+
+// What one thread works with: a chunk, and rows without gaps where a tensor has some.
+template <class T> struct Bench {
+  Chunk<T> chunk;
+  Saved<T> saved;  // where the backward pass wants none
+  T *keys, *query, *d_keys, *d_query, *d_read, *passing[2], *d_gates[4];
+
+  Bench(const Sizes& s, Arena& arena, bool is_backward) : chunk(s, arena) {
+    const int64_t rows = s.chunk, z = int64_t(s.levels) * s.key * s.value;
+    keys = arena.take<T>(rows * s.key);
+    query = arena.take<T>(rows * s.key);
+    for (T*& each : passing) each = arena.take<T>(z);
+    if (!is_backward) {
+      saved = {arena.take<T>(rows * s.value), arena.take<T>(rows * s.columns<T>()), arena.take<T>(rows * s.columns<T>())};
+      return;
+    }
+    d_keys = arena.take<T>(rows * s.key);
+    d_query = arena.take<T>(rows * s.key);
+    d_read = arena.take<T>(rows * s.value);
+    for (T*& each : d_gates) each = arena.take<T>(rows);
+  }
+};
+
+template <class T> class Form {
+ public:
+  explicit Form(const MeristemForm& form)
+      : f(form),
+        size{int(form.key), int(form.value), int(form.chunk), form.levels, Probe(form.probe), form.reads_before},
+        n((form.time + form.chunk - 1) / form.chunk),
+        square(form.chunk * size.columns<T>()),
+        n_squares(form.probe == TOKEN ? 2 : 1),
+        level(form.key * form.value),
+        z(form.levels * level) {}
+
+  int64_t scratch_bytes(bool is_backward) const {
+    Arena arena(nullptr);
+    Bench<T>(size, arena, is_backward);
+    return up(arena.used, 4096);
+  }
+
+  void forward() const {
+    const int64_t each = scratch_bytes(false);
+    share(f.rows * f.heads, f.threads, [&](int64_t thread, int64_t item) {
+      Arena arena(static_cast<char*>(f.scratch) + thread * each);
+      Bench<T> bench(size, arena, false);
+      const int64_t row = item / f.heads, head = item % f.heads;
+      T* first = enters(item, 0, bench);
+      std::memcpy(first, at<T>(f.memory, row, head), level * sizeof(T));
+      if (f.levels == 2) std::memcpy(first + level, at<T>(f.moving, row, head), level * sizeof(T));
+      for (int64_t m = 0; m < n; ++m) {
+        const int64_t time = m * f.chunk;
+        const int c = int(std::min(f.chunk, f.time - time));
+        gates(bench, row, head, time, c);
+        bench.chunk.forward(c, packed(f.keys, row, head, time, c, size.key, bench.keys),
+                            packed(f.query, row, head, time, c, size.key, bench.query), at<T>(f.values, row, head, time),
+                            f.values.time, enters(item, m, bench), leaves(item, m, bench), at<T>(f.read, row, head, time),
+                            f.read.time, f.entered ? saved(item, m) : bench.saved);
+      }
+      const T* last = leaves(item, n - 1, bench);
+      std::memcpy(at<T>(f.last, row, head), last, level * sizeof(T));
+      if (f.levels == 2) std::memcpy(at<T>(f.last_moving, row, head), last + level, level * sizeof(T));
+    });
+  }
+
+  void backward() const {
+    const int64_t each = scratch_bytes(true);
+    share(f.rows * f.heads, f.threads, [&](int64_t thread, int64_t item) {
+      Arena arena(static_cast<char*>(f.scratch) + thread * each);
+      Bench<T> bench(size, arena, true);
+      const int64_t row = item / f.heads, head = item % f.heads;
+      T *leaving = bench.passing[0], *entering = bench.passing[1];
+      std::memcpy(leaving, at<T>(f.d_last, row, head), level * sizeof(T));
+      if (f.levels == 2) std::memcpy(leaving + level, at<T>(f.d_last_moving, row, head), level * sizeof(T));
+      for (int64_t m = n - 1; m >= 0; --m) {
+        const int64_t time = m * f.chunk;
+        const int c = int(std::min(f.chunk, f.time - time));
+        gates(bench, row, head, time, c);
+        T* const d_keys = f.d_keys.time == size.key ? at<T>(f.d_keys, row, head, time) : bench.d_keys;
+        T* const d_query = f.d_query.time == size.key ? at<T>(f.d_query, row, head, time) : bench.d_query;
+        bench.chunk.backward(
+            c, packed(f.keys, row, head, time, c, size.key, bench.keys),
+            packed(f.query, row, head, time, c, size.key, bench.query), entered(item, m), saved(item, m),
+            packed(f.d_read, row, head, time, c, size.value, bench.d_read), leaving, entering,
+            {d_keys, d_query, at<T>(f.d_values, row, head, time), f.d_values.time, bench.d_gates[0], bench.d_gates[1],
+             bench.d_gates[2], bench.d_gates[3]});
+        unpack(d_keys, f.d_keys, row, head, time, c, size.key);
+        unpack(d_query, f.d_query, row, head, time, c, size.key);
+        ungate(bench.d_gates[0], f.d_retain, row, head, time, c, &f.retain);
+        if (f.levels == 2) ungate(bench.d_gates[1], f.d_momentum, row, head, time, c, &f.momentum);
+        ungate(bench.d_gates[2], f.d_write, row, head, time, c);
+        ungate(bench.d_gates[3], f.d_scale, row, head, time, c);
+        std::swap(leaving, entering);
+      }
+      std::memcpy(at<T>(f.d_memory, row, head), leaving, level * sizeof(T));
+      if (f.levels == 2) std::memcpy(at<T>(f.d_moving, row, head), leaving + level, level * sizeof(T));
+    });
+  }
+
+ private:
+  const MeristemForm& f;
+  const Sizes size;
+  const int64_t n, square, n_squares, level, z;
+
+  void gates(Bench<T>& bench, int64_t row, int64_t head, int64_t time, int c) const {
+    gate(f.retain, row, head, time, c, bench.chunk.retain, LEAST_FACTOR);
+    if (f.levels == 2) gate(f.momentum, row, head, time, c, bench.chunk.momentum, LEAST_FACTOR);
+    gate(f.write, row, head, time, c, bench.chunk.write);
+    gate(f.scale, row, head, time, c, bench.chunk.scale);
+  }
+  T* entered(int64_t item, int64_t m) const { return static_cast<T*>(f.entered) + (item * n + m) * z; }
+  // Where nothing is kept, two places by turns.
+  T* enters(int64_t item, int64_t m, Bench<T>& bench) const { return f.entered ? entered(item, m) : bench.passing[m % 2]; }
+  T* leaves(int64_t item, int64_t m, Bench<T>& bench) const {
+    return f.entered && m + 1 < n ? entered(item, m + 1) : bench.passing[(m + 1) % 2];
+  }
+  Saved<T> saved(int64_t item, int64_t m) const {
+    const int64_t at = item * n + m;
+    T* const products = static_cast<T*>(f.products) + at * n_squares * square;
+    return {static_cast<T*>(f.new_values) + at * f.chunk * f.value, products + (n_squares - 1) * square, products};
+  }
+};
+
+template <class F> void for_its_numbers(const MeristemForm& f, F call) {
+  if (f.is_double) call(Form<double>(f));
+  else call(Form<float>(f));
+}
+
+bool fits(const MeristemForm& f) {
+  const int64_t lanes = VECTOR_BYTES / (f.is_double ? 8 : 4), most = 1 << 20;
+  for (int64_t size : {f.rows, f.time, f.heads, f.key, f.value, f.chunk, f.threads})
+    if (size < 1) return false;
+  if (f.key % lanes || f.value % lanes || f.key > most || f.value > most || f.chunk > most) return false;
+  return f.chunk <= f.time && (f.levels == 1 || f.levels == 2) && f.probe >= NEVER && f.probe <= TOKEN &&
+         (f.reads_before == 0 || f.reads_before == 1);
+}
+int whole(const MeristemForm& f, bool is_backward, std::initializer_list<const void*> pointers) {
+  if (!fits(f)) return BAD_SIZES;
+  int fault = FINE;
+  for_its_numbers(f, [&](auto form) {
+    if (f.n_scratch_bytes < form.scratch_bytes(is_backward) * f.threads) fault = BAD_SIZES;
+  });
+  if (fault != FINE) return fault;
+  for (const void* each : pointers)
+    if (!each) return BAD_POINTERS;
+  if ((f.entered || is_backward) && !(f.entered && f.new_values && f.products)) return BAD_POINTERS;
+  return FINE;
+}
+}  // namespace
+
+// Bytes that one thread needs of ``scratch``; all threads stand behind each other. 0 where the sizes do not fit.
+MERISTEM_EXPORT int64_t meristem_form_scratch(const MeristemForm* form, int32_t is_backward) {
+  int64_t bytes = 0;
+  if (fits(*form)) for_its_numbers(*form, [&](auto run) { bytes = run.scratch_bytes(is_backward); });
+  return bytes;
+}
+
+// read, last and last_moving from query, keys, values, the gates, memory and moving; and what is kept, where there is a place.
+MERISTEM_EXPORT int meristem_form_forward(const MeristemForm* form) {
+  const MeristemForm& f = *form;
+  const bool moves = f.levels == 2;
+  const int fault = whole(f, false, {f.query.at, f.keys.at, f.values.at, f.write.at, f.memory.at, f.last.at, f.read.at,
+                                     f.scratch, moves ? f.momentum.at : form, moves ? f.moving.at : form,
+                                     moves ? f.last_moving.at : form});
+  if (fault == FINE) for_its_numbers(f, [](auto run) { run.forward(); });
+  return fault;
+}
+
+// The gradients, from those of read, last and last_moving; those of gates are written where there is a place for them.
+MERISTEM_EXPORT int meristem_form_backward(const MeristemForm* form) {
+  const MeristemForm& f = *form;
+  const bool moves = f.levels == 2;
+  const int fault = whole(f, true, {f.query.at, f.keys.at, f.write.at, f.scratch, f.d_read.at, f.d_last.at,
+                                    f.d_query.at, f.d_keys.at, f.d_values.at, f.d_memory.at, moves ? f.momentum.at : form,
+                                    moves ? f.d_last_moving.at : form, moves ? f.d_moving.at : form});
+  if (fault == FINE) for_its_numbers(f, [](auto run) { run.backward(); });
+  return fault;
+}
+
+// One token of a whole model (decode.hpp), in float32 and in float64. A decoder never changes and may serve several threads,
+// each with readers and room of its own; sizes are in numbers. ``open`` gives null where there is no memory for the weights;
+// ``step`` gives 1, and has done nothing, where a token is none of the vocabulary.
+#define MERISTEM_DECODER(NAME, T) \
+  MERISTEM_EXPORT void* meristem_decoder_open_##NAME( \
+      const meristem::decoding::ModelShape* model, const meristem::decoding::LayerShape* shapes, \
+      const meristem::decoding::ModelWeights<T>* ends, const meristem::decoding::LayerWeights<T>* layers) { \
+    try { \
+      return new meristem::decoding::Decoder<T>(*model, shapes, *ends, layers); \
+    } catch (const std::bad_alloc&) { \
+      return nullptr; \
+    } \
+  } \
+  MERISTEM_EXPORT void meristem_decoder_close_##NAME(meristem::decoding::Decoder<T>* decoder) { delete decoder; } \
+  MERISTEM_EXPORT int64_t meristem_decoder_block_##NAME(const meristem::decoding::Decoder<T>* decoder) { \
+    return decoder->block_size(); \
+  } \
+  MERISTEM_EXPORT int64_t meristem_decoder_logits_##NAME(const meristem::decoding::Decoder<T>* decoder) { \
+    return decoder->logits_stride(); \
+  } \
+  MERISTEM_EXPORT int64_t meristem_decoder_room_##NAME(const meristem::decoding::Decoder<T>* decoder, int64_t rows) { \
+    return decoder->room_size(rows); \
+  } \
+  MERISTEM_EXPORT void meristem_decoder_place_##NAME(const meristem::decoding::Decoder<T>* decoder, int64_t layer, \
+                                                     meristem::decoding::Place* place) { \
+    *place = decoder->place(layer); \
+  } \
+  MERISTEM_EXPORT int meristem_decoder_step_##NAME(const meristem::decoding::Decoder<T>* decoder, int64_t rows, \
+                                                   const int64_t* tokens, T* const* blocks, int64_t* n_read, T* logits, \
+                                                   T* room) { \
+    return !decoder->step(int(rows), tokens, blocks, n_read, logits, room); \
+  }
+MERISTEM_DECODER(f32, float)
+MERISTEM_DECODER(f64, double)

@@ -1,0 +1,1 @@
+"""The native core: memories and decoding on a CPU, compiled from ``native/`` and bound by ctypes."""

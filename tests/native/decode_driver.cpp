@@ -1,0 +1,105 @@
+// Steps of random small models under sanitizers: every mixer, combination and kind of rule, odd sizes, any number of rows,
+// rings that wrap, numbers that are none. Every buffer is exactly as large as the interface says, on the heap of its own.
+// Arguments: a seed, and how many models. Prints what was read; the sanitizers end it at the first fault.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+#include "core.cpp"
+
+namespace {
+using namespace meristem::decoding;
+
+std::mt19937_64 draw;
+int64_t any(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(draw); }
+
+template <class T> struct Held {
+  std::vector<std::unique_ptr<T[]>> all;
+  const T* of(int64_t n) {
+    all.emplace_back(new T[size_t(n)]);
+    std::normal_distribution<double> normal(0, any(0, 9) ? 0.3 : 100.0);
+    for (int64_t i = 0; i < n; ++i) all.back()[i] = any(0, 9999) ? T(normal(draw)) : T(NAN);
+    return all.back().get();
+  }
+};
+
+
+template <class T> LayerWeights<T> weights_of(const LayerShape& s, int64_t d, Held<T>& held) {
+  LayerWeights<T> w{};
+  const int64_t f = s.hidden;
+  w.mixer_norm = held.of(d); w.mlp_norm = held.of(d);
+  w.up = held.of((s.mlp == SWIGLU ? 2 : 1) * f * d); w.down = held.of(d * f);
+  if (s.mlp == GELU) { w.up_bias = held.of(f); w.down_bias = held.of(d); }
+  if (s.mixer != MEMORY) {
+    w.attention = held.of(3 * d * d); w.attention_out = held.of(d * d);
+    if (s.n_pinned) { w.pinned_keys = held.of(s.n_pinned * d); w.pinned_values = held.of(s.n_pinned * d); }
+  }
+  if (s.mixer == ATTENTION) return w;
+  const int64_t gates = (1 + s.has_retain_gate + s.has_momentum) * s.memory_heads, head = d / s.memory_heads;
+  w.memory = held.of(3 * d * d); w.conv = held.of(3 * d * s.taps); w.gates = held.of(gates * d); w.gate_bias = held.of(gates);
+  if (s.has_momentum) w.most_momentum = held.of(s.memory_heads);
+  const bool is_gate = s.mixer == GATE;
+  if (!is_gate) { w.memory_norm = held.of(head); w.open = held.of(d * d); w.open_bias = held.of(d); w.memory_out = held.of(d * d); }
+  if (!is_gate || s.combine == SIGMOID) return w;
+  w.memory_norm = held.of(s.combine == ADDITIVE ? head : d);
+  w.open_bias = held.of(d);
+  if (s.combine == NORMALISED || s.combine == PROJECTED) w.attention_norm = held.of(d);
+  if (s.combine == PROJECTED || s.combine == ADDITIVE) w.open = held.of(d * d);
+  return w;
+}
+
+LayerShape layer_of(int64_t d, int64_t heads, int64_t memory_heads) {
+  LayerShape s{};
+  s.mixer = any(0, 3); s.combine = any(0, 4); s.is_residual = any(0, 1); s.mlp = any(0, 1); s.hidden = any(1, 70);
+  if (s.mixer != MEMORY) { s.attention_heads = heads; s.span = any(1, 40); s.is_rotated = d / heads % 2 ? 0 : any(0, 1); s.n_pinned = any(0, 3) * any(0, 7); }
+  if (s.mixer == ATTENTION) return s;
+  s.memory_heads = memory_heads; s.taps = any(1, 5); s.is_writing = any(0, 7) > 0;
+  s.slope = double(any(0, 2)); s.write_limit = 1; s.curvature = double(any(0, 2)) / 2;
+  s.is_warm = any(0, 1); s.is_proximal = any(0, 1); s.reads_before = any(0, 1); s.has_momentum = any(0, 1);
+  s.is_coasting = s.has_momentum && any(0, 1); s.is_scaled = s.has_momentum && any(0, 1);
+  s.has_retain_gate = any(0, 1); s.has_retain = s.has_retain_gate || any(0, 1);
+  return s;
+}
+
+template <class T> int64_t run() {
+  const int64_t heads = any(1, 3), memory_heads = any(1, 3), d = heads * memory_heads * any(1, 13), n_layers = any(1, 3);
+  const ModelShape model{d, any(1, 80), n_layers, 1e-6};
+  Held<T> held;
+  std::vector<LayerShape> shapes;
+  std::vector<LayerWeights<T>> layers;
+  for (int64_t i = 0; i < n_layers; ++i) {
+    shapes.push_back(layer_of(d, heads, memory_heads));
+    layers.push_back(weights_of(shapes.back(), d, held));
+  }
+  const ModelWeights<T> ends{held.of(model.vocabulary * d), held.of(d), held.of(model.vocabulary * d)};
+  const Decoder<T> decoder(model, shapes.data(), ends, layers.data());
+  held.all.clear();  // what it needs is packed
+  const int64_t rows = any(1, 15);
+  std::vector<std::unique_ptr<T[]>> blocks;
+  std::vector<T*> pointers;
+  std::vector<int64_t> n_read, tokens(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    blocks.emplace_back(new T[size_t(decoder.block_size())]());
+    pointers.push_back(blocks.back().get());
+    n_read.push_back(any(0, 100));
+  }
+  std::unique_ptr<T[]> room(new T[size_t(decoder.room_size(rows))]), logits(new T[size_t(rows * decoder.logits_stride())]);
+  int64_t done = 0;
+  for (int step = 0; step < 45; ++step) {
+    for (int64_t& token : tokens) token = any(0, model.vocabulary - 1);
+    done += decoder.step(int(rows), tokens.data(), pointers.data(), n_read.data(), logits.get(), room.get());
+  }
+  tokens.back() = any(0, 1) ? model.vocabulary : -1;
+  return done - decoder.step(int(rows), tokens.data(), pointers.data(), n_read.data(), logits.get(), room.get());
+}
+}  // namespace
+
+int main(int, char** arguments) {
+  draw.seed(std::strtoull(arguments[1], nullptr, 10));
+  const int64_t n_models = std::strtoll(arguments[2], nullptr, 10);
+  int64_t done = 0;
+  for (int64_t i = 0; i < n_models; ++i) done += any(0, 1) ? run<float>() : run<double>();
+  std::printf("%lld steps of %lld models\n", static_cast<long long>(done), static_cast<long long>(n_models));
+  return done == 45 * n_models ? 0 : 1;
+}
