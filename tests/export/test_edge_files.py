@@ -101,11 +101,11 @@ def test_a_bit_that_changed_is_seen(core, content, session):
 
 
 def test_the_other_byte_order_is_named(core, content, session):
-    def turned(whole: bytes) -> bytes:
+    def swapped(whole: bytes) -> bytes:
         return whole[:8][::-1] + whole[8:]
 
-    refused(core, turned(content), DAMAGED, "its bytes are in the other order, the greatest first")
-    session_refused(core, content, turned(session), DAMAGED, "its bytes are in the other order")
+    refused(core, swapped(content), DAMAGED, "its bytes are in the other order, the greatest first")
+    session_refused(core, content, swapped(session), DAMAGED, "its bytes are in the other order")
 
 
 def test_another_version_is_named(core, content, session):
