@@ -12,7 +12,7 @@
 
 #define MERISTEM_EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int ABI = 3;
+constexpr int ABI = 4;
 
 // Of the interface that this library was compiled with; the caller compares it before it calls anything else.
 MERISTEM_EXPORT int meristem_abi() { return ABI; }
@@ -41,6 +41,7 @@ struct MeristemForm {
   void *new_values, *products, *entered;
   void* scratch;
   int64_t n_scratch_bytes;
+  void* parallel;  // GOMP_parallel of the caller's pool of threads, or null
   MeristemView d_read, d_last, d_last_moving, d_query, d_keys, d_values, d_retain, d_momentum, d_write, d_scale, d_memory,
       d_moving;
 };
@@ -87,23 +88,41 @@ void ungate(const T* from, const MeristemView& x, int64_t row, int64_t head, int
   }
 }
 
-// ``work(thread, item)`` for every item, each by one thread alone: the bits do not depend on how many there are.
-template <class F> void share(int64_t n_items, int64_t n_threads, F work) {
-  std::atomic<int64_t> next{0};
-  const auto run = [&](int64_t thread) {
+// ``work(thread, item)`` for every item, each by one thread alone: the bits do not depend on how many there are. parallel: calls
+// a function in so many threads of a pool, as libgomp's GOMP_parallel; without one, threads are started.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+template <class F> class Team {
+ public:
+  Team(int64_t n_items, F& work) : n_items(n_items), work(work) {}
+  static void join(void* team) { static_cast<Team*>(team)->run(); }
+
+  void run() {
     const Flushed flushed;
+    const int64_t thread = n_joined.fetch_add(1);
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < n_items;) work(thread, item);
-  };
+  }
+
+ private:
+  const int64_t n_items;
+  F& work;
+  std::atomic<int64_t> next{0}, n_joined{0};
+};
+
+template <class F> void share(int64_t n_items, int64_t n_threads, void* parallel, F work) {
+  Team<F> team(n_items, work);
+  n_threads = std::min(n_threads, n_items);
+  if (n_threads == 1) return team.run();
+  if (parallel) return reinterpret_cast<Parallel>(parallel)(Team<F>::join, &team, unsigned(n_threads), 0);
   constexpr int64_t MOST = 256;
-  std::thread others[MOST - 1];
+  std::thread others[MOST];
   int64_t n_others = 0;
   try {
-    for (const int64_t wanted = std::min({n_threads, n_items, MOST}) - 1; n_others < wanted; ++n_others)
-      others[n_others] = std::thread(run, n_others + 1);
+    for (; n_others < std::min(n_threads, MOST) - 1; ++n_others) others[n_others] = std::thread(Team<F>::join, &team);
   } catch (const std::system_error&) {
     // The system gives no more threads: those that are there do the work.
   }
-  run(0);
+  team.run();
   for (int64_t i = 0; i < n_others; ++i) others[i].join();
 }
 
@@ -148,7 +167,7 @@ template <class T> class Form {
 
   void forward() const {
     const int64_t each = scratch_bytes(false);
-    share(f.rows * f.heads, f.threads, [&](int64_t thread, int64_t item) {
+    share(f.rows * f.heads, f.threads, f.parallel, [&](int64_t thread, int64_t item) {
       Arena arena(static_cast<char*>(f.scratch) + thread * each);
       Bench<T> bench(size, arena, false);
       const int64_t row = item / f.heads, head = item % f.heads;
@@ -172,7 +191,7 @@ template <class T> class Form {
 
   void backward() const {
     const int64_t each = scratch_bytes(true);
-    share(f.rows * f.heads, f.threads, [&](int64_t thread, int64_t item) {
+    share(f.rows * f.heads, f.threads, f.parallel, [&](int64_t thread, int64_t item) {
       Arena arena(static_cast<char*>(f.scratch) + thread * each);
       Bench<T> bench(size, arena, true);
       const int64_t row = item / f.heads, head = item % f.heads;

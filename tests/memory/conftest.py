@@ -6,11 +6,9 @@ from contextlib import nullcontext
 import pytest
 
 from memory.inputs import named
+from meristem.memory.kernels.native_form import FORMS
 from meristem.memory.kernels.select import force_reference
 from meristem.native.library import library
-
-THROUGH_THE_CORE = ("exact_chunk", "frozen_chunk", "tnt")
-"""Forms that run a linear rule by the core where it is there."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -37,4 +35,4 @@ def _is_doubled(item: pytest.Item) -> bool:
     given = getattr(getattr(item, "callspec", None), "params", {})
     if given.get("_core") != "native":
         return False
-    return given["form"] not in THROUGH_THE_CORE or not named(given["name"]).is_linear
+    return given["form"] not in FORMS or not named(given["name"]).is_linear

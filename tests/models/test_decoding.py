@@ -18,6 +18,7 @@ from meristem.models.decoding import Decoding
 from meristem.models.generate import Sampling, generate
 from meristem.models.load import load
 from meristem.models.online import frozen
+from meristem.models.packed import MANY_THREADS
 from meristem.native.library import core
 from meristem.nn.config import MemoryConfig
 
@@ -225,6 +226,20 @@ def test_force_reference_turns_it_off():
         decoding = Decoding(model, state)
         assert "force_reference" in decoding.refusal
         assert torch.equal(decoding.step([5]), model(torch.tensor([[5]]), state)[0][:, -1])
+
+
+def test_a_large_model_is_left_to_many_threads(monkeypatch):
+    """Its weights arrive sooner with several threads, which the core does not have."""
+    model = zoo.grown("preset-titans-mag")
+    state, before = begun(model, zoo.ids(1, 6)), torch.get_num_threads()
+    monkeypatch.setattr("meristem.models.packed.LARGE_BYTES", 1 << 10)
+    try:
+        torch.set_num_threads(MANY_THREADS)
+        assert Decoding(model, state).refusal.endswith(f"MiB, and torch reads them with {MANY_THREADS} threads")
+        torch.set_num_threads(1)
+        assert not Decoding(model, state).refusal
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_not_a_number_stays_one():

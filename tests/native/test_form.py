@@ -71,8 +71,9 @@ def apart(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float
 
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_form_is_scan(name: str, shape: tuple[int, int, int, int, int]) -> None:
+def test_the_form_is_scan(name: str, shape: tuple[int, int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads, memory, momentum and all gradients, warm and cold, read before and after: to 1e-13, in float32 to 3e-6."""
+    monkeypatch.setattr(operations, "MOST_TOGETHER", 64)
     for rule in variants(named(name)):
         truth = results(rule, given(rule, shape, torch.float64), "scan", 1)
         for dtype, most in ((torch.float64, 1e-13), (torch.float32, 3e-6)):
@@ -289,6 +290,15 @@ def test_the_operation_is_what_torch_expects_of_one(has_momentum: bool) -> None:
     )
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.meristem.chunk_form.default, arguments, test_utils=checks)
+
+
+def test_narrow_heads_are_solved_in_short_chunks() -> None:
+    """What is kept shows how many chunks there were."""
+    keys = torch.randn(1, 64, 1, 16, requires_grad=True)
+    gate, memory = torch.rand(1, 64, 1), torch.zeros(1, 1, 16, 16)
+    kept = torch.ops.meristem.chunk_form(keys, keys, keys, None, None, gate, None, memory, None, 64, 0, False, True)
+    assert kept[3].shape == (1, 2, operations.MOST_TOGETHER, 16)
+    assert operations.chunk_of(128, 64) == 64
 
 
 def test_the_core_refuses_what_does_not_fit() -> None:

@@ -2,20 +2,25 @@
 
 import os
 import resource
+import subprocess
 import sys
 import threading
 import time
 import types
 
+import jsonschema
 import pytest
 
+from meristem.checkpoint.run import read
 from meristem.sinks.jsonl import read_records
-from meristem.sinks.records import Records
+from meristem.sinks.records import Records, schema
 from meristem.sinks.system import SystemSampler
+from recipes.small import overrides, write_text
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 TICKS_S = 0.03
 """How far the coarse clock of the system may lag at both ends."""
+ENVELOPE = {"schema": "meristem.system/1", "run": "r", "seq": 1, "ts": "2026-11-29T12:00:00.000Z", "step": 0}
 UUID = "7c1d9a52-0000-4000-8000-000000000001"
 
 
@@ -43,6 +48,38 @@ def test_this_process_is_read(records):
     assert 100 * least - 0.1 < after["process"]["cpu_percent"] < 100 * most + 0.1
     assert 0 <= after["cpu_percent"] <= 100
     assert 0 < after["ram"]["available"] < after["ram"]["total"]
+
+
+def test_cx_6_3_without_psutil_the_standard_library_reads_the_same(records, monkeypatch):
+    """CX-6.3: as one event; every field has a value on Linux, and those of a record that psutil filled agree."""
+    by_psutil = SystemSampler(records, 10.0).read()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    events = []
+    sampler = SystemSampler(records, 10.0, emit=events.append)
+    began_s, began = time.perf_counter(), time.process_time()
+    while time.process_time() < began + 0.1:
+        pass
+    found = sampler.read()
+    share = 100 * (time.process_time() - began) / (time.perf_counter() - began_s)
+    assert [(event.name, event.payload["source"]) for event in events] == [("degraded", "stdlib")]
+    assert found["source"] == "stdlib" and found.keys() == by_psutil.keys()
+    jsonschema.validate(found | ENVELOPE, schema("system"))
+    assert found["ram"]["total"] == by_psutil["ram"]["total"]
+    assert found["process"]["rss"] == pytest.approx(by_psutil["process"]["rss"], rel=0.2)
+    assert found["process"]["cpu_percent"] == pytest.approx(share, rel=0.3)
+    assert 0 < found["cpu_percent"] <= 100
+
+
+@pytest.mark.slow
+def test_cx_6_3_a_run_goes_on_without_psutil(tmp_path):
+    """From the command line to its end, with its readings."""
+    hidden = "import sys; sys.modules['psutil'] = None; from meristem.cli import main; main()"
+    words = ["train", "charrnn", *overrides(write_text(tmp_path), "train.steps=3"), f"--run-dir={tmp_path / 'run'}"]
+    subprocess.run([sys.executable, "-c", hidden, *words], check=True)
+    assert read(tmp_path / "run")["status"] == "finished"
+    assert {record["source"] for record in read_records(tmp_path / "run" / "system.ndjson")} == {"stdlib"}
+    events = [event["payload"] for event in read_records(tmp_path / "run" / "events.ndjson")]
+    assert sum(payload.get("source") == "stdlib" for payload in events) == 1
 
 
 def test_readings_are_written_until_the_end(records, tmp_path):

@@ -1,7 +1,9 @@
 """The chunk form against the scan, and the memory layer against the public package."""
 
+import math
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,10 +14,14 @@ from torch.nn import functional
 
 from meristem.bench.measure import Row, Timed, medians, timed
 from meristem.bench.peer_titans import peak_bytes
+from meristem.device.limits import n_cpus
 from meristem.memory import Gates, named
 from meristem.memory.forms import run_trusted
+from meristem.memory.kernels.select import force_reference
+from meristem.native.library import core, library
 from meristem.nn.config import MemoryConfig
 from meristem.nn.memory import MemoryLayer
+from meristem.recipes.plan.flops import counted
 
 PEER = Path(__file__).with_name("peer_titans.py")
 PEER_PYTHON = "MERISTEM_BENCH_PYTHON"
@@ -31,16 +37,79 @@ def forms(n_repeats: int) -> Iterator[Row]:
         yield Row(f"{name}: exact chunk form over scan", seconds["scan"] / seconds["chunk"], "x", 10, note=note)
 
 
-def _window_step(name: str, form: str, heads: int = 4, *, is_compiled: bool = False) -> Callable[[], object]:
+def native(n_repeats: int) -> Iterator[Row]:
+    """The chunk form in the native core against tensor code and against products of matrices, in one run on one thread.
+
+    Forward and backward, titans, 4 heads, chunks of 64: one long row, and several short and narrow ones.
+    """
+    if library() is None:
+        yield Row("the chunk form in the native core", None, "x", note=f"skipped: {core().said}")
+        return
+    threads = torch.get_num_threads()
+    try:
+        for batch, n_time, width, target in ((1, 512, 64, 2.5), (8, 256, 32, 3.0)):
+            torch.set_num_threads(1)
+            step = _window_step("titans", "exact_chunk", batch=batch, n_time=n_time, width=width)
+            plain, matrix = _plainly(step), torch.rand(512, 512)
+            candidates = {
+                "native": timed(step, time.process_time),
+                "plain": timed(plain, time.process_time),
+                "product": timed(partial(torch.mm, matrix, matrix), time.process_time),
+            }
+            seconds = medians(candidates, n_repeats=4 * n_repeats)
+            sizes = f"batch {batch}, T {n_time}, width {width}"
+            note = f"native {seconds['native'] * 1e3:.1f} ms, tensor code {seconds['plain'] * 1e3:.1f} ms of CPU time"
+            ratio = seconds["plain"] / seconds["native"]
+            yield Row(f"chunk form, native over tensor code, {sizes}", ratio, "x", target, note=note)
+            rates = {"native": counted(step), "product": 2 * len(matrix) ** 3}
+            share, rate = (rates[name] / seconds[name] / 1e9 for name in ("native", "product"))
+            note = f"{share:.0f} of {rate:.0f} GFLOP/s of a product of 512 x 512"
+            yield Row(f"the same, share of the matrix rate, {sizes}", share / rate, "", 0.5, note=note)
+            yield from _on_two_threads(step, sizes, n_repeats)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _plainly(step: Callable[[], object]) -> Callable[[], object]:
+    def plain() -> None:
+        with force_reference():
+            step()
+
+    return plain
+
+
+def _on_two_threads(step: Callable[[], object], sizes: str, n_repeats: int) -> Iterator[Row]:
+    """Of the wall, best of many: what else the machine does disturbs two threads more than one."""
+    if n_cpus() < 2:
+        return
+    best_s = {1: math.inf, 2: math.inf}
+    for _ in range(10 * n_repeats):
+        for n_threads in best_s:
+            torch.set_num_threads(n_threads)
+            best_s[n_threads] = min(best_s[n_threads], timed(step)())
+    yield Row(f"the same, two threads over one, {sizes}", best_s[1] / best_s[2], "x", 1.7)
+
+
+def _window_step(
+    name: str,
+    form: str,
+    heads: int = 4,
+    *,
+    batch: int = 1,
+    n_time: int = 1024,
+    width: int = 64,
+    is_compiled: bool = False,
+) -> Callable[[], object]:
     rule = named(name)
     generator = torch.Generator().manual_seed(0)
+    sizes = batch, n_time, heads
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    keys_bthk, queries_bthk = (functional.normalize(draw(1, 1024, heads, 64), dim=-1) for _ in range(2))
-    values_bthv, memory = draw(1, 1024, heads, 64), rule.init(1, heads, 64, 64)
-    retain_bth, write_bth, momentum_bth = (draw(1, 1024, heads).add(bias).sigmoid() for bias in (4.0, -2.0, 0.0))
+    keys_bthk, queries_bthk = (functional.normalize(draw(*sizes, width), dim=-1) for _ in range(2))
+    values_bthv, memory = draw(*sizes, width), rule.init(batch, heads, width, width)
+    retain_bth, write_bth, momentum_bth = (draw(*sizes).add(bias).sigmoid() for bias in (4.0, -2.0, 0.0))
     gates = Gates(retain_bth, write_bth, momentum_bth if rule.update.has_momentum else None)
     leaves = [keys_bthk, values_bthv, queries_bthk, *(gate for gate in vars(gates).values() if gate is not None)]
     for leaf in leaves:

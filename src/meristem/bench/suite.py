@@ -25,7 +25,7 @@ from meristem.device.resolve import resolve
 from meristem.events import silent
 
 SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
-    "memory": (memory.forms, memory.layer, memory.deep, memory.gated),
+    "memory": (memory.forms, memory.native, memory.layer, memory.deep, memory.gated),
     "model": (model.models, model.growth),
     "compositions": (compositions.compositions,),
     "hope": (compositions.hope, compositions.hope_decoding),

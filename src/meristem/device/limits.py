@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import psutil
-
 MACHINE: Final = Path("/")
 """Below it are ``proc`` and ``sys``."""
 
@@ -24,12 +22,25 @@ _MEMORY: Final = (
 
 def total_bytes(root: Path = MACHINE) -> int:
     """The memory of the machine, or the smallest limit of the groups that this process is in."""
-    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _memory(root))])
+    return min([_of_machine("MemTotal", "total"), *(limit for limit, _ in _memory(root))])
 
 
 def available_bytes(root: Path = MACHINE) -> int:
     """What can be had without swapping, of the machine and within every group that this process is in."""
-    return min([int(psutil.virtual_memory().available), *(free for _, free in _memory(root))])
+    return min([_of_machine("MemAvailable", "available"), *(free for _, free in _memory(root))])
+
+
+def _of_machine(line: str, field: str) -> int:
+    """The memory of the machine in bytes, by psutil; where that cannot be loaded, what Linux says in this line."""
+    try:
+        import psutil
+    except ImportError:
+        for each in _lines(MACHINE / "proc/meminfo"):
+            name, _, size = each.partition(":")
+            if name == line:
+                return int(size.split()[0]) * 1024
+        raise
+    return int(getattr(psutil.virtual_memory(), field))
 
 
 def n_cpus(root: Path = MACHINE) -> int:

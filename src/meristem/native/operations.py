@@ -5,6 +5,7 @@
 
 import ctypes
 from functools import cache
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ PROBES: Final = {"never": 0, "start": 1, "token": 2}
 
 WORTH_A_THREAD: Final = 2e6
 """Multiplications that take several times as long as starting a thread."""
+
+MOST_TOGETHER, NARROW = 32, 64
+"""Tokens that the core solves together at most where keys are no wider than so: more take longer there."""
 
 GATES: Final = ("retain", "momentum", "write", "scale")
 
@@ -43,7 +47,7 @@ class Form(ctypes.Structure):
         *((name, View) for name in ("query", "keys", "values", *GATES)),
         *((name, View) for name in ("memory", "moving", "read", "last", "last_moving")),
         *((name, ctypes.c_void_p) for name in ("new_values", "products", "entered")),
-        *(("scratch", ctypes.c_void_p), ("n_scratch_bytes", ctypes.c_int64)),
+        *(("scratch", ctypes.c_void_p), ("n_scratch_bytes", ctypes.c_int64), ("parallel", ctypes.c_void_p)),
         *((name, View) for name in ("d_read", "d_last", "d_last_moving", "d_query", "d_keys", "d_values")),
         *((f"d_{name}", View) for name in (*GATES, "memory", "moving")),
     )
@@ -62,7 +66,7 @@ def chunk_form(
 
     vectors: queries, keys and values. gates: retain, momentum, write, and the scale of what is recalled for a residual;
     retain and scale are 1 where they are None. memory: and momentum, where the rule has it. All of float32 or all of
-    float64, on the CPU, none empty. chunk: tokens solved together, which changes the speed alone.
+    float64, on the CPU, none empty. chunk: tokens solved together at most, which changes the speed alone.
     """
     keeps = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*vectors, *gates, *memory))
     settings = chunk, PROBES[probed_at], reads_before, keeps
@@ -101,7 +105,12 @@ def _sizes(query: Tensor, values: Tensor, moving: Tensor | None, chunk: int) -> 
     lanes = _vector_bytes() // values.element_size()
     rows, time, heads, key = query.shape
     widths = _up(key, lanes), _up(values.shape[-1], lanes)
-    return _Sizes(rows, time, heads, *widths, min(chunk, time), 1 if moving is None else 2, lanes)
+    return _Sizes(rows, time, heads, *widths, min(chunk_of(key, chunk), time), 1 if moving is None else 2, lanes)
+
+
+def chunk_of(key_width: int, chunk: int) -> int:
+    """How many tokens are solved together where ``chunk`` are allowed."""
+    return min(chunk, MOST_TOGETHER) if key_width <= NARROW else chunk
 
 
 @torch.library.custom_op("meristem::chunk_form", mutates_args=(), device_types="cpu")
@@ -243,7 +252,7 @@ def _run(
         form.new_values, form.products, form.entered = (x.data_ptr() for x in saved)
     run, need = _functions()[what], _functions()["scratch"]
     scratch = torch.empty(need(ctypes.byref(form), what == "backward") * sizes.n_threads, dtype=torch.uint8)
-    form.scratch, form.n_scratch_bytes = scratch.data_ptr(), scratch.numel()
+    form.scratch, form.n_scratch_bytes, form.parallel = scratch.data_ptr(), scratch.numel(), _torchs_threads()
     fault = run(ctypes.byref(form))
     if fault:
         raise RuntimeError(f"the native core refused {sizes} with code {fault}: memory.kernels.select let it through")
@@ -273,6 +282,18 @@ def _dense(x: Tensor) -> Tensor:
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+@cache
+def _torchs_threads() -> int | None:
+    """The function of torch's own OpenMP that runs another in its pool of threads; None where torch brings none along.
+
+    Threads of ours would compete with that pool, whose threads spin for a while after each operation.
+    """
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        # Torch has loaded this file, so that no second pool begins here.
+        return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+    return None
 
 
 @cache

@@ -1,11 +1,14 @@
 """The main job: from a text to a model that was trained on it, evaluated, saved and described."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal, Protocol
+
+from torch import nn
 
 from meristem.checkpoint.store import Checkpoint
 from meristem.config import fingerprint as config_fingerprint
@@ -33,6 +36,7 @@ from meristem.models.weights import put_rates
 from meristem.optim.schedule import rate_factor
 from meristem.recipes.plan.flops import forward_flops
 from meristem.recipes.plan.report import PlanReport
+from meristem.runs.backend import Backend, choose_backend
 from meristem.runs.config import Config
 from meristem.runs.directory import Run, directory_for, opened
 from meristem.runs.interrupt import interruptible
@@ -148,6 +152,7 @@ def begun(
             with (
                 answering(device),
                 room_for("the run", device),
+                job.backend.entered(),
                 recovering(run, job, safety, time_scale) as recovery,
             ):
                 yield run, job, recovery
@@ -211,7 +216,7 @@ def prepare_job(
         require_masks(state.model)
     if config.aggregate.how != "mean":
         keep_graphs()
-    return Job(config, device, corpus, stream, state)
+    return Job(config, device, corpus, stream, state, _backend(run, config, checkpoint, state.model))
 
 
 def _device(run: Run, config: Config, checkpoint: Checkpoint | None) -> Device:
@@ -222,6 +227,16 @@ def _device(run: Run, config: Config, checkpoint: Checkpoint | None) -> Device:
         world.broadcast("dtype", NAMES[device.dtype])
         return device
     return resolve(part.model_copy(update={"dtype": world.broadcast("dtype", "")}), run.emit)
+
+
+def _backend(run: Run, config: Config, checkpoint: Checkpoint | None, model: nn.Module) -> Backend:
+    """What the memories are computed by in every process; the first has measured for all. The event says which."""
+    if run.world.is_first:
+        chosen = choose_backend(model, config, next(model.parameters()).device, checkpoint)
+        run.emit(Event("memory.backend", chosen.to_json()))
+        run.world.broadcast("memory", json.dumps(chosen.to_json()))
+        return chosen
+    return Backend(**json.loads(run.world.broadcast("memory", "")))
 
 
 def _show_preparing(run: Run, done_bytes: int, total_bytes: int | None) -> None:

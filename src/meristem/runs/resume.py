@@ -37,6 +37,7 @@ from meristem.models.topology import to_json
 from meristem.models.weights import rates_of
 from meristem.optim import state as optim_state
 from meristem.optim.multi_period import MultiPeriodOptimizer
+from meristem.runs.backend import Backend
 from meristem.runs.config import Config, config_of
 from meristem.runs.directory import Run
 from meristem.train.emergency import Emergency
@@ -52,6 +53,7 @@ class Job:
 
     state: all that training changes. It is replaced by assignment, so that ``model``, ``optimizer`` and ``engine`` are
         those of now and not to be kept from one step to the next.
+    backend: what its memories are computed by, from the first step to the last.
     """
 
     config: Config
@@ -59,6 +61,7 @@ class Job:
     corpus: Corpus
     stream: Stream
     state: TrainingState
+    backend: Backend
 
     @property
     def model(self) -> nn.Module:
@@ -221,7 +224,7 @@ def contents(job: Job, safety: Safety, probe_nats: float) -> Contents:
         "progress": progress.to_json(),
         "cursor": progress.cursor.to_json(),
         "random": random_values,
-        "device": {"dtype": NAMES[job.device.dtype]},
+        "device": {"dtype": NAMES[job.device.dtype], "memory": job.backend.name},
         "safety": safety.to_json(),
         "probe": {"nats": probe_nats if math.isfinite(probe_nats) else None},
         "topology": to_json(job.state.topology),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
 
-import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from meristem.errors import NonFinite

@@ -26,7 +26,7 @@ MOST_UNREAD: Final = 1024
 HELD_S: Final = 0.05
 """How long what is drawn may wait for more, so that it is sent together. Twenty times a second is fast to read."""
 
-HELD_EACH_S: Final = 0.001
+HELD_EACH_S: Final = 0.005
 """The same for each reply that is on its way: where there are few, nothing is saved by sending them seldom."""
 
 

@@ -1,5 +1,7 @@
 """The linear family through the native core, for CPUs: ``native/form.hpp``, forward and backward in one call each."""
 
+from typing import Final
+
 import torch
 
 from meristem.memory.gates import Gates
@@ -8,6 +10,9 @@ from meristem.memory.state import Memory
 from meristem.memory.update import momentum_name
 from meristem.native.operations import chunk_form
 from meristem.shapes import Keys, Queries, Values
+
+FORMS: Final = ("exact_chunk", "frozen_chunk", "tnt")
+"""Forms that run a linear rule through the core where it is there."""
 
 
 def native_form(

@@ -36,6 +36,7 @@ from meristem.recipes.plan.report import (
     size,
 )
 from meristem.recipes.plan.text import look
+from meristem.runs.backend import choose_backend
 from meristem.runs.config import Config
 from meristem.train.rollback import n_snapshots
 
@@ -108,7 +109,10 @@ def build(draft: Draft) -> PartOutcome:
     parameters = list(model.parameters())
     draft.sections["n_parameters"] = sum(p.numel() for p in parameters)
     draft.sections["n_trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
-    return PartOutcome(name="build", outcome="ok", message=f"{draft.sections['n_parameters']:,} parameters")
+    chosen = choose_backend(model, draft.config, draft.device.device, None)
+    by = {"native": "; memories by the native core: ", "reference": "; memories by tensor code: "}
+    said = by[chosen.name] + chosen.why if chosen.name in by else ""
+    return PartOutcome(name="build", outcome="ok", message=f"{draft.sections['n_parameters']:,} parameters{said}")
 
 
 def rehearse_steps(draft: Draft) -> PartOutcome:
