@@ -505,7 +505,7 @@ template <class T> class Decoder {
       for (int t = begin; t < seen; ++t) sum += score[t];
       for (int t = 0; t < begin; ++t) sum += score[t];
       const T by = 1 / sum;
-      const T* still = l.pinned_values.get() + int64_t(a) * vs;
+      const T* still = pinned ? l.pinned_values.get() + int64_t(a) * vs : nullptr;
       columns<T>(k, [&]<int W>(int j) {
         Vec<T> e[W] = {};
         auto add = [&](T s, const T* value) {
