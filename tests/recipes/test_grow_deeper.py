@@ -127,5 +127,5 @@ def test_a_shadow_pass_is_charged_with_what_it_computes(text, tmp_path, monkeypa
     assert life.paired.n == len(passes) == 4
     assert known.figures[life.seed]["flops_spent"] == pytest.approx(sum(passes))
     share = sum(passes) / (4 * known.flops / result.step)
-    # The step around it is smaller where the native core computes memories: 0.34, 0.46, 0.50 of it, else 0.30, 0.42, 0.50.
+    # Of a step by the native core they are 0.34, 0.46 and 0.50, of one by tensor code 0.30, 0.42 and 0.50.
     assert share < 0.4 if slot == "blocks.1" and is_played else 0.4 < share < 0.9
