@@ -104,6 +104,7 @@ READING = [
     ["checkpoint", "prune", "PATH"],
     ["checkpoint", "convert", "PATH", "--to", "PLACE"],
     ["export", "hf", "PATH", "--to", "PLACE"],
+    ["export", "edge", "PATH", "--to", "PLACE"],
     ["finetune", "PATH", "--run-dir", "PLACE"],
     ["runs", "ls", "PATH"],
     ["runs", "show", "PATH"],

@@ -7,7 +7,7 @@ import pytest
 
 from meristem.cli import run
 from meristem.config import load
-from meristem.data import scanning
+from meristem.data import files, scanning
 from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
 from meristem.errors import ConfigError, SecretsFound
@@ -51,6 +51,13 @@ def test_report_counts_and_shows(text: Path) -> None:
     assert said["rules"] == {"github-token": 1, "aws-access-key": 2}
     assert [(each["path"], each["line"]) for each in said["first"]] == [("03.txt", 3), ("07.txt", 1), ("07.txt", 2)]
     assert TOKEN[4:] not in json.dumps(said)
+
+
+@pytest.mark.parametrize("piece_bytes", [7, 16, 50])
+def test_a_text_in_pieces_is_searched_whole(text: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
+    """What a file holds does not depend on how much of it is read at once: findings, their lines, and files."""
+    monkeypatch.setattr(files, "PIECE_BYTES", piece_bytes)
+    test_report_counts_and_shows(text)
 
 
 def test_cx_9_1_refuse_ends_before_anything_is_made(text: Path) -> None:

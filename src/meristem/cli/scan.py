@@ -66,7 +66,7 @@ def scan(
     known = read_baseline(baseline) if baseline else None
     job, places = Scan(known), paths or [Path(".")]
     if data is not None:
-        report = job.texts((document.id, document.text) for document in documents(DataConfig(source=data)))
+        report = job.texts((each.id, each.text, each.goes_on) for each in documents(DataConfig(source=data)))
     else:
         report = job.changes(places[0], diff) if diff is not None else job.paths(places, exclude or ())
     if write:

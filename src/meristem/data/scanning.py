@@ -37,7 +37,7 @@ def require_scanned(data: DataConfig, source: Source, stamps: str | None, corpor
     place = corpora / f".{sha256(b'|'.join(known))[:32]}.scan"
     report = _recall(place)
     if report is None:
-        report = Scan(baseline).texts((document.id, document.text) for document in source.read())
+        report = Scan(baseline).texts((each.id, each.text, each.goes_on) for each in source.read())
         if stamps is not None:
             with suppress(OSError, DiskFull):
                 write_atomic(place, orjson.dumps(asdict(report)))

@@ -12,6 +12,7 @@ import re
 import secrets as generators
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,9 @@ from meristem.safety.unpack import Limits, Unpacking
 UNSCANNABLE: Final = "unscannable"
 MOST_FINDINGS: Final = 1000
 """That a report lists; more are counted."""
+
+_MOST_HELD_BYTES: Final = 1 << 25
+"""Of a text that comes in pieces; a longer one is put on the disk while it is searched."""
 
 _DIFF: Final = (
     *("diff", "--unified=0", "--relative", "--no-color", "--no-ext-diff", "--no-textconv"),
@@ -138,11 +142,19 @@ class Scan:
                 self._file(root / os.fsdecode(name))
         return self._done()
 
-    def texts(self, texts: Iterable[tuple[str, bytes]]) -> ScanReport:
-        """Scan texts that come with their names, as the documents of a source."""
-        for name, text in texts:
+    def texts(self, texts: Iterable[tuple[str, bytes, bool]]) -> ScanReport:
+        """Scan texts that come with their names, as the documents of a source; of each, whether the next is the rest of
+        it. A secret may stand where one ends and its rest begins."""
+        for name, text, goes_on in (pieces := iter(texts)):
             self.report.n_files += 1
-            self._whole(io.BytesIO(text), len(text), name)
+            with tempfile.SpooledTemporaryFile(_MOST_HELD_BYTES) as whole:
+                whole.write(text)
+                while goes_on:
+                    _, text, goes_on = next(pieces)
+                    whole.write(text)
+                size_bytes = whole.tell()
+                whole.seek(0)
+                self._whole(whole, size_bytes, name)
         return self._done()
 
     def _done(self) -> ScanReport:
