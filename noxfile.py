@@ -100,8 +100,8 @@ def audit(session: nox.Session) -> None:
     except nox.command.CommandFailed:
         session.error(
             "a package has a known fault, or could not be audited: the lines above name it. Where they speak of a "
-            "connection, or of packages that are not found on PyPI, its service cannot be reached from here, and "
-            "nothing is known; run this gate where pypi.org can be reached."
+            "connection, or of packages that are not found, the service cannot be reached from here, and nothing is "
+            "known; run this gate where it can."
         )
 
 

@@ -34,8 +34,9 @@ struct LayerShape {
 // Each as it lies in the model, ``[out, in]``; what a layer does not have is null.
 template <class T> struct LayerWeights {
   const T *mixer_norm, *attention, *attention_out, *pinned_keys, *pinned_values;  // pinned: [pinned, head, channel]
-  const T *memory, *conv, *gates, *gate_bias, *most_momentum;                     // conv: [channel, tap]; gates: write, retain, momentum
-  const T *memory_norm, *attention_norm, *open, *open_bias, *memory_out;          // open: the map, if any, and bias of the output gate
+  // conv: [channel, tap]; gates: of write, retain, momentum; open: the map, if there is one, and bias of the output gate
+  const T *memory, *conv, *gates, *gate_bias, *most_momentum;
+  const T *memory_norm, *attention_norm, *open, *open_bias, *memory_out;
   const T *mlp_norm, *up, *up_bias, *down, *down_bias;
 };
 template <class T> struct ModelWeights { const T *embedding, *norm, *head; };
@@ -474,13 +475,15 @@ template <class T> class Decoder {
   // Sliding-window attention of one token (nn.attention). A ring holds keys as they were made: the angle between a query
   // and a key depends on how long ago that was read alone, so that a reader's future does not depend on where its ring began.
   void attend(const Layer<T>& l, const T* in, T* block, int64_t n_read, const Room& c, T* y) const {
-    const int d = int(m_.width), k = l.key_width, span = int(l.s.span), stride = int(l.place.key_stride), pinned = int(l.s.n_pinned);
-    const int slot = int(n_read % span), seen = int(std::min<int64_t>(n_read + 1, span)), vs = int(l.place.value_stride);
+    const int d = int(m_.width), k = l.key_width, span = int(l.s.span), pinned = int(l.s.n_pinned);
+    const int stride = int(l.place.key_stride), vs = int(l.place.value_stride);
+    const int slot = int(n_read % span), seen = int(std::min<int64_t>(n_read + 1, span));
     const int covered = up(seen, LANES<T>);
     T *score = c.score, *first = score + covered, *query = first + up(pinned, LANES<T>);
     const T scale = 1 / std::sqrt(T(k));
     for (int a = 0; a < l.s.attention_heads; ++a) {
-      T *keys = block + l.place.keys + int64_t(a) * k * stride, *values = block + l.place.values + int64_t(a) * span * vs;
+      T* keys = block + l.place.keys + int64_t(a) * k * stride;
+      T* values = block + l.place.values + int64_t(a) * span * vs;
       for (int j = 0; j < k; ++j) {
         query[j] = in[a * k + j] * scale;
         keys[j * stride + slot] = in[d + a * k + j];
@@ -502,7 +505,7 @@ template <class T> class Decoder {
       for (int t = begin; t < seen; ++t) sum += score[t];
       for (int t = 0; t < begin; ++t) sum += score[t];
       const T by = 1 / sum;
-      const T* still = l.pinned_values.get() + int64_t(a) * vs;
+      const T* still = pinned ? l.pinned_values.get() + int64_t(a) * vs : nullptr;
       columns<T>(k, [&]<int W>(int j) {
         Vec<T> e[W] = {};
         auto add = [&](T s, const T* value) {
@@ -562,7 +565,8 @@ template <class T> class Decoder {
   // A memory of one matrix for each head (nn.decode): short convolution, gates, write and read.
   void remember(const Layer<T>& l, const T* in, T* block, int64_t n_read, const Room& c, T* y) const {
     const LayerShape& s = l.s;
-    const int d = int(m_.width), k = l.head_width, past = int(s.taps) - 1, cs = int(l.place.tail_stride), ms = int(l.place.matrix_stride);
+    const int d = int(m_.width), k = l.head_width, past = int(s.taps) - 1;
+    const int cs = int(l.place.tail_stride), ms = int(l.place.matrix_stride);
     T *u = c.u, *tail = block + l.place.tail;
     const T *now = in + l.at_memory, *conv = l.conv.get();
     each<T>(3 * d, [&](int j) { store(u + j, load(now + j) * load(conv + past * cs + j)); });
@@ -576,13 +580,15 @@ template <class T> class Decoder {
     std::memset(value, 0, ms * sizeof(T));
     const T tiny = T(1e-12);
     for (int a = 0; a < s.memory_heads; ++a) {
-      const T query_scale = 1 / std::sqrt(square(u + a * k, k) + tiny), key_scale = 1 / std::sqrt(square(u + d + a * k, k) + tiny);
+      const T query_scale = 1 / std::sqrt(square(u + a * k, k) + tiny);
+      const T key_scale = 1 / std::sqrt(square(u + d + a * k, k) + tiny);
       for (int j = 0; j < k; ++j) {
         query[j] = u[a * k + j] * query_scale;
         key[j] = u[d + a * k + j] * key_scale;
         value[j] = u[2 * d + a * k + j];
       }
-      T *matrix = block + l.place.matrix + int64_t(a) * k * ms, *momentum = s.has_momentum ? block + l.place.momentum + int64_t(a) * k * ms : nullptr;
+      T* matrix = block + l.place.matrix + int64_t(a) * k * ms;
+      T* momentum = s.has_momentum ? block + l.place.momentum + int64_t(a) * k * ms : nullptr;
       if (!s.is_writing) recall(k, ms, query, matrix, read);
       else write(l, in + l.at_gates, a, {query, key, value}, matrix, momentum, read);
       std::memcpy(y + a * k, read, k * sizeof(T));

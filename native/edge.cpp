@@ -138,6 +138,10 @@ bool are_finite(const char* at, int64_t n) {
   return worst < 0x7F800000;
 }
 
+bool is_digest(Span s) {
+  return s.size == 64 && std::all_of(s.at, s.at + s.size, [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); });
+}
+
 // What stands in the name of a tensor between its beginning and its end.
 Span named(Text& name, const char* begin, int64_t number, const char* end) {
   name.clear();
@@ -239,6 +243,8 @@ meristem_code meristem_model::shapes(Span described) {
   int64_t version;
   identity[0].add(text(described, "model"));
   identity[1].add(text(described, "tokenizer"));
+  for (const Text& each : identity)
+    if (!is_digest(each.span())) return fail(MERISTEM_DAMAGED, words("the model is damaged: it does not say whose weights it has. Export it again."));
   if (!count(described, "width", shape.width) || shape.width < 1 || shape.width > 1 << 14 || !count(described, "vocabulary", shape.vocabulary) ||
       shape.vocabulary < 1 || shape.vocabulary > 1 << 24 || !number(described, "eps", shape.eps) || !(shape.eps > 0 && shape.eps < 1))
     return fail(code, words("the model has a width, vocabulary or eps that this library does not compute. Export it again."));
@@ -423,7 +429,7 @@ meristem_code meristem_model::load(Span bytes) {
   if (learn && !learn.is("memory"))
     return fail(MERISTEM_NOT_TAKEN, words("in the session learns '"), learn, words("', and here the memory learns alone. Go on with it in meristem."));
   int64_t tokens;
-  if (!count(header, "n_tokens", tokens)) return fail(MERISTEM_DAMAGED, words("the session is damaged: it does not say how much was read"), again);
+  if (!count(header, "n_tokens", tokens) || tokens > int64_t(1) << 52) return fail(MERISTEM_DAMAGED, words("the session is damaged: it does not say how much was read"), again);
 
   // How much the rings hold: all of them as much, but for those that are full.
   int64_t count = 0, n_leaves = 0;
@@ -611,6 +617,9 @@ const char* lacking() {
   __builtin_cpu_init();
 #if defined(__AVX512F__)
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) return "AVX-512";
+#endif
+#if defined(__AVX512FP16__)
+  if (!__builtin_cpu_supports("avx512fp16")) return "AVX-512 FP16";
 #endif
 #if defined(__AVX2__)
   if (!__builtin_cpu_supports("avx2")) return "AVX2";

@@ -1,17 +1,39 @@
 """The edge as a C program has it: its library by ctypes, and folders that were exported for it."""
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+import zoo
+from meristem.data.tokenizer import Tokenizer, byte_tokenizer
 from meristem.export import edge
+from meristem.models.config import ModelConfig
 from meristem.models.packed import parts_of
 from meristem.native import build
+from meristem.nn.config import MemoryConfig
 from meristem.serve.moment import identity
 
 OK, NO_MEMORY, NO_FILE, DAMAGED, OTHER_VERSION, OTHER_MODEL, NOT_TAKEN, BAD_TOKEN = range(8)
 NOT_FINITE, NO_VECTORS, MISUSED = 8, 9, 10
+
+
+SIZES = {"dim": 12, "n_layers": 2, "n_heads": 2, "mlp_dim": 17, "sliding_window": 5}
+RULES = ("hebbian", "delta", "gated_delta", "implicit_delta", "delta_descent", "titans", "momentum_delta")
+COMBINES = ("gated", "normalised", "projected", "sigmoid", "additive")
+MODELS = {
+    **{f"memory-{rule}": ({"mixer": "memory"}, {"rule": rule}) for rule in RULES},
+    **{f"mag-{combine}": ({"combine": combine}, {}) for combine in COMBINES},
+    "mal": ({"mixer": "mal", "is_residual": False}, {"rule": "delta"}),
+    "mag-persistent": ({"n_persistent_tokens": 3, "combine": "additive"}, {}),
+    "mal-persistent": ({"mixer": "mal", "n_persistent_tokens": 1, "rope": False}, {"rule": "titans"}),
+    "attention": ({"mixer": "attention", "rope": False, "tied": True, "mlp": "gelu"}, {}),
+    "one-key": ({"sliding_window": 1}, {"conv": 1}),
+    "before": ({"mixer": "memory"}, {"rule": "gated_delta", "reads": "before", "write_limit": 0.7}),
+    "two-kinds": ({"layers": [{"mixer": "memory", "rule": "delta"}, {"mixer": "attention"}]}, {}),
+    "wide": ({"dim": 96, "n_heads": 2, "mlp_dim": 70, "sliding_window": 37}, {"head_dim": 48, "init": "induction"}),
+}
 
 
 class Sampling(ctypes.Structure):
@@ -109,6 +131,21 @@ class Model:
         self._check(self.core.meristem_load_bytes(self.at, content, ctypes.c_size_t(len(content))))
 
 
-def content_of(model, tokenizer) -> bytes:
+def content_of(model, own: Tokenizer) -> bytes:
     """The weight file of a model."""
-    return edge.weights_file(parts_of(model), tokenizer, identity(model, tokenizer))
+    return edge.weights_file(parts_of(model), own, identity(model, own))
+
+
+def made(name: str):
+    """One of MODELS, in float32, its weights off their first values."""
+    model, memory = MODELS[name]
+    reads = ModelConfig.model_validate(model).reads
+    config = ModelConfig.model_validate({key: size for key, size in SIZES.items() if key in reads} | model)
+    memory_config = MemoryConfig.model_validate({"head_dim": 4, "chunk": 3} | memory)
+    return zoo.moved(config, memory_config, torch.float32)
+
+
+def tokenizer() -> Tokenizer:
+    """One that has as many ids as the models of the zoo."""
+    whole = byte_tokenizer()
+    return replace(whole, tokens=whole.tokens[: zoo.VOCABULARY])

@@ -61,8 +61,7 @@ def needed(purpose: str, advice: str = "", *, library: str | None = None) -> Ite
         yield
     except ImportError as cause:
         name = (cause.name or "").partition(".")[0]
-        if name in EXTRA_OF and not is_there(name):
-            raise _missing(name, purpose, advice) from cause
+        library = name if name in EXTRA_OF else library
         if library not in EXTRA_OF:
             raise
         if not is_there(library):

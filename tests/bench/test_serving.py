@@ -2,10 +2,14 @@
 
 import asyncio
 import os
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import orjson
+import psutil
 import pytest
 import torch
 
@@ -165,3 +169,18 @@ def test_the_command_measures_a_server_of_its_own(tmp_path, capsys):
     assert code == (1 if False in [row["is_met"] for row in rows] else 0)
     assert [found["part"] for found in parts] == [*study.PARTS]
     assert len(rows) == 17 and "idle session" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_measurement_that_is_ended_ends_its_server():
+    """SIGTERM, which a time limit sends, leaves no server behind."""
+    code = (
+        "import tempfile, time\nfrom pathlib import Path\nfrom meristem.bench.serving.server import serving\n"
+        "with tempfile.TemporaryDirectory() as place, serving(Path(place), None, 4) as server:\n"
+        "    print(server.pid, flush=True)\n    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        server = psutil.Process(int(process.stdout.readline()))
+        process.terminate()
+        assert process.wait(90) == 128 + signal.SIGTERM
+        assert not server.is_running()

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import zoo
-from edges import BAD_TOKEN, MISUSED, NO_FILE, OK, Failed, Model, Sampling, content_of, library
+from edges import BAD_TOKEN, MISUSED, MODELS, NO_FILE, OK, Failed, Model, Sampling, content_of, library, made, tokenizer
 from meristem.checkpoint import migrate, store
 from meristem.cli import run
 from meristem.config import dump_yaml
@@ -21,48 +20,18 @@ from meristem.errors import RunError, WrongValue
 from meristem.events import silent
 from meristem.export import edge
 from meristem.models.build import build
-from meristem.models.config import ModelConfig
 from meristem.models.generate import Sampling as Drawing
 from meristem.models.load import load
 from meristem.native.build import has_compiler
 from meristem.native.library import supported
-from meristem.nn.config import MemoryConfig
 from meristem.serve.session import Session
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(600),  # what is compiled first is kept
     pytest.mark.skipif(not (has_compiler() and supported()), reason="needs a C++ compiler: apt-get install g++"),
 ]
 TEXT = "My sister Lydia likes soup.\nThe operation on the following line"
-SIZES = {"dim": 12, "n_layers": 2, "n_heads": 2, "mlp_dim": 17, "sliding_window": 5}
-RULES = ("hebbian", "delta", "gated_delta", "implicit_delta", "delta_descent", "titans", "momentum_delta")
-COMBINES = ("gated", "normalised", "projected", "sigmoid", "additive")
-MODELS = {
-    **{f"memory-{rule}": ({"mixer": "memory"}, {"rule": rule}) for rule in RULES},
-    **{f"mag-{combine}": ({"combine": combine}, {}) for combine in COMBINES},
-    "mal": ({"mixer": "mal", "is_residual": False}, {"rule": "delta"}),
-    "mag-persistent": ({"n_persistent_tokens": 3, "combine": "additive"}, {}),
-    "mal-persistent": ({"mixer": "mal", "n_persistent_tokens": 1, "rope": False}, {"rule": "titans"}),
-    "attention": ({"mixer": "attention", "rope": False, "tied": True, "mlp": "gelu"}, {}),
-    "one-key": ({"sliding_window": 1}, {"conv": 1}),
-    "before": ({"mixer": "memory"}, {"rule": "gated_delta", "reads": "before", "write_limit": 0.7}),
-    "two-kinds": ({"layers": [{"mixer": "memory", "rule": "delta"}, {"mixer": "attention"}]}, {}),
-    "wide": ({"dim": 96, "n_heads": 2, "mlp_dim": 70, "sliding_window": 37}, {"head_dim": 48, "init": "induction"}),
-}
-
-
-def made(name: str):
-    model, memory = MODELS[name]
-    reads = ModelConfig.model_validate(model).reads
-    config = ModelConfig.model_validate({key: size for key, size in SIZES.items() if key in reads} | model)
-    memory_config = MemoryConfig.model_validate({"head_dim": 4, "chunk": 3} | memory)
-    return zoo.moved(config, memory_config, torch.float32)
-
-
-def zoo_tokenizer():
-    """One that has as many ids as the models of the zoo."""
-    whole = byte_tokenizer()
-    return replace(whole, tokens=whole.tokens[: zoo.VOCABULARY])
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +83,7 @@ def test_it_reads_as_the_model_does(core, name):
     tokens_bt = zoo.ids(1, 41)
     with torch.no_grad():
         true_to = model.double()(tokens_bt)[0][0]
-    handle = Model(core, content_of(model.float(), zoo_tokenizer()))
+    handle = Model(core, content_of(model.float(), tokenizer()))
     found_to = torch.stack([handle.read([token_id]) for token_id in tokens_bt[0].tolist()])
     assert relative(found_to.double(), true_to) < 3e-6
 
@@ -323,7 +292,7 @@ def runtime(folder):
 def test_numpy_reads_as_the_model_does(runtime, name, tmp_path):
     """All predictions of a text, beside float64; saved and loaded in between."""
     model = made(name)
-    (tmp_path / "model").write_bytes(content_of(model, zoo_tokenizer()))
+    (tmp_path / "model").write_bytes(content_of(model, tokenizer()))
     tokens_bt = zoo.ids(1, 41)
     with torch.no_grad():
         true_to = model.double()(tokens_bt)[0][0]

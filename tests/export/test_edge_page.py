@@ -19,7 +19,7 @@ from meristem.models.shipped import DIRECTORY
 from meristem.native import build
 from meristem.serve.session import Session
 
-pytestmark = [pytest.mark.extras, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.extras, pytest.mark.timeout(600)]
 WAIT_MS = 60_000
 OPTIONS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 FACT, QUESTION = "My sister Lydia likes soup.", "What does Lydia like to eat?"

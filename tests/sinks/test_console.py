@@ -218,3 +218,12 @@ def test_lost_screen_gives_stderr_back():
         for draw in posted[n_drawn:]:
             draw()
         assert sys.stderr is usual
+
+
+def test_the_error_that_ends_a_run_is_left_to_whoever_began_it():
+    """It is raised and said there; other events stay as a line."""
+    target = screen()
+    console = Console(screen=target)
+    console.show({"name": "exception", "severity": "error", "payload": {"type": "DataError", "message": "no text"}})
+    console.show({"name": "sink.failed", "severity": "warning", "payload": {"sink": "mlflow"}})
+    assert target.file.getvalue() == "warning: sink.failed: sink mlflow\n"

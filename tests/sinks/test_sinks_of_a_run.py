@@ -17,7 +17,7 @@ import torch
 
 from meristem.checkpoint.run import read
 from meristem.checkpoint.store import newest
-from meristem.errors import NoCheckpoint
+from meristem.errors import NoCheckpoint, SinkError
 from meristem.events import silent
 from meristem.recipes import pretrain as recipe
 from meristem.recipes.pretrain import Result, pretrain
@@ -25,6 +25,8 @@ from meristem.runs.directory import opened
 from meristem.sinks.console import Console
 from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import history
+from meristem.sinks.trackers import start
+from meristem.sinks.trackers.follow import Followed
 from recipes.small import config, overrides, write_text
 
 BRIEF = ("train.steps=12", "checkpoint.every=4", "eval.n_samples=0")
@@ -241,3 +243,23 @@ def test_command_survives_the_reader_of_its_words(text, tmp_path, stream):
     assert [e["payload"]["sink"] for e in events(tmp_path / "run", "sink.failed")] == ["console"]
     assert ('"status":"finished"' in said.replace(" ", "")) == (stream == "stderr")
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_cx_13_3_a_tracker_that_cannot_start_leaves_nothing(text, tmp_path, monkeypatch, was_there):
+    """CX-6.4: one sentence, and no run: the directory is not made, or holds what it held."""
+
+    def broken(run: Followed) -> None:
+        raise OSError("no room\n  at all")
+
+    monkeypatch.setitem(start.trackers._entries, "broken", broken)
+    monkeypatch.setattr(start, "_require_library", lambda name: None)
+    run_dir = tmp_path / "run"
+    if was_there:
+        run_dir.mkdir()
+        (run_dir / "notes.txt").write_text("mine")
+    with pytest.raises(SinkError, match=r"the sink 'broken' cannot start: OSError: no room\. Mend that"):
+        pretrain(config(text, "sinks.use=[broken]"), run_dir=run_dir)
+    left = sorted(path.name for path in run_dir.iterdir()) if run_dir.exists() else None
+    assert left == (["notes.txt", "run.lock"] if was_there else None)
+    assert pretrain(config(text, "train.steps=2"), run_dir=run_dir).status == "finished"

@@ -279,15 +279,22 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         answering.shutdown()
 
 
-def test_t1_a_server_that_is_away_changes_nothing(runs, small, tmp_path, server):
+@pytest.fixture(scope="module")
+def plain(runs: Runs, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that no tracker follows."""
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    assert runs.run("charrnn", small, run_dir) == 0
+    return run_dir
+
+
+def test_t1_a_server_that_is_away_changes_nothing(runs, small, plain, tmp_path, server):
     """The same weights to the bit, one warning, and the manifest says that the tracker did not get it."""
     away = ["sinks.use=[mlflow]", f"sinks.places={{mlflow: '{server}'}}"]
-    assert runs.run("charrnn", small, tmp_path / "plain") == 0
     assert runs.run("charrnn", [*small, *away], tmp_path / "run") == 0
-    ours, theirs = (newest(tmp_path / name / "checkpoints", silent) for name in ("run", "plain"))
+    ours, theirs = (newest(run_dir / "checkpoints", silent) for run_dir in (tmp_path / "run", plain))
     assert ours and theirs and ours.step == theirs.step == 40
     assert all(torch.equal(tensor, ours.tree("model")[name]) for name, tensor in theirs.tree("model").items())
     warnings = [e for e in read_records(tmp_path / "run" / "events.ndjson") if e["name"] == "sink.failed"]
     assert {e["payload"]["sink"] for e in warnings} == {"mlflow"}
     assert read(tmp_path / "run")["sinks"][0]["status"] in ("failed", "hung")
-    assert truth(tmp_path / "run").keys() == truth(tmp_path / "plain").keys()
+    assert truth(tmp_path / "run").keys() == truth(plain).keys()

@@ -112,7 +112,7 @@ def _draw_ends(axes: Any, measured: Sequence[Result[Cell]]) -> None:
     axes.set_yticks(range(len(measured)), [result.cell.variant for result in measured])
     axes.set_ylim(len(measured) - 0.5, -0.5)
     axes.grid(axis="x", linewidth=0.4, alpha=0.5)
-    axes.set_xlabel("bits per byte at the end: means with 95 %, a point for every seed")
+    axes.set_xlabel("bits per byte at the end: mean, 95 %, each seed")
 
 
 def _draw_recall(axes: Any, measured: Sequence[Result[Cell]]) -> None:

@@ -29,7 +29,9 @@ def pieces_of(model: bytes, where: str) -> Pieces:
     try:
         read = library.SentencePieceProcessor(model_proto=model)
     except RuntimeError as cause:
-        raise DataError(f"{where} is no SentencePiece model: {cause}.", path=where) from cause
+        raise DataError(
+            f"{where} is no SentencePiece model. Name the .model file that its training wrote.", path=where
+        ) from cause
     tokens, special = [], {}
     for number in range(read.vocab_size()):
         piece = read.id_to_piece(number)

@@ -2,6 +2,7 @@
 
 import contextlib
 import secrets
+import shutil
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from meristem.config import fingerprint, identity, leaves
 from meristem.device.describe import describe
 from meristem.device.resolve import own_gpu
 from meristem.distributed.world import World
-from meristem.errors import ConfigError, RunError, exit_code
+from meristem.errors import ConfigError, MeristemError, RunError, exit_code
 from meristem.events import Emit, Event
 from meristem.runs.config import Config, config_of
 from meristem.safety.policy import BYPASSED, NO_POLICY, Policy, load_policy
@@ -135,6 +136,7 @@ def opened(
     if rank:
         directory, view = directory / RANKS / str(rank), Console(screen=rich.console.Console(quiet=True))
         is_new = False
+    was_there = directory.exists()
     with RunLock(directory), _unwound_by_sigterm():
         described = describe()
         is_first = is_new or not (directory / runs.FILE).exists()
@@ -148,7 +150,8 @@ def opened(
         )
         missing: list[Event] = []
         if not rank:
-            sinks = {**(sinks or {}), **_trackers(config, directory, manifest, missing.append)}
+            with _undone(directory, records, is_all=not was_there) if is_first else contextlib.nullcontext():
+                sinks = {**(sinks or {}), **_trackers(config, directory, manifest, missing.append)}
         emitter = Emitter(records, sinks, screen=view.show)
         for event in missing:
             emitter.emit(event)
@@ -171,6 +174,20 @@ def opened(
             raise
         finally:
             _close(run)
+
+
+@contextlib.contextmanager
+def _undone(directory: Path, records: Records, *, is_all: bool) -> Iterator[None]:
+    """Leave nothing of a run that fails in the block, before its first step: no directory, or only what was there."""
+    try:
+        yield
+    except MeristemError:
+        records.close()
+        if is_all:
+            shutil.rmtree(directory, ignore_errors=True)
+        for name in (runs.FILE, *(f"{stream}.ndjson" for stream in STREAMS)):
+            (directory / name).unlink(missing_ok=True)
+        raise
 
 
 def _trackers(config: Config, directory: Path, manifest: RunManifest, emit: Emit) -> dict[str, Follower]:

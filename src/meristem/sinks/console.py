@@ -65,7 +65,12 @@ class Console:
             self._tell()
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """One line that stays for the record of an event, drawn now: the console as a sink."""
+        """One line that stays for the record of an event, drawn now: the console as a sink.
+
+        Not of the error that ends the run, which is raised to whoever began it and said there.
+        """
+        if record["name"] == "exception":
+            return
         details = ", ".join(f"{name} {value}" for name, value in record["payload"].items())
         text = Text(self._clean(f"{record['severity']}: {record['name']}: {details}"))
         self._safely(lambda: self._screen.print(text, soft_wrap=True))

@@ -47,7 +47,7 @@ def health(server: Server, n_sessions: int, n_bytes: int) -> Iterator[Row]:
 
 async def _beside_a_text(server: Server, n_sessions: int, n_bytes: int) -> tuple[list[float], list[float], float]:
     """Seconds of each answer of /healthz, between tokens, and of the whole text."""
-    asking, reading, *writing = [await Connection.to(server.address) for _ in range(n_sessions + 2)]
+    writing = [await Connection.to(server.address) for _ in range(n_sessions)]
     heard = [Heard() for _ in writing]
     asked = {"prompt": "Ada lives in Oslo.", "max_tokens": ENDLESS}
     streams = [
@@ -56,6 +56,8 @@ async def _beside_a_text(server: Server, n_sessions: int, n_bytes: int) -> tuple
     ]
     while not all(each.times for each in heard):
         await asyncio.sleep(EVERY_S)
+    # Not before: a server gives connections up on which nothing is asked for half a minute.
+    asking, reading = [await Connection.to(server.address) for _ in range(2)]
     session_id = str((await reading.ask("POST", "/v1/sessions", {}))["id"])
     began, waits_s = time.perf_counter(), []
     text = asyncio.ensure_future(reading.ask("POST", f"/v1/sessions/{session_id}/feed", {"text": prose(n_bytes)}))

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -49,6 +51,8 @@ def serving(data: Path, checkpoint: Path | None, max_rows: int = 64) -> Iterator
     words = [sys.executable, "-m", "meristem", "serve", *model, "--port", "0", "--data", str(data), "--json"]
     words += ["--max-rows", str(max_rows), "--deadline", str(DEADLINE_S)]
     began = time.perf_counter()
+    # Whoever ends the measurement ends its server as well, which would outlive it.
+    before = signal.signal(signal.SIGTERM, _end)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline() if process.stdout else ""
@@ -67,6 +71,11 @@ def serving(data: Path, checkpoint: Path | None, max_rows: int = 64) -> Iterator
             process.wait()
         if process.stdout:
             process.stdout.close()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 async def _ready(address: Address, process: "subprocess.Popen[str]") -> None:

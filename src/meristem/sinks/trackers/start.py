@@ -61,10 +61,14 @@ def _follower(name: str, run: Followed, place: str | None) -> Follower:
         return Follower(run.directory, make(Followed(**{**vars(run), "place": place})))
     except Exception as cause:  # foreign code may raise anything
         raise SinkError(
-            f"the sink '{name}' cannot start: {type(cause).__name__}: {cause}. Mend that, or write '{name}?' in "
-            f"sinks.use to go on without it.",
+            f"the sink '{name}' cannot start: {type(cause).__name__}: {_first_line(cause)}. Mend that, or write "
+            f"'{name}?' in sinks.use to go on without it.",
             sink=name,
         ) from cause
+
+
+def _first_line(cause: Exception) -> str:
+    return str(cause).strip().partition("\n")[0].rstrip(".")
 
 
 def _require_library(name: str) -> None:
