@@ -295,9 +295,9 @@ def test_the_operation_is_what_torch_expects_of_one(has_momentum: bool) -> None:
 def test_narrow_heads_are_solved_in_short_chunks() -> None:
     """What is kept shows how many chunks there were."""
     keys = torch.randn(1, 64, 1, 16, requires_grad=True)
-    gate, memory = torch.rand(1, 64, 1), torch.zeros(1, 1, 16, 16)
-    kept = torch.ops.meristem.chunk_form(keys, keys, keys, None, None, gate, None, memory, None, 64, 0, False, True)
-    assert kept[3].shape == (1, 2, operations.MOST_TOGETHER, 16)
+    values, gate, memory = torch.randn(1, 64, 1, 32), torch.rand(1, 64, 1), torch.zeros(1, 1, 16, 32)
+    kept = torch.ops.meristem.chunk_form(keys, keys, values, None, None, gate, None, memory, None, 64, 0, False, True)
+    assert kept[3].shape == (1, 2, operations.MOST_TOGETHER, 32)
     assert operations.chunk_of(128, 64) == 64
 
 
