@@ -19,7 +19,7 @@ from meristem.memory.kernels.select import choose_form, force_reference, native_
 from meristem.memory.named import rules
 from meristem.native import operations
 from meristem.native.library import core, library
-from meristem.native.operations import Form, View
+from meristem.native.operations import Form, View, chunk_form
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"there is no native core: {core().said}")
 
@@ -292,13 +292,15 @@ def test_the_operation_is_what_torch_expects_of_one(has_momentum: bool) -> None:
     torch.library.opcheck(torch.ops.meristem.chunk_form.default, arguments, test_utils=checks)
 
 
-def test_narrow_heads_are_solved_in_short_chunks() -> None:
-    """What is kept shows how many chunks there were."""
+@pytest.mark.parametrize("probed_at, n_chunks", [("never", 2), ("token", 2), ("start", 1)])
+def test_narrow_heads_are_solved_in_short_chunks(probed_at: str, n_chunks: int) -> None:
+    """What is kept shows how many chunks there were; residuals at the start of a chunk of 64 are not those of 32."""
     keys = torch.randn(1, 64, 1, 16, requires_grad=True)
     values, gate, memory = torch.randn(1, 64, 1, 32), torch.rand(1, 64, 1), torch.zeros(1, 1, 16, 32)
-    kept = torch.ops.meristem.chunk_form(keys, keys, values, None, None, gate, None, memory, None, 64, 0, False, True)
-    assert kept[3].shape == (1, 2, operations.MOST_TOGETHER, 32)
-    assert operations.chunk_of(128, 64) == 64
+    vectors, gates = (keys, keys, values), (None, None, gate, None)
+    read, *_ = chunk_form(vectors, gates, (memory, None), chunk=64, probed_at=probed_at, reads_before=False)
+    assert read.grad_fn.saved_tensors[-1].shape == (1, n_chunks, 16, 32)
+    assert operations.chunk_of(16, 64) == operations.MOST_TOGETHER and operations.chunk_of(128, 64) == 64
 
 
 def test_the_core_refuses_what_does_not_fit() -> None:

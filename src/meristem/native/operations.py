@@ -66,10 +66,13 @@ def chunk_form(
 
     vectors: queries, keys and values. gates: retain, momentum, write, and the scale of what is recalled for a residual;
     retain and scale are 1 where they are None. memory: and momentum, where the rule has it. All of float32 or all of
-    float64, on the CPU, none empty. chunk: tokens solved together at most, which changes the speed alone.
+    float64, on the CPU, none empty. chunk: tokens solved together at most, which changes
+    the speed alone unless residuals are those at its start.
     """
     keeps = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*vectors, *gates, *memory))
-    settings = chunk, PROBES[probed_at], reads_before, keeps
+    # Where the residual is that at the start of a chunk, the chunk is part of what is computed.
+    together = chunk if probed_at == "start" else chunk_of(vectors[1].shape[-1], chunk)
+    settings = together, PROBES[probed_at], reads_before, keeps
     read_bthv, last_bhkv, moving_bhkv, *_ = _forward(*vectors, *gates, *memory, *settings)
     return read_bthv, last_bhkv, None if memory[1] is None else moving_bhkv
 
@@ -105,7 +108,7 @@ def _sizes(query: Tensor, values: Tensor, moving: Tensor | None, chunk: int) -> 
     lanes = _vector_bytes() // values.element_size()
     rows, time, heads, key = query.shape
     widths = _up(key, lanes), _up(values.shape[-1], lanes)
-    return _Sizes(rows, time, heads, *widths, min(chunk_of(key, chunk), time), 1 if moving is None else 2, lanes)
+    return _Sizes(rows, time, heads, *widths, min(chunk, time), 1 if moving is None else 2, lanes)
 
 
 def chunk_of(key_width: int, chunk: int) -> int:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from meristem.device.resolve import Device
-from meristem.native.operations import PROBES, chunk_of
+from meristem.native.operations import PROBES
 
 aten, core = torch.ops.aten, torch.ops.meristem
 
@@ -171,7 +171,7 @@ def _chunk_form_backward(query: torch.Tensor, *rest: Any, **kwargs: object) -> i
 def _parts_of_form(query: torch.Tensor, value_width: int, chunk: int) -> tuple[int, int]:
     """Operations of one product of all tokens with a memory, and of one triangle of every chunk for each channel."""
     b, t, h, k = query.shape
-    whole, rest = divmod(t, chunk := chunk_of(k, chunk))
+    whole, rest = divmod(t, chunk)
     return 2 * b * t * h * k * value_width, b * h * (whole * chunk**2 + rest**2)
 
 
