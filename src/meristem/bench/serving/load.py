@@ -56,7 +56,7 @@ async def _beside_a_text(server: Server, n_sessions: int, n_bytes: int) -> tuple
     ]
     while not all(each.times for each in heard):
         await asyncio.sleep(EVERY_S)
-    # Not before: a server gives connections up on which nothing is asked for half a minute.
+    # Not before: a server gives idle connections up after half a minute.
     asking, reading = [await Connection.to(server.address) for _ in range(2)]
     session_id = str((await reading.ask("POST", "/v1/sessions", {}))["id"])
     began, waits_s = time.perf_counter(), []

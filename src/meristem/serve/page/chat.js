@@ -13,7 +13,7 @@ const memory = memoryView();
 const now = { sessions: [], session: null, turns: [], waiting: [], isBusy: false, abort: null };
 
 /**
- * Do something for the user when what was asked for before is done: controls rest meanwhile, and what is refused is said.
+ * Do something for the user when what came before is done: controls rest meanwhile, and what is refused is said.
  * After a refusal nothing that waits is done, so that the user sees it first.
  */
 async function act(work) {

@@ -22,7 +22,7 @@ export function memoryView() {
   });
   let shown = { id: null, turns: [] };
   let selected = null;
-  let looking = null; // the AbortController of what is being asked for
+  let looking = null; // the AbortController of the requests under way
   let isPaused = false;
 
   function show(session, turns) {
