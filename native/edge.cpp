@@ -569,6 +569,9 @@ meristem_code meristem_model::save() {
       }
     }
   }
+  // A prediction may be finite where a key is not.
+  if (!are_finite(numbers.span().at, numbers.span().size / 4))
+    return fail(MERISTEM_NOT_FINITE, words("what the session carries is not finite, and it is not saved. Load a saved one, or forget it."));
   Text head;
   head.add("{\"__metadata__\":{\"schema\":\"meristem.session/");
   head.add(SESSION);
