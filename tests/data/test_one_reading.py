@@ -157,6 +157,6 @@ def test_the_memory_does_not_grow_with_the_size_of_a_file(tmp_path):
         words = [sys.executable, "-c", PEAK, str(path), str(tmp_path / f"store-{n_mb}"), "byte"]
         peaks_kb.append(int(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout))
         path.unlink()
-    # Of 160 MB more, at most what may wait for its hash (32 MiB) and a few pieces of 16 MiB; beside other programs they do.
+    # Of 160 MB more: what may wait for its hash, 32 MiB, and a few pieces of 16; beside other programs they do wait.
     assert peaks_kb[1] - peaks_kb[0] < 80_000
     assert peaks_kb[1] < 400_000
