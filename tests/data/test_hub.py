@@ -1,6 +1,7 @@
 """Sets of the library datasets are read once, written down, and read from there; nothing is fetched unless told."""
 
 import os
+import sys
 
 import orjson
 import pytest
@@ -159,6 +160,7 @@ def test_a_name_that_means_no_set_is_refused(name):
 
 
 def test_without_the_library_the_extra_is_named(tmp_path, saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # which makes its import fail
     monkeypatch.setattr("meristem.extras.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"needs datasets.* not installed. Run: pip install 'meristem\[data\]'"):
         hub.available(settings(tmp_path, saved))
