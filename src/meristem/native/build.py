@@ -119,7 +119,7 @@ def compile_into(target: Path, words: list[str]) -> None:
         if done.returncode:
             said = (done.stderr or done.stdout).strip()[-500:] or f"exit code {done.returncode}"
             raise BuildFailed(f"{words[0]} failed: {said}")
-        os.chmod(own, 0o755)
+        os.chmod(own, 0o644)  # mkstemp let its owner alone read it
         os.replace(own, target)
     except (OSError, subprocess.TimeoutExpired) as cause:
         raise BuildFailed(f"it could not be compiled: {cause}") from cause
