@@ -44,18 +44,18 @@ def draw(logits_bo: Float[Tensor, "b o"], wanted: Sequence[Wanted]) -> list[Draw
     drawable_bo = logits_bo if all(is_finite) else logits_bo.where(logits_bo.amax(-1, keepdim=True).isfinite(), 0)
     samplings, uniforms = [each.sampling for each in wanted], [each.random.random() for each in wanted]
     token_ids = choose_rows(drawable_bo, samplings, uniforms).tolist()
-    return [
-        _told(token_id, logits_bo[row : row + 1], each.n_top)
-        if is_fine and each.n_top is not None
-        else Drawn(token_id)
-        if is_fine
-        else NonFinite("the model's prediction is not finite, so no token can be drawn. Use another checkpoint.")
-        for row, (is_fine, token_id, each) in enumerate(zip(is_finite, token_ids, wanted, strict=True))
-    ]
+    rows = zip(is_finite, token_ids, logits_bo.split(1), wanted, strict=True)
+    return [_told(token_id, row_bo, each.n_top) if is_fine else _undrawn() for is_fine, token_id, row_bo, each in rows]
 
 
-def _told(token_id: int, logits_bo: Tensor, n_top: int) -> Drawn:
+def _undrawn() -> NonFinite:
+    return NonFinite("the model's prediction is not finite, so no token can be drawn. Use another checkpoint.")
+
+
+def _told(token_id: int, logits_bo: Tensor, n_top: int | None) -> Drawn:
     """A token with what is wanted of its probability."""
+    if n_top is None:
+        return Drawn(token_id)
     logprob_o = logits_bo[0].float().log_softmax(-1)
     top = logprob_o.topk(min(n_top, len(logprob_o)))
     return Drawn(
