@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from meristem.device.allocator import keep_freed_memory
+from meristem.device.allocator import keep_freed_memory, peak_process_bytes
 
 HANDED_BACK = """
 import ctypes, sys, torch
@@ -44,3 +45,11 @@ def handed_back(how: str) -> int:
 def test_what_tensors_held_waits_for_the_next_ones() -> None:
     assert handed_back("keep") == 0
     assert handed_back("default") > 50 * 2**20
+
+
+def test_the_peak_is_of_the_program_not_of_the_one_that_started_it():
+    """Linux lets the peak of ``getrusage`` begin with the memory of the process that forked."""
+    held = torch.ones(2**27)  # 512 MiB
+    words = "from meristem.device.allocator import peak_process_bytes; print(peak_process_bytes())"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert 2**25 < int(done.stdout) < held.nbytes < peak_process_bytes()

@@ -1,7 +1,6 @@
 """How long a text takes to be prepared, beside reading and writing it, and beside the ``tokenizers`` library alone."""
 
 import os
-import resource
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from meristem.data.config import DataConfig, TokenizerConfig
 from meristem.data.prepare import prepare
 from meristem.data.sources import documents
 from meristem.data.tokenizer import Tokenizer, library_file, train_tokenizer
+from meristem.device.allocator import peak_process_bytes
 
 DEFAULT_BYTES: Final = 256_000_000
 MOST_PAIRED_BYTES: Final = 16_000_000
@@ -64,7 +64,7 @@ def preparing(n_repeats: int, size_bytes: int = DEFAULT_BYTES) -> Iterator[Row]:
         yield Row(f"preparing, {name}", size / seconds[name] / 1e6, "MB/s", note=f"{size / 1e6:.0f} MB")
         yield Row(f"{least}, {name}", size / seconds[beside] / 1e6, "MB/s")
         yield Row(f"preparing, {name}, beside {least}", seconds[name] / seconds[beside], "x", most, "<=")
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak_mb = peak_process_bytes() / 1e6
     yield Row("peak memory of the process", peak_mb, "MB", MOST_MEMORY_MB, "<=", "torch included")
 
 

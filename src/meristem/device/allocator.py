@@ -3,12 +3,15 @@
 import ctypes
 import platform
 import resource
+from pathlib import Path
 from typing import Final
 
 import torch
 
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
+
+STATUS: Final = Path("/proc/self/status")
 
 LARGEST_BYTES: Final = 32 * 2**20
 """Blocks above this go back to the system all the same: glibc takes no higher limit."""
@@ -30,6 +33,18 @@ def peak_bytes(device: torch.device) -> int:
     """The most bytes held so far: by tensors on a CUDA device, by the whole process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    # Linux counts in KiB, macOS in bytes.
+    return peak_process_bytes()
+
+
+def peak_process_bytes() -> int:
+    """The most memory that this process held so far.
+
+    On Linux the peak of ``getrusage`` begins with that of the program that started this one: what is read here is that
+    of the address space, which is new with the program.
+    """
+    if STATUS.is_file():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -105,26 +105,29 @@ def compile_variant(flags: tuple[str, ...], sources: Path, target: Path, main: s
 
 
 def compile_into(target: Path, words: list[str]) -> None:
-    """Run a compiler with ``-o`` and a name beside ``target``, which takes its place. Raises BuildFailed."""
+    """Run a compiler with ``-o`` and a file in a folder beside ``target``, whose place it takes. Raises BuildFailed."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, own = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".part")
+        own = Path(tempfile.mkdtemp(dir=target.parent, prefix=target.stem, suffix=".part"))
     except OSError as cause:
         raise BuildFailed(f"{target.parent} cannot be written: {cause.strerror}") from cause
-    os.close(handle)
     try:
         done = subprocess.run(
-            [*words, "-o", own], capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT_S
+            [*words, "-o", str(own / target.name)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=TIMEOUT_S,
         )
         if done.returncode:
             said = (done.stderr or done.stdout).strip()[-500:] or f"exit code {done.returncode}"
             raise BuildFailed(f"{words[0]} failed: {said}")
-        os.chmod(own, 0o644)  # mkstemp let its owner alone read it
-        os.replace(own, target)
+        os.replace(own / target.name, target)  # with the rights that the linker gave it: a program runs
     except (OSError, subprocess.TimeoutExpired) as cause:
         raise BuildFailed(f"it could not be compiled: {cause}") from cause
     finally:
-        Path(own).unlink(missing_ok=True)
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def cached(variant: str, main: str = CORE) -> Path:
