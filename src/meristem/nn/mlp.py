@@ -20,8 +20,12 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, hidden_btd: Hidden) -> Hidden:
-        gate_btf, up_btf = self.gate_up(hidden_btd).chunk(2, dim=-1)
-        return self.out(F.silu(gate_btf) * up_btf)
+        return self.out(self.inner(self.gate_up(hidden_btd)))
+
+    def inner(self, projected_btf: Tensor) -> Tensor:
+        """What the last projection is given, from what the first gives."""
+        gate_btf, up_btf = projected_btf.chunk(2, dim=-1)
+        return F.silu(gate_btf) * up_btf
 
 
 class Feedforward(nn.Module):
@@ -36,4 +40,8 @@ class Feedforward(nn.Module):
         self.out = nn.Linear(hidden, width)
 
     def forward(self, hidden_btd: Hidden) -> Hidden:
-        return self.out(self.activation(self.up(hidden_btd)))
+        return self.out(self.inner(self.up(hidden_btd)))
+
+    def inner(self, projected_btf: Tensor) -> Tensor:
+        """What the last projection is given, from what the first gives."""
+        return self.activation(projected_btf)
