@@ -34,6 +34,7 @@ CHEAP = ("preset-charformer", "preset-chargru", "preset-titans-mag", "lm-levels-
 CHOICES = [(name, "head") for name in ZOO] + [(name, which) for name in CHEAP for which in ("mlp", "low_rank", "all")]
 CHOICES = [(name, which) for name, which in CHOICES if name != "preset-chargru" or which in ("head", "all")]
 CHOICES += [(name, "last_mlp") for name in ("preset-titans-mag", "lm-persistent", "preset-titans-mac")]
+SIDE_BY_SIDE = [choice for choice in CHOICES if choice[0] in (*CHEAP, "lm-persistent") and choice[1] in BATCHED]
 
 
 @functools.cache
@@ -66,7 +67,9 @@ def test_learning_is_causal_and_does_not_depend_on_the_cut(name, which):
     )
 
 
-@pytest.mark.parametrize("name, which", [choice for choice in CHOICES if choice[0] in (*CHEAP, "lm-persistent") and choice[1] in BATCHED])
+@pytest.mark.parametrize(
+    "name, which", [choice for choice in CHOICES if choice[0] in (*CHEAP, "lm-persistent") and choice[1] in BATCHED]
+)
 def test_rows_learn_as_each_does_alone(name, which):
     """Side by side, and joined at different places of their chunks."""
     reader, tokens_bt = learning(name, which), ids(3)
@@ -146,7 +149,8 @@ def test_the_rate_is_halved_unless_a_drop_was_paid_for():
 def test_the_rate_found_for_a_model_is_taken_unless_one_is_given():
     model = torch.nn.Linear(1, 1)
     assert rate_of(model, LearnConfig(which="head")) == 0.5
-    put_rates(model, {"head": 0.25})
+    put_rates(model, {"head": 0.25, "mlp": 0.75})
+    assert rate_of(model, LearnConfig(which="last_mlp")) == 0.75
     assert [rate_of(model, LearnConfig(which="head", lr=rate)) for rate in (None, 2.0)] == [0.25, 2.0]
 
 

@@ -87,8 +87,11 @@ def rates_of(model: nn.Module) -> Mapping[str, float]:
 
 
 def rate_of(model: nn.Module, learning: LearnConfig) -> float:
-    """The learning rate: the one given, else the one found for the model, else the usual one."""
-    usual = rates_of(model).get(learning.which, RATES[learning.which])
+    """The learning rate: the one given, else the one found for the model, else the usual one.
+
+    Of the last feed-forward layer it is that of all of them, which was best for it too where both were tried.
+    """
+    usual = rates_of(model).get(learning.which.removeprefix("last_"), RATES[learning.which])
     return usual if learning.lr is None else learning.lr
 
 
@@ -376,12 +379,12 @@ class TailLearner:
         return mixed_bto, stepped
 
 
-def _linear(hidden_bti: Tensor, weight: Tensor, bias_o: Tensor | None) -> Tensor:
-    """A linear layer by a matrix of each row, ``(b, o, i)``, or by one of all, ``(o, i)``."""
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer by a matrix of each row, ``(b, out, in)``, or by one of all, ``(out, in)``."""
     if weight.ndim == 2:
-        return functional.linear(hidden_bti, weight, bias_o)
-    found_bto = torch.einsum("bti,boi->bto", hidden_bti, weight.to(hidden_bti.dtype))
-    return found_bto if bias_o is None else found_bto + bias_o
+        return functional.linear(hidden, weight, bias)
+    found_btf = torch.einsum("btd,bfd->btf", hidden, weight.to(hidden.dtype))
+    return found_btf if bias is None else found_btf + bias
 
 
 def fresh(rate: float, tokens_bt: Tokens) -> State:

@@ -22,9 +22,9 @@ class SwiGLU(nn.Module):
     def forward(self, hidden_btd: Hidden) -> Hidden:
         return self.out(self.inner(self.gate_up(hidden_btd)))
 
-    def inner(self, projected_btf: Tensor) -> Tensor:
+    def inner(self, projected: Tensor) -> Tensor:
         """What the last projection is given, from what the first gives."""
-        gate_btf, up_btf = projected_btf.chunk(2, dim=-1)
+        gate_btf, up_btf = projected.chunk(2, dim=-1)
         return F.silu(gate_btf) * up_btf
 
 
@@ -42,6 +42,6 @@ class Feedforward(nn.Module):
     def forward(self, hidden_btd: Hidden) -> Hidden:
         return self.out(self.inner(self.up(hidden_btd)))
 
-    def inner(self, projected_btf: Tensor) -> Tensor:
+    def inner(self, projected: Tensor) -> Tensor:
         """What the last projection is given, from what the first gives."""
-        return self.activation(projected_btf)
+        return self.activation(projected)
