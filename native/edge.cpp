@@ -538,9 +538,13 @@ bool meristem_model::makes_sense(const Learning& how) const {
 }
 
 meristem_code meristem_model::learn(const meristem_learning* given) {
+  if (!given) {
+    is_chosen = false;
+    return MERISTEM_OK;
+  }
   if (has_read || n_tokens) return fail(MERISTEM_MISUSED, words("weights learn from the first token on, and some were read. Forget the session first."));
   std::unique_ptr<Learner> made;
-  if (given && given->which != MERISTEM_LEARN_MEMORY) {
+  if (given->which != MERISTEM_LEARN_MEMORY) {
     const bool is_one = given->which == MERISTEM_LEARN_HEAD || given->which == MERISTEM_LEARN_LAST_MLP;
     Learning how{is_one && given->which == MERISTEM_LEARN_LAST_MLP ? meristem::learning::LAST_MLP : meristem::learning::HEAD, given->chunk, double(given->rate), double(given->grad_clip)};
     how.is_found = given->rate < 0;
@@ -550,7 +554,7 @@ meristem_code meristem_model::learn(const meristem_learning* given) {
     made = std::make_unique<Learner>(*decoder, shape, how);
   }
   learner = std::move(made);
-  is_chosen = given;
+  is_chosen = true;
   return MERISTEM_OK;
 }
 

@@ -84,8 +84,8 @@ typedef struct {
   float rate;       /* halved each time that steps were undone */
   float saved_nats; /* by those steps, per token, summed over the chunks */
 } meristem_learned;
-/* Choose before anything is read. Sessions that are loaded afterwards have to learn the same; without a choice, or after one
- * of NULL, a loaded session learns what it did where it was saved, and a new one as the last, at first memory alone. */
+/* Choose before anything is read. Sessions that are loaded afterwards have to learn the same. NULL, at any time, takes the
+ * choice back, as before the first: what is loaded learns as it did where it was saved, what begins as the last one. */
 MERISTEM_API meristem_code meristem_learn(meristem_model* model, const meristem_learning* how);
 MERISTEM_API meristem_code meristem_learning_now(const meristem_model* model, meristem_learned* to);
 

@@ -197,6 +197,7 @@ def test_another_choice_is_refused(core, runtime, shipped, content, tmp_path):
     """A session goes on as it was saved, or not here."""
     begun = session(shipped, "head")
     begun.save(tmp_path / "head")
+    begun_tokens = begun.n_tokens
     begun = Session(shipped.model, shipped.tokenizer, learn="weights")
     begun.feed(TEXT)
     begun.save(tmp_path / "mlp")
@@ -213,6 +214,9 @@ def test_another_choice_is_refused(core, runtime, shipped, content, tmp_path):
         with pytest.raises(Failed, match=said.format(own)) as refused:
             handle.load(head)
         assert refused.value.code == OTHER_MODEL and handle.n_tokens == 0
+        core.meristem_learn(handle.at, None)
+        handle.load(head)
+        assert (handle.learned.which, handle.n_tokens) == (1, begun_tokens)
     handle = Model(core, content)
     handle.learn(1, CHUNK)
     handle.load(head)
