@@ -18,7 +18,7 @@ N_STAGES: Final = 20
 """In how many steps the admitted share rises."""
 
 _CHUNK: Final = 1 << 22
-"""Ids that are looked at together."""
+"""Ids that are counted together."""
 
 _ONE_BIT: Final = 1 << 16
 """Bits are counted in whole numbers of this unit, so that their sums are the same everywhere."""
