@@ -15,7 +15,7 @@ TESTED = {
     "nn/attention": ("tests/nn/test_attention.py", 17),
     "nn/memory_cache": ("tests/nn/test_memory_cache.py", 13),
 }
-"""Modules, the tests that have to fail where a function of theirs swaps two axes, and how many such functions it has."""
+"""Modules, the tests that have to fail where a function of theirs swaps two axes, and the fewest functions that can."""
 
 
 @pytest.mark.slow
