@@ -6,6 +6,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meristem.memory.kernels.select import fuses
+from meristem.native import layers as native
 from meristem.shapes import Hidden
 
 
@@ -20,7 +22,11 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, hidden_btd: Hidden) -> Hidden:
-        gate_btf, up_btf = self.gate_up(hidden_btd).chunk(2, dim=-1)
+        gate_up_btf = self.gate_up(hidden_btd)
+        if fuses(gate_up_btf, width=gate_up_btf.shape[-1] // 2):
+            made_btd: Hidden = self.out(native.swiglu(gate_up_btf))
+            return made_btd
+        gate_btf, up_btf = gate_up_btf.chunk(2, dim=-1)
         return self.out(F.silu(gate_btf) * up_btf)
 
 
