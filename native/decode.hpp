@@ -110,6 +110,26 @@ template <class T> class Panels {
       for (int q = 0; q < V; ++q) store(y + m * ys + q * LANES<T>, sum[m][q]);
   }
 
+  // Each number of x is the sum over all outputs, lane by lane, and over the lanes at the end.
+  template <int MANY> void back_of(const T* y, int64_t ys, T* x, int64_t xs, T* room) const {
+    std::memset(room, 0, size_t(in_) * MANY * VECTOR_BYTES);
+    for (int p = 0; p < n_; ++p) {
+      const T* w = weight_.get() + size_t(p) * in_ * WIDE;
+      Vec<T> v[MANY][2];
+#pragma GCC unroll 8
+      for (int m = 0; m < MANY; ++m) { v[m][0] = load(y + m * ys + p * WIDE); v[m][1] = load(y + m * ys + p * WIDE + LANES<T>); }
+      for (int i = 0; i < in_; ++i, w += WIDE) {
+        const Vec<T> a = load(w), b = load(w + LANES<T>);
+#pragma GCC unroll 8
+        for (int m = 0; m < MANY; ++m) {
+          T* to = room + (size_t(i) * MANY + m) * LANES<T>;
+          store(to, load(to) + v[m][0] * a + v[m][1] * b);
+        }
+      }
+    }
+    for (int m = 0; m < MANY; ++m) for (int i = 0; i < in_; ++i) x[m * xs + i] = total<T>(load(room + (size_t(i) * MANY + m) * LANES<T>));
+  }
+
  public:
   static int padded(int64_t out) { return int(up(out, WIDE)); }
   int out() const { return n_ * WIDE; }
@@ -125,6 +145,20 @@ template <class T> class Panels {
       T* to = weight_.get() + size_t((first + o) / WIDE) * in_ * WIDE + (first + o) % WIDE;
       for (int i = 0; i < in_; ++i) to[size_t(i) * WIDE] = from[o * in_ + i];
     }
+  }
+  // Another matrix of the same sizes, plus delta(o * in + i) in its first rows.
+  template <class F> void sum(const Panels& other, int64_t rows, F delta) {
+    for (int64_t o = 0; o < rows; ++o) {
+      const size_t first = size_t(o / WIDE) * in_ * WIDE + o % WIDE;
+      for (int64_t i = 0; i < in_; ++i) weight_.get()[first + i * WIDE] = other.weight_.get()[first + i * WIDE] + delta(o * in_ + i);
+    }
+  }
+  static constexpr int BACK = 4;  // rows of ``back`` at once
+  // x [rows, in] = y [rows, out()] W. room: BACK * in vectors.
+  void back(int rows, const T* y, int64_t ys, T* x, int64_t xs, T* room) const {
+    int r = 0;
+    for (; r + BACK <= rows; r += BACK) back_of<BACK>(y + r * ys, ys, x + r * xs, xs, room);
+    for (; r < rows; ++r) back_of<1>(y + r * ys, ys, x + r * xs, xs, room);
   }
   // y [rows, out()] = x [rows, in] W^T, or that added to it.
   template <bool ADD = false> void times(int rows, const T* x, int64_t xs, T* y, int64_t ys) const {
@@ -229,7 +263,7 @@ template <class T> struct Layer {
   int n_gates() const { return 1 + int(s.has_retain_gate) + int(s.has_momentum); }
   int value_stride() const { return int(up(key_width, LANES<T>)); }
 
-  Layer(const ModelShape& m, const LayerShape& shape, const LayerWeights<T>& w) : s(shape) {
+  __attribute__((cold)) Layer(const ModelShape& m, const LayerShape& shape, const LayerWeights<T>& w) : s(shape) {
     const int64_t d = m.width;
     mixer_norm.copy(w.mixer_norm, d);
     mlp_norm.copy(w.mlp_norm, d);
@@ -306,6 +340,19 @@ template <class T> struct Layer {
   int64_t turns() const { return 2 * s.span + LANES<T>; }
 };
 
+// What the last projection of a feed-forward layer is given, from what the first gave, without its bias.
+template <class T> inline void activate(const Layer<T>& l, const T* up, T* h) {
+  const int f = int(l.s.hidden);
+  if (l.s.mlp == SWIGLU) {
+    each<T>(f, [&](int j) { const Vec<T> y = load(up + j); store(h + j, y * sigmoid<T>(y) * load(up + f + j)); });
+    return;
+  }
+  for (int j = 0; j < f; ++j) {
+    const T y = up[j] + l.up_bias.get()[j];
+    h[j] = y * T(0.5) * (1 + erf(y * T(0.70710678118654752440)));
+  }
+}
+
 template <class T> class Decoder {
   ModelShape m_;
   std::vector<std::unique_ptr<Layer<T>>> layers_;
@@ -328,7 +375,7 @@ template <class T> class Decoder {
   }
 
  public:
-  Decoder(const ModelShape& m, const LayerShape* shapes, const ModelWeights<T>& w, const LayerWeights<T>* layers) : m_(m) {
+  __attribute__((cold)) Decoder(const ModelShape& m, const LayerShape* shapes, const ModelWeights<T>& w, const LayerWeights<T>* layers) : m_(m) {
     const int64_t d = m.width;
     width_ = Panels<T>::padded(d);
     wide_ = Panels<T>::padded(3 * d);
@@ -368,6 +415,10 @@ template <class T> class Decoder {
     return at[9];
   }
   const Place& place(int64_t layer) const { return layers_[layer]->place; }
+  const Layer<T>& last() const { return *layers_.back(); }
+  const Panels<T>& head() const { return head_; }
+  const Numbers<T>& norm() const { return norm_; }
+  double eps() const { return m_.eps; }
 
   // One token for each row. blocks: of the readers; n_read: how many tokens each has read since its rings were filled from
   // slot 0 on, and in the end one more. logits: [rows, logits_stride()]. False, and nothing was done, where a token is none
@@ -375,6 +426,14 @@ template <class T> class Decoder {
   bool step(int rows, const int64_t* tokens, T* const* blocks, int64_t* n_read, T* logits, T* room) const {
     for (int r = 0; r < rows; ++r) if (tokens[r] < 0 || tokens[r] >= m_.vocabulary) return false;
     [[maybe_unused]] const Flushed flushed;
+    head_.times(rows, hidden(rows, tokens, blocks, n_read, room, HEAD_IS_LEFT), width_, logits, logits_stride());
+    return true;
+  }
+
+  // The same without the last part: what the head is given, or the last feed-forward layer before its norm. The vectors
+  // stand in the room, as far apart as the outputs of a matrix of that width. Tokens are of the vocabulary.
+  enum Left { HEAD_IS_LEFT, MLP_IS_LEFT };
+  const T* hidden(int rows, const int64_t* tokens, T* const* blocks, int64_t* n_read, T* room, Left left) const {
     const Room c = cut(room, rows);
     const int d = int(m_.width);
     for (int r = 0; r < rows; ++r) {
@@ -386,13 +445,14 @@ template <class T> class Decoder {
       normed(rows, c.x, l.mixer_norm, c.n);
       l.in.times(rows, c.n, width_, c.in, wide_);
       mix(l, rows, blocks, n_read, c);
+      if (left == MLP_IS_LEFT && &l == &last()) break;
       normed(rows, c.x, l.mlp_norm, c.n);
       feed(l, rows, c);
     }
-    normed(rows, c.x, norm_, c.n);
-    head_.times(rows, c.n, width_, logits, logits_stride());
     for (int r = 0; r < rows; ++r) ++n_read[r];
-    return true;
+    if (left == MLP_IS_LEFT) return c.x;
+    normed(rows, c.x, norm_, c.n);
+    return c.n;
   }
 
  private:
@@ -454,19 +514,9 @@ template <class T> class Decoder {
   }
 
   void feed(const Layer<T>& l, int rows, const Room& c) const {
-    const int f = int(l.s.hidden), d = int(m_.width);
+    const int d = int(m_.width);
     l.up_.times(rows, c.n, width_, c.up, far_);
-    for (int r = 0; r < rows; ++r) {
-      T *up = c.up + r * far_, *h = c.h + r * far_;
-      if (l.s.mlp == SWIGLU) {
-        each<T>(f, [&](int j) { const Vec<T> y = load(up + j); store(h + j, y * sigmoid<T>(y) * load(up + f + j)); });
-      } else {
-        for (int j = 0; j < f; ++j) {
-          const T y = up[j] + l.up_bias.get()[j];
-          h[j] = y * T(0.5) * (1 + erf(y * T(0.70710678118654752440)));
-        }
-      }
-    }
+    for (int r = 0; r < rows; ++r) activate(l, c.up + r * far_, c.h + r * far_);
     l.down.template times<true>(rows, c.h, far_, c.x, width_);
     if (l.down_bias)
       for (int r = 0; r < rows; ++r) for (int j = 0; j < d; ++j) c.x[r * width_ + j] += l.down_bias.get()[j];

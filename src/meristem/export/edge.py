@@ -112,6 +112,7 @@ def described(parts: Parts, own: Identity) -> dict[str, Any]:
         **{"width": shape.width, "vocabulary": shape.vocabulary, "eps": shape.eps, "layers": layers},
         **own._asdict(),
         **versions,
+        "learn_rates": parts.learn_rates,
     }
 
 
@@ -119,7 +120,7 @@ def _put_core(place: Path) -> str:
     """The sources, and the library for this machine; which it is, or why there is none."""
     sources = build.source_folder()
     (place / "source").mkdir()
-    for name in ("edge.cpp", "meristem.h", "container.hpp", "elementary.hpp", "decode.hpp", "tile.hpp"):
+    for name in ("edge.cpp", "meristem.h", "container.hpp", "elementary.hpp", "decode.hpp", "learn.hpp", "tile.hpp"):
         shutil.copy(sources / name, place / "source" / name)
     shutil.copy(sources / "meristem.h", place / "meristem.h")
     for name in EXAMPLES:

@@ -15,7 +15,9 @@ from meristem.memory.region import curvature, is_coasting
 from meristem.memory.rule import Rule
 from meristem.memory.state import as_tensors
 from meristem.memory.update import implicit, plain
+from meristem.models.config import LearnConfig
 from meristem.models.lm import LM, Block
+from meristem.models.weights import TAILS, rate_of
 from meristem.native import decoding as native
 from meristem.native.library import core
 from meristem.nn.attention import Attention
@@ -137,13 +139,14 @@ class Parts(NamedTuple):
     """What a model is made of, as the core has it.
 
     layers: each with its weights by name. begin: what a memory holds before the first token, where that is not zero, by
-    layer and then by the name of a leaf of its state.
+    layer and then by the name of a leaf of its state. learn_rates: of the last parts of the model, where they learn.
     """
 
     shape: native.ModelShape
     layers: list[tuple[native.LayerShape, native.Weights]]
     ends: native.Weights
     begin: list[dict[str, Tensor]]
+    learn_rates: dict[str, float]
 
 
 def parts_of(reader: object) -> Parts:
@@ -154,7 +157,8 @@ def parts_of(reader: object) -> Parts:
     layers: list[tuple[native.LayerShape, native.Weights]] = [
         (own, _layer_weights(block, own)) for own, block in zip(of_layers, blocks, strict=True)
     ]
-    return Parts(shape, layers, _ends(model), [_begin(block.mixer) for block in blocks])
+    rates = {which: rate_of(model, LearnConfig.model_validate({"which": which})) for which in TAILS}
+    return Parts(shape, layers, _ends(model), [_begin(block.mixer) for block in blocks], rates)
 
 
 @torch.no_grad()
