@@ -24,6 +24,14 @@ def hf(
         Literal["auto", "plain", "meristem"],
         typer.Option("--form", help="plain: a Llama or Mistral; meristem: ours; auto: plain where it is one."),
     ] = "auto",
+    padding_side: Annotated[
+        Literal["left", "right"] | None,
+        typer.Option("--padding-side", help="Where the tokenizer fills up rows of a batch; left unless a base says."),
+    ] = None,
+    pad_token: Annotated[
+        str | None,
+        typer.Option("--pad-token", metavar="TOKEN", help="With which special token; <pad>, or the end of a text."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a folder that transformers loads, and load it once to compare; it needs the extra hf.
@@ -35,7 +43,7 @@ def hf(
     """
     from meristem.export import hf as folders
 
-    made = folders.export(run, to, form=form, emit=tell)
+    made = folders.export(run, to, form=form, emit=tell, padding=folders.Padding(padding_side, pad_token))
     answer(made._asdict() | {"path": str(made.path)}, as_json, pairs)
 
 

@@ -6,6 +6,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meristem.memory.kernels.select import fuses
+from meristem.native import layers as native
 from meristem.shapes import Hidden
 
 
@@ -24,6 +26,9 @@ class SwiGLU(nn.Module):
 
     def inner(self, projected: Tensor) -> Tensor:
         """What the last projection is given, from what the first gives."""
+        if fuses(projected, width=projected.shape[-1] // 2):
+            fused: Tensor = native.swiglu(projected)
+            return fused
         gate_btf, up_btf = projected.chunk(2, dim=-1)
         return F.silu(gate_btf) * up_btf
 
