@@ -66,3 +66,23 @@ def edge(
 
     made = folders.export(run or DIRECTORY, to, web=web, emit=tell)
     answer(made._asdict() | {"path": str(made.path)}, as_json, pairs)
+
+
+@app.command()
+def onnx(
+    to: Annotated[Path, typer.Option("--to", metavar="FILE", help="The file to write; it must not exist.")],
+    run: AnyCheckpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Write one ONNX file with its state in and out, and compare it with torch; it needs the extra onnx.
+
+    \b
+    Examples:
+      meristem export onnx runs/latest --to model.onnx
+      meristem export onnx --to model.onnx
+    """
+    from meristem.export import onnx as graphs
+    from meristem.models.shipped import DIRECTORY
+
+    made = graphs.export(run or DIRECTORY, to, emit=tell)
+    answer(made._asdict() | {"path": str(made.path)}, as_json, pairs)
