@@ -18,7 +18,7 @@ from meristem.models.decoding import Decoding
 from meristem.models.generate import Sampling, generate
 from meristem.models.load import load
 from meristem.models.online import frozen
-from meristem.models.packed import MANY_THREADS
+from meristem.models.packed import MANY_THREADS, NotTaken, parts_of
 from meristem.native.library import core
 from meristem.nn.config import MemoryConfig
 
@@ -396,3 +396,10 @@ def test_a_model_of_another_kind_of_state_goes_on_in_torch():
         build(*zoo.ZOO["preset-titans-mag"], zoo.VOCABULARY, 3), take_rows(begun(model, zoo.ids(2, 6)), 0, 1)
     )
     assert "torch.float64" in part.refusal
+
+
+@pytest.mark.parametrize("name", ["preset-hope", "lm-levels-each"])
+def test_what_only_the_core_of_this_process_has_is_not_given_to_others(name):
+    """The library of the edge reads no self-reference and no levels, and is given none."""
+    with pytest.raises(NotTaken, match="layer 0 has a self-reference or levels"):
+        parts_of(zoo.grown(name))

@@ -96,7 +96,7 @@ template <class T> int64_t run() {
     layers.push_back(weights_of(shapes.back(), d, held));
   }
   const ModelWeights<T> ends{held.of(model.vocabulary * d), held.of(d), held.of(model.vocabulary * d)};
-  const Decoder<T> decoder(model, shapes.data(), ends, layers.data());
+  const Decoder<T> decoder(model, shapes.data(), ends, layers.data(), hope_parts<T>);
   held.all.clear();  // what it needs is packed
   const int64_t rows = any(1, 15);
   std::vector<std::unique_ptr<T[]>> blocks;

@@ -167,7 +167,8 @@ def _filled(decoder: native.Decoder, flat: dict[str, Any], n_rows: int) -> tuple
     """The blocks of rows that are alike, and how many tokens their rings count as read."""
     layers = [_leaves(index, shape) for index, shape in enumerate(decoder.layers)]
     names = {name for each in layers for name in each if name}
-    names |= {name for index in range(len(layers)) for name, _ in _whole(decoder, decoder.blocks(1), index)}
+    blocks_bn = decoder.blocks(n_rows)
+    names |= {name for index in range(len(layers)) for name, _ in _whole(decoder, blocks_bn, index)}
     if flat.keys() != names:
         odd = sorted(flat.keys() ^ names)
         raise NotTaken(f"its state has or lacks what the core does not hold: {', '.join(odd[:3])}")
@@ -175,7 +176,6 @@ def _filled(decoder: native.Decoder, flat: dict[str, Any], n_rows: int) -> tuple
     if len(lengths) > 1:
         raise NotTaken("its layers have read different numbers of tokens")
     count = lengths.pop() if lengths else 0
-    blocks_bn = decoder.blocks(n_rows)
     for index, own in enumerate(layers):
         held = decoder.held(blocks_bn, index)
         for name, part, slots in _rings(held, own, count, decoder.layers[index]):

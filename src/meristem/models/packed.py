@@ -390,7 +390,8 @@ def _levels_weights(chain: Any) -> dict[str, Tensor]:
 
 
 def _self_weights(layer: SelfReference) -> dict[str, Tensor]:
-    found = {"conv": layer.conv.weight_dc, "gate_bias": layer.bias_hl, "memory_norm": layer.norm.gain_d}
+    found: dict[str, Tensor] = {"conv": layer.conv.weight_dc, "gate_bias": layer.bias_hl}
+    found["memory_norm"] = layer.norm.gain_d
     found |= {"open": layer.gate.weight, "open_bias": layer.gate.bias, "memory_out": layer.out.weight}
     if layer.query is not None:
         found["query"] = layer.query.weight
