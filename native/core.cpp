@@ -9,11 +9,12 @@
 
 #include "decode.hpp"
 #include "form.hpp"
+#include "hope.hpp"
 #include "layers.hpp"
 
 #define MERISTEM_EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int ABI = 5;
+constexpr int ABI = 6;
 
 // Of the interface that this library was compiled with; the caller compares it before it calls anything else.
 MERISTEM_EXPORT int meristem_abi() { return ABI; }
@@ -521,7 +522,7 @@ MERISTEM_EXPORT int meristem_cross_entropy_backward(const MeristemCrossEntropy* 
       const meristem::decoding::ModelShape* model, const meristem::decoding::LayerShape* shapes, \
       const meristem::decoding::ModelWeights<T>* ends, const meristem::decoding::LayerWeights<T>* layers) { \
     try { \
-      return new meristem::decoding::Decoder<T>(*model, shapes, *ends, layers); \
+      return new meristem::decoding::Decoder<T>(*model, shapes, *ends, layers, meristem::decoding::hope_parts<T>); \
     } catch (const std::bad_alloc&) { \
       return nullptr; \
     } \
