@@ -8,11 +8,12 @@
 #include <thread>
 
 #include "decode.hpp"
+#include "draw.hpp"
 #include "form.hpp"
 
 #define MERISTEM_EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int ABI = 4;
+constexpr int ABI = 5;
 
 // Of the interface that this library was compiled with; the caller compares it before it calls anything else.
 MERISTEM_EXPORT int meristem_abi() { return ABI; }
@@ -337,3 +338,10 @@ MERISTEM_EXPORT int meristem_form_backward(const MeristemForm* form) {
   }
 MERISTEM_DECODER(f32, float)
 MERISTEM_DECODER(f64, double)
+
+// One id for each row of logits, rows ``stride`` numbers apart (draw.hpp).
+MERISTEM_EXPORT void meristem_draw(int64_t rows, int64_t n, int64_t stride, const float* logits, const float* temperatures,
+                                   const double* uniforms, int64_t* ids) {
+  for (int64_t r = 0; r < rows; ++r)
+    ids[r] = meristem::drawing::drawn(logits + r * stride, n, temperatures[r], uniforms[r]);
+}
