@@ -1,6 +1,7 @@
 """The ONNX file reads as the model does, whatever is read at once, and a state goes from torch to it and back."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -96,11 +97,12 @@ def test_the_model_in_the_box_is_compared_before_it_is_written(tmp_path, capsys)
     assert run(["export", "onnx", "--to", str(tmp_path / "model.onnx")]) != 0
 
 
-def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("factor", [1.01, math.nan])
+def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypatch, factor):
     """The graph of other weights in the place of the model's: the check finds it, and says so."""
     pytest.importorskip("onnxruntime")
     other = load().model.requires_grad_(False)
-    other.blocks[1].mlp.out.weight.mul_(1.01)
+    other.blocks[1].mlp.out.weight.mul_(factor)
     graph = graphs.graph_of(other)
     monkeypatch.setattr(graphs, "graph_of", lambda model: graph)
     with pytest.raises(CheckpointMismatch, match=r"its logits differ by \S+ from those of the checkpoint"):
