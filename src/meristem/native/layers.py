@@ -285,7 +285,8 @@ def _keep_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _send_swiglu_back(ctx: Any, d_made: Tensor) -> Tensor:
     (gate_up,) = ctx.saved_tensors
-    return _swiglu_backward(gate_up, d_made)
+    d_gate_up: Tensor = _swiglu_backward(gate_up, d_made)
+    return d_gate_up
 
 
 swiglu.register_autograd(_send_swiglu_back, setup_context=_keep_swiglu)
