@@ -58,6 +58,7 @@ def everything(
     names = (
         "memory",
         "model",
+        "training",
         "compositions",
         "hope",
         "levels",
@@ -98,6 +99,9 @@ def memory(
 _MISSED: Final = "Exit code 1 when a target is missed."
 _SECTIONS: Final = {
     "model": f"Measure training of the default model against a transformer. {_MISSED}",
+    "training": f"""Measure training of the default preset by the native core against tensor code. {_MISSED}
+
+Whole steps on one thread, in time of the processor, interleaved; and a memory layer against its own projections.""",
     "compositions": f"""Measure training with a memory as context, gate and layer. {_MISSED}
 
 Two layers, sequences of 512 tokens, whole steps, interleaved with a transformer of the same width and depth.""",
