@@ -162,7 +162,8 @@ def test_the_core_refuses_what_does_not_fit() -> None:
     """A code, and nothing is touched."""
     found = library()
     assert found is not None
-    at = torch.zeros(4096).data_ptr()
+    number = torch.zeros(4096)
+    at = number.data_ptr()
     sizes = {"rows": 1, "time": 4, "past": 0, "heads": 1, "width": 16, "span": 2, "threads": 1}
     sizes |= dict.fromkeys(("vectors", "kept", "mixed", "sent", "d_vectors"), at)
     room = torch.empty(1 << 16, dtype=torch.uint8)

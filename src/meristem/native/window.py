@@ -91,13 +91,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the first three inputs; empty for what is not there."""
     call, sent_btf = _Call(vectors_btn, past_keys, past_values, heads, span, is_rotated), sent_btf.contiguous()
-    made = _backward_shapes(vectors_btn, past_keys, past_values)
+    made: tuple[Tensor, ...] = _backward_shapes(vectors_btn, past_keys, past_values)
     given = call.given
     given.kept, given.sent, given.d_vectors = (x.data_ptr() for x in (kept, sent_btf, made[0]))
     if past_keys is not None:
         given.d_past_keys, given.d_past_values = (x.data_ptr() for x in made[1:])
     call.run("backward")
-    return made
+    return made[0], made[1], made[2]
 
 
 @_backward.register_fake
@@ -113,6 +113,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     vectors_btn, past_keys, past_values, *settings, _ = inputs
     ctx.save_for_backward(vectors_btn, past_keys, past_values, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros as large as the weights would be made
     ctx.settings = settings
 
 
