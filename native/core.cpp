@@ -7,6 +7,7 @@
 #include <system_error>
 #include <thread>
 
+#include "attention.hpp"
 #include "decode.hpp"
 #include "draw.hpp"
 #include "form.hpp"
@@ -511,6 +512,98 @@ MERISTEM_EXPORT int meristem_cross_entropy_backward(const MeristemCrossEntropy* 
       if (target == c.ignored) return std::fill(d_logits, d_logits + c.width, S{});
       softmax_back<T>(static_cast<const S*>(c.logits) + row * c.width, c.width, target, static_cast<const T*>(c.log_sum)[row],
                       T(c.weight), d_logits);
+    });
+  });
+}
+
+// Attention over a sliding window (attention.hpp). vectors: queries, keys and values as they are projected, [rows, time, 3, heads,
+// width]; past_keys, past_values: those before, [rows, past, heads, width], null where past is 0; mixed: [rows, time, heads,
+// width]; all stored as ``numbers`` says. cosine, sine: [past + time, width / 2], or null; kept: the weights, [rows, heads, blocks,
+// block, columns], null where no backward pass follows, as computed. d_past_keys and d_past_values may be null.
+struct MeristemWindow {
+  int64_t rows, time, past, heads, width, span, threads;
+  int32_t numbers;
+  const void *vectors, *past_keys, *past_values, *cosine, *sine;
+  void *kept, *mixed;
+  const void* sent;
+  void *d_vectors, *d_past_keys, *d_past_values, *scratch;
+  int64_t n_scratch_bytes;
+  void* parallel;
+};
+
+namespace {
+WindowSizes sizes_of(const MeristemWindow& w) { return {w.time, w.past, int(w.heads), int(w.width), w.span}; }
+
+template <class T> bool fits(const MeristemWindow& w) {
+  const int64_t most = 1 << 24;
+  for (int64_t size : {w.rows, w.time, w.heads, w.width, w.span, w.threads}) if (size < 1) return false;
+  return w.past >= 0 && w.width % LANES<T> == 0 && w.width <= most && w.heads <= most && w.time <= most && w.past <= most;
+}
+template <class T, class S> int64_t scratch_of(const MeristemWindow& w, bool is_backward) {
+  Arena arena(nullptr);
+  WindowHead<T, S>(sizes_of(w), nullptr, nullptr, arena, is_backward);
+  return up(arena.used, 4096);
+}
+template <class T, class S, class F> int over_heads(const MeristemWindow& w, bool is_backward, F f) {
+  if (!fits<T>(w) || w.n_scratch_bytes < scratch_of<T, S>(w, is_backward) * w.threads) return BAD_SIZES;
+  if (has_null({w.vectors, w.scratch, w.past ? w.past_keys : &w, w.past ? w.past_values : &w})) return BAD_POINTERS;
+  if ((w.cosine == nullptr) != (w.sine == nullptr)) return BAD_POINTERS;
+  const int64_t each = scratch_of<T, S>(w, is_backward), near = w.heads * w.width;
+  share(w.rows * w.heads, w.threads, w.parallel, [&](int64_t thread, int64_t item) {
+    Arena arena(static_cast<char*>(w.scratch) + thread * each);
+    WindowHead<T, S> head(sizes_of(w), static_cast<const T*>(w.cosine), static_cast<const T*>(w.sine), arena, is_backward);
+    const int64_t row = item / w.heads, first = item % w.heads * w.width, before = row * w.past * near + first;
+    const auto past = [&](const void* x) { return x ? static_cast<const S*>(x) + before : nullptr; };
+    head.read(static_cast<const S*>(w.vectors) + row * w.time * 3 * near + first, past(w.past_keys), past(w.past_values));
+    f(head, item, row * w.time * near + first, before);
+  });
+  return FINE;
+}
+// Of the weights of a head that are kept.
+template <class T> int64_t kept_of(const MeristemWindow& w) {
+  const WindowSizes s = sizes_of(w);
+  return s.blocks() * s.block() * s.columns<T>();
+}
+}  // namespace
+
+// Bytes that one thread needs of ``scratch``, and numbers of ``kept`` for each head of each row; 0 where the sizes do not fit.
+MERISTEM_EXPORT int64_t meristem_window_scratch(const MeristemWindow* window, int32_t is_backward) {
+  int64_t bytes = 0;
+  for_numbers(window->numbers, [&]<class T, class S>() -> int {
+    if (fits<T>(*window)) bytes = scratch_of<T, S>(*window, is_backward);
+    return FINE;
+  });
+  return bytes;
+}
+MERISTEM_EXPORT int64_t meristem_window_kept(const MeristemWindow* window) {
+  int64_t n = 0;
+  for_numbers(window->numbers, [&]<class T, class S>() -> int {
+    if (fits<T>(*window)) n = kept_of<T>(*window);
+    return FINE;
+  });
+  return n;
+}
+
+MERISTEM_EXPORT int meristem_window_forward(const MeristemWindow* window) {
+  const MeristemWindow& w = *window;
+  if (!w.mixed) return BAD_POINTERS;
+  return for_numbers(w.numbers, [&]<class T, class S>() {
+    return over_heads<T, S>(w, false, [&](WindowHead<T, S>& head, int64_t item, int64_t at, int64_t) {
+      head.forward(static_cast<S*>(w.mixed) + at, w.kept ? static_cast<T*>(w.kept) + item * kept_of<T>(w) : nullptr);
+    });
+  });
+}
+
+MERISTEM_EXPORT int meristem_window_backward(const MeristemWindow* window) {
+  const MeristemWindow& w = *window;
+  if (has_null({w.kept, w.sent, w.d_vectors})) return BAD_POINTERS;
+  if ((w.d_past_keys == nullptr) != (w.d_past_values == nullptr)) return BAD_POINTERS;
+  return for_numbers(w.numbers, [&]<class T, class S>() {
+    return over_heads<T, S>(w, true, [&](WindowHead<T, S>& head, int64_t item, int64_t at, int64_t before) {
+      const int64_t near = w.heads * w.width, row = item / w.heads, first = item % w.heads * w.width;
+      const auto past = [&](void* x) { return x ? static_cast<S*>(x) + before : nullptr; };
+      head.backward(static_cast<const S*>(w.sent) + at, static_cast<const T*>(w.kept) + item * kept_of<T>(w),
+                    static_cast<S*>(w.d_vectors) + row * w.time * 3 * near + first, past(w.d_past_keys), past(w.d_past_values));
     });
   });
 }

@@ -49,6 +49,31 @@ template <class T, class S> MERISTEM_INLINE void give(S* p, Vec<T> x) {
   }
 }
 
+// e^x, and 0 where that is no normal number: in half the instructions of ``exponential`` where the processor scales by powers
+// of two. By the same polynomial.
+template <class T> MERISTEM_INLINE Vec<T> power(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    // Of two numbers the second is taken where one is NaN.
+    const __m512 given = _mm512_max_ps(_mm512_set1_ps(-104), _mm512_min_ps(_mm512_set1_ps(88.7f), __m512(x)));
+    const Vec<T> whole = Vec<T>(_mm512_roundscale_ps(_mm512_mul_ps(given, _mm512_set1_ps(1.44269504088896341f)), 0));
+    Vec<T> r = Vec<T>(given) - whole * 0.693359375f;
+    r = r + whole * 2.12194440e-4f;
+    Vec<T> y = all(1.9875691500E-4f);
+    y = y * r + 1.3981999507E-3f;
+    y = y * r + 8.3334519073E-3f;
+    y = y * r + 4.1665795894E-2f;
+    y = y * r + 1.6666665459E-1f;
+    y = y * r + 5.0000001201E-1f;
+    y = y * (r * r) + r + 1.0f;
+    return Vec<T>(_mm512_scalef_ps(__m512(y), __m512(whole)));
+  }
+#endif
+  const Vec<T> y = exponential<T>(x);
+  return x < T(-87) ? Vec<T>{} : y;
+}
+template <class T> MERISTEM_INLINE Vec<T> opening(Vec<T> x) { return T(1) / (T(1) + power<T>(-x)); }  // the sigmoid
+
 // The first ``n`` of a vector, and ``rest`` in the other lanes.
 template <class T, class S> MERISTEM_INLINE Vec<T> take_part(const S* p, int n, T rest) {
   S lanes[LANES<T>] = {};
@@ -71,6 +96,8 @@ constexpr int MOST_TAPS = 8, MOST_WIDTH = 1024;  // what stands on the stack
 
 // One head of one vector of one row, over time: y_t = sum_i w_i x_(t - taps + 1 + i), u = y sigmoid(y), and u / |u| where it is
 // to be a unit. x: ``step`` numbers from token to token; before: the inputs before the first, [taps - 1], as far apart.
+//
+// A few tokens at a time, column after column: weights, inputs and what is summed stay in registers from token to token.
 template <class T, class S> class Strip {
  public:
   Strip(int64_t time, int width, int taps, bool is_unit, int64_t step, const S* x, const S* before, const T* weight)
@@ -81,18 +108,22 @@ template <class T, class S> class Strip {
 
   void forward(T* to, int64_t to_step) const {
     with_taps([&]<int TAPS>() {
-      for (int64_t t = 0; t < time; ++t, to += to_step) {
-        const Inputs in(*this, t);
-        Vec<T> sum{};
-        for (int j = 0; j < width; j += LANES<T>) {
-          Vec<T> y = filtered<TAPS>(in, j);
-          y = y * sigmoid<T>(y);
-          sum += y * y;
-          store(to + j, y);
+      Vec<T> squares[TOKENS];
+      for (int64_t t = 0; t < time; t += TOKENS) {
+        const int c = int(std::min<int64_t>(TOKENS, time - t));
+        T* const rows = to + t * to_step;
+        std::fill(squares, squares + c, Vec<T>{});
+        for (int j = 0; j < width; j += LANES<T>)
+          filter<TAPS>(t, c, j, [&](int i, Vec<T> y) {
+            y = y * opening<T>(y);
+            squares[i] += y * y;
+            store(rows + i * to_step + j, y);
+          });
+        for (int i = 0; i < c && is_unit; ++i) {
+          const T scale = inverse_length(squares[i]);
+          T* const row = rows + i * to_step;
+          for (int j = 0; j < width; j += LANES<T>) store(row + j, load(row + j) * scale);
         }
-        if (!is_unit) continue;
-        const T scale = inverse_length(sum);
-        for (int j = 0; j < width; j += LANES<T>) store(to + j, load(to + j) * scale);
       }
     });
   }
@@ -100,84 +131,118 @@ template <class T, class S> class Strip {
   // sent: the gradient of what ``forward`` wrote. d_weight: [width, taps]. d_before may be null.
   void backward(const T* sent, int64_t sent_step, S* d_x, S* d_before, T* d_weight) const {
     with_taps([&]<int TAPS>() {
-      T later[PLACES], sums[PLACES];  // d_y of the tokens from t on; d_weight
+      T later[PLACES], sums[PLACES];  // d_y of the tokens after those at work, the nearest first; d_weight
+      T found[TOKENS * ROW], slope[TOKENS * ROW];
       std::fill(later, tap(later, taps), T(0));
       std::fill(sums, tap(sums, taps), T(0));
-      // x_t is an input of the tokens from t to t + taps - 1, whose gradients stand in a ring.
-      for (int64_t t = time - 1; t > -taps; --t) {
-        T* const now = tap(later, int((t + taps) % taps));
-        if (t >= 0) through<TAPS>(t, sent + t * sent_step, now, sums);
-        else std::fill(now, now + width, T(0));
-        S* const to = t >= 0 ? d_x + t * step : d_before ? d_before + (t + taps - 1) * step : nullptr;
-        if (!to) continue;
-        const T* of[MOST_TAPS];
-        for (int i = 0; i < taps; ++i) of[i] = tap(later, int((t + 2 * taps - 1 - i) % taps));
-        for (int j = 0; j < width; j += LANES<T>) {
-          Vec<T> d{};
-#pragma GCC unroll 8
-          for (int i = 0; i < (TAPS ? TAPS : taps); ++i) d += load(tap(w, i) + j) * load(of[i] + j);
-          give<T>(to + j, d);
+      for (int64_t t = (time - 1) / TOKENS * TOKENS; t >= 0; t -= TOKENS) {
+        const int c = int(std::min<int64_t>(TOKENS, time - t));
+        const T* const d = sent + t * sent_step;
+        Vec<T> squares[TOKENS] = {}, along[TOKENS] = {};
+        for (int j = 0; j < width; j += LANES<T>)
+          filter<TAPS>(t, c, j, [&](int i, Vec<T> y) {
+            const Vec<T> s = opening<T>(y), u = y * s;
+            store(tap(found, i) + j, u);
+            store(tap(slope, i) + j, s + u * (T(1) - s));
+            squares[i] += u * u;
+            along[i] += u * load(d + i * sent_step + j);
+          });
+        // What lies along a vector changes its length alone: (d - n <n, d>) / |u| with n = u / |u|.
+        T scale[TOKENS], back[TOKENS];
+        for (int i = 0; i < c; ++i) {
+          scale[i] = is_unit ? inverse_length(squares[i]) : T(1);
+          back[i] = is_unit ? total<T>(along[i]) * scale[i] * scale[i] : T(0);
         }
+        for (int j = 0; j < width; j += LANES<T>)
+          unfilter<TAPS>(t, c, j, later, sums, d_x, [&](int i) {
+            return (load(d + i * sent_step + j) - load(tap(found, i) + j) * back[i]) * scale[i] * load(tap(slope, i) + j);
+          });
       }
+      for (int ago = 1; ago < taps && d_before; ++ago)
+        for (int j = 0; j < width; j += LANES<T>) {
+          Vec<T> sum{};
+          for (int i = 0; i + ago < taps; ++i) sum += load(tap(w, taps - 1 - ago - i) + j) * load(tap(later, i) + j);
+          give<T>(d_before + (taps - 1 - ago) * step + j, sum);
+        }
       for (int i = 0; i < taps; ++i)
         for (int j = 0; j < width; ++j) d_weight[j * taps + i] = tap(sums, i)[j];
     });
   }
 
  private:
+  static constexpr int TOKENS = 16, ROW = MOST_WIDTH + LANES<T>, PLACES = MOST_TAPS * ROW;
   const int64_t time;
   const int width, taps;
   const bool is_unit;
   const int64_t step;
   const S *x, *before;
-  // One row for each tap, a vector apart, so that rows of the same column do not meet in one set of the cache.
-  static constexpr int PLACES = MOST_TAPS * (MOST_WIDTH + LANES<T>);
   T w[PLACES];
+
+  // Rows of numbers by column, a vector apart, so that those of one column do not meet in one set of the cache.
   template <class P> MERISTEM_INLINE P* tap(P* rows, int i) const { return rows + i * (width + LANES<T>); }
+  MERISTEM_INLINE const S* input(int64_t t) const { return t >= 0 ? x + t * step : before + (t + taps - 1) * step; }
+  static T inverse_length(Vec<T> squares) { return 1 / std::sqrt(total<T>(squares) + T(1e-12)); }
 
-  struct Inputs {
-    const S* at[MOST_TAPS];
-    Inputs(const Strip& s, int64_t t) {
-      for (int i = 0; i < s.taps; ++i) {
-        const int64_t then = t - s.taps + 1 + i;
-        at[i] = then >= 0 ? s.x + then * s.step : s.before + (then + s.taps - 1) * s.step;
-      }
-    }
-  };
-
-  // Four taps are the usual: their loop is unrolled.
+  // Four taps are the usual: their loops are unrolled.
   template <class F> void with_taps(F f) const {
     if (taps == 4) f.template operator()<4>();
     else f.template operator()<0>();
   }
-  template <int TAPS> MERISTEM_INLINE Vec<T> filtered(const Inputs& in, int j) const {
-    Vec<T> y{};
-#pragma GCC unroll 8
-    for (int i = 0; i < (TAPS ? TAPS : taps); ++i) y += take<T>(in.at[i] + j) * load(tap(w, i) + j);
-    return y;
-  }
-  static T inverse_length(Vec<T> squares) { return 1 / std::sqrt(total<T>(squares) + T(1e-12)); }
 
-  // d_y of a token, and what it adds to the gradient of the weights.
-  template <int TAPS> void through(int64_t t, const T* sent, T* d_y, T* sums) const {
-    T found[MOST_WIDTH], slope[MOST_WIDTH];
-    const Inputs in(*this, t);
-    Vec<T> squares{}, along{};
-    for (int j = 0; j < width; j += LANES<T>) {
-      const Vec<T> y = filtered<TAPS>(in, j), s = sigmoid<T>(y), u = y * s;
-      store(found + j, u);
-      store(slope + j, s + u * (T(1) - s));
-      squares += u * u;
-      along += u * load(sent + j);
-    }
-    // What lies along a vector changes its length alone: (d - n <n, d>) / |u| with n = u / |u|.
-    const T scale = is_unit ? inverse_length(squares) : T(1), back = is_unit ? total<T>(along) * scale * scale : T(0);
-    for (int j = 0; j < width; j += LANES<T>) {
-      const Vec<T> d = (load(sent + j) - load(found + j) * back) * scale * load(slope + j);
-      store(d_y + j, d);
+  // f(i, y of the token t + i) for c tokens, one vector of columns from j on.
+  template <int TAPS, class F> MERISTEM_INLINE void filter(int64_t t, int c, int j, F f) const {
+    const int n = TAPS ? TAPS : taps;
+    Vec<T> weight[TAPS ? TAPS : MOST_TAPS], in[TAPS ? TAPS : MOST_TAPS];
 #pragma GCC unroll 8
-      for (int i = 0; i < (TAPS ? TAPS : taps); ++i) store(tap(sums, i) + j, load(tap(sums, i) + j) + d * take<T>(in.at[i] + j));
+    for (int i = 0; i < n; ++i) weight[i] = load(tap(w, i) + j);
+#pragma GCC unroll 8
+    for (int i = 0; i < n - 1; ++i) in[i] = take<T>(input(t - n + 1 + i) + j);
+    for (int at = 0; at < c; ++at) {
+      in[n - 1] = take<T>(x + (t + at) * step + j);
+      Vec<T> y{};
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) y += in[i] * weight[i];
+#pragma GCC unroll 8
+      for (int i = 0; i < n - 1; ++i) in[i] = in[i + 1];
+      f(at, y);
     }
+  }
+
+  // d_y(i) is that of the token t + i. From the last of c tokens to the first: d_x, and what is added to the weights' gradient.
+  template <int TAPS, class F>
+  MERISTEM_INLINE void unfilter(int64_t t, int c, int j, T* later, T* sums, S* d_x, F d_y) const {
+    const int n = TAPS ? TAPS : taps;
+    Vec<T> weight[TAPS ? TAPS : MOST_TAPS], in[TAPS ? TAPS : MOST_TAPS], sum[TAPS ? TAPS : MOST_TAPS], d[TAPS ? TAPS : MOST_TAPS];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      weight[i] = load(tap(w, i) + j);
+      sum[i] = load(tap(sums, i) + j);
+    }
+#pragma GCC unroll 8
+    for (int i = 1; i < n; ++i) {
+      d[i] = load(tap(later, i - 1) + j);
+      in[i - 1] = take<T>(input(t + c - n + i) + j);
+    }
+    for (int at = c - 1; at >= 0; --at) {
+      // The inputs of the token, the last of them its own, and d_y of those that it is an input of, its own first.
+#pragma GCC unroll 8
+      for (int i = n - 1; i > 0; --i) in[i] = in[i - 1];
+      in[0] = take<T>(input(t + at - n + 1) + j);
+      d[0] = d_y(at);
+      Vec<T> of_x{};
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        sum[i] += d[0] * in[i];
+        of_x += weight[n - 1 - i] * d[i];
+      }
+      give<T>(d_x + (t + at) * step + j, of_x);
+#pragma GCC unroll 8
+      for (int i = n - 1; i > 0; --i) d[i] = d[i - 1];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) store(tap(sums, i) + j, sum[i]);
+#pragma GCC unroll 8
+    for (int i = 1; i < n; ++i) store(tap(later, i - 1) + j, d[i]);
   }
 };
 
@@ -200,7 +265,7 @@ template <class T, class S> struct Norm {
     const T scale = inverse_size(x + at);
     for (int j = 0; j < width; j += LANES<T>) {
       Vec<T> y = take<T>(x + at + j) * scale * load(gain + j);
-      if (gate) y = y * sigmoid<T>(take<T>(gate + at + j));
+      if (gate) y = y * opening<T>(take<T>(gate + at + j));
       if (beside) y += take<T>(beside + at + j);
       give<T>(to + at + j, y);
     }
@@ -214,7 +279,7 @@ template <class T, class S> struct Norm {
       const Vec<T> n = take<T>(x + at + j) * scale;
       Vec<T> d = take<T>(sent + at + j), o{};
       if (gate) {
-        o = sigmoid<T>(take<T>(gate + at + j));
+        o = opening<T>(take<T>(gate + at + j));
         d = d * o;
       }
       const Vec<T> of_gain = n * d;
@@ -226,7 +291,7 @@ template <class T, class S> struct Norm {
     const T mean = total<T>(along) / T(width);
     for (int j = 0; j < width; j += LANES<T>) {
       Vec<T> d = take<T>(sent + at + j) * load(gain + j);
-      if (gate) d = d * sigmoid<T>(take<T>(gate + at + j));
+      if (gate) d = d * opening<T>(take<T>(gate + at + j));
       give<T>(d_x + at + j, (d - take<T>(x + at + j) * scale * mean) * scale);
     }
   }
@@ -238,12 +303,12 @@ template <class T, class S> struct Norm {
 template <class T, class S> void swiglu(const S* x, int64_t width, S* to) {
   for (int64_t j = 0; j < width; j += LANES<T>) {
     const Vec<T> g = take<T>(x + j);
-    give<T>(to + j, g * sigmoid<T>(g) * take<T>(x + width + j));
+    give<T>(to + j, g * opening<T>(g) * take<T>(x + width + j));
   }
 }
 template <class T, class S> void swiglu_back(const S* x, int64_t width, const S* sent, S* d_x) {
   for (int64_t j = 0; j < width; j += LANES<T>) {
-    const Vec<T> g = take<T>(x + j), s = sigmoid<T>(g), d = take<T>(sent + j), u = g * s;
+    const Vec<T> g = take<T>(x + j), s = opening<T>(g), d = take<T>(sent + j), u = g * s;
     give<T>(d_x + j, d * take<T>(x + width + j) * (s + u * (T(1) - s)));
     give<T>(d_x + width + j, d * u);
   }
@@ -261,12 +326,6 @@ template <class T, class S> MERISTEM_INLINE Vec<T> some(const S* p, int n, T res
   return n == LANES<T> ? take<T>(p) : take_part<T>(p, n, rest);
 }
 
-// e^x where it is a number to speak of, else 0: the function above stops short of it.
-template <class T> MERISTEM_INLINE Vec<T> probability(Vec<T> x) {
-  const Vec<T> p = exponential<T>(x);
-  return x < T(-87) ? Vec<T>{} : p;
-}
-
 // log sum_j e^(x_j), of n logits.
 template <class T, class S> T log_sum(const S* x, int64_t n) {
   Vec<T> most = all(-std::numeric_limits<T>::infinity());
@@ -279,7 +338,7 @@ template <class T, class S> T log_sum(const S* x, int64_t n) {
   if (!(std::abs(top) < std::numeric_limits<T>::infinity())) return T(NAN);
   Vec<T> sum{};
   over<T>(n, [&](int64_t j, int lanes) {
-    sum += probability<T>(some<T>(x + j, lanes, -std::numeric_limits<T>::infinity()) - top);
+    sum += power<T>(some<T>(x + j, lanes, -std::numeric_limits<T>::infinity()) - top);
   });
   return top + std::log(total<T>(sum));
 }
@@ -287,11 +346,11 @@ template <class T, class S> T log_sum(const S* x, int64_t n) {
 // weight (softmax(x) - e_target), given log_sum.
 template <class T, class S> void softmax_back(const S* x, int64_t n, int64_t target, T log_sum, T weight, S* d_x) {
   over<T>(n, [&](int64_t j, int lanes) {
-    const Vec<T> d = weight * probability<T>(some<T>(x + j, lanes, T(0)) - log_sum);
+    const Vec<T> d = weight * power<T>(some<T>(x + j, lanes, T(0)) - log_sum);
     if (lanes == LANES<T>) give<T>(d_x + j, d);
     else give_part<T>(d_x + j, lanes, d);
   });
-  give_one<T>(d_x + target, weight * (probability<T>(all(take_one<T>(x + target) - log_sum))[0] - 1));
+  give_one<T>(d_x + target, weight * (power<T>(all(take_one<T>(x + target) - log_sum))[0] - 1));
 }
 
 }  // namespace meristem

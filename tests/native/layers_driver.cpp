@@ -1,4 +1,4 @@
-// Rows and strips of random sizes through what stands around the form, forward and backward, in buffers exactly as large as
+// Rows, strips and windows of random sizes through what stands around the form, forward and backward, in buffers exactly as large as
 // they must be. Built by test_layers_sanitized.py with AddressSanitizer and UBSan; some numbers are NaN or infinite.
 #include <cstdio>
 #include <cstdlib>
@@ -29,7 +29,7 @@ template <class T, class S> class Calls {
     r.d_gain = fresh<T>((rows + BLOCK - 1) / BLOCK * width);
     int fault = meristem_norm_forward(&r) | meristem_norm_backward(&r);
     fault |= meristem_swiglu_forward(&r) | meristem_swiglu_backward(&r);
-    return fault | entropy() | vectors();
+    return fault | entropy() | vectors() | window();
   }
 
  private:
@@ -47,6 +47,25 @@ template <class T, class S> class Calls {
     if (n && draw(0, 9) == 0) put(draw(0, n - 1), std::vector<float>{NAN, INFINITY, -INFINITY, 1e-40f}[draw(0, 3)]);
     held.push_back(made);
     return made.get();
+  }
+  int window() {
+    MeristemWindow w{draw(1, 2), draw(1, 150), draw(0, 1) * draw(0, 80), draw(1, 2), LANES<T> * draw(1, 3), draw(1, 90)};
+    w.threads = draw(1, 3), w.numbers = numbers;
+    const int64_t near = w.heads * w.width, n = w.rows * w.time * near, before = w.rows * w.past * near;
+    w.vectors = fresh<S>(3 * n), w.mixed = fresh<S>(n), w.sent = fresh<S>(n), w.d_vectors = fresh<S>(3 * n);
+    if (w.past) w.past_keys = fresh<S>(before), w.past_values = fresh<S>(before);
+    if (draw(0, 1)) w.d_past_keys = fresh<S>(before), w.d_past_values = fresh<S>(before);
+    if (draw(0, 1)) w.cosine = fresh<T>((w.past + w.time) * w.width / 2), w.sine = fresh<T>((w.past + w.time) * w.width / 2);
+    const bool keeps = draw(0, 3) > 0;
+    if (keeps) w.kept = fresh<T>(w.rows * w.heads * meristem_window_kept(&w));
+    int fault = attend(w, false, meristem_window_forward);
+    return keeps ? fault | attend(w, true, meristem_window_backward) : fault;
+  }
+  int attend(MeristemWindow& w, bool is_backward, int (*call)(const MeristemWindow*)) {
+    const int64_t bytes = meristem_window_scratch(&w, is_backward) * w.threads;
+    const std::unique_ptr<char, decltype(&std::free)> scratch(static_cast<char*>(std::aligned_alloc(64, bytes)), std::free);
+    w.scratch = scratch.get(), w.n_scratch_bytes = bytes;
+    return call(&w);
   }
   int entropy() {
     const int64_t rows = draw(1, 150), width = draw(1, 70);

@@ -166,6 +166,54 @@ def layer(n_repeats: int) -> Iterator[Row]:
         yield Row("peak bytes of a step over those of peer", ours_bytes / peer[64][1], "x", 0.5, "<=", note)
 
 
+def projections(n_repeats: int) -> Iterator[Row]:
+    """A training step of the titans layer over that of its projections alone: what memory costs beside products that
+    any layer has. And over the public package. One thread, its own time, float32."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for batch, n_time, width, target in ((1, 512, 256, 1.9), (8, 256, 128, 2.3)):
+            step, alone = _layer_and_projections(batch, n_time, width)
+            candidates = {
+                "layer": timed(step, time.process_time),
+                "tensor code": timed(_plainly(step), time.process_time),
+                "projections": timed(alone, time.process_time),
+            }
+            seconds = medians(candidates, n_repeats=4 * n_repeats)
+            sizes = f"batch {batch}, T {n_time}, width {width}"
+            note = ", ".join(f"{name} {each * 1e3:.1f} ms" for name, each in seconds.items())
+            ratio = seconds["layer"] / seconds["projections"]
+            yield Row(f"titans layer over its projections, {sizes}", ratio, "x", target, "<=", note)
+        python = peer_python()
+        if python is None:
+            yield Row("titans layer over peer", None, "x", note=f"skipped: no environment for it ({PEER_PYTHON})")
+            return
+        with _peer(python, "titans", 64, 1) as (once, _):
+            seconds = medians({"ours": timed(_layer_step()), "peer": once}, n_repeats=4 * n_repeats)
+        yield Row("titans layer over peer at chunk 64, one thread", seconds["peer"] / seconds["ours"], "x", 1.6)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _layer_and_projections(batch: int, n_time: int, width: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A step of a layer with four heads, and the same of its matrices alone."""
+    torch.manual_seed(0)
+    module = MemoryLayer(width, MemoryConfig(rule="titans", head_dim=width // 4, chunk=64))
+    hidden_btd = torch.randn(batch, n_time, width, requires_grad=True)
+    matrices = module.recall.qkv, module.gate, module.recall.gates.logits, module.out
+    sent = [torch.randn_like(matrix(hidden_btd)) for matrix in matrices]
+
+    def step() -> None:
+        module.zero_grad()
+        module(hidden_btd)[0].backward(sent[-1])
+
+    def alone() -> None:
+        module.zero_grad()
+        torch.autograd.backward([matrix(hidden_btd) for matrix in matrices], sent)
+
+    return step, alone
+
+
 def deep(n_repeats: int) -> Iterator[Row]:
     """A training step of the layer with a network of two layers as memory, against the same of the public package."""
     eager, compiled = (

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -13,10 +14,15 @@ from torch import nn
 
 from meristem.bench.measure import Row, medians, timed
 from meristem.bench.peer_titans import peak_bytes
+from meristem.device.config import DeviceConfig
+from meristem.device.resolve import NAMES, Device, resolve
+from meristem.events import silent
 from meristem.memory.kernels.select import force_reference
 from meristem.models.build import build
 from meristem.models.decoding import Decoding
-from meristem.runs.config import load_config
+from meristem.native.library import core, library
+from meristem.optim.groups import build as build_optimizer
+from meristem.runs.config import Config, load_config
 from meristem.train.loss import cross_entropy
 
 N_TOKENS = 4096
@@ -48,6 +54,52 @@ def models(n_repeats: int) -> Iterator[Row]:
         crossing = crossing or (n_time if ratio >= 1 else None)
     note = "first sequence length at which titans-mag trains faster"
     yield Row("crossing", crossing, "tokens", 4096, "<=", note)
+
+
+def training(n_repeats: int) -> Iterator[Row]:
+    """Training tokens/s of the default preset through the native core over the same by tensor code: whole steps, their
+    optimizer included, on one thread, its own time. In the dtype that a run takes here, and in float32."""
+    if library() is None:
+        yield Row("default preset, training by the native core", None, "x", note=f"skipped: {core().said}")
+        return
+    threads = torch.get_num_threads()
+    taken = resolve(DeviceConfig(device="cpu"), silent)
+    torch.set_num_threads(1)
+    try:
+        config = load_config("default").tree
+        n_tokens = config.data.batch_size * config.data.seq_len
+        for device in dict.fromkeys([taken, replace(taken, dtype=torch.float32)]):
+            step = _training_step(config, device)
+            candidates = {"native": step, "tensor code": _in_torch(step)}
+            timed_steps = {name: timed(each, time.process_time) for name, each in candidates.items()}
+            seconds = medians(timed_steps, n_repeats=2 * n_repeats)
+            speed = {name: f"{n_tokens / each:,.0f}" for name, each in seconds.items()}
+            note = f"{speed['native']} against {speed['tensor code']} tokens/s"
+            target = 1.5 if device == taken else None
+            ratio = seconds["tensor code"] / seconds["native"]
+            yield Row(
+                f"default preset, training, {NAMES[device.dtype]}, over tensor code", ratio, "x", target, note=note
+            )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _training_step(config: Config, device: Device) -> Callable[[], object]:
+    """A step of the preset: forward, loss, backward, and the move of its optimizer."""
+    model = build(config.model, config.memory, config.tokenizer.vocab_size, 0)
+    optimizer = build_optimizer(model, config.optim)
+    shape, generator = (config.data.batch_size, config.data.seq_len), torch.Generator().manual_seed(0)
+    tokens_bt = torch.randint(config.tokenizer.vocab_size, shape, generator=generator)
+
+    def step() -> None:
+        with device.autocast():
+            logits_bto, _ = model(tokens_bt)
+        loss = cross_entropy(logits_bto, tokens_bt) / tokens_bt.numel()
+        loss.backward()
+        optimizer.step(loss.detach())
+        optimizer.zero_grad()
+
+    return step
 
 
 def growth(n_repeats: int) -> Iterator[Row]:

@@ -27,6 +27,7 @@ from meristem.events import silent
 SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
     "memory": (memory.forms, memory.native, memory.layer, memory.deep, memory.gated),
     "model": (model.models, model.growth),
+    "training": (model.training, memory.projections),
     "compositions": (compositions.compositions,),
     "hope": (compositions.hope, compositions.hope_decoding),
     "levels": (compositions.levels,),

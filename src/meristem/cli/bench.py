@@ -56,7 +56,7 @@ def everything(
 ) -> None:
     """Measure memory forms, models, decoding, snapshots, growing, texts, trackers, finetuning, start: a table and JSON.
 
-    Exit code 1 when a target is missed. Its parts are memory, rules, model, compositions, hope, levels, decode, data,
+    Exit code 1 when a target is missed. Its parts are memory, rules, model, training, compositions, hope, levels, decode, data,
     snapshot, seeds, prepare, trackers, finetune and start; a page is written after each.
 
     \b
@@ -104,6 +104,9 @@ def memory(
 _MISSED: Final = "Exit code 1 when a target is missed."
 _SECTIONS: Final = {
     "model": f"Measure training of the default model against a transformer. {_MISSED}",
+    "training": f"""Measure training of the default preset by the native core against tensor code. {_MISSED}
+
+Whole steps on one thread, in time of the processor, interleaved; and a memory layer against its own projections.""",
     "compositions": f"""Measure training with a memory as context, gate and layer. {_MISSED}
 
 Two layers, sequences of 512 tokens, whole steps, interleaved with a transformer of the same width and depth.""",

@@ -13,7 +13,7 @@ from torch import Tensor
 from meristem.errors import WrongValue
 from meristem.models.config import ModelConfig
 from meristem.models.topology import Topology
-from meristem.nn.attention import ROTATION_BASE
+from meristem.native.window import ROTATION_BASE
 
 TYPES: Final = ("llama", "mistral")
 """``model_type`` in the ``config.json`` of a plain transformer."""

@@ -346,6 +346,7 @@ def _entropy_of(logits_no: Tensor, targets_n: Tensor, log_sum_n: Tensor, ignored
 def _keep_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits_no, targets_n, ctx.ignored = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits_no, targets_n, output[1])
 
 

@@ -11,14 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from meristem.errors import WrongValue
+from meristem.memory.kernels.select import fuses
 from meristem.memory.state import LENGTHS, Memory, State, rows_apart
+from meristem.native.window import ROTATION_BASE, windowed_attention
 from meristem.nn.documents import Documents
 from meristem.shapes import Hidden, Keys, Mixed, Queries, Values
 
 BLOCK: Final = 64
 """Queries that share one set of keys. Fewer copy more keys, more mask more scores; 64 was fastest for spans 64, 128."""
-
-ROTATION_BASE: Final = 10_000.0
 
 PastKeys = Float[Tensor, "b s h k"]
 PastValues = Float[Tensor, "b s h v"]
@@ -112,12 +112,27 @@ class Attention(nn.Module):
     @rows_apart
     def _gather(self, vectors_btf: Float[Tensor, "b t n"], state: Memory | None) -> tuple[Mixed, Memory]:
         query_bthk, keys_bshk, values_bshv = vectors_btf.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if (span := self._fused_span(vectors_btf, state)) is not None:
+            past = None if state is None else (state["keys_bshk"], state["values_bshv"])
+            mixed_btf = windowed_attention(vectors_btf, past, self.heads, span, is_rotated=self.rope)
+            if past is not None and keys_bshk.shape[1] < span - 1:
+                keys_bshk, values_bshv = (
+                    torch.cat(each, dim=1) for each in zip(past, (keys_bshk, values_bshv), strict=True)
+                )
+            return mixed_btf, {"keys_bshk": self._ring(keys_bshk), "values_bshv": self._ring(values_bshv)}
         if state is not None:
             keys_bshk = torch.cat([state["keys_bshk"], keys_bshk], dim=1)
             values_bshv = torch.cat([state["values_bshv"], values_bshv], dim=1)
         mixed_bthv = self._mix(query_bthk / math.sqrt(query_bthk.shape[-1]), keys_bshk, values_bshv)
         state = {"keys_bshk": self._ring(keys_bshk), "values_bshv": self._ring(values_bshv)}
         return mixed_bthv.flatten(2), state
+
+    def _fused_span(self, vectors_btf: Float[Tensor, "b t n"], state: Memory | None) -> int | None:
+        """The span, where the native core takes this call."""
+        past = () if state is None else (state["keys_bshk"], state["values_bshv"])
+        is_windowed = self.span is not None and self.persistent_gd is None
+        width = vectors_btf.shape[-1] // (3 * self.heads)
+        return self.span if is_windowed and fuses(vectors_btf, *past, width=width) else None
 
     def project(self, hidden_btd: Hidden) -> tuple[Queries, Keys, Values]:
         """Queries, keys and values of every head, neither scaled nor rotated."""

@@ -266,7 +266,7 @@ class DelayedRead(nn.Module):
                 form=self.recall.form,
                 chunk=self.recall.chunk,
             )
-        output_btd = torch.cat(reads, dim=1).flatten(2).to(value_bthv.dtype)
+        output_btd = torch.cat(reads, dim=1).flatten(2).to(tail["tail_bsd"].dtype)
         return output_btd, {"memory": memory, "read": read, "conv": tail}
 
     def forward_frozen(self, hidden_btd: Hidden, state: State, count: int) -> tuple[Hidden, State]:

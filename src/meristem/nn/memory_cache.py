@@ -162,20 +162,20 @@ class MemoryCache(nn.Module):
                     self._ended(memory, cached) if cached["n_tokens"] == self.config.length else (memory, cached)
                 )
                 reads.append(read_bthv)
-        read_btd = torch.cat(reads, dim=1).flatten(2).to(value_bthv.dtype)
+        read_btd = torch.cat(reads, dim=1).flatten(2).to(tail["tail_bsd"].dtype)
         return read_btd, {"memory": memory, "conv": tail, "kept": cached}
 
     @rows_apart
     def forward_frozen(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         """The same of memories that are not written, cached or counted: each token reads as the next of the segment."""
         state = self.init_state(hidden_btd) if state is None else state
-        query_bthk, _, value_bthv, tail = self.recall.project(hidden_btd, state["conv"])
+        query_bthk, _, _, tail = self.recall.project(hidden_btd, state["conv"])
         with full_precision(hidden_btd.device):
             memory = state["memory"]
             read_bthv = read_trusted(self.rule, memory, query_bthk, form=self.form)
             read = state | {"memory": memory_read(self.rule, memory)}
             read_bthv = self._with_cached(read_bthv, query_bthk, hidden_btd, read, n_present=1)
-        return read_bthv.flatten(2).to(value_bthv.dtype), state | {"conv": tail}
+        return read_bthv.flatten(2).to(tail["tail_bsd"].dtype), state | {"conv": tail}
 
     def _decode(self, hidden_btd: Hidden, state: State) -> tuple[Hidden, State]:
         """One token outside training, in fewer operations."""

@@ -208,15 +208,15 @@ class NeuralMemory(nn.Module):
             form=self.form,
             chunk=self.chunk,
         )
-        return read_bthv.flatten(2).to(value_bthv.dtype), {"memory": memory, "conv": tail}
+        return read_bthv.flatten(2).to(tail["tail_bsd"].dtype), {"memory": memory, "conv": tail}
 
     @rows_apart
     def forward_frozen(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Mixed, State]:
         """The same of a memory that is not written: each token reads it as it stands. The convolution moves on."""
         state = self.init_state(hidden_btd) if state is None else state
-        query_bthk, _, value_bthv, tail = self.project(hidden_btd, state["conv"])
+        query_bthk, _, _, tail = self.project(hidden_btd, state["conv"])
         read_bthv = read_trusted(self.rule, state["memory"], query_bthk, form=self.form)
-        return read_bthv.flatten(2).to(value_bthv.dtype), state | {"conv": tail}
+        return read_bthv.flatten(2).to(tail["tail_bsd"].dtype), state | {"conv": tail}
 
     def init_state(self, hidden_btd: Hidden) -> State:
         """The state of a reader that has read nothing; ``hidden_btd`` gives batch, dtype and device."""
@@ -244,7 +244,10 @@ class NeuralMemory(nn.Module):
             return self.rule.structure.recall(Live(weights), query_bhtk).movedim(1, 2)
 
     def project(self, hidden_btd: Hidden, tail: State | None) -> tuple[Queries, Keys, Values, State]:
-        """Queries, keys and values of a sequence as the rule takes them, and what the convolution carries on."""
+        """Queries, keys and values of a sequence as the rule takes them, and what the convolution carries on.
+
+        The last is of the model's dtype, in which reads are to come back; the first may be wider.
+        """
         # Queries and keys stand before values.
         n_units = 0 if self.mix is not None else sum(name != "value" for name in self.used)
         sizes = {"n_vectors": len(self.used), "heads": self.heads, "n_units": n_units}
@@ -252,10 +255,8 @@ class NeuralMemory(nn.Module):
         vectors = dict(zip(self.used, found, strict=True))
         # A rule ignores what it does not use, but its forms take three vectors all the same.
         query_bthk, key_bthk, value_bthv = (vectors.get(name, found[0]) for name in ("query", "key", "value"))
-        # Reads come back in the dtype of values: the model's, not that of units.
-        value_bthv = value_bthv.to(tail["tail_bsd"].dtype)
         if self.mix is not None:
-            return query_bthk, key_bthk, self.mix(key_bthk, value_bthv), tail
+            return query_bthk, key_bthk, self.mix(key_bthk, value_bthv.to(tail["tail_bsd"].dtype)), tail
         if self.channels > 1:
             query_bthk, key_bthk = (x.repeat_interleave(self.channels, dim=2) for x in (query_bthk, key_bthk))
             value_bthv = value_bthv.flatten(2)[..., None]

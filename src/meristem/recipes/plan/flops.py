@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from meristem.device.resolve import Device
-from meristem.native import layers as _layers  # noqa: F401, it registers operations
+from meristem.native import layers as _layers  # noqa: F401, they register operations
+from meristem.native import window as _window_of_keys  # noqa: F401
 from meristem.native.operations import PROBES
 
 aten, core = torch.ops.aten, torch.ops.meristem
@@ -195,6 +196,22 @@ def _memory_vectors_backward(
     return 6 * hidden.numel() * weight.shape[1]
 
 
+def _window(vectors: torch.Tensor, past: torch.Tensor | None, *rest: Any, **kwargs: object) -> int:
+    """Scores and what they gather, of the keys that each query sees: the core leaves out what it does not."""
+    return 4 * _seen(vectors, past, rest[2]) * (vectors.shape[-1] // 3)
+
+
+def _window_backward(vectors: torch.Tensor, past: torch.Tensor | None, *rest: Any, **kwargs: object) -> int:
+    """Twice as much: the weights are kept."""
+    return 8 * _seen(vectors, past, rest[4]) * (vectors.shape[-1] // 3)
+
+
+def _seen(vectors: torch.Tensor, past: torch.Tensor | None, span: int) -> int:
+    """Keys that all queries of all rows see together."""
+    n_past = 0 if past is None else past.shape[1]
+    return len(vectors) * sum(min(span, n_past + t + 1) for t in range(vectors.shape[1]))
+
+
 def _none(*args: object, **kwargs: object) -> int:
     """Of what works on each number alone."""
     return 0
@@ -217,6 +234,8 @@ FORMULAS: dict[OpOverloadPacket, Formula] = {
     aten.addr_: _outer,
     core.chunk_form: _chunk_form,
     core.chunk_form_backward: _chunk_form_backward,
+    core.windowed_attention: _window,
+    core.windowed_attention_backward: _window_backward,
     core.memory_vectors: _memory_vectors,
     core.memory_vectors_backward: _memory_vectors_backward,
     **dict.fromkeys((core.norm, core.norm_backward, core.swiglu, core.swiglu_backward), _none),
