@@ -116,6 +116,27 @@ template <class T> int64_t run() {
   tokens.back() = any(0, 1) ? model.vocabulary : -1;
   return done - decoder.step(int(rows), tokens.data(), pointers.data(), n_read.data(), logits.get(), room.get());
 }
+
+// Draws from rows of any size and distance, some of whose numbers are none or infinite: an id of the vocabulary that is not
+// -inf, or -1.
+int draws() {
+  const int64_t rows = any(1, 5), n = any(1, 200), stride = n + any(0, 3);
+  std::unique_ptr<float[]> logits(new float[size_t((rows - 1) * stride + n)]), temperatures(new float[size_t(rows)]);
+  std::unique_ptr<double[]> uniforms(new double[size_t(rows)]);
+  std::unique_ptr<int64_t[]> ids(new int64_t[size_t(rows)]);
+  const float odd[] = {NAN, INFINITY, -INFINITY, -INFINITY, 3e38f, -3e38f, 0};
+  std::normal_distribution<float> normal(0, any(0, 1) ? 3.0f : 1e30f);
+  for (int64_t i = 0; i < (rows - 1) * stride + n; ++i) logits[i] = any(0, 99) ? normal(draw) : odd[any(2, 6) - 2 * !any(0, 9)];
+  const float warmth[] = {0, 1.2e-38f, 1e-3f, 1, 3.4e38f};
+  for (int64_t r = 0; r < rows; ++r) {
+    temperatures[r] = warmth[any(0, 4)];
+    uniforms[r] = any(0, 3) ? std::uniform_real_distribution<double>(0, 1)(draw) : any(0, 1) ? 0 : 1 - 0x1p-53;
+  }
+  meristem_draw(rows, n, stride, logits.get(), temperatures.get(), uniforms.get(), ids.get());
+  for (int64_t r = 0; r < rows; ++r)
+    if (ids[r] < -1 || ids[r] >= n || (ids[r] >= 0 && std::isinf(logits[r * stride + ids[r]]))) return 0;
+  return 1;
+}
 }  // namespace
 
 int main(int, char** arguments) {
@@ -123,6 +144,9 @@ int main(int, char** arguments) {
   const int64_t n_models = std::strtoll(arguments[2], nullptr, 10);
   int64_t done = 0;
   for (int64_t i = 0; i < n_models; ++i) done += any(0, 1) ? run<float>() : run<double>();
-  std::printf("%lld steps of %lld models\n", static_cast<long long>(done), static_cast<long long>(n_models));
-  return done == 45 * n_models ? 0 : 1;
+  int64_t drawn = 0;
+  for (int64_t i = 0; i < 20 * n_models; ++i) drawn += draws();
+  std::printf("%lld steps of %lld models, %lld draws\n", static_cast<long long>(done), static_cast<long long>(n_models),
+              static_cast<long long>(drawn));
+  return done == 45 * n_models && drawn == 20 * n_models ? 0 : 1;
 }
