@@ -9,10 +9,12 @@
 
 #include "decode.hpp"
 #include "form.hpp"
+#include "hope.hpp"
+#include "layers.hpp"
 
 #define MERISTEM_EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int ABI = 4;
+constexpr int ABI = 6;
 
 // Of the interface that this library was compiled with; the caller compares it before it calls anything else.
 MERISTEM_EXPORT int meristem_abi() { return ABI; }
@@ -303,6 +305,215 @@ MERISTEM_EXPORT int meristem_form_backward(const MeristemForm* form) {
   return fault;
 }
 
+// ---- around the products of a training step (layers.hpp) ----
+
+// How numbers are stored; what is computed of bfloat16 is float.
+enum MeristemNumbers : int32_t { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2 };
+
+// Short convolution, SiLU and unit length. x: [rows, time, vectors heads width]; before: the inputs before the first, the same of
+// ``taps`` - 1; weight: [vectors heads width, taps]. The first ``units`` vectors are made units. vector: what each becomes, or,
+// in the backward pass, its gradient. d_weight: [rows, vectors heads width, taps].
+// x, before, d_x and d_before (which may be null) are stored as ``numbers`` says, all else as it is computed.
+struct MeristemVectors {
+  int64_t rows, time, vectors, heads, width, taps, units, threads;
+  int32_t numbers;
+  const void *x, *before, *weight;
+  MeristemView vector[3];
+  void *d_x, *d_before, *d_weight, *parallel;
+};
+
+// Rows of ``width`` numbers, one after the other. As a norm (layers.hpp, Norm): gate and beside may be null; gain and d_gain are
+// stored as they are computed, d_gain [blocks of BLOCK rows, width]. As SwiGLU: x and d_x have rows of twice the width.
+struct MeristemRows {
+  int64_t rows, width, threads;
+  int32_t numbers;
+  double eps;
+  const void *x, *gate, *beside, *gain, *sent;
+  void *out, *d_x, *d_gate, *d_gain, *parallel;
+};
+
+// Logits [rows, width] and the target of each row; a row whose target is ``ignored`` costs nothing. log_sum and nats: [rows], as
+// they are computed. The gradient is that of ``weight`` times the sum of nats.
+struct MeristemCrossEntropy {
+  int64_t rows, width, ignored, threads;
+  int32_t numbers;
+  const void* logits;
+  const int64_t* targets;
+  void *log_sum, *nats;
+  double weight;
+  void *d_logits, *parallel;
+};
+
+// Rows that one thread takes at a time.
+constexpr int64_t BLOCK = 64;
+MERISTEM_EXPORT int64_t meristem_block_rows() { return BLOCK; }
+
+namespace {
+template <class F> int for_numbers(int32_t numbers, F call) {
+  switch (numbers) {
+    case FLOAT32: return call.template operator()<float, float>();
+    case FLOAT64: return call.template operator()<double, double>();
+    case BFLOAT16: return call.template operator()<float, Brain>();
+    default: return BAD_SIZES;
+  }
+}
+
+bool has_null(std::initializer_list<const void*> pointers) {
+  for (const void* each : pointers) if (!each) return true;
+  return false;
+}
+
+template <class F> int over_rows(int64_t rows, int64_t threads, void* parallel, F work) {
+  share((rows + BLOCK - 1) / BLOCK, threads, parallel, [&](int64_t, int64_t block) {
+    for (int64_t row = block * BLOCK; row < std::min(rows, (block + 1) * BLOCK); ++row) work(block, row);
+  });
+  return FINE;
+}
+
+// f(strip, row, vector, head, its first channel), each by one thread.
+template <class T, class S, class F> int over_strips(const MeristemVectors& v, F f) {
+  const int64_t channels = v.vectors * v.heads * v.width;
+  if (v.width % LANES<T> || v.width > MOST_WIDTH || v.taps > MOST_TAPS || v.vectors > 3 || v.units > v.vectors) return BAD_SIZES;
+  for (int64_t size : {v.rows, v.time, v.vectors, v.heads, v.width, v.taps, v.threads}) if (size < 1) return BAD_SIZES;
+  for (int64_t i = 0; i < v.vectors; ++i) if (!v.vector[i].at) return BAD_POINTERS;
+  share(v.rows * v.vectors * v.heads, v.threads, v.parallel, [&](int64_t, int64_t item) {
+    const int64_t head = item % v.heads, vector = item / v.heads % v.vectors, row = item / v.heads / v.vectors;
+    const int64_t first = (vector * v.heads + head) * v.width;
+    const Strip<T, S> strip(v.time, int(v.width), int(v.taps), vector < v.units, channels,
+                            static_cast<const S*>(v.x) + row * v.time * channels + first,
+                            static_cast<const S*>(v.before) + row * (v.taps - 1) * channels + first,
+                            static_cast<const T*>(v.weight) + first * v.taps);
+    f(strip, row, vector, head, first);
+  });
+  return FINE;
+}
+}  // namespace
+
+MERISTEM_EXPORT int meristem_vectors_forward(const MeristemVectors* vectors) {
+  const MeristemVectors& v = *vectors;
+  if (has_null({v.x, v.weight, v.taps > 1 ? v.before : v.x})) return BAD_POINTERS;
+  return for_numbers(v.numbers, [&]<class T, class S>() {
+    return over_strips<T, S>(v, [&](const Strip<T, S>& strip, int64_t row, int64_t vector, int64_t head, int64_t) {
+      const MeristemView& to = v.vector[vector];
+      strip.forward(at<T>(to, row, head), to.time);
+    });
+  });
+}
+
+MERISTEM_EXPORT int meristem_vectors_backward(const MeristemVectors* vectors) {
+  const MeristemVectors& v = *vectors;
+  if (has_null({v.x, v.weight, v.taps > 1 ? v.before : v.x, v.d_x, v.d_weight})) return BAD_POINTERS;
+  return for_numbers(v.numbers, [&]<class T, class S>() {
+    const int64_t channels = v.vectors * v.heads * v.width;
+    return over_strips<T, S>(v, [&](const Strip<T, S>& strip, int64_t row, int64_t vector, int64_t head, int64_t first) {
+      const MeristemView& sent = v.vector[vector];
+      S* const d_before = static_cast<S*>(v.d_before);
+      strip.backward(at<T>(sent, row, head), sent.time, static_cast<S*>(v.d_x) + row * v.time * channels + first,
+                     d_before ? d_before + row * (v.taps - 1) * channels + first : nullptr,
+                     static_cast<T*>(v.d_weight) + (row * channels + first) * v.taps);
+    });
+  });
+}
+
+namespace {
+template <class T, class S> Norm<T, S> norm_of(const MeristemRows& r) {
+  return {int(r.width), T(r.eps), static_cast<const S*>(r.x), static_cast<const S*>(r.gate), static_cast<const S*>(r.beside),
+          static_cast<const T*>(r.gain)};
+}
+template <class T> bool fits(const MeristemRows& r) {
+  return r.rows > 0 && r.width > 0 && r.width < 1 << 30 && r.width % LANES<T> == 0 && r.threads > 0;
+}
+}  // namespace
+
+MERISTEM_EXPORT int meristem_norm_forward(const MeristemRows* rows) {
+  const MeristemRows& r = *rows;
+  if (has_null({r.x, r.gain, r.out})) return BAD_POINTERS;
+  return for_numbers(r.numbers, [&]<class T, class S>() -> int {
+    if (!fits<T>(r)) return BAD_SIZES;
+    const Norm<T, S> norm = norm_of<T, S>(r);
+    return over_rows(r.rows, r.threads, r.parallel, [&](int64_t, int64_t row) { norm.forward(row, static_cast<S*>(r.out)); });
+  });
+}
+
+MERISTEM_EXPORT int meristem_norm_backward(const MeristemRows* rows) {
+  const MeristemRows& r = *rows;
+  if (has_null({r.x, r.gain, r.sent, r.d_x, r.d_gain, r.gate ? r.d_gate : r.x})) return BAD_POINTERS;
+  return for_numbers(r.numbers, [&]<class T, class S>() -> int {
+    if (!fits<T>(r)) return BAD_SIZES;
+    const Norm<T, S> norm = norm_of<T, S>(r);
+    return over_rows(r.rows, r.threads, r.parallel, [&](int64_t block, int64_t row) {
+      T* const d_gain = static_cast<T*>(r.d_gain) + block * r.width;
+      if (row == block * BLOCK) std::fill(d_gain, d_gain + r.width, T(0));
+      norm.backward(row, static_cast<const S*>(r.sent), static_cast<S*>(r.d_x), static_cast<S*>(r.d_gate), d_gain);
+    });
+  });
+}
+
+MERISTEM_EXPORT int meristem_swiglu_forward(const MeristemRows* rows) {
+  const MeristemRows& r = *rows;
+  if (has_null({r.x, r.out})) return BAD_POINTERS;
+  return for_numbers(r.numbers, [&]<class T, class S>() -> int {
+    if (!fits<T>(r)) return BAD_SIZES;
+    return over_rows(r.rows, r.threads, r.parallel, [&](int64_t, int64_t row) {
+      swiglu<T>(static_cast<const S*>(r.x) + row * 2 * r.width, r.width, static_cast<S*>(r.out) + row * r.width);
+    });
+  });
+}
+
+MERISTEM_EXPORT int meristem_swiglu_backward(const MeristemRows* rows) {
+  const MeristemRows& r = *rows;
+  if (has_null({r.x, r.sent, r.d_x})) return BAD_POINTERS;
+  return for_numbers(r.numbers, [&]<class T, class S>() -> int {
+    if (!fits<T>(r)) return BAD_SIZES;
+    return over_rows(r.rows, r.threads, r.parallel, [&](int64_t, int64_t row) {
+      swiglu_back<T>(static_cast<const S*>(r.x) + row * 2 * r.width, r.width, static_cast<const S*>(r.sent) + row * r.width,
+                     static_cast<S*>(r.d_x) + row * 2 * r.width);
+    });
+  });
+}
+
+namespace {
+// Also where a target is no logit's.
+bool is_bad(const MeristemCrossEntropy& c) {
+  if (c.rows < 1 || c.width < 1 || c.threads < 1) return true;
+  for (int64_t row = 0; row < c.rows; ++row)
+    if (c.targets[row] != c.ignored && (c.targets[row] < 0 || c.targets[row] >= c.width)) return true;
+  return false;
+}
+}  // namespace
+
+MERISTEM_EXPORT int meristem_cross_entropy_forward(const MeristemCrossEntropy* given) {
+  const MeristemCrossEntropy& c = *given;
+  if (has_null({c.logits, c.targets, c.log_sum, c.nats})) return BAD_POINTERS;
+  if (is_bad(c)) return BAD_SIZES;
+  return for_numbers(c.numbers, [&]<class T, class S>() {
+    return over_rows(c.rows, c.threads, c.parallel, [&](int64_t, int64_t row) {
+      const S* const logits = static_cast<const S*>(c.logits) + row * c.width;
+      const int64_t target = c.targets[row];
+      T &log_sum = static_cast<T*>(c.log_sum)[row], &nats = static_cast<T*>(c.nats)[row];
+      log_sum = nats = 0;
+      if (target == c.ignored) return;
+      log_sum = meristem::log_sum<T>(logits, c.width);
+      nats = log_sum - take_one<T>(logits + target);
+    });
+  });
+}
+
+MERISTEM_EXPORT int meristem_cross_entropy_backward(const MeristemCrossEntropy* given) {
+  const MeristemCrossEntropy& c = *given;
+  if (has_null({c.logits, c.targets, c.log_sum, c.d_logits})) return BAD_POINTERS;
+  if (is_bad(c)) return BAD_SIZES;
+  return for_numbers(c.numbers, [&]<class T, class S>() {
+    return over_rows(c.rows, c.threads, c.parallel, [&](int64_t, int64_t row) {
+      const int64_t target = c.targets[row];
+      S* const d_logits = static_cast<S*>(c.d_logits) + row * c.width;
+      if (target == c.ignored) return std::fill(d_logits, d_logits + c.width, S{});
+      softmax_back<T>(static_cast<const S*>(c.logits) + row * c.width, c.width, target, static_cast<const T*>(c.log_sum)[row],
+                      T(c.weight), d_logits);
+    });
+  });
+}
+
 // One token of a whole model (decode.hpp), in float32 and in float64. A decoder never changes and may serve several threads,
 // each with readers and room of its own; sizes are in numbers. ``open`` gives null where there is no memory for the weights;
 // ``step`` gives 1, and has done nothing, where a token is none of the vocabulary.
@@ -311,7 +522,7 @@ MERISTEM_EXPORT int meristem_form_backward(const MeristemForm* form) {
       const meristem::decoding::ModelShape* model, const meristem::decoding::LayerShape* shapes, \
       const meristem::decoding::ModelWeights<T>* ends, const meristem::decoding::LayerWeights<T>* layers) { \
     try { \
-      return new meristem::decoding::Decoder<T>(*model, shapes, *ends, layers); \
+      return new meristem::decoding::Decoder<T>(*model, shapes, *ends, layers, meristem::decoding::hope_parts<T>); \
     } catch (const std::bad_alloc&) { \
       return nullptr; \
     } \

@@ -45,6 +45,30 @@ class Sampling(ctypes.Structure):
     )
 
 
+class Learning(ctypes.Structure):
+    """which: 0 for memory alone, 1 for the head, 2 for the last feed-forward layer; rate: below 0 for the model's."""
+
+    _fields_ = (
+        ("which", ctypes.c_int32),
+        ("chunk", ctypes.c_int32),
+        ("rate", ctypes.c_float),
+        ("grad_clip", ctypes.c_float),
+    )
+
+
+KINDS = {"head": 1, "last_mlp": 2}
+
+
+class Learned(ctypes.Structure):
+    _fields_ = (
+        ("which", ctypes.c_int32),
+        ("n_steps", ctypes.c_int32),
+        ("n_chunks", ctypes.c_int64),
+        ("rate", ctypes.c_float),
+        ("saved_nats", ctypes.c_float),
+    )
+
+
 class Failed(Exception):
     """code, and the sentence as the message."""
 
@@ -118,6 +142,15 @@ class Model:
         size = ctypes.c_size_t(7)
         at = self.core.meristem_noted(self.at, name.encode(), ctypes.byref(size))
         return ctypes.string_at(at, size.value) if at else None
+
+    def learn(self, which: int, chunk: int = 64, rate: float = -1.0, grad_clip: float = 1.0) -> None:
+        self._check(self.core.meristem_learn(self.at, ctypes.byref(Learning(which, chunk, rate, grad_clip))))
+
+    @property
+    def learned(self) -> Learned:
+        found = Learned()
+        self._check(self.core.meristem_learning_now(self.at, ctypes.byref(found)))
+        return found
 
     def forget(self) -> None:
         self.core.meristem_forget(self.at)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from meristem.config import load
-from meristem.memory.kernels.select import choose_form
+from meristem.memory.kernels.select import choose_form, fuses
 from meristem.models.build import build
 from meristem.native.library import core, library
 from meristem.recipes.plan.dry_run import plan
@@ -103,3 +104,26 @@ def test_a_run_that_goes_on_keeps_what_it_began_with(
     said = [event["payload"] for event in events if event["name"] == "memory.backend"]
     assert [(each["name"], each["gain"]) for each in said] == [("reference", 0.5), ("reference", None)]
     assert said[1]["why"] == "the run began so"
+    assert all(each["layers"] for each in said)
+
+
+@needs_core
+def test_a_run_from_before_the_core_had_layers_goes_on_without() -> None:
+    """Its memories go through the core as they did, and what stands around them does not."""
+    saved = {"dtype": "fp32", "memory": "native"}
+
+    class Old:
+        has = staticmethod(lambda name: name == "device")
+        value = staticmethod(lambda name: saved)
+
+    tree = config()
+    for more, name in (({}, "native"), ({"memory": "auto"}, "auto"), ({"memory": "reference"}, "reference")):
+        saved |= more
+        model = nn.Linear(2, 2) if name == "auto" else build(tree.model, tree.memory, 256, 0)
+        found = choose_backend(model, tree, CPU, Old)
+        assert (found.name, found.layers) == (name, False)
+        with found.entered():
+            assert not fuses(torch.zeros(2, 3, 32), width=32)
+    assert Backend("native", "").layers
+    with Backend("native", "").entered():
+        assert fuses(torch.zeros(2, 3, 32), width=32)

@@ -255,7 +255,7 @@ def write_padding(place: Path, tokenizer: Tokenizer, padding: Padding) -> None:
         described["pad_token"] = name
     with disk_full(place):
         write_synced(path, orjson.dumps(described, option=orjson.OPT_INDENT_2))
-        text = name["content"] if isinstance(name, dict) else name
+        text = str(name["content"] if isinstance(name, dict) else name)
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.special.get(text)}
         generation = {f"{mark}_token_id": token_id for mark, token_id in ids.items() if token_id is not None}
         if generation and not (place / GENERATION).exists():

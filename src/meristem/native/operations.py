@@ -5,7 +5,6 @@
 
 import ctypes
 from functools import cache
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from meristem.native.library import core, library
+from meristem.native.interface import View, function, lanes, torchs_threads
 
 PROBES: Final = {"never": 0, "start": 1, "token": 2}
 """The memory at which a write takes its residual: none, that at the start of its chunk, or that of its token."""
@@ -30,12 +29,6 @@ Vectors = tuple[Float[Tensor, "b t h k"], Float[Tensor, "b t h k"], Float[Tensor
 Gate = Float[Tensor, "b t h"]
 GateTensors = tuple[Gate | None, Gate | None, Gate, Gate | None]
 Matrix = Float[Tensor, "b h k v"]
-
-
-class View(ctypes.Structure):
-    """``MeristemView`` of ``core.cpp``: a tensor by its strides."""
-
-    _fields_ = (("at", ctypes.c_void_p), ("row", ctypes.c_int64), ("time", ctypes.c_int64), ("head", ctypes.c_int64))
 
 
 class Form(ctypes.Structure):
@@ -105,10 +98,10 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(query: Tensor, values: Tensor, moving: Tensor | None, chunk: int) -> _Sizes:
-    lanes = _vector_bytes() // values.element_size()
+    n_lanes = lanes(values.dtype)
     rows, time, heads, key = query.shape
-    widths = _up(key, lanes), _up(values.shape[-1], lanes)
-    return _Sizes(rows, time, heads, *widths, min(chunk, time), 1 if moving is None else 2, lanes)
+    widths = _up(key, n_lanes), _up(values.shape[-1], n_lanes)
+    return _Sizes(rows, time, heads, *widths, min(chunk, time), 1 if moving is None else 2, n_lanes)
 
 
 def chunk_of(key_width: int, chunk: int) -> int:
@@ -253,9 +246,9 @@ def _run(
         setattr(form, name, View(x.data_ptr(), x.stride(0), 0, x.stride(1)))
     if saved[0].numel():
         form.new_values, form.products, form.entered = (x.data_ptr() for x in saved)
-    run, need = _functions()[what], _functions()["scratch"]
-    scratch = torch.empty(need(ctypes.byref(form), what == "backward") * sizes.n_threads, dtype=torch.uint8)
-    form.scratch, form.n_scratch_bytes, form.parallel = scratch.data_ptr(), scratch.numel(), _torchs_threads()
+    run = function(f"form_{what}")
+    scratch = torch.empty(_scratch_of()(ctypes.byref(form), what == "backward") * sizes.n_threads, dtype=torch.uint8)
+    form.scratch, form.n_scratch_bytes, form.parallel = scratch.data_ptr(), scratch.numel(), torchs_threads()
     fault = run(ctypes.byref(form))
     if fault:
         raise RuntimeError(f"the native core refused {sizes} with code {fault}: memory.kernels.select let it through")
@@ -288,27 +281,7 @@ def _up(n: int, multiple: int) -> int:
 
 
 @cache
-def _torchs_threads() -> int | None:
-    """The function of torch's own OpenMP that runs another in its pool of threads; None where torch brings none along.
-
-    Threads of ours would compete with that pool, whose threads spin for a while after each operation.
-    """
-    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
-        # Torch has loaded this file, so that no second pool begins here.
-        return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
-    return None
-
-
-@cache
-def _functions() -> dict[str, Any]:
-    found = library()
-    if found is None:
-        raise RuntimeError(f"there is no native core: {core().said}")
-    found.meristem_form_scratch.restype = ctypes.c_int64
-    names = {name: getattr(found, f"meristem_form_{name}") for name in ("forward", "backward", "scratch")}
-    return names | {"vector_bytes": found.meristem_vector_bytes}
-
-
-@cache
-def _vector_bytes() -> int:
-    return int(_functions()["vector_bytes"]())
+def _scratch_of() -> Any:
+    found = function("form_scratch")
+    found.restype = ctypes.c_int64
+    return found

@@ -6,6 +6,8 @@ from typing import ClassVar, Final
 import torch
 from torch import nn
 
+from meristem.memory.kernels.select import fuses
+from meristem.native import layers as native
 from meristem.nn.norm import RMSNorm
 from meristem.shapes import Hidden, Mixed
 
@@ -88,8 +90,12 @@ class Additive(nn.Module):
         nn.init.constant_(self.gate.bias, OPEN)
 
     def forward(self, attended_btf: Mixed, recalled_btf: Mixed, hidden_btd: Hidden) -> Mixed:
+        gate_btf, gain_k = self.gate(hidden_btd), self.memory_norm.gain_d
+        if fuses(recalled_btf, gate_btf, attended_btf, width=self.head_width):
+            combined_btf: Mixed = native.norm(recalled_btf, gain_k, gate_btf, attended_btf, self.memory_norm.eps)
+            return combined_btf
         normed_btf = self.memory_norm(recalled_btf.unflatten(-1, (-1, self.head_width))).flatten(2)
-        return attended_btf + normed_btf * self.gate(hidden_btd).sigmoid()
+        return attended_btf + normed_btf * gate_btf.sigmoid()
 
 
 COMBINATIONS: Final[dict[str, Callable[[int, int], nn.Module]]] = {

@@ -8,7 +8,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from meristem.linalg import inverse_length, precise, unit
+from meristem.memory.kernels.select import fuses
 from meristem.memory.state import Memory
+from meristem.native.layers import MOST_TAPS, MOST_WIDTH, memory_vectors
 from meristem.shapes import Hidden
 
 NOISE = 0.02
@@ -44,16 +46,32 @@ class CausalConv(nn.Module):
 
         Lengths are found in float32, where a tiny vector keeps its direction.
         """
+        width, kernel = hidden_btd.shape[-1] // (n_vectors * heads), self.weight_dc.shape[1]
+        if fuses(hidden_btd, width=width) and width <= MOST_WIDTH and kernel <= MOST_TAPS:
+            tail_bsd = self._tail(hidden_btd, state)
+            found = memory_vectors(hidden_btd, tail_bsd, self.weight_dc, n_vectors, heads, n_units)
+            return tuple(found), {"tail_bsd": _last(tail_bsd, hidden_btd)}
         padded_bsd, state = self._padded(hidden_btd, state)
         weight_dc = self.weight_dc.to(padded_bsd.dtype)
         return FilteredVectors.apply(padded_bsd, weight_dc, (n_vectors, heads), n_units), state
 
     def _padded(self, hidden_btd: Hidden, state: Memory | None) -> tuple[Tensor, Memory]:
         """The inputs after those before them, and the state that they leave."""
-        tail_bsd = (self.init_state(hidden_btd) if state is None else state)["tail_bsd"]
-        padded_bsd = torch.cat([tail_bsd.to(hidden_btd.dtype), hidden_btd], dim=1)
+        padded_bsd = torch.cat([self._tail(hidden_btd, state), hidden_btd], dim=1)
         # A copy, so that the state does not keep the whole sequence in memory.
         return padded_bsd, {"tail_bsd": padded_bsd[:, hidden_btd.shape[1] :].clone()}
+
+    def _tail(self, hidden_btd: Hidden, state: Memory | None) -> Tensor:
+        tail_bsd: Tensor = (self.init_state(hidden_btd) if state is None else state)["tail_bsd"]
+        return tail_bsd.to(hidden_btd.dtype)
+
+
+def _last(tail_bsd: Tensor, hidden_btd: Hidden) -> Tensor:
+    """The last inputs, as many as in ``tail_bsd``, of those and the ones after them."""
+    n_kept, n_time = tail_bsd.shape[1], hidden_btd.shape[1]
+    if n_time >= n_kept:
+        return hidden_btd[:, n_time - n_kept :].clone()
+    return torch.cat([tail_bsd[:, n_time:], hidden_btd], dim=1)
 
 
 class ShortFilter(torch.autograd.Function):

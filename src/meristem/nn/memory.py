@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from meristem.linalg import precise
+from meristem.memory.kernels.select import fuses
 from meristem.memory.state import State
+from meristem.native import layers as native
 from meristem.nn.cms_memory import CMSMemory
 from meristem.nn.config import MemoryConfig
 from meristem.nn.documents import Documents, Read, read_documents
@@ -94,8 +96,12 @@ class MemoryLayer(nn.Module):
         return self._gated(recalled_btf, hidden_btd), state
 
     def _gated(self, recalled_btf: Mixed, hidden_btd: Hidden) -> Hidden:
-        gain_k = self.norm.gain_d.to(recalled_btf.dtype)
-        gated_btd: Hidden = self.out(GatedNorm.apply(recalled_btf, self.gate(hidden_btd), gain_k, self.norm.eps))
+        gain_k, gate_btf = self.norm.gain_d, self.gate(hidden_btd)
+        if fuses(recalled_btf, gate_btf, width=len(gain_k)):
+            gated_btf = native.norm(recalled_btf, gain_k, gate_btf, None, self.norm.eps)
+        else:
+            gated_btf = GatedNorm.apply(recalled_btf, gate_btf, gain_k.to(recalled_btf.dtype), self.norm.eps)
+        gated_btd: Hidden = self.out(gated_btf)
         return gated_btd
 
 

@@ -6,6 +6,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meristem.memory.kernels.select import fuses
+from meristem.native import layers as native
 from meristem.shapes import Hidden
 
 
@@ -20,8 +22,15 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, hidden_btd: Hidden) -> Hidden:
-        gate_btf, up_btf = self.gate_up(hidden_btd).chunk(2, dim=-1)
-        return self.out(F.silu(gate_btf) * up_btf)
+        return self.out(self.inner(self.gate_up(hidden_btd)))
+
+    def inner(self, projected: Tensor) -> Tensor:
+        """What the last projection is given, from what the first gives."""
+        if fuses(projected, width=projected.shape[-1] // 2):
+            fused: Tensor = native.swiglu(projected)
+            return fused
+        gate_btf, up_btf = projected.chunk(2, dim=-1)
+        return F.silu(gate_btf) * up_btf
 
 
 class Feedforward(nn.Module):
@@ -36,4 +45,8 @@ class Feedforward(nn.Module):
         self.out = nn.Linear(hidden, width)
 
     def forward(self, hidden_btd: Hidden) -> Hidden:
-        return self.out(self.activation(self.up(hidden_btd)))
+        return self.out(self.inner(self.up(hidden_btd)))
+
+    def inner(self, projected: Tensor) -> Tensor:
+        """What the last projection is given, from what the first gives."""
+        return self.activation(projected)

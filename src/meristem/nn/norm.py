@@ -8,6 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from meristem.memory.kernels.select import fuses
+from meristem.native import layers as native
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean_d(x^2) + eps) times a learned gain: every token has unit size, whatever its neighbours are."""
@@ -18,6 +21,9 @@ class RMSNorm(nn.Module):
         self.gain_d = nn.Parameter(torch.ones(width))
 
     def forward(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        if fuses(hidden, width=len(self.gain_d)):
+            fused: Tensor = native.norm(hidden, self.gain_d, None, None, self.eps)
+            return fused
         gain_d = self.gain_d.to(hidden.dtype)
         if torch.is_grad_enabled() and hidden.is_cpu and not torch.compiler.is_compiling():
             normed: Tensor = Normalise.apply(hidden, gain_d, self.eps)

@@ -14,7 +14,7 @@ from meristem.checkpoint.store import Checkpoint
 from meristem.memory import Gates
 from meristem.memory.forms import run_trusted
 from meristem.memory.kernels.native_form import FORMS
-from meristem.memory.kernels.select import force_reference, native_refusals
+from meristem.memory.kernels.select import force_reference, native_refusals, plain_layers
 from meristem.memory.rule import Rule
 from meristem.nn.neural_memory import NeuralMemory
 from meristem.runs.config import Config
@@ -34,15 +34,20 @@ class Backend:
 
     name: the native core, or tensor code; ``auto`` where there was nothing to choose, and each call decides by itself.
     gain: how many times faster the core was, where that was measured.
+    layers: whether what stands around the memories goes through the core where they do: norms, SwiGLU, cross entropy
+    and kin. False in a run that began before it could.
     """
 
     name: Literal["native", "reference", "auto"]
     why: str
     gain: float | None = None
+    layers: bool = True
 
     def entered(self) -> AbstractContextManager[None]:
         """Where the run goes on: every form inside is run as was chosen."""
-        return force_reference() if self.name == "reference" else nullcontext()
+        if self.name == "reference":
+            return force_reference()
+        return nullcontext() if self.layers else plain_layers()
 
     def to_json(self) -> dict[str, Any]:
         """For events and the report of a plan."""
@@ -57,17 +62,18 @@ def choose_backend(model: nn.Module, config: Config, device: torch.device, check
     through the core, as on another device.
     """
     module = next((m for m in model.modules() if isinstance(m, NeuralMemory) and _goes_through(m)), None)
+    saved = checkpoint.value("device") if checkpoint and checkpoint.has("device") else None
+    layers = saved is None or saved.get("layers", False)
     if module is None or device.type != "cpu":
-        return Backend(
-            "auto", f"the device is {device.type}" if module else "no memory of this model would go through it"
-        )
+        why = f"the device is {device.type}" if module else "no memory of this model would go through it"
+        return Backend("auto", why, layers=layers)
     sizes = _sizes(module, config)
     reasons = native_refusals(torch.empty(sizes.keys), torch.empty(sizes.values))
     if reasons:
         return Backend("reference", "; ".join(reasons))
-    saved = checkpoint.value("device").get("memory", "reference") if checkpoint and checkpoint.has("device") else None
-    if saved in ("native", "reference"):
-        return Backend(saved, "the run began so")
+    name = None if saved is None else saved.get("memory", "reference")
+    if name in ("native", "reference"):
+        return Backend(name, "the run began so", layers=layers)
     gain = measured_gain(module.rule.without_features(), sizes, module.chunk)
     why = f"the native core ran at {gain:.1f} times the speed of tensor code"
     return Backend("native" if gain >= LEAST_GAIN else "reference", why, round(gain, 2))

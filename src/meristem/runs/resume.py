@@ -224,7 +224,7 @@ def contents(job: Job, safety: Safety, probe_nats: float) -> Contents:
         "progress": progress.to_json(),
         "cursor": progress.cursor.to_json(),
         "random": random_values,
-        "device": {"dtype": NAMES[job.device.dtype], "memory": job.backend.name},
+        "device": {"dtype": NAMES[job.device.dtype], "memory": job.backend.name, "layers": job.backend.layers},
         "safety": safety.to_json(),
         "probe": {"nats": probe_nats if math.isfinite(probe_nats) else None},
         "topology": to_json(job.state.topology),

@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from meristem.data.stream import IGNORED
 from meristem.errors import ShapeError, WrongValue
+from meristem.memory.kernels.select import fuses
+from meristem.native import layers as native
 from meristem.shapes import Logits, Targets
 
 
@@ -21,8 +23,12 @@ def cross_entropy(logits_bto: Logits, targets_bt: Targets) -> torch.Tensor:
     logits; the ids themselves are not read back.
     """
     _require_fit(logits_bto, targets_bt)
-    logits_no = logits_bto.flatten(0, 1).float()
+    logits_no = logits_bto.flatten(0, 1)
     targets_n = targets_bt.flatten().to(logits_bto.device, non_blocking=True)
+    if logits_no.dtype != torch.float64 and fuses(logits_no, width=0):
+        nats: torch.Tensor = native.cross_entropy(logits_no, targets_n, IGNORED)[0]
+        return nats
+    logits_no = logits_no.float()
     return functional.cross_entropy(logits_no, targets_n, ignore_index=IGNORED, reduction="sum")
 
 

@@ -2,7 +2,8 @@
 of ``fla-core``.
 
     reference   plain tensor code: any device, any width, any dtype
-    native      ``native_form``: the whole form in compiled code on a CPU, forward and backward
+    native      ``native_form``: the whole form in compiled code on a CPU, forward and backward; and what stands around
+                it, ``native.layers``
     triton      ``titans_triton``: the chunk loop in one launch instead of a handful per chunk; exact float32
     fla         ``fla_delta``: delta and gated delta as a whole; its products round to TF32
 
@@ -25,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from meristem.memory.rule import Rule
+from meristem.native.interface import NUMBERS, lanes
 from meristem.native.library import core
 from meristem.shapes import Keys, Values
 
@@ -38,6 +40,7 @@ DELTA = ("matrix", "squared", "decay", "plain")
 """Structure, bias, retention and update of delta and gated delta."""
 
 _is_forced: ContextVar[bool] = ContextVar("force_reference", default=False)
+_are_layers_plain: ContextVar[bool] = ContextVar("plain_layers", default=False)
 
 
 @dataclass
@@ -65,6 +68,16 @@ def force_reference() -> Iterator[None]:
         _is_forced.reset(token)
 
 
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Tensor code inside for what stands around the forms of memories (``fuses``), and for nothing else."""
+    token = _are_layers_plain.set(True)
+    try:
+        yield
+    finally:
+        _are_layers_plain.reset(token)
+
+
 def is_forced() -> bool:
     """Whether ``force_reference`` is in effect."""
     return _is_forced.get()
@@ -79,6 +92,24 @@ def choose_form(keys_bthk: Keys, values_bthv: Values) -> Backend:
     """What runs the chunk form of a linear rule: ``native`` or ``reference``. The compiler sees it as one operation."""
     is_forced = _forced.depth > 0 if torch.compiler.is_compiling() else _is_forced.get()
     return "reference" if is_forced or native_refusals(keys_bthk, values_bthv) else "native"
+
+
+def fuses(*tensors: Tensor, width: int) -> bool:
+    """Whether the native core runs what stands around the products of a training step on these tensors of one shape.
+
+    width: of the rows that it works on, which are whole vectors of the core. The compiler fuses tensor code itself, and
+    one token alone, outside training, takes less time than a call.
+    """
+    first = tensors[0]
+    if torch.compiler.is_compiling() or _is_forced.get() or _are_layers_plain.get():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    is_worth = torch.is_grad_enabled() or (first.dim() > 2 and first.shape[1] > 1)
+    if not is_worth or not first.is_cpu or first.dtype not in NUMBERS or first.numel() == 0:
+        return False
+    is_one_kind = all(each.dtype == first.dtype and each.is_cpu for each in tensors)
+    return is_one_kind and not _why_no_core() and width % lanes(first.dtype) == 0
 
 
 def native_refusals(keys_bthk: Keys, values_bthv: Values) -> list[str]:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from meristem.device.resolve import Device
+from meristem.native import layers as _layers  # noqa: F401, it registers operations
 from meristem.native.operations import PROBES
 
 aten, core = torch.ops.aten, torch.ops.meristem
@@ -180,6 +181,25 @@ def _probed(levels: int, probe: int) -> int:
     return {PROBES["never"]: 0, PROBES["start"]: 1, PROBES["token"]: levels}[probe]
 
 
+def _memory_vectors(
+    hidden: torch.Tensor, tail: torch.Tensor, weight: torch.Tensor, *rest: Any, **kwargs: object
+) -> int:
+    """A multiply-add for each tap of each channel."""
+    return 2 * hidden.numel() * weight.shape[1]
+
+
+def _memory_vectors_backward(
+    hidden: torch.Tensor, tail: torch.Tensor, weight: torch.Tensor, *rest: Any, **kwargs: object
+) -> int:
+    """The inputs are filtered once more; then the gradients of inputs and weights."""
+    return 6 * hidden.numel() * weight.shape[1]
+
+
+def _none(*args: object, **kwargs: object) -> int:
+    """Of what works on each number alone."""
+    return 0
+
+
 FORMULAS: dict[OpOverloadPacket, Formula] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -197,4 +217,8 @@ FORMULAS: dict[OpOverloadPacket, Formula] = {
     aten.addr_: _outer,
     core.chunk_form: _chunk_form,
     core.chunk_form_backward: _chunk_form_backward,
+    core.memory_vectors: _memory_vectors,
+    core.memory_vectors_backward: _memory_vectors_backward,
+    **dict.fromkeys((core.norm, core.norm_backward, core.swiglu, core.swiglu_backward), _none),
+    **dict.fromkeys((core.cross_entropy, core.cross_entropy_backward), _none),
 }
