@@ -261,7 +261,7 @@ class DataConfig(ConfigSection):
         if len(names) != len(self.weights) or not all(names):
             raise ConflictingKeys(
                 f"data.weights has {len(self.weights)} numbers, and data.source joins {len(names)} sources by +: "
-                f"{', '.join(names)}. Give one weight for each, or leave data.weights out."
+                f"{', '.join(names)}. Give one weight for each, or none with data.weights=[]."
             )
         if min(self.weights) <= 0:
             raise WrongValue(
