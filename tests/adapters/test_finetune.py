@@ -417,7 +417,7 @@ class TestMemory:
 
 @pytest.mark.extras
 @pytest.mark.parametrize("kind, how", [("llama", "lora"), ("gpt2", "full"), ("ours", "lora")])
-def test_a_fine_tuned_model_is_exported_as_its_base_is(tmp_path, kind, how):
+def test_a_fine_tuned_model_is_exported_as_its_base_is(tmp_path, kind, how, capsys):
     """Matrices of low rank are in the weights; what transformers loads gives the logits of the run."""
     from meristem.events import silent
     from meristem.export.hf import export
@@ -426,6 +426,14 @@ def test_a_fine_tuned_model_is_exported_as_its_base_is(tmp_path, kind, how):
     (base / "chat_template.jinja").write_text("{{ messages }}")
     run_dir = tuned(tmp_path, base, how)
     assert export(run_dir, tmp_path / "hf", form="auto", emit=silent).form == "plain"
+    assert "Loading weights" not in capsys.readouterr().err
+    described, card = (tmp_path / "hf" / name for name in ("config.json", "README.md"))
+    sizes = json.loads(described.read_text())
+    n_layers, width = (
+        sizes.get(new, sizes.get(old)) for new, old in (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd"))
+    )
+    assert f"| model | {sizes['model_type']}, {n_layers} layers of width {width} |" in card.read_text()
+    assert f"| fine-tuned from | {'base/step-00000007' if kind == 'ours' else 'base'} |" in card.read_text()
     ours = load(run_dir).model(ids())[0]
     torch.testing.assert_close(first_of(tmp_path / "hf")(ids()), ours, rtol=0, atol=1e-4)
     assert (tmp_path / "hf" / "chat_template.jinja").exists() == (kind != "ours")

@@ -289,8 +289,13 @@ def test_find_takes_any_level(tmp_path):
 
 def test_find_says_what_is_missing(tmp_path):
     """Nothing there, nothing inside, and nothing but damage are three findings of one error."""
-    with pytest.raises(NoCheckpoint, match="found 0 damaged"):
-        find(tmp_path / "nowhere", silent)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(NoCheckpoint, match="there is no .*/nine. Did you mean .*/mine.? Expected a checkpoint"):
+        find(tmp_path / "nine", silent)
+    with pytest.raises(NoCheckpoint, match="there is no .*/other/nowhere. Expected a checkpoint"):
+        find(tmp_path / "other" / "nowhere", silent)
+    with pytest.raises(NoCheckpoint, match="no checkpoint in .*/mine. Expected"):
+        find(tmp_path / "mine", silent)
     with pytest.raises(NoCheckpoint, match="no checkpoint directory"):
         find(tmp_path / "step-00000009", silent)
     flip(save_sample(tmp_path / "checkpoints", 3) / "model.safetensors")

@@ -42,6 +42,12 @@ def test_stats_count_the_text(corpus, tmp_path, answered):
     assert "near_duplicates" not in answered("data", "stats", corpus["path"], "--near", "0")[1]
 
 
+@pytest.mark.parametrize("verb", ["stats", "verify"])
+def test_what_is_no_corpus_is_said_to_be_none(verb, tmp_path, capsys):
+    assert run(["data", verb, str(tmp_path / "nothere")]) == 4
+    assert "nothere is no prepared corpus: it holds no manifest.json. `meristem data ls`" in capsys.readouterr().err
+
+
 def test_verify_finds_an_altered_file(corpus, answered):
     """And names it, with the code of a negative result."""
     assert answered("data", "verify", corpus["path"])[0] == 0

@@ -77,10 +77,23 @@ def test_misspelt_words_suggest(words, nearest, capsys):
     assert nearest in capsys.readouterr().err
 
 
+def test_misspelt_choice_suggests(capsys):
+    """What the library of the command line found, without its own words, and the nearest that it takes."""
+    assert run(["eval", "runs/mine", "--suite", "likelyhood"]) == 2
+    said = capsys.readouterr().err
+    assert "error: Invalid value for '--suite': 'likelyhood' is not one of 'likelihood'" in said
+    assert "Did you mean 'likelihood'?" in said and "Value error" not in said
+
+
 def test_misspelt_preset_suggests(capsys):
     """A slip in the name of a preset too."""
     assert run(["config", "show", "charforme"]) == 2
     assert "charformer" in capsys.readouterr().err
+
+
+def test_a_setting_in_the_place_of_the_preset_is_told_from_one(capsys):
+    assert run(["config", "show", "optim.lr=0.1"]) == 2
+    assert "'optim.lr=0.1' is a setting, and a preset or a YAML file stands before all" in capsys.readouterr().err
 
 
 def test_usage_error_as_json(capsys):

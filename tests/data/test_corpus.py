@@ -62,12 +62,18 @@ def test_a_short_file_is_refused_even_unread(path, name):
         open_corpus(path, verify=False)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "manifest.json"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_missing_file_is_refused_by_name(path, name):
     (path / name).unlink()
     with pytest.raises(DataError, match=rf"cannot open .*{name}: No such file") as caught:
         open_corpus(path)
     assert caught.value.fields["errno"] == 2
+
+
+def test_a_directory_without_a_manifest_is_no_corpus(path):
+    (path / "manifest.json").unlink()
+    with pytest.raises(DataError, match=rf"^{path} is no prepared corpus: it holds no manifest.json"):
+        open_corpus(path)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,14 @@ def test_a_bad_record_is_refused_with_its_line(line: str, reason: str, tmp_path:
     assert f"a.jsonl#500: {reason}" in str(caught.value)
 
 
+def test_a_key_that_no_record_has_is_said_at_the_first(tmp_path: Path) -> None:
+    path = json_lines(tmp_path / "a.jsonl", [{"body": "line", "day": 3}] * 3)
+    with pytest.raises(
+        DataError, match=r"^the first record holds no text, .*a.jsonl#1: no 'text' among its keys body, day"
+    ):
+        prepare(settings(path, tmp_path), TokenizerConfig())
+
+
 def test_bad_records_that_are_allowed_are_counted_and_shown(tmp_path: Path) -> None:
     """CX-8.6."""
     rows: list[object] = [{"text": f"line {number}"} for number in range(100)]

@@ -107,6 +107,13 @@ def test_a_misspelt_name_gets_the_nearest():
         read("shakespear")
 
 
+def test_a_misspelt_file_gets_the_nearest_of_those_that_are_there(tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text("A text.")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="'bok.txt' is neither a file.*Did you mean book.txt"):
+        read("bok.txt")
+
+
 def test_the_standard_library_is_there_without_its_tests():
     texts = read("stdlib")
     assert "json/decoder.py" in texts

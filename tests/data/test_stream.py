@@ -382,21 +382,21 @@ def test_a_cursor_of_another_text_is_refused(corpus, make):
 
 
 @pytest.mark.parametrize(
-    "more",
+    "more, was, now",
     [
-        {"window": 6},
-        {"batch": 4},
-        {"stride": 1},
-        {"random_seed": 2},
-        {"order": "random"},
-        {"documents": "within"},
-        {"weights": (1, 1)},
-        {"difficulty": {"score": "length"}},
+        ({"window": 6}, "data.seq_len=5, data.stride=5", "data.seq_len=6, data.stride=6"),
+        ({"batch": 4}, "data.batch_size=3", "data.batch_size=4"),
+        ({"stride": 1}, "data.stride=5", "data.stride=1"),
+        ({"random_seed": 2}, "run.seed=1", "run.seed=2"),
+        ({"order": "random"}, "data.order=shuffled, data.stride=5", "data.order=random, data.stride=1"),
+        ({"documents": "within"}, "data.documents=join", "data.documents=within"),
+        ({"weights": (1, 1)}, "data.weights=none", "data.weights=1,1"),
+        ({"difficulty": {"score": "length"}}, "data.difficulty=none", "data.difficulty=length,0.1,1.0,1.0"),
     ],
 )
-def test_a_cursor_of_another_layout_is_refused(corpus, more):
-    """S1-M15."""
-    with pytest.raises(DataError, match="counts batches of 'train shuffled join window=5 .* this stream gives"):
+def test_a_cursor_of_another_layout_is_refused(corpus, more, was, now):
+    """S1-M15: by the settings that differ."""
+    with pytest.raises(DataError, match=f"the run read its text with {was}, and the settings give {now}: its batches"):
         stream(corpus, **more).next(stream(corpus).start())
 
 

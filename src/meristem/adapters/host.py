@@ -1,6 +1,7 @@
 """A causal language model of ``transformers`` as a model of ours: tokens and state in, logits and state out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -104,12 +105,26 @@ def host(_before: nn.Module, fields: Mapping[str, Any]) -> nn.Module:
     return HostLM(loaded(located(base.place), is_trusted=is_trusted))
 
 
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without the bars of transformers, which would stand between the lines of a run, while the block lasts."""
+    logging = imported("transformers.utils.logging", "a model of transformers")
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
 def loaded(folder: Path, *, is_trusted: bool) -> nn.Module:
     """A model of transformers with its weights, made in shapes and filled once, in float32."""
     kind = imported("transformers", "a model of transformers").AutoModelForCausalLM
-    found, told = kind.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=is_trusted, output_loading_info=True
-    )
+    with no_progress_bars():
+        found, told = kind.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=is_trusted, output_loading_info=True
+        )
     wrong = sorted({*told["missing_keys"], *told["unexpected_keys"], *map(str, told["mismatched_keys"])})
     if wrong:
         raise CheckpointMismatch(

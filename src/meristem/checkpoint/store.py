@@ -9,6 +9,7 @@ meanwhile: what is deleted or replaced while they choose makes them choose again
 """
 
 import contextlib
+import difflib
 import math
 import os
 import re
@@ -429,13 +430,26 @@ def find(path: Path, emit: Emit) -> Checkpoint:
     root = root_of(path)
     found = newest(root, emit)
     if found is None:
-        n_damaged = len(_directories(root))
         raise NoCheckpoint(
-            f"no whole checkpoint in {path}: found {n_damaged} damaged. "
+            f"{_what_is_there(path, n_damaged=len(_directories(root)))} "
             f"Expected a checkpoint (step-...), a checkpoints directory or a run directory with one inside.",
             path=str(path),
         )
     return found
+
+
+def _what_is_there(path: Path, *, n_damaged: int) -> str:
+    """Why there is no checkpoint at a path: nothing is there, with the nearest name that is, or none that is whole."""
+    if n_damaged:
+        return f"no whole checkpoint in {path}: found {n_damaged} damaged."
+    if path.exists():
+        return f"no checkpoint in {path}."
+    try:
+        beside = os.listdir(path.parent)
+    except OSError:
+        beside = []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f"there is no {path}." + (f" Did you mean {path.parent / near[0]}?" if near else "")
 
 
 def pin(path: Path) -> None:

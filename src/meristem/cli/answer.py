@@ -4,6 +4,7 @@ stdout has the result and nothing else; all messages go to stderr.
 """
 
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -140,13 +141,21 @@ def tell(event: Event) -> None:
 def report_error(error: MeristemError | typer.TyperException, as_json: bool, debug: bool) -> int:
     """Say what went wrong and give the exit code that belongs to it."""
     is_usage = isinstance(error, typer.TyperException)
-    message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    message = _worded(error.format_message()) if isinstance(error, typer.TyperException) else str(error)
     kind = "UsageError" if is_usage else type(error).__name__
     _say(error, kind, message, getattr(error, "fields", {}), as_json=as_json, debug=debug)
     command = getattr(getattr(error, "ctx", None), "command_path", None)
     if command and not as_json:
         typer.echo(f"`{command} --help` shows what it takes.", err=True)
     return error.exit_code
+
+
+def _worded(message: str) -> str:
+    """What the library of the command line says, and of a value that is none of a list, the nearest that is."""
+    message = message.replace("Value error, ", "")
+    found = re.search(r"'([^']*)' is not one of (.*)\.$", message)
+    near = found and difflib.get_close_matches(found[1], re.findall(r"'([^']*)'", found[2]), n=1)
+    return f"{message} Did you mean '{near[0]}'?" if near else message
 
 
 def report_unexpected(error: Exception, as_json: bool, debug: bool) -> int:

@@ -216,6 +216,12 @@ def _split(preset: str) -> tuple[str, str]:
             return name, size
     if preset in names:
         return preset, ""
+    if "=" in preset:
+        raise WrongValue(
+            f"'{preset}' is a setting, and a preset or a YAML file stands before all settings. Write default {preset}.",
+            value=preset,
+            accepted=names,
+        )
     known = [*names, *(f"{name}-{size}" for name in sized() for size in size_names())]
     raise WrongValue(
         f"no preset is called '{preset}'. Nearest: {', '.join(nearest_words(preset, known)) or 'none'}.",

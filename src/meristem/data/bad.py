@@ -37,9 +37,11 @@ class BadRecords:
 
     def refuse(self) -> None:
         shown = "; ".join(self.examples)
+        is_first = self.n_records == 1
+        what = "the first record holds" if is_first else f"{self.n} of the first {self.n_records} records hold"
         raise DataError(
-            f"{self.n} of the first {self.n_records} records hold no text, and data.max_bad_fraction is {self.most:g}: "
-            f"{shown}. Mend them, set data.field, or allow more.",
+            f"{what} no text, and data.max_bad_fraction is {self.most:g}: {shown}. Mend them, set data.field, or "
+            f"allow more.",
             found=self.n / self.n_records,
             accepted=self.most,
         )

@@ -233,7 +233,9 @@ class DataConfig(ConfigSection):
         "attention does not look back over them, while memories read on; reset: they do, and each document begins as "
         "if it stood alone",
     )
-    difficulty: DifficultyConfig = Field(default=DifficultyConfig(), description="of a curriculum over documents")
+    difficulty: DifficultyConfig = Field(
+        default=DifficultyConfig(), description="which documents are read when, the easiest first"
+    )
     prefetch_bytes: int = Field(
         default=1 << 26, ge=0, description="batches read ahead beside the training hold at most so many bytes; 0: none"
     )
@@ -259,7 +261,7 @@ class DataConfig(ConfigSection):
         if len(names) != len(self.weights) or not all(names):
             raise ConflictingKeys(
                 f"data.weights has {len(self.weights)} numbers, and data.source joins {len(names)} sources by +: "
-                f"{', '.join(names)}. Give one weight for each, or leave data.weights out."
+                f"{', '.join(names)}. Give one weight for each, or none with data.weights=[]."
             )
         if min(self.weights) <= 0:
             raise WrongValue(

@@ -10,7 +10,7 @@ import orjson
 from meristem import config
 from meristem.checkpoint.atomic import sha256_file, write_atomic
 from meristem.data.files import read, refused
-from meristem.errors import ManifestMismatch
+from meristem.errors import DataError, ManifestMismatch
 
 SCHEMA: Final = "meristem.dataset/1"
 FILE: Final = "manifest.json"
@@ -51,6 +51,11 @@ def write(directory: Path, manifest: Mapping[str, Any]) -> None:
 def load(directory: Path) -> dict[str, Any]:
     """The manifest of a corpus directory, refused when it is torn, altered or of another schema."""
     path = directory / FILE
+    if not os.path.lexists(path):
+        raise DataError(
+            f"{directory} is no prepared corpus: it holds no {FILE}. `meristem data ls` lists those that there are.",
+            path=str(path),
+        )
     try:
         manifest = orjson.loads(read(path))
     except orjson.JSONDecodeError as cause:

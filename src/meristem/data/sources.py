@@ -145,7 +145,8 @@ def resolve(data: DataConfig) -> Source:
 
 def _unknown(name: str) -> DataError:
     known = ["stdlib", "stdlib-docs", "notebook", "installed:NAME", "hf:NAME", *registered(), *sources.names()]
-    near = difflib.get_close_matches(name, known, n=3) or known
+    here = [each for each in os.listdir() if not each.startswith(".")]
+    near = difflib.get_close_matches(name, [*known, *here], n=3) or known
     return DataError(
         f"data.source '{name}' is neither a file, a directory nor a known text. Did you mean {', '.join(near)}?",
         found=name,

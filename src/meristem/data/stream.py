@@ -23,6 +23,16 @@ from meristem.shapes import Targets, Tokens
 IGNORED: Final = -100
 """The target of a place that counts nowhere: padding after the end of a document."""
 
+_KEYS: Final[Mapping[str, str]] = {
+    "window": "data.seq_len",
+    "stride": "data.stride",
+    "batch": "data.batch_size",
+    "random_seed": "run.seed",
+    "weights": "data.weights",
+    "difficulty": "data.difficulty",
+}
+"""The settings that a layout names in a shorter way."""
+
 N_BLOCKS: Final = 20
 """Parts of a text that ``curriculum`` reads one after the other."""
 
@@ -385,12 +395,24 @@ class Stream:
                 expected=cursor.fingerprint,
             )
         if cursor.layout != self._layout:
+            then, now = _settings(cursor.layout), _settings(self._layout)
+            keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+            was, give = (", ".join(f"{key}={own.get(key, 'none')}" for key in keys) for own in (then, now))
             raise DataError(
-                f"the cursor counts batches of '{cursor.layout}', this stream gives '{self._layout}'. "
-                f"Set the keys of data and run.seed as they were, or start a new run.",
+                f"the run read its text with {was}, and the settings give {give}: its batches would be others, and it "
+                f"could not go on where it stopped. Set these as they were, or start a new run.",
                 found=self._layout,
                 expected=cursor.layout,
             )
+
+
+def _settings(layout: str) -> dict[str, str]:
+    """What a cursor says of its order, by the keys that are set."""
+    words = layout.split(" ")
+    named = dict(
+        zip(("split", "data.order", "data.documents"), [each for each in words if "=" not in each], strict=False)
+    )
+    return named | {_KEYS.get(name, name): value for name, _, value in (each.partition("=") for each in words) if value}
 
 
 def held_out(corpus: Corpus, split: str, *, window: int, batch: int, max_windows: int | None = None) -> Iterator[Batch]:

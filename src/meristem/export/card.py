@@ -1,6 +1,7 @@
 """The model card of an exported folder: what the model is, what it has read, what was measured, what it cannot do."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from meristem import __version__
@@ -44,18 +45,22 @@ LIMITS: Final = (
 
 
 def card(
-    name: str, settings: Mapping[str, Any], manifest: Mapping[str, Any], *, n_parameters: int, is_plain: bool
+    name: str,
+    settings: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any],
+    n_parameters: int,
+    is_plain: bool,
 ) -> str:
     """The text of ``README.md``.
 
-    name: of the folder. settings, manifest: of the checkpoint, as far as it has them.
+    name: of the folder. settings, manifest: of the checkpoint, as far as it has them. config: ``config.json`` of the
+    folder.
     """
-    model, data, memory = (settings.get(key, {}) for key in ("model", "data", "memory"))
-    kind = model.get("name", "lm")
+    data = settings.get("data", {})
     what = {
-        "model": f"{kind}, {model.get('n_layers', '?')} layers of width {model.get('dim', '?')}",
-        "token mixer": model.get("mixer") if kind == "lm" else None,
-        "memory rule": memory.get("rule") if kind == "lm" and model.get("mixer") != "attention" else None,
+        **(_transformer(settings, config) if is_plain else _ours(settings)),
         "parameters": f"{n_parameters:,}",
         "made by": f"meristem {__version__}",
     }
@@ -86,6 +91,31 @@ def card(
             "",
         )
     )
+
+
+def _transformer(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, object]:
+    """What kind of transformer it is, how large, and what it was fine-tuned from: of the hub, a folder, or a run."""
+    names = ("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd")
+    n_layers, width = (next((config[key] for key in each if key in config), "?") for each in names)
+    base = settings.get("finetune", {}).get("base")
+    if base is not None and "@" not in base:
+        parts = [part for part in Path(base).parts if part != "checkpoints"]
+        base = "/".join(parts[-2 if parts[-1].startswith("step-") else -1 :])
+    return {
+        "model": f"{config['model_type']}, {n_layers} layers of width {width}",
+        "fine-tuned from": base,
+    }
+
+
+def _ours(settings: Mapping[str, Any]) -> dict[str, object]:
+    """What kind of model it is, and how large."""
+    model, memory = settings.get("model", {}), settings.get("memory", {})
+    kind = model.get("name", "lm")
+    return {
+        "model": f"{kind}, {model.get('n_layers', '?')} layers of width {model.get('dim', '?')}",
+        "token mixer": model.get("mixer") if kind == "lm" else None,
+        "memory rule": memory.get("rule") if kind == "lm" and model.get("mixer") != "attention" else None,
+    }
 
 
 def _table(rows: Mapping[str, object]) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meristem.adapters.base import WEIGHTS
-from meristem.adapters.host import HostLM
+from meristem.adapters.host import HostLM, no_progress_bars
 from meristem.adapters.lora import merged
 from meristem.adapters.remote import CONFIG
 from meristem.checkpoint.atomic import PARTIAL, disk_full, write_synced
@@ -118,7 +118,12 @@ def export(source: Path, to: Path, *, form: Form, emit: Emit, padding: Padding =
                 write_weights(partial, config | {"dtype": str(dtype).removeprefix("torch.")}, weights)
             n_parameters = sum(each.numel() for name, each in model.named_parameters() if ".lora_" not in name)
             text = card(
-                to.name, checkpoint.settings(), checkpoint.manifest, n_parameters=n_parameters, is_plain=made == "plain"
+                to.name,
+                checkpoint.settings(),
+                checkpoint.manifest,
+                config=config,
+                n_parameters=n_parameters,
+                is_plain=made == "plain",
             )
             write_words(partial, tokenizer, text)
             if isinstance(model, HostLM):
@@ -196,7 +201,7 @@ def write_host(place: Path, model: HostLM, weights: Mapping[str, Tensor]) -> dic
     transformers = imported("transformers", "an export for it")
     clean = transformers.AutoModelForCausalLM.from_config(model.host.config)
     clean.load_state_dict({name: weights[f"host.{name}"] for name in clean.state_dict()})
-    with disk_full(place):
+    with disk_full(place), no_progress_bars():
         clean.save_pretrained(place)
     settings: dict[str, Any] = clean.config.to_dict()
     return settings
@@ -291,7 +296,9 @@ def _compared(place: Path, model: nn.Module, ids_bt: Tokens, to: Path, *, bound:
     bound: that relative to the largest logit, above which CheckpointMismatch is raised.
     """
     imported("meristem.export.hub", "an export for it")
-    loaded = imported("transformers", "an export for it").AutoModelForCausalLM.from_pretrained(place).eval()
+    library = imported("transformers", "an export for it")
+    with no_progress_bars():
+        loaded = library.AutoModelForCausalLM.from_pretrained(place).eval()
     ours_bto, theirs_bto = model.eval()(ids_bt, None)[0], loaded(input_ids=ids_bt).logits
     differs_by = float((ours_bto - theirs_bto).abs().max())
     if not differs_by <= bound * float(ours_bto.abs().max()):

@@ -184,7 +184,8 @@ def prepare_job(
     corpus = prepare(config.data, tokenizer or config.tokenizer, run.emit, partial(_show_preparing, run), wanted=wanted)
     run.view.stop()
     files = corpus.manifest["sources"]
-    run.view.note(f"text: {config.data.source} ({len(files)} files, the first {files[0]['uri']})")
+    which = f" ({len(files):,} files, the first {files[0]['uri']})" if len(files) > 1 else ""
+    run.view.note(f"text: {config.data.source}{which}")
     stream = Stream(
         corpus,
         "train",
@@ -262,7 +263,8 @@ def begin(run: Run, job: Job, resume: str, checkpoint: Checkpoint | None) -> Saf
         run.emit(Event("run.resumed", payload | {"changed": changed(config, checkpoint) if checkpoint else {}}))
     else:
         run.emit(Event("run.started", {"resume": resume, "from": start.step, "n_parameters": n_parameters}))
-    where = f"from step {start.step}" if start.step else "from the beginning"
+    begun = f"from the weights of {config.finetune.base}" if config.finetune.base else "from the beginning"
+    where = f"from step {start.step}" if start.step else begun
     run.view.note(f"{config.run.name}: {n_parameters:,} parameters, {where}, in {run.directory}")
     return safety
 
