@@ -56,8 +56,8 @@ def everything(
 ) -> None:
     """Measure memory forms, models, decoding, snapshots, growing, texts, trackers, finetuning, start: a table and JSON.
 
-    Exit code 1 when a target is missed. Its parts are memory, rules, model, training, compositions, hope, levels, decode, data,
-    snapshot, seeds, prepare, trackers, finetune and start; a page is written after each.
+    Exit code 1 when a target is missed. Its parts are memory, rules, model, training, compositions, hope, levels,
+    decode, data, snapshot, seeds, prepare, trackers, finetune and start; a page is written after each.
 
     \b
     Examples:
