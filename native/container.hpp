@@ -7,6 +7,9 @@
 #include <cstring>
 #include <vector>
 
+// Compiled for size: what is not called once for each token.
+#define SELDOM __attribute__((cold))
+
 namespace meristem::container {
 
 // Bytes of something that outlives this.
@@ -146,7 +149,7 @@ class Json {
     return false;
   }
   // Any value, as it is written.
-  Span value(int depth = 0) {
+  SELDOM Span value(int depth = 0) {
     space();
     const char* begin = p_;
     bool is_first = true;
@@ -172,7 +175,7 @@ class Json {
     return ok ? n : 0;
   }
   // Any number that is finite, within two units in the last place of a double; those of up to 15 digits exactly.
-  double number() {
+  SELDOM double number() {
     space();
     const bool is_negative = p_ < end_ && *p_ == '-' && ++p_;
     double digits = 0;
@@ -202,7 +205,7 @@ class Json {
 };
 
 // The value of a member of an object, as it is written; nothing where it has none of the name, or the text is no object.
-inline Span member(Span object, const char* wanted) {
+SELDOM inline Span member(Span object, const char* wanted) {
   Json json(object);
   bool is_first = true;
   Span name;
@@ -245,6 +248,16 @@ class Text {
     if (is_negative) digits[--at] = '-';
     add(digits + at, 24 - at);
   }
+  // A number from 0 on, with the nine digits that tell one float from all others.
+  void add_number(float x) {
+    int tens = 0;
+    double digits = double(x);
+    for (; digits >= 1e9; digits /= 10) ++tens;
+    for (; digits < 1e8 && digits > 0 && tens > -100; digits *= 10) --tens;
+    add(int64_t(digits + 0.5));
+    add("e");
+    add(int64_t(tens));
+  }
   // As what stands between the quotes of a JSON string.
   void add_quoted(Span s) {
     for (int64_t i = 0; i < s.size; ++i) {
@@ -261,7 +274,7 @@ class Text {
 };
 
 // What a JSON string says that is written like this; nothing where an escape is none.
-inline bool unescaped(Span s, Text& to) {
+SELDOM inline bool unescaped(Span s, Text& to) {
   auto hexadecimal = [&](int64_t at, uint32_t& c) {
     if (at + 4 > s.size) return false;
     c = 0;
@@ -306,7 +319,7 @@ class File {
   std::vector<Tensor> tensors_;
   Span metadata_;
 
-  bool tensor(Json& json, Span name) {
+  SELDOM bool tensor(Json& json, Span name) {
     Tensor t;
     t.name = name;
     bool is_first = true, has_offsets = false;
@@ -333,7 +346,7 @@ class File {
         return false;
       }
     }
-    const int64_t width = t.type.is("F32") || t.type.is("I32") ? 4 : t.type.is("U8") ? 1 : t.type.is("I64") ? 8 : 0;
+    const int64_t width = t.type.is("F32") || t.type.is("I32") ? 4 : t.type.is("U8") ? 1 : t.type.is("I64") ? 8 : t.type.is("BF16") ? 2 : 0;
     if (!json.ok || !has_offsets || t.first > t.end || t.end > data_.size) return false;
     if (width && t.n * width != t.end - t.first) return false;
     tensors_.push_back(t);
@@ -342,7 +355,7 @@ class File {
 
  public:
   // Why the bytes are no such file, as a clause; null where they are one. They outlive this.
-  const char* open(Span bytes) {
+  SELDOM const char* open(Span bytes) {
     if (bytes.size < 10) return "it is shorter than any such file";
     uint64_t length = 0, other = 0;
     for (int i = 0; i < 8; ++i) {

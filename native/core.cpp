@@ -9,12 +9,14 @@
 
 #include "attention.hpp"
 #include "decode.hpp"
+#include "draw.hpp"
 #include "form.hpp"
+#include "hope.hpp"
 #include "layers.hpp"
 
 #define MERISTEM_EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int ABI = 5;
+constexpr int ABI = 8;
 
 // Of the interface that this library was compiled with; the caller compares it before it calls anything else.
 MERISTEM_EXPORT int meristem_abi() { return ABI; }
@@ -614,7 +616,7 @@ MERISTEM_EXPORT int meristem_window_backward(const MeristemWindow* window) {
       const meristem::decoding::ModelShape* model, const meristem::decoding::LayerShape* shapes, \
       const meristem::decoding::ModelWeights<T>* ends, const meristem::decoding::LayerWeights<T>* layers) { \
     try { \
-      return new meristem::decoding::Decoder<T>(*model, shapes, *ends, layers); \
+      return new meristem::decoding::Decoder<T>(*model, shapes, *ends, layers, meristem::decoding::hope_parts<T>); \
     } catch (const std::bad_alloc&) { \
       return nullptr; \
     } \
@@ -640,3 +642,10 @@ MERISTEM_EXPORT int meristem_window_backward(const MeristemWindow* window) {
   }
 MERISTEM_DECODER(f32, float)
 MERISTEM_DECODER(f64, double)
+
+// One id for each row of logits, rows ``stride`` numbers apart (draw.hpp).
+MERISTEM_EXPORT void meristem_draw(int64_t rows, int64_t n, int64_t stride, const float* logits, const float* temperatures,
+                                   const double* uniforms, int64_t* ids) {
+  for (int64_t r = 0; r < rows; ++r)
+    ids[r] = meristem::drawing::drawn(logits + r * stride, n, temperatures[r], uniforms[r]);
+}

@@ -20,9 +20,17 @@ struct ModelShape {
   int64_t width, vocabulary, n_layers;
   double eps;  // of every norm
 };
-enum Mixer : int64_t { ATTENTION, GATE, LAYER, MEMORY };                        // nn.attention, nn.mag, nn.mal, nn.memory
+// nn.attention, nn.mag, nn.mal, nn.memory; nn.self_reference is a part of its own (hope.hpp), as nn.cms_mlp is below.
+enum Mixer : int64_t { ATTENTION, GATE, LAYER, MEMORY, SELF_REFERENCE };
 enum Combination : int64_t { GATED, NORMALISED, PROJECTED, SIGMOID, ADDITIVE };  // nn.combine
-enum Feedforward : int64_t { SWIGLU, GELU };
+enum Feedforward : int64_t { SWIGLU, GELU, LEVELS };
+// What hope.hpp reads of a layer. A self-reference: how many memories make what is written, tokens of their chunks and of those
+// of the memory that is read, its setting and loss, whether it makes its queries; levels: how they stand together.
+struct HopeShape {
+  int64_t n_makers, chunk_makers, chunk_memory, is_static, is_generated, is_squared, is_asking, has_unit_value;
+  int64_t n_levels, is_mixed, is_pooled, is_slowest_first;
+  double eta_scale;
+};
 struct LayerShape {
   int64_t mixer, combine, is_residual, mlp, hidden;
   int64_t attention_heads, span, is_rotated, n_pinned;
@@ -30,6 +38,7 @@ struct LayerShape {
   // The rule (memory.rule): a pair is written as ``rate (v - slope M k)``, and so on as ``memory.forms.exact_chunk.one_token``.
   double slope, write_limit, curvature;  // curvature 0: the write rate has no limit (memory.region)
   int64_t is_warm, is_proximal, reads_before, has_momentum, is_coasting, is_scaled, has_retain, has_retain_gate;
+  HopeShape hope;
 };
 // Each as it lies in the model, ``[out, in]``; what a layer does not have is null.
 template <class T> struct LayerWeights {
@@ -38,13 +47,23 @@ template <class T> struct LayerWeights {
   const T *memory, *conv, *gates, *gate_bias, *most_momentum;
   const T *memory_norm, *attention_norm, *open, *open_bias, *memory_out;
   const T *mlp_norm, *up, *up_bias, *down, *down_bias;
+  // first_makers: [head, key, makers' values] of a static self-reference; of levels all weights stand behind each other
+  const T *query, *first_makers, *periods, *shares;
 };
 template <class T> struct ModelWeights { const T *embedding, *norm, *head; };
+
+// Where the parts of hope.hpp have their numbers: a count, the tail [token][channel], memories [head][key][value], and of each slow
+// level the sum and the last output.
+struct HopePlace {
+  int64_t count = -1, tail = -1, makers_start = -1, makers_live = -1, memory_start = -1, memory_live = -1;
+  int64_t tail_stride = 0, makers_stride = 0, memory_stride = 0, rows = -1, row_stride = 0;
+};
 
 // Where a layer's numbers begin in the block of a reader, -1 where it has none, and the steps between them.
 struct Place {
   int64_t keys, values, matrix, momentum, tail;       // of keys [head][channel][slot], values [head][slot][channel],
   int64_t key_stride, value_stride, matrix_stride, tail_stride;  // matrices [head][key][value], tail [slot][channel]
+  HopePlace mixer{}, mlp{};
 };
 
 // In a build without exceptions, as for WebAssembly, the host catches the trap.
@@ -110,6 +129,26 @@ template <class T> class Panels {
       for (int q = 0; q < V; ++q) store(y + m * ys + q * LANES<T>, sum[m][q]);
   }
 
+  // Each number of x is the sum over all outputs, lane by lane, and over the lanes at the end.
+  template <int MANY> void back_of(const T* y, int64_t ys, T* x, int64_t xs, T* room) const {
+    std::memset(room, 0, size_t(in_) * MANY * VECTOR_BYTES);
+    for (int p = 0; p < n_; ++p) {
+      const T* w = weight_.get() + size_t(p) * in_ * WIDE;
+      Vec<T> v[MANY][2];
+#pragma GCC unroll 8
+      for (int m = 0; m < MANY; ++m) { v[m][0] = load(y + m * ys + p * WIDE); v[m][1] = load(y + m * ys + p * WIDE + LANES<T>); }
+      for (int i = 0; i < in_; ++i, w += WIDE) {
+        const Vec<T> a = load(w), b = load(w + LANES<T>);
+#pragma GCC unroll 8
+        for (int m = 0; m < MANY; ++m) {
+          T* to = room + (size_t(i) * MANY + m) * LANES<T>;
+          store(to, load(to) + v[m][0] * a + v[m][1] * b);
+        }
+      }
+    }
+    for (int m = 0; m < MANY; ++m) for (int i = 0; i < in_; ++i) x[m * xs + i] = total<T>(load(room + (size_t(i) * MANY + m) * LANES<T>));
+  }
+
  public:
   static int padded(int64_t out) { return int(up(out, WIDE)); }
   int out() const { return n_ * WIDE; }
@@ -125,6 +164,20 @@ template <class T> class Panels {
       T* to = weight_.get() + size_t((first + o) / WIDE) * in_ * WIDE + (first + o) % WIDE;
       for (int i = 0; i < in_; ++i) to[size_t(i) * WIDE] = from[o * in_ + i];
     }
+  }
+  // Another matrix of the same sizes, plus delta(o * in + i) in its first rows.
+  template <class F> void sum(const Panels& other, int64_t rows, F delta) {
+    for (int64_t o = 0; o < rows; ++o) {
+      const size_t first = size_t(o / WIDE) * in_ * WIDE + o % WIDE;
+      for (int64_t i = 0; i < in_; ++i) weight_.get()[first + i * WIDE] = other.weight_.get()[first + i * WIDE] + delta(o * in_ + i);
+    }
+  }
+  static constexpr int BACK = 4;  // rows of ``back`` at once
+  // x [rows, in] = y [rows, out()] W. room: BACK * in vectors.
+  void back(int rows, const T* y, int64_t ys, T* x, int64_t xs, T* room) const {
+    int r = 0;
+    for (; r + BACK <= rows; r += BACK) back_of<BACK>(y + r * ys, ys, x + r * xs, xs, room);
+    for (; r < rows; ++r) back_of<1>(y + r * ys, ys, x + r * xs, xs, room);
   }
   // y [rows, out()] = x [rows, in] W^T, or that added to it.
   template <bool ADD = false> void times(int rows, const T* x, int64_t xs, T* y, int64_t ys) const {
@@ -214,22 +267,56 @@ template <class T> inline Gates<T> bounded(const LayerShape& s, T raw_write, T r
   return g;
 }
 
+// y [columns] = x [rows] M, each column's sum in the order of the rows.
+template <class T> inline void product(int n_rows, int n_columns, int stride, const T* x, const T* matrix, T* y) {
+  columns<T>(n_columns, [&]<int W>(int j) {
+    Vec<T> sum[W] = {};
+    for (int i = 0; i < n_rows; ++i)
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) sum[w] += x[i] * load(matrix + i * stride + j + w * LANES<T>);
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) store(y + j + w * LANES<T>, sum[w]);
+  });
+}
+// Every head normed, times sigmoid(open + bias).
+template <class T> inline void gated(int heads, int k, const T* gain, const T* bias, T eps, const T* open, T* y) {
+  for (int a = 0; a < heads; ++a) rms(y + a * k, gain, y + a * k, k, eps);
+  each<T>(heads * k, [&](int j) { store(y + j, load(y + j) * sigmoid<T>(load(open + j) + load(bias + j))); });
+}
+template <class T> inline T gelu(T y) { return y * T(0.5) * (1 + erf(y * T(0.70710678118654752440))); }
+
+// A part of a layer that another header brings. ``at`` is where its numbers begin in each block; rows are ``stride`` apart.
+template <class T> struct Part {
+  virtual ~Part() = default;
+  virtual int64_t size() const = 0;
+  virtual int64_t room_size(int64_t rows) const = 0;
+  virtual HopePlace place() const = 0;  // from ``at`` on
+  // x, the residual stream, and what the part makes of it; n: x normed.
+  virtual void add(int rows, const T* n, T* x, int64_t stride, T* const* blocks, int64_t at, T* room) const = 0;
+};
+template <class T> struct Parts {
+  std::unique_ptr<Part<T>> mixer, mlp;
+  int64_t mixer_at = 0, mlp_at = 0;
+};
+template <class T> using MakeParts = Parts<T> (*)(const ModelShape&, const LayerShape&, const LayerWeights<T>&);
+
 template <class T> struct Layer {
   LayerShape s;
   Place place;
+  Parts<T> brought;
   int key_width = 0, head_width = 0;                              // of attention, of the memory
   int at_attention = -1, at_memory = -1, at_gates = -1, at_open = -1;  // in what ``in`` gives
   Panels<T> in, late, open, attention_out, memory_out, up_, down;  // late: queries, keys and values of attention after the memory
   Numbers<T> mixer_norm, mlp_norm, memory_norm, attention_norm, gate_bias, most, conv, open_bias, up_bias, down_bias;
   Numbers<T> pinned_keys, pinned_values, cosine, sine;
 
-  bool attends() const { return s.mixer != MEMORY; }
-  bool remembers() const { return s.mixer != ATTENTION; }
+  bool attends() const { return s.mixer != MEMORY && s.mixer != SELF_REFERENCE; }
+  bool remembers() const { return s.mixer != ATTENTION && s.mixer != SELF_REFERENCE; }
   bool is_attention_late() const { return s.mixer == LAYER; }
   int n_gates() const { return 1 + int(s.has_retain_gate) + int(s.has_momentum); }
   int value_stride() const { return int(up(key_width, LANES<T>)); }
 
-  Layer(const ModelShape& m, const LayerShape& shape, const LayerWeights<T>& w) : s(shape) {
+  __attribute__((cold)) Layer(const ModelShape& m, const LayerShape& shape, const LayerWeights<T>& w) : s(shape) {
     const int64_t d = m.width;
     mixer_norm.copy(w.mixer_norm, d);
     mlp_norm.copy(w.mlp_norm, d);
@@ -242,6 +329,7 @@ template <class T> struct Layer {
     if (at_memory >= 0) in.put(w.memory, 3 * d, at_memory);
     if (at_gates >= 0) in.put(w.gates, n_gates() * s.memory_heads, at_gates);
     if (at_open >= 0) in.put(w.open, d, at_open);
+    if (s.mlp == LEVELS) return;
     const int64_t f = s.hidden, g = s.mlp == SWIGLU ? 2 * f : f;
     up_.make(g, d);
     up_.put(w.up, g);
@@ -306,6 +394,16 @@ template <class T> struct Layer {
   int64_t turns() const { return 2 * s.span + LANES<T>; }
 };
 
+// What the last projection of a feed-forward layer is given, from what the first gave, without its bias.
+template <class T> inline void activate(const Layer<T>& l, const T* up, T* h) {
+  const int f = int(l.s.hidden);
+  if (l.s.mlp == SWIGLU) {
+    each<T>(f, [&](int j) { const Vec<T> y = load(up + j); store(h + j, y * sigmoid<T>(y) * load(up + f + j)); });
+    return;
+  }
+  for (int j = 0; j < f; ++j) h[j] = gelu(up[j] + l.up_bias.get()[j]);
+}
+
 template <class T> class Decoder {
   ModelShape m_;
   std::vector<std::unique_ptr<Layer<T>>> layers_;
@@ -315,20 +413,27 @@ template <class T> class Decoder {
   int width_ = 0, wide_ = 0, far_ = 0, most_seen_ = 0, channels_ = 0;  // of rows: of the model, of what ``in`` gives, of the MLP
 
   // What a step writes beside blocks and logits; ``at`` is where each begins, and last, where all end.
-  struct Room { T *x, *n, *mixed, *recalled, *in, *up, *h, *score, *u; };
-  void offsets(int64_t rows, int64_t (&at)[10]) const {
-    const int64_t d = rows * width_, sizes[] = {d, d, d, d, rows * wide_, rows * far_, rows * far_, most_seen_, channels_};
+  struct Room { T *x, *n, *mixed, *recalled, *in, *up, *h, *score, *u, *brought; };
+  void offsets(int64_t rows, int64_t (&at)[11]) const {
+    int64_t brought = 0;
+    for (const auto& l : layers_)
+      for (const Part<T>* part : {l->brought.mixer.get(), l->brought.mlp.get()})
+        if (part) brought = std::max(brought, part->room_size(rows));
+    const int64_t d = rows * width_, sizes[] = {d, d, d, d, rows * wide_, rows * far_, rows * far_, most_seen_, channels_, brought};
     at[0] = 0;
-    for (int i = 0; i < 9; ++i) at[i + 1] = at[i] + up(sizes[i] + 2 * LANES<T>, LANES<T>);
+    for (int i = 0; i < 10; ++i) at[i + 1] = at[i] + up(sizes[i] + 2 * LANES<T>, LANES<T>);
   }
   Room cut(T* room, int64_t rows) const {
-    int64_t at[10];
+    int64_t at[11];
     offsets(rows, at);
-    return {room, room + at[1], room + at[2], room + at[3], room + at[4], room + at[5], room + at[6], room + at[7], room + at[8]};
+    return {room, room + at[1], room + at[2], room + at[3], room + at[4], room + at[5], room + at[6], room + at[7], room + at[8], room + at[9]};
   }
 
  public:
-  Decoder(const ModelShape& m, const LayerShape* shapes, const ModelWeights<T>& w, const LayerWeights<T>* layers) : m_(m) {
+  // parts: what makes the parts of layers that decode.hpp lacks.
+  __attribute__((cold)) Decoder(const ModelShape& m, const LayerShape* shapes, const ModelWeights<T>& w, const LayerWeights<T>* layers,
+                                MakeParts<T> parts = nullptr)
+      : m_(m) {
     const int64_t d = m.width;
     width_ = Panels<T>::padded(d);
     wide_ = Panels<T>::padded(3 * d);
@@ -340,7 +445,7 @@ template <class T> class Decoder {
     for (int64_t i = 0; i < m.n_layers; ++i) {
       layers_.push_back(std::make_unique<Layer<T>>(m, shapes[i], layers[i]));
       Layer<T>& l = *layers_.back();
-      Place& p = l.place = {-1, -1, -1, -1, -1, 0, 0, 0, 0};
+      Place& p = l.place = {-1, -1, -1, -1, -1, 0, 0, 0, 0, {}, {}};
       if (l.attends()) {
         p.key_stride = up(l.s.span, LANES<T>);
         p.value_stride = l.value_stride();
@@ -356,6 +461,18 @@ template <class T> class Decoder {
         p.tail = take((l.s.taps - 1) * p.tail_stride);
         channels_ = std::max(channels_, int(p.tail_stride + 4 * p.matrix_stride));
       }
+      if (parts) {
+        l.brought = parts(m, shapes[i], layers[i]);
+        auto put = [&](const Part<T>* part, int64_t& at, HopePlace& own) {
+          if (!part) return;
+          at = take(part->size());
+          own = part->place();
+          for (int64_t* each : {&own.count, &own.tail, &own.makers_start, &own.makers_live, &own.memory_start, &own.memory_live, &own.rows})
+            if (*each >= 0) *each += at;
+        };
+        put(l.brought.mixer.get(), l.brought.mixer_at, p.mixer);
+        put(l.brought.mlp.get(), l.brought.mlp_at, p.mlp);
+      }
       wide_ = std::max(wide_, l.in.out());
       far_ = std::max(far_, l.up_.out());
     }
@@ -363,11 +480,15 @@ template <class T> class Decoder {
   int64_t block_size() const { return block_; }
   int64_t logits_stride() const { return head_.out(); }
   int64_t room_size(int64_t rows) const {
-    int64_t at[10];
+    int64_t at[11];
     offsets(rows, at);
-    return at[9];
+    return at[10];
   }
   const Place& place(int64_t layer) const { return layers_[layer]->place; }
+  const Layer<T>& last() const { return *layers_.back(); }
+  const Panels<T>& head() const { return head_; }
+  const Numbers<T>& norm() const { return norm_; }
+  double eps() const { return m_.eps; }
 
   // One token for each row. blocks: of the readers; n_read: how many tokens each has read since its rings were filled from
   // slot 0 on, and in the end one more. logits: [rows, logits_stride()]. False, and nothing was done, where a token is none
@@ -375,6 +496,14 @@ template <class T> class Decoder {
   bool step(int rows, const int64_t* tokens, T* const* blocks, int64_t* n_read, T* logits, T* room) const {
     for (int r = 0; r < rows; ++r) if (tokens[r] < 0 || tokens[r] >= m_.vocabulary) return false;
     [[maybe_unused]] const Flushed flushed;
+    head_.times(rows, hidden(rows, tokens, blocks, n_read, room, HEAD_IS_LEFT), width_, logits, logits_stride());
+    return true;
+  }
+
+  // The same without the last part: what the head is given, or the last feed-forward layer before its norm. The vectors
+  // stand in the room, as far apart as the outputs of a matrix of that width. Tokens are of the vocabulary.
+  enum Left { HEAD_IS_LEFT, MLP_IS_LEFT };
+  const T* hidden(int rows, const int64_t* tokens, T* const* blocks, int64_t* n_read, T* room, Left left) const {
     const Room c = cut(room, rows);
     const int d = int(m_.width);
     for (int r = 0; r < rows; ++r) {
@@ -386,13 +515,15 @@ template <class T> class Decoder {
       normed(rows, c.x, l.mixer_norm, c.n);
       l.in.times(rows, c.n, width_, c.in, wide_);
       mix(l, rows, blocks, n_read, c);
+      if (left == MLP_IS_LEFT && &l == &last()) break;
       normed(rows, c.x, l.mlp_norm, c.n);
-      feed(l, rows, c);
+      if (const auto& part = l.brought.mlp) part->add(rows, c.n, c.x, width_, blocks, l.brought.mlp_at, c.brought);
+      else feed(l, rows, c);
     }
-    normed(rows, c.x, norm_, c.n);
-    head_.times(rows, c.n, width_, logits, logits_stride());
     for (int r = 0; r < rows; ++r) ++n_read[r];
-    return true;
+    if (left == MLP_IS_LEFT) return c.x;
+    normed(rows, c.x, norm_, c.n);
+    return c.n;
   }
 
  private:
@@ -402,10 +533,14 @@ template <class T> class Decoder {
 
   void mix(const Layer<T>& l, int rows, T* const* blocks, const int64_t* n_read, const Room& c) const {
     const int d = int(m_.width);
+    if (const auto& part = l.brought.mixer) return part->add(rows, c.n, c.x, width_, blocks, l.brought.mixer_at, c.brought);
     if (l.remembers())
       for (int r = 0; r < rows; ++r) remember(l, c.in + r * wide_, blocks[r], n_read[r], c, c.recalled + r * width_);
     if (l.s.mixer == MEMORY || l.s.mixer == LAYER) {
-      for (int r = 0; r < rows; ++r) gated(l, c.in + r * wide_ + l.at_open, c.recalled + r * width_);
+      for (int r = 0; r < rows; ++r) {
+        const T* open = c.in + r * wide_ + l.at_open;
+        gated(int(l.s.memory_heads), l.head_width, l.memory_norm.get(), l.open_bias.get(), T(m_.eps), open, c.recalled + r * width_);
+      }
       if (l.s.mixer == MEMORY) { l.memory_out.template times<true>(rows, c.recalled, width_, c.x, width_); return; }
       if (l.s.is_residual) l.memory_out.template times<true>(rows, c.recalled, width_, c.n, width_);
       else l.memory_out.times(rows, c.recalled, width_, c.n, width_);
@@ -422,14 +557,6 @@ template <class T> class Decoder {
         combine(l, c.in + r * wide_ + l.at_open, c.n + r * width_, c.recalled + r * width_, c.mixed + r * width_);
     }
     l.attention_out.template times<true>(rows, c.mixed, width_, c.x, width_);
-  }
-
-  // nn.memory.MemoryLayer: every head normed, times sigmoid(open + bias).
-  void gated(const Layer<T>& l, const T* open, T* y) const {
-    const int k = l.head_width;
-    for (int a = 0; a < l.s.memory_heads; ++a) rms(y + a * k, l.memory_norm.get(), y + a * k, k, T(m_.eps));
-    const T* bias = l.open_bias.get();
-    each<T>(int(m_.width), [&](int j) { store(y + j, load(y + j) * sigmoid<T>(load(open + j) + load(bias + j))); });
   }
 
   // nn.combine: y of attention and m of the memory become one, in the place of y.
@@ -454,19 +581,9 @@ template <class T> class Decoder {
   }
 
   void feed(const Layer<T>& l, int rows, const Room& c) const {
-    const int f = int(l.s.hidden), d = int(m_.width);
+    const int d = int(m_.width);
     l.up_.times(rows, c.n, width_, c.up, far_);
-    for (int r = 0; r < rows; ++r) {
-      T *up = c.up + r * far_, *h = c.h + r * far_;
-      if (l.s.mlp == SWIGLU) {
-        each<T>(f, [&](int j) { const Vec<T> y = load(up + j); store(h + j, y * sigmoid<T>(y) * load(up + f + j)); });
-      } else {
-        for (int j = 0; j < f; ++j) {
-          const T y = up[j] + l.up_bias.get()[j];
-          h[j] = y * T(0.5) * (1 + erf(y * T(0.70710678118654752440)));
-        }
-      }
-    }
+    for (int r = 0; r < rows; ++r) activate(l, c.up + r * far_, c.h + r * far_);
     l.down.template times<true>(rows, c.h, far_, c.x, width_);
     if (l.down_bias)
       for (int r = 0; r < rows; ++r) for (int j = 0; j < d; ++j) c.x[r * width_ + j] += l.down_bias.get()[j];
@@ -589,23 +706,12 @@ template <class T> class Decoder {
       }
       T* matrix = block + l.place.matrix + int64_t(a) * k * ms;
       T* momentum = s.has_momentum ? block + l.place.momentum + int64_t(a) * k * ms : nullptr;
-      if (!s.is_writing) recall(k, ms, query, matrix, read);
+      if (!s.is_writing) product(k, k, ms, query, matrix, read);
       else write(l, in + l.at_gates, a, {query, key, value}, matrix, momentum, read);
       std::memcpy(y + a * k, read, k * sizeof(T));
     }
   }
   struct Vectors { const T *query, *key, *value; };
-
-  static void recall(int k, int ms, const T* query, const T* matrix, T* read) {
-    columns<T>(k, [&]<int W>(int j) {
-      Vec<T> r[W] = {};
-      for (int i = 0; i < k; ++i)
-#pragma GCC unroll 8
-        for (int x = 0; x < W; ++x) r[x] += query[i] * load(matrix + i * ms + j + x * LANES<T>);
-#pragma GCC unroll 8
-      for (int x = 0; x < W; ++x) store(read + j + x * LANES<T>, r[x]);
-    });
-  }
 
   // S <- momentum S + rate k (v - slope M k), M <- retain M + S, and what the query reads of M.
   void write(const Layer<T>& l, const T* raw, int a, const Vectors& v, T* matrix, T* momentum, T* read) const {
@@ -620,7 +726,7 @@ template <class T> class Decoder {
     const Gates<T> g = bounded<T>(s, raw_write, raw_retain, raw_momentum, s.has_momentum ? l.most.get()[a] : T(0));
     const T rate = s.is_proximal ? g.write / (1 + g.write * square(v.key, k)) : g.write;
     const T probe = T(s.slope) * (s.is_warm ? g.retain : T(1));
-    if (s.reads_before) recall(k, ms, v.query, matrix, read);
+    if (s.reads_before) product(k, k, ms, v.query, matrix, read);
     columns<T>(k, [&]<int W>(int j) {
       Vec<T> e[W] = {}, r[W] = {};
       if (s.slope != 0)

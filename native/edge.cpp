@@ -9,9 +9,13 @@
 #include "elementary.hpp"
 #include "container.hpp"
 #include "decode.hpp"
+#include "learn.hpp"
 
 using namespace meristem::container;
 using namespace meristem::decoding;
+using meristem::learning::Learned;
+using meristem::learning::Learner;
+using meristem::learning::Learning;
 
 namespace {
 
@@ -19,6 +23,10 @@ constexpr char SCHEMA[] = "meristem.edge/1";
 // Of session files, as src/meristem/checkpoint/migrate.py counts them.
 constexpr int64_t SESSION = 2, STATE = 2;
 constexpr int64_t MOST_NUMBERS = int64_t(1) << 28;  // of what a reader carries, and of any table
+constexpr int64_t MOST_CHUNK = 1 << 14;
+constexpr const char* KINDS[] = {"head", "last_mlp"};
+constexpr const char* SCALARS[] = {"rate_b", "balance_b", "saved_b", "mean_nats_b", "steps_b"};
+constexpr const char* CHANGES[2][2] = {{"head_bod"}, {"up_bfd", "out_bdf"}};
 
 #if defined(__wasm__)
 char said[512];
@@ -100,7 +108,7 @@ template <class T> struct Weight {
 using Weights = std::vector<Weight<float>>;
 
 // The weights that a layer has; src/meristem/native/decoding.py has the same.
-Weights weights_of(const ModelShape& m, const LayerShape& s) {
+SELDOM Weights weights_of(const ModelShape& m, const LayerShape& s) {
   using W = LayerWeights<float>;
   const int64_t d = m.width, f = s.hidden;
   const bool is_gated = s.mlp == SWIGLU;
@@ -138,6 +146,17 @@ bool are_finite(const char* at, int64_t n) {
   return worst < 0x7F800000;
 }
 
+// The same of n bfloat16.
+bool are_finite_halves(const char* at, int64_t n) {
+  bool is = true;
+  for (int64_t i = 0; i < n; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, at + 2 * i, 2);
+    is = is && (bits & 0x7F80) != 0x7F80;
+  }
+  return is;
+}
+
 bool is_digest(Span s) {
   return s.size == 64 && std::all_of(s.at, s.at + s.size, [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); });
 }
@@ -148,6 +167,13 @@ Span named(Text& name, const char* begin, int64_t number, const char* end) {
   name.add(begin);
   name.add(number);
   name.add(end);
+  return name.span();
+}
+
+Span learned_name(Text& name, const char* leaf) {
+  name.clear();
+  name.add("state.learned.");
+  name.add(leaf);
   return name.span();
 }
 
@@ -198,31 +224,39 @@ struct meristem_model {
   std::vector<std::pair<int64_t, float>> first;  // what a reader that has read nothing carries, where that is not zero
   int64_t n_ring = 0, n_tokens = 0;           // tokens read since the rings were filled from slot 0, and in all
   bool has_read = false, is_broken = false;
+  double rates[2] = {};                       // of what learns beside the memory, found for this model
+  std::unique_ptr<Learner> learner;           // where something does
+  bool is_chosen = false;                     // what learns, so that no session changes it
   Text header, saved;  // header: what the session says of itself, besides where it stands; empty at first
 
-  meristem_code open(Span bytes);
-  meristem_code load(Span bytes);
-  meristem_code save();
-  meristem_code note(const char* name, Span value);
+  SELDOM meristem_code open(Span bytes);
+  SELDOM meristem_code load(Span bytes);
+  SELDOM meristem_code save();
+  SELDOM meristem_code note(const char* name, Span value);
   meristem_code read(const int32_t* tokens, size_t n);
   meristem_code step(const meristem_sampling& how, int32_t* token);
+  SELDOM meristem_code learn(const meristem_learning* how);
   void forget() {
     std::memset(block.get(), 0, size_t(decoder->block_size()) * sizeof(float));
     for (const auto& [at, number] : first) block.get()[at] = number;
     n_ring = n_tokens = 0;
     has_read = is_broken = false;
     header.clear();
+    if (learner) learner->begin();
   }
 
  private:
-  meristem_code shapes(Span described);
-  meristem_code fill(const File& file);
-  meristem_code tensor(const File& file, Span name, int64_t rows, int64_t columns, std::vector<float>& to);
-  meristem_code put_pieces(const File& file);
-  meristem_code begin(const File& file);
+  SELDOM meristem_code shapes(Span described);
+  SELDOM meristem_code fill(const File& file);
+  SELDOM meristem_code tensor(const File& file, Span name, int64_t rows, int64_t columns, std::vector<float>& to);
+  SELDOM meristem_code put_pieces(const File& file);
+  SELDOM meristem_code begin(const File& file);
+  SELDOM meristem_code learning_of(Span header, Learning& how, bool& is_learning) const;
+  SELDOM meristem_code learned_of(const File& file, Learner& to) const;
+  bool makes_sense(const Learning& how) const;
   int64_t likeliest() const;
   int64_t drawn(const meristem_sampling& how) const;
-  void describe(Text& to) const;
+  SELDOM void describe(Text& to) const;
 };
 
 meristem_code meristem_model::open(Span bytes) {
@@ -250,6 +284,9 @@ meristem_code meristem_model::shapes(Span described) {
     return fail(code, words("the model has a width, vocabulary or eps that this library does not compute. Export it again."));
   if (!count(described, "session", version) || version != SESSION || !count(described, "state", version) || version != STATE)
     return fail(MERISTEM_OTHER_VERSION, words("the model was exported for session files of another version. Export the model and this library together."));
+  const Span of_kinds = member(described, "learn_rates");
+  for (int i = 0; i < 2; ++i)
+    if (!number(of_kinds, KINDS[i], rates[i]) || !(rates[i] >= 0 && rates[i] < 1e30)) return fail(code, words("the model is not taken: it does not say at which rates its weights learn. Export it again."));
   Json json(member(described, "layers"));
   bool is_first = true;
   int64_t n = 0;
@@ -355,10 +392,19 @@ meristem_code meristem_model::read(const int32_t* tokens, size_t n) {
   float* const blocks[] = {block.get()};
   for (size_t i = 0; i < n; ++i) {
     const int64_t token = tokens[i];
-    decoder->step(1, &token, blocks, &n_ring, logits.get(), room.get());
+    bool is_number = true;
+    if (learner) {
+      [[maybe_unused]] const meristem::Flushed flushed;
+      const auto left = learner->how().which == meristem::learning::HEAD ? Decoder<float>::HEAD_IS_LEFT : Decoder<float>::MLP_IS_LEFT;
+      const float* hidden = decoder->hidden(1, &token, blocks, &n_ring, room.get(), left);
+      is_number = are_finite(reinterpret_cast<const char*>(hidden), shape.width);
+      if (is_number) learner->predict(hidden, token, logits.get());
+    } else {
+      decoder->step(1, &token, blocks, &n_ring, logits.get(), room.get());
+    }
     ++n_tokens;
     has_read = true;
-    if (are_finite(reinterpret_cast<const char*>(logits.get()), shape.vocabulary)) continue;
+    if (is_number && are_finite(reinterpret_cast<const char*>(logits.get()), shape.vocabulary)) continue;
     is_broken = true;
     return fail(MERISTEM_NOT_FINITE, words("the prediction after a token is not finite, and the session cannot go on. Load a saved one, or forget it."));
   }
@@ -419,15 +465,18 @@ meristem_code meristem_model::load(Span bytes) {
                 words("meristem.session/2 with state 2. Open it with the meristem that wrote it, or with a newer one, and save it there; or export anew."));
   Text described;
   if (!unescaped(text(metadata, "session"), described)) return fail(MERISTEM_DAMAGED, words("the session is damaged: what it says of itself is no text"), again);
-  const Span header = described.span(), learn = text(header, "learn");
+  const Span header = described.span();
   static const char* const parts[] = {"model", "tokenizer"};
   for (int i = 0; i < 2; ++i) {
     const Span found = text(header, parts[i]);
     if (!(found == identity[i].span()) || !found.size)
       return fail(MERISTEM_OTHER_MODEL, words("the session belongs to another "), words(parts[i]), words(": it was made with SHA-256 "), found);
   }
-  if (learn && !learn.is("memory"))
-    return fail(MERISTEM_NOT_TAKEN, words("in the session learns '"), learn, words("', and here the memory learns alone. Go on with it in meristem."));
+  Learning how;
+  bool is_learning = false;
+  if (const meristem_code code = learning_of(header, how, is_learning)) return code;
+  std::unique_ptr<Learner> made;
+  if (is_learning) made = std::make_unique<Learner>(*decoder, shape, how);
   int64_t tokens;
   if (!count(header, "n_tokens", tokens) || tokens > int64_t(1) << 52) return fail(MERISTEM_DAMAGED, words("the session is damaged: it does not say how much was read"), again);
 
@@ -448,6 +497,7 @@ meristem_code meristem_model::load(Span bytes) {
     filled.make(size_t(decoder->block_size()));
     prediction.make(size_t(decoder->logits_stride()));
     const Tensor* t = file.find(logits_name);
+    if (made) n_leaves += 4 + meristem::learning::N_SCALARS - 1 + made->n_changes();
     if (int64_t(file.tensors().size()) != n_leaves + 1 || !t || !t->type.is("F32") || t->n_axes != 2 || t->sizes[0] != 1 || t->sizes[1] != shape.vocabulary)
       return fail(MERISTEM_DAMAGED, words("the session is damaged: it does not hold what a reader of this model carries"), again);
     if (!are_finite(file.data(*t), t->n)) return fail(MERISTEM_NOT_FINITE, words("the prediction in the session is not finite"), again);
@@ -467,7 +517,11 @@ meristem_code meristem_model::load(Span bytes) {
       each_of(l, filled.get(), [&](float* x) { std::memcpy(x, from, 4); from += 4; });
     }
   }
+  if (made && !is_fresh)
+    if (const meristem_code code = learned_of(file, *made)) return code;
+  learner = nullptr;
   forget();
+  learner = std::move(made);
   if (!is_fresh) {
     block = std::move(filled);
     logits = std::move(prediction);
@@ -479,8 +533,106 @@ meristem_code meristem_model::load(Span bytes) {
   return MERISTEM_OK;
 }
 
+bool meristem_model::makes_sense(const Learning& how) const {
+  return how.chunk >= 2 && how.chunk <= MOST_CHUNK && how.chunk * shape.width <= MOST_NUMBERS && how.first_rate >= 0 && how.first_rate < 1e30 && how.clip > 0 && how.clip < 1e30;
+}
+
+meristem_code meristem_model::learn(const meristem_learning* given) {
+  if (!given) {
+    is_chosen = false;
+    return MERISTEM_OK;
+  }
+  if (has_read || n_tokens) return fail(MERISTEM_MISUSED, words("weights learn from the first token on, and some were read. Forget the session first."));
+  std::unique_ptr<Learner> made;
+  if (given->which != MERISTEM_LEARN_MEMORY) {
+    const bool is_one = given->which == MERISTEM_LEARN_HEAD || given->which == MERISTEM_LEARN_LAST_MLP;
+    Learning how{is_one && given->which == MERISTEM_LEARN_LAST_MLP ? meristem::learning::LAST_MLP : meristem::learning::HEAD, given->chunk, double(given->rate), double(given->grad_clip)};
+    how.is_found = given->rate < 0;
+    if (how.is_found) how.first_rate = rates[how.which];
+    if (!is_one || !makes_sense(how))
+      return fail(MERISTEM_MISUSED, words("what learns is memory, head or last_mlp, after chunks of 2 tokens or more, at a rate that is finite, with a grad_clip above 0."));
+    made = std::make_unique<Learner>(*decoder, shape, how);
+  }
+  learner = std::move(made);
+  is_chosen = true;
+  return MERISTEM_OK;
+}
+
+// What learns in a session whose header this is, where it learns here, and nothing else was chosen.
+meristem_code meristem_model::learning_of(Span header, Learning& how, bool& is_learning) const {
+  const Span learn = text(header, "learn"), said = member(header, "learning"), which = text(said, "which");
+  is_learning = learn && !learn.is("memory");
+  if (is_learning) {
+    const Span kind = !learn.is("weights") ? learn : which ? which : words("mlp");
+    how.which = kind.is(KINDS[1]) ? meristem::learning::LAST_MLP : meristem::learning::HEAD;
+    if (!learn.is("weights") || !kind.is(KINDS[how.which]))
+      return fail(MERISTEM_NOT_TAKEN, words("in the session learns '"), kind, words("', and here the head or the last feed-forward layer can. Go on with it in meristem."));
+    const Span rate = member(said, "lr");
+    how.is_found = !rate || rate.is("null");
+    how.first_rate = rates[how.which];
+    const bool is_number = (how.is_found || number(said, "lr", how.first_rate)) && (!member(said, "chunk") || count(said, "chunk", how.chunk)) &&
+                           (!member(said, "grad_clip") || number(said, "grad_clip", how.clip));
+    if (!is_number || !makes_sense(how)) return fail(MERISTEM_NOT_TAKEN, words("in the session weights learn at a rate, chunk or clip that this library does not compute. Go on with it in meristem."));
+  }
+  if (is_chosen && (is_learning != bool(learner) || (learner && !learner->how().is_like(how)))) {
+    const Span own = learner ? words(KINDS[learner->how().which]) : words("memory");
+    Text said_so;
+    said_so.add("the session was saved while '");
+    said_so.add(is_learning ? KINDS[how.which] : "memory");
+    said_so.add("' learned, and is to go on with '");
+    said_so.add(own);
+    return fail(MERISTEM_OTHER_MODEL, said_so.span(), words("' or at another rate, chunk or clip. Open it as it was saved, or begin another."));
+  }
+  return MERISTEM_OK;
+}
+
+meristem_code meristem_model::learned_of(const File& file, Learner& to) const {
+  Learned& own = to.learned;
+  auto leaf = [&](const char* name, const char* type, std::initializer_list<int64_t> sizes) {
+    Text whole;
+    whole.add("state.learned.");
+    whole.add(name);
+    const Tensor* t = file.find(whole.span());
+    bool fits = t && t->type.is(type) && t->n_axes == int(sizes.size());
+    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t->sizes[i] == sizes.begin()[i] || sizes.begin()[i] < 0;
+    return fits ? t : nullptr;
+  };
+  auto damaged = [] { return fail(MERISTEM_DAMAGED, words("the session is damaged: what was learned in it is missing or has another size. Take a copy that is whole, or begin a new session.")); };
+  const Tensor *n_chunks = leaf("n_chunks", "I64", {}), *tokens = leaf("tokens_bt", "I64", {1, -1});
+  if (!n_chunks || !tokens || tokens->n < 1 || tokens->n > to.how().chunk) return damaged();
+  const Tensor* hidden = leaf("hidden_btd", "F32", {1, tokens->n, shape.width});
+  if (!hidden) return damaged();
+  std::memcpy(&own.n_chunks, file.data(*n_chunks), 8);
+  if (own.n_chunks < 0 || own.n_chunks > int64_t(1) << 52) return damaged();
+  own.tokens.resize(size_t(tokens->n));
+  std::memcpy(own.tokens.data(), file.data(*tokens), size_t(tokens->n) * 8);
+  for (const int64_t token : own.tokens) if (token < 0 || token >= shape.vocabulary) return damaged();
+  bool are_numbers = are_finite(file.data(*hidden), hidden->n);
+  own.hidden.resize(size_t(hidden->n));
+  std::memcpy(own.hidden.data(), file.data(*hidden), size_t(hidden->n) * 4);
+  for (int i = 0; i < meristem::learning::N_SCALARS; ++i) {
+    const Tensor* t = leaf(SCALARS[i], "F32", {1});
+    if (!t) return damaged();
+    are_numbers = are_numbers && are_finite(file.data(*t), 1);
+    std::memcpy(own.scalars + i, file.data(*t), 4);
+  }
+  for (int i = 0; i < to.n_changes(); ++i) {
+    Text name;
+    name.add("delta.");
+    name.add(CHANGES[to.how().which][i]);
+    name.add("\0", 1);
+    const Tensor* t = leaf(name.span().at, "BF16", {1, to.rows(i), to.columns(i)});
+    if (!t) return damaged();
+    are_numbers = are_numbers && are_finite_halves(file.data(*t), t->n);
+    std::memcpy(own.delta[i].data(), file.data(*t), size_t(t->n) * 2);
+  }
+  if (!are_numbers) return fail(MERISTEM_NOT_FINITE, words("what was learned in the session has NaN or infinity. Take a copy that is whole, or begin a new session."));
+  to.apply();
+  return MERISTEM_OK;
+}
+
 // Members of an object, each with a comma behind it, but for those of some names.
-void copy_members(Span object, std::initializer_list<const char*> without, Text& to) {
+SELDOM void copy_members(Span object, std::initializer_list<const char*> without, Text& to) {
   Json json(object);
   bool is_first = true;
   Span name;
@@ -502,7 +654,7 @@ void meristem_model::describe(Text& to) const {
   hash.add(block.get(), decoder->block_size() * int64_t(sizeof(float)));
   hash.digits(digest);
   const struct { const char* name; Span value; } own[] = {
-      {"id", {digest, 32}}, {"name", words("edge")}, {"learn", words("memory")}, {"model", identity[0].span()}, {"tokenizer", identity[1].span()}};
+      {"id", {digest, 32}}, {"name", words("edge")}, {"learn", words(learner ? "weights" : "memory")}, {"model", identity[0].span()}, {"tokenizer", identity[1].span()}};
   to.add("{");
   for (const auto& each : own) {
     if (member(header.span(), each.name)) continue;
@@ -511,6 +663,19 @@ void meristem_model::describe(Text& to) const {
     to.add("\":\"");
     to.add(each.value);
     to.add("\",");
+  }
+  if (learner && !member(header.span(), "learning")) {
+    const Learning& how = learner->how();
+    to.add("\"learning\":{\"chunk\":");
+    to.add(how.chunk);
+    to.add(",\"grad_clip\":");
+    to.add_number(float(how.clip));
+    to.add(",\"lr\":");
+    if (how.is_found) to.add("null");
+    else to.add_number(float(how.first_rate));
+    to.add(",\"which\":\"");
+    to.add(KINDS[how.which]);
+    to.add("\"},");
   }
   copy_members(header.span(), {"is_open", "n_tokens", "turn"}, to);
   int64_t turn = 0;
@@ -523,7 +688,7 @@ void meristem_model::describe(Text& to) const {
 }
 
 meristem_code meristem_model::note(const char* name, Span value) {
-  static const char* const own[] = {"id", "is_open", "learn", "model", "n_tokens", "tokenizer", "turn"};
+  static const char* const own[] = {"id", "is_open", "learn", "learning", "model", "n_tokens", "tokenizer", "turn"};
   bool is_name = *name && std::strlen(name) <= 40;
   for (const char* c = name; *c; ++c) is_name = is_name && ((*c >= 'a' && *c <= 'z') || *c == '_');
   for (const char* each : own) is_name = is_name && std::strcmp(each, name);
@@ -545,16 +710,25 @@ meristem_code meristem_model::save() {
   if (is_broken) return fail(MERISTEM_NOT_FINITE, words("the session has a prediction that is not finite, and is not saved. Load a saved one, or forget it."));
   Text described, names, numbers, name;
   describe(described);
-  auto put = [&](Span key, const int64_t* sizes, int n_sizes, int64_t n) {
+  // A tensor whose bytes are the last of ``numbers``. shape: as JSON has it, without brackets.
+  auto put_as = [&](const char* type, Span key, Span sizes, int64_t size_bytes) {
     names.add(",\"");
     names.add(key);
-    names.add("\":{\"dtype\":\"F32\",\"shape\":[1");
-    for (int x = 0; x < n_sizes; ++x) { names.add(","); names.add(sizes[x]); }
+    names.add("\":{\"dtype\":\"");
+    names.add(type);
+    names.add("\",\"shape\":[");
+    names.add(sizes);
     names.add("],\"data_offsets\":[");
-    names.add(numbers.span().size - 4 * n);
+    names.add(numbers.span().size - size_bytes);
     names.add(",");
     names.add(numbers.span().size);
     names.add("]}");
+  };
+  auto put = [&](Span key, const int64_t* sizes, int n_sizes, int64_t n) {
+    Text written;
+    written.add("1");
+    for (int x = 0; x < n_sizes; ++x) { written.add(","); written.add(sizes[x]); }
+    put_as("F32", key, written.span(), 4 * n);
   };
   if (has_read) {
     numbers.add(reinterpret_cast<const char*>(logits.get()), shape.vocabulary * 4);
@@ -569,8 +743,43 @@ meristem_code meristem_model::save() {
       }
     }
   }
+  if (has_read && learner) {
+    const Learned& own = learner->learned;
+    for (int i = 0; i < meristem::learning::N_SCALARS; ++i) {
+      numbers.add(reinterpret_cast<const char*>(own.scalars + i), 4);
+      put(learned_name(name, SCALARS[i]), nullptr, 0, 1);
+    }
+    numbers.add(reinterpret_cast<const char*>(own.hidden.data()), int64_t(own.hidden.size()) * 4);
+    const int64_t n = int64_t(own.tokens.size()), sizes[] = {n, shape.width};
+    put(learned_name(name, "hidden_btd"), sizes, 2, n * shape.width);
+  }
   // A prediction may be finite where a key is not.
-  if (!are_finite(numbers.span().at, numbers.span().size / 4))
+  bool are_numbers = are_finite(numbers.span().at, numbers.span().size / 4);
+  if (has_read && learner) {
+    const Learned& own = learner->learned;
+    Text written;
+    numbers.add(reinterpret_cast<const char*>(&own.n_chunks), 8);
+    put_as("I64", learned_name(name, "n_chunks"), {}, 8);
+    numbers.add(reinterpret_cast<const char*>(own.tokens.data()), int64_t(own.tokens.size()) * 8);
+    written.add("1,");
+    written.add(int64_t(own.tokens.size()));
+    put_as("I64", learned_name(name, "tokens_bt"), written.span(), int64_t(own.tokens.size()) * 8);
+    for (int i = 0; i < learner->n_changes(); ++i) {
+      const char* at = reinterpret_cast<const char*>(own.delta[i].data());
+      const int64_t n = int64_t(own.delta[i].size());
+      are_numbers = are_numbers && are_finite_halves(at, n);
+      numbers.add(at, 2 * n);
+      written.clear();
+      written.add("1,");
+      written.add(learner->rows(i));
+      written.add(",");
+      written.add(learner->columns(i));
+      learned_name(name, "delta.");
+      name.add(CHANGES[learner->how().which][i]);
+      put_as("BF16", name.span(), written.span(), 2 * n);
+    }
+  }
+  if (!are_numbers)
     return fail(MERISTEM_NOT_FINITE, words("what the session carries is not finite, and it is not saved. Load a saved one, or forget it."));
   Text head;
   head.add("{\"__metadata__\":{\"schema\":\"meristem.session/");
@@ -708,6 +917,21 @@ meristem_code meristem_step(meristem_model* model, const meristem_sampling* how,
   return guarded([&] { return model->step(how ? *how : meristem_sampling{0, 1, 0, 0}, token); });
 }
 void meristem_forget(meristem_model* model) { if (model) model->forget(); }
+meristem_code meristem_learn(meristem_model* model, const meristem_learning* how) {
+  if (!model) return fail(MERISTEM_MISUSED, words("no model was given."));
+  return guarded([&] { return model->learn(how); });
+}
+meristem_code meristem_learning_now(const meristem_model* model, meristem_learned* to) {
+  if (!model || !to) return fail(MERISTEM_MISUSED, words("no model, or no place for what it learned, were given."));
+  *to = {};
+  if (!model->learner) return MERISTEM_OK;
+  const Learned& own = model->learner->learned;
+  const float* s = own.scalars;
+  using namespace meristem::learning;
+  const float steps = std::min(s[STEPS], 2147483392.0f);
+  *to = {int32_t(model->learner->how().which) + MERISTEM_LEARN_HEAD, int32_t(steps > 0 ? steps : 0), own.n_chunks, s[RATE], s[SAVED]};
+  return MERISTEM_OK;
+}
 
 meristem_code meristem_save_bytes(meristem_model* model, const void** bytes, size_t* size) {
   if (!model || !bytes || !size) return fail(MERISTEM_MISUSED, words("no model, or no place for the bytes, were given."));

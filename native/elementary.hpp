@@ -86,6 +86,7 @@ namespace meristem {
 
 inline float exp(float x) { return float(elementary::exponential(double(x))); }
 inline float log(float x) { return float(elementary::logarithm(double(x))); }
+inline double log(double x) { return elementary::logarithm(x); }
 inline float log1p(float x) { return float(elementary::logarithm_of_one_and(double(x))); }
 inline float erf(float x) { return float(elementary::error_function(double(x))); }
 inline float hypot(float x, float y) { return float(std::sqrt(double(x) * double(x) + double(y) * double(y))); }

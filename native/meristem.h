@@ -28,7 +28,7 @@ typedef enum {
   MERISTEM_NO_FILE = 2,       /* a file cannot be read or written */
   MERISTEM_DAMAGED = 3,       /* a file is cut off, changed, of the other byte order, or none of ours */
   MERISTEM_OTHER_VERSION = 4, /* a file of a version that this library does not open */
-  MERISTEM_OTHER_MODEL = 5,   /* a session of another model or tokenizer */
+  MERISTEM_OTHER_MODEL = 5,   /* a session of another model or tokenizer, or in which something else learns than was chosen */
   MERISTEM_NOT_TAKEN = 6,     /* what the file describes is larger or other than this library computes */
   MERISTEM_BAD_TOKEN = 7,     /* a token that is none of the vocabulary */
   MERISTEM_NOT_FINITE = 8,    /* NaN or infinity, in a file or in a prediction */
@@ -65,7 +65,29 @@ MERISTEM_API const char* meristem_piece(const meristem_model* model, int32_t tok
 MERISTEM_API meristem_code meristem_read(meristem_model* model, const int32_t* tokens, size_t n);
 /* Draw the next token, read it and give it; `how` NULL takes the likeliest. */
 MERISTEM_API meristem_code meristem_step(meristem_model* model, const meristem_sampling* how, int32_t* token);
-MERISTEM_API void meristem_forget(meristem_model* model); /* begin afresh */
+MERISTEM_API void meristem_forget(meristem_model* model); /* begin afresh, without what was learned */
+
+/* What learns while a session reads beside its memory: learn=weights of meristem. After every `chunk` tokens the weights
+ * take one step along the gradient of what these cost, scaled down to grad_clip where it is longer; no token is predicted by
+ * weights that saw it, and steps that make a text dearer are undone. rate < 0 takes the one that was found for the model. */
+enum { MERISTEM_LEARN_MEMORY = 0 /* nothing beside it */, MERISTEM_LEARN_HEAD = 1, MERISTEM_LEARN_LAST_MLP = 2 };
+typedef struct {
+  int32_t which;
+  int32_t chunk; /* 64 is usual, 2 the least */
+  float rate;
+  float grad_clip; /* 1 is usual */
+} meristem_learning;
+typedef struct {
+  int32_t which;
+  int32_t n_steps; /* taken since what was learned was nothing, or undone */
+  int64_t n_chunks;
+  float rate;       /* halved each time that steps were undone */
+  float saved_nats; /* by those steps, per token, summed over the chunks */
+} meristem_learned;
+/* Choose before anything is read. Sessions that are loaded afterwards have to learn the same. NULL, at any time, takes the
+ * choice back, as before the first: what is loaded learns as it did where it was saved, what begins as the last one. */
+MERISTEM_API meristem_code meristem_learn(meristem_model* model, const meristem_learning* how);
+MERISTEM_API meristem_code meristem_learning_now(const meristem_model* model, meristem_learned* to);
 
 /* Session files are those of meristem: chat, serve and Session write and open them. */
 MERISTEM_API meristem_code meristem_save(meristem_model* model, const char* path);

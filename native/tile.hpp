@@ -221,7 +221,8 @@ template <class T> MERISTEM_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1
 // times the time of another. What held before is restored.
 class Flushed {
  public:
-#if defined(__x86_64__)
+#if defined(MERISTEM_PORTABLE_BITS)  // WebAssembly has no such setting
+#elif defined(__x86_64__)
   Flushed() : before(_mm_getcsr()) { _mm_setcsr(before | 0x8040); }
   ~Flushed() { _mm_setcsr(before); }
 

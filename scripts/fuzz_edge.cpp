@@ -59,6 +59,24 @@ void use(meristem_model* model) {
     std::abort();
   }
   meristem_step(model, nullptr, &token);
+  // What learns is chosen for a session that begins, whatever the last one was; chunks are so short that they end here.
+  for (const int32_t which : {MERISTEM_LEARN_HEAD, MERISTEM_LEARN_LAST_MLP}) {
+    meristem_forget(model);
+    const meristem_learning learning{which, 2, 1.0f, 1.0f};
+    meristem_learned learned;
+    meristem_learn(model, &learning);
+    meristem_read(model, tokens, 3);
+    meristem_learning_now(model, &learned);
+    if (meristem_save_bytes(model, &bytes, &size) != MERISTEM_OK) continue;
+    const Content again(static_cast<const char*>(bytes), static_cast<const char*>(bytes) + size);
+    if (meristem_load_bytes(model, again.data(), again.size()) != MERISTEM_OK) {
+      std::fprintf(stderr, "what was learned does not open: %s\n", meristem_error());
+      std::abort();
+    }
+    meristem_read(model, tokens, 3);
+  }
+  meristem_forget(model);
+  meristem_learn(model, nullptr);
 }
 
 void try_model(Span content) {

@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 
 import zoo
+from meristem.checkpoint import store
+from meristem.config import dump_yaml
 from meristem.data.tokenizer import Tokenizer, byte_tokenizer
 from meristem.export import edge
+from meristem.models.build import build as build_model
 from meristem.models.config import ModelConfig
 from meristem.models.packed import parts_of
 from meristem.native import build
@@ -25,6 +28,7 @@ COMBINES = ("gated", "normalised", "projected", "sigmoid", "additive")
 MODELS = {
     **{f"memory-{rule}": ({"mixer": "memory"}, {"rule": rule}) for rule in RULES},
     **{f"mag-{combine}": ({"combine": combine}, {}) for combine in COMBINES},
+    "mag-gated_delta": ({"combine": "additive"}, {"rule": "gated_delta"}),
     "mal": ({"mixer": "mal", "is_residual": False}, {"rule": "delta"}),
     "mag-persistent": ({"n_persistent_tokens": 3, "combine": "additive"}, {}),
     "mal-persistent": ({"mixer": "mal", "n_persistent_tokens": 1, "rope": False}, {"rule": "titans"}),
@@ -42,6 +46,30 @@ class Sampling(ctypes.Structure):
         ("top_p", ctypes.c_float),
         ("top_k", ctypes.c_int32),
         ("seed", ctypes.c_uint32),
+    )
+
+
+class Learning(ctypes.Structure):
+    """which: 0 for memory alone, 1 for the head, 2 for the last feed-forward layer; rate: below 0 for the model's."""
+
+    _fields_ = (
+        ("which", ctypes.c_int32),
+        ("chunk", ctypes.c_int32),
+        ("rate", ctypes.c_float),
+        ("grad_clip", ctypes.c_float),
+    )
+
+
+KINDS = {"head": 1, "last_mlp": 2}
+
+
+class Learned(ctypes.Structure):
+    _fields_ = (
+        ("which", ctypes.c_int32),
+        ("n_steps", ctypes.c_int32),
+        ("n_chunks", ctypes.c_int64),
+        ("rate", ctypes.c_float),
+        ("saved_nats", ctypes.c_float),
     )
 
 
@@ -119,6 +147,15 @@ class Model:
         at = self.core.meristem_noted(self.at, name.encode(), ctypes.byref(size))
         return ctypes.string_at(at, size.value) if at else None
 
+    def learn(self, which: int, chunk: int = 64, rate: float = -1.0, grad_clip: float = 1.0) -> None:
+        self._check(self.core.meristem_learn(self.at, ctypes.byref(Learning(which, chunk, rate, grad_clip))))
+
+    @property
+    def learned(self) -> Learned:
+        found = Learned()
+        self._check(self.core.meristem_learning_now(self.at, ctypes.byref(found)))
+        return found
+
     def forget(self) -> None:
         self.core.meristem_forget(self.at)
 
@@ -149,3 +186,12 @@ def tokenizer() -> Tokenizer:
     """One that has as many ids as the models of the zoo."""
     whole = byte_tokenizer()
     return replace(whole, tokens=whole.tokens[: zoo.VOCABULARY])
+
+
+def save_checkpoint(place: Path, name: str) -> None:
+    """A model of the zoo as the checkpoint of a run directory."""
+    config, memory = zoo.ZOO[name]
+    settings = {"model": config.model_dump(mode="json"), "memory": memory.model_dump(mode="json")}
+    files = {"config.yaml": dump_yaml(settings).encode(), "tokenizer.json": byte_tokenizer().to_bytes()}
+    trees = {"model": build_model(config, memory, 256, random_seed=3).state_dict()}
+    store.save(place / "checkpoints", step=7, trees=trees, values={}, files=files, header={})

@@ -104,7 +104,8 @@ ZOO = _distinct()
 
 NATIVE = {
     *("preset-attention", "preset-default", "preset-delta-mag", "preset-gated-delta", "preset-lmm"),
-    *("preset-titans-mag", "preset-titans-mal"),
+    *("preset-titans-mag", "preset-titans-mal", "preset-hope", "preset-hope-attention"),
+    *("lm-self_reference-static", "lm-levels-each", "lm-levels-pooled"),
 }
 """Those that the native core reads token by token."""
 

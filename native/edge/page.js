@@ -2,6 +2,7 @@
 // asked of any other host, and nothing leaves the page but a file that is saved.
 
 const GREEDY = 0, BEGINNING = "\n", END_OF_REPLY = "\n\n";
+const KINDS = ["memory", "head", "last_mlp"];  // what learns, as the core counts it
 const FRAME_MS = 25;  // that the page computes before it shows what was written
 
 class Failed extends Error {}
@@ -49,7 +50,7 @@ class Model {
   constructor(core, content) {
     this.core = core;
     core._initialize?.();
-    this.place = core.malloc(16);
+    this.place = core.malloc(32);
     this.with(content, (at) => this.check(core.meristem_open_bytes(at, content.length, this.place)));
     this.handle = this.number(this.place);
   }
@@ -102,6 +103,22 @@ class Model {
     return this.bytes.slice(at, at + this.number(this.place));
   }
 
+  // What learns from now on, before anything is read. A session that is loaded learns what it did where it was saved.
+  learn(which, { chunk = 64, rate = -1, gradClip = 1 } = {}) {
+    const how = new ArrayBuffer(16), view = new DataView(how);
+    view.setInt32(0, KINDS.indexOf(which), true);
+    view.setInt32(4, chunk, true);
+    view.setFloat32(8, rate, true);
+    view.setFloat32(12, gradClip, true);
+    this.with(new Uint8Array(how), (at) => this.check(this.core.meristem_learn(this.handle, at)));
+    this.check(this.core.meristem_learn(this.handle, 0));
+  }
+  get learned() {
+    this.check(this.core.meristem_learning_now(this.handle, this.place));
+    const view = new DataView(this.core.memory.buffer, this.place);
+    return { which: KINDS[view.getInt32(0, true)], nSteps: view.getInt32(4, true), nChunks: Number(view.getBigInt64(8, true)), rate: view.getFloat32(16, true), savedNats: view.getFloat32(20, true) };
+  }
+
   forget() { this.core.meristem_forget(this.handle); }
   load(content) { this.with(content, (at) => this.check(this.core.meristem_load_bytes(this.handle, at, content.length))); }
   save() {
@@ -140,6 +157,7 @@ class Page {
     part("file").onchange = () => this.tried(() => this.open());
     part("save").onclick = () => this.tried(() => this.save());
     part("new").onclick = () => this.tried(() => this.begin());
+    part("learn").onchange = () => this.tried(() => this.model.learn(part("learn").value));
     part("stop").onclick = () => { this.isStopped = true; };
     part("say").onsubmit = (event) => { event.preventDefault(); this.tried(() => this.say()); };
     part("message").onkeydown = (event) => {
@@ -153,12 +171,19 @@ class Page {
 
   ready(is) {
     for (const id of ["open", "save", "new", "message", "send"]) part(id).disabled = !is;
+    part("learn").disabled = !is || this.model.nTokens > 0;
     part("send").hidden = !is;
     part("stop").hidden = is;
     if (is) part("message").focus();
   }
 
-  told() { part("model").textContent = `${this.model.nIds} tokens in the vocabulary, ${this.model.nTokens.toLocaleString("en")} read`; }
+  told() {
+    part("model").textContent = `${this.model.nIds} tokens in the vocabulary, ${this.model.nTokens.toLocaleString("en")} read`;
+    const { which, nSteps, nChunks, rate, savedNats } = this.model.learned;
+    part("learn").value = which;
+    const undone = nChunks && !nSteps ? (rate ? "undone, " : "given up, ") : "";
+    part("learned").textContent = which === "memory" ? "" : `${undone}${nSteps} step${nSteps === 1 ? "" : "s"}, rate ${Number(rate.toPrecision(3))}, saved ${savedNats.toFixed(2)} nats`;
+  }
 
   async tried(work) {
     part("error").hidden = true;

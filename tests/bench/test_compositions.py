@@ -7,6 +7,7 @@ from meristem.bench import compositions as bench
 from meristem.bench import trained
 from meristem.bench.measure import Row
 from meristem.memory.state import flatten
+from meristem.models.decoding import Decoding
 
 
 @pytest.fixture
@@ -33,14 +34,16 @@ def test_a_training_step_moves_every_parameter(made):
     assert still == []
 
 
-def test_speaking_writes_the_memory(made):
+def test_speaking_writes_the_memory(monkeypatch):
     """Every call goes on where the one before ended, and its tokens are in the memories."""
-    seen = []
+    texts = []
+    monkeypatch.setattr(trained, "Decoding", lambda *given: texts.append(Decoding(*given)) or texts[-1])
     step = trained.decoding(trained.sized("hope", 32, "model.mlp_dim=64"), n_tokens=5)
-    made[0].register_forward_hook(lambda module, given, answer: seen.append(flatten(answer[1])))
-    step()
-    step()
-    assert [state["layer.0.memory.n_tokens"] for state in seen] == list(range(1, 11))
+    seen = [flatten(texts[0].state)]
+    for _ in range(2):
+        step()
+        seen.append(flatten(texts[0].state))
+    assert [state["layer.0.memory.n_tokens"] for state in seen] == [1, 6, 11]
     live = [state["layer.1.memory.asked.live.matrix_bhkv"] for state in seen]
     assert all(not torch.equal(*pair) for pair in zip(live, live[1:], strict=False))
 

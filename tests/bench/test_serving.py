@@ -19,7 +19,7 @@ from meristem.bench.serving import load, speed, study
 from meristem.bench.serving.client import Address, Connection, Heard
 from meristem.bench.serving.server import Server
 from meristem.cli import run
-from meristem.errors import DiskFull, WorkerDied, WrongValue
+from meristem.errors import DiskFull, WorkerDied
 from meristem.serve.sessions import Sessions
 
 
@@ -111,44 +111,6 @@ def test_idle_sessions_have_files_of_their_own(tmp_path, monkeypatch):
         load._sessions_on_disk(tmp_path / "full", SMALL, 5, lambda line: None)
 
 
-ROWS = [
-    Row("fast enough", 2.0, "x", 1.0),
-    Row("too slow", 1234.5, "ms", 100.0, "<=", "a note"),
-    Row("so", 3.0, "s"),
-]
-
-
-def test_the_page_says_what_was_asked_and_missed(tmp_path):
-    found = study._found("idle", study.Sizes(idle=7), 0.5, ROWS)
-    study.write(tmp_path / "page.md", study.report_of([found], "meristem bench serve --idle 7"))
-    page = (tmp_path / "page.md").read_text()
-    assert "| fast enough | 2 x | >= 1 | met |  |" in page
-    assert "| too slow | 1,234 ms | <= 100 | **missed** | a note |" in page
-    assert f"| idle sessions | {found['date']} | 0.5 | `meristem bench serve --idle 7` |" in page
-    written = orjson.loads((tmp_path / "page.json").read_bytes())
-    (part,) = written["parts"]
-    assert (written["schema"], part["sizes"]["idle"]) == (study.SCHEMA, 7)
-    assert [row["is_met"] for row in part["rows"]] == [True, False, None]
-
-
-def test_a_part_that_is_measured_again_replaces_itself_alone(tmp_path):
-    out = tmp_path / "page.md"
-    assert study.read(out) is None
-    first = [study._found(part, study.Sizes(), 3.0, [Row(f"{part} first", 1.0, "x")]) for part in ("long", "idle")]
-    study.write(out, study.report_of(first, "both"))
-    again = study._found("idle", study.Sizes(), 0.1, [Row("idle again", 2.0, "x")])
-    speeds = study._found("speeds", study.Sizes(), 0.1, [Row("speeds", 2.0, "x")])
-    study.write(out, study.report_of([again, speeds], "one", study.read(out)))
-    report = study.read(out)
-    said = [(found["part"], found["command"], found["rows"][0]["name"]) for found in report["parts"]]
-    assert said == [("speeds", "one", "speeds"), ("long", "both", "long first"), ("idle", "one", "idle again")]
-    elsewhere = again | {"torch": "1.0"}
-    with pytest.raises(WrongValue, match="another machine"):
-        study.report_of([elsewhere], "one", report)
-    out.with_suffix(".json").write_text('{"schema": "meristem.serve-bench/1"}')
-    assert study.read(out) is None
-
-
 def test_parts_that_are_none_are_refused(tmp_path, capsys):
     out = ["--out", str(tmp_path / "page.md")]
     assert run(["bench", "serve", "--part", "nothing", *out]) == 2
@@ -167,7 +129,7 @@ def test_the_command_measures_a_server_of_its_own(tmp_path, capsys):
     parts = orjson.loads(out.with_suffix(".json").read_bytes())["parts"]
     rows = [row for found in parts for row in found["rows"]]
     assert code == (1 if False in [row["is_met"] for row in rows] else 0)
-    assert [found["part"] for found in parts] == [*study.PARTS]
+    assert [found["part"] for found in parts] == [*study.PARTS.names]
     assert len(rows) == 17 and "idle session" in capsys.readouterr().out
 
 

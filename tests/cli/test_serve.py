@@ -53,6 +53,23 @@ def test_a_key_is_printed_once(tmp_path, capsys):
         Keys(tmp_path).check(key)
 
 
+ASKED_WHEN_IT_BEGINS = """
+import gc, pathlib, sys
+from meristem.cli import serve
+serve.json_line = lambda said: sys.exit(f"{gc.get_freeze_count()} {len(gc.get_objects())}")
+serve.serve(port=0, data=pathlib.Path(sys.argv[1]), as_json=True)
+"""
+
+
+@pytest.mark.slow
+def test_collections_pass_over_what_was_there_at_the_beginning(tmp_path):
+    """A full one would walk through libraries and model, and hold up every reply for as long."""
+    command = [sys.executable, "-c", ASKED_WHEN_IT_BEGINS, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    n_passed_over, n_walked = map(int, found.stderr.split())
+    assert n_walked < n_passed_over / 100
+
+
 @contextlib.contextmanager
 def started(*words):
     """A server as a process, and its address."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from meristem.config import ConfigSection, identity, identity_of_choices
+from meristem.data.config import DifficultyConfig
 from meristem.runs.config import Config
 
 # Values of the wrong type, which copies are made with here, are not what a user can give.
@@ -43,12 +44,13 @@ def changed(tree: ConfigSection, path: tuple[str, ...]) -> ConfigSection:
 
 
 def test_key_makes_another_run_unless_it_is_declared_outside():
-    """Each key is changed alone, in a run that grows and begins with weights: of one that does neither, what is said of
-    that is outside."""
+    """Each key is changed alone, in a run that grows, begins with weights and reads what is easy first: of one that
+    does none of it, what is said of that is outside."""
     begins = Config().finetune.model_copy(update={"base": "models/ada"})
-    full = changed(Config(), ("grow", "enabled")).model_copy(update={"finetune": begins})
+    rises = Config().data.model_copy(update={"difficulty": DifficultyConfig(score="length")})
+    full = changed(Config(), ("grow", "enabled")).model_copy(update={"finetune": begins, "data": rises})
     kept = {path for path in KEYS if identity(changed(full, path)) == identity(full)}
-    for path in (("grow", "boundary_every"), ("finetune", "rank")):
+    for path in (("grow", "boundary_every"), ("finetune", "rank"), ("data", "difficulty", "cap")):
         assert identity(changed(Config(), path)) == identity(Config())
     assert kept == {path for path, is_outside in KEYS.items() if is_outside}
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from meristem.data.config import DataConfig, TokenizerConfig
+from meristem.data.config import DataConfig, DifficultyConfig, TokenizerConfig
 from meristem.data.prepare import prepare
 from meristem.data.stream import IGNORED, N_BLOCKS, Cursor, Stream, held_out, held_out_documents
 from meristem.errors import ConflictingKeys, CorpusTooShort, DataError, FileChanged, ManifestMismatch
@@ -53,8 +53,9 @@ def mixed(corpus, weights):
     return dataclasses.replace(corpus, manifest=manifest, weights=weights)
 
 
-def stream(corpus, weights=(), **more):
+def stream(corpus, weights=(), difficulty=None, **more):
     corpus = mixed(corpus, weights) if weights else corpus
+    corpus = dataclasses.replace(corpus, difficulty=DifficultyConfig(**difficulty or {}))
     return Stream(corpus, "train", **{"window": 5, "batch": 3, "random_seed": 1} | more)
 
 
@@ -80,8 +81,13 @@ LAYOUTS = [
     {"order": "curriculum", "weights": (1, 2), "documents": "within"},
     {"order": "random", "weights": (0.7, 0.3)},
     {"order": "documents", "weights": (1, 5)},
+    {"order": "shuffled", "documents": "within", "difficulty": {"score": "length"}},
+    {"order": "shuffled", "weights": (3, 1), "difficulty": {"score": "rarity", "cap": 0.7, "epochs": 0.5}},
+    {"order": "documents", "difficulty": {"score": "rarity", "epochs": 2.0}},
 ]
-EACH = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.values())))
+EACH = pytest.mark.parametrize(
+    "layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.values())).replace("'", "")
+)
 
 
 @EACH
@@ -385,6 +391,7 @@ def test_a_cursor_of_another_text_is_refused(corpus, make):
         {"order": "random"},
         {"documents": "within"},
         {"weights": (1, 1)},
+        {"difficulty": {"score": "length"}},
     ],
 )
 def test_a_cursor_of_another_layout_is_refused(corpus, more):

@@ -21,6 +21,8 @@ def test_windows_are_those_that_fit(sizes, window, stride):
     expected = by_hand(spans, window, stride)
     assert len(windows) == len(expected)
     assert windows.starts(np.arange(len(windows))).tolist() == expected
+    places = np.arange(edges[-1] + 2)
+    assert windows.before(places).tolist() == [sum(start < place for start in expected) for place in places]
 
 
 @pytest.mark.parametrize("size, n_windows", [(0, 0), (3, 0), (4, 1), (5, 2), (12, 9)])

@@ -11,15 +11,26 @@ import pytest
 import torch
 
 import zoo
-from edges import BAD_TOKEN, MISUSED, MODELS, NO_FILE, OK, Failed, Model, Sampling, content_of, library, made, tokenizer
-from meristem.checkpoint import migrate, store
+from edges import (
+    BAD_TOKEN,
+    MISUSED,
+    MODELS,
+    NO_FILE,
+    OK,
+    Failed,
+    Model,
+    Sampling,
+    content_of,
+    library,
+    made,
+    save_checkpoint,
+    tokenizer,
+)
+from meristem.checkpoint import migrate
 from meristem.cli import run
-from meristem.config import dump_yaml
-from meristem.data.tokenizer import byte_tokenizer
 from meristem.errors import RunError, WrongValue
 from meristem.events import silent
 from meristem.export import edge
-from meristem.models.build import build
 from meristem.models.generate import Sampling as Drawing
 from meristem.models.load import load
 from meristem.native.build import has_compiler
@@ -344,11 +355,7 @@ def test_numpy_is_all_that_it_imports(folder):
 
 
 def test_a_model_that_the_core_does_not_compute_is_refused(tmp_path):
-    config, memory = zoo.ZOO["lm-mac-4-each"]
-    settings = {"model": config.model_dump(mode="json"), "memory": memory.model_dump(mode="json")}
-    files = {"config.yaml": dump_yaml(settings).encode(), "tokenizer.json": byte_tokenizer().to_bytes()}
-    trees = {"model": build(config, memory, 256, random_seed=3).state_dict()}
-    store.save(tmp_path / "checkpoints", step=7, trees=trees, values={}, files=files, header={})
+    save_checkpoint(tmp_path, "lm-mac-4-each")
     with pytest.raises(WrongValue, match="cannot be exported for the edge: .* Use it with meristem"):
         edge.export(tmp_path, tmp_path / "to", web=False, emit=silent)
     assert not (tmp_path / "to").exists()

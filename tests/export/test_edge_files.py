@@ -13,15 +13,11 @@ import pytest
 import torch
 
 import edges
-from edges import DAMAGED, NO_VECTORS, NOT_FINITE, NOT_TAKEN, OTHER_MODEL, OTHER_VERSION, Failed, Model
-from meristem.models.load import load
-from meristem.models.online import online_reader
+from edges import DAMAGED, NO_VECTORS, NOT_FINITE, OTHER_MODEL, OTHER_VERSION, Failed, Model
 from meristem.native import build
 from meristem.native.build import has_compiler
 from meristem.native.library import supported
-from meristem.serve.session import Session
 from meristem.serve.store import _DIGEST_FIELD, _NO_DIGEST, sha256
-from meristem.train.loss import cross_entropy
 
 pytestmark = [
     pytest.mark.slow,
@@ -128,19 +124,6 @@ def test_a_session_of_another_model_is_refused(core, content, session):
     assert no.value.code == OTHER_MODEL
 
 
-def test_weights_that_learned_are_refused(core, tmp_path):
-    """A session whose weights learn goes on in Python alone."""
-    shipped = load()
-    begun = Session(shipped.model, shipped.tokenizer, learn="weights")
-    begun.feed("I like soup.")
-    begun.save(tmp_path / "learned")
-    handle = Model(core, edges.content_of(shipped.model, shipped.tokenizer))
-    with pytest.raises(Failed, match="in the session learns 'weights', and here the memory learns alone") as no:
-        handle.load((tmp_path / "learned").read_bytes())
-    assert no.value.code == NOT_TAKEN
-    assert online_reader(shipped.model, "memory", cross_entropy) is shipped.model
-
-
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_number_is_refused(core, content, session, number):
     header, data = parts(content)
@@ -231,13 +214,14 @@ def test_a_processor_without_the_vectors_is_told():
     assert re.match(b"this processor lacks AVX-512( FP16)?, for which this library was compiled", core.meristem_error())
 
 
-@pytest.mark.parametrize("name", ["mag-persistent", "attention"])
-def test_changed_files_find_nothing(core, name, tmp_path):
+@pytest.mark.parametrize("name, which", [("mag-persistent", 0), ("attention", 2), ("mag-additive", 1)])
+def test_changed_files_find_nothing(core, name, which, tmp_path):
     """Thousands of files with changes that chance made, the same each time, under AddressSanitizer and UBSan."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++ with its sanitizers: apt-get install g++")
     content = edges.content_of(edges.made(name), edges.tokenizer())
     handle = Model(core, content)
+    handle.learn(which, 3)
     handle.read([1, 2, 3, 4, 5, 6, 7])
     handle.note("turns", b'[{"text":"a \\u2028","reply":""}]')
     (tmp_path / "model").write_bytes(content)

@@ -1,6 +1,7 @@
 """The page of the edge in Chromium: it goes on with a session of chat, to the bit as the C core does."""
 
 import contextlib
+import re
 import shutil
 import threading
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from edges import Model, library
 from meristem.events import silent
 from meristem.export import edge
+from meristem.models.config import LearnConfig
 from meristem.models.generate import Sampling
 from meristem.models.load import load
 from meristem.models.shipped import DIRECTORY
@@ -169,6 +171,58 @@ def test_what_was_said_is_in_the_file(visit, folder, shipped, tmp_path):
 
     record = Sessions(tmp_path / "server", shipped.model, shipped.tokenizer).put((tmp_path / "own").read_bytes())
     assert record.n_tokens == Session.load(tmp_path / "own", shipped.model, shipped.tokenizer).n_tokens
+
+
+@pytest.mark.parametrize("which", ["head", "last_mlp"])
+def test_a_session_that_learns_goes_on_in_the_page_and_comes_back(visit, folder, shipped, which, tmp_path):
+    """Begun in chat: the same greedy text, in the bits of the native build; what is learned is shown, and saved."""
+    how = LearnConfig(which=which, chunk=16)
+    greedy_one = Sampling(temperature=0)
+    session = Session(shipped.model, shipped.tokenizer, sampling=greedy_one, learn="weights", learning=how)
+    "".join(session.reply(FACT, MOST))
+    session.save(tmp_path / "chat")
+    native = Model(library((*build.SMALL, *build.SAME_BITS)), (folder / "model.safetensors").read_bytes())
+    native.load((tmp_path / "chat").read_bytes())
+    with served(folder) as url:
+        page = visit(url)
+        opened(page, tmp_path / "chat")
+        expect(page.get_by_label("Learns")).to_have_value(which)
+        expect(page.get_by_label("Learns")).to_be_disabled()
+        found = page.evaluate("Array.from({ length: 80 }, () => meristem.model.step())")
+        assert found == [native.step() for _ in range(80)] and torch.equal(logits(page), native.logits)
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Save session").click()
+        download.value.save_as(tmp_path / "page")
+        expect(page.locator("#learned")).to_have_text(re.compile(r"^\d+ steps?, rate 0\.\d+, saved -?\d+\.\d\d nats$"))
+    logits_bo = session._now.logits_bo
+    for token_id in found:
+        assert int(logits_bo.argmax()) == token_id
+        logits_bo = session._read_on(token_id)
+    session._end_turn()
+    back = Session.load(tmp_path / "page", shipped.model, shipped.tokenizer, learn="weights", learning=how)
+    assert back.n_tokens == session.n_tokens
+    assert back._now.state["learned"]["n_chunks"] == session._now.state["learned"]["n_chunks"]
+
+
+def test_the_switch_says_what_learns(visit, folder):
+    """It is open until something was read; New opens it again, and forgets what was learned."""
+    with served(folder) as url:
+        page = visit(url)
+        greedy(page, 40)
+        expect(page.locator("#learned")).to_have_text("")
+        page.get_by_label("Learns").select_option("head")
+        expect(page.locator("#learned")).to_have_text("0 steps, rate 0.25, saved 0.00 nats")
+        say(page, (FACT + " ") * 20)
+        expect(page.get_by_label("Learns")).to_be_disabled()
+        assert page.evaluate("meristem.model.learned.nSteps") > 0
+        expect(page.locator("#learned")).not_to_have_text(re.compile("^0 steps"))
+        page.get_by_role("button", name="New").click()
+        expect(page.get_by_label("Learns")).to_be_enabled()
+        expect(page.locator("#learned")).to_have_text("0 steps, rate 0.25, saved 0.00 nats")
+        page.get_by_label("Learns").select_option("memory")
+        say(page, FACT)
+        expect(page.locator("#learned")).to_have_text("")
+        assert page.evaluate("meristem.model.learned.which") == "memory"
 
 
 def test_the_bits_are_those_of_the_native_build(visit, folder, shipped, tmp_path):

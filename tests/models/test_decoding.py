@@ -18,7 +18,7 @@ from meristem.models.decoding import Decoding
 from meristem.models.generate import Sampling, generate
 from meristem.models.load import load
 from meristem.models.online import frozen
-from meristem.models.packed import MANY_THREADS
+from meristem.models.packed import MANY_THREADS, NotTaken, parts_of
 from meristem.native.library import core
 from meristem.nn.config import MemoryConfig
 
@@ -53,6 +53,40 @@ VARIED = {
     "leader": ({"mixer": "memory"}, {"rule": "delta", "update": "leader"}),
     "scan": ({"mixer": "memory"}, {"rule": "titans", "form": "scan", "retain_lr": 0.1}),
     "layers": ({"layers": [{"mixer": "memory", "rule": "delta"}, {"mixer": "attention"}]}, {}),
+    **{
+        f"self-{name}": (
+            {"mixer": "self_reference"},
+            {"self_reference": {"chunk_memory": 2, "chunk_other": 4, "eta_scale": 0.3, "half_life": 9} | chosen},
+        )
+        for name, chosen in {
+            "squared": {"loss": "squared"},
+            "asking": {"adaptive_query": True, "chunk_memory": 8},
+            "adaptive": {"setting": "adaptive", "unit_value": False},
+            "adaptive-squared": {"setting": "adaptive", "loss": "squared", "adaptive_query": True},
+            "static-squared": {"setting": "static", "loss": "squared"},
+            "every-token": {"chunk_memory": 1, "chunk_other": 1},
+        }.items()
+    },
+    **{
+        f"levels-{name}": (
+            {"mixer": "self_reference", "mlp": "levels", "levels": {"count": 3, "periods": [1, 2, 5]} | chosen},
+            {"head_dim": 12, "conv": 2},
+        )
+        for name, chosen in {
+            "slowest": {"order": "slowest", "tokens": "pooled"},
+            "independent": {"variant": "independent"},
+            "independent-pooled": {"variant": "independent", "tokens": "pooled"},
+        }.items()
+    },
+    "levels-hybrid": (
+        {
+            "layers": [{"mixer": "self_reference"}, {"mixer": "mag"}],
+            "mlp": "levels",
+            "levels": {"count": 2, "tokens": "pooled", "periods": [1, 3]},
+        },
+        {"conv": 1},
+    ),
+    "wide-self": ({"mixer": "self_reference", "dim": 72, "mlp": "levels", "mlp_dim": 70}, {"head_dim": 36}),
     "wide": ({"dim": 96, "n_heads": 2, "mlp_dim": 70, "sliding_window": 37}, {"head_dim": 48, "init": "induction"}),
 }
 """Every linear rule, every way to combine, every mixer and knob that the core knows, at odd sizes."""
@@ -99,14 +133,18 @@ def test_the_core_takes_what_it_is_said_to_take(name):
 def test_decoding_is_prefill(name, n_begun):
     """Float64: predictions and state after any beginning are those of one forward, to 1e-13."""
     model = zoo.grown(name) if name in zoo.ZOO else zoo.moved(*settings_of(*VARIED[name]))
-    tokens_bt = zoo.ids(3, N_TIME if name != "wide" else 90)
+    tokens_bt = zoo.ids(3, 90 if name.startswith("wide") else N_TIME)
     decoding = Decoding(model, begun(model, tokens_bt[:, :n_begun]))
     assert not decoding.refusal
     found_bto, (true_bto, last) = read_on(decoding, tokens_bt[:, n_begun:]), model(tokens_bt)
     assert relative(found_bto, true_bto[:, n_begun:]) < 1e-13
     true, found = flatten(last), flatten(decoding.state)
     assert found.keys() == true.keys()
-    assert all(relative(found[name], leaf) < 1e-13 for name, leaf in true.items() if leaf.numel())
+    assert all(
+        relative(found[name], leaf) < 1e-13 if isinstance(leaf, torch.Tensor) else found[name] == leaf
+        for name, leaf in true.items()
+        if not isinstance(leaf, torch.Tensor) or leaf.numel()
+    )
 
 
 @pytest.mark.parametrize("name", sorted(zoo.NATIVE))
@@ -121,7 +159,9 @@ def test_float32_is_as_near_to_the_truth_as_torch(name):
     assert relative(found_bto, true_bto) < min(3e-6, 2 * relative(plain_bto, true_bto))
 
 
-@pytest.mark.parametrize("name", ["preset-titans-mag", "preset-default", "preset-titans-mal", "wide"])
+@pytest.mark.parametrize(
+    "name", ["preset-titans-mag", "preset-default", "preset-titans-mal", "preset-hope", "levels-hybrid", "wide"]
+)
 def test_a_row_has_the_bits_that_it_has_alone(name):
     """Alone, and in batches of up to 64 rows that have read texts of other lengths, one of which holds NaN."""
     model = zoo.grown(name, torch.float32) if name in zoo.ZOO else zoo.moved(*settings_of(*VARIED[name]), torch.float32)
@@ -131,7 +171,10 @@ def test_a_row_has_the_bits_that_it_has_alone(name):
     later_bt = zoo.ids(64, 7, random_seed=3)
     alone = [Decoding(model, state) for state in states]
     true_bto = torch.cat([read_on(each, later_bt[row : row + 1]) for row, each in enumerate(alone)])
-    poisoned = {key: leaf * float("nan") for key, leaf in as_tensors(begun(model, zoo.ids(1, 6))).items()}
+    poisoned = {
+        key: leaf * float("nan") if leaf.is_floating_point() else leaf
+        for key, leaf in as_tensors(begun(model, zoo.ids(1, 6))).items()
+    }
     for size in (1, 2, 3, 4, 5, 6, 11, 63):
         rows = draw.sample(range(64), size)
         together = Decoding(model, join_rows([from_tensors(poisoned), *(states[row] for row in rows)]))
@@ -140,7 +183,13 @@ def test_a_row_has_the_bits_that_it_has_alone(name):
         assert_same_state(select_rows(together.state, [size]), alone[rows[-1]].state)
 
 
-@pytest.mark.parametrize("name", ["preset-titans-mag", "preset-default", "preset-titans-mal", "preset-lmm", "one-key"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("preset-titans-mag", "preset-default", "preset-titans-mal", "preset-lmm", "one-key"),
+        *("preset-hope", "self-asking", "levels-slowest", "levels-hybrid"),
+    ],
+)
 def test_a_state_comes_and_goes_without_a_bit_lost(name):
     """Taken out and put in at any token, saved and loaded in between: the future is the same, and torch can go on."""
     model = zoo.grown(name, torch.float32) if name in zoo.ZOO else zoo.moved(*settings_of(*VARIED[name]), torch.float32)
@@ -160,9 +209,10 @@ def test_a_state_comes_and_goes_without_a_bit_lost(name):
     )
 
 
-def test_rows_that_have_read_differently_go_together():
+@pytest.mark.parametrize("name", ["preset-titans-mag", "preset-hope", "lm-levels-pooled"])
+def test_rows_that_have_read_differently_go_together(name):
     """Their state says so, and each row of it is that of the row alone."""
-    model = zoo.grown("preset-titans-mag")
+    model = zoo.grown(name)
     states = [begun(model, zoo.ids(1, n)) for n in (1, 3, 11)]
     together = Decoding(model, join_rows(states))
     together.step([1, 2, 3])
@@ -172,6 +222,25 @@ def test_rows_that_have_read_differently_go_together():
         alone.step([row + 1])
         found = select_rows(together.state, [row])
         assert_same_state(found, alone.state)
+
+
+@pytest.mark.parametrize("name", ["preset-hope", "self-static-squared", "levels-hybrid"])
+def test_a_frozen_self_reference_is_read_and_not_written(name):
+    """Its memories and their count stay to the bit, while levels go on counting; then it is written again."""
+    model = zoo.grown(name) if name in zoo.ZOO else zoo.moved(*settings_of(*VARIED[name]))
+    still, tokens_bt = frozen(model), zoo.ids(2, N_TIME)
+    state = begun(model, tokens_bt[:, :9])
+    decoding = Decoding(still, state)
+    assert relative(read_on(decoding, tokens_bt[:, 9:]), still(tokens_bt[:, 9:], state)[0]) < 1e-13
+    found, true, before = flatten(decoding.state), flatten(still(tokens_bt[:, 9:], state)[1]), flatten(state)
+    for key in before:
+        if ".memory." in key and "matrix" in key:
+            assert torch.equal(found[key], before[key]), key
+        if isinstance(before[key], int):
+            assert found[key] == true[key], key
+    again = Decoding(model, decoding.state)
+    assert not decoding.refusal and not again.refusal
+    assert relative(again.step([1, 2]), model(torch.tensor([[1], [2]]), decoding.state)[0][:, -1]) < 1e-13
 
 
 @pytest.mark.parametrize("mixer", ["mag", "mal", "memory"])
@@ -327,3 +396,10 @@ def test_a_model_of_another_kind_of_state_goes_on_in_torch():
         build(*zoo.ZOO["preset-titans-mag"], zoo.VOCABULARY, 3), take_rows(begun(model, zoo.ids(2, 6)), 0, 1)
     )
     assert "torch.float64" in part.refusal
+
+
+@pytest.mark.parametrize("name", ["preset-hope", "lm-levels-each"])
+def test_what_only_the_core_of_this_process_has_is_not_given_to_others(name):
+    """The library of the edge reads no self-reference and no levels, and is given none."""
+    with pytest.raises(NotTaken, match="layer 0 has a self-reference or levels"):
+        parts_of(zoo.grown(name))

@@ -12,6 +12,7 @@ from meristem.models.online import online_reader
 from meristem.models.weights import (
     MARGIN_NATS,
     MOST_DROPS,
+    TAILS,
     UNIFORM,
     fresh,
     lost_nats,
@@ -25,13 +26,15 @@ from zoo import ZOO, grown, ids
 
 CHUNK = 4
 N_IDS = 29
-KINDS = ("mlp", "head", "low_rank", "all")
-BATCHED = ("head", "low_rank")
+KINDS = ("mlp", "last_mlp", "head", "low_rank", "all")
+BATCHED = ("last_mlp", "head", "low_rank")
 CHEAP = ("preset-charformer", "preset-chargru", "preset-titans-mag", "lm-levels-pooled", "lm-hybrid-attention")
 """One of each model, and of each way that a feed-forward layer is given its tokens."""
 
 CHOICES = [(name, "head") for name in ZOO] + [(name, which) for name in CHEAP for which in ("mlp", "low_rank", "all")]
 CHOICES = [(name, which) for name, which in CHOICES if name != "preset-chargru" or which in ("head", "all")]
+CHOICES += [(name, "last_mlp") for name in ("preset-titans-mag", "lm-persistent", "preset-titans-mac")]
+SIDE_BY_SIDE = [choice for choice in CHOICES if choice[0] in (*CHEAP, "lm-persistent") and choice[1] in BATCHED]
 
 
 @functools.cache
@@ -64,7 +67,9 @@ def test_learning_is_causal_and_does_not_depend_on_the_cut(name, which):
     )
 
 
-@pytest.mark.parametrize("name, which", [choice for choice in CHOICES if choice[0] in CHEAP and choice[1] in BATCHED])
+@pytest.mark.parametrize(
+    "name, which", [choice for choice in CHOICES if choice[0] in (*CHEAP, "lm-persistent") and choice[1] in BATCHED]
+)
 def test_rows_learn_as_each_does_alone(name, which):
     """Side by side, and joined at different places of their chunks."""
     reader, tokens_bt = learning(name, which), ids(3)
@@ -85,7 +90,7 @@ def test_no_gradient_comes_from_a_later_token(which):
     weight_od = grown("preset-titans-mag").embedding.weight.detach().clone().requires_grad_()
     with torch.enable_grad():
         embedded = {"embedding.weight": weight_od}
-        inside = getattr(reader, "body", getattr(reader, "reader", None))
+        inside = reader.tail.body if hasattr(reader, "tail") else reader.reader
         hidden_bto, _ = torch.func.functional_call(inside, embedded, (tokens_bt, None))
         (found_od,) = torch.autograd.grad(hidden_bto[:, 6].square().sum(), weight_od)
     assert found_od[:7].any() and not found_od[7:].any()
@@ -109,13 +114,13 @@ def spent(reader, tokens_bt):
 @pytest.mark.parametrize("rate", [100.0, 1e30])
 @pytest.mark.parametrize("which", KINDS)
 def test_a_rate_that_diverges_costs_no_more_than_is_proved(which, rate):
-    """Every token costs at most log(V / e), and with a head that learns a text at most what was lost by its drops."""
+    """Every token costs at most log(V / e), and where the last part learns a text at most what was lost by drops."""
     tokens_bt = (torch.arange(97)[None] ** 2 * 7) % N_IDS
     reader = learning("preset-titans-mag", which, lr=rate)
     nats, more, state = spent(reader, tokens_bt)
     most = torch.log(torch.tensor(N_IDS / UNIFORM))
     assert nats <= 96 * most
-    if which == "head":
+    if which in TAILS:
         assert more <= most_lost(CHUNK, N_IDS) == pytest.approx((MOST_DROPS + 1) * CHUNK * (MARGIN_NATS + float(most)))
     assert float(state["learned"]["rate_b"]) < rate
     assert all(leaf.isfinite().all() for leaf in flatten(state).values() if isinstance(leaf, torch.Tensor))
@@ -144,7 +149,8 @@ def test_the_rate_is_halved_unless_a_drop_was_paid_for():
 def test_the_rate_found_for_a_model_is_taken_unless_one_is_given():
     model = torch.nn.Linear(1, 1)
     assert rate_of(model, LearnConfig(which="head")) == 0.5
-    put_rates(model, {"head": 0.25})
+    put_rates(model, {"head": 0.25, "mlp": 0.75})
+    assert rate_of(model, LearnConfig(which="last_mlp")) == 0.75
     assert [rate_of(model, LearnConfig(which="head", lr=rate)) for rate in (None, 2.0)] == [0.25, 2.0]
 
 
@@ -153,6 +159,26 @@ def test_two_texts_at_once_are_refused():
         learning("preset-titans-mag", "mlp")(ids(2), None)
 
 
-def test_a_model_without_the_weights_is_refused():
+@pytest.mark.parametrize("name", ["preset-chargru", "preset-charformer", "lm-hybrid-attention", "lm-levels-pooled"])
+def test_a_model_without_the_weights_is_refused(name):
+    """The last feed-forward layer is none where others stand beside or behind it."""
+    with pytest.raises(CapabilityError, match="no weights 'last_mlp'"):
+        learning(name, "last_mlp")
     with pytest.raises(CapabilityError, match="no weights 'low_rank'"):
         learning("preset-chargru", "low_rank")
+
+
+def test_the_gradient_of_the_last_layer_is_that_of_the_whole_model():
+    """One step of ``last_mlp`` is one of ``mlp`` in that layer, but for the one target more that it has."""
+    model, tokens_bt = grown("preset-titans-mag"), ids(1, CHUNK + 1)
+    _, state = learning("preset-titans-mag", "last_mlp", lr=0.125)(tokens_bt, None)
+    names = [f"blocks.1.mlp.{name}.weight" for name in ("gate_up", "out")]
+    own = {name: model.get_parameter(name).detach().clone().requires_grad_() for name in names}
+    with torch.enable_grad():
+        logits_bto, _ = torch.func.functional_call(model, own, (tokens_bt[:, :CHUNK], None))
+        nats = torch.nn.functional.cross_entropy(logits_bto[0], tokens_bt[0, 1:])
+        found = torch.autograd.grad(nats, list(own.values()))
+    length = torch.stack([gradient.norm() for gradient in found]).norm()
+    for name, gradient in zip(("up_bfd", "out_bdf"), found, strict=True):
+        moved = -0.125 / length.clamp_min(1) * gradient
+        torch.testing.assert_close(state["learned"]["delta"][name][0], moved, rtol=0, atol=1e-12)

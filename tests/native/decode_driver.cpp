@@ -27,10 +27,25 @@ template <class T> struct Held {
 
 template <class T> LayerWeights<T> weights_of(const LayerShape& s, int64_t d, Held<T>& held) {
   LayerWeights<T> w{};
-  const int64_t f = s.hidden;
-  w.mixer_norm = held.of(d); w.mlp_norm = held.of(d);
-  w.up = held.of((s.mlp == SWIGLU ? 2 : 1) * f * d); w.down = held.of(d * f);
-  if (s.mlp == GELU) { w.up_bias = held.of(f); w.down_bias = held.of(d); }
+  const int64_t f = s.hidden, n = s.mlp == LEVELS ? s.hope.n_levels : 1;
+  w.mixer_norm = held.of(d); w.mlp_norm = held.of(n * d);
+  w.up = held.of((s.mlp == SWIGLU ? 2 : 1) * n * f * d); w.down = held.of(n * d * f);
+  if (s.mlp != SWIGLU) { w.up_bias = held.of(n * f); w.down_bias = held.of(n * d); }
+  if (s.hope.is_mixed) w.shares = held.of(n);
+  if (s.hope.is_pooled) {
+    T* periods = new T[size_t(n)];
+    held.all.emplace_back(periods);
+    for (int64_t i = 0; i < n; ++i) periods[i] = T(1 + i * any(1, 9));
+    w.periods = periods;
+  }
+  if (s.mixer == SELF_REFERENCE) {
+    const int64_t k = d / s.memory_heads;
+    w.conv = held.of(d * s.taps); w.gate_bias = held.of(2 * s.memory_heads); w.memory_norm = held.of(k);
+    w.open = held.of(d * d); w.open_bias = held.of(d); w.memory_out = held.of(d * d);
+    if (!s.hope.is_asking) w.query = held.of(d * d);
+    if (s.hope.is_static) w.first_makers = held.of(d * s.hope.n_makers * k);
+    return w;
+  }
   if (s.mixer != MEMORY) {
     w.attention = held.of(3 * d * d); w.attention_out = held.of(d * d);
     if (s.n_pinned) { w.pinned_keys = held.of(s.n_pinned * d); w.pinned_values = held.of(s.n_pinned * d); }
@@ -51,7 +66,15 @@ template <class T> LayerWeights<T> weights_of(const LayerShape& s, int64_t d, He
 
 LayerShape layer_of(int64_t d, int64_t heads, int64_t memory_heads) {
   LayerShape s{};
-  s.mixer = any(0, 3); s.combine = any(0, 4); s.is_residual = any(0, 1); s.mlp = any(0, 1); s.hidden = any(1, 70);
+  s.mixer = any(0, 4); s.combine = any(0, 4); s.is_residual = any(0, 1); s.mlp = any(0, 2); s.hidden = any(1, 70);
+  if (s.mlp == LEVELS) { s.hope.n_levels = any(1, 3); s.hope.is_mixed = any(0, 1); s.hope.is_pooled = s.hope.n_levels > 1 && any(0, 1); s.hope.is_slowest_first = any(0, 1); }
+  if (s.mixer == SELF_REFERENCE) {
+    s.memory_heads = memory_heads; s.taps = any(1, 5); s.is_writing = any(0, 7) > 0;
+    s.hope.is_asking = any(0, 1); s.hope.n_makers = 4 + s.hope.is_asking; s.hope.chunk_makers = any(1, 9); s.hope.chunk_memory = any(1, 9);
+    s.hope.is_static = any(0, 1); s.hope.is_generated = any(0, 1); s.hope.is_squared = any(0, 1); s.hope.has_unit_value = any(0, 1);
+    s.hope.eta_scale = 0.5;
+    return s;
+  }
   if (s.mixer != MEMORY) { s.attention_heads = heads; s.span = any(1, 40); s.is_rotated = d / heads % 2 ? 0 : any(0, 1); s.n_pinned = any(0, 3) * any(0, 7); }
   if (s.mixer == ATTENTION) return s;
   s.memory_heads = memory_heads; s.taps = any(1, 5); s.is_writing = any(0, 7) > 0;
@@ -73,7 +96,7 @@ template <class T> int64_t run() {
     layers.push_back(weights_of(shapes.back(), d, held));
   }
   const ModelWeights<T> ends{held.of(model.vocabulary * d), held.of(d), held.of(model.vocabulary * d)};
-  const Decoder<T> decoder(model, shapes.data(), ends, layers.data());
+  const Decoder<T> decoder(model, shapes.data(), ends, layers.data(), hope_parts<T>);
   held.all.clear();  // what it needs is packed
   const int64_t rows = any(1, 15);
   std::vector<std::unique_ptr<T[]>> blocks;

@@ -1,5 +1,6 @@
 """Attention, against a dense reference that shares no line with it."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from meristem.errors import WrongValue
+from meristem.memory.state import LENGTHS
 from meristem.nn.attention import BLOCK, Attention, apply_rope, rope_angles
+from meristem.nn.documents import Documents
 
 
 def rotated(keys_bshk):
@@ -110,6 +113,30 @@ def test_the_ring_carries_attention_across_any_cut(cuts, span, n_persistent, rop
         parts.append(mixed_btd)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole_btd, rtol=0, atol=1e-10)
     torch.testing.assert_close(state, last, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("span", [None, 5])
+@pytest.mark.parametrize("n_persistent, rope", [(0, True), (3, False)])
+@pytest.mark.parametrize("cuts", [[13], [4, 9], [1, 6, 6]])
+def test_packed_documents_read_as_if_each_were_alone(span, n_persistent, rope, cuts):
+    """Whatever the calls: rows begin documents at other places, and one goes on from call to call."""
+    attention = made(span=span, n_persistent=n_persistent, rope=rope)
+    hidden_btd = torch.randn(3, 13, 18, dtype=torch.float64)
+    edges = [[0, 2, 9], [0], [0, 6, 7]]
+    begins_bt = torch.zeros(3, 13, dtype=torch.bool)
+    expected_btd = torch.empty_like(hidden_btd)
+    for row, starts in enumerate(edges):
+        for start, stop in itertools.pairwise([*starts, 13]):
+            begins_bt[row, start] = start > 0
+            expected_btd[row, start:stop] = dense(attention, hidden_btd[row : row + 1, start:stop])[0]
+    mixed, state = [], None
+    for part_btd, mask_bt in zip(hidden_btd.split(cuts, dim=1), begins_bt.split(cuts, dim=1), strict=True):
+        documents = Documents.packed(part_btd, reset_mask_bt=mask_bt)
+        mixed_btd, state = attention.forward_documents(part_btd, state, documents)
+        mixed.append(mixed_btd)
+    torch.testing.assert_close(torch.cat(mixed, dim=1), expected_btd, rtol=0, atol=1e-12)
+    held = [min(13 - starts[-1], (span or 14) - 1) for starts in edges]
+    assert state[f"{LENGTHS}keys_bshk"].tolist() == held if len(set(held)) > 1 else f"{LENGTHS}keys_bshk" not in state
 
 
 def test_the_ring_holds_one_key_less_than_the_span_and_nothing_else():

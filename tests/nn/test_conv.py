@@ -59,6 +59,21 @@ def test_the_state_does_not_keep_the_window_alive():
     assert state["tail_bsd"].untyped_storage().nbytes() == 3 * 3 * 5 * 4
 
 
+@pytest.mark.parametrize("n_units", [0, 1, 3])
+def test_vectors_and_their_gradients_are_those_of_plain_maths(n_units):
+    """``silu`` of the sum, cut into vectors of every head, the first of them of length one."""
+    conv = CausalConv(2 * 3 * 4, 3).double()
+    hidden_btd = torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=True)
+    mixed_btd = torch.nn.functional.silu(plain(conv.weight_dc, hidden_btd))
+    expected = list(mixed_btd.unflatten(-1, (3, 2, 4)).unbind(2))
+    expected[:n_units] = [each / each.norm(dim=-1, keepdim=True) for each in expected[:n_units]]
+    found, _ = conv.project(hidden_btd, None, n_vectors=3, heads=2, n_units=n_units)
+    torch.testing.assert_close(found, tuple(expected), rtol=1e-9, atol=1e-9)
+    sent, leaves = [torch.randn_like(each) for each in expected], (hidden_btd, conv.weight_dc)
+    gradients, true_gradients = (torch.autograd.grad(each, leaves, sent) for each in (found, expected))
+    torch.testing.assert_close(gradients, true_gradients, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("kernel", [1, 4])
 def test_float32_inputs_under_autocast_get_a_gradient(kernel):
     """As in a stack whose norm gives float32; what is filtered there, and its gradient, are of half precision."""

@@ -277,6 +277,22 @@ def test_cutting_a_text_anywhere_changes_nothing(settings: dict[str, Any], cuts:
 
 
 @every_choice
+def test_what_is_frozen_reads_by_itself_whatever_the_cut(settings: dict[str, Any]) -> None:
+    """From one state, token by token: memories stay as they are, and only the inputs before a token move on."""
+    module, hidden_btd = made(settings), inputs()
+    _, state = module(hidden_btd[:, :7])
+    whole_btd, after = module.forward_frozen(hidden_btd[:, 7:], state)
+    for name in ("memory", "kept"):
+        torch.testing.assert_close(flatten(after[name]), flatten(state[name]), rtol=0, atol=0)
+    reads, now = [], state
+    for part_btd in hidden_btd[:, 7:].split(1, dim=1):
+        read_btd, now = module.forward_frozen(part_btd, now)
+        reads.append(read_btd)
+    torch.testing.assert_close(torch.cat(reads, dim=1), whole_btd, rtol=0, atol=1e-10)
+    assert not torch.allclose(whole_btd[:, 1:], module(hidden_btd[:, 7:], state)[0][:, 1:])
+
+
+@every_choice
 @pytest.mark.parametrize("cut", [6, 7])
 def test_gradients_do_not_depend_on_the_cut(settings: dict[str, Any], cut: int) -> None:
     module, hidden_btd = made(settings), inputs()

@@ -20,17 +20,23 @@ SETTINGS = (
 )
 
 
+RISING = ("data.difficulty.score=length", "data.difficulty.start=0.3", "data.difficulty.epochs=0.05")
+
+
 @pytest.mark.parametrize(
-    "is_mixed_text", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one-text", "mixture"]
+    "is_mixed_text, rising",
+    [(False, ()), pytest.param(False, RISING, marks=pytest.mark.slow), pytest.param(True, (), marks=pytest.mark.slow)],
+    ids=["one-text", "easiest-first", "mixture"],
 )
-def test_a_resumed_run_takes_the_same_path(tmp_path, is_mixed_text):
+def test_a_resumed_run_takes_the_same_path(tmp_path, is_mixed_text, rising):
     """From a checkpoint within documents, bitwise: memories, keys and counts of every row, and the cursor.
 
+    CX-8: also where the easiest are read first.
     DD-1: also of a mixture, whose report says what was read of each source.
     """
     documents, text = write_documents(tmp_path), write_text(tmp_path)
     mixture = (f"data.source={documents}+{text}", "data.weights=[3,1]") if is_mixed_text else ()
-    settings = config(documents, *SETTINGS, *mixture, preset="titans-mag")
+    settings = config(documents, *SETTINGS, *mixture, *rising, preset="titans-mag")
     whole = pretrain(settings, run_dir=tmp_path / "whole")
     middle = next(path for path in (whole.run_dir / "checkpoints").iterdir() if path.name.endswith("04"))
     assert is_mixed(from_tensors(find(middle, silent).tree("memory")))

@@ -3,6 +3,7 @@
 Models of two layers on sequences of 512 tokens, whole training steps in fp32, optimizer included.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -10,6 +11,7 @@ import torch
 
 from meristem.bench.measure import Row, medians, timed
 from meristem.bench.trained import N_TIME, decoding, n_parameters, sized, training_step
+from meristem.memory.kernels.select import force_reference
 from meristem.runs.config import Config
 
 TITANS: Final = {64: 20_000, 128: 12_000, 256: 5_000}
@@ -62,16 +64,17 @@ def hope(n_repeats: int) -> Iterator[Row]:
 
 
 def hope_decoding(n_repeats: int) -> Iterator[Row]:
-    """Tokens/s of hope as a session decodes, its memories written: batch of one, one thread."""
+    """Tokens/s of hope as a session decodes, its memories written: batch of one, one thread. Of memories of one matrix
+    with the native core, where there is one, and without."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for width, asked in HOPE_SPEAKS.items():
-            # The compiler gives up on code that it has compiled eight times, for whichever models.
-            torch.compiler.reset()
-            candidates = {kind: timed(decoding(_hope(width, kind), N_SPOKEN)) for kind in ("matrix", "mlp")}
-            compiled = decoding(_hope(width, "matrix"), N_SPOKEN, is_compiled=True)
-            seconds = medians(candidates | {"matrix compiled": timed(compiled)}, n_repeats=4 * n_repeats, n_warm=3)
+            steps = {kind: decoding(_hope(width, kind), N_SPOKEN) for kind in ("matrix", "mlp")}
+            with force_reference():
+                steps["matrix without the core"] = decoding(_hope(width, "matrix"), N_SPOKEN)
+            candidates = {kind: timed(step, time.process_time) for kind, step in steps.items()}
+            seconds = medians(candidates, n_repeats=4 * n_repeats, n_warm=3)
             for kind, value in seconds.items():
                 target = asked if kind == "matrix" else None
                 yield Row(f"hope, {kind}, width {width}: decoding", N_SPOKEN / value, "tokens/s", target)

@@ -40,6 +40,7 @@ SECTIONS: dict[str, tuple[Callable[[int], Iterator[Row]], ...]] = {
     "finetune": (finetuning.finetuning,),
     "start": (model.start,),
 }
+"""What is measured by name, beside ``rules``: every rule in every form."""
 
 
 def measure(
@@ -52,18 +53,19 @@ def measure(
 ) -> Iterator[Row]:
     """The rows of the named sections, each as soon as it is measured, in a process set up as for training.
 
-    widths, windows: those of the layers in the table of rules, which belongs to the section ``memory``.
+    widths, windows: those of the layers of the section ``rules``.
     text_bytes: of the text that the section ``prepare`` prepares.
     """
     resolve(DeviceConfig(), silent)
     for name in names:
+        if name == "rules":
+            yield from rules.speeds(n_repeats, widths, windows)
+            continue
         sections = SECTIONS[name]
         if name == "prepare" and text_bytes is not None:
             sections = (partial(prepare.preparing, size_bytes=text_bytes),)
         for section in sections:
             yield from section(n_repeats)
-        if name == "memory":
-            yield from rules.speeds(n_repeats, widths, windows)
 
 
 def to_json(rows: Sequence[Row], *, n_repeats: int) -> dict[str, object]:

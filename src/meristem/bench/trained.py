@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from meristem.memory.state import State
 from meristem.models.build import build
+from meristem.models.decoding import Decoding
 from meristem.nn.auxiliary import auxiliary
 from meristem.optim.groups import build as build_optimizer
 from meristem.runs.config import Config, load_config
@@ -41,20 +41,17 @@ def training_step(config: Config, batch: int) -> Callable[[], object]:
     return step
 
 
-def decoding(config: Config, n_tokens: int, *, is_compiled: bool = False) -> Callable[[], object]:
-    """So many tokens, each chosen from the prediction after the one before, memories written; every call goes on."""
+def decoding(config: Config, n_tokens: int) -> Callable[[], object]:
+    """So many tokens as a session decodes, each chosen from the prediction after the one before, memories written;
+    every call goes on."""
     model = build(config.model, config.memory, VOCABULARY, 0).eval()
-    if is_compiled:
-        model.compile()
-    held: list[tuple[Tensor, State | None]] = [(torch.zeros(1, 1, dtype=torch.int64), None)]
+    with torch.no_grad():
+        logits_bto, state = model(torch.zeros(1, 1, dtype=torch.int64))
+    text, last = Decoding(model, state), [int(logits_bto[0, -1].argmax())]
 
     def step() -> None:
-        token_bt, state = held[0]
-        with torch.no_grad():
-            for _ in range(n_tokens):
-                logits_bto, state = model(token_bt, state)
-                token_bt = logits_bto[:, -1].argmax(-1, keepdim=True)
-        held[0] = token_bt, state
+        for _ in range(n_tokens):
+            last[0] = int(text.step(last)[0].argmax())
 
     return step
 

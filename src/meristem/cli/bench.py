@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -44,34 +44,39 @@ def everything(
     width: Widths = None,
     window: Windows = None,
     picture: Picture = None,
+    out: Annotated[Path | None, typer.Option("--out", help="A page to write; JSON stands beside it.")] = None,
+    limits: Annotated[
+        Path | None, typer.Option("--limits", help="YAML file with the reason beside each figure that falls short.")
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option("--part", help="Measure this alone, and keep the rest of the page. May be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure memory forms, models, decoding, snapshots, growing, texts, trackers, finetuning, start: a table and JSON.
 
-    Exit code 1 when a target is missed.
+    Exit code 1 when a target is missed. Its parts are memory, rules, model, compositions, hope, levels, decode, data,
+    snapshot, seeds, prepare, trackers, finetune and start; a page is written after each.
 
     \b
     Examples:
       meristem bench all
       meristem bench all --repeats 3 --json
+      meristem bench all --out docs/benchmarks.md --limits docs/benchmarks.yaml
+      meristem bench all --part decode --part model --out docs/benchmarks.md --limits docs/benchmarks.yaml
     """
-    names = (
-        "memory",
-        "model",
-        "training",
-        "compositions",
-        "hope",
-        "levels",
-        "decode",
-        "data",
-        "snapshot",
-        "seeds",
-        "prepare",
-        "trackers",
-        "finetune",
-        "start",
-    )
-    _speeds(names, repeats, as_json, layers=(width, window), picture=picture)
+    from meristem.bench.speeds import PARTS, read_limits
+    from meristem.checkpoint.atomic import require_replaceable
+
+    PARTS.require(part or ())
+    reasons = {} if limits is None else read_limits(limits)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        require_replaceable(out)
+    names = [name for name in PARTS.names if part is None or name in part]
+    page = None if out is None else (out, reasons, bool(part))
+    _speeds(names, repeats, as_json, layers=(width, window), picture=picture, page=page)
 
 
 @app.command()
@@ -93,7 +98,7 @@ def memory(
       meristem bench memory --picture rules.png
       meristem bench memory --width 64 --width 128 --width 256 --window 512 --window 2048
     """
-    _speeds(("memory",), repeats, as_json, layers=(width, window), picture=picture)
+    _speeds(("memory", "rules"), repeats, as_json, layers=(width, window), picture=picture)
 
 
 _MISSED: Final = "Exit code 1 when a target is missed."
@@ -344,27 +349,32 @@ def serve(
       meristem bench serve --long 10000 --idle 100 --requests 1000 --text 100000
       meristem bench serve runs/latest --sessions 1 --sessions 16 --json
     """
-    from meristem.bench.serving.study import PARTS, Sizes, measure, read, report_of, write
+    from meristem.bench.parts import write
+    from meristem.bench.serving.study import PARTS, Sizes, measure, page
     from meristem.checkpoint.atomic import require_replaceable
 
-    if unknown := set(part or ()) - set(PARTS):
-        raise WrongValue(f"there is no part '{min(unknown)}'; there are {', '.join(PARTS)}.", key="part")
+    PARTS.require(part or ())
     out.parent.mkdir(parents=True, exist_ok=True)
     require_replaceable(out)
     sizes = Sizes(tuple(sorted(session or Sizes.sessions)), tokens, long, text, requests, idle, repeats)
-    earlier, command = read(out) if part else None, " ".join(["meristem", *sys.argv[1:]])
+    earlier, command = PARTS.read(out) if part else None, _command()
     say = (lambda line: None) if as_json else typer.echo
     parts: list[dict[str, Any]] = []
-    for found in measure(sizes, part or [*PARTS], checkpoint, say, lambda row: say(_line(row))):
+    for found in measure(sizes, part or [*PARTS.names], checkpoint, say, lambda row: say(_line(row))):
         parts.append(found)
-        report = report_of(parts, command, earlier)
-        write(out, report)
+        report = PARTS.report(parts, command, earlier)
+        write(out, report, page(report))
     if not parts:
         raise WrongValue("every part is left out. Give one of them a size above 0.", key="part")
     if as_json:
         json_line(report)
     if any(row["is_met"] is False for found in parts for row in found["rows"]):
         raise typer.Exit(1)
+
+
+def _command() -> str:
+    """This command, as it was typed."""
+    return " ".join(["meristem", *sys.argv[1:]])
 
 
 def _speeds(
@@ -375,10 +385,15 @@ def _speeds(
     layers: tuple[list[int] | None, list[int] | None] = (None, None),
     picture: Path | None = None,
     text_bytes: int | None = None,
+    page: tuple[Path, Mapping[str, str], bool] | None = None,
 ) -> None:
-    """The rows of these sections as they are measured, then all in one line."""
+    """The rows of these sections as they are measured, then all in one line.
+
+    page: the file to write after each section, why figures fall short, and whether to keep its other parts.
+    """
     # torch's profiler, which sees the peaks, writes a line to stderr whenever it starts and stops, unless set before.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from meristem.bench import parts, speeds
     from meristem.bench.suite import measure, to_json
     from meristem.checkpoint.atomic import require_replaceable
 
@@ -386,11 +401,20 @@ def _speeds(
         require_replaceable(picture)
     width, window = layers
     rows: list[Row] = []
-    sizes = {"widths": width or (128,), "windows": window or (512,)}
-    for row in measure(names, n_repeats=repeats, **sizes, text_bytes=text_bytes):
+
+    def heard(row: "Row") -> None:
         rows.append(row)
         if not as_json:
             typer.echo(_line(row))
+
+    sizes = {"widths": width or (128,), "windows": window or (512,)}
+    earlier, found = speeds.PARTS.read(page[0]) if page and page[2] else None, []
+    for name in names:
+        measuring = measure((name,), n_repeats=repeats, **sizes, text_bytes=text_bytes)
+        found.append(parts.measured(name, repeats, measuring, heard))
+        if page is not None:
+            report = speeds.PARTS.report(found, _command(), earlier)
+            parts.write(page[0], report, speeds.page(report, page[1]))
     json_line(to_json(rows, n_repeats=repeats))
     if picture is not None:
         from meristem.bench.picture import plot_speeds

@@ -24,6 +24,14 @@ def hf(
         Literal["auto", "plain", "meristem"],
         typer.Option("--form", help="plain: a Llama or Mistral; meristem: ours; auto: plain where it is one."),
     ] = "auto",
+    padding_side: Annotated[
+        Literal["left", "right"] | None,
+        typer.Option("--padding-side", help="Where the tokenizer fills up rows of a batch; left unless a base says."),
+    ] = None,
+    pad_token: Annotated[
+        str | None,
+        typer.Option("--pad-token", metavar="TOKEN", help="With which special token; <pad>, or the end of a text."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a folder that transformers loads, and load it once to compare; it needs the extra hf.
@@ -35,7 +43,7 @@ def hf(
     """
     from meristem.export import hf as folders
 
-    made = folders.export(run, to, form=form, emit=tell)
+    made = folders.export(run, to, form=form, emit=tell, padding=folders.Padding(padding_side, pad_token))
     answer(made._asdict() | {"path": str(made.path)}, as_json, pairs)
 
 
@@ -57,4 +65,24 @@ def edge(
     from meristem.models.shipped import DIRECTORY
 
     made = folders.export(run or DIRECTORY, to, web=web, emit=tell)
+    answer(made._asdict() | {"path": str(made.path)}, as_json, pairs)
+
+
+@app.command()
+def onnx(
+    to: Annotated[Path, typer.Option("--to", metavar="FILE", help="The file to write; it must not exist.")],
+    run: AnyCheckpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Write one ONNX file with its state in and out, and compare it with torch; it needs the extra onnx.
+
+    \b
+    Examples:
+      meristem export onnx runs/latest --to model.onnx
+      meristem export onnx --to model.onnx
+    """
+    from meristem.export import onnx as graphs
+    from meristem.models.shipped import DIRECTORY
+
+    made = graphs.export(run or DIRECTORY, to, emit=tell)
     answer(made._asdict() | {"path": str(made.path)}, as_json, pairs)

@@ -49,7 +49,7 @@ Learn = Annotated[
     typer.Option("--learn", help="What changes while it reads: nothing, its memory, feed-forward levels, or weights."),
 ]
 Which = Annotated[
-    Literal["mlp", "head", "low_rank", "all"],
+    Literal["mlp", "last_mlp", "head", "low_rank", "all"],
     typer.Option("--which", help="Weights that learn with --learn weights, as learn.which has it."),
 ]
 LearningRate = Annotated[

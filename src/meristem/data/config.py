@@ -15,6 +15,7 @@ MIXED_ROWS: Final = 4096
 """Rows in which every source of a mixture has exactly its share."""
 MOST_SOURCES: Final = 64
 """Sources of a mixture."""
+Score = Literal["none", "length", "rarity"]
 Documents = Literal["join", "within", "mask", "reset"]
 TokenizerKind = Literal["byte", "bpe", "unigram", "file", "sentencepiece", "hf"]
 GIVEN: Final = frozenset({"file", "sentencepiece", "hf"})
@@ -111,6 +112,51 @@ class HubConfig(ConfigSection):
     rows: int | None = Field(default=None, ge=1, description="take so many of its rows, the first ones; null takes all")
 
 
+class DifficultyConfig(ConfigSection):
+    """Which documents are read when, the easiest first (``data.difficulty``)."""
+
+    outside_identity: ClassVar = frozenset()
+
+    score: Score = Field(
+        default="none",
+        description="what makes a document difficult; none: all are read from the beginning on; length: its tokens; "
+        "rarity: bits per token, by how often each id is in the text",
+    )
+    start: float = Field(default=0.1, gt=0, le=1, description="share of each source that is read first, the easiest")
+    cap: float = Field(
+        default=1.0, gt=0, le=1, description="share that is read in the end; the most difficult rest is never read"
+    )
+    epochs: float = Field(
+        default=1.0, gt=0, description="times through what is read of a source in the end, until its share is at cap"
+    )
+
+    @property
+    def is_outside_identity(self) -> bool:
+        """Runs without it are those of before there was any."""
+        return self.score == "none"
+
+    @property
+    def layout(self) -> str:
+        """All of it, as a cursor names the order that it counts in."""
+        return f"{self.score},{self.start},{self.cap},{self.epochs}"
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.score == "none":
+            self.refuse_dead(
+                "data.difficulty",
+                frozenset({"score"}),
+                "data.difficulty.score=none orders nothing",
+                "data.difficulty.score",
+            )
+        if self.start > self.cap:
+            raise ConflictingKeys(
+                f"data.difficulty.start={self.start:g} is more than data.difficulty.cap={self.cap:g}, and the share "
+                f"that is read only rises. Lower start, or raise cap."
+            )
+        return self
+
+
 class DataConfig(ConfigSection):
     """The text, its division, and the order in which sequences are read."""
 
@@ -187,7 +233,7 @@ class DataConfig(ConfigSection):
         "attention does not look back over them, while memories read on; reset: they do, and each document begins as "
         "if it stood alone",
     )
-
+    difficulty: DifficultyConfig = Field(default=DifficultyConfig(), description="of a curriculum over documents")
     prefetch_bytes: int = Field(
         default=1 << 26, ge=0, description="batches read ahead beside the training hold at most so many bytes; 0: none"
     )
@@ -236,6 +282,15 @@ class DataConfig(ConfigSection):
             raise ConflictingKeys(
                 "data.order=sequential lets each row read on through one text; data.weights mixes several. Leave "
                 "data.weights out, or set data.order=documents, whose rows read on as well."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _orders_once(self) -> Self:
+        if self.difficulty.score != "none" and self.order not in ("shuffled", "documents"):
+            raise ConflictingKeys(
+                f"data.order={self.order} has an order of its own, and data.difficulty.score={self.difficulty.score} "
+                f"another. Set data.order to shuffled or documents, or leave data.difficulty out."
             )
         return self
 

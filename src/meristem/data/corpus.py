@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from meristem.data import manifest as manifests
+from meristem.data.config import DataConfig, DifficultyConfig
 from meristem.data.files import Numbers, open_numbers
 from meristem.data.tokenizer import Tokenizer, load_tokenizer
 from meristem.errors import ManifestMismatch, SplitError
@@ -22,6 +23,7 @@ class Corpus:
     """Tokens by split, read only. ``numbers`` go by the name of the file.
 
     weights: the shares in which training takes its sources; empty where they are one text.
+    difficulty: which documents training reads when.
     """
 
     path: Path
@@ -29,6 +31,11 @@ class Corpus:
     tokenizer: Tokenizer
     numbers: Mapping[str, Numbers]
     weights: tuple[float, ...] = ()
+    difficulty: DifficultyConfig = DifficultyConfig()
+
+    def for_training(self, data: DataConfig) -> "Corpus":
+        """The same text, as training with these settings takes it."""
+        return replace(self, weights=data.weights, difficulty=data.difficulty)
 
     @property
     def name(self) -> str:

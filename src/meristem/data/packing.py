@@ -8,10 +8,14 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from meristem.data.windows import permute
+from meristem.data.config import DifficultyConfig
+from meristem.data.difficulty import Stages
 
 KEPT_EVERY: Final = 256
 """Positions from one state that is kept to the next: at most so many windows are walked again for an earlier one."""
+
+_STRETCH: Final = 1 << 12
+"""Documents whose places in the order are found together."""
 
 
 class Piece(NamedTuple):
@@ -36,22 +40,41 @@ class _State(NamedTuple):
     inputs: np.ndarray
 
 
-class _Text:
+class PackedText:
     """The documents of one source that give an input, those of two tokens or more, in an order for each epoch."""
 
-    def __init__(self, edges: np.ndarray, key: int) -> None:
+    def __init__(self, edges: np.ndarray, key: int, difficulty: np.ndarray | None, how: DifficultyConfig) -> None:
+        """edges: where its documents begin, and last where they end. key: of their orders.
+
+        difficulty: of each, where the easiest come first.
+        """
         n_inputs = np.diff(edges) - 1
-        self.firsts, self.inputs, self._key = edges[:-1][n_inputs > 0], n_inputs[n_inputs > 0], key
-        self._order = lru_cache(maxsize=2)(self._order_of)
+        own = np.flatnonzero(n_inputs > 0)
+        is_rising = difficulty is not None and len(own) > 0
+        if difficulty is not None:
+            own = own[np.argsort(difficulty[own], kind="stable")]
+        self._firsts, self._inputs, self._key = edges[:-1][own], n_inputs[own], key
+        self._stages = Stages.rising_by_size(self._inputs, how, key) if is_rising else Stages.one(len(own))
+        self._stretch = lru_cache(maxsize=2)(self._stretch_of)
+
+    @property
+    def n_documents(self) -> int:
+        """Documents of two tokens or more that are read in the end."""
+        return int(self._stages.n_admitted[-1])
+
+    @property
+    def n_inputs(self) -> int:
+        """Their inputs."""
+        return int(self._inputs[: self.n_documents].sum())
 
     def document(self, n_taken: int) -> tuple[int, int]:
         """Where the document begins that is taken after so many, and how many inputs it gives."""
-        epoch, place = divmod(n_taken, len(self.inputs))
-        document = int(self._order(epoch)[place])
-        return int(self.firsts[document]), int(self.inputs[document])
+        stretch, place = divmod(n_taken, _STRETCH)
+        document = int(self._stretch(stretch)[place])
+        return int(self._firsts[document]), int(self._inputs[document])
 
-    def _order_of(self, epoch: int) -> np.ndarray:
-        return permute(np.arange(len(self.inputs)), len(self.inputs), self._key, epoch)
+    def _stretch_of(self, number: int) -> np.ndarray:
+        return self._stages.items(np.arange(number * _STRETCH, (number + 1) * _STRETCH), self._key)
 
 
 class Packing:
@@ -66,12 +89,9 @@ class Packing:
     share of all inputs.
     """
 
-    def __init__(
-        self, texts: Sequence[np.ndarray], *, keys: Sequence[int], weights: Sequence[float], n_rows: int, window: int
-    ) -> None:
-        """texts: of each source where its documents begin, and last where they end. keys: of their orders."""
-        self._texts = [_Text(edges, key) for edges, key in zip(texts, keys, strict=True)]
-        self._weights, self._window = np.array(weights), window
+    def __init__(self, texts: Sequence[PackedText], *, weights: Sequence[float], n_rows: int, window: int) -> None:
+        """texts: of each source."""
+        self._texts, self._weights, self._window = texts, np.array(weights), window
         rows, sources = np.zeros(n_rows, dtype=np.int64), np.zeros(len(texts), dtype=np.int64)
         self._states = {0: _State(rows, rows, rows, sources, sources)}
         self._last = 0, self._states[0]
@@ -81,12 +101,12 @@ class Packing:
     @property
     def n_documents(self) -> int:
         """Documents that give an input: those of two tokens or more."""
-        return sum(len(text.inputs) for text in self._texts)
+        return sum(text.n_documents for text in self._texts)
 
     @property
     def n_inputs(self) -> list[int]:
         """Inputs of an epoch of each source."""
-        return [int(text.inputs.sum()) for text in self._texts]
+        return [text.n_inputs for text in self._texts]
 
     def rows(self, position: int) -> list[list[Piece]]:
         """What each row reads in the window with this number, in pieces that fill it."""

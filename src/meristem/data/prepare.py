@@ -11,7 +11,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -94,7 +93,7 @@ def prepare(
         what = {"kind": corpus.tokenizer.kind, "reason": corpus.tokenizer.loses}
         emit(Event("tokenizer.loses", what, "warning"))
     _tell(data, corpus, before.found, "data.prepared" if is_built else "data.reused", emit, started)
-    return replace(corpus, weights=data.weights)
+    return corpus.for_training(data)
 
 
 def _unchanged(corpora: Path, before: seen.Seen | None, stamps: str | None) -> Corpus | None:

@@ -11,10 +11,11 @@ from typing import Any, Final, Self
 import numpy as np
 import torch
 
-from meristem.data.config import CARRIED, Documents, Order
+from meristem.data.config import CARRIED, DifficultyConfig, Documents, Order
 from meristem.data.corpus import Corpus
+from meristem.data.difficulty import OrderedWindows, Stages, by_document
 from meristem.data.mixture import Mixture
-from meristem.data.packing import Packing
+from meristem.data.packing import PackedText, Packing
 from meristem.data.windows import Windows, draw, key, permute
 from meristem.errors import ConflictingKeys, CorpusTooShort, DataError, ManifestMismatch
 from meristem.shapes import Targets, Tokens
@@ -91,21 +92,31 @@ class SourceRead:
 
 @dataclass(frozen=True)
 class _Text:
-    """The windows of one source, and the key of their orders."""
+    """The windows of one source, and the key of their orders.
+
+    stages: how many windows are admitted when. ordered: their order where some are read before others.
+    """
 
     name: str
     windows: Windows
     key: int
+    stages: Stages
+    ordered: OrderedWindows | None
+
+    @property
+    def n_windows(self) -> int:
+        """Those that are read in the end."""
+        return int(self.stages.n_admitted[-1])
 
     def starts(self, order: Order, taken: np.ndarray) -> np.ndarray:
         """Where the windows begin that are read after so many of this source."""
         n_windows = len(self.windows)
         if order == "random":
             return self.windows.starts(draw(taken, n_windows, self.key))
-        place, epoch = taken % n_windows, taken // n_windows
         if order == "curriculum":
-            return self.windows.starts(self._by_blocks(place, epoch))
-        return self.windows.starts(permute(place, n_windows, self.key, epoch))
+            return self.windows.starts(self._by_blocks(taken % n_windows, taken // n_windows))
+        items = self.stages.items(taken, self.key)
+        return self.windows.starts(items if self.ordered is None else self.ordered.numbers(items))
 
     def _by_blocks(self, place: np.ndarray, epoch: np.ndarray) -> np.ndarray:
         """Windows of one block after the other; within a block each place of an epoch has another window."""
@@ -118,6 +129,21 @@ class _Text:
             times = epoch[inside] * N_BLOCKS + block
             indices[inside] = first + permute(place[inside] - first, n_inside, self.key, times)
         return indices
+
+
+def _text(
+    name: str,
+    windows: Windows,
+    key: int,
+    edges: np.ndarray,
+    difficulty: np.ndarray | None,
+    how: DifficultyConfig,
+) -> _Text:
+    """edges: where its documents begin, and last where they end. difficulty: of each, where the easiest come first."""
+    if difficulty is None or not len(windows):
+        return _Text(name, windows, key, Stages.one(len(windows)), None)
+    ordered = OrderedWindows(windows.before(edges), difficulty)
+    return _Text(name, windows, key, Stages.rising(len(windows), how), ordered)
 
 
 class Stream:
@@ -135,6 +161,9 @@ class Stream:
 
     Of a mixture each source has epochs and an order of its own, and rows are taken from them by their shares
     (``data.mixture``); with ``documents`` the inputs are (``data.packing``).
+
+    Where the corpus has a difficulty, the easiest documents of each source are read first (``data.difficulty``); a
+    sequence is as difficult as the document in which it begins.
     """
 
     def __init__(
@@ -162,14 +191,19 @@ class Stream:
         if corpus.weights:
             self._layout += f" weights={','.join(map(str, corpus.weights))}"
             self._mixture = Mixture(corpus.weights, key(random_seed, "mixture"))
-        edges = _edges(corpus, split)
+        if corpus.difficulty.score != "none":
+            self._layout += f" difficulty={corpus.difficulty.layout}"
+        edges, difficulty = _edges(corpus, split), _difficulty(corpus, split)
         names = [f"data {name}" for name in edges] if corpus.weights else ["data"]
         keys = [key(random_seed, name) for name in names]
         self._documents, self._firsts = documents, corpus.documents(split)[:-1].astype(np.int64)
         self._packing: Packing | None = None
         if order == "documents":
-            weights = corpus.weights or (1.0,)
-            self._packing = Packing(list(edges.values()), keys=keys, weights=weights, n_rows=batch, window=window)
+            texts = [
+                PackedText(own, key, difficulty.get(name), corpus.difficulty)
+                for (name, own), key in zip(edges.items(), keys, strict=True)
+            ]
+            self._packing = Packing(texts, weights=corpus.weights or (1.0,), n_rows=batch, window=window)
             self.n_windows = sum(self._packing.n_inputs) // window
             self._require_documents(self._packing, split)
             return
@@ -178,12 +212,13 @@ class Stream:
             for name, own in edges.items()
         }
         self._texts = [
-            _Text(name, Windows(own, window, stride), key) for (name, own), key in zip(spans.items(), keys, strict=True)
+            _text(name, Windows(own, window, stride), key, edges[name], difficulty.get(name), corpus.difficulty)
+            for (name, own), key in zip(spans.items(), keys, strict=True)
         ]
-        self.n_windows = sum(len(text.windows) for text in self._texts)
         for text in self._texts:
             if not len(text.windows):
                 raise _too_short(text.name, split, window, int(np.diff(spans[text.name]).max(initial=0)))
+        self.n_windows = sum(text.n_windows for text in self._texts)
         if order == "sequential" and self.n_windows < batch:
             raise CorpusTooShort(
                 f"corpus '{corpus.name}' has {self.n_windows} sequences of {window} tokens in split '{split}'; "
@@ -244,7 +279,7 @@ class Stream:
             return [SourceRead(names[0], cursor.position * self._batch * self._window, self.epoch(cursor))]
         counts = self._mixture.counts(cursor.position * self._batch).tolist()
         return [
-            SourceRead(text.name, n * self._window, n / len(text.windows))
+            SourceRead(text.name, n * self._window, n / text.n_windows)
             for text, n in zip(self._texts, counts, strict=True)
         ]
 
@@ -441,6 +476,27 @@ def _edges(corpus: Corpus, split: str) -> dict[str, np.ndarray]:
     if not corpus.weights:
         return {corpus.name: edges}
     return {name: edges[own.start : own.stop + 1] for name, own in corpus.sources(split).items()}
+
+
+def _difficulty(corpus: Corpus, split: str) -> dict[str, np.ndarray]:
+    """How difficult the documents are of each source that is mixed, else of all as one.
+
+    A source whose documents are all alike has no order, and is not among them.
+    """
+    score = corpus.difficulty.score
+    if score == "none":
+        return {}
+    whole = by_document(corpus, split)
+    own = corpus.sources(split) if corpus.weights else {corpus.name: slice(None)}
+    found = {name: whole[part] for name, part in own.items() if len(np.unique(whole[part])) > 1}
+    if not found:
+        alike = f"{len(whole)} documents of one {score}" if len(whole) > 1 else "one document"
+        raise DataError(
+            f"data.difficulty.score={score} orders documents, and '{corpus.name}' has {alike} in split '{split}'. Give "
+            f"it as records or as a directory of files, or leave data.difficulty out.",
+            found=len(whole),
+        )
+    return found
 
 
 def _too_few_documents(corpus: Corpus, split: str, n_documents: int, batch: int) -> CorpusTooShort:

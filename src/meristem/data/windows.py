@@ -35,6 +35,15 @@ class Windows:
         starts: np.ndarray = self._firsts[span] + (indices - before) * self.stride
         return starts
 
+    def before(self, places: np.ndarray) -> np.ndarray:
+        """How many windows begin before each of these places."""
+        n_begun = np.searchsorted(self._firsts, places, side="left")
+        span = np.maximum(n_begun - 1, 0)
+        begun = np.where(span > 0, self._ends[span - 1], 0)
+        inside = -(-(places - self._firsts[span]) // self.stride)
+        before: np.ndarray = np.where(n_begun == 0, 0, np.minimum(begun + inside, self._ends[span]))
+        return before
+
 
 def key(random_seed: int, name: str) -> int:
     """A 64-bit key of the named random stream."""

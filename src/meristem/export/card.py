@@ -37,7 +37,8 @@ and caches of other kinds raise an error.
 LIMITS: Final = (
     "The figures are of held-out text from its own source; of other text nothing was measured.",
     "Nothing was done to keep it from writing what is wrong, private or harmful. Read what it writes.",
-    "There is no token for padding, beginning or end: pass `attention_mask` with a padded batch, and `max_new_tokens`.",
+    "Pass `attention_mask` with a padded batch and `max_new_tokens`. A tokenizer of bytes has no token for padding and "
+    "none that ends a text: set `tokenizer.pad_token_id = 0` before rows of several lengths are encoded together.",
     "Weights that learn while it reads (`--learn weights`, `--learn levels`) are not part of the export.",
 )
 

@@ -20,6 +20,7 @@ from meristem.events import Emit
 from meristem.export.hf import TOKENIZER, require_new
 from meristem.models.packed import NotTaken, Parts, parts_of
 from meristem.native import build
+from meristem.native import decoding as native
 from meristem.native.library import supported
 from meristem.runs.open import load_opened
 from meristem.serve.moment import Identity, identity
@@ -107,11 +108,12 @@ def described(parts: Parts, own: Identity) -> dict[str, Any]:
     """What a weight file says of its model, besides the tensors; ``native/edge.cpp`` reads all of it."""
     shape = parts.shape
     versions = {"session": migrate.version("session"), "state": migrate.version("memory.safetensors")}
-    layers = [{name: getattr(layer, name) for name, *_ in type(layer)._fields_} for layer, _ in parts.layers]
+    layers = [{name: getattr(layer, name) for name in native.PLAIN} for layer, _ in parts.layers]
     return {
         **{"width": shape.width, "vocabulary": shape.vocabulary, "eps": shape.eps, "layers": layers},
         **own._asdict(),
         **versions,
+        "learn_rates": parts.learn_rates,
     }
 
 
@@ -119,7 +121,7 @@ def _put_core(place: Path) -> str:
     """The sources, and the library for this machine; which it is, or why there is none."""
     sources = build.source_folder()
     (place / "source").mkdir()
-    for name in ("edge.cpp", "meristem.h", "container.hpp", "elementary.hpp", "decode.hpp", "tile.hpp"):
+    for name in ("edge.cpp", "meristem.h", "container.hpp", "elementary.hpp", "decode.hpp", "learn.hpp", "tile.hpp"):
         shutil.copy(sources / name, place / "source" / name)
     shutil.copy(sources / "meristem.h", place / "meristem.h")
     for name in EXAMPLES:

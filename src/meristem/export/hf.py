@@ -32,6 +32,8 @@ from meristem.runs.open import load_opened
 from meristem.shapes import Tokens
 
 TOKENIZER: Final = "tokenizer.json"
+TOKENIZER_SETTINGS: Final = "tokenizer_config.json"
+GENERATION: Final = "generation_config.json"
 TYPE: Final = "meristem"
 """``model_type`` of a model of ours that is no plain transformer."""
 
@@ -48,21 +50,36 @@ __all__ = ["MeristemConfig", "MeristemForCausalLM"]
 '''
 
 OF_BASE: Final = (
-    "tokenizer_config.json",
+    TOKENIZER_SETTINGS,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
 )
 """Files beside the weights that a fine-tuned host keeps from its base."""
 
 Form = Literal["auto", "plain", "meristem"]
+
+PAD_NAMES: Final = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]", "<PAD>")
+"""Special tokens that are taken to fill rows up, where none is named."""
 
 TOLERANCE: Final = 1e-4
 """By how much logits of another program's transformer may differ from ours, relative to the largest."""
 
 _TRIED: Final = (2, 9)
 """Rows and tokens that a written folder is tried with."""
+
+
+class Padding(NamedTuple):
+    """How ``transformers`` fills up the rows of a batch. side: None for what a base says, else left, where ``generate``
+    has it. token: a special token by its text; None for what a base says, for one of ``PAD_NAMES``, or for the one that
+    ends a text."""
+
+    side: Literal["left", "right"] | None = None
+    token: str | None = None
+
+
+USUAL_PADDING: Final = Padding()
 
 
 class Exported(NamedTuple):
@@ -74,7 +91,7 @@ class Exported(NamedTuple):
     differs_by: float
 
 
-def export(source: Path, to: Path, *, form: Form, emit: Emit) -> Exported:
+def export(source: Path, to: Path, *, form: Form, emit: Emit, padding: Padding = USUAL_PADDING) -> Exported:
     """Write the model of a checkpoint, or of the newest of a run, as a new folder, and load it once to compare.
 
     form: ``plain`` is the weights of a Llama or a Mistral, which needs no meristem where it is loaded, and is refused,
@@ -87,6 +104,7 @@ def export(source: Path, to: Path, *, form: Form, emit: Emit) -> Exported:
     checkpoint = find(source, emit)
     _require_a_place_for_its_state(checkpoint)
     model, tokenizer = load_opened(checkpoint)
+    _require_special(tokenizer, padding.token)
     partial = to.with_name(f".{to.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -105,6 +123,7 @@ def export(source: Path, to: Path, *, form: Form, emit: Emit) -> Exported:
             write_words(partial, tokenizer, text)
             if isinstance(model, HostLM):
                 bring_words(partial, Path(topology_of(checkpoint)[0].fields["place"]))
+            write_padding(partial, tokenizer, padding)
             ids_bt = torch.randint(tokenizer.vocab_size, _TRIED, generator=stream(0, "export.hf"))
             differs_by = _compared(partial, model.to(dtype), ids_bt, to, bound=0.0 if made == "meristem" else TOLERANCE)
         partial.rename(to)
@@ -203,7 +222,7 @@ def write_words(place: Path, tokenizer: Tokenizer, text: str) -> None:
     }
     with disk_full(place):
         write_synced(place / TOKENIZER, library_file(tokenizer))
-        write_synced(place / "tokenizer_config.json", orjson.dumps(described, option=orjson.OPT_INDENT_2))
+        write_synced(place / TOKENIZER_SETTINGS, orjson.dumps(described, option=orjson.OPT_INDENT_2))
         write_synced(place / "README.md", text.encode())
 
 
@@ -216,6 +235,43 @@ def _marks(tokenizer: Tokenizer) -> dict[str, object]:
     if tokenizer.eos_id is not None:
         marks["eos_token"] = name_of[tokenizer.eos_id]
     return marks | ({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {})
+
+
+def write_padding(place: Path, tokenizer: Tokenizer, padding: Padding) -> None:
+    """Say in the settings of the tokenizer how rows are filled up, and to ``generate`` which token ends a text.
+
+    A tokenizer without special tokens has none to fill rows up with: each of its ids is a text.
+    """
+    path = place / TOKENIZER_SETTINGS
+    described = orjson.loads(read(path))
+    described["padding_side"] = padding.side or described.get("padding_side") or "left"
+    name = padding.token or described.get("pad_token") or _usual_pad(tokenizer)
+    if name is not None:
+        described["pad_token"] = name
+    with disk_full(place):
+        write_synced(path, orjson.dumps(described, option=orjson.OPT_INDENT_2))
+        text = str(name["content"] if isinstance(name, dict) else name)
+        ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.special.get(text)}
+        generation = {f"{mark}_token_id": token_id for mark, token_id in ids.items() if token_id is not None}
+        if generation and not (place / GENERATION).exists():
+            write_synced(place / GENERATION, orjson.dumps(generation, option=orjson.OPT_INDENT_2))
+
+
+def _usual_pad(tokenizer: Tokenizer) -> str | None:
+    """The special token that fills rows up where none is named: one called so, else the one that ends a text."""
+    named = [name for name in PAD_NAMES if name in tokenizer.special]
+    named += [name for name, token_id in tokenizer.special.items() if token_id == tokenizer.eos_id]
+    return named[0] if named else None
+
+
+def _require_special(tokenizer: Tokenizer, name: str | None) -> None:
+    if name is not None and name not in tokenizer.special:
+        has = f"it has {', '.join(map(repr, tokenizer.special))}" if tokenizer.special else "it has none"
+        raise WrongValue(
+            f"--pad-token is {name!r}, and the tokenizer of this checkpoint has no special token of that name: {has}. "
+            f"Name one of these, or leave --pad-token out; tokenizer.special_tokens gives a new run some.",
+            value=name,
+        )
 
 
 def bring_words(place: Path, base: Path) -> None:

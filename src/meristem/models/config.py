@@ -176,10 +176,10 @@ class LearnConfig(ConfigSection):
     outside_identity: ClassVar = frozenset()
 
     which: Annotated[
-        Literal["mlp", "head", "low_rank", "all"],
+        Literal["mlp", "last_mlp", "head", "low_rank", "all"],
         Field(
-            description="What learns: matrices of feed-forward layers, the head, a low-rank part of feed-forward "
-            "layers, or all."
+            description="What learns: matrices of feed-forward layers, those of the last one, the head, a low-rank "
+            "part of feed-forward layers, or all."
         ),
     ] = "mlp"
     lr: Annotated[

@@ -6,21 +6,19 @@ text may begin there, be read on here, and return.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from meristem.memory.state import State, alike_rows, clone, flatten, join_rows, select_rows, take_rows, unflatten
 from meristem.memory.update import momentum_name
-from meristem.models.packed import NotTaken, Packed, packed
+from meristem.models.packed import MATRIX, NotTaken, Packed, packed
 from meristem.native import decoding as native
 from meristem.shapes import Logits, Tokens
 
 Reader: TypeAlias = Callable[[Tokens, State | None], tuple[Logits, State]]
 """A model, or a way to read one (``models.online.online_reader``)."""
-
-MATRIX: Final = "matrix_bhkv"
 
 
 def refusal(reader: Reader) -> str:
@@ -154,6 +152,8 @@ def _leaves(index: int, shape: native.LayerShape) -> _Leaves:
     both = shape.mixer in (native.GATE, native.LAYER)
     attention, recall = (f"layer.{index}.{part}" if both else f"layer.{index}." for part in ("attention.", "recall."))
     found = _Leaves()
+    if shape.mixer == native.SELF_REFERENCE:
+        return found
     if shape.mixer != native.MEMORY:
         found = found._replace(keys=f"{attention}keys_bshk", values=f"{attention}values_bshv")
     if shape.mixer != native.ATTENTION:
@@ -167,6 +167,8 @@ def _filled(decoder: native.Decoder, flat: dict[str, Any], n_rows: int) -> tuple
     """The blocks of rows that are alike, and how many tokens their rings count as read."""
     layers = [_leaves(index, shape) for index, shape in enumerate(decoder.layers)]
     names = {name for each in layers for name in each if name}
+    blocks_bn = decoder.blocks(n_rows)
+    names |= {name for index in range(len(layers)) for name, _ in _whole(decoder, blocks_bn, index)}
     if flat.keys() != names:
         odd = sorted(flat.keys() ^ names)
         raise NotTaken(f"its state has or lacks what the core does not hold: {', '.join(odd[:3])}")
@@ -174,7 +176,6 @@ def _filled(decoder: native.Decoder, flat: dict[str, Any], n_rows: int) -> tuple
     if len(lengths) > 1:
         raise NotTaken("its layers have read different numbers of tokens")
     count = lengths.pop() if lengths else 0
-    blocks_bn = decoder.blocks(n_rows)
     for index, own in enumerate(layers):
         held = decoder.held(blocks_bn, index)
         for name, part, slots in _rings(held, own, count, decoder.layers[index]):
@@ -182,6 +183,14 @@ def _filled(decoder: native.Decoder, flat: dict[str, Any], n_rows: int) -> tuple
             if leaf.shape != (n_rows, n_slots, *part.shape[2:]) or leaf.dtype != decoder.dtype or not leaf.is_cpu:
                 raise NotTaken(f"its state holds {tuple(leaf.shape)} {leaf.dtype} as {name}, which the core does not")
             _put(part, slots, leaf.detach())
+        for name, part in _whole(decoder, blocks_bn, index):
+            leaf = flat[name]
+            if part.dtype == torch.int64:
+                part[:] = leaf
+                continue
+            if leaf.shape != part.shape or leaf.dtype != decoder.dtype or not leaf.is_cpu:
+                raise NotTaken(f"its state holds {tuple(leaf.shape)} {leaf.dtype} as {name}, which the core does not")
+            part.copy_(leaf.detach())
     return blocks_bn, count
 
 
@@ -198,6 +207,8 @@ def _taken_out(decoder: native.Decoder, block_n: Tensor, count: int) -> dict[str
         held = decoder.held(block_n[None], index)
         for name, part, slots in _rings(held, _leaves(index, shape), count, shape):
             flat[name] = torch.cat([part[:, each] for each in slots], dim=1).contiguous()
+        for name, part in _whole(decoder, block_n[None], index):
+            flat[name] = int(part) if part.dtype == torch.int64 else part.clone(memory_format=torch.contiguous_format)
     return flat
 
 
@@ -220,6 +231,26 @@ def _rings(
             yield name, part, _in_time(count, shape.taps - 1, shape.taps - 1)
         else:
             yield name, part, [slice(0, part.shape[1])]
+
+
+def _whole(decoder: native.Decoder, blocks_bn: Tensor, index: int) -> Iterator[tuple[str, Tensor]]:
+    """Each leaf of a layer that the core holds as it stands in a state, and where; counts are integers."""
+    shape, where = decoder.layers[index], f"layer.{index}"
+    if shape.mixer == native.SELF_REFERENCE:
+        own = decoder.held_self(blocks_bn, index)
+        yield f"{where}.memory.n_tokens", own.count_b1
+        yield f"{where}.conv.tail_bsd", own.tail_bsd
+        yield f"{where}.memory.asked.start.{MATRIX}", own.memory_start_bhkv
+        yield f"{where}.memory.asked.live.{MATRIX}", own.memory_live_bhkv
+        if own.makers_start_bhkv is not None and own.makers_live_bhkv is not None:
+            yield f"{where}.memory.makers.start.{MATRIX}", own.makers_start_bhkv
+            yield f"{where}.memory.makers.live.{MATRIX}", own.makers_live_bhkv
+    if shape.hope.is_pooled:
+        levels = decoder.held_levels(blocks_bn, index)
+        yield f"{where}.levels.count", levels.count_b1
+        for level in range(1, shape.hope.n_levels):
+            yield f"{where}.levels.level.{level}.sum_bd", levels.sum_bld[:, level - 1]
+            yield f"{where}.levels.level.{level}.last_bd", levels.last_bld[:, level - 1]
 
 
 def _in_time(first: int, n: int, n_slots: int) -> list[slice]:

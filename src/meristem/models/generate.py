@@ -1,5 +1,6 @@
 """From logits to ids: how the next token is drawn, and the loop that draws many."""
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from meristem.errors import NonFinite, ShapeError, WrongValue
 from meristem.memory.state import State
 from meristem.models.decoding import Decoding, Reader
+from meristem.native.drawing import draw
+from meristem.native.library import library
 from meristem.shapes import Tokens
 
 COLDEST: Final = torch.finfo(torch.float32).tiny
@@ -22,6 +25,9 @@ WARMEST: Final = torch.finfo(torch.float32).max
 
 LIKELIEST: Final = 256
 """So many shares are put in order at first, which is a tenth of the work of all; all where that is not enough."""
+
+UNDRAWN: Final = -1
+"""Stands for the id of a row that has none, since its prediction is not finite."""
 
 BEGINNING: Final = "\n"
 """What is read before a text that has nothing before it."""
@@ -72,39 +78,66 @@ class Drawn:
         return self.make_state()
 
 
+class Samplings:
+    """The settings of some rows, one each, as they are drawn by: made once, for as many tokens as the rows draw."""
+
+    def __init__(self, each: Sequence[Sampling]) -> None:
+        self.each = tuple(each)
+        self.temperatures = array("f", [0.0 if one.is_greedy else min(one.temperature, WARMEST) for one in each])
+        self.cut = [row for row, one in enumerate(each) if not one.is_greedy and (one.top_k or one.top_p < 1)]
+        """Rows of which some ids are left out."""
+
+
 def choose(logits_bo: Float[Tensor, "b o"], sampling: Sampling, generator: torch.Generator) -> Int[Tensor, " b"]:
     """One id per row, as ``choose_rows``. ``generator`` must live where the logits do; taking the likeliest draws
     nothing from it.
 
     A logit of -inf is never drawn; ``NonFinite`` where the largest is not finite.
     """
-    if not logits_bo.amax(-1).isfinite().all():
+    uniforms = [0.0] * len(logits_bo)
+    if not sampling.is_greedy:
+        # Not every device has float64: two numbers of 24 bits are one of 48.
+        pairs_b2 = torch.rand(len(logits_bo), 2, generator=generator, device=logits_bo.device)
+        uniforms = [high + low * 2.0**-24 for high, low in pairs_b2.tolist()]
+    found = choose_rows(logits_bo, Samplings([sampling] * len(uniforms)), uniforms)
+    if UNDRAWN in found:
         raise NonFinite("the model's prediction is not finite, so no token can be drawn. Use another checkpoint.")
-    if sampling.is_greedy:
-        return logits_bo.argmax(-1)
-    # Not every device has float64: two numbers of 24 bits are one of 48.
-    pairs_b2 = torch.rand(len(logits_bo), 2, generator=generator, device=logits_bo.device)
-    uniforms = [high + low * 2.0**-24 for high, low in pairs_b2.tolist()]
-    return choose_rows(logits_bo, [sampling] * len(uniforms), uniforms)
+    return torch.tensor(found, device=logits_bo.device)
 
 
-def choose_rows(
-    logits_bo: Float[Tensor, "b o"], samplings: Sequence[Sampling], uniforms: Sequence[float]
-) -> Int[Tensor, " b"]:
+def choose_rows(logits_bo: Float[Tensor, "b o"], samplings: Samplings, uniforms: Sequence[float]) -> list[int]:
     """One id per row, each with settings and a number in [0, 1) of its own; what a row gives depends on no other.
 
     p_i = softmax((x_i - max x) / temperature), 0 where top_p or top_k leaves i out; the id is the first at which
-    p_0 + ... + p_i exceeds ``uniform`` times the sum of all. A logit of -inf is never drawn; the largest
-    has to be finite.
+    p_0 + ... + p_i exceeds ``uniform`` times the sum of all. A logit of -inf is never drawn; ``UNDRAWN`` where the
+    largest is not finite. The native core, where it is there, draws rows of which no id is left out.
     """
-    drawn = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
-    if not drawn:
-        return logits_bo.argmax(-1)
-    if len(drawn) == len(samplings):
-        return _drawn(logits_bo, samplings, uniforms)
-    chosen_b = logits_bo.argmax(-1)
-    chosen_b[drawn] = _drawn(logits_bo[drawn], [samplings[row] for row in drawn], [uniforms[row] for row in drawn])
-    return chosen_b
+    core = library() if logits_bo.is_cpu and logits_bo.dtype == torch.float32 else None
+    if core is None:
+        return _chosen(logits_bo, samplings, uniforms)
+    found = draw(core, logits_bo, samplings.temperatures, uniforms)
+    if cut := samplings.cut:
+        own = Samplings([samplings.each[row] for row in cut])
+        for row, token_id in zip(cut, _chosen(logits_bo[cut], own, [uniforms[row] for row in cut]), strict=True):
+            found[row] = token_id
+    return found
+
+
+def _chosen(logits_bo: Float[Tensor, "b o"], samplings: Samplings, uniforms: Sequence[float]) -> list[int]:
+    """``choose_rows`` by torch."""
+    is_finite_b = logits_bo.amax(-1).isfinite()
+    if not is_finite_b.all():
+        logits_bo = logits_bo.where(is_finite_b[:, None], 0)
+    drawn = [row for row, temperature in enumerate(samplings.temperatures) if temperature]
+    if len(drawn) == len(samplings.each):
+        chosen_b = _drawn(logits_bo, samplings.each, uniforms)
+    else:
+        chosen_b = logits_bo.argmax(-1)
+        if drawn:
+            own = [samplings.each[row] for row in drawn]
+            chosen_b[drawn] = _drawn(logits_bo[drawn], own, [uniforms[row] for row in drawn])
+    found: list[int] = chosen_b.where(is_finite_b, UNDRAWN).tolist()
+    return found
 
 
 def _drawn(

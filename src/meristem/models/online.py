@@ -14,7 +14,7 @@ from torch.func import functional_call
 from meristem.errors import CapabilityError, ShapeError
 from meristem.memory.state import State, detach
 from meristem.models.config import LearnConfig
-from meristem.models.weights import HeadLearner, WeightLearner, named_tensors, sharing_weights
+from meristem.models.weights import TAILS, TailLearner, WeightLearner, named_tensors, sharing_weights
 from meristem.nn.cms_mlp import CMSMLPLevel
 from meristem.shapes import Logits, Tokens
 
@@ -39,7 +39,7 @@ def online_reader(
     """The model as it is read while ``learn`` of it learns; weights as ``learning`` says, or as its defaults do."""
     if learn == "weights":
         learning = learning or LearnConfig()
-        return (HeadLearner if learning.which == "head" else WeightLearner)(model, learning)
+        return (TailLearner if learning.which in TAILS else WeightLearner)(model, learning)
     if learn == "levels":
         return OnlineLearner(model, loss)
     return frozen(model) if learn == "none" else model

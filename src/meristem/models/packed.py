@@ -15,10 +15,13 @@ from meristem.memory.region import curvature, is_coasting
 from meristem.memory.rule import Rule
 from meristem.memory.state import as_tensors
 from meristem.memory.update import implicit, plain
+from meristem.models.config import LearnConfig
 from meristem.models.lm import LM, Block
+from meristem.models.weights import TAILS, rate_of
 from meristem.native import decoding as native
 from meristem.native.library import core
 from meristem.nn.attention import Attention
+from meristem.nn.cms_mlp import CMSMLP, CMSMLPLevel
 from meristem.nn.combine import Additive, Gated, Normalised, Projected, Sigmoid
 from meristem.nn.conv import CausalConv
 from meristem.nn.gates import GateMap
@@ -28,12 +31,15 @@ from meristem.nn.memory import MemoryLayer, initial_state
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.norm import RMSNorm
+from meristem.nn.self_matrix import Matrices
+from meristem.nn.self_reference import SelfReference
 
 MIXERS: Final = {
     Attention: native.ATTENTION,
     MemoryAsGate: native.GATE,
     MemoryAsLayer: native.LAYER,
     MemoryLayer: native.MEMORY,
+    SelfReference: native.SELF_REFERENCE,
 }
 COMBINES: Final = {Gated: 0, Normalised: 1, Projected: 2, Sigmoid: 3, Additive: 4}
 """By class, its place in ``native.COMBINATIONS``."""
@@ -43,6 +49,13 @@ LARGE_BYTES: Final = 1 << 28
 MANY_THREADS: Final = 4
 """Weights of this size, read by so many threads of torch, arrive sooner than by the one thread of the core: it reads 24
 GB/s of them here, and saves about 0.5 ms of calls for each layer. An estimate: no machine with so many was at hand."""
+
+
+LONGEST_PERIOD: Final = 1 << 24
+"""The longest that float32 counts without a gap."""
+
+MATRIX: Final = "matrix_bhkv"
+"""What a memory of one matrix is in a state."""
 
 
 class NotTaken(Exception):
@@ -137,24 +150,29 @@ class Parts(NamedTuple):
     """What a model is made of, as the core has it.
 
     layers: each with its weights by name. begin: what a memory holds before the first token, where that is not zero, by
-    layer and then by the name of a leaf of its state.
+    layer and then by the name of a leaf of its state. learn_rates: of the last parts of the model, where they learn.
     """
 
     shape: native.ModelShape
     layers: list[tuple[native.LayerShape, native.Weights]]
     ends: native.Weights
     begin: list[dict[str, Tensor]]
+    learn_rates: dict[str, float]
 
 
 def parts_of(reader: object) -> Parts:
     """A model in parts, for a core that is not of this process. Raises NotTaken."""
     model, _ = _taken(reader)
     shape, of_layers = shapes(model)
+    for index, own in enumerate(of_layers):
+        if own.mixer == native.SELF_REFERENCE or own.mlp == native.LEVELS:
+            raise NotTaken(f"layer {index} has a self-reference or levels, which only the core of this process has")
     blocks: list[Any] = list(model.blocks)
     layers: list[tuple[native.LayerShape, native.Weights]] = [
         (own, _layer_weights(block, own)) for own, block in zip(of_layers, blocks, strict=True)
     ]
-    return Parts(shape, layers, _ends(model), [_begin(block.mixer) for block in blocks])
+    rates = {which: rate_of(model, LearnConfig.model_validate({"which": which})) for which in TAILS}
+    return Parts(shape, layers, _ends(model), [_begin(block.mixer) for block in blocks], rates)
 
 
 @torch.no_grad()
@@ -209,18 +227,11 @@ def _layer_shape(index: int, block: Any) -> native.LayerShape:
         part = block if type(block) is not Block else block.mixer
         raise NotTaken(f"{where} has a {type(part).__name__} that the core does not have")
     mixer: Any = block.mixer
-    mlp: Any = block.mlp
-    if type(mlp) not in (SwiGLU, Feedforward) or block.mlp_norm is None:
-        raise NotTaken(f"{where} has a {type(mlp).__name__} that the core does not have")
-    shape = native.LayerShape(mixer=MIXERS[type(mixer)], hidden=mlp.out.in_features)
-    _plain_linear(mlp.out, where, has_bias=type(mlp) is Feedforward)
-    if type(mlp) is SwiGLU:
-        _plain_linear(mlp.gate_up, where)
-    else:
-        _plain_linear(mlp.up, where, has_bias=True)
-        if mlp.activation is not torch.nn.functional.gelu:
-            raise NotTaken(f"{where} has an activation that the core does not have")
-        shape.mlp = native.GELU
+    shape = native.LayerShape(mixer=MIXERS[type(mixer)])
+    _put_feedforward(shape, block, where)
+    if type(mixer) is SelfReference:
+        _put_self_reference(shape, mixer, where)
+        return shape
     if (attention := _attention(mixer)) is not None:
         _put_attention(shape, attention, where)
     if (recall := _recall(mixer)) is not None:
@@ -235,6 +246,58 @@ def _layer_shape(index: int, block: Any) -> native.LayerShape:
         shape.is_writing = layer.is_writing
         shape.is_residual = type(mixer) is not MemoryAsLayer or mixer.is_residual
     return shape
+
+
+def _put_feedforward(shape: native.LayerShape, block: Any, where: str) -> None:
+    mlp: Any = block.mlp
+    if type(mlp) is CMSMLP:
+        _put_levels(shape, mlp, where)
+        return
+    if type(mlp) not in (SwiGLU, Feedforward) or block.mlp_norm is None:
+        raise NotTaken(f"{where} has a {type(mlp).__name__} that the core does not have")
+    shape.hidden = mlp.out.in_features
+    _plain_linear(mlp.out, where, has_bias=type(mlp) is Feedforward)
+    if type(mlp) is SwiGLU:
+        _plain_linear(mlp.gate_up, where)
+    else:
+        _plain_gelu(mlp, where)
+        shape.mlp = native.GELU
+
+
+def _plain_gelu(mlp: Any, where: str) -> None:
+    _plain_linear(mlp.up, where, has_bias=True)
+    _plain_linear(mlp.out, where, has_bias=True)
+    if mlp.activation is not torch.nn.functional.gelu:
+        raise NotTaken(f"{where} has an activation that the core does not have")
+
+
+def _put_levels(shape: native.LayerShape, chain: Any, where: str) -> None:
+    for level in chain.level:
+        if type(level) is not CMSMLPLevel or type(level.feedforward) is not Feedforward:
+            raise NotTaken(f"{where} has a level that the core does not have")
+        _plain_gelu(level.feedforward, where)
+    hidden = {level.feedforward.out.in_features for level in chain.level}
+    if len(hidden) > 1 or max(level.period for level in chain.level) > LONGEST_PERIOD:
+        raise NotTaken(f"{where} has levels of several widths, or one of more tokens than the core counts")
+    config, own = chain.config, shape.hope
+    shape.mlp, shape.hidden, own.n_levels = native.LEVELS, hidden.pop(), len(chain.level)
+    own.is_mixed, own.is_pooled = chain.mix_l is not None, chain.is_carrying
+    own.is_slowest_first = config.order == "slowest"
+
+
+def _put_self_reference(shape: native.LayerShape, layer: SelfReference, where: str) -> None:
+    if not isinstance(layer.makers, Matrices) or type(layer.conv) is not CausalConv:
+        raise NotTaken(f"{where} has memories of several layers, of which the core knows no step")
+    if layer.query is not None:
+        _plain_linear(layer.query, where)
+    _plain_linear(layer.gate, where, has_bias=True)
+    _plain_linear(layer.out, where)
+    shape.memory_heads, shape.taps, shape.is_writing = layer.heads, layer.conv.weight_dc.shape[1], layer.is_writing
+    own = shape.hope
+    own.n_makers, own.is_asking = len(layer.makers.names), layer.query is None
+    own.chunk_makers, own.chunk_memory, own.is_static = layer.chunk_other, layer.chunk_memory, layer.is_static
+    own.is_generated, own.is_squared = layer.makers.is_generated, layer.makers.is_squared
+    own.has_unit_value, own.eta_scale = layer.unit_value, layer.eta_scale
 
 
 def _attention(mixer: Any) -> Any:
@@ -295,11 +358,9 @@ def _plain_linear(linear: Any, where: str, *, has_bias: bool = False) -> None:
 @torch.no_grad()
 def _layer_weights(block: Any, shape: native.LayerShape) -> dict[str, Tensor]:
     """The weights of a layer by the names of ``native/decode.hpp``."""
-    found = {"mixer_norm": block.mixer_norm.gain_d, "mlp_norm": block.mlp_norm.gain_d, "down": block.mlp.out.weight}
-    if shape.mlp == native.SWIGLU:
-        found["up"] = block.mlp.gate_up.weight
-    else:
-        found |= {"up": block.mlp.up.weight, "up_bias": block.mlp.up.bias, "down_bias": block.mlp.out.bias}
+    found = {"mixer_norm": block.mixer_norm.gain_d} | _feedforward_weights(block, shape)
+    if shape.mixer == native.SELF_REFERENCE:
+        return found | _self_weights(block.mixer)
     if (attention := _attention(block.mixer)) is not None:
         found |= _attention_weights(attention)
     if (recall := _recall(block.mixer)) is not None:
@@ -309,6 +370,37 @@ def _layer_weights(block: Any, shape: native.LayerShape) -> dict[str, Tensor]:
         found |= {"open": layer.gate.weight, "open_bias": layer.gate.bias}
     elif shape.mixer == native.GATE:
         found |= _combine_weights(block.mixer.combine)
+    return found
+
+
+def _feedforward_weights(block: Any, shape: native.LayerShape) -> dict[str, Tensor]:
+    if shape.mlp == native.LEVELS:
+        return _levels_weights(block.mlp)
+    found = {"mlp_norm": block.mlp_norm.gain_d, "down": block.mlp.out.weight}
+    if shape.mlp == native.SWIGLU:
+        return found | {"up": block.mlp.gate_up.weight}
+    return found | {"up": block.mlp.up.weight, "up_bias": block.mlp.up.bias, "down_bias": block.mlp.out.bias}
+
+
+def _levels_weights(chain: Any) -> dict[str, Tensor]:
+    levels = list(chain.level)
+    each = [level.feedforward for level in levels]
+    found = {"mlp_norm": torch.stack([level.norm.gain_d for level in levels])}
+    found |= {"up": torch.stack([x.up.weight for x in each]), "up_bias": torch.stack([x.up.bias for x in each])}
+    found |= {"down": torch.stack([x.out.weight for x in each]), "down_bias": torch.stack([x.out.bias for x in each])}
+    if chain.is_carrying:
+        found["periods"] = found["up"].new_tensor([level.period for level in levels])
+    return found if chain.mix_l is None else found | {"shares": chain.mix_l}
+
+
+def _self_weights(layer: SelfReference) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {"conv": layer.conv.weight_dc, "gate_bias": layer.bias_hl}
+    found["memory_norm"] = layer.norm.gain_d
+    found |= {"open": layer.gate.weight, "open_bias": layer.gate.bias, "memory_out": layer.out.weight}
+    if layer.query is not None:
+        found["query"] = layer.query.weight
+    if layer.is_static:
+        found["first_makers"] = layer.makers.joined(layer.values)[MATRIX][0]
     return found
 
 

@@ -21,7 +21,7 @@ was zero.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Final
@@ -39,7 +39,7 @@ from meristem.models.config import LearnConfig
 from meristem.nn.mlp import Feedforward, SwiGLU
 from meristem.shapes import Hidden, Logits, Targets, Tokens
 
-RATES: Final[Mapping[str, float]] = {"mlp": 1.5, "all": 1.0, "head": 0.5, "low_rank": 4.0}
+RATES: Final[Mapping[str, float]] = {"mlp": 1.5, "last_mlp": 1.5, "all": 1.0, "head": 0.5, "low_rank": 4.0}
 """Learning rates that were best for titans-mag on source code that it had not been trained on."""
 
 RANK: Final = 8
@@ -87,8 +87,11 @@ def rates_of(model: nn.Module) -> Mapping[str, float]:
 
 
 def rate_of(model: nn.Module, learning: LearnConfig) -> float:
-    """The learning rate: the one given, else the one found for the model, else the usual one."""
-    usual = rates_of(model).get(learning.which, RATES[learning.which])
+    """The learning rate: the one given, else the one found for the model, else the usual one.
+
+    Of the last feed-forward layer it is that of all of them, which was best for it too where both were tried.
+    """
+    usual = rates_of(model).get(learning.which.removeprefix("last_"), RATES[learning.which])
     return usual if learning.lr is None else learning.lr
 
 
@@ -161,7 +164,7 @@ class WeightLearner:
         if tokens_bt.shape[0] != 1 and self.learning.which != "low_rank":
             raise ShapeError(
                 f"{tokens_bt.shape[0]} texts were given at once; with learn.which={self.learning.which} weights learn "
-                f"from one. Read them one by one, or set learn.which to head or low_rank.",
+                f"from one. Read them one by one, or set learn.which to head, last_mlp or low_rank.",
                 found=tokens_bt.shape[0],
                 expected=1,
             )
@@ -247,13 +250,66 @@ class WeightLearner:
         return mixed(logits_bto, steps_b), after, stepped
 
 
-@dataclass(frozen=True)
-class HeadLearner:
-    """A reader whose head learns: logits are ``(W + D) h + b`` with h the vectors that the model gives its head.
+class Nothing(nn.Module):
+    """In the place of a layer that is computed apart: it adds nothing to what it is given."""
 
-    They do not depend on D, so a call reads its text at once, however many chunks it holds. The gradient of a chunk,
-    ``mean_t (softmax(z_t) - onehot(x_(t+1))) h_t^T``, needs no backward pass, and is taken once the token after the
-    chunk is there. Rows learn side by side.
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(())
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last part of a model, whose weights learn: from the vectors that it is given to logits.
+
+    body: the model without it, which gives these vectors. weights: those that learn, by the names of their changes.
+    read: the logits, where other weights ``(b, out, in)``, or those of the model ``(out, in)``, are in their place.
+    """
+
+    body: nn.Module
+    weights: Mapping[str, Tensor]
+    read: Callable[[Hidden, Mapping[str, Tensor]], Logits]
+
+
+def head_of(model: nn.Module) -> Tail:
+    """The head: logits ``W h + b`` of the vectors h that the model gives it."""
+    weight_od, bias_o = _head(model)
+    body = sharing_weights(model)
+    body.head = nn.Identity()
+    return Tail(body, {"head_bod": weight_od}, lambda hidden, own: _linear(hidden, own["head_bod"], bias_o))
+
+
+def last_mlp_of(model: nn.Module) -> Tail:
+    """The last feed-forward layer, behind which stand a norm and the head alone: ``head(norm(x + mlp(mlp_norm(x))))``.
+
+    The vectors x are those of the residual stream before it.
+    """
+    block = list(getattr(model, "blocks", [None]))[-1]
+    mlp, norm = getattr(block, "mlp", None), getattr(block, "mlp_norm", None)
+    is_last = getattr(model, "join", model) is None and not getattr(model, "n_masked", 0)
+    if not is_last or norm is None or not isinstance(mlp, SwiGLU | Feedforward):
+        raise _lacking("last_mlp")
+    body = sharing_weights(model)
+    body.blocks[-1].mlp, body.norm, body.head = Nothing(), nn.Identity(), nn.Identity()  # type: ignore[index, union-attr]
+    up = mlp.gate_up if isinstance(mlp, SwiGLU) else mlp.up
+
+    def read(hidden_btd: Hidden, own: Mapping[str, Tensor]) -> Logits:
+        inner_btf = mlp.inner(_linear(norm(hidden_btd), own["up_bfd"], up.bias))
+        return model.readout(hidden_btd + _linear(inner_btf, own["out_bdf"], mlp.out.bias))  # type: ignore[operator]
+
+    return Tail(body, {"up_bfd": up.weight, "out_bdf": mlp.out.weight}, read)
+
+
+TAILS: Final[Mapping[str, Callable[[nn.Module], Tail]]] = {"head": head_of, "last_mlp": last_mlp_of}
+
+
+@dataclass(frozen=True)
+class TailLearner:
+    """A reader whose last part learns: the head, or the last feed-forward layer.
+
+    What the rest of the model gives it does not depend on D, nor does any memory, so a call reads its text at once,
+    however many chunks it holds. The gradient of a chunk needs a backward pass through the last part alone, and is
+    taken once the token after the chunk is there; of the head it is ``mean_t (softmax(z_t) - onehot(x_(t+1))) h_t^T``.
+    Rows learn side by side.
 
     The guard compares every chunk with W. From one drop of D to the next, W + D cost at most ``chunk * MARGIN_NATS``
     nats more than W, as the balance is at most what they have saved, and in the last chunk, after which D is dropped or
@@ -265,20 +321,17 @@ class HeadLearner:
     model: nn.Module
     learning: LearnConfig = field(default_factory=LearnConfig)
     rate: float = field(init=False)
-    body: nn.Module = field(init=False)
+    tail: Tail = field(init=False)
 
     def __post_init__(self) -> None:
-        _head(self.model)
-        body = sharing_weights(self.model)
-        body.head = nn.Identity()
-        object.__setattr__(self, "body", body)
+        object.__setattr__(self, "tail", TAILS[self.learning.which](self.model))
         object.__setattr__(self, "rate", rate_of(self.model, self.learning))
 
     @rows_apart
     @torch.no_grad()
     def __call__(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
         carried, learned = _parts(state) or (None, self._fresh(tokens_bt))
-        hidden_btd, carried = self.body(tokens_bt, carried)
+        hidden_btd, carried = self.tail.body(tokens_bt, carried)
         n_seen, chunk = 0, self.learning.chunk
         if "hidden_btd" in learned:
             n_seen = learned["hidden_btd"].shape[1]
@@ -289,37 +342,49 @@ class HeadLearner:
             logits_bto, learned = self._whole(hidden_btd[:, :chunk], tokens_bt[:, 1 : chunk + 1], learned, n_seen)
             logits.append(logits_bto)
             hidden_btd, tokens_bt, n_seen = hidden_btd[:, chunk:], tokens_bt[:, chunk:], 0
-        logits.append(mixed(self._logits(hidden_btd[:, n_seen:], learned), learned["steps_b"]))
+        weights = self._weights(learned)
+        logits.append(mixed(self.tail.read(hidden_btd[:, n_seen:], weights), learned["steps_b"]))
         learned = learned | {"hidden_btd": hidden_btd.clone(), "tokens_bt": tokens_bt.clone()}
         return torch.cat(logits, dim=1), carried | {"learned": learned}
 
     def _fresh(self, tokens_bt: Tokens) -> State:
-        weight_od, _ = _head(self.model)
-        delta = zeros({"head_bod": (len(tokens_bt), *weight_od.shape)}, weight_od)
-        return fresh(self.rate, tokens_bt) | {"delta": delta}
+        own = self.tail.weights
+        shapes = {name: (len(tokens_bt), *weight.shape) for name, weight in own.items()}
+        return fresh(self.rate, tokens_bt) | {"delta": zeros(shapes, next(iter(own.values())))}
 
-    def _logits(self, hidden_btd: Hidden, learned: State) -> Logits:
-        weight_od, bias_o = _head(self.model)
-        weight_bod = learned["delta"]["head_bod"].to(weight_od.dtype).add(weight_od)
-        logits_bto = torch.einsum("btd,bod->bto", hidden_btd, weight_bod.to(hidden_btd.dtype))
-        return logits_bto if bias_o is None else logits_bto + bias_o
+    def _weights(self, learned: State) -> dict[str, Tensor]:
+        own = self.tail.weights
+        return {name: learned["delta"][name].to(weight.dtype).add(weight.detach()) for name, weight in own.items()}
 
     def _whole(self, hidden_btd: Hidden, targets_bt: Targets, learned: State, n_seen: int) -> tuple[Tensor, State]:
         """The logits of a chunk after its first ``n_seen``, and what its gradient makes of what was learned."""
         steps_b, at_bto = learned["steps_b"], targets_bt[..., None]
-        static_bto = functional.linear(hidden_btd, *_head(self.model))
+        static_bto = self.tail.read(hidden_btd, self.tail.weights)
         static_b = nats_of(static_bto, targets_bt).mean(1).to(steps_b.dtype)
-        logits_bto = self._logits(hidden_btd, learned)
+        leaves = {name: leaf.requires_grad_() for name, leaf in self._weights(learned).items()}
+        with torch.enable_grad():
+            predicted_bto = self.tail.read(hidden_btd, leaves)
+        logits_bto = predicted_bto.detach()
         share_bto = wide(logits_bto).softmax(-1)
         n_ids = share_bto.shape[-1]
         cost_b = -smoothed(share_bto.gather(-1, at_bto), n_ids).log().mean((1, 2)).to(steps_b.dtype)
         costs = (torch.where(steps_b > 0, cost_b, static_b), static_b)
         mixed_bto = mixed(logits_bto[:, n_seen:], steps_b, share_bto[:, n_seen:])
         wrong_bto = share_bto.scatter_add_(-1, at_bto, torch.full_like(at_bto, -1, dtype=share_bto.dtype))
-        gradient_bod = torch.einsum("bto,btd->bod", wrong_bto.to(hidden_btd.dtype), hidden_btd / targets_bt.shape[1])
+        wrong_bto = wrong_bto.div_(targets_bt.shape[1]).to(logits_bto.dtype)
+        found = torch.autograd.grad(predicted_bto, list(leaves.values()), wrong_bto)
         lost, clip = lost_nats(n_ids), self.learning.grad_clip
-        stepped, _ = step(learned, {"head_bod": gradient_bod}, costs, first_rate=self.rate, clip=clip, lost_nats=lost)
+        gradients = dict(zip(leaves, found, strict=True))
+        stepped, _ = step(learned, gradients, costs, first_rate=self.rate, clip=clip, lost_nats=lost)
         return mixed_bto, stepped
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer by a matrix of each row, ``(b, out, in)``, or by one of all, ``(out, in)``."""
+    if weight.ndim == 2:
+        return functional.linear(hidden, weight, bias)
+    found_btf = torch.einsum("btd,bfd->btf", hidden, weight.to(hidden.dtype))
+    return found_btf if bias is None else found_btf + bias
 
 
 def fresh(rate: float, tokens_bt: Tokens) -> State:

@@ -39,7 +39,15 @@ EDGE: Final = "edge.cpp"
 
 # The edge's library stands alone, with the C++ library in it and no more of that than it needs.
 SMALL: Final = (
-    ("-fno-rtti", "-DMERISTEM_SMALL", *PORTABLE, "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-s")
+    (
+        "-fno-rtti",
+        "-DMERISTEM_SMALL",
+        *PORTABLE,
+        "-Wl,--exclude-libs,ALL",
+        "-Wl,--gc-sections",
+        "-Wl,-z,noseparate-code",
+        "-s",
+    )
     if sys.platform == "linux"
     else ()
 )

@@ -14,17 +14,18 @@ from torch import Tensor
 
 from meristem.errors import ShapeError, WrongValue
 
-ATTENTION, GATE, LAYER, MEMORY = range(4)
-"""What mixes tokens: attention, memory as gate, memory as layer, memory alone."""
+ATTENTION, GATE, LAYER, MEMORY, SELF_REFERENCE = range(5)
+"""What mixes tokens: attention, memory as gate, memory as layer, memory alone, memories that make their own keys."""
 
 COMBINATIONS: Final = ("gated", "normalised", "projected", "sigmoid", "additive")
-SWIGLU, GELU = range(2)
+SWIGLU, GELU, LEVELS = range(3)
 
 _WEIGHTS: Final = (
     *("mixer_norm", "attention", "attention_out", "pinned_keys", "pinned_values"),
     *("memory", "conv", "gates", "gate_bias", "most_momentum"),
     *("memory_norm", "attention_norm", "open", "open_bias", "memory_out"),
     *("mlp_norm", "up", "up_bias", "down", "down_bias"),
+    *("query", "first_makers", "periods", "shares"),
 )
 _COUNTS: Final = (
     *("mixer", "combine", "is_residual", "mlp", "hidden", "attention_heads", "span", "is_rotated", "n_pinned"),
@@ -35,12 +36,27 @@ _CHOICES: Final = (
     *("is_warm", "is_proximal", "reads_before", "has_momentum", "is_coasting", "is_scaled"),
     *("has_retain", "has_retain_gate"),
 )
+PLAIN: Final = (*_COUNTS, *_MEASURES, *_CHOICES)
+"""The numbers of a layer that has neither a self-reference nor levels."""
+
+
+_SELF: Final = (
+    *("n_makers", "chunk_makers", "chunk_memory", "is_static", "is_generated", "is_squared", "is_asking"),
+    "has_unit_value",
+)
+_LEVELS: Final = ("n_levels", "is_mixed", "is_pooled", "is_slowest_first")
 
 
 class ModelShape(ctypes.Structure):
     """Sizes of a model; eps is that of every norm."""
 
     _fields_ = (*((name, ctypes.c_int64) for name in ("width", "vocabulary", "n_layers")), ("eps", ctypes.c_double))
+
+
+class HopeShape(ctypes.Structure):
+    """A self-reference and feed-forward levels, as ``native/hope.hpp`` has them."""
+
+    _fields_ = (*((name, ctypes.c_int64) for name in (*_SELF, *_LEVELS)), ("eta_scale", ctypes.c_double))
 
 
 class LayerShape(ctypes.Structure):
@@ -50,6 +66,7 @@ class LayerShape(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _COUNTS),
         *((name, ctypes.c_double) for name in _MEASURES),
         *((name, ctypes.c_int64) for name in _CHOICES),
+        ("hope", HopeShape),
     )
 
 
@@ -65,8 +82,20 @@ _OFFSETS: Final = ("keys", "values", "matrix", "momentum", "tail")
 _STRIDES: Final = ("key_stride", "value_stride", "matrix_stride", "tail_stride")
 
 
+_HOPE_OFFSETS: Final = ("count", "tail", "makers_start", "makers_live", "memory_start", "memory_live")
+_HOPE_STRIDES: Final = ("tail_stride", "makers_stride", "memory_stride")
+
+
+class _HopePlace(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in (*_HOPE_OFFSETS, *_HOPE_STRIDES, "rows", "row_stride"))
+
+
 class _Place(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in (*_OFFSETS, *_STRIDES))
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in (*_OFFSETS, *_STRIDES)),
+        ("mixer", _HopePlace),
+        ("mlp", _HopePlace),
+    )
 
 
 Weights: TypeAlias = Mapping[str, Tensor]
@@ -84,6 +113,30 @@ class Held(NamedTuple):
     matrix_bhkv: Tensor | None
     momentum_bhkv: Tensor | None
     tail_bsd: Tensor | None
+
+
+class HeldSelf(NamedTuple):
+    """What readers hold of a self-reference; None of makers that are not written.
+
+    count_b1: tokens read while its memories were written. Of memories, the values that began the unfinished chunk, and
+    those that its tokens have left; makers lie side by side along the last axis.
+    """
+
+    count_b1: Tensor
+    tail_bsd: Tensor
+    makers_start_bhkv: Tensor | None
+    makers_live_bhkv: Tensor | None
+    memory_start_bhkv: Tensor
+    memory_live_bhkv: Tensor
+
+
+class HeldLevels(NamedTuple):
+    """What readers hold of levels that read means, l without the fastest: tokens read, and of each level the sum over
+    its unfinished period and its last output."""
+
+    count_b1: Tensor
+    sum_bld: Tensor
+    last_bld: Tensor
 
 
 class Decoder:
@@ -140,12 +193,9 @@ class Decoder:
     def held(self, blocks: Tensor, layer: int) -> Held:
         """Where the blocks of some readers hold what is of a layer."""
         own, place, d = self.layers[layer], self._places[layer], self.shape.width
-        n, size = blocks.shape
 
         def view(at: int, sizes: Sequence[int], strides: Sequence[int]) -> Tensor | None:
-            if at < 0:
-                return None
-            return blocks.as_strided((n, *sizes), (size, *strides), blocks.storage_offset() + at)
+            return None if at < 0 else _view(blocks, at, sizes, strides)
 
         a, s = own.attention_heads, own.span
         k = d // a if a else 0
@@ -159,6 +209,30 @@ class Decoder:
             view(place.momentum, *matrix),
             view(place.tail, (own.taps - 1, 3 * d), (to_tail, 1)),
         )
+
+    def held_self(self, blocks: Tensor, layer: int) -> HeldSelf:
+        """Where the blocks of some readers hold what is of the self-reference of a layer."""
+        own, place, d = self.layers[layer], self._places[layer].mixer, self.shape.width
+        h, to_row, to_maker = own.memory_heads, place.memory_stride, place.makers_stride
+        k = d // h
+        memory = (h, k, k), (k * to_row, to_row, 1)
+        makers = (h, k, own.hope.n_makers * k), (k * to_maker, to_maker, 1)
+        has_makers = not own.hope.is_static
+        return HeldSelf(
+            _count(blocks, place.count),
+            _view(blocks, place.tail, (own.taps - 1, d), (place.tail_stride, 1)),
+            _view(blocks, place.makers_start, *makers) if has_makers else None,
+            _view(blocks, place.makers_live, *makers) if has_makers else None,
+            _view(blocks, place.memory_start, *memory),
+            _view(blocks, place.memory_live, *memory),
+        )
+
+    def held_levels(self, blocks: Tensor, layer: int) -> HeldLevels:
+        """Where the blocks of some readers hold what is of the levels of a layer, which read means."""
+        own, place, d = self.layers[layer], self._places[layer].mlp, self.shape.width
+        rows = (own.hope.n_levels - 1, d), (2 * place.row_stride, 1)
+        sums_bld, lasts_bld = (_view(blocks, place.rows + at, *rows) for at in (0, place.row_stride))
+        return HeldLevels(_count(blocks, place.count), sums_bld, lasts_bld)
 
     def room(self, n: int) -> Tensor:
         """What a step of so many readers writes beside their blocks."""
@@ -234,6 +308,16 @@ _FUNCTIONS: Final = {
 """Of each function of the interface: what it gives, and what it takes."""
 
 
+def _view(blocks: Tensor, at: int, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+    n, size = blocks.shape
+    return blocks.as_strided((n, *sizes), (size, *strides), blocks.storage_offset() + at)
+
+
+def _count(blocks: Tensor, at: int) -> Tensor:
+    """An integer of each reader that stands among its numbers, ``(b, 1)``."""
+    return _view(blocks, at, (8 // blocks.element_size(),), (1,)).view(torch.int64)
+
+
 def _function(core: ctypes.CDLL, name: str, gives: Any, *takes: Any) -> Any:
     # A function object of its own: one that is shared has one signature for all who use it.
     prototype = ctypes.CFUNCTYPE(gives, *takes)
@@ -242,9 +326,9 @@ def _function(core: ctypes.CDLL, name: str, gives: Any, *takes: Any) -> Any:
 
 def _sizes(d: int, own: LayerShape) -> dict[str, tuple[int, ...]]:
     """The weights that a layer must have, with their sizes."""
-    f = own.hidden
-    sizes: dict[str, tuple[int, ...]] = {"mixer_norm": (d,), "mlp_norm": (d,), "down": (d, f)}
-    sizes |= {"up": (2 * f, d)} if own.mlp == SWIGLU else {"up": (f, d), "up_bias": (f,), "down_bias": (d,)}
+    sizes = {"mixer_norm": (d,)} | _feedforward_sizes(d, own)
+    if own.mixer == SELF_REFERENCE:
+        return sizes | _self_sizes(d, own)
     if own.mixer != MEMORY:
         sizes |= {"attention": (3 * d, d), "attention_out": (d, d)}
         if own.n_pinned:
@@ -266,6 +350,26 @@ def _sizes(d: int, own: LayerShape) -> dict[str, tuple[int, ...]]:
         "additive": {"memory_norm": head, "open": (d, d), "open_bias": (d,)},
     }
     return sizes | of_combination[COMBINATIONS[own.combine]]
+
+
+def _feedforward_sizes(d: int, own: LayerShape) -> dict[str, tuple[int, ...]]:
+    f, hope = own.hidden, own.hope
+    if own.mlp == SWIGLU:
+        return {"mlp_norm": (d,), "up": (2 * f, d), "down": (d, f)}
+    if own.mlp == GELU:
+        return {"mlp_norm": (d,), "up": (f, d), "up_bias": (f,), "down": (d, f), "down_bias": (d,)}
+    n = hope.n_levels
+    sizes: dict[str, tuple[int, ...]] = {"mlp_norm": (n, d), "up": (n, f, d), "up_bias": (n, f)}
+    sizes |= {"down": (n, d, f), "down_bias": (n, d)}
+    return sizes | ({"periods": (n,)} if hope.is_pooled else {}) | ({"shares": (n,)} if hope.is_mixed else {})
+
+
+def _self_sizes(d: int, own: LayerShape) -> dict[str, tuple[int, ...]]:
+    h, hope = own.memory_heads, own.hope
+    sizes: dict[str, tuple[int, ...]] = {"conv": (d, own.taps), "gate_bias": (h, 2), "memory_norm": (d // h,)}
+    sizes |= {"open": (d, d), "open_bias": (d,), "memory_out": (d, d)}
+    sizes |= {} if hope.is_asking else {"query": (d, d)}
+    return sizes | ({"first_makers": (h, d // h, hope.n_makers * (d // h))} if hope.is_static else {})
 
 
 def _checked(weights: Weights, sizes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:

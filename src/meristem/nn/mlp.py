@@ -22,12 +22,15 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, hidden_btd: Hidden) -> Hidden:
-        gate_up_btf = self.gate_up(hidden_btd)
-        if fuses(gate_up_btf, width=gate_up_btf.shape[-1] // 2):
-            made_btd: Hidden = self.out(native.swiglu(gate_up_btf))
-            return made_btd
-        gate_btf, up_btf = gate_up_btf.chunk(2, dim=-1)
-        return self.out(F.silu(gate_btf) * up_btf)
+        return self.out(self.inner(self.gate_up(hidden_btd)))
+
+    def inner(self, projected: Tensor) -> Tensor:
+        """What the last projection is given, from what the first gives."""
+        if fuses(projected, width=projected.shape[-1] // 2):
+            fused: Tensor = native.swiglu(projected)
+            return fused
+        gate_btf, up_btf = projected.chunk(2, dim=-1)
+        return F.silu(gate_btf) * up_btf
 
 
 class Feedforward(nn.Module):
@@ -42,4 +45,8 @@ class Feedforward(nn.Module):
         self.out = nn.Linear(hidden, width)
 
     def forward(self, hidden_btd: Hidden) -> Hidden:
-        return self.out(self.activation(self.up(hidden_btd)))
+        return self.out(self.inner(self.up(hidden_btd)))
+
+    def inner(self, projected: Tensor) -> Tensor:
+        """What the last projection is given, from what the first gives."""
+        return self.activation(projected)

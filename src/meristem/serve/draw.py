@@ -4,14 +4,15 @@ A row is drawn from one number of its own (``models.generate.choose_rows``): so 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from random import Random
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 from meristem.errors import NonFinite
-from meristem.models.generate import Sampling, choose_rows
+from meristem.models.generate import UNDRAWN, Sampling, Samplings, choose_rows
 
 
 class Drawn(NamedTuple):
@@ -37,26 +38,37 @@ class Wanted(NamedTuple):
     n_top: int | None
 
 
-def draw(logits_bo: Float[Tensor, "b o"], wanted: Sequence[Wanted]) -> list[Drawn | NonFinite]:
-    """A token for each row of predictions, or why it has none: its prediction is not finite."""
-    is_finite = logits_bo.amax(-1).isfinite().tolist()
-    # The places of rows that are not finite are drawn as well, from zeros, and passed over.
-    drawable_bo = logits_bo if all(is_finite) else logits_bo.where(logits_bo.amax(-1, keepdim=True).isfinite(), 0)
-    samplings, uniforms = [each.sampling for each in wanted], [each.random.random() for each in wanted]
-    token_ids = choose_rows(drawable_bo, samplings, uniforms).tolist()
-    rows = zip(is_finite, token_ids, logits_bo.split(1), wanted, strict=True)
-    return [_told(token_id, row_bo, each.n_top) if is_fine else _undrawn() for is_fine, token_id, row_bo, each in rows]
+# One for each id: of a new one for every token collections of garbage would walk through all that replies hold.
+_plain: Final = cache(Drawn)
+
+
+class Draws:
+    """How the rows of a batch are drawn, made once for as long as they are the same."""
+
+    def __init__(self, wanted: Sequence[Wanted]) -> None:
+        self._samplings = Samplings([each.sampling for each in wanted])
+        self._numbers = [each.random.random for each in wanted]
+        self._tops = [each.n_top for each in wanted]
+        self._is_plain = all(n_top is None for n_top in self._tops)
+
+    def draw(self, logits_bo: Float[Tensor, "b o"]) -> list[Drawn | NonFinite]:
+        """A token for each row of predictions, or why it has none: its prediction is not finite."""
+        token_ids = choose_rows(logits_bo, self._samplings, [number() for number in self._numbers])
+        if self._is_plain and UNDRAWN not in token_ids:
+            return [*map(_plain, token_ids)]
+        rows = zip(token_ids, logits_bo, self._tops, strict=True)
+        return [_undrawn() if token_id == UNDRAWN else _told(token_id, *row) for token_id, *row in rows]
 
 
 def _undrawn() -> NonFinite:
     return NonFinite("the model's prediction is not finite, so no token can be drawn. Use another checkpoint.")
 
 
-def _told(token_id: int, logits_bo: Tensor, n_top: int | None) -> Drawn:
+def _told(token_id: int, logits_o: Tensor, n_top: int | None) -> Drawn:
     """A token with what is wanted of its probability."""
     if n_top is None:
-        return Drawn(token_id)
-    logprob_o = logits_bo[0].float().log_softmax(-1)
+        return _plain(token_id)
+    logprob_o = logits_o.float().log_softmax(-1)
     top = logprob_o.topk(min(n_top, len(logprob_o)))
     return Drawn(
         token_id, float(logprob_o[token_id]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))

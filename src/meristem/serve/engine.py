@@ -25,7 +25,7 @@ from meristem.memory.state import State, alike_by
 from meristem.models.decoding import Decoding, Reader, refusal
 from meristem.models.generate import Sampling
 from meristem.serve.batch import Batch, NativeBatch, exact_sizes
-from meristem.serve.draw import Drawn, Wanted, draw
+from meristem.serve.draw import Drawn, Draws, Wanted
 from meristem.serve.moment import READ_AT_ONCE, Moment, read, surprise
 
 READ_PER_ROUND: Final = READ_AT_ONCE
@@ -137,7 +137,7 @@ class _Rows:
     """
 
     rows: list[tuple[int, Job]]
-    wanted: list[Wanted]
+    draws: Draws
     handed: set[Callable[[], None]]
     logits_bo: Tensor
     drawn_at: float | None = None
@@ -403,15 +403,15 @@ class Engine:
         found = self._rows.get(id(batch))
         if found is None:
             rows = list(batch.taken())
-            wanted, handed = [job.wanted for _, job in rows], {job.order.handed for _, job in rows}
+            draws, handed = Draws([job.wanted for _, job in rows]), {job.order.handed for _, job in rows}
             logits_bo = torch.cat([job.logits_bo for _, job in rows if job.logits_bo is not None])
-            found = self._rows[id(batch)] = _Rows(rows, wanted, handed, logits_bo)
+            found = self._rows[id(batch)] = _Rows(rows, draws, handed, logits_bo)
         return found
 
     def _write(self, batch: Batch[Job] | NativeBatch[Job]) -> None:
         """Draw a token for every row of a batch, read it, and hand it out."""
         writing = self._rows_of(batch)
-        found = draw(writing.logits_bo, writing.wanted)
+        found = writing.draws.draw(writing.logits_bo)
         tokens = [token for token in found if not isinstance(token, NonFinite)]
         if len(tokens) < len(found):
             self._settle()

@@ -18,7 +18,7 @@ from meristem.memory.state import join_rows
 from meristem.models.decoding import Decoding
 from meristem.models.generate import Sampling
 from meristem.models.load import Loaded
-from meristem.serve.draw import Drawn, Wanted, draw
+from meristem.serve.draw import Drawn, Draws, Wanted
 from meristem.serve.moment import FRESH, read
 
 TEMPERATURE: Final = 0.8
@@ -108,11 +108,11 @@ def alone(loaded: Loaded, n_rows: int, n_tokens: int) -> float:
         logits.append(logits_bto[:, -1])
     rows, randoms = Decoding(loaded.model, join_rows(states)), [Random(at) for at in range(n_rows)]
     logits_bo, sampling, began = torch.cat(logits), Sampling(temperature=TEMPERATURE), 0.0
-    wanted = [Wanted(sampling, own, None) for own in randoms]
+    draws = Draws([Wanted(sampling, own, None) for own in randoms])
     for step in range(N_WARM + n_tokens):
         if step == N_WARM:
             began = time.perf_counter()
-        found = draw(logits_bo, wanted)
+        found = draws.draw(logits_bo)
         logits_bo = rows.step([token.token_id for token in found if isinstance(token, Drawn)])
     return n_rows * n_tokens / (time.perf_counter() - began)
 

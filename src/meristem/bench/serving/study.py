@@ -1,37 +1,32 @@
 """All that is measured of a server, part by part, and the page that holds it."""
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
 import torch
 
-from meristem.bench.estimate import table
 from meristem.bench.measure import Row
+from meristem.bench.parts import Parts, figures, machine, measured
 from meristem.bench.serving.load import Say, health, idle, requests
 from meristem.bench.serving.server import Server, serving
 from meristem.bench.serving.speed import TEMPERATURE, long_session, speeds
-from meristem.bench.suite import to_json
-from meristem.checkpoint.atomic import write_atomic
-from meristem.errors import WrongValue
 from meristem.events import silent
 from meristem.models.load import Loaded
 from meristem.runs.open import load
 
-SCHEMA: Final = "meristem.serve-bench/2"
-VERDICTS: Final = {True: "met", False: "**missed**", None: ""}
-PARTS: Final = {
-    "speeds": "sessions that write together",
-    "long": "a long session",
-    "health": "a long text beside replies",
-    "requests": "many requests",
-    "idle": "idle sessions",
-}
+PARTS: Final = Parts(
+    "meristem.serve-bench/2",
+    {
+        "speeds": "sessions that write together",
+        "long": "a long session",
+        "health": "a long text beside replies",
+        "requests": "many requests",
+        "idle": "idle sessions",
+    },
+)
 """What can be measured by itself, in the order of the page."""
 
 
@@ -66,16 +61,13 @@ def measure(
     """
     torch.set_num_threads(1)
     loaded = load(checkpoint, silent)
-    for part in PARTS:
+    for part in PARTS.names:
         if part not in parts or not sizes.has(part):
             continue
-        say(PARTS[part])
-        load_average, rows = os.getloadavg()[0], []
+        say(PARTS.names[part])
         with tempfile.TemporaryDirectory(prefix="meristem-bench-") as place:
-            for row in _rows(part, sizes, checkpoint, loaded, Path(place), say):
-                heard(row)
-                rows.append(row)
-        yield _found(part, sizes, load_average, rows)
+            found = measured(part, sizes.repeats, _rows(part, sizes, checkpoint, loaded, Path(place), say), heard)
+        yield found | {"sizes": asdict(sizes)}
 
 
 def _rows(part: str, sizes: Sizes, checkpoint: Path | None, loaded: Loaded, place: Path, say: Say) -> Iterator[Row]:
@@ -97,75 +89,21 @@ def _of_a_server(part: str, sizes: Sizes, loaded: Loaded, server: Server, say: S
     return requests(server, sizes.requests, say)
 
 
-def _found(part: str, sizes: Sizes, load_average: float, rows: Sequence[Row]) -> dict[str, Any]:
-    """A part for programs. load_average: before it began."""
-    date = datetime.now(UTC).date().isoformat()
-    found = to_json(rows, n_repeats=sizes.repeats) | {"part": part, "sizes": asdict(sizes), "date": date}
-    return found | {"load_average": load_average}
-
-
-def report_of(parts: Sequence[dict[str, Any]], command: str, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
-    """For programs: these parts, and of an earlier report those that are not among them.
-
-    WrongValue where the earlier one was measured elsewhere, so that its figures do not belong beside these.
-    """
-    own = [found | {"command": command} for found in parts]
-    kept = [] if earlier is None else [found for found in earlier["parts"] if found["part"] not in {*map(_name, parts)}]
-    machines = {(str(found["hardware"]), found["torch"]) for found in (*own, *kept)}
-    if len(machines) > 1:
-        raise WrongValue("the page holds figures of another machine or another torch. Choose another --out.", key="out")
-    return {"schema": SCHEMA, "parts": sorted([*own, *kept], key=lambda found: [*PARTS].index(_name(found)))}
-
-
-def _name(found: dict[str, Any]) -> str:
-    return str(found["part"])
-
-
-def read(out: Path) -> dict[str, Any] | None:
-    """The report beside a page; None where there is none of this schema."""
-    place = out.with_suffix(".json")
-    found = orjson.loads(place.read_bytes()) if place.exists() else None
-    return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
-
-
-def write(out: Path, report: dict[str, Any]) -> None:
-    """The page, and the JSON beside it."""
-    write_atomic(out.with_suffix(".json"), orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
-    write_atomic(out, page(report).encode())
-
-
 def page(report: dict[str, Any]) -> str:
     """The table for people, beside what was asked."""
-    first = report["parts"][0]
-    machine = f"{first['hardware']['cpu']}, {first['hardware']['cpu_count']} cores, torch {first['torch']}"
-    shown = [
-        (
-            row["name"],
-            f"{row['measured']:{',.0f' if row['measured'] >= 1000 else '.3g'}} {row['unit']}",
-            "" if row["target"] is None else f"{row['sense']} {row['target']:g}",
-            VERDICTS[row["is_met"]],
-            row["note"],
-        )
-        for found in report["parts"]
-        for row in found["rows"]
-    ]
-    how = [
-        (PARTS[found["part"]], found["date"], f"{found['load_average']:.1f}", f"`{found['command']}`")
-        for found in report["parts"]
-    ]
     lines = [
         "# What serving costs",
         "",
-        f"Measured on {machine}. Each part has a server of its own, and was measured by itself.",
+        f"Measured on {machine(report)}. Each part has a server of its own, and was measured by itself.",
         "",
-        *table(("what", "measured", "asked", "", "note"), shown),
+        *figures(row for found in report["parts"] for row in found["rows"]),
         "",
-        *table(("part", "measured on", "load average before", "written by"), how),
+        *PARTS.how(report),
         "",
         "A load average of 1 is one other program that computes all the time. The server is `meristem serve` in a "
         "process of its own, and the load comes over the loopback from another, on the same cores. Tokens/s are "
-        f"medians of {first['repeats']}, of the time in which all sessions write; each has a memory of its own, a text "
-        f"of its own behind it, and draws at a temperature of {TEMPERATURE}. Tokens that the server sends together "
+        f"medians of {report['parts'][0]['repeats']}, of the time in which all sessions write; each has a memory of "
+        f"its own, a text of its own behind it, and draws at a temperature of {TEMPERATURE}. Tokens sent together "
         "count as one: from token to token is from one event to the next. In process the same batch is read and drawn "
         "in a loop, with no server, queue, text or JSON. An idle session is read from its file, which the operating "
         "system may still have in memory, and its turn is written to the disk.",

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def look(config: Config) -> DataFigures | None:
     place = prepared(config.data, config.tokenizer)
     if place is None:
         return None
-    corpus = replace(open_corpus(place, verify=False), weights=config.data.weights)
+    corpus = open_corpus(place, verify=False).for_training(config.data)
     vocabulary = corpus.tokenizer.vocab_size
     max_token_id = int(corpus.manifest["max_token_id"])
     if max_token_id >= vocabulary:
@@ -53,7 +52,8 @@ def look(config: Config) -> DataFigures | None:
     stride = data.stride or (1 if data.order == "random" else data.seq_len)
     n_covered = stream.n_windows * min(stride, data.seq_len) + max(0, data.seq_len - stride) + 1
     n_tokens = len(corpus.tokens("train"))
-    n_covered = n_tokens if data.order == "documents" else n_covered
+    reads_all = data.order == "documents" and data.difficulty.cap == 1
+    n_covered = n_tokens if reads_all else n_covered
     per_step = data.seq_len * data.batch_size * train.grad_accum_steps
     steps = train.steps if train.steps is not None else (train.tokens or 0) / per_step
     return DataFigures(
