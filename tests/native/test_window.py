@@ -144,8 +144,8 @@ def test_the_core_takes_no_other_attention() -> None:
 
 
 def test_the_operation_is_what_torch_expects_of_one() -> None:
-    past = [torch.randn(2, 3, 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    vectors = torch.randn(2, 9, 96, dtype=torch.float64, requires_grad=True)
+    past = [torch.randn(3, 5, 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    vectors = torch.randn(3, 9, 96, dtype=torch.float64, requires_grad=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for given in ((None, None), past):
         arguments = vectors, *given, 2, 4, True, True

@@ -14,7 +14,7 @@ PARTS: Final = Parts(
         "memory": "Memory forms and layers",
         "rules": "Every rule in every form",
         "model": "The default preset against a transformer",
-        "training": "Training of the default preset, native over tensor code",
+        "training": "Training of the default preset by the native core",
         "compositions": "Memory as context, gate and layer",
         "hope": "HOPE",
         "levels": "Levels",
