@@ -381,8 +381,9 @@ class TailLearner:
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer by a matrix of each row, ``(b, out, in)``, or by one of all, ``(out, in)``."""
-    if weight.ndim == 2:
-        return functional.linear(hidden, weight, bias)
+    if weight.ndim == 2 or len(weight) == 1:
+        # Not as a batch of one, whose products torch copies into another order.
+        return functional.linear(hidden, weight.flatten(0, -2).to(hidden.dtype), bias)
     found_btf = torch.einsum("btd,bfd->btf", hidden, weight.to(hidden.dtype))
     return found_btf if bias is None else found_btf + bias
 
