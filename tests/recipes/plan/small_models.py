@@ -1,6 +1,8 @@
 """Small models with a part of each kind, and the truth about a step: what torch's profiler saw the allocator do."""
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,19 +99,46 @@ def train(model: nn.Module, batch: int, window: int, stage: Stage = lambda name:
 
 
 def profiled_peak(model: nn.Module, call: Callable[[], object]) -> int:
-    """The most bytes that parameters, buffers and everything allocated during a call occupied at once."""
+    """The most bytes that parameters, buffers and everything allocated during a call occupied at once.
+
+    What an operation takes and gives back before it ends is scratch space of its kernel, of which no plan is made: some
+    lay out their inputs anew, and oneDNN packs the matrices of products in bfloat16 on processors with units for it.
+    """
     standing = [*model.parameters(), *model.buffers()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    moves: list[tuple[int, int]] = []
-    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
-        if event.name == "[memory]":
-            moves.append((event.start_time_ns, event.extra_fields.alloc_size))
+    moves = [move for event in profiler.profiler.kineto_results.experimental_event_tree() for move in _moves(event)]
     live_bytes = peak_bytes = sum(tensor.untyped_storage().nbytes() for tensor in standing)
-    for _, size_bytes in sorted(moves, key=lambda move: move[0]):
+    for _, size_bytes, _ in sorted(moves):
         live_bytes += size_bytes
         peak_bytes = max(peak_bytes, live_bytes)
     return peak_bytes
+
+
+def _moves(event: Any) -> list[tuple[int, int, int]]:
+    """When memory was taken or given back inside an event, how many bytes, and where they lie."""
+    if event.name == "[memory]":
+        return [(event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr)]
+    moves = [move for child in event.children for move in _moves(child)]
+    if not _is_kernel(event.name):
+        return moves
+    taken: dict[int, tuple[int, int, int]] = {}
+    lasting = []
+    for move in sorted(moves):
+        if move[1] > 0:
+            taken[move[2]] = move
+        elif taken.pop(move[2], None) is None:
+            lasting.append(move)
+    return [*lasting, *taken.values()]
+
+
+@cache
+def _is_kernel(name: str) -> bool:
+    """Whether this is one operation where a plan follows operations, and not made of others there."""
+    namespace, _, operation = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), operation, None) if operation.isidentifier() else None
+    if packet is None:
+        return False
+    names = [name if overload == "default" else f"{name}.{overload}" for overload in packet.overloads()]
+    known = [each for each in names if torch._C._dispatch_has_kernel(each)]
+    return not any(torch._C._dispatch_has_kernel_for_dispatch_key(each, "CompositeImplicitAutograd") for each in known)
