@@ -92,9 +92,15 @@ def test_a3_generate_ends_where_the_tokenizer_ends_a_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "marks, words, name", [(("</s>",), (), "</s>"), (MARKS, ("--pad-token", "</s>"), "</s>"), ((), (), None)]
+    "marks, words, name",
+    [
+        (("</s>",), (), None),
+        (("</s>",), ("--pad-token", "</s>"), "</s>"),
+        (MARKS, ("--pad-token", "</s>"), "</s>"),
+        ((), (), None),
+    ],
 )
-def test_a_token_for_padding_is_the_named_one_or_the_end_of_a_text_or_none(tmp_path, marks, words, name):
+def test_a_token_for_padding_is_the_named_one_or_one_called_so_or_none(tmp_path, marks, words, name):
     """A tokenizer of bytes alone has none: each of its ids is a text."""
     from transformers import AutoTokenizer
 

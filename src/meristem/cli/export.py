@@ -30,7 +30,7 @@ def hf(
     ] = None,
     pad_token: Annotated[
         str | None,
-        typer.Option("--pad-token", metavar="TOKEN", help="With which special token; <pad>, or the end of a text."),
+        typer.Option("--pad-token", metavar="TOKEN", help="With which special token; <pad> or one like it."),
     ] = None,
     as_json: Json = False,
 ) -> None:

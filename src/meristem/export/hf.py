@@ -72,8 +72,8 @@ _TRIED: Final = (2, 9)
 
 class Padding(NamedTuple):
     """How ``transformers`` fills up the rows of a batch. side: None for what a base says, else left, where ``generate``
-    has it. token: a special token by its text; None for what a base says, for one of ``PAD_NAMES``, or for the one that
-    ends a text."""
+    has it. token: a special token by its text; None for what a base says, or for one of ``PAD_NAMES``, and never for the
+    one that ends a text."""
 
     side: Literal["left", "right"] | None = None
     token: str | None = None
@@ -263,10 +263,8 @@ def write_padding(place: Path, tokenizer: Tokenizer, padding: Padding) -> None:
 
 
 def _usual_pad(tokenizer: Tokenizer) -> str | None:
-    """The special token that fills rows up where none is named: one called so, else the one that ends a text."""
-    named = [name for name in PAD_NAMES if name in tokenizer.special]
-    named += [name for name, token_id in tokenizer.special.items() if token_id == tokenizer.eos_id]
-    return named[0] if named else None
+    """The special token that fills rows up where none is named, by what it is called."""
+    return next((name for name in PAD_NAMES if name in tokenizer.special), None)
 
 
 def _require_special(tokenizer: Tokenizer, name: str | None) -> None:
