@@ -72,8 +72,8 @@ _TRIED: Final = (2, 9)
 
 class Padding(NamedTuple):
     """How ``transformers`` fills up the rows of a batch. side: None for what a base says, else left, where ``generate``
-    has it. token: a special token by its text; None for what a base says, or for one of ``PAD_NAMES``, and never for the
-    one that ends a text."""
+    has it. token: a special token by its text; None for what a base says, or for one of ``PAD_NAMES``, but never for
+    the one that ends a text."""
 
     side: Literal["left", "right"] | None = None
     token: str | None = None
