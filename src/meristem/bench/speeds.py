@@ -1,6 +1,7 @@
 """The page of all speeds: every figure beside what was asked, and beside every miss the limit and the reason."""
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +33,7 @@ UNEXPLAINED: Final = "**no reason is written down**"
 
 
 class LimitsConfig(ConfigSection):
-    """Why figures fall short. limits: a sentence by the name of the figure."""
+    """Why figures fall short. limits: a sentence by the name of the figure, in which * stands for anything."""
 
     limits: dict[str, str] = {}
 
@@ -44,7 +45,7 @@ def read_limits(path: Path) -> dict[str, str]:
 
 
 def page(report: Mapping[str, Any], limits: Mapping[str, str]) -> str:
-    """The page for people. limits: sentences that stand beside what is missed, by the name of the figure."""
+    """The page for people. limits: as in ``LimitsConfig``; the first that fits a missed figure stands beside it."""
     missed = [row for found in report["parts"] for row in found["rows"] if row["is_met"] is False]
     lines = [
         "# What was measured",
@@ -58,10 +59,13 @@ def page(report: Mapping[str, Any], limits: Mapping[str, str]) -> str:
         lines += ["", f"## {PARTS.names[found['part']]}", "", *figures(found["rows"])]
     lines += ["", "## What falls short", ""]
     short = [
-        (row["name"], amount(row), f"{row['sense']} {row['target']:g}", limits.get(row["name"], UNEXPLAINED))
-        for row in missed
+        (row["name"], amount(row), f"{row['sense']} {row['target']:g}", _limit(row["name"], limits)) for row in missed
     ]
     lines += table(("what", "measured", "asked", "why"), short) if short else ["Nothing."]
     lines += ["", "## How", "", *PARTS.how(report)]
     lines += ["", "A load average of 1 is one other program that computes all the time."]
     return "\n".join([*lines, ""])
+
+
+def _limit(name: str, limits: Mapping[str, str]) -> str:
+    return next((sentence for pattern, sentence in limits.items() if fnmatchcase(name, pattern)), UNEXPLAINED)
