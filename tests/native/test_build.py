@@ -45,6 +45,14 @@ def loaded() -> library.Core:
 
 
 @needs_compiler
+def test_where_it_can_be_compiled_it_is_there() -> None:
+    """What takes the core or tensor code, whichever is there, would be green without it."""
+    if os.environ.get(SETTING) == "off":
+        pytest.skip(f"{SETTING} is off")
+    assert core().library is not None, core().said
+
+
+@needs_compiler
 def test_the_best_variant_of_the_processor_is_loaded(sources: Path) -> None:
     found = loaded()
     assert found.library is not None and found.library.meristem_abi() == ABI
