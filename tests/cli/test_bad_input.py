@@ -105,6 +105,7 @@ READING = [
     ["checkpoint", "convert", "PATH", "--to", "PLACE"],
     ["export", "hf", "PATH", "--to", "PLACE"],
     ["export", "edge", "PATH", "--to", "PLACE"],
+    ["export", "onnx", "PATH", "--to", "PLACE"],
     ["finetune", "PATH", "--run-dir", "PLACE"],
     ["runs", "ls", "PATH"],
     ["runs", "show", "PATH"],

@@ -70,4 +70,4 @@ def test_prune_keeps_what_is_pinned(copy, answered):
 def test_an_empty_place_is_named(tmp_path, capsys):
     """No checkpoint is an error of the data kind."""
     assert run(["checkpoint", "show", str(tmp_path)]) == 4
-    assert "no whole checkpoint" in capsys.readouterr().err
+    assert f"no checkpoint in {tmp_path}" in capsys.readouterr().err

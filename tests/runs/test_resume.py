@@ -126,7 +126,7 @@ def test_more_steps_can_be_asked_for(text):
         ),
         ("tokenizer.kind=bpe", TokenizerMismatch, r"with a byte tokenizer of 256 .* now cut by a bpe tokenizer"),
         ("data.validation=0.3", ManifestMismatch, r"the text, its split or its tokenizer changed"),
-        ("data.seq_len=19", MeristemError, r"Set the keys of data and run.seed as they were"),
+        ("data.seq_len=19", MeristemError, r"read its text with data.seq_len=17, .* Set these as they were"),
     ],
 )
 def test_something_else_is_refused(text, setting, error, message):
