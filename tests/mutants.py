@@ -65,6 +65,7 @@ def main(place: Path, pairs: list[str]) -> None:
 
     torch.set_num_threads(1)
     shutil.copytree(ROOT / "src", place / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "native", place / "native")  # or nothing would go through the core
     sys.path.insert(0, str(place / "src"))
     sys.dont_write_bytecode = True
     os.chdir(ROOT)

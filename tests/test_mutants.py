@@ -10,7 +10,7 @@ import pytest
 TESTED = {
     "train/loss": ("tests/train/test_loss.py", 1),
     "nn/mlp": ("tests/nn/test_mlp.py", 2),
-    "nn/recurrent": ("tests/nn/test_recurrent.py", 3),
+    "nn/recurrent": ("tests/nn/test_recurrent.py", 1),
     "nn/conv": ("tests/nn/test_conv.py", 11),
     "nn/attention": ("tests/nn/test_attention.py", 17),
     "nn/memory_cache": ("tests/nn/test_memory_cache.py", 13),

@@ -136,11 +136,11 @@ def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_core_takes_no_other_attention() -> None:
     """Unbounded, with pinned vectors, or of heads that are no whole vectors."""
     vectors = torch.randn(2, 33, 96)
-    assert Attention(32, 2, span=8)._fused_span(vectors, None) == 8
+    assert Attention(32, 2, span=8)._fused_span(vectors) == 8
     for other in (Attention(32, 2, span=None), Attention(32, 2, span=8, n_persistent=2), Attention(32, 8, span=8)):
-        assert other._fused_span(vectors, None) is None
+        assert other._fused_span(vectors) is None
     with force_reference():
-        assert Attention(32, 2, span=8)._fused_span(vectors, None) is None
+        assert Attention(32, 2, span=8)._fused_span(vectors) is None
 
 
 def test_the_operation_is_what_torch_expects_of_one() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from meristem.memory.kernels.select import force_reference
 from meristem.nn.conv import CausalConv
 
 
@@ -85,3 +86,18 @@ def test_float32_inputs_under_autocast_get_a_gradient(kernel):
     mixed_btd.backward(sent_btd.to(mixed_btd.dtype))
     assert hidden_btd.grad is not None and conv.weight_dc.grad is not None
     torch.testing.assert_close(hidden_btd.grad, expected_btd, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("n_time", [1, 2, 3, 7])
+def test_what_the_core_carries_on_is_what_tensor_code_does(n_time):
+    """Fewer tokens than taps and more, after others; heads are as wide as whole vectors of the core."""
+    conv = CausalConv(3 * 2 * 32, 4)
+    before_btd, hidden_btd = torch.randn(5, 2, 192), torch.randn(5, n_time, 192)
+    settings = {"n_vectors": 3, "heads": 2, "n_units": 2}
+    _, state = conv.project(before_btd, None, **settings)
+    found, after = conv.project(hidden_btd, state, **settings)
+    with force_reference():
+        _, plain_state = conv.project(before_btd, None, **settings)
+        expected, plain_after = conv.project(hidden_btd, plain_state, **settings)
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-6)
+    assert torch.equal(after["tail_bsd"], plain_after["tail_bsd"])

@@ -112,8 +112,8 @@ class Attention(nn.Module):
     @rows_apart
     def _gather(self, vectors_btf: Float[Tensor, "b t n"], state: Memory | None) -> tuple[Mixed, Memory]:
         query_bthk, keys_bshk, values_bshv = vectors_btf.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        if (span := self._fused_span(vectors_btf, state)) is not None:
-            past = None if state is None else (state["keys_bshk"], state["values_bshv"])
+        past = None if state is None else (state["keys_bshk"], state["values_bshv"])
+        if (span := self._fused_span(vectors_btf, *past or ())) is not None:
             mixed_btf = windowed_attention(vectors_btf, past, self.heads, span, is_rotated=self.rope)
             if past is not None and keys_bshk.shape[1] < span - 1:
                 keys_bshk, values_bshv = (
@@ -127,12 +127,11 @@ class Attention(nn.Module):
         state = {"keys_bshk": self._ring(keys_bshk), "values_bshv": self._ring(values_bshv)}
         return mixed_bthv.flatten(2), state
 
-    def _fused_span(self, vectors_btf: Float[Tensor, "b t n"], state: Memory | None) -> int | None:
-        """The span, where the native core takes this call."""
-        past = () if state is None else (state["keys_bshk"], state["values_bshv"])
+    def _fused_span(self, *tensors: Tensor) -> int | None:
+        """The span, where the native core takes a call with these: what is projected, and past keys and values."""
         is_windowed = self.span is not None and self.persistent_gd is None
-        width = vectors_btf.shape[-1] // (3 * self.heads)
-        return self.span if is_windowed and fuses(vectors_btf, *past, width=width) else None
+        width = tensors[0].shape[-1] // (3 * self.heads)
+        return self.span if is_windowed and fuses(*tensors, width=width) else None
 
     def project(self, hidden_btd: Hidden) -> tuple[Queries, Keys, Values]:
         """Queries, keys and values of every head, neither scaled nor rotated."""
