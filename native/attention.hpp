@@ -179,7 +179,7 @@ template <class T, class S> class WindowHead {
     for (int l = 1; l < LANES<T>; ++l) top = most[l] > top ? most[l] : top;
     Vec<T> sum{};
     for (int j = first; j < last; j += LANES<T>) {
-      const Vec<T> p = power<T>(load(row + j) - top);
+      const Vec<T> p = quick_exponential<T>(load(row + j) - top);
       sum += p;
       store(row + j, p);
     }

@@ -50,29 +50,20 @@ template <class T, class S> MERISTEM_INLINE void give(S* p, Vec<T> x) {
 }
 
 // e^x, and 0 where that is no normal number: in half the instructions of ``exponential`` where the processor scales by powers
-// of two. By the same polynomial.
-template <class T> MERISTEM_INLINE Vec<T> power(Vec<T> x) {
+// of two.
+template <class T> MERISTEM_INLINE Vec<T> quick_exponential(Vec<T> x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     // Of two numbers the second is taken where one is NaN.
     const __m512 given = _mm512_max_ps(_mm512_set1_ps(-104), _mm512_min_ps(_mm512_set1_ps(88.7f), __m512(x)));
     const Vec<T> whole = Vec<T>(_mm512_roundscale_ps(_mm512_mul_ps(given, _mm512_set1_ps(1.44269504088896341f)), 0));
-    Vec<T> r = Vec<T>(given) - whole * 0.693359375f;
-    r = r + whole * 2.12194440e-4f;
-    Vec<T> y = all(1.9875691500E-4f);
-    y = y * r + 1.3981999507E-3f;
-    y = y * r + 8.3334519073E-3f;
-    y = y * r + 4.1665795894E-2f;
-    y = y * r + 1.6666665459E-1f;
-    y = y * r + 5.0000001201E-1f;
-    y = y * (r * r) + r + 1.0f;
-    return Vec<T>(_mm512_scalef_ps(__m512(y), __m512(whole)));
+    return Vec<T>(_mm512_scalef_ps(__m512(exponential_of_rest(Vec<T>(given), whole)), __m512(whole)));
   }
 #endif
   const Vec<T> y = exponential<T>(x);
   return x < T(-87) ? Vec<T>{} : y;
 }
-template <class T> MERISTEM_INLINE Vec<T> opening(Vec<T> x) { return T(1) / (T(1) + power<T>(-x)); }  // the sigmoid
+template <class T> MERISTEM_INLINE Vec<T> quick_sigmoid(Vec<T> x) { return T(1) / (T(1) + quick_exponential<T>(-x)); }
 
 // The first ``n`` of a vector, and ``rest`` in the other lanes.
 template <class T, class S> MERISTEM_INLINE Vec<T> take_part(const S* p, int n, T rest) {
@@ -115,7 +106,7 @@ template <class T, class S> class Strip {
         std::fill(squares, squares + c, Vec<T>{});
         for (int j = 0; j < width; j += LANES<T>)
           filter<TAPS>(t, c, j, [&](int i, Vec<T> y) {
-            y = y * opening<T>(y);
+            y = y * quick_sigmoid<T>(y);
             squares[i] += y * y;
             store(rows + i * to_step + j, y);
           });
@@ -141,7 +132,7 @@ template <class T, class S> class Strip {
         Vec<T> squares[TOKENS] = {}, along[TOKENS] = {};
         for (int j = 0; j < width; j += LANES<T>)
           filter<TAPS>(t, c, j, [&](int i, Vec<T> y) {
-            const Vec<T> s = opening<T>(y), u = y * s;
+            const Vec<T> s = quick_sigmoid<T>(y), u = y * s;
             store(tap(found, i) + j, u);
             store(tap(slope, i) + j, s + u * (T(1) - s));
             squares[i] += u * u;
@@ -265,7 +256,7 @@ template <class T, class S> struct Norm {
     const T scale = inverse_size(x + at);
     for (int j = 0; j < width; j += LANES<T>) {
       Vec<T> y = take<T>(x + at + j) * scale * load(gain + j);
-      if (gate) y = y * opening<T>(take<T>(gate + at + j));
+      if (gate) y = y * quick_sigmoid<T>(take<T>(gate + at + j));
       if (beside) y += take<T>(beside + at + j);
       give<T>(to + at + j, y);
     }
@@ -279,7 +270,7 @@ template <class T, class S> struct Norm {
       const Vec<T> n = take<T>(x + at + j) * scale;
       Vec<T> d = take<T>(sent + at + j), o{};
       if (gate) {
-        o = opening<T>(take<T>(gate + at + j));
+        o = quick_sigmoid<T>(take<T>(gate + at + j));
         d = d * o;
       }
       const Vec<T> of_gain = n * d;
@@ -291,7 +282,7 @@ template <class T, class S> struct Norm {
     const T mean = total<T>(along) / T(width);
     for (int j = 0; j < width; j += LANES<T>) {
       Vec<T> d = take<T>(sent + at + j) * load(gain + j);
-      if (gate) d = d * opening<T>(take<T>(gate + at + j));
+      if (gate) d = d * quick_sigmoid<T>(take<T>(gate + at + j));
       give<T>(d_x + at + j, (d - take<T>(x + at + j) * scale * mean) * scale);
     }
   }
@@ -303,12 +294,12 @@ template <class T, class S> struct Norm {
 template <class T, class S> void swiglu(const S* x, int64_t width, S* to) {
   for (int64_t j = 0; j < width; j += LANES<T>) {
     const Vec<T> g = take<T>(x + j);
-    give<T>(to + j, g * opening<T>(g) * take<T>(x + width + j));
+    give<T>(to + j, g * quick_sigmoid<T>(g) * take<T>(x + width + j));
   }
 }
 template <class T, class S> void swiglu_back(const S* x, int64_t width, const S* sent, S* d_x) {
   for (int64_t j = 0; j < width; j += LANES<T>) {
-    const Vec<T> g = take<T>(x + j), s = opening<T>(g), d = take<T>(sent + j), u = g * s;
+    const Vec<T> g = take<T>(x + j), s = quick_sigmoid<T>(g), d = take<T>(sent + j), u = g * s;
     give<T>(d_x + j, d * take<T>(x + width + j) * (s + u * (T(1) - s)));
     give<T>(d_x + width + j, d * u);
   }
@@ -338,7 +329,7 @@ template <class T, class S> T log_sum(const S* x, int64_t n) {
   if (!(std::abs(top) < std::numeric_limits<T>::infinity())) return T(NAN);
   Vec<T> sum{};
   over<T>(n, [&](int64_t j, int lanes) {
-    sum += power<T>(some<T>(x + j, lanes, -std::numeric_limits<T>::infinity()) - top);
+    sum += quick_exponential<T>(some<T>(x + j, lanes, -std::numeric_limits<T>::infinity()) - top);
   });
   return top + std::log(total<T>(sum));
 }
@@ -346,11 +337,11 @@ template <class T, class S> T log_sum(const S* x, int64_t n) {
 // weight (softmax(x) - e_target), given log_sum.
 template <class T, class S> void softmax_back(const S* x, int64_t n, int64_t target, T log_sum, T weight, S* d_x) {
   over<T>(n, [&](int64_t j, int lanes) {
-    const Vec<T> d = weight * power<T>(some<T>(x + j, lanes, T(0)) - log_sum);
+    const Vec<T> d = weight * quick_exponential<T>(some<T>(x + j, lanes, T(0)) - log_sum);
     if (lanes == LANES<T>) give<T>(d_x + j, d);
     else give_part<T>(d_x + j, lanes, d);
   });
-  give_one<T>(d_x + target, weight * (power<T>(all(take_one<T>(x + target) - log_sum))[0] - 1));
+  give_one<T>(d_x + target, weight * (quick_exponential<T>(all(take_one<T>(x + target) - log_sum))[0] - 1));
 }
 
 }  // namespace meristem

@@ -185,6 +185,19 @@ template <class T> inline void transpose(const T* from, int64_t ldf, int m, int 
   }
 }
 
+// e^(x - whole log 2) for a float x at most half of log 2 from that: the polynomial of Cephes' expf.
+MERISTEM_INLINE Vec<float> exponential_of_rest(Vec<float> x, Vec<float> whole) {
+  x = x - whole * 0.693359375f;
+  x = x + whole * 2.12194440e-4f;
+  Vec<float> y = all(1.9875691500E-4f);
+  y = y * x + 1.3981999507E-3f;
+  y = y * x + 8.3334519073E-3f;
+  y = y * x + 4.1665795894E-2f;
+  y = y * x + 1.6666665459E-1f;
+  y = y * x + 5.0000001201E-1f;
+  return y * x * x + x + 1.0f;
+}
+
 // e^x. For float Cephes' expf, within two units in the last place; what would overflow stops at e^88, and NaN stays NaN.
 template <class T> MERISTEM_INLINE Vec<T> exponential(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
@@ -199,15 +212,7 @@ template <class T> MERISTEM_INLINE Vec<T> exponential(Vec<T> x) {
     const Vec<T> t = x * 1.44269504088896341f;
     Integers n = __builtin_convertvector(t + (t < 0.0f ? all(-0.5f) : all(0.5f)), Integers);
     const Vec<T> whole = __builtin_convertvector(n, Vec<T>);
-    x = x - whole * 0.693359375f;
-    x = x + whole * 2.12194440e-4f;
-    Vec<T> y = all(1.9875691500E-4f);
-    y = y * x + 1.3981999507E-3f;
-    y = y * x + 8.3334519073E-3f;
-    y = y * x + 4.1665795894E-2f;
-    y = y * x + 1.6666665459E-1f;
-    y = y * x + 5.0000001201E-1f;
-    y = y * x * x + x + 1.0f;
+    Vec<T> y = exponential_of_rest(x, whole);
     n = (n + 127) << 23;
     Vec<T> power;
     std::memcpy(&power, &n, VECTOR_BYTES);

@@ -21,7 +21,6 @@ from edges import (
     Model,
     Sampling,
     content_of,
-    library,
     made,
     save_checkpoint,
     tokenizer,
@@ -32,7 +31,6 @@ from meristem.errors import RunError, WrongValue
 from meristem.events import silent
 from meristem.export import edge
 from meristem.models.generate import Sampling as Drawing
-from meristem.models.load import load
 from meristem.native.build import has_compiler
 from meristem.native.library import supported
 from meristem.serve.session import Session
@@ -43,21 +41,6 @@ pytestmark = [
     pytest.mark.skipif(not (has_compiler() and supported()), reason="needs a C++ compiler: apt-get install g++"),
 ]
 TEXT = "My sister Lydia likes soup.\nThe operation on the following line"
-
-
-@pytest.fixture(scope="module")
-def core():
-    return library()
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load()
-
-
-@pytest.fixture(scope="module")
-def content(shipped):
-    return content_of(shipped.model, shipped.tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,6 @@ N_CHANGED = 4000
 
 
 @pytest.fixture(scope="module")
-def core():
-    return edges.library()
-
-
-@pytest.fixture(scope="module")
 def content() -> bytes:
     return edges.content_of(edges.made("mag-persistent"), edges.tokenizer())
 

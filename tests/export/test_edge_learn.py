@@ -6,12 +6,11 @@ import pytest
 import torch
 
 import zoo
-from edges import DAMAGED, KINDS, MISUSED, NOT_FINITE, NOT_TAKEN, OTHER_MODEL, Failed, Model, content_of, library, made
+from edges import DAMAGED, KINDS, MISUSED, NOT_FINITE, NOT_TAKEN, OTHER_MODEL, Failed, Model, content_of, made
 from edges import tokenizer as small_tokenizer
 from meristem.export import edge
 from meristem.models.config import LearnConfig
 from meristem.models.generate import Sampling
-from meristem.models.load import load
 from meristem.models.online import online_reader
 from meristem.models.packed import parts_of
 from meristem.models.weights import UNIFORM
@@ -32,21 +31,6 @@ TEXT = "My sister Lydia likes soup.\nThe operation on the following line"
 CHUNK = 16
 MODELS = ("mag-additive", "attention", "mal", "wide")
 """Both feed-forward layers, heads that are the embedding and others, widths that are no multiple of a vector."""
-
-
-@pytest.fixture(scope="module")
-def core():
-    return library()
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load()
-
-
-@pytest.fixture(scope="module")
-def content(shipped):
-    return content_of(shipped.model, shipped.tokenizer)
 
 
 @pytest.fixture(scope="module")

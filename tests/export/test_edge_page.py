@@ -16,7 +16,6 @@ from meristem.events import silent
 from meristem.export import edge
 from meristem.models.config import LearnConfig
 from meristem.models.generate import Sampling
-from meristem.models.load import load
 from meristem.models.shipped import DIRECTORY
 from meristem.native import build
 from meristem.serve.session import Session
@@ -44,11 +43,6 @@ def served(folder: Path):
     finally:
         server.shutdown()
         server.server_close()
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load()
 
 
 @pytest.fixture(scope="module")

@@ -302,7 +302,6 @@ def test_the_core_refuses_what_does_not_fit() -> None:
             assert call(ctypes.byref(layers.Rows(**(rows | wrong)))) == 1, (name, wrong)
         assert call(ctypes.byref(layers.Rows(**(rows | {"x": None})))) == 2
     assert found.meristem_norm_backward(ctypes.byref(layers.Rows(**(rows | {"gate": at})))) == 2
-    assert found.meristem_block_rows() == layers.BLOCK
     sizes = {"rows": 1, "time": 2, "vectors": 1, "heads": 1, "width": 16, "taps": 2, "units": 1, "threads": 1}
     sizes |= {"x": at, "before": at, "weight": at, "d_x": at, "d_weight": at}
     view = (layers.View * 3)(layers.View(at, 32, 16, 16))

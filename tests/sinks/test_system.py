@@ -1,7 +1,6 @@
 """The machine is read, and its cards with whatever is there, which says through what."""
 
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -12,12 +11,12 @@ import jsonschema
 import pytest
 
 from meristem.checkpoint.run import read
+from meristem.device.allocator import peak_process_bytes
 from meristem.sinks.jsonl import read_records
 from meristem.sinks.records import Records, schema
 from meristem.sinks.system import SystemSampler
 from recipes.small import overrides, write_text
 
-MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 TICKS_S = 0.03
 """How far the coarse clock of the system may lag at both ends."""
 ENVELOPE = {"schema": "meristem.system/1", "run": "r", "seq": 1, "ts": "2026-11-29T12:00:00.000Z", "step": 0}
@@ -42,7 +41,7 @@ def test_this_process_is_read(records):
     clocks.append((time.perf_counter(), time.process_time()))
     assert after["source"] == "psutil"
     # A machine short of memory takes pages away, and a busy one takes time: both are bounded by what was had.
-    assert 2**20 < after["process"]["rss"] < 1.1 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
+    assert 2**20 < after["process"]["rss"] < 1.1 * peak_process_bytes()
     (first_s, first), (begun_s, begun), (ended_s, ended), (last_s, last) = clocks
     least, most = (ended - begun - TICKS_S) / (last_s - first_s), (last - first + TICKS_S) / (ended_s - begun_s)
     assert 100 * least - 0.1 < after["process"]["cpu_percent"] < 100 * most + 0.1

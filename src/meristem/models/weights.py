@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Final
+from typing import Any, Final
 
 import torch
 from jaxtyping import Bool, Float
@@ -288,13 +288,15 @@ def last_mlp_of(model: nn.Module) -> Tail:
     is_last = getattr(model, "join", model) is None and not getattr(model, "n_masked", 0)
     if not is_last or norm is None or not isinstance(mlp, SwiGLU | Feedforward):
         raise _lacking("last_mlp")
-    body = sharing_weights(model)
-    body.blocks[-1].mlp, body.norm, body.head = Nothing(), nn.Identity(), nn.Identity()  # type: ignore[index, union-attr]
+    whole: Any = model
+    body: Any = sharing_weights(model)
+    body.blocks[-1].mlp, body.norm, body.head = Nothing(), nn.Identity(), nn.Identity()
     up = mlp.gate_up if isinstance(mlp, SwiGLU) else mlp.up
 
     def read(hidden_btd: Hidden, own: Mapping[str, Tensor]) -> Logits:
         inner_btf = mlp.inner(_linear(norm(hidden_btd), own["up_bfd"], up.bias))
-        return model.readout(hidden_btd + _linear(inner_btf, own["out_bdf"], mlp.out.bias))  # type: ignore[operator]
+        logits_bto: Logits = whole.readout(hidden_btd + _linear(inner_btf, own["out_bdf"], mlp.out.bias))
+        return logits_bto
 
     return Tail(body, {"up_bfd": up.weight, "out_bdf": mlp.out.weight}, read)
 

@@ -36,6 +36,14 @@ def function(name: str) -> Any:
 
 
 @cache
+def counting(name: str) -> Any:
+    """The same of one that gives a count, which may be larger than 32 bits."""
+    found = function(name)
+    found.restype = ctypes.c_int64
+    return found
+
+
+@cache
 def lanes(dtype: torch.dtype) -> int:
     """How many numbers a vector of the core has, of those that are computed for this dtype."""
     size_bytes = torch.promote_types(dtype, torch.float32).itemsize

@@ -11,10 +11,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from meristem.native.interface import NUMBERS, View, function, torchs_threads
-
-BLOCK: Final = 64
-"""Rows that one thread takes at a time (``BLOCK`` of ``core.cpp``); each has a part of its own of what is summed."""
+from meristem.native.interface import NUMBERS, View, counting, function, torchs_threads
 
 WORTH_A_THREAD: Final = 2e5
 """Numbers that take several times as long as starting a thread."""
@@ -197,7 +194,8 @@ def _norm_backward(
     d_hidden = torch.empty_like(rows.hidden)
     d_gate = hidden.new_empty(0) if gate is None else torch.empty_like(rows.hidden)
     given = rows.given(eps)
-    d_gain_nd = rows.gain_d.new_empty(-(-given.rows // BLOCK), len(gain_d))
+    # Each block of rows has a part of its own of what is summed.
+    d_gain_nd = rows.gain_d.new_empty(-(-given.rows // counting("block_rows")()), len(gain_d))
     given.sent, given.d_x, given.d_gate, given.d_gain = map(_at, (d_normed, d_hidden, d_gate, d_gain_nd))
     _call("norm_backward", given, 2 * hidden.numel())
     return d_hidden, d_gain_nd.sum(dim=0).to(gain_d.dtype), d_gate

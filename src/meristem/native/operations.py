@@ -4,7 +4,6 @@
 """
 
 import ctypes
-from functools import cache
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from meristem.native.interface import View, function, lanes, torchs_threads
+from meristem.native.interface import View, counting, function, lanes, torchs_threads
 
 PROBES: Final = {"never": 0, "start": 1, "token": 2}
 """The memory at which a write takes its residual: none, that at the start of its chunk, or that of its token."""
@@ -247,7 +246,9 @@ def _run(
     if saved[0].numel():
         form.new_values, form.products, form.entered = (x.data_ptr() for x in saved)
     run = function(f"form_{what}")
-    scratch = torch.empty(_scratch_of()(ctypes.byref(form), what == "backward") * sizes.n_threads, dtype=torch.uint8)
+    scratch = torch.empty(
+        counting("form_scratch")(ctypes.byref(form), what == "backward") * sizes.n_threads, dtype=torch.uint8
+    )
     form.scratch, form.n_scratch_bytes, form.parallel = scratch.data_ptr(), scratch.numel(), torchs_threads()
     fault = run(ctypes.byref(form))
     if fault:
@@ -278,10 +279,3 @@ def _dense(x: Tensor) -> Tensor:
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-@cache
-def _scratch_of() -> Any:
-    found = function("form_scratch")
-    found.restype = ctypes.c_int64
-    return found

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from meristem.native.interface import NUMBERS, function, torchs_threads
+from meristem.native.interface import NUMBERS, counting, function, torchs_threads
 
 ROTATION_BASE: Final = 10_000.0
 """Of the angles by which queries and keys are rotated (Su et al. 2104.09864)."""
@@ -104,9 +104,10 @@ def _backward(
 def _backward_shapes(
     vectors_btn: Tensor, past_keys: Tensor | None, past_values: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = vectors_btn, past_keys, past_values
-    made = (vectors_btn.new_empty(0 if x is None else x.shape) for x in inputs)
-    return tuple(made)  # type: ignore[return-value]
+    def like(x: Tensor | None) -> Tensor:
+        return vectors_btn.new_empty(0 if x is None else x.shape)
+
+    return like(vectors_btn), like(past_keys), like(past_values)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -154,7 +155,7 @@ class _Call:
         n_products = given.rows * given.heads * given.time * min(given.span, given.past + given.time) * given.width
         most = min(torch.get_num_threads(), given.rows * given.heads)
         given.threads = max(1, min(most, int(n_products / WORTH_A_THREAD)))
-        each_bytes = _counting("scratch")(ctypes.byref(given), what == "backward")
+        each_bytes = counting("window_scratch")(ctypes.byref(given), what == "backward")
         scratch = torch.empty(each_bytes * given.threads, dtype=torch.uint8)
         given.scratch, given.n_scratch_bytes, given.parallel = scratch.data_ptr(), scratch.numel(), torchs_threads()
         fault = function(f"window_{what}")(ctypes.byref(given))
@@ -170,13 +171,7 @@ def _given(shape: torch.Size, n_past: int, heads: int, span: int, dtype: torch.d
 
 
 def _n_kept(given: Window) -> int:
-    return int(given.rows * given.heads * _counting("kept")(ctypes.byref(given)))
-
-
-def _counting(name: str) -> Any:
-    found = function(f"window_{name}")
-    found.restype = ctypes.c_int64
-    return found
+    return int(given.rows * given.heads * counting("window_kept")(ctypes.byref(given)))
 
 
 @lru_cache(maxsize=8)
