@@ -34,7 +34,8 @@ RUN_COLUMNS, GRADIENT_COLUMNS = 32, 64
 """Columns of values at hand: of a program that carries a memory, and of one that sums over all of them."""
 
 N_ROWS: Final = 8
-"""Rows below the two matrices of a chunk in ``products``, as ``chunk_triton._prepare`` writes them."""
+"""Rows below the two matrices of a chunk in ``products``: the weights of probes, reads and writes, each for memory and
+momentum, then the factors of what goes through the whole chunk; the last is empty. ``chunk_triton`` counts on eight."""
 
 
 def chunk_form(
@@ -218,6 +219,9 @@ def _backward(
 
 _backward.register_fake(backward_shapes)
 _forward.register_autograd(sends_back(_backward), setup_context=keep)
+
+FORWARD, BACKWARD = torch.ops.meristem.triton_chunk_form, torch.ops.meristem.triton_chunk_form_backward
+"""The operations, for those who count what they do."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -24,14 +24,8 @@ reads may have less. Axes: c and s tokens of a chunk, k and v the widths, or the
 Source: the UT transform of DeltaNet (Yang 2406.06484, section 3.2), with momentum below the memory (memory.md 4.3).
 """
 
-from typing import Final
-
 import triton
 import triton.language as tl
-
-N_ROWS: Final = 8
-"""Rows below the two matrices of ``products``: the weights of the probe, of reads and of writes, each for memory and
-momentum, then the factors a, b and h of what goes through the whole chunk; the last is empty."""
 
 
 def _times(a: tl.tensor, b: tl.tensor, onto: tl.tensor, precision: tl.constexpr) -> tl.tensor:
@@ -177,10 +171,7 @@ def _prepare(
     rho_c, mu_c, theta_c, _, _, pushed_cs, earlier_cs, a_c, b_c, h_c = decay(
         (retain, momentum, write), place, tile, how, precision
     )
-    is_same_cs = row_c[:, None] == row_c[None, :]
-    written_cs = tl.where(is_same_cs, theta_c[None, :], 0.0)
-    if how[0] == 2:
-        written_cs += mu_c[:, None] * pushed_cs
+    written_cs = written(mu_c, theta_c, pushed_cs, how)
     weight_cs = rho_c[:, None] * earlier_cs + written_cs
     after_a_c, after_b_c = rho_c * a_c, None
     if how[0] == 2:
@@ -480,14 +471,30 @@ def _through_pairs(
     return d_key_ck, d_query_ck, d_weight_cs, tl.where(is_earlier_cs, d_earlier_cs, 0.0), d_scale_c
 
 
-def _after_and_before(d_read_c: tl.tensor, d_probe_c: tl.tensor, d_last_c: tl.tensor, how: tl.constexpr) -> tl.tuple:
-    """The gradients of what entered as it is after each token, and before."""
+def _written(mu_c: tl.tensor, theta_c: tl.tensor, pushed_cs: tl.tensor, how: tl.constexpr) -> tl.tensor:
+    """P, from P'."""
+    row_c = tl.arange(0, theta_c.shape[0])
+    written_cs = tl.where(row_c[:, None] == row_c[None, :], theta_c[None, :], 0.0)
+    if how[0] == 2:
+        written_cs += mu_c[:, None] * pushed_cs
+    return written_cs
+
+
+def _through_entered(
+    d_read_c: tl.tensor,
+    d_probe_c: tl.tensor,
+    d_last_c: tl.tensor,
+    rho_c: tl.tensor,
+    kept_cs: tl.tensor,
+    how: tl.constexpr,
+) -> tl.tensor:
+    """The gradient of a, or b, from that of what is read and probed with it, and of the last one."""
     if how[2] != 2:
         d_probe_c = tl.zeros_like(d_probe_c)
     after_c, before_c = d_last_c + d_read_c, d_probe_c
     if how[3]:
         after_c, before_c = d_last_c, d_probe_c + d_read_c
-    return after_c, before_c
+    return earlier_too(after_c, before_c, rho_c, kept_cs)
 
 
 def _gradients(
@@ -529,13 +536,11 @@ def _gradients(
         d_key_ck, d_query_ck, d_b_read_c, d_b_write_c, d_b_probe_c = through_memory(
             sums, vectors, sent, (came + area, left + area), rows + tile, place, of_momentum
         )
-
     rho_c, mu_c, theta_c, kept_cs, moved_cs, pushed_cs, earlier_cs, a_c, b_c, h_c = decay(
         (retain, momentum, write), place, tile, how, precision[0]
     )
-    weight_cs = rho_c[:, None] * earlier_cs + tl.where(row_c[:, None] == row_c[None, :], theta_c[None, :], 0.0)
-    if levels == 2:
-        weight_cs += mu_c[:, None] * pushed_cs
+    written_cs = written(mu_c, theta_c, pushed_cs, how)
+    weight_cs = rho_c[:, None] * earlier_cs + written_cs
     scale_c = load_gate(scale, at_c, is_token_c, -float("inf")).to(theta_c.dtype)
     nothing_cs = tl.zeros_like(weight_cs)
     d_mix_cs = pairs(d_read, new, nothing_cs, place, sizes, precision[1])
@@ -548,24 +553,18 @@ def _gradients(
     )
     store_tokens(d_keys, d_key_ck, place, sizes[2], tile, column_k)
     store_tokens(d_query, d_query_ck, place, sizes[2], tile, column_k)
-
     d_weight_cs += tl.where(is_last_c[:, None], d_a_write_c[None, :], 0.0)
     d_earlier_cs += rho_c[:, None] * d_weight_cs
     d_weight_cs = times(tl.trans(kept_cs), d_earlier_cs, d_weight_cs, precision[0])
     d_rho_c = tl.sum(d_weight_cs * earlier_cs, axis=1)
     d_last_c = tl.where(is_last_c, overlap(left, came, sizes), 0.0)
-    if how[2] == 2:
-        d_scale_c += d_a_probe_c * a_c
-    else:
-        d_scale_c += d_a_probe_c
-    d_after_c, d_before_c = after_and_before(d_a_read_c, scale_c * d_a_probe_c, d_last_c, how)
-    d_rho_c += a_c * earlier_too(d_after_c, d_before_c, rho_c, kept_cs)
+    d_scale_c += d_a_probe_c * a_c if how[2] == 2 else d_a_probe_c
+    d_rho_c += a_c * through_entered(d_a_read_c, scale_c * d_a_probe_c, d_last_c, rho_c, kept_cs, how)
     if levels == 2:
         if how[2] == 2:
             d_scale_c += d_b_probe_c * b_c
         d_last_c = tl.where(is_last_c, overlap(left, came + area, sizes), 0.0)
-        d_after_c, d_before_c = after_and_before(d_b_read_c, scale_c * d_b_probe_c, d_last_c, how)
-        d_b_c = earlier_too(d_after_c, d_before_c, rho_c, kept_cs)
+        d_b_c = through_entered(d_b_read_c, scale_c * d_b_probe_c, d_last_c, rho_c, kept_cs, how)
         d_rho_c += b_c * d_b_c
         d_h_c = d_b_c + tl.where(is_last_c, overlap(left + area, came + area, sizes), 0.0)
         d_weight_cs += tl.where(is_last_c[:, None], d_b_write_c[None, :], 0.0)
@@ -585,6 +584,6 @@ load_tokens, store_tokens, store_gate = triton.jit(_load_tokens), triton.jit(_st
 against, pairs, overlap = triton.jit(_against), triton.jit(_pairs), triton.jit(_overlap)
 earlier_too = triton.jit(_earlier_too)
 through_memory, through_pairs = triton.jit(_through_memory), triton.jit(_through_pairs)
-after_and_before = triton.jit(_after_and_before)
+through_entered, written = triton.jit(_through_entered), triton.jit(_written)
 prepare_kernel, run_kernel = triton.jit(_prepare), triton.jit(_run)
 run_back_kernel, gradients_kernel = triton.jit(_run_back), triton.jit(_gradients)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from meristem.device.resolve import Device
+from meristem.memory.kernels.chunk_operation import BACKWARD, FORWARD
 from meristem.native.operations import PROBES
 
 aten, core = torch.ops.aten, torch.ops.meristem
@@ -197,4 +198,6 @@ FORMULAS: dict[OpOverloadPacket, Formula] = {
     aten.addr_: _outer,
     core.chunk_form: _chunk_form,
     core.chunk_form_backward: _chunk_form_backward,
+    FORWARD: _chunk_form,
+    BACKWARD: _chunk_form_backward,
 }
