@@ -1,4 +1,4 @@
-"""The exact chunk form by the kernels of ``chunk_triton`` as an operation of torch, with its gradient.
+"""The exact chunk form by the kernels of ``triton_forward`` and ``triton_backward`` as an operation of torch.
 
 It takes and gives what the operation of the native core does (``native.operations``): ``torch.compile`` sees one
 operation and its shapes, autograd one node. Triton is imported when it runs.
@@ -7,7 +7,6 @@ operation and its shapes, autograd one node. Triton is imported when it runs.
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -30,12 +29,17 @@ LONGEST: Final = 128
 TOGETHER: Final = 64
 """Tokens that are solved together at most where the length of a chunk does not matter."""
 
-RUN_COLUMNS, GRADIENT_COLUMNS = 32, 64
-"""Columns of values at hand: of a program that carries a memory, and of one that sums over all of them."""
+EDGE: Final = 32
+"""Tokens of a block of the triangular system that is inverted by substitution; larger ones are merged from such."""
 
-N_ROWS: Final = 8
-"""Rows below the two matrices of a chunk in ``products``: the weights of probes, reads and writes, each for memory and
-momentum, then the factors of what goes through the whole chunk; the last is empty. ``chunk_triton`` counts on eight."""
+COLUMNS: Final = 32
+"""Columns of keys or values that a kernel has at hand, of those that it does not carry through all chunks."""
+
+HALF, CARRIED = 64, 16
+"""Columns of keys, of which there may be twice as many, and of values in a program that carries a memory."""
+
+N_SUMS: Final = 8
+"""Rows of sums over the columns of keys of which gradients of gates are made: ``triton_backward`` counts on eight."""
 
 
 def chunk_form(
@@ -55,8 +59,31 @@ def chunk_form(
     return read_bthv, last_bhkv, None if memory[1] is None else moving_bhkv
 
 
-class _Sizes(NamedTuple):
-    """How many there are of what, as the kernels have it."""
+class Sizes(NamedTuple):
+    """Constants of a kernel: of a chunk its tokens, and the rows of a tile that holds them; the widths of keys and
+    values, and how many columns of each are at hand; and the numbers of a memory."""
+
+    chunk: int
+    tile: int
+    key_width: int
+    key_columns: int
+    value_width: int
+    value_columns: int
+    area: int
+
+
+class Kind(NamedTuple):
+    """Constants of a kernel: levels, 2 with momentum; the least factor that counts; the memory at which residuals are
+    taken, 0 none, 1 that at the start of the chunk, 2 that of the token; whether a token reads before it writes."""
+
+    levels: int
+    least: float
+    probe: int
+    reads_before: bool
+
+
+class _Call(NamedTuple):
+    """How many there are of what, and how a kernel is launched on them."""
 
     rows: int
     heads: int
@@ -64,44 +91,62 @@ class _Sizes(NamedTuple):
     chunk: int
     key: int
     value: int
-    levels: int
-
-    @property
-    def n_memories(self) -> int:
-        return self.rows * self.heads
-
-    @property
-    def n_chunks(self) -> int:
-        return -(-self.time // self.chunk)
+    kind: Kind
 
     @property
     def tile(self) -> int:
         """Rows of a tile of tokens."""
         return _tile(self.chunk)
 
-    def saved(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of N, of what ``_prepare`` makes, and of what entered each chunk."""
-        each = self.n_memories, self.n_chunks
-        products = *each, 2 * self.tile + N_ROWS, self.tile
-        new = self.rows, self.time, self.heads, self.value
-        return new, products, (*each, self.levels, self.key, self.value)
-
-    def constants(self, most_columns: int) -> tuple[int, ...]:
-        """``sizes`` of the kernels."""
-        return self.chunk, self.tile, self.key, _tile(self.key), self.value, min(_tile(self.value), most_columns)
-
-    def programs(self, most_columns: int) -> tuple[int, int]:
-        """One for some columns of each head."""
-        return self.n_memories, -(-self.value // min(_tile(self.value), most_columns))
-
     @property
-    def n_warps(self) -> int:
-        return 4 if self.tile * _tile(self.key) <= 32 * 64 else 8
+    def chunks(self) -> tuple[int, int]:
+        """Memories, and chunks of each."""
+        return self.rows * self.heads, -(-self.time // self.chunk)
+
+    def saved(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of N, of the inverses of D, and of what entered each chunk."""
+        new = self.rows, self.time, self.heads, self.value
+        return new, (*self.chunks, self.tile, self.tile), (*self.chunks, self.kind.levels, self.key, self.value)
+
+    def carrying(self, kernel: Any, given: tuple[Any, ...], made: tuple[Any, ...], precision: Any) -> None:
+        """Launch a kernel that carries memories through all chunks, some columns of values in each program."""
+        columns = min(_tile(self.key), HALF), min(_tile(self.value), CARRIED)
+        grid = self.chunks[0], -(-self.value // columns[1])
+        self._launch(kernel, grid, given, made, columns, self.kind, precision, num_stages=2)
+
+    def each_chunk(
+        self,
+        kernel: Any,
+        given: tuple[Any, ...],
+        made: Any,
+        *constants: Any,
+        split: Literal["keys", "values", None] = None,
+        blocks: int = 1,
+    ) -> None:
+        """Launch a kernel on every chunk. split: columns of which its programs share among them, else ``blocks``."""
+        columns = min(_tile(self.key), COLUMNS), min(_tile(self.value), COLUMNS)
+        if split is not None:
+            blocks = -(-self.key // columns[0]) if split == "keys" else -(-self.value // columns[1])
+        self._launch(kernel, (*self.chunks, blocks), given, made, columns, *constants)
+
+    def _launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        given: Any,
+        made: Any,
+        columns: tuple[int, int],
+        *constants: Any,
+        num_stages: int = 1,
+    ) -> None:
+        sizes = Sizes(self.chunk, self.tile, self.key, columns[0], self.value, columns[1], self.key * self.value)
+        kernel[grid](given, made, self.time, self.heads, sizes, *constants, num_warps=4, num_stages=num_stages)
 
 
-def _sizes(query: Tensor, values: Tensor, moving: Tensor | None, chunk: int) -> _Sizes:
+def _call(query: Tensor, values: Tensor, moving: Tensor | None, chunk: int, probe: int, reads_before: bool) -> _Call:
     rows, time, heads, key = query.shape
-    return _Sizes(rows, heads, time, chunk, key, values.shape[-1], 1 if moving is None else 2)
+    kind = Kind(1 if moving is None else 2, LEAST, probe, reads_before)
+    return _Call(rows, heads, time, chunk, key, values.shape[-1], kind)
 
 
 def _tile(n: int) -> int:
@@ -126,42 +171,38 @@ def _forward(
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """read, memory, momentum (empty without one), and what the backward pass reads again (empty unless it keeps)."""
-    sizes = _sizes(query, values, moving, chunk)
+    from meristem.memory.kernels import triton_forward as kernels
+
+    call = _call(query, values, moving, chunk, probe, reads_before)
     query, keys, values, memory = (x.contiguous() for x in (query, keys, values, memory))
-    gates = [None if x is None else x.contiguous() for x in (retain, momentum, write, scale)]
-    moving = None if moving is None else moving.contiguous()
-    new_shape, products_shape, entered_shape = sizes.saved()
-    products = values.new_empty(products_shape)
-    new, entered = (values.new_empty(shape) if keeps else None for shape in (new_shape, entered_shape))
+    retain, momentum, write, scale, moving = _packed(retain, momentum, write, scale, moving)
+    new, inverse, entered = (values.new_empty(shape) for shape in call.saved())
     read, last = torch.empty_like(values), torch.empty_like(memory)
     last_moving = None if moving is None else torch.empty_like(moving)
-    how, with_warps = (sizes.levels, LEAST, probe, reads_before), {"num_warps": sizes.n_warps, "num_stages": 1}
-    form, counts = _kernels(), (sizes.time, sizes.heads)
     with _device_of(query):
-        form.prepare_kernel[sizes.n_memories, sizes.n_chunks](
-            (query, keys, *gates), products, *counts, sizes.constants(RUN_COLUMNS), how, EXACT, **with_warps
-        )
-        form.run_kernel[sizes.programs(RUN_COLUMNS)](
-            (query, keys, values, products, memory, moving),
-            (read, last, last_moving, new, entered),
-            *counts,
-            sizes.constants(RUN_COLUMNS),
-            how,
-            (EXACT, _precision_of_reads()),
-            **with_warps,
-        )
+        weights, writes, through = _weigh(call, (retain, momentum, write))
+        if probe == PROBES["token"]:
+            edge, given = min(EDGE, call.tile), (keys, weights, scale)
+            call.each_chunk(kernels.invert_kernel, given, inverse, edge, EXACT, blocks=call.tile // edge)
+            while edge < call.tile:
+                call.each_chunk(kernels.merge_kernel, given, inverse, edge, EXACT, blocks=call.tile // edge // 2)
+                edge *= 2
+        given = keys, values, scale, weights, writes, through, inverse, memory, moving
+        call.carrying(kernels.run_kernel, given, (new, entered, last, last_moving), EXACT)
+        given = query, keys, weights, through, new, entered
+        call.each_chunk(kernels.read_kernel, given, read, call.kind, _precision_of_reads(), split="values")
     empty = values.new_empty(0)
-    saved = (empty, empty.clone(), empty.clone()) if new is None or entered is None else (new, products, entered)
+    saved = (new, inverse, entered) if keeps else (empty, empty.clone(), empty.clone())
     return read, last, values.new_empty(0) if last_moving is None else last_moving, *saved
 
 
 @_forward.register_fake
 def _forward_shapes(*inputs: Any) -> tuple[Tensor, ...]:
-    query, _, values, *_, memory, moving, chunk, _, _, keeps = inputs
+    query, _, values, *_, memory, moving, chunk, probe, reads_before, keeps = inputs
     last = torch.empty_like(memory, memory_format=torch.contiguous_format)
     last_moving = values.new_empty(0) if moving is None else torch.empty_like(last)
     read = torch.empty_like(values, memory_format=torch.contiguous_format)
-    saved = _sizes(query, values, moving, chunk).saved() if keeps else ((0,), (0,), (0,))
+    saved = _call(query, values, moving, chunk, probe, reads_before).saved() if keeps else ((0,), (0,), (0,))
     return read, last, last_moving, *(values.new_empty(shape) for shape in saved)
 
 
@@ -174,7 +215,7 @@ def _backward(
     write: Tensor,
     scale: Tensor | None,
     new_values: Tensor,
-    products: Tensor,
+    inverse: Tensor,
     entered: Tensor,
     d_read: Tensor,
     d_last: Tensor,
@@ -184,35 +225,46 @@ def _backward(
     reads_before: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the first nine inputs of the operation; empty for what is not there."""
-    sizes = _sizes(query, d_read, d_last_moving, chunk)
+    from meristem.memory.kernels import triton_backward as kernels
+
+    call, reads = _call(query, d_read, d_last_moving, chunk, probe, reads_before), _precision_of_reads()
     query, keys, d_read, d_last = (x.contiguous() for x in (query, keys, d_read, d_last))
-    gates = [None if x is None else x.contiguous() for x in (retain, momentum, write, scale)]
-    d_last_moving = None if d_last_moving is None else d_last_moving.contiguous()
+    retain, momentum, write, scale, d_last_moving = _packed(retain, momentum, write, scale, d_last_moving)
     d_query, d_keys, d_values, d_left, d_memory = map(torch.empty_like, (query, keys, d_read, entered, d_last))
-    d_gates = [None if x is None else torch.empty_like(x) for x in gates]
+    d_retain, d_momentum, d_write, d_scale = d_gates = tuple(
+        None if x is None else torch.empty_like(x) for x in (retain, momentum, write, scale)
+    )
     d_moving = None if d_last_moving is None else torch.empty_like(d_last_moving)
-    how, with_warps = (sizes.levels, LEAST, probe, reads_before), {"num_warps": sizes.n_warps, "num_stages": 1}
-    precision = EXACT, _precision_of_reads()
-    form, counts = _kernels(), (sizes.time, sizes.heads)
+    blocks = -(-call.key // min(_tile(call.key), COLUMNS))
+    sums = query.new_empty(*call.chunks, blocks, N_SUMS, call.tile)
+    squares = [query.new_empty(*call.chunks, call.tile, call.tile) for _ in range(4)]
+    d_scale_pairs = query.new_empty(*call.chunks, call.tile)
     with _device_of(query):
-        form.run_back_kernel[sizes.programs(RUN_COLUMNS)](
-            (query, keys, products, d_read, d_last, d_last_moving),
-            (d_values, d_left, d_memory, d_moving),
-            *counts,
-            sizes.constants(RUN_COLUMNS),
-            how,
-            precision,
-            **with_warps,
+        weights, writes, through = _weigh(call, (retain, momentum, write))
+        given = query, keys, weights, d_read
+        call.each_chunk(kernels.send_kernel, given, d_values, call.kind, reads, split="values")
+        given = query, keys, scale, weights, writes, through, inverse, d_read, d_last, d_last_moving
+        call.carrying(kernels.run_back_kernel, given, (d_values, d_left, d_memory, d_moving), (EXACT, reads))
+        given, made = (query, keys, scale, weights, new_values, d_read, d_values), (*squares, d_scale_pairs)
+        call.each_chunk(kernels.pairs_kernel, given, made, call.kind, (EXACT, reads), blocks=2)
+        given = (
+            query,
+            keys,
+            scale,
+            weights,
+            writes,
+            through,
+            new_values,
+            entered,
+            d_read,
+            d_values,
+            d_left,
+            *squares[2:],
         )
-        form.gradients_kernel[sizes.n_memories, sizes.n_chunks](
-            (query, keys, *gates, products, new_values, entered, d_read, d_values, d_left),
-            (d_query, d_keys, *d_gates),
-            *counts,
-            sizes.constants(GRADIENT_COLUMNS),
-            how,
-            precision,
-            **with_warps,
-        )
+        made = d_query, d_keys, sums
+        call.each_chunk(kernels.vectors_kernel, given, made, call.kind, (EXACT, reads), split="keys")
+        given = retain, momentum, scale, weights, writes, through, *squares[:2], sums.sum(2), d_scale_pairs
+        call.each_chunk(kernels.gates_kernel, given, (d_retain, d_momentum, d_write, d_scale), call.kind)
     found = d_query, d_keys, d_values, *d_gates, d_memory, d_moving
     return tuple(query.new_empty(0) if x is None else x for x in found)  # type: ignore[return-value]
 
@@ -222,6 +274,22 @@ _forward.register_autograd(sends_back(_backward), setup_context=keep)
 
 FORWARD, BACKWARD = torch.ops.meristem.triton_chunk_form, torch.ops.meristem.triton_chunk_form_backward
 """The operations, for those who count what they do."""
+
+
+def _weigh(call: _Call, gates: tuple[Tensor | None, Tensor | None, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """W, P, and a with b and h, of every chunk."""
+    from meristem.memory.kernels import triton_forward as kernels
+
+    square, like = (*call.chunks, call.tile + 1, call.tile), gates[2]
+    writes = like.new_empty(square) if call.kind.levels == 2 else None
+    # What is after the last token of a chunk is multiplied by nought, and has to be finite.
+    made = like.new_empty(square), writes, like.new_zeros(*call.chunks, 3, call.tile + 1)
+    call.each_chunk(kernels.weigh_kernel, gates, made, call.kind)
+    return made
+
+
+def _packed(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -237,9 +305,3 @@ def _precision_of_reads() -> Literal["tf32x3", "tf32", "bfloat16", "rounded to b
 
 def _device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _kernels() -> ModuleType:
-    from meristem.memory.kernels import chunk_triton
-
-    return chunk_triton
