@@ -59,6 +59,10 @@ def chunk_form(
     return read_bthv, last_bhkv, None if memory[1] is None else moving_bhkv
 
 
+Given = tuple[Tensor | None, ...]
+"""What a kernel is launched with; None for a gate, or a momentum, that is not there."""
+
+
 class Sizes(NamedTuple):
     """Constants of a kernel: of a chunk its tokens, and the rows of a tile that holds them; the widths of keys and
     values, and how many columns of each are at hand; and the numbers of a memory."""
@@ -108,17 +112,19 @@ class _Call(NamedTuple):
         new = self.rows, self.time, self.heads, self.value
         return new, (*self.chunks, self.tile, self.tile), (*self.chunks, self.kind.levels, self.key, self.value)
 
-    def carrying(self, kernel: Any, given: tuple[Any, ...], made: tuple[Any, ...], precision: Any) -> None:
+    def carrying(self, kernel: Any, given: Given, made: Given, precision: Any) -> None:
         """Launch a kernel that carries memories through all chunks, some columns of values in each program."""
         columns = min(_tile(self.key), HALF), min(_tile(self.value), CARRIED)
         grid = self.chunks[0], -(-self.value // columns[1])
-        self._launch(kernel, grid, given, made, columns, self.kind, precision, num_stages=2)
+        # Tiles of the next chunk are loaded ahead where they fit on the chip beside those of this one.
+        num_stages = 2 if self.tile <= TOGETHER else 1
+        self._launch(kernel, grid, given, made, columns, self.kind, precision, num_stages=num_stages)
 
     def each_chunk(
         self,
         kernel: Any,
-        given: tuple[Any, ...],
-        made: Any,
+        given: Given,
+        made: Tensor | Given,
         *constants: Any,
         split: Literal["keys", "values", None] = None,
         blocks: int = 1,
@@ -182,12 +188,12 @@ def _forward(
     with _device_of(query):
         weights, writes, through = _weigh(call, (retain, momentum, write))
         if probe == PROBES["token"]:
-            edge, given = min(EDGE, call.tile), (keys, weights, scale)
-            call.each_chunk(kernels.invert_kernel, given, inverse, edge, EXACT, blocks=call.tile // edge)
+            edge, system = min(EDGE, call.tile), (keys, weights, scale)
+            call.each_chunk(kernels.invert_kernel, system, inverse, edge, EXACT, blocks=call.tile // edge)
             while edge < call.tile:
-                call.each_chunk(kernels.merge_kernel, given, inverse, edge, EXACT, blocks=call.tile // edge // 2)
+                call.each_chunk(kernels.merge_kernel, system, inverse, edge, EXACT, blocks=call.tile // edge // 2)
                 edge *= 2
-        given = keys, values, scale, weights, writes, through, inverse, memory, moving
+        given: Given = keys, values, scale, weights, writes, through, inverse, memory, moving
         call.carrying(kernels.run_kernel, given, (new, entered, last, last_moving), EXACT)
         given = query, keys, weights, through, new, entered
         call.each_chunk(kernels.read_kernel, given, read, call.kind, _precision_of_reads(), split="values")
@@ -241,12 +247,12 @@ def _backward(
     d_scale_pairs = query.new_empty(*call.chunks, call.tile)
     with _device_of(query):
         weights, writes, through = _weigh(call, (retain, momentum, write))
-        given = query, keys, weights, d_read
+        given: Given = query, keys, weights, d_read
         call.each_chunk(kernels.send_kernel, given, d_values, call.kind, reads, split="values")
         given = query, keys, scale, weights, writes, through, inverse, d_read, d_last, d_last_moving
         call.carrying(kernels.run_back_kernel, given, (d_values, d_left, d_memory, d_moving), (EXACT, reads))
-        given, made = (query, keys, scale, weights, new_values, d_read, d_values), (*squares, d_scale_pairs)
-        call.each_chunk(kernels.pairs_kernel, given, made, call.kind, (EXACT, reads), blocks=2)
+        given = query, keys, scale, weights, new_values, d_read, d_values
+        call.each_chunk(kernels.pairs_kernel, given, (*squares, d_scale_pairs), call.kind, (EXACT, reads), blocks=2)
         given = (
             query,
             keys,
@@ -261,8 +267,7 @@ def _backward(
             d_left,
             *squares[2:],
         )
-        made = d_query, d_keys, sums
-        call.each_chunk(kernels.vectors_kernel, given, made, call.kind, (EXACT, reads), split="keys")
+        call.each_chunk(kernels.vectors_kernel, given, (d_query, d_keys, sums), call.kind, (EXACT, reads), split="keys")
         given = retain, momentum, scale, weights, writes, through, *squares[:2], sums.sum(2), d_scale_pairs
         call.each_chunk(kernels.gates_kernel, given, (d_retain, d_momentum, d_write, d_scale), call.kind)
     found = d_query, d_keys, d_values, *d_gates, d_memory, d_moving
