@@ -146,7 +146,9 @@ class _Call(NamedTuple):
         num_stages: int = 1,
     ) -> None:
         sizes = Sizes(self.chunk, self.tile, self.key, columns[0], self.value, columns[1], self.key * self.value)
-        kernel[grid](given, made, self.time, self.heads, sizes, *constants, num_warps=4, num_stages=num_stages)
+        # Of tiles of 64 tokens, eight warps spill more than four.
+        options = {"num_warps": 4 if self.tile <= TOGETHER else 8, "num_stages": num_stages}
+        kernel[grid](given, made, self.time, self.heads, sizes, *constants, **options)
 
 
 def _call(query: Tensor, values: Tensor, moving: Tensor | None, chunk: int, probe: int, reads_before: bool) -> _Call:
