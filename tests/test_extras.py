@@ -35,7 +35,10 @@ BEHIND_A_DOOR = {
     "sinks.trackers.wandb": "sinks.trackers.start requires the library before",
     "export.hub": "export.hf imports it by extras.imported",
     "export.card": "the text of a card, which is no code of ours",
-    "memory.kernels.titans_triton": "memory.kernels.select asks whether triton is there before",
+    **{
+        f"memory.kernels.triton_{name}": "memory.kernels.select asks whether triton is there before"
+        for name in ("tiles", "forward", "backward")
+    },
     "bench.peer_titans": "a program of other packages' environment, which has nothing of ours",
 }
 """Modules that import optional packages as a whole, and who imports them."""

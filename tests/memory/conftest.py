@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 
 from memory.inputs import named
-from meristem.memory.kernels.native_form import FORMS
+from meristem.memory.kernels.fused_form import FORMS
 from meristem.memory.kernels.select import force_reference
 from meristem.native.library import library
 

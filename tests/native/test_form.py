@@ -13,7 +13,6 @@ from memory.inputs import Window, named, variants, window
 from meristem.memory import Gates, Rule, run, scan
 from meristem.memory.forms import run_trusted
 from meristem.memory.gates import LOG_FLOOR
-from meristem.memory.kernels import native_form as kernels
 from meristem.memory.kernels import select
 from meristem.memory.kernels.select import choose_form, force_reference, native_refusals
 from meristem.memory.named import rules
@@ -218,7 +217,7 @@ def test_a_backward_pass_runs_as_its_forward_pass_did(monkeypatch: pytest.Monkey
     with force_reference():
         read.sum().backward()
         plain, _ = run(rule, *inputs.arguments(), form="exact_chunk", chunk=4)
-    monkeypatch.setattr(kernels, "chunk_form", None)
+    monkeypatch.setattr(operations, "chunk_form", None)
     plain.sum().backward()
     assert inputs.keys_bthk.grad is not None
 

@@ -4,6 +4,7 @@
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -200,13 +201,14 @@ def _backward(
 
 
 @_backward.register_fake
-def _backward_shapes(*inputs: Any) -> tuple[Tensor, ...]:
+def backward_shapes(*inputs: Any) -> tuple[Tensor, ...]:
+    """What an operation like ``_backward`` gives, without its numbers."""
     query, keys, *gates, _, _, _, d_read, d_last, d_last_moving, _, _, _ = inputs
     shapes = [query, keys, d_read, *gates, d_last, d_last_moving]
     return tuple(query.new_empty(0 if x is None else x.shape) for x in shapes)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, keys, _, *gates, memory, moving, chunk, probe, reads_before, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, keys, *gates, *output[3:])
@@ -214,17 +216,25 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.value_shape = output[0].shape
 
 
-def _send_back(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, keys, *gates, new_values, products, entered = ctx.saved_tensors
-    shapes = ctx.value_shape, ctx.like_last, ctx.like_last
-    wanted = 3 if ctx.has_momentum else 2
-    sent = [query.new_zeros(shape) if d is None else d for d, shape in zip(d_outputs[:wanted], shapes, strict=False)]
-    sent += [None] * (3 - wanted)
-    found = _backward(query, keys, *gates, new_values, products, entered, *sent, *ctx.settings)
-    return *(None if d.numel() == 0 else d for d in found), None, None, None, None
+def sends_back(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The gradients of all inputs of an operation like ``_forward``, of whose outputs ``keep`` has kept the last three,
+    by the operation that computes them."""
+
+    def send_back(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, keys, *gates, new_values, products, entered = ctx.saved_tensors
+        shapes = ctx.value_shape, ctx.like_last, ctx.like_last
+        wanted = 3 if ctx.has_momentum else 2
+        sent = [
+            query.new_zeros(shape) if d is None else d for d, shape in zip(d_outputs[:wanted], shapes, strict=False)
+        ]
+        sent += [None] * (3 - wanted)
+        found = backward(query, keys, *gates, new_values, products, entered, *sent, *ctx.settings)
+        return *(None if d.numel() == 0 else d for d in found), None, None, None, None
+
+    return send_back
 
 
-_forward.register_autograd(_send_back, setup_context=_keep)
+_forward.register_autograd(sends_back(_backward), setup_context=keep)
 
 
 def _run(

@@ -13,7 +13,7 @@ from torch.nn import functional
 from meristem.checkpoint.store import Checkpoint
 from meristem.memory import Gates
 from meristem.memory.forms import run_trusted
-from meristem.memory.kernels.native_form import FORMS
+from meristem.memory.kernels.fused_form import FORMS
 from meristem.memory.kernels.select import force_reference, native_refusals, plain_layers
 from meristem.memory.rule import Rule
 from meristem.nn.neural_memory import NeuralMemory

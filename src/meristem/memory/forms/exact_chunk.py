@@ -23,8 +23,8 @@ from meristem.memory.forms.decay import Decay, Logs, between, compute_decay, com
 from meristem.memory.gates import Gates
 from meristem.memory.kernels.chunk_solve import Solved, Weights, solve, solve_back, sooner
 from meristem.memory.kernels.fla_delta import fla_delta
-from meristem.memory.kernels.native_form import native_form
-from meristem.memory.kernels.select import choose_form, choose_window, loop_kernel
+from meristem.memory.kernels.fused_form import fused_form
+from meristem.memory.kernels.select import choose_form, choose_window
 from meristem.memory.rule import Rule
 from meristem.memory.state import Memory, full_precision
 from meristem.memory.update import momentum_name
@@ -118,8 +118,9 @@ def solved(
 ) -> tuple[Values, Memory]:
     """The chunk form of a linear rule; is_frozen: with every residual measured at the memory that enters the chunk."""
     keys_bthk, values_bthv, queries_bthk = inputs
-    if choose_form(keys_bthk, values_bthv) == "native":
-        return native_form(rule, memory, inputs, gates, chunk=chunk, is_frozen=is_frozen)
+    backend = choose_form(keys_bthk, values_bthv, chunk if is_frozen else 1)
+    if backend != "reference":
+        return fused_form(rule, memory, inputs, gates, chunk=chunk, backend=backend, is_frozen=is_frozen)
     batch, n_time, heads = keys_bthk.shape[:3]
     chunk = min(chunk, n_time)
     address_bthk, wanted_bthk = rule.structure.address(keys_bthk), rule.structure.address(queries_bthk)
@@ -156,13 +157,11 @@ class WholeChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         key_nhck, value_nhcv, query_nhck, *logs, scale_nhc, first_hkv, probed_at, reads_before = inputs
-        # Chosen once: the backward pass may run on another thread, or after ``force_reference`` has ended.
-        ctx.kernel = loop_kernel(key_nhck, value_nhcv)
         ctx.probed_at, ctx.reads_before = probed_at, reads_before
         decay = compute_decay_from(Logs(*logs), between)
         weights = _weights(decay, scale_nhc, probed_at, reads_before)
         with exact_products():
-            read_nhcv, solved = solve((key_nhck, query_nhck), value_nhcv, weights, first_hkv, ctx.kernel)
+            read_nhcv, solved = solve((key_nhck, query_nhck), value_nhcv, weights, first_hkv)
         ctx.save_for_backward(key_nhck, query_nhck, *logs, scale_nhc, *solved)
         return read_nhcv, solved.passing_nhkv[-1].clone()
 
@@ -176,7 +175,7 @@ class WholeChunks(torch.autograd.Function):
             weights = _weights(decay, scale_nhc, ctx.probed_at, ctx.reads_before)
             solved = Solved(new_nhcv, inverse_nhcs, passing_nhkv)
             d_vectors, d_weights, d_first_hkv = solve_back(
-                (key_nhck, query_nhck), weights, solved, d_read_nhcv.contiguous(), d_last_hkv, ctx.kernel
+                (key_nhck, query_nhck), weights, solved, d_read_nhcv.contiguous(), d_last_hkv
             )
             d_decay, d_scale_nhc = _weights_back(decay, d_weights, scale_nhc, ctx.probed_at, ctx.reads_before)
             del decay, weights, d_weights

@@ -20,7 +20,6 @@ Axes: n chunks, h batch and heads folded together, c and s tokens within a chunk
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -67,11 +66,10 @@ def solve(
     value_nhcv: Float[Tensor, "n h c v"],
     weights: Weights,
     first_hkv: Float[Tensor, "h ... v"],
-    kernel: ModuleType | None,
 ) -> tuple[Tensor, Solved]:
     """What is read, and what ``solve_back`` needs.
 
-    first_hkv: memory over momentum, along k. kernel: runs the loop, as ``loop_kernel`` chose.
+    first_hkv: memory over momentum, along k.
     """
     key_nhck, query_nhck = vectors
     inverse_nhcs = None
@@ -80,7 +78,7 @@ def solve(
         if weights.scale_nhc is not None:
             strict_nhcs.mul_(weights.scale_nhc[..., None])
         inverse_nhcs = _invert(strict_nhcs)
-    solved = _run_chunks(key_nhck, value_nhcv, weights, first_hkv, inverse_nhcs, kernel)
+    solved = _run_chunks(key_nhck, value_nhcv, weights, first_hkv, inverse_nhcs)
     mixing_nhcs = _weigh(query_nhck @ key_nhck.mT, weights.intra_nhcs, is_earlier=weights.reads_before)
     read_nhcv = mixing_nhcs @ solved.new_nhcv
     _add_product(read_nhcv, _spread(weights.read_nhcl, query_nhck), solved.passing_nhkv[:-1])
@@ -93,16 +91,13 @@ def solve_back(
     solved: Solved,
     d_read_nhcv: Float[Tensor, "n h c v"],
     d_last_hkv: Float[Tensor, "h ... v"],
-    kernel: ModuleType | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Weights, Tensor]:
     """The gradients of ``(key, value, query)``, of every weight, and of ``first_hkv``."""
     key_nhck, query_nhck = vectors
     new_nhcv, entering_nhkv = solved.new_nhcv, solved.passing_nhkv[:-1]
     likeness_nhcs = query_nhck @ key_nhck.mT
     d_new_nhcv = _weigh(likeness_nhcs.clone(), weights.intra_nhcs, is_earlier=weights.reads_before).mT @ d_read_nhcv
-    d_value_nhcv, d_passing_nhkv = _run_chunks_backward(
-        vectors, weights, solved, (d_new_nhcv, d_read_nhcv, d_last_hkv), kernel
-    )
+    d_value_nhcv, d_passing_nhkv = _run_chunks_backward(vectors, weights, solved, (d_new_nhcv, d_read_nhcv, d_last_hkv))
     del d_new_nhcv
     d_key_nhck, d_write_nhcl = _despread(new_nhcv @ d_passing_nhkv[1:].mT, weights.write_nhcl, key_nhck)
     d_left_nhlk, came_nhlk = (
@@ -155,12 +150,7 @@ def _run_chunks(
     weights: Weights,
     first_hkv: Tensor,
     inverse_nhcs: Tensor | None,
-    kernel: ModuleType | None,
 ) -> Solved:
-    if kernel is not None:
-        given = inverse_nhcs, weights.probe_nhcl, weights.write_nhcl, weights.carry_nhll
-        entering_nhkv, new_nhcv, last_hkv = kernel.run_chunks(key_nhck, value_nhcv, first_hkv, given)
-        return Solved(new_nhcv, inverse_nhcs, torch.cat([entering_nhkv, last_hkv[None]]))
     passing, news = [first_hkv], []
     for n, (key_hck, new_hcv) in enumerate(zip(key_nhck, value_nhcv, strict=True)):
         if weights.probe_nhcl is not None:
@@ -178,18 +168,11 @@ def _run_chunks_backward(
     weights: Weights,
     solved: Solved,
     sent: tuple[Tensor, Tensor, Tensor],
-    kernel: ModuleType | None,
 ) -> tuple[Tensor, Tensor]:
     """``d_value_nhcv`` and the gradient of what passes from chunk to chunk; sent: those of new, read and last."""
     key_nhck, query_nhck = vectors
     d_new_nhcv, d_read_nhcv, d_last_hkv = sent
     read_nhkv = _spread(weights.read_nhcl, query_nhck).mT @ d_read_nhcv
-    if kernel is not None:
-        given = solved.inverse_nhcs, weights.probe_nhcl, weights.write_nhcl, weights.carry_nhll
-        d_leaving_nhkv, d_value_nhcv, d_first_hkv = kernel.run_chunks_backward(
-            key_nhck, d_new_nhcv, d_last_hkv, read_nhkv, given
-        )
-        return d_value_nhcv, torch.cat([d_first_hkv[None], d_leaving_nhkv])
     d_passing, d_values = [d_last_hkv], []
     for n in reversed(range(len(key_nhck))):
         d_left_hkv, key_hck = d_passing[-1], key_nhck[n]

@@ -1,30 +1,28 @@
-"""Which code runs a sequence or its chunk loop: plain tensor code, the native core, our Triton kernel, or the kernels
-of ``fla-core``.
+"""Which code runs the chunk form of a linear rule: plain tensor code, the native core, our Triton kernels, or those of
+``fla-core``.
 
     reference   plain tensor code: any device, any width, any dtype
-    native      ``native_form``: the whole form in compiled code on a CPU, forward and backward; and what stands around
-                it, ``native.layers``
-    triton      ``titans_triton``: the chunk loop in one launch instead of a handful per chunk; exact float32
+    native      ``native.operations``: the whole form in compiled code on a CPU, forward and backward; and what stands
+                around it, ``native.layers``
+    triton      ``chunk_operation``: the whole form on a CUDA device, forward and backward
     fla         ``fla_delta``: delta and gated delta as a whole; its products round to TF32
 
 A kernel is taken where it can run, silently, for it means the same; ``force_reference`` disables all of them. Neither
 ``triton`` nor ``fla`` is imported before a tensor on a CUDA device, or TRITON_INTERPRET=1, needs it.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Final, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from meristem.memory.kernels.chunk_operation import LONGEST, interprets
 from meristem.memory.rule import Rule
 from meristem.native.interface import NUMBERS, lanes
 from meristem.native.library import core
@@ -32,9 +30,8 @@ from meristem.shapes import Keys, Values
 
 Backend = Literal["reference", "native", "triton", "fla"]
 
-WIDTHS = (16, 32, 64, 128)
-"""Chunks and widths that the Triton kernel takes: its tiles are powers of two, its products no narrower than 16, and
-beyond 128 it would run out of registers."""
+WIDEST = 128
+"""Keys that the Triton kernels take at most: wider memories do not fit in the registers of a program."""
 
 DELTA = ("matrix", "squared", "decay", "plain")
 """Structure, bias, retention and update of delta and gated delta."""
@@ -88,10 +85,16 @@ def choose_window(rule: Rule, keys_bthk: Keys, values_bthv: Values) -> Backend:
     return "reference" if _is_plain() or fla_refusals(rule, keys_bthk, values_bthv) else "fla"
 
 
-def choose_form(keys_bthk: Keys, values_bthv: Values) -> Backend:
-    """What runs the chunk form of a linear rule: ``native`` or ``reference``. The compiler sees it as one operation."""
-    is_forced = _forced.depth > 0 if torch.compiler.is_compiling() else _is_forced.get()
-    return "reference" if is_forced or native_refusals(keys_bthk, values_bthv) else "native"
+def choose_form(keys_bthk: Keys, values_bthv: Values, frozen: int = 1) -> Literal["reference", "native", "triton"]:
+    """What runs the chunk form of a linear rule. The compiler sees ``native`` and ``triton`` as one operation each.
+
+    frozen: tokens of a chunk whose residuals are all taken at its start.
+    """
+    if _forced.depth > 0 if torch.compiler.is_compiling() else _is_forced.get():
+        return "reference"
+    if not native_refusals(keys_bthk, values_bthv):
+        return "native"
+    return "reference" if triton_refusals(keys_bthk, values_bthv, frozen) else "triton"
 
 
 def fuses(*tensors: Tensor, width: int) -> bool:
@@ -124,35 +127,23 @@ def native_refusals(keys_bthk: Keys, values_bthv: Values) -> list[str]:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _why_no_core() -> list[str]:
-    if _interprets():
+    if interprets():
         return ["Triton's interpreter is on"]
     return [] if core().library is not None else [f"there is no native core: {core().said}"]
 
 
-def choose_loop(key_nhck: Float[Tensor, "n h c k"], value_nhcv: Float[Tensor, "n h c v"]) -> Backend:
-    """What runs the chunk loop of the exact form: ``triton`` or ``reference``."""
-    return "reference" if _is_plain() or triton_refusals(key_nhck, value_nhcv) else "triton"
-
-
-def loop_kernel(key_nhck: Float[Tensor, "n h c k"], value_nhcv: Float[Tensor, "n h c v"]) -> ModuleType | None:
-    """The module whose ``run_chunks`` and ``run_chunks_backward`` run the chunk loop, or None for plain tensor code."""
-    if choose_loop(key_nhck, value_nhcv) == "reference":
-        return None
-    from meristem.memory.kernels import titans_triton
-
-    return titans_triton
-
-
-def triton_refusals(key_nhck: Float[Tensor, "n h c k"], value_nhcv: Float[Tensor, "n h c v"]) -> list[str]:
-    """Why the Triton kernel cannot run these chunks; empty when it can."""
-    device, interprets = key_nhck.device, _interprets()
-    dtypes = (torch.float32, torch.float64) if interprets else (torch.float32,)
-    widths = (*key_nhck.shape[-2:], value_nhcv.shape[-1])
+def triton_refusals(keys_bthk: Keys, values_bthv: Values, frozen: int = 1) -> list[str]:
+    """Why the Triton kernels cannot run the form on these tensors; empty when they can. frozen: as for
+    ``choose_form``."""
+    device, is_interpreted, width = keys_bthk.device, interprets(), keys_bthk.shape[-1]
+    dtypes = (torch.float32, torch.float64) if is_interpreted else (torch.float32,)
     reasons = {
-        f"the device is {device.type}": device.type == "cuda" or (device.type == "cpu" and interprets),
+        f"the device is {device.type}": device.type == "cuda" or (device.type == "cpu" and is_interpreted),
         "triton is not installed": _is_installed("triton"),
-        f"the memory is {key_nhck.dtype}": key_nhck.dtype in dtypes,
-        f"chunk, key width and value width {widths} are not all of {WIDTHS}": all(width in WIDTHS for width in widths),
+        f"the memory is {keys_bthk.dtype}": keys_bthk.dtype in dtypes,
+        f"a key is {width} wide, the most is {WIDEST}": width <= WIDEST,
+        f"a chunk has {frozen} tokens, the most is {LONGEST}": frozen <= LONGEST,
+        "there is nothing to read": keys_bthk.numel() > 0 and values_bthv.numel() > 0,
     }
     return [reason for reason, is_met in reasons.items() if not is_met]
 
@@ -182,11 +173,11 @@ def _is_plain() -> bool:
     return torch.compiler.is_compiling() or is_forced()
 
 
-def _interprets() -> bool:
-    """Triton is set to run its kernels on the CPU, as NumPy code; it reads this once, when a kernel is made."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_installed(package: str) -> bool:
+    return _found(package)
 
 
 @cache
-def _is_installed(package: str) -> bool:
+def _found(package: str) -> bool:
     return find_spec(package) is not None

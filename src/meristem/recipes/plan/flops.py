@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from meristem.device.resolve import Device
+from meristem.memory.kernels.chunk_operation import BACKWARD, FORWARD
 from meristem.native import layers as _layers  # noqa: F401, they register operations
 from meristem.native import window as _window_of_keys  # noqa: F401
 from meristem.native.operations import PROBES
@@ -240,4 +241,6 @@ FORMULAS: dict[OpOverloadPacket, Formula] = {
     core.memory_vectors_backward: _memory_vectors_backward,
     **dict.fromkeys((core.norm, core.norm_backward, core.swiglu, core.swiglu_backward), _none),
     **dict.fromkeys((core.cross_entropy, core.cross_entropy_backward), _none),
+    FORWARD: _chunk_form,
+    BACKWARD: _chunk_form_backward,
 }

@@ -1,27 +1,29 @@
-"""The linear family through the native core, for CPUs: ``native/form.hpp``, forward and backward in one call each."""
+"""The linear family as one operation, forward and backward: by the native core on a CPU, by Triton on a CUDA device."""
 
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
 from meristem.memory.gates import Gates
+from meristem.memory.kernels import chunk_operation
 from meristem.memory.rule import Rule
 from meristem.memory.state import Memory
 from meristem.memory.update import momentum_name
-from meristem.native.operations import chunk_form
+from meristem.native import operations
 from meristem.shapes import Keys, Queries, Values
 
 FORMS: Final = ("exact_chunk", "frozen_chunk", "tnt")
-"""Forms that run a linear rule through the core where it is there."""
+"""Forms that run a linear rule as one operation where that can run."""
 
 
-def native_form(
+def fused_form(
     rule: Rule,
     memory: Memory,
     inputs: tuple[Keys, Values, Queries],
     gates: Gates,
     *,
     chunk: int,
+    backend: Literal["native", "triton"],
     is_frozen: bool = False,
 ) -> tuple[Values, Memory]:
     """Reads and the memory left behind, as ``exact_chunk.solved`` gives them. It takes the factors of the gates, as
@@ -33,6 +35,7 @@ def native_form(
         scale_bth = torch.full_like(gates.write_bth, rule.slope) if scale_bth is None else rule.slope * scale_bth
     weight = rule.structure.weights[0]
     moving = momentum_name(weight) if rule.update.has_momentum else None
+    chunk_form = operations.chunk_form if backend == "native" else chunk_operation.chunk_form
     read_bthv, last_bhkv, moving_bhkv = chunk_form(
         (wanted_bthk, address_bthk, values_bthv),
         (
