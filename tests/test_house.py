@@ -38,7 +38,8 @@ SIDEWAYS = {
 }
 
 EXCEPTIONS: dict[str, str] = {
-    f"meristem.native.operations.{name}:arguments": "an operation of torch takes its tensors one by one"
+    f"meristem.native.{module}.{name}:arguments": "an operation of torch takes its tensors one by one"
+    for module in ("operations", "write")
     for name in ("_forward", "_backward")
 }
 """What may go over a ceiling, and why; a key ends in what is measured: ``meristem.room.file.function:lines``."""

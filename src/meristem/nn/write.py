@@ -1,0 +1,84 @@
+"""A memory that is written by one call of the native core: convolution, gates and form together (``native.write``)."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from meristem.memory.kernels.select import fuses
+from meristem.memory.region import curvature
+from meristem.memory.rule import Rule
+from meristem.memory.state import State, full_precision
+from meristem.memory.update import momentum_name
+from meristem.native import write as native
+from meristem.native.layers import MOST_TAPS, MOST_WIDTH
+from meristem.nn.conv import CausalConv
+from meristem.nn.gates import GateMap
+from meristem.shapes import Hidden, Mixed
+
+
+@runtime_checkable
+class Writable(Protocol):
+    """What is read here of a ``NeuralMemory``."""
+
+    heads: int
+    is_plain: bool
+    form: str
+    chunk: int
+    qkv: nn.Linear
+    conv: CausalConv
+    gates: GateMap
+
+    @property
+    def rule(self) -> Rule: ...
+
+
+def can_write(recall: Writable, hidden_btd: Hidden, state: State) -> bool:
+    """Several tokens that the core takes, and a rule of one matrix whose rates are the gates themselves."""
+    rule, width = recall.rule, recall.qkv.in_features // recall.heads
+    if not recall.is_plain or recall.form != "exact_chunk" or rule.update.name not in ("plain", "momentum"):
+        return False
+    if hidden_btd.shape[1] == 1 or not fuses(hidden_btd, width=width):
+        return False
+    weight, memory = rule.structure.weights[0], state["memory"]
+    if not memory.keys() <= {weight, momentum_name(weight)}:  # an unfinished chunk of another form
+        return False
+    wide = torch.promote_types(hidden_btd.dtype, torch.float32)
+    is_one_kind = all(x.dtype == wide and x.is_cpu for x in (*memory.values(), recall.gates.weight_hd))
+    return is_one_kind and width <= MOST_WIDTH and recall.conv.weight_dc.shape[1] <= MOST_TAPS
+
+
+def write(recall: Writable, hidden_btd: Hidden, state: State) -> tuple[Mixed, State]:
+    """What ``NeuralMemory`` does with a sequence, for one that ``can_write``."""
+    mixed_btf = recall.qkv(hidden_btd)
+    with full_precision(hidden_btd.device):
+        logits_btf = recall.gates.logits(hidden_btd.to(recall.gates.weight_hd.dtype))
+        inputs = inputs_of(recall, mixed_btf, logits_btf, state)
+        read_btf, last_bhkv, moving_bhkv, tail_bsd = native.memory_write(inputs, rule_of(recall))
+    memory = {recall.rule.structure.weights[0]: last_bhkv}
+    if moving_bhkv is not None:
+        memory[momentum_name(recall.rule.structure.weights[0])] = moving_bhkv
+    return read_btf.to(mixed_btf.dtype), {"memory": memory, "conv": {"tail_bsd": tail_bsd}}
+
+
+def inputs_of(recall: Writable, mixed_btd: Hidden, logits_btf: Mixed, state: State) -> native.Inputs:
+    """What the core is given of a memory and of what was projected for it."""
+    name, memory = recall.rule.structure.weights[0], state["memory"]
+    tail_bsd = state["conv"]["tail_bsd"].to(mixed_btd.dtype)
+    most_h, moving_bhkv = recall.gates.most_momentum(), memory.get(momentum_name(name))
+    return native.Inputs(mixed_btd, tail_bsd, recall.conv.weight_dc, logits_btf, most_h, memory[name], moving_bhkv)
+
+
+def rule_of(recall: Writable) -> native.Rule:
+    """The numbers of a rule and its gates."""
+    rule, gates = recall.rule, recall.gates
+    return native.Rule(
+        chunk=recall.chunk,
+        slope=rule.slope or 0.0,
+        is_warm=rule.probe == "warm",
+        reads_before=rule.reads == "before",
+        has_retain=rule.has_retain,
+        has_retain_gate=rule.has_retain_gate,
+        write_limit=gates.write_limit,
+        curvature=curvature(rule) or 0.0,
+    )
