@@ -276,6 +276,11 @@ def test_who_decides(calls: list[str]) -> None:
     state = clone(module.init_state(hidden))
     state["memory"]["matrix_bhkv"] = state["memory"]["matrix_bhkv"].bfloat16()
     assert not takes(module, hidden, state)
+    for part in (module.gates, module.conv):
+        handle = part.register_forward_hook(lambda *_: None)
+        assert not takes(module), "a hook would not hear what goes through the core"
+        handle.remove()
+    assert takes(module)
     with plain_layers():
         assert not takes(module)
         module(hidden)

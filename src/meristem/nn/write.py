@@ -40,12 +40,20 @@ def can_write(recall: Writable, hidden_btd: Hidden, state: State) -> bool:
         return False
     if hidden_btd.shape[1] == 1 or not fuses(hidden_btd, width=width):
         return False
+    if not (is_bare(recall.gates, GateMap) and is_bare(recall.conv, CausalConv)):
+        return False
     weight, memory = rule.structure.weights[0], state["memory"]
     if not memory.keys() <= {weight, momentum_name(weight)}:  # an unfinished chunk of another form
         return False
     wide = torch.promote_types(hidden_btd.dtype, torch.float32)
     is_one_kind = all(x.dtype == wide and x.is_cpu for x in (*memory.values(), recall.gates.weight_hd))
     return is_one_kind and width <= MOST_WIDTH and recall.conv.weight_dc.shape[1] <= MOST_TAPS
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module does what its class does and no more: what is not called would not be heard by its hooks."""
+    is_heard = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not is_heard
 
 
 def write(recall: Writable, hidden_btd: Hidden, state: State) -> tuple[Mixed, State]:
