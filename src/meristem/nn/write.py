@@ -3,7 +3,8 @@
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from meristem.memory.kernels.select import fuses
 from meristem.memory.region import curvature
@@ -14,7 +15,9 @@ from meristem.native import write as native
 from meristem.native.layers import MOST_TAPS, MOST_WIDTH
 from meristem.nn.conv import CausalConv
 from meristem.nn.gates import GateMap
-from meristem.shapes import Hidden, Mixed
+from meristem.shapes import Hidden, MatrixMemory, Mixed
+
+Tail = Float[Tensor, "b s d"]
 
 
 @runtime_checkable
@@ -63,10 +66,14 @@ def write(recall: Writable, hidden_btd: Hidden, state: State) -> tuple[Mixed, St
         logits_btf = recall.gates.logits(hidden_btd.to(recall.gates.weight_hd.dtype))
         inputs = inputs_of(recall, mixed_btf, logits_btf, state)
         read_btf, last_bhkv, moving_bhkv, tail_bsd = native.memory_write(inputs, rule_of(recall))
-    memory = {recall.rule.structure.weights[0]: last_bhkv}
-    if moving_bhkv is not None:
-        memory[momentum_name(recall.rule.structure.weights[0])] = moving_bhkv
-    return read_btf.to(mixed_btf.dtype), {"memory": memory, "conv": {"tail_bsd": tail_bsd}}
+    return read_btf.to(mixed_btf.dtype), state_of(recall, last_bhkv, moving_bhkv, tail_bsd)
+
+
+def state_of(recall: Writable, last_bhkv: MatrixMemory, moving_bhkv: MatrixMemory | None, tail_bsd: Tail) -> State:
+    """The state of a reader, of what a write leaves."""
+    name = recall.rule.structure.weights[0]
+    momentum = {} if moving_bhkv is None else {momentum_name(name): moving_bhkv}
+    return {"memory": {name: last_bhkv} | momentum, "conv": {"tail_bsd": tail_bsd}}
 
 
 def inputs_of(recall: Writable, mixed_btd: Hidden, logits_btf: Mixed, state: State) -> native.Inputs:
