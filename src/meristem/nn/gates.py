@@ -104,7 +104,7 @@ class GateMap(KeepsFloat32):
         raw_bth = functional.linear(lowered_btd, self.weight_hd, self.bias_h)
         return raw_bth if self.scale_h is None else raw_bth * self.scale_h
 
-    def map(self) -> tuple[Float[Tensor, "h d"], Float[Tensor, "h"]]:
+    def map(self) -> tuple[Float[Tensor, "h d"], Float[Tensor, " h"]]:
         """The matrix and the bias of ``logits``, of a map without a rank."""
         if self.scale_h is None:
             return self.weight_hd, self.bias_h

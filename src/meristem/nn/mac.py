@@ -1,7 +1,7 @@
 """Memory as context: a segment attends to what the memory of earlier ones recalls (Titans 2501.00663, eqs. 21-25)."""
 
 import math
-from typing import ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from meristem.nn.memory import build_memory
 from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.segments import Inputs, by_segment, by_token, read_segments
 from meristem.nn.token_pooling import spans
-from meristem.nn.write import can_write, inputs_of, is_bare, rule_of, state_of
+from meristem.nn.write import can_write, is_bare, memories_of, rule_of, state_of
 from meristem.shapes import Hidden, Keys, Queries, Values
 
 SEEN: Final = ("keys_bshk", "values_bshv", "context_keys_bshk", "context_values_bshv")
@@ -90,10 +90,10 @@ class MemoryAsContext(nn.Module):
         return [*sizes[:first], whole * self.segment, *sizes[first + whole :]]
 
     def _can_read_together(self, hidden_btd: Hidden, state: State) -> bool:
-        recall = self.recall
+        recall: Any = self.recall
         if not self.is_writing or torch.is_autocast_enabled(hidden_btd.device.type):
             return False
-        if not (is_bare(recall, NeuralMemory) and is_bare(recall.qkv, nn.Linear) and isinstance(recall, NeuralMemory)):
+        if not (is_bare(recall, NeuralMemory) and is_bare(recall.qkv, nn.Linear)):
             return False
         n_kept, whole_btd = recall.conv.weight_dc.shape[1] - 1, hidden_btd[:, : self.segment]
         weights = recall.gates.weight_hd, recall.qkv.weight, self.attention.qkv.weight
@@ -142,26 +142,30 @@ class MemoryAsContext(nn.Module):
 
     def _read_together(self, segment: "Segment", whole: "Whole", state: State) -> tuple[Hidden, Hidden, State]:
         """The same of several whole segments, none of them begun."""
-        recall, length = self.recall, self.segment
-        turns = None if segment.by is None else tuple(x[:length, 0] for x in segment.by)
+        recall: Any = self.recall
+        length = self.segment
+        vectors = recall.to_queries(segment.query_btd), segment.query_bthk, segment.key_bthk, segment.value_bthv
+        asked_nbhck, query_nbhck, keys_nbhck, values_nbhcv = (by_segment(x, length) for x in vectors)
         pinned_nbhcg = None
         if segment.pinned_bhtg is not None:
             pinned_nbhcg = segment.pinned_bhtg.unflatten(2, (-1, length)).permute(2, 0, 1, 3, 4)
-        vectors = recall.to_queries(segment.query_btd), segment.query_bthk, segment.key_bthk, segment.value_bthv
-        made = inputs_of(recall, segment.query_btd, segment.query_btd, state["recall"])
+        gates_fd, bias_f = recall.gates.map()
         inputs = Inputs(
-            *(by_segment(x, length) for x in vectors),
+            asked_nbhck,
+            query_nbhck,
+            keys_nbhck,
+            values_nbhcv,
             pinned_nbhcg,
             whole.pinned_ghv,
             whole.weight_fd,
             recall.qkv.weight,
-            *recall.gates.map(),
-            made.weight_dc,
-            made.most_h,
-            made.memory_bhkv,
-            made.moving_bhkv,
-            made.tail_bsd,
+            gates_fd,
+            bias_f,
+            recall.conv.weight_dc,
+            recall.gates.most_momentum(),
+            *memories_of(recall, state["recall"], segment.query_btd.dtype),
         )
+        turns = None if segment.by is None else (segment.by[0][:length, 0], segment.by[1][:length, 0])
         found = read_segments(inputs, rule_of(recall), turns)
         recalled = state_of(recall, found.memory_bhkv, found.moving_bhkv, found.tail_bsd)
         left = {"recall": recalled, "start": recalled, **self._empty(segment.query_btd)}

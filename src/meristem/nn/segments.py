@@ -9,11 +9,15 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from meristem.native import write
-from meristem.shapes import Hidden
+from meristem.shapes import Hidden, Keys
+
+BySegment = Float[Tensor, "n b c d"]
+ByHead = Float[Tensor, "n b h c k"]
 
 
 class Inputs(NamedTuple):
@@ -127,15 +131,15 @@ class Run:
     def saved_of(self, n: int) -> tuple[Tensor, ...]:
         return tuple(each[n] for each in self.saved)
 
-    def rows(self, x_nbcd: Tensor, n: int) -> Tensor:
+    def rows(self, x_nbcd: BySegment, n: int) -> Tensor:
         """The tokens of segment ``n`` of all texts."""
         return x_nbcd[n].view(self.batch * self.length, -1)
 
-    def by_head(self, x_nbcd: Tensor, n: int, width: int) -> Tensor:
+    def by_head(self, x_nbcd: BySegment, n: int, width: int) -> Tensor:
         """The same for each head, as a view that can be written."""
         return x_nbcd[n].view(self.batch, self.length, -1, width).transpose(1, 2)
 
-    def flat(self, x_nbhck: Tensor, n: int) -> Tensor:
+    def flat(self, x_nbhck: ByHead, n: int) -> Tensor:
         """A matrix for each head of each text."""
         return x_nbhck[n].flatten(0, 1)
 
@@ -165,7 +169,7 @@ class Run:
 class Backward:
     """The gradients of a run, from the last segment to the first."""
 
-    def __init__(self, run: Run, attended_nbcd: Tensor, d_found: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, run: Run, attended_nbcd: BySegment, d_found: tuple[Tensor | None, ...]) -> None:
         self.run, self.attended_nbcd = run, attended_nbcd
         d_attended, d_read, d_memory, d_moving, d_tail = d_found
         # These are added to.
@@ -283,11 +287,11 @@ def _rotate(x_bhck: Tensor, turns: tuple[Tensor, Tensor] | None, to_bhck: Tensor
     to_bhck[..., half:].addcmul_(x_bhck[..., :half], sin_ck[:, half:], value=way)
 
 
-def by_segment(x_bthk: Tensor, length: int) -> Tensor:
+def by_segment(x_bthk: Keys, length: int) -> ByHead:
     """``b (n c) h k`` as ``n b h c k``."""
     return x_bthk.unflatten(1, (-1, length)).permute(1, 0, 3, 2, 4)
 
 
-def by_token(x_nbcd: Tensor) -> Hidden:
+def by_token(x_nbcd: BySegment) -> Hidden:
     """``n b c d`` as ``b (n c) d``."""
     return x_nbcd.transpose(0, 1).flatten(1, 2)

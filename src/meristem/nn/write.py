@@ -78,10 +78,15 @@ def state_of(recall: Writable, last_bhkv: MatrixMemory, moving_bhkv: MatrixMemor
 
 def inputs_of(recall: Writable, mixed_btd: Hidden, logits_btf: Mixed, state: State) -> native.Inputs:
     """What the core is given of a memory and of what was projected for it."""
+    memory_bhkv, moving_bhkv, tail_bsd = memories_of(recall, state, mixed_btd.dtype)
+    most_h = recall.gates.most_momentum()
+    return native.Inputs(mixed_btd, tail_bsd, recall.conv.weight_dc, logits_btf, most_h, memory_bhkv, moving_bhkv)
+
+
+def memories_of(recall: Writable, state: State, dtype: torch.dtype) -> tuple[MatrixMemory, MatrixMemory | None, Tail]:
+    """Memory and momentum, where the rule has it, and what the convolution has read, in the dtype of what it reads."""
     name, memory = recall.rule.structure.weights[0], state["memory"]
-    tail_bsd = state["conv"]["tail_bsd"].to(mixed_btd.dtype)
-    most_h, moving_bhkv = recall.gates.most_momentum(), memory.get(momentum_name(name))
-    return native.Inputs(mixed_btd, tail_bsd, recall.conv.weight_dc, logits_btf, most_h, memory[name], moving_bhkv)
+    return memory[name], memory.get(momentum_name(name)), state["conv"]["tail_bsd"].to(dtype)
 
 
 def rule_of(recall: Writable) -> native.Rule:
