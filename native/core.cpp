@@ -778,7 +778,8 @@ MERISTEM_EXPORT int meristem_window_backward(const MeristemWindow* window) {
 
 // One token of a whole model (decode.hpp), in float32 and in float64. A decoder never changes and may serve several threads,
 // each with readers and room of its own; sizes are in numbers. ``open`` gives null where there is no memory for the weights;
-// ``step`` gives 1, and has done nothing, where a token is none of the vocabulary.
+// ``step`` gives 1, and has done nothing, where a token is none of the vocabulary. ``hidden`` is the same without the head, or
+// without the last feed-forward layer and all behind it, into [rows, width].
 #define MERISTEM_DECODER(NAME, T) \
   MERISTEM_EXPORT void* meristem_decoder_open_##NAME( \
       const meristem::decoding::ModelShape* model, const meristem::decoding::LayerShape* shapes, \
@@ -807,6 +808,13 @@ MERISTEM_EXPORT int meristem_window_backward(const MeristemWindow* window) {
                                                    const int64_t* tokens, T* const* blocks, int64_t* n_read, T* logits, \
                                                    T* room) { \
     return !decoder->step(int(rows), tokens, blocks, n_read, logits, room); \
+  } \
+  MERISTEM_EXPORT int meristem_decoder_hidden_##NAME(const meristem::decoding::Decoder<T>* decoder, int64_t rows, \
+                                                     const int64_t* tokens, T* const* blocks, int64_t* n_read, T* hidden, \
+                                                     T* room, int32_t is_mlp_left) { \
+    using Decoder = meristem::decoding::Decoder<T>; \
+    const auto left = is_mlp_left ? Decoder::MLP_IS_LEFT : Decoder::HEAD_IS_LEFT; \
+    return !decoder->read(int(rows), tokens, blocks, n_read, hidden, room, left); \
   }
 MERISTEM_DECODER(f32, float)
 MERISTEM_DECODER(f64, double)

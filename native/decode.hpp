@@ -494,9 +494,13 @@ template <class T> class Decoder {
   // slot 0 on, and in the end one more. logits: [rows, logits_stride()]. False, and nothing was done, where a token is none
   // of the vocabulary.
   bool step(int rows, const int64_t* tokens, T* const* blocks, int64_t* n_read, T* logits, T* room) const {
-    for (int r = 0; r < rows; ++r) if (tokens[r] < 0 || tokens[r] >= m_.vocabulary) return false;
+    if (!are_known(rows, tokens)) return false;
     [[maybe_unused]] const Flushed flushed;
     head_.times(rows, hidden(rows, tokens, blocks, n_read, room, HEAD_IS_LEFT), width_, logits, logits_stride());
+    return true;
+  }
+  bool are_known(int rows, const int64_t* tokens) const {
+    for (int r = 0; r < rows; ++r) if (tokens[r] < 0 || tokens[r] >= m_.vocabulary) return false;
     return true;
   }
 
@@ -524,6 +528,14 @@ template <class T> class Decoder {
     if (left == MLP_IS_LEFT) return c.x;
     normed(rows, c.x, norm_, c.n);
     return c.n;
+  }
+  // The same into ``to`` [rows, width], where all tokens are of the vocabulary; else false, and nothing was done.
+  bool read(int rows, const int64_t* tokens, T* const* blocks, int64_t* n_read, T* to, T* room, Left left) const {
+    if (!are_known(rows, tokens)) return false;
+    [[maybe_unused]] const Flushed flushed;
+    const T* from = hidden(rows, tokens, blocks, n_read, room, left);
+    for (int r = 0; r < rows; ++r) std::memcpy(to + r * m_.width, from + r * width_, size_t(m_.width) * sizeof(T));
+    return true;
   }
 
  private:

@@ -84,6 +84,9 @@ def test_a_study_runs_writes_and_is_not_run_again(tmp_path):
             assert [tokens for tokens, _ in curve[:2]] == [64, 128]
             assert (figures["documents/memory"] != figures["documents/frozen"]) is (name == "titans")
             assert ("reading/memory/again" in figures) is (table == "reading")
+    assert sorted(report["tokens_per_s"]) == ["memory/attention", "memory/titans", "reading/titans"]
+    assert all(speed > 0 for speed in report["tokens_per_s"].values()) and "tokens_per_s" in only
+    assert "reading/titans" not in only["tokens_per_s"]
     text = out.read_text()
     assert "`attention` against `titans`" in text and "elsewhere, 12 against 13" in text and "`prose`" in text
     assert all(
@@ -150,7 +153,7 @@ def test_a_run_that_cannot_be_trained_is_a_result(tmp_path, monkeypatch):
     assert Outcome.from_json(outcomes[0].to_json()) == outcomes[0]
     results = [result_of(tree, cell, {one.fingerprint: one for one in outcomes})]
     assert "`titans` from seed 0 ended before it was trained: loss was" in " ".join(sentences(tree, "memory", results))
-    assert "Not measured yet." in page(tree, {"memory": results}, title="", pictures={})
+    assert "Not measured yet." in page(tree, {"memory": results}, title="", pictures={}, speeds={})
 
 
 @pytest.mark.parametrize(
@@ -270,7 +273,8 @@ def test_recall_is_said_beside_the_likelihood(tmp_path):
         figures |= {f"remember/{mode}/{spans}{tail}": shares for spans in (1, 5, 10, 50) for tail in ("", "/greedy")}
     tree, results = results_of(tmp_path, figures)
     assert "recalled far: worse by 0.4000 ± 0.0000 of the values." in next(sentences(tree, "memory", results))
-    lines = page(tree, {"memory": results}, title="", pictures={}).splitlines()
+    lines = page(tree, {"memory": results}, title="", pictures={}, speeds={"memory/titans": 5432.1}).splitlines()
+    assert any(line.startswith("| `titans` | ") and "| 5,432 |" in line for line in lines)
     assert "| variant | memory | 64 | 1,024 | far |" in lines
     assert "| `titans` | frozen | 0.50 | 0.50 | 0.50 ± 0.00 |" in lines
     assert "| `attention` | memory | 0.10 ± 0.00 (0.10) |" in "\n".join(lines)

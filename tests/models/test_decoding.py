@@ -21,6 +21,7 @@ from meristem.models.online import frozen
 from meristem.models.packed import MANY_THREADS, NotTaken, parts_of
 from meristem.native.library import core
 from meristem.nn.config import MemoryConfig
+from models.decodings import assert_same_state, read_on, relative
 
 pytestmark = pytest.mark.skipif(core().library is None, reason=f"the native core is not there: {core().said}")
 
@@ -90,21 +91,6 @@ VARIED = {
     "wide": ({"dim": 96, "n_heads": 2, "mlp_dim": 70, "sliding_window": 37}, {"head_dim": 48, "init": "induction"}),
 }
 """Every linear rule, every way to combine, every mixer and knob that the core knows, at odd sizes."""
-
-
-def relative(found: torch.Tensor, true: torch.Tensor) -> float:
-    return float((found.double() - true.double()).norm() / true.double().norm())
-
-
-def read_on(decoding: Decoding, tokens_bt: torch.Tensor) -> torch.Tensor:
-    return torch.stack([decoding.step(column_b.tolist()) for column_b in tokens_bt.unbind(1)], dim=1)
-
-
-def assert_same_state(found, true) -> None:
-    left, right = flatten(found), flatten(true)
-    assert left.keys() == right.keys()
-    for name, leaf in left.items():
-        assert torch.equal(leaf, right[name]) if isinstance(leaf, torch.Tensor) else leaf == right[name], name
 
 
 def begun(model, tokens_bt):

@@ -108,10 +108,13 @@ template <class T> int64_t run() {
     n_read.push_back(any(0, 100));
   }
   std::unique_ptr<T[]> room(new T[size_t(decoder.room_size(rows))]), logits(new T[size_t(rows * decoder.logits_stride())]);
+  std::unique_ptr<T[]> hidden(new T[size_t(rows * model.width)]);
   int64_t done = 0;
   for (int step = 0; step < 45; ++step) {
     for (int64_t& token : tokens) token = any(0, model.vocabulary - 1);
     done += decoder.step(int(rows), tokens.data(), pointers.data(), n_read.data(), logits.get(), room.get());
+    const auto left = any(0, 1) ? Decoder<T>::MLP_IS_LEFT : Decoder<T>::HEAD_IS_LEFT;
+    done += decoder.read(int(rows), tokens.data(), pointers.data(), n_read.data(), hidden.get(), room.get(), left);
   }
   tokens.back() = any(0, 1) ? model.vocabulary : -1;
   return done - decoder.step(int(rows), tokens.data(), pointers.data(), n_read.data(), logits.get(), room.get());
@@ -148,5 +151,5 @@ int main(int, char** arguments) {
   for (int64_t i = 0; i < 20 * n_models; ++i) drawn += draws();
   std::printf("%lld steps of %lld models, %lld draws\n", static_cast<long long>(done), static_cast<long long>(n_models),
               static_cast<long long>(drawn));
-  return done == 45 * n_models && drawn == 20 * n_models ? 0 : 1;
+  return done == 90 * n_models && drawn == 20 * n_models ? 0 : 1;
 }

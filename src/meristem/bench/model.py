@@ -14,15 +14,15 @@ from torch import nn
 
 from meristem.bench.measure import Row, medians, timed
 from meristem.bench.peer_titans import peak_bytes
+from meristem.bench.trained import training_step
 from meristem.device.config import DeviceConfig
-from meristem.device.resolve import NAMES, Device, resolve
+from meristem.device.resolve import NAMES, resolve
 from meristem.events import silent
 from meristem.memory.kernels.select import force_reference
 from meristem.models.build import build
 from meristem.models.decoding import Decoding
 from meristem.native.library import core, library
-from meristem.optim.groups import build as build_optimizer
-from meristem.runs.config import Config, load_config
+from meristem.runs.config import load_config
 from meristem.train.loss import cross_entropy
 
 N_TOKENS = 4096
@@ -69,7 +69,8 @@ def training(n_repeats: int) -> Iterator[Row]:
         config = load_config("default").tree
         n_tokens = config.data.batch_size * config.data.seq_len
         for device in dict.fromkeys([taken, replace(taken, dtype=torch.float32)]):
-            step = _training_step(config, device)
+            shape = config.data.batch_size, config.data.seq_len
+            step = training_step(config, *shape, vocabulary=config.tokenizer.vocab_size, device=device)
             candidates = {"native": step, "tensor code": _in_torch(step)}
             timed_steps = {name: timed(each, time.process_time) for name, each in candidates.items()}
             seconds = medians(timed_steps, n_repeats=2 * n_repeats)
@@ -82,24 +83,6 @@ def training(n_repeats: int) -> Iterator[Row]:
             )
     finally:
         torch.set_num_threads(threads)
-
-
-def _training_step(config: Config, device: Device) -> Callable[[], object]:
-    """A step of the preset: forward, loss, backward, and the move of its optimizer."""
-    model = build(config.model, config.memory, config.tokenizer.vocab_size, 0)
-    optimizer = build_optimizer(model, config.optim)
-    shape, generator = (config.data.batch_size, config.data.seq_len), torch.Generator().manual_seed(0)
-    tokens_bt = torch.randint(config.tokenizer.vocab_size, shape, generator=generator)
-
-    def step() -> None:
-        with device.autocast():
-            logits_bto, _ = model(tokens_bt)
-        loss = cross_entropy(logits_bto, tokens_bt) / tokens_bt.numel()
-        loss.backward()
-        optimizer.step(loss.detach())
-        optimizer.zero_grad()
-
-    return step
 
 
 def growth(n_repeats: int) -> Iterator[Row]:

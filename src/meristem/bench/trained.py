@@ -1,11 +1,15 @@
 """Small language models as they are trained and as they decode: presets at any width, candidates for ``medians``."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Final
 
 import torch
 from torch import nn
 
+from meristem.bench.measure import medians, timed
+from meristem.device.resolve import Device
 from meristem.models.build import build
 from meristem.models.decoding import Decoding
 from meristem.nn.auxiliary import auxiliary
@@ -23,15 +27,21 @@ def sized(preset: str, width: int, *overrides: str) -> Config:
     return load_config(preset, [f"model.dim={width}", "model.n_layers=2", *overrides], {}).tree
 
 
-def training_step(config: Config, batch: int) -> Callable[[], object]:
-    """One whole step on ``batch`` sequences: forward, loss, backward, clipping and the optimizer, as ``train.loop``."""
-    model = build(config.model, config.memory, VOCABULARY, 0)
+def training_step(
+    config: Config, batch: int, n_time: int = N_TIME, *, vocabulary: int = VOCABULARY, device: Device | None = None
+) -> Callable[[], object]:
+    """One whole step on ``batch`` sequences: forward, loss, backward, clipping and the optimizer, as ``train.loop``.
+
+    device: whose dtypes it takes; None for float32.
+    """
+    model = build(config.model, config.memory, vocabulary, 0)
     optimizer = build_optimizer(model, config.optim)
-    tokens_bt = torch.randint(VOCABULARY, (batch, N_TIME + 1), generator=torch.Generator().manual_seed(0))
+    tokens_bt = torch.randint(vocabulary, (batch, n_time + 1), generator=torch.Generator().manual_seed(0))
     seen_bt, targets_bt = tokens_bt[:, :-1], tokens_bt[:, 1:]
 
     def step() -> None:
-        logits_bto, state = model(seen_bt, None)
+        with device.autocast() if device else nullcontext():
+            logits_bto, state = model(seen_bt, None)
         loss = cross_entropy(logits_bto, targets_bt) / targets_bt.numel()
         own = auxiliary(state)
         (loss if own is None else loss + own).backward()
@@ -39,6 +49,26 @@ def training_step(config: Config, batch: int) -> Callable[[], object]:
         optimizer.zero_grad()
 
     return step
+
+
+def training_speeds(
+    configs: Mapping[str, Config], vocabulary: int, device: Device, n_repeats: int = 3
+) -> dict[str, float]:
+    """Tokens/s of each in training on the CPU: steps of one thread by turns, the median of its own time, so that what
+    else runs on the machine counts little."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        steps = {}
+        for name, config in configs.items():
+            step = training_step(
+                config, config.data.batch_size, config.data.seq_len, vocabulary=vocabulary, device=device
+            )
+            steps[name] = timed(step, time.process_time)
+        seconds = medians(steps, n_repeats=n_repeats, n_warm=1)
+    finally:
+        torch.set_num_threads(threads)
+    return {name: config.data.batch_size * config.data.seq_len / seconds[name] for name, config in configs.items()}
 
 
 def decoding(config: Config, n_tokens: int) -> Callable[[], object]:

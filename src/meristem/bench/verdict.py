@@ -22,9 +22,15 @@ def recall_distances(results: Sequence[Result[Cell]]) -> list[int]:
 
 
 def page(
-    config: EvidenceConfig, by_table: Mapping[str, Sequence[Result[Cell]]], *, title: str, pictures: Mapping[str, str]
+    config: EvidenceConfig,
+    by_table: Mapping[str, Sequence[Result[Cell]]],
+    *,
+    title: str,
+    pictures: Mapping[str, str],
+    speeds: Mapping[str, float],
 ) -> str:
-    """The whole document. title: where, when and by which command; pictures: file names by table."""
+    """The whole document. title: where, when and by which command; pictures: file names by table; speeds: tokens/s in
+    training by ``table/variant``, where they were measured."""
     lines = [
         *("# Evidence", "", title, ""),
         "**Fair.** Within a table all variants read the same batches, have as many parameters as "
@@ -36,7 +42,8 @@ def page(
         "text; less is better. *Through documents* is of held-out documents through which the memory is carried and "
         "written; *writing brings* is by how much more they cost with the memory frozen. *Recalled far* is the share "
         f"of values that are predicted where they come back beyond {FAR} attention spans ([how](notebook.md)). A "
-        "session is what one reader carries.",
+        "session is what one reader carries. Tokens/s are of training steps of one thread, taken by turns with the "
+        "table's other variants after all runs had ended, its own time.",
     ]
     for number, (name, results) in enumerate(by_table.items(), 1):
         table = config.tables[name]
@@ -46,7 +53,7 @@ def page(
         for group, own in _grouped(results):
             measured = [result for result in own if result.is_measured]
             lines += ["", f"### {group.text}, {_budget(own[0])}", ""]
-            lines += _likelihoods(config, measured) if measured else ["Not measured yet."]
+            lines += _likelihoods(config, measured, speeds) if measured else ["Not measured yet."]
             if recall_distances(measured):
                 lines += ["", *_recall(measured)]
             if table.reading and measured:
@@ -113,8 +120,9 @@ def _while_learning(result: Result[Cell], reading: ReadingConfig) -> Iterator[st
             yield f"`{name}` with learn={learn}, the first text again after the others, against at first: {words}."
 
 
-def _likelihoods(config: EvidenceConfig, measured: Sequence[Result[Cell]]) -> list[str]:
-    others = config.tables[measured[0].cell.group.table].against
+def _likelihoods(config: EvidenceConfig, measured: Sequence[Result[Cell]], speeds: Mapping[str, float]) -> list[str]:
+    table_name = measured[0].cell.group.table
+    others = config.tables[table_name].against
     titles = ["variant", "parameters", "learning rate", "seeds", "bits per byte"]
     titles += [f"less `{other}`" for other in others]
     titles += ["through documents", "writing brings", "tokens read", "tokens/s", "session, bytes"]
@@ -135,9 +143,9 @@ def _likelihoods(config: EvidenceConfig, measured: Sequence[Result[Cell]]) -> li
         carried = result.values("documents/memory")
         brings = paired(result.values("documents/frozen"), carried)
         row += [estimate(list(carried.values())).text(), brings.text(sign="+") if brings else ""]
-        row += [
-            f"{statistics.fmean(result.values(key).values()):,.0f}" for key in ("tokens", "tokens_per_s", "state_bytes")
-        ]
+        n_read, n_bytes = (statistics.fmean(result.values(key).values()) for key in ("tokens", "state_bytes"))
+        speed = speeds.get(f"{table_name}/{result.cell.variant}")
+        row += [f"{n_read:,.0f}", "" if speed is None else f"{speed:,.0f}", f"{n_bytes:,.0f}"]
         rows.append(row)
     return table(titles, rows)
 

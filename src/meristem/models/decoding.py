@@ -5,15 +5,17 @@ weights, packed, and what it holds of a reader comes from a state of the model a
 text may begin there, be read on here, and return.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from meristem.memory.state import State, alike_rows, clone, flatten, join_rows, select_rows, take_rows, unflatten
 from meristem.memory.update import momentum_name
 from meristem.models.packed import MATRIX, NotTaken, Packed, packed
+from meristem.models.weights import TailLearner, WeightLearner, mixed
 from meristem.native import decoding as native
 from meristem.shapes import Logits, Tokens
 
@@ -24,7 +26,7 @@ Reader: TypeAlias = Callable[[Tokens, State | None], tuple[Logits, State]]
 def refusal(reader: Reader) -> str:
     """Why the core does not read this reader, as a clause; empty where it does."""
     try:
-        packed(reader)
+        packed(_model_of(reader))
     except NotTaken as reason:
         return str(reason)
     return ""
@@ -43,11 +45,12 @@ class Decoding:
 
     def _begin(self, state: State) -> None:
         self._state: State | None = state
-        self._rows: Rows | None = None
+        self._rows: Rows | LearningRows | None = None
         self.refusal = ""
         """Why the core does not read, as a clause; empty where it does."""
         try:
-            self._rows = Rows.of(packed(self._reader), state)
+            learner = self._reader if isinstance(self._reader, WeightLearner) else None
+            self._rows = LearningRows.of(learner, state) if learner else Rows.of(self._reader, state)
         except NotTaken as reason:
             self.refusal = str(reason)
 
@@ -57,10 +60,10 @@ class Decoding:
         Raises WrongValue, and nothing was read, for a token that is not one of the vocabulary, and whatever the reader
         raises.
         """
-        if self._rows is not None and not self._rows.packed.is_current():
+        if self._rows is not None and not self._rows.is_current():
             self._begin(self.state)  # with the weights as they are now
         if self._rows is not None:
-            logits_bo = self._rows.readers.step(token_ids)
+            logits_bo = self._rows.step(token_ids)
             self._state = None
             return logits_bo
         tokens_bt = torch.tensor(token_ids, device=_device(self.state))[:, None]
@@ -88,54 +91,199 @@ class Decoding:
 
     def extend(self, others: "Sequence[Decoding]") -> None:
         """Read on with the rows of others of the same reader as well, behind one's own. They read no more."""
-        found = [each._rows for each in (self, *others) if each._rows is not None]
-        if len(found) == len(others) + 1 and len({id(each.packed) for each in found}) == 1:
-            self._rows, self._state = Rows.joined(found), None
+        joined = _joined([each._rows for each in (self, *others)])
+        if joined is not None:
+            self._rows, self._state = joined, None
         else:
             self._begin(join_rows([each.state for each in (self, *others)]))
 
 
+class Tail:
+    """The last part of a model, which learns, for one reader: what ``TailLearner`` makes of the vectors before it.
+
+    A row by itself, whose products have the same bits whatever other rows read.
+    """
+
+    def __init__(self, learner: TailLearner, learned: State) -> None:
+        """learned: of one row."""
+        self._learner, self.learned, self.which = learner, learned, learner.learning.which
+        self._weights: Mapping[str, Tensor] | None = None
+
+    def read(self, hidden_d: Float[Tensor, " d"], token_id: int) -> Float[Tensor, " o"]:
+        """The prediction ``(vocabulary,)`` after a token, from the vector that the rest of the model gives for it."""
+        token_11 = torch.tensor([[token_id]])
+        logits_bto, self.learned, self._weights = self._learner.read_tail(
+            hidden_d[None, None], token_11, self.learned, self._weights
+        )
+        return logits_bto[0, 0]
+
+
 class Rows(NamedTuple):
-    """Readers of the core, and the weights that they read."""
+    """Readers of the core, and the weights that they read; ``tails`` where the last part of the model learns."""
 
     packed: Packed
     readers: native.Readers
+    tails: tuple[Tail, ...] | None = None
 
     @classmethod
-    def of(cls, by: Packed, state: State) -> "Rows":
-        """Readers that stand where the rows of a state stand. Raises NotTaken for a state that the core does not
-        hold."""
+    def of(cls, reader: Reader, state: State) -> "Rows":
+        """Readers that stand where the rows of a state stand. Raises NotTaken for a model or a state that the core does
+        not hold."""
+        by, tails = packed(_model_of(reader)), None
+        if isinstance(reader, TailLearner):
+            tails = tuple(Tail(reader, learned) for learned in _one_by_one(state["learned"]))
+            state = {name: leaf for name, leaf in state.items() if name != "learned"}
         blocks: dict[int, Tensor] = {}
         n_read: dict[int, int] = {}
-        try:
-            groups = alike_rows(state)
-        except ValueError as cause:
-            raise NotTaken("a leaf of its state names no rows") from cause
-        for places, alike in groups:
+        for places, alike in _alike(state):
             own_bn, count = _filled(by.decoder, flatten(alike), len(places))
             for place, block_n in zip(places, own_bn, strict=True):
                 blocks[place], n_read[place] = block_n, count
         order = range(len(blocks))
-        return cls(by, native.Readers(by.decoder, [blocks[at] for at in order], [n_read[at] for at in order]))
+        readers = native.Readers(by.decoder, [blocks[at] for at in order], [n_read[at] for at in order])
+        return cls(by, readers, tails)
 
     @classmethod
     def joined(cls, parts: "Sequence[Rows]") -> "Rows":
         """The readers of several, which share their weights, in their order."""
         blocks = [block_n for each in parts for block_n in each.readers.blocks]
         n_read = [count for each in parts for count in each.readers.n_read]
-        return cls(parts[0].packed, native.Readers(parts[0].packed.decoder, blocks, n_read))
+        tails = None if parts[0].tails is None else tuple(tail for each in parts for tail in each.tails or ())
+        return cls(parts[0].packed, native.Readers(parts[0].packed.decoder, blocks, n_read), tails)
 
     def selected(self, rows: Sequence[int]) -> "Rows":
         """Some of the readers, in the order given."""
         blocks, n_read = self.readers.blocks, self.readers.n_read
         found = native.Readers(self.packed.decoder, [blocks[at] for at in rows], [n_read[at] for at in rows])
-        return self._replace(readers=found)
+        return self._replace(readers=found, tails=self.tails and tuple(self.tails[at] for at in rows))
+
+    def is_current(self) -> bool:
+        """Whether no weight has changed since."""
+        return self.packed.is_current()
+
+    def step(self, token_ids: Sequence[int]) -> Tensor:
+        """Read one token of each; the predictions of the next."""
+        if self.tails is None:
+            return self.readers.step(token_ids)
+        is_mlp_left = self.tails[0].which == "last_mlp"
+        hidden_bd = self.readers.hidden(token_ids, is_mlp_left=is_mlp_left)
+        read = zip(self.tails, hidden_bd, token_ids, strict=True)
+        return torch.stack([tail.read(hidden_d, token_id) for tail, hidden_d, token_id in read])
 
     def state(self, rows: Sequence[int] | None = None) -> State:
         """What some of them carry, or all, as a state of the model; a copy."""
         decoder, counts, blocks = self.packed.decoder, self.readers.n_read, self.readers.blocks
-        chosen = range(len(blocks)) if rows is None else rows
-        return join_rows([unflatten(_taken_out(decoder, blocks[at], counts[at])) for at in chosen])
+        states = []
+        for at in range(len(blocks)) if rows is None else rows:
+            own = unflatten(_taken_out(decoder, blocks[at], counts[at]))
+            states.append(own if self.tails is None else own | {"learned": self.tails[at].learned})
+        return join_rows(states)
+
+
+class Moved:
+    """One reader whose weights learn (``WeightLearner``), which the core reads with what it has learned.
+
+    Within a chunk the core reads W + D, packed when the chunk begins; once it is full, the learner reads it again.
+    """
+
+    def __init__(self, learner: WeightLearner, state: State) -> None:
+        """state: of one row. Raises NotTaken."""
+        self._learner, self.learned = learner, state["learned"]
+        self._begin({name: leaf for name, leaf in state.items() if name != "learned"})
+
+    def _begin(self, carried: State) -> None:
+        self._still = packed(_model_of(self._learner))
+        is_still = not bool((self.learned["steps_b"] > 0).any())
+        self._rows = Rows.of(self._learner.model if is_still else self._learner.moved(self.learned), carried)
+
+    def is_current(self) -> bool:
+        """Whether no weight of the model has changed since the chunk began."""
+        return self._still.is_current() and self._rows.is_current()
+
+    def require_known(self, token_ids: Sequence[int]) -> None:
+        """Raises WrongValue for a token that is not one of the vocabulary."""
+        self._rows.readers.require_known(token_ids)
+
+    def step(self, token_id: int) -> Tensor:
+        """Read a token; the prediction of the next, ``(1, vocabulary)``."""
+        learned = self.learned
+        if "tokens_bt" not in learned:
+            learned = learned | {"begun": self._rows.state(), "tokens_bt": torch.zeros(1, 0, dtype=torch.int64)}
+        logits_bto = mixed(self._rows.step([token_id])[:, None], learned["steps_b"])
+        tokens_bt = torch.cat([learned["tokens_bt"], torch.tensor([[token_id]])], dim=1)
+        if tokens_bt.shape[1] < self._learner.chunk:
+            self.learned = learned | {"tokens_bt": tokens_bt}
+        else:
+            _, carried, self.learned = self._learner.learn_chunk(tokens_bt, learned.get("begun"), learned)
+            self._begin(carried)
+        return logits_bto[:, 0]
+
+    @property
+    def state(self) -> State:
+        """What it carries now; a copy."""
+        return self._rows.state() | {"learned": self.learned}
+
+
+class LearningRows(NamedTuple):
+    """Readers whose weights learn, each with its own."""
+
+    each: tuple[Moved, ...]
+
+    @classmethod
+    def of(cls, learner: WeightLearner, state: State) -> "LearningRows":
+        """Readers that stand where the rows of a state stand. Raises NotTaken for what the core does not hold."""
+        return cls(tuple(Moved(learner, own) for own in _one_by_one(state)))
+
+    def selected(self, rows: Sequence[int]) -> "LearningRows":
+        """Some of the readers, in the order given."""
+        return LearningRows(tuple(self.each[at] for at in rows))
+
+    def is_current(self) -> bool:
+        """Whether no weight has changed since."""
+        return all(one.is_current() for one in self.each)
+
+    @torch.no_grad()
+    def step(self, token_ids: Sequence[int]) -> Tensor:
+        """Read one token of each; the predictions of the next."""
+        self.each[0].require_known(token_ids)
+        return torch.cat([one.step(token_id) for one, token_id in zip(self.each, token_ids, strict=True)])
+
+    def state(self, rows: Sequence[int] | None = None) -> State:
+        """What some of them carry, or all, as a state of the reader; a copy."""
+        return join_rows([self.each[at].state for at in (range(len(self.each)) if rows is None else rows)])
+
+
+def _joined(parts: Sequence[Rows | LearningRows | None]) -> Rows | LearningRows | None:
+    """The readers of several in one, where the core can read them together."""
+    learning = [each for each in parts if isinstance(each, LearningRows)]
+    if len(learning) == len(parts):
+        return LearningRows(tuple(one for part in learning for one in part.each))
+    plain = [each for each in parts if isinstance(each, Rows)]
+    return Rows.joined(plain) if len(plain) == len(parts) and len({id(each.packed) for each in plain}) == 1 else None
+
+
+def _model_of(reader: object) -> object:
+    """What the core reads of a reader: the model of one whose weights learn, or the reader itself. Raises NotTaken."""
+    if not isinstance(reader, TailLearner | WeightLearner):
+        return reader
+    if reader.learning.which == "low_rank":
+        raise NotTaken("a low-rank change of its weights learns, which the core does not add")
+    return reader.model
+
+
+def _alike(state: State) -> list[tuple[list[int], State]]:
+    try:
+        return alike_rows(state)
+    except ValueError as cause:
+        raise NotTaken("a leaf of its state names no rows") from cause
+
+
+def _one_by_one(state: State) -> list[State]:
+    """The state of each row; copies."""
+    found = {
+        place: clone(take_rows(alike, at, at + 1)) for places, alike in _alike(state) for at, place in enumerate(places)
+    }
+    return [found[place] for place in sorted(found)]
 
 
 class _Leaves(NamedTuple):

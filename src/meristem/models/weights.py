@@ -179,7 +179,7 @@ class WeightLearner:
             stop = at + self.chunk - read_bt.shape[1]
             piece_bt = tokens_bt[:, at:stop]
             if not read_bt.shape[1] and piece_bt.shape[1] == self.chunk:
-                logits_bto, carried, learned = self._whole(piece_bt, carried, learned)
+                logits_bto, carried, learned = self.learn_chunk(piece_bt, carried, learned)
             else:
                 if not read_bt.shape[1] and carried is not None:
                     learned = learned | {"begun": carried}
@@ -188,7 +188,7 @@ class WeightLearner:
                     logits_bto = mixed(logits_bto, learned["steps_b"])
                 learned = learned | {"tokens_bt": torch.cat([read_bt, piece_bt], dim=1)}
                 if learned["tokens_bt"].shape[1] == self.chunk:
-                    _, carried, learned = self._whole(learned["tokens_bt"], learned.get("begun"), learned)
+                    _, carried, learned = self.learn_chunk(learned["tokens_bt"], learned.get("begun"), learned)
             logits.append(logits_bto)
             at = stop
         return torch.cat(logits, dim=1), (carried or {}) | {"learned": learned}
@@ -218,8 +218,19 @@ class WeightLearner:
         )
         return found
 
-    def _whole(self, tokens_bt: Tokens, begun: State | None, learned: State) -> tuple[Tensor, State, State]:
-        """One forward over a chunk, which predicts it, and what its gradient makes of what was learned."""
+    def moved(self, learned: State) -> nn.Module:
+        """The model with W + D in the place of what learns; all else it shares. Raises CapabilityError for a low-rank
+        change, which is no weight of a model."""
+        if self.learning.which == "low_rank":
+            raise _lacking("low_rank")
+        model = sharing_weights(self.model)
+        for name, weight in self._weights(learned).items():
+            path, _, own = name.rpartition(".")
+            setattr(model.get_submodule(path), own, nn.Parameter(weight, requires_grad=False))
+        return model
+
+    def learn_chunk(self, tokens_bt: Tokens, begun: State | None, learned: State) -> tuple[Logits, State, State]:
+        """Logits of a whole chunk from the state that it begins with, that after it, and what is learned then."""
         begun = None if begun is None else detach(begun)
         leaves = {name: leaf.requires_grad_() for name, leaf in self._weights(learned).items()}
         with torch.enable_grad():
@@ -263,11 +274,13 @@ class Tail:
 
     body: the model without it, which gives these vectors. weights: those that learn, by the names of their changes.
     read: the logits, where other weights ``(b, out, in)``, or those of the model ``(out, in)``, are in their place.
+    pull: the same, and a function from a gradient with respect to the logits to those with respect to the weights.
     """
 
     body: nn.Module
     weights: Mapping[str, Tensor]
     read: Callable[[Hidden, Mapping[str, Tensor]], Logits]
+    pull: Callable[[Hidden, Mapping[str, Tensor]], tuple[Logits, Callable[[Logits], Mapping[str, Tensor]]]]
 
 
 def head_of(model: nn.Module) -> Tail:
@@ -275,7 +288,16 @@ def head_of(model: nn.Module) -> Tail:
     weight_od, bias_o = _head(model)
     body = sharing_weights(model)
     body.head = nn.Identity()
-    return Tail(body, {"head_bod": weight_od}, lambda hidden, own: _linear(hidden, own["head_bod"], bias_o))
+
+    def read(hidden_btd: Hidden, own: Mapping[str, Tensor]) -> Logits:
+        return _linear(hidden_btd, own["head_bod"], bias_o)
+
+    def pull(hidden_btd: Hidden, own: Mapping[str, Tensor]) -> tuple[Logits, Callable[[Logits], Mapping[str, Tensor]]]:
+        logits_bto = read(hidden_btd, own)
+        # Not by autograd, which would give a transposed view, and all that is done with it would be slow.
+        return logits_bto, lambda wrong_bto: {"head_bod": wrong_bto.mT @ hidden_btd.to(wrong_bto.dtype)}
+
+    return Tail(body, {"head_bod": weight_od}, read, pull)
 
 
 def last_mlp_of(model: nn.Module) -> Tail:
@@ -298,7 +320,18 @@ def last_mlp_of(model: nn.Module) -> Tail:
         logits_bto: Logits = whole.readout(hidden_btd + _linear(inner_btf, own["out_bdf"], mlp.out.bias))
         return logits_bto
 
-    return Tail(body, {"up_bfd": up.weight, "out_bdf": mlp.out.weight}, read)
+    def pull(hidden_btd: Hidden, own: Mapping[str, Tensor]) -> tuple[Logits, Callable[[Logits], Mapping[str, Tensor]]]:
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in own.items()}
+        with torch.enable_grad():
+            logits_bto = read(hidden_btd, leaves)
+
+        def gradients(wrong_bto: Logits) -> Mapping[str, Tensor]:
+            found = torch.autograd.grad(logits_bto, list(leaves.values()), wrong_bto)
+            return dict(zip(leaves, found, strict=True))
+
+        return logits_bto.detach(), gradients
+
+    return Tail(body, {"up_bfd": up.weight, "out_bdf": mlp.out.weight}, read, pull)
 
 
 TAILS: Final[Mapping[str, Callable[[nn.Module], Tail]]] = {"head": head_of, "last_mlp": last_mlp_of}
@@ -334,6 +367,17 @@ class TailLearner:
     def __call__(self, tokens_bt: Tokens, state: State | None = None) -> tuple[Logits, State]:
         carried, learned = _parts(state) or (None, self._fresh(tokens_bt))
         hidden_btd, carried = self.tail.body(tokens_bt, carried)
+        logits_bto, learned, _ = self.read_tail(hidden_btd, tokens_bt, learned)
+        return logits_bto, carried | {"learned": learned}
+
+    @torch.no_grad()
+    def read_tail(
+        self, hidden_btd: Hidden, tokens_bt: Tokens, learned: State, weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[Logits, State, Mapping[str, Tensor]]:
+        """Logits of the vectors that the last part is given for these tokens, what is learned then, and W + D of it.
+
+        weights: W + D of ``learned``, where they are known. Rows are alike.
+        """
         n_seen, chunk = 0, self.learning.chunk
         if "hidden_btd" in learned:
             n_seen = learned["hidden_btd"].shape[1]
@@ -343,11 +387,11 @@ class TailLearner:
         while hidden_btd.shape[1] > chunk:
             logits_bto, learned = self._whole(hidden_btd[:, :chunk], tokens_bt[:, 1 : chunk + 1], learned, n_seen)
             logits.append(logits_bto)
-            hidden_btd, tokens_bt, n_seen = hidden_btd[:, chunk:], tokens_bt[:, chunk:], 0
-        weights = self._weights(learned)
+            hidden_btd, tokens_bt, n_seen, weights = hidden_btd[:, chunk:], tokens_bt[:, chunk:], 0, None
+        weights = weights or self._weights(learned)
         logits.append(mixed(self.tail.read(hidden_btd[:, n_seen:], weights), learned["steps_b"]))
         learned = learned | {"hidden_btd": hidden_btd.clone(), "tokens_bt": tokens_bt.clone()}
-        return torch.cat(logits, dim=1), carried | {"learned": learned}
+        return torch.cat(logits, dim=1), learned, weights
 
     def _fresh(self, tokens_bt: Tokens) -> State:
         own = self.tail.weights
@@ -363,10 +407,7 @@ class TailLearner:
         steps_b, at_bto = learned["steps_b"], targets_bt[..., None]
         static_bto = self.tail.read(hidden_btd, self.tail.weights)
         static_b = nats_of(static_bto, targets_bt).mean(1).to(steps_b.dtype)
-        leaves = {name: leaf.requires_grad_() for name, leaf in self._weights(learned).items()}
-        with torch.enable_grad():
-            predicted_bto = self.tail.read(hidden_btd, leaves)
-        logits_bto = predicted_bto.detach()
+        logits_bto, gradients = self.tail.pull(hidden_btd, self._weights(learned))
         share_bto = wide(logits_bto).softmax(-1)
         n_ids = share_bto.shape[-1]
         cost_b = -smoothed(share_bto.gather(-1, at_bto), n_ids).log().mean((1, 2)).to(steps_b.dtype)
@@ -374,18 +415,18 @@ class TailLearner:
         mixed_bto = mixed(logits_bto[:, n_seen:], steps_b, share_bto[:, n_seen:])
         wrong_bto = share_bto.scatter_add_(-1, at_bto, torch.full_like(at_bto, -1, dtype=share_bto.dtype))
         wrong_bto = wrong_bto.div_(targets_bt.shape[1]).to(logits_bto.dtype)
-        found = torch.autograd.grad(predicted_bto, list(leaves.values()), wrong_bto)
         lost, clip = lost_nats(n_ids), self.learning.grad_clip
-        gradients = dict(zip(leaves, found, strict=True))
-        stepped, _ = step(learned, gradients, costs, first_rate=self.rate, clip=clip, lost_nats=lost)
+        stepped, _ = step(learned, gradients(wrong_bto), costs, first_rate=self.rate, clip=clip, lost_nats=lost)
         return mixed_bto, stepped
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer by a matrix of each row, ``(b, out, in)``, or by one of all, ``(out, in)``."""
     if weight.ndim == 2 or len(weight) == 1:
-        # Not as a batch of one, whose products torch copies into another order.
-        return functional.linear(hidden, weight.flatten(0, -2).to(hidden.dtype), bias)
+        # Of rows alone: what is a piece of a longer text, or has a matrix for each of one row, torch multiplies as a
+        # batch of one, in three times the time.
+        found = functional.linear(hidden.flatten(0, -2), weight.flatten(0, -2).to(hidden.dtype), bias)
+        return found.unflatten(0, hidden.shape[:-1])
     found_btf = torch.einsum("btd,bfd->btf", hidden, weight.to(hidden.dtype))
     return found_btf if bias is None else found_btf + bias
 

@@ -246,6 +246,10 @@ class Decoder:
         """``native/decode.hpp``, ``step``; False where a token is none of the vocabulary."""
         return not self._call["step"](self._handle, n, *arguments)
 
+    def hidden(self, n: int, *arguments: Any) -> bool:
+        """The same without the last part of the model."""
+        return not self._call["hidden"](self._handle, n, *arguments)
+
 
 class Readers:
     """Some readers of one decoder, in the order of their rows.
@@ -280,19 +284,40 @@ class Readers:
 
         Raises WrongValue, and nothing was read, for a token that is not one of the vocabulary.
         """
-        n, n_ids = len(self.blocks), self.decoder.shape.vocabulary
-        if len(token_ids) != n:
-            raise ShapeError(f"{len(token_ids)} tokens were given for {n} readers. Give each one.", expected=n)
+        arguments = self._taken(token_ids)
+        logits_bo = self.decoder.logits(len(self.blocks))
+        if not self.decoder.step(len(self.blocks), *arguments, logits_bo.data_ptr(), self._room.data_ptr()):
+            self.require_known(token_ids)
+        return logits_bo[:, : self.decoder.shape.vocabulary]
+
+    def hidden(self, token_ids: Sequence[int], *, is_mlp_left: bool) -> Tensor:
+        """The same without the last part of the model: the vectors ``(n, width)`` that the head is given, or, with
+        is_mlp_left, the residual stream before the last feed-forward layer."""
+        arguments = self._taken(token_ids)
+        hidden_bd = torch.empty(len(self.blocks), self.decoder.shape.width, dtype=self.decoder.dtype)
+        places = hidden_bd.data_ptr(), self._room.data_ptr()
+        if not self.decoder.hidden(len(self.blocks), *arguments, *places, is_mlp_left):
+            self.require_known(token_ids)
+        return hidden_bd
+
+    def _taken(self, token_ids: Sequence[int]) -> tuple[Any, ...]:
+        if len(token_ids) != len(self.blocks):
+            raise ShapeError(
+                f"{len(token_ids)} tokens were given for {len(self.blocks)} readers. Give each one.",
+                expected=len(self.blocks),
+            )
         self._tokens[:] = list(token_ids)
-        logits_bo = self.decoder.logits(n)
-        arguments = self._tokens, self._pointers, self._n_read, logits_bo.data_ptr(), self._room.data_ptr()
-        if not self.decoder.step(n, *arguments):
+        return self._tokens, self._pointers, self._n_read
+
+    def require_known(self, token_ids: Sequence[int]) -> None:
+        """Raises WrongValue for a token that is not one of the vocabulary."""
+        n_ids = self.decoder.shape.vocabulary
+        if not all(0 <= token_id < n_ids for token_id in token_ids):
             raise WrongValue(
                 f"the tokens {list(token_ids)} were given, and the vocabulary of this model holds 0 to {n_ids - 1}. "
                 f"Encode the text with the model's own tokenizer.",
                 value=list(token_ids),
             )
-        return logits_bo[:, :n_ids]
 
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
@@ -304,6 +329,7 @@ _FUNCTIONS: Final = {
     "room": (_INT64, _POINTER, _INT64),
     "place": (None, _POINTER, _INT64, _POINTER),
     "step": (ctypes.c_int, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+    "hidden": (ctypes.c_int, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, ctypes.c_int32),
 }
 """Of each function of the interface: what it gives, and what it takes."""
 
