@@ -17,7 +17,7 @@
 
 #define MERISTEM_EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int ABI = 9;
+constexpr int ABI = 10;
 
 // Of the interface that this library was compiled with; the caller compares it before it calls anything else.
 MERISTEM_EXPORT int meristem_abi() { return ABI; }
