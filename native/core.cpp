@@ -13,10 +13,11 @@
 #include "form.hpp"
 #include "hope.hpp"
 #include "layers.hpp"
+#include "write.hpp"
 
 #define MERISTEM_EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int ABI = 9;
+constexpr int ABI = 10;
 
 // Of the interface that this library was compiled with; the caller compares it before it calls anything else.
 MERISTEM_EXPORT int meristem_abi() { return ABI; }
@@ -173,23 +174,7 @@ template <class T> class Form {
     const int64_t each = scratch_bytes(false);
     share(f.rows * f.heads, f.threads, f.parallel, [&](int64_t thread, int64_t item) {
       Arena arena(static_cast<char*>(f.scratch) + thread * each);
-      Bench<T> bench(size, arena, false);
-      const int64_t row = item / f.heads, head = item % f.heads;
-      T* first = enters(item, 0, bench);
-      std::memcpy(first, at<T>(f.memory, row, head), level * sizeof(T));
-      if (f.levels == 2) std::memcpy(first + level, at<T>(f.moving, row, head), level * sizeof(T));
-      for (int64_t m = 0; m < n; ++m) {
-        const int64_t time = m * f.chunk;
-        const int c = int(std::min(f.chunk, f.time - time));
-        gates(bench, row, head, time, c);
-        bench.chunk.forward(c, packed(f.keys, row, head, time, c, size.key, bench.keys),
-                            packed(f.query, row, head, time, c, size.key, bench.query), at<T>(f.values, row, head, time),
-                            f.values.time, enters(item, m, bench), leaves(item, m, bench), at<T>(f.read, row, head, time),
-                            f.read.time, f.entered ? saved(item, m) : bench.saved);
-      }
-      const T* last = leaves(item, n - 1, bench);
-      std::memcpy(at<T>(f.last, row, head), last, level * sizeof(T));
-      if (f.levels == 2) std::memcpy(at<T>(f.last_moving, row, head), last + level, level * sizeof(T));
+      forward(item, Bench<T>(size, arena, false));
     });
   }
 
@@ -197,35 +182,59 @@ template <class T> class Form {
     const int64_t each = scratch_bytes(true);
     share(f.rows * f.heads, f.threads, f.parallel, [&](int64_t thread, int64_t item) {
       Arena arena(static_cast<char*>(f.scratch) + thread * each);
-      Bench<T> bench(size, arena, true);
-      const int64_t row = item / f.heads, head = item % f.heads;
-      T *leaving = bench.passing[0], *entering = bench.passing[1];
-      std::memcpy(leaving, at<T>(f.d_last, row, head), level * sizeof(T));
-      if (f.levels == 2) std::memcpy(leaving + level, at<T>(f.d_last_moving, row, head), level * sizeof(T));
-      for (int64_t m = n - 1; m >= 0; --m) {
-        const int64_t time = m * f.chunk;
-        const int c = int(std::min(f.chunk, f.time - time));
-        gates(bench, row, head, time, c);
-        T* const d_keys = f.d_keys.time == size.key ? at<T>(f.d_keys, row, head, time) : bench.d_keys;
-        T* const d_query = f.d_query.time == size.key ? at<T>(f.d_query, row, head, time) : bench.d_query;
-        bench.chunk.backward(
-            c, packed(f.keys, row, head, time, c, size.key, bench.keys),
-            packed(f.query, row, head, time, c, size.key, bench.query), entered(item, m), saved(item, m),
-            packed(f.d_read, row, head, time, c, size.value, bench.d_read), leaving, entering,
-            {d_keys, d_query, at<T>(f.d_values, row, head, time), f.d_values.time, bench.d_gates[0], bench.d_gates[1],
-             bench.d_gates[2], bench.d_gates[3]});
-        unpack(d_keys, f.d_keys, row, head, time, c, size.key);
-        unpack(d_query, f.d_query, row, head, time, c, size.key);
-        ungate(bench.d_gates[0], f.d_retain, row, head, time, c, &f.retain);
-        if (f.levels == 2) ungate(bench.d_gates[1], f.d_momentum, row, head, time, c, &f.momentum);
-        ungate(bench.d_gates[2], f.d_write, row, head, time, c);
-        ungate(bench.d_gates[3], f.d_scale, row, head, time, c);
-        std::swap(leaving, entering);
-      }
-      std::memcpy(at<T>(f.d_memory, row, head), leaving, level * sizeof(T));
-      if (f.levels == 2) std::memcpy(at<T>(f.d_moving, row, head), leaving + level, level * sizeof(T));
+      backward(item, Bench<T>(size, arena, true));
     });
   }
+
+  // One head of one row.
+  void forward(int64_t item, Bench<T> bench) const {
+    const int64_t row = item / f.heads, head = item % f.heads;
+    T* first = enters(item, 0, bench);
+    std::memcpy(first, at<T>(f.memory, row, head), level * sizeof(T));
+    if (f.levels == 2) std::memcpy(first + level, at<T>(f.moving, row, head), level * sizeof(T));
+    for (int64_t m = 0; m < n; ++m) {
+      const int64_t time = m * f.chunk;
+      const int c = int(std::min(f.chunk, f.time - time));
+      gates(bench, row, head, time, c);
+      bench.chunk.forward(c, packed(f.keys, row, head, time, c, size.key, bench.keys),
+                          packed(f.query, row, head, time, c, size.key, bench.query), at<T>(f.values, row, head, time),
+                          f.values.time, enters(item, m, bench), leaves(item, m, bench), at<T>(f.read, row, head, time),
+                          f.read.time, f.entered ? saved(item, m) : bench.saved);
+    }
+    const T* last = leaves(item, n - 1, bench);
+    std::memcpy(at<T>(f.last, row, head), last, level * sizeof(T));
+    if (f.levels == 2) std::memcpy(at<T>(f.last_moving, row, head), last + level, level * sizeof(T));
+  }
+
+  void backward(int64_t item, Bench<T> bench) const {
+    const int64_t row = item / f.heads, head = item % f.heads;
+    T *leaving = bench.passing[0], *entering = bench.passing[1];
+    std::memcpy(leaving, at<T>(f.d_last, row, head), level * sizeof(T));
+    if (f.levels == 2) std::memcpy(leaving + level, at<T>(f.d_last_moving, row, head), level * sizeof(T));
+    for (int64_t m = n - 1; m >= 0; --m) {
+      const int64_t time = m * f.chunk;
+      const int c = int(std::min(f.chunk, f.time - time));
+      gates(bench, row, head, time, c);
+      T* const d_keys = f.d_keys.time == size.key ? at<T>(f.d_keys, row, head, time) : bench.d_keys;
+      T* const d_query = f.d_query.time == size.key ? at<T>(f.d_query, row, head, time) : bench.d_query;
+      bench.chunk.backward(
+          c, packed(f.keys, row, head, time, c, size.key, bench.keys),
+          packed(f.query, row, head, time, c, size.key, bench.query), entered(item, m), saved(item, m),
+          packed(f.d_read, row, head, time, c, size.value, bench.d_read), leaving, entering,
+          {d_keys, d_query, at<T>(f.d_values, row, head, time), f.d_values.time, bench.d_gates[0], bench.d_gates[1],
+           bench.d_gates[2], bench.d_gates[3]});
+      unpack(d_keys, f.d_keys, row, head, time, c, size.key);
+      unpack(d_query, f.d_query, row, head, time, c, size.key);
+      ungate(bench.d_gates[0], f.d_retain, row, head, time, c, &f.retain);
+      if (f.levels == 2) ungate(bench.d_gates[1], f.d_momentum, row, head, time, c, &f.momentum);
+      ungate(bench.d_gates[2], f.d_write, row, head, time, c);
+      ungate(bench.d_gates[3], f.d_scale, row, head, time, c);
+      std::swap(leaving, entering);
+    }
+    std::memcpy(at<T>(f.d_memory, row, head), leaving, level * sizeof(T));
+    if (f.levels == 2) std::memcpy(at<T>(f.d_moving, row, head), leaving + level, level * sizeof(T));
+  }
+  Bench<T> bench(Arena& arena, bool is_backward) const { return Bench<T>(size, arena, is_backward); }
 
  private:
   const MeristemForm& f;
@@ -372,20 +381,43 @@ template <class F> int over_rows(int64_t rows, int64_t threads, void* parallel, 
   return FINE;
 }
 
-// f(strip, row, vector, head, its first channel), each by one thread.
+template <class T> bool fits(const MeristemVectors& v) {
+  if (v.width % LANES<T> || v.width > MOST_WIDTH || v.taps > MOST_TAPS || v.vectors > 3 || v.units > v.vectors) return false;
+  for (int64_t size : {v.rows, v.time, v.vectors, v.heads, v.width, v.taps, v.threads}) if (size < 1) return false;
+  return true;
+}
+bool has_no_inputs(const MeristemVectors& v) { return has_null({v.x, v.weight, v.taps > 1 ? v.before : v.x}); }
+
+// One vector of one head of a row, with where its numbers stand.
+template <class T, class S> struct Place {
+  int64_t channels, first, row;
+  const MeristemVectors& v;
+  Place(const MeristemVectors& v, int64_t row, int64_t vector, int64_t head)
+      : channels(v.vectors * v.heads * v.width), first((vector * v.heads + head) * v.width), row(row), v(v),
+        strip(v.time, int(v.width), int(v.taps), vector < v.units, channels,
+              static_cast<const S*>(v.x) + row * v.time * channels + first,
+              static_cast<const S*>(v.before) + row * (v.taps - 1) * channels + first,
+              static_cast<const T*>(v.weight) + first * v.taps) {}
+
+  void forward(T* to, int64_t step) const { strip.forward(to, step); }
+  void backward(const T* sent, int64_t step) const {
+    S* const d_before = static_cast<S*>(v.d_before);
+    strip.backward(sent, step, static_cast<S*>(v.d_x) + row * v.time * channels + first,
+                   d_before ? d_before + row * (v.taps - 1) * channels + first : nullptr,
+                   static_cast<T*>(v.d_weight) + (row * channels + first) * v.taps);
+  }
+
+ private:
+  const Strip<T, S> strip;
+};
+
+// f(place, its view), each by one thread.
 template <class T, class S, class F> int over_strips(const MeristemVectors& v, F f) {
-  const int64_t channels = v.vectors * v.heads * v.width;
-  if (v.width % LANES<T> || v.width > MOST_WIDTH || v.taps > MOST_TAPS || v.vectors > 3 || v.units > v.vectors) return BAD_SIZES;
-  for (int64_t size : {v.rows, v.time, v.vectors, v.heads, v.width, v.taps, v.threads}) if (size < 1) return BAD_SIZES;
+  if (!fits<T>(v)) return BAD_SIZES;
   for (int64_t i = 0; i < v.vectors; ++i) if (!v.vector[i].at) return BAD_POINTERS;
   share(v.rows * v.vectors * v.heads, v.threads, v.parallel, [&](int64_t, int64_t item) {
     const int64_t head = item % v.heads, vector = item / v.heads % v.vectors, row = item / v.heads / v.vectors;
-    const int64_t first = (vector * v.heads + head) * v.width;
-    const Strip<T, S> strip(v.time, int(v.width), int(v.taps), vector < v.units, channels,
-                            static_cast<const S*>(v.x) + row * v.time * channels + first,
-                            static_cast<const S*>(v.before) + row * (v.taps - 1) * channels + first,
-                            static_cast<const T*>(v.weight) + first * v.taps);
-    f(strip, row, vector, head, first);
+    f(Place<T, S>(v, row, vector, head), at<T>(v.vector[vector], row, head), v.vector[vector].time);
   });
   return FINE;
 }
@@ -393,28 +425,164 @@ template <class T, class S, class F> int over_strips(const MeristemVectors& v, F
 
 MERISTEM_EXPORT int meristem_vectors_forward(const MeristemVectors* vectors) {
   const MeristemVectors& v = *vectors;
-  if (has_null({v.x, v.weight, v.taps > 1 ? v.before : v.x})) return BAD_POINTERS;
+  if (has_no_inputs(v)) return BAD_POINTERS;
   return for_numbers(v.numbers, [&]<class T, class S>() {
-    return over_strips<T, S>(v, [&](const Strip<T, S>& strip, int64_t row, int64_t vector, int64_t head, int64_t) {
-      const MeristemView& to = v.vector[vector];
-      strip.forward(at<T>(to, row, head), to.time);
-    });
+    return over_strips<T, S>(v, [](const Place<T, S>& place, T* to, int64_t step) { place.forward(to, step); });
   });
 }
 
 MERISTEM_EXPORT int meristem_vectors_backward(const MeristemVectors* vectors) {
   const MeristemVectors& v = *vectors;
-  if (has_null({v.x, v.weight, v.taps > 1 ? v.before : v.x, v.d_x, v.d_weight})) return BAD_POINTERS;
+  if (has_no_inputs(v) || has_null({v.d_x, v.d_weight})) return BAD_POINTERS;
   return for_numbers(v.numbers, [&]<class T, class S>() {
-    const int64_t channels = v.vectors * v.heads * v.width;
-    return over_strips<T, S>(v, [&](const Strip<T, S>& strip, int64_t row, int64_t vector, int64_t head, int64_t first) {
-      const MeristemView& sent = v.vector[vector];
-      S* const d_before = static_cast<S*>(v.d_before);
-      strip.backward(at<T>(sent, row, head), sent.time, static_cast<S*>(v.d_x) + row * v.time * channels + first,
-                     d_before ? d_before + row * (v.taps - 1) * channels + first : nullptr,
-                     static_cast<T*>(v.d_weight) + (row * channels + first) * v.taps);
-    });
+    return over_strips<T, S>(v, [](const Place<T, S>& place, const T* sent, int64_t step) { place.backward(sent, step); });
   });
+}
+
+// ---- the write of a memory: vectors, gates and form as one (write.hpp) ----
+
+// What is written is made of what is projected: vectors has the inputs of queries, keys and values, and where their gradients go, but
+// no places for the vectors themselves; form has memory and momentum, what is read, and all that is kept, with query and keys among it
+// ([row, head, time, key]; without a place they are not kept), and no gates. logits: what the gates are made of, [rows, time, gates,
+// heads], of write rate, retain and momentum, as far as the rule has them; most: of each head, with momentum. d_logits is like logits,
+// d_most [rows, heads]. slope and is_warm: how much of what is recalled a write takes away, and if retain scales it.
+struct MeristemWrite {
+  MeristemForm form;
+  MeristemVectors vectors;
+  const void *logits, *most;
+  void *d_logits, *d_most;
+  double slope, write_limit, curvature;
+  int32_t is_warm, has_retain, has_retain_gate;
+};
+
+namespace {
+// One head of one row, in a room of its own.
+template <class T, class S> class WriteHead {
+ public:
+  WriteHead(const MeristemWrite& w, Arena& arena, bool is_backward)
+      : w(w), f(w.form), gates(region(), f.time, f.heads, arena), sent(f.time, arena) {
+    for (MeristemView* each : {&f.d_query, &f.d_keys, &f.d_values}) {
+      if (is_backward) *each = apart(arena.take<T>(f.time * f.key), f.key);
+    }
+    if (!is_backward) {
+      if (!f.query.at) f.query = apart(arena.take<T>(f.time * f.key), f.key);
+      if (!f.keys.at) f.keys = apart(arena.take<T>(f.time * f.key), f.key);
+      f.values = apart(arena.take<T>(f.time * f.value), f.value);
+    }
+    scale = arena.take<T>(f.time);
+    d_scale = arena.take<T>(f.time);
+    f.write = apart(gates.factors.write, 1);
+    f.retain = w.has_retain ? apart(gates.factors.retain, 1) : MeristemView{};
+    f.momentum = apart(gates.factors.momentum, 1);
+    f.scale = is_scaled() ? apart(scale, 1) : MeristemView{};
+    f.d_write = apart(sent.write, 1);
+    f.d_retain = w.has_retain ? apart(sent.retain, 1) : MeristemView{};
+    f.d_momentum = apart(sent.momentum, 1);
+    f.d_scale = is_scaled() ? apart(d_scale, 1) : MeristemView{};
+  }
+
+  void forward(int64_t item, Arena& arena) const {
+    const int64_t row = item / f.heads, head = item % f.heads;
+    const MeristemView* const made[] = {&f.query, &f.keys, &f.values};
+    for (int vector = 0; vector < 3; ++vector)
+      Place<T, S>(w.vectors, row, vector, head).forward(at<T>(*made[vector], row, head), made[vector]->time);
+    read_gates(row, head);
+    const Form<T> form(f);
+    form.forward(item, form.bench(arena, false));
+  }
+  void backward(int64_t item, Arena& arena) const {
+    const int64_t row = item / f.heads, head = item % f.heads;
+    read_gates(row, head);
+    for (T* each : {sent.write, sent.retain, sent.momentum}) std::fill(each, each + up(f.time, LANES<T>), T(0));
+    const Form<T> form(f);
+    form.backward(item, form.bench(arena, true));
+    for (int64_t t = 0; t < f.time && w.is_warm && is_scaled(); ++t) sent.retain[t] += T(w.slope) * d_scale[t];
+    T* const d_logits = static_cast<T*>(w.d_logits) + row * f.time * f.heads * region().n_gates() + head;
+    const T d_most = gates.backward(sent, most(head), d_logits);
+    if (w.d_most) static_cast<T*>(w.d_most)[item] = d_most;
+    const MeristemView* const back[] = {&f.d_query, &f.d_keys, &f.d_values};
+    for (int vector = 0; vector < 3; ++vector)
+      Place<T, S>(w.vectors, row, vector, head).backward(at<T>(*back[vector], row, head), back[vector]->time);
+  }
+
+ private:
+  const MeristemWrite& w;
+  MeristemForm f;
+  HeadGates<T> gates;
+  GateRows<T> sent;
+  T *scale, *d_scale;
+
+  // Of one head alone: the same place for each.
+  static MeristemView apart(T* at, int64_t width) { return {at, 0, width, 0}; }
+  Region region() const { return {w.write_limit, w.curvature, w.has_retain, w.has_retain_gate, w.form.levels == 2}; }
+  bool is_scaled() const { return w.form.probe != NEVER && (w.is_warm || w.slope != 1); }
+  T most(int64_t head) const { return w.most ? static_cast<const T*>(w.most)[head] : T(0); }
+  void read_gates(int64_t row, int64_t head) const {
+    gates.forward(static_cast<const T*>(w.logits) + row * f.time * f.heads * region().n_gates() + head, most(head));
+    for (int64_t t = 0; t < f.time && is_scaled(); ++t)
+      scale[t] = w.is_warm ? T(w.slope) * gates.factors.retain[t] : T(w.slope);
+  }
+};
+
+template <class T, class S> int64_t scratch_of(const MeristemWrite& w, bool is_backward) {
+  Arena arena(nullptr);
+  WriteHead<T, S>(w, arena, is_backward);
+  return up(arena.used, 64) + Form<T>(w.form).scratch_bytes(is_backward);
+}
+bool fits(const MeristemWrite& w) {
+  const MeristemForm& f = w.form;
+  const MeristemVectors& v = w.vectors;
+  const bool is_alike = f.rows == v.rows && f.time == v.time && f.heads == v.heads && f.key == v.width && f.value == v.width;
+  return is_alike && v.vectors == 3 && (v.numbers == FLOAT64) == (f.is_double != 0) && fits(f);
+}
+int over_heads(const MeristemWrite& w, bool is_backward) {
+  if (!fits(w)) return BAD_SIZES;
+  const MeristemForm& f = w.form;
+  const bool moves = f.levels == 2, keeps = f.entered || is_backward;
+  if (has_no_inputs(w.vectors) || has_null({w.logits, f.scratch, moves ? w.most : &w})) return BAD_POINTERS;
+  if (keeps && has_null({f.entered, f.new_values, f.products, f.query.at, f.keys.at})) return BAD_POINTERS;
+  return for_numbers(w.vectors.numbers, [&]<class T, class S>() -> int {
+    if (!fits<T>(w.vectors)) return BAD_SIZES;
+    const int64_t each = scratch_of<T, S>(w, is_backward);
+    if (f.n_scratch_bytes < each * f.threads) return BAD_SIZES;
+    share(f.rows * f.heads, f.threads, f.parallel, [&](int64_t thread, int64_t item) {
+      Arena arena(static_cast<char*>(f.scratch) + thread * each);
+      const WriteHead<T, S> head(w, arena, is_backward);
+      if (is_backward) head.backward(item, arena);
+      else head.forward(item, arena);
+    });
+    return FINE;
+  });
+}
+}  // namespace
+
+// Bytes that one thread needs of the form's ``scratch``; 0 where the sizes do not fit.
+MERISTEM_EXPORT int64_t meristem_write_scratch(const MeristemWrite* write, int32_t is_backward) {
+  int64_t bytes = 0;
+  if (!fits(*write)) return 0;
+  for_numbers(write->vectors.numbers, [&]<class T, class S>() -> int {
+    if (fits<T>(write->vectors)) bytes = scratch_of<T, S>(*write, is_backward);
+    return FINE;
+  });
+  return bytes;
+}
+
+// As meristem_form_forward, from what is projected.
+MERISTEM_EXPORT int meristem_write_forward(const MeristemWrite* write) {
+  const MeristemForm& f = write->form;
+  const bool moves = f.levels == 2;
+  if (has_null({f.memory.at, f.last.at, f.read.at, moves ? f.moving.at : &f, moves ? f.last_moving.at : &f})) return BAD_POINTERS;
+  return over_heads(*write, false);
+}
+
+// The gradients of what is projected, of the weights of the convolution, logits, most, memory and momentum.
+MERISTEM_EXPORT int meristem_write_backward(const MeristemWrite* write) {
+  const MeristemForm& f = write->form;
+  const MeristemVectors& v = write->vectors;
+  const bool moves = f.levels == 2;
+  if (has_null({f.d_read.at, f.d_last.at, f.d_memory.at, v.d_x, v.d_weight, write->d_logits})) return BAD_POINTERS;
+  if (moves && has_null({f.d_last_moving.at, f.d_moving.at, write->d_most})) return BAD_POINTERS;
+  return over_heads(*write, true);
 }
 
 namespace {

@@ -1,4 +1,4 @@
-// Rows, strips and windows of random sizes through what stands around the form, forward and backward, in buffers exactly as large as
+// Rows, strips, windows and writes of random sizes through what stands around the form and the write of a memory, forward and backward, in buffers exactly as large as
 // they must be. Built by test_layers_sanitized.py with AddressSanitizer and UBSan; some numbers are NaN or infinite.
 #include <cstdio>
 #include <cstdlib>
@@ -29,7 +29,7 @@ template <class T, class S> class Calls {
     r.d_gain = fresh<T>((rows + BLOCK - 1) / BLOCK * width);
     int fault = meristem_norm_forward(&r) | meristem_norm_backward(&r);
     fault |= meristem_swiglu_forward(&r) | meristem_swiglu_backward(&r);
-    return fault | entropy() | vectors() | window();
+    return fault | entropy() | vectors() | window() | write();
   }
 
  private:
@@ -65,6 +65,45 @@ template <class T, class S> class Calls {
     const int64_t bytes = meristem_window_scratch(&w, is_backward) * w.threads;
     const std::unique_ptr<char, decltype(&std::free)> scratch(static_cast<char*>(std::aligned_alloc(64, bytes)), std::free);
     w.scratch = scratch.get(), w.n_scratch_bytes = bytes;
+    return call(&w);
+  }
+  int write() {
+    MeristemWrite w{};
+    MeristemForm& f = w.form;
+    MeristemVectors& v = w.vectors;
+    f.rows = v.rows = draw(1, 2), f.time = v.time = draw(1, 40), f.heads = v.heads = draw(1, 3);
+    f.key = f.value = v.width = LANES<T> * draw(1, 3), f.threads = v.threads = draw(1, 3);
+    f.chunk = draw(1, f.time), f.levels = int32_t(draw(1, 2)), f.probe = draw(0, 1) ? TOKEN : NEVER;
+    f.reads_before = int32_t(draw(0, 1)), f.is_double = numbers == FLOAT64;
+    v.vectors = 3, v.taps = draw(1, 8), v.units = 2, v.numbers = numbers;
+    w.has_retain = int32_t(draw(0, 1)), w.has_retain_gate = w.has_retain * int32_t(draw(0, 1)), w.is_warm = int32_t(draw(0, 1));
+    w.slope = draw(0, 1) ? 1 : 0.5, w.write_limit = 1, w.curvature = double(draw(0, 1));
+    const int64_t items = f.rows * f.heads, n = items * f.time * f.key, channels = 3 * f.heads * f.key, matrix = f.key * f.key;
+    const int64_t gates = 1 + w.has_retain_gate + (f.levels == 2), chunks = (f.time + f.chunk - 1) / f.chunk;
+    v.x = fresh<S>(3 * n), v.before = fresh<S>(f.rows * (v.taps - 1) * channels), v.weight = fresh<T>(channels * v.taps);
+    w.logits = fresh<T>(items * f.time * gates), w.most = f.levels == 2 ? fresh<T>(f.heads) : nullptr;
+    const auto memory = [&] { return MeristemView{fresh<T>(items * matrix), f.heads * matrix, 0, matrix}; };
+    const auto by_head = [&] { return MeristemView{fresh<T>(n), f.heads * f.time * f.key, f.key, f.time * f.key}; };
+    const auto by_token = [&] { return MeristemView{fresh<T>(n), f.heads * f.time * f.key, f.heads * f.key, f.key}; };
+    for (MeristemView* each : {&f.memory, &f.last, &f.d_memory, &f.d_last}) *each = memory();
+    if (f.levels == 2) for (MeristemView* each : {&f.moving, &f.last_moving, &f.d_moving, &f.d_last_moving}) *each = memory();
+    f.read = by_token(), f.d_read = by_token();
+    const bool keeps = draw(0, 3) > 0;
+    if (keeps) {
+      const int64_t square = f.chunk * up(f.chunk, 2 * LANES<T>) * (f.probe == TOKEN ? 2 : 1);
+      f.query = by_head(), f.keys = by_head(), f.new_values = fresh<T>(items * chunks * f.chunk * f.key);
+      f.products = fresh<T>(items * chunks * square), f.entered = fresh<T>(items * chunks * f.levels * matrix);
+    }
+    v.d_x = fresh<S>(3 * n), v.d_weight = fresh<T>(f.rows * channels * v.taps);
+    v.d_before = draw(0, 1) ? fresh<S>(f.rows * (v.taps - 1) * channels) : nullptr;
+    w.d_logits = fresh<T>(items * f.time * gates), w.d_most = fresh<T>(items);
+    int fault = in_room(w, false, meristem_write_forward);
+    return keeps ? fault | in_room(w, true, meristem_write_backward) : fault;
+  }
+  int in_room(MeristemWrite& w, bool is_backward, int (*call)(const MeristemWrite*)) {
+    const int64_t bytes = meristem_write_scratch(&w, is_backward) * w.form.threads;
+    const std::unique_ptr<char, decltype(&std::free)> scratch(static_cast<char*>(std::aligned_alloc(64, bytes)), std::free);
+    w.form.scratch = scratch.get(), w.form.n_scratch_bytes = bytes;
     return call(&w);
   }
   int entropy() {

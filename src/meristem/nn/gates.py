@@ -4,6 +4,7 @@ import math
 from itertools import chain
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -102,6 +103,12 @@ class GateMap(KeepsFloat32):
         lowered_btd = hidden_btd if self.down_rd is None else functional.linear(hidden_btd, self.down_rd)
         raw_bth = functional.linear(lowered_btd, self.weight_hd, self.bias_h)
         return raw_bth if self.scale_h is None else raw_bth * self.scale_h
+
+    def map(self) -> tuple[Float[Tensor, "h d"], Float[Tensor, " h"]]:
+        """The matrix and the bias of ``logits``, of a map without a rank."""
+        if self.scale_h is None:
+            return self.weight_hd, self.bias_h
+        return self.weight_hd * self.scale_h[:, None], self.bias_h * self.scale_h
 
     def most_momentum(self) -> Tensor | None:
         """The greatest momentum of each head, one for all tokens: about the root of what it is by itself."""

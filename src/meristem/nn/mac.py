@@ -1,7 +1,7 @@
 """Memory as context: a segment attends to what the memory of earlier ones recalls (Titans 2501.00663, eqs. 21-25)."""
 
 import math
-from typing import ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from meristem.nn.attention import Attention, Turns, apply_rope, rope_angles
 from meristem.nn.combine import COMBINATIONS
 from meristem.nn.config import MemoryConfig
 from meristem.nn.memory import build_memory
+from meristem.nn.neural_memory import NeuralMemory
+from meristem.nn.segments import Inputs, by_segment, by_token, read_segments
 from meristem.nn.token_pooling import spans
+from meristem.nn.write import can_write, is_bare, memories_of, rule_of, state_of
 from meristem.shapes import Hidden, Keys, Queries, Values
 
 SEEN: Final = ("keys_bshk", "values_bshv", "context_keys_bshk", "context_values_bshv")
@@ -57,10 +60,11 @@ class MemoryAsContext(nn.Module):
     @rows_apart
     def forward(self, hidden_btd: Hidden, state: State | None = None) -> tuple[Hidden, State]:
         state = self._fresh(hidden_btd) if state is None else state
-        segments, whole = self._cut(hidden_btd, state["keys_bshk"].shape[1])
+        segments, whole = self._cut(hidden_btd, state)
         attended, recalled = [], []
         for segment in segments:
-            attended_btd, recalled_btd, state = self._read(segment, whole, state)
+            read = self._read if segment.query_btd.shape[1] <= self.segment else self._read_together
+            attended_btd, recalled_btd, state = read(segment, whole, state)
             attended.append(attended_btd)
             recalled.append(recalled_btd)
         combined_btd = self.combine(torch.cat(attended, dim=1), torch.cat(recalled, dim=1), hidden_btd)
@@ -75,12 +79,33 @@ class MemoryAsContext(nn.Module):
         empty = hidden_btd.new_zeros(batch, 0, self.attention.heads, width // self.attention.heads)
         return dict.fromkeys(SEEN, empty)
 
-    def _cut(self, hidden_btd: Hidden, n_read: int) -> tuple[list["Segment"], "Whole"]:
-        """The sequence in segments, ``n_read`` tokens of the first read before; what does not wait for a memory is done
-        here for all of them at once."""
+    def _sizes(self, hidden_btd: Hidden, state: State) -> list[int]:
+        """How many tokens are read together: those of a segment, or of all whole ones where the core reads these."""
+        n_read = state["keys_bshk"].shape[1]
+        sizes = [stop - begin for begin, stop in spans(n_read, hidden_btd.shape[1], self.segment)]
+        whole = sizes.count(self.segment)
+        if whole < 2 or not self._can_read_together(hidden_btd, state):
+            return sizes
+        first = sizes.index(self.segment)
+        return [*sizes[:first], whole * self.segment, *sizes[first + whole :]]
+
+    def _can_read_together(self, hidden_btd: Hidden, state: State) -> bool:
+        recall: Any = self.recall
+        if not self.is_writing or torch.is_autocast_enabled(hidden_btd.device.type):
+            return False
+        if not (is_bare(recall, NeuralMemory) and is_bare(recall.qkv, nn.Linear)):
+            return False
+        n_kept, whole_btd = recall.conv.weight_dc.shape[1] - 1, hidden_btd[:, : self.segment]
+        weights = recall.gates.weight_hd, recall.qkv.weight, self.attention.qkv.weight
+        is_one_kind = all(x.dtype == hidden_btd.dtype for x in (*weights, *state["start"]["memory"].values()))
+        return is_one_kind and self.segment >= n_kept and can_write(recall, whole_btd, state["recall"])
+
+    def _cut(self, hidden_btd: Hidden, state: State) -> tuple[list["Segment"], "Whole"]:
+        """The sequence in segments, or several that are read together; what does not wait for a memory is done here for
+        all of them at once."""
+        n_read, sizes = state["keys_bshk"].shape[1], self._sizes(hidden_btd, state)
         still_bthk, key_bthk, value_bthv = self.attention.project(hidden_btd)
         query_bthk = still_bthk = still_bthk / math.sqrt(still_bthk.shape[-1])
-        sizes = [stop - begin for begin, stop in spans(n_read, hidden_btd.shape[1], self.segment)]
         rotated: list[Turns | None] = [None] * len(sizes)
         if self.attention.rope:
             by = rope_angles(still_bthk, n_read, period=self.segment)
@@ -114,6 +139,37 @@ class MemoryAsContext(nn.Module):
         if n_read + attended_btd.shape[1] == self.segment:
             return attended_btd, recalled_btd, {"recall": recall, "start": recall, **self._empty(attended_btd)}
         return attended_btd, recalled_btd, {"recall": recall, "start": state["start"], **seen}
+
+    def _read_together(self, segment: "Segment", whole: "Whole", state: State) -> tuple[Hidden, Hidden, State]:
+        """The same of several whole segments, none of them begun."""
+        recall: Any = self.recall
+        length = self.segment
+        vectors = recall.to_queries(segment.query_btd), segment.query_bthk, segment.key_bthk, segment.value_bthv
+        asked_nbhck, query_nbhck, keys_nbhck, values_nbhcv = (by_segment(x, length) for x in vectors)
+        pinned_nbhcg = None
+        if segment.pinned_bhtg is not None:
+            pinned_nbhcg = segment.pinned_bhtg.unflatten(2, (-1, length)).permute(2, 0, 1, 3, 4)
+        gates_fd, bias_f = recall.gates.map()
+        inputs = Inputs(
+            asked_nbhck,
+            query_nbhck,
+            keys_nbhck,
+            values_nbhcv,
+            pinned_nbhcg,
+            whole.pinned_ghv,
+            whole.weight_fd,
+            recall.qkv.weight,
+            gates_fd,
+            bias_f,
+            recall.conv.weight_dc,
+            recall.gates.most_momentum(),
+            *memories_of(recall, state["recall"], segment.query_btd.dtype),
+        )
+        turns = None if segment.by is None else (segment.by[0][:length, 0], segment.by[1][:length, 0])
+        found = read_segments(inputs, rule_of(recall), turns)
+        recalled = state_of(recall, found.memory_bhkv, found.moving_bhkv, found.tail_bsd)
+        left = {"recall": recalled, "start": recalled, **self._empty(segment.query_btd)}
+        return by_token(found.attended_nbcd), by_token(found.recalled_nbcd), left
 
     def _attend(self, segment: "Segment", whole: "Whole", seen: State) -> Hidden:
         """Each query sees the persistent vectors, and in its segment what came before it and itself, twice."""

@@ -23,6 +23,7 @@ from meristem.nn.documents import Documents, Mask, read_documents
 from meristem.nn.gates import GateMap
 from meristem.nn.precision import KeepsFloat32
 from meristem.nn.rule import rule_of
+from meristem.nn.write import can_write, write
 from meristem.shapes import Gate, Hidden, Keys, Mixed, Queries, Values
 
 
@@ -199,6 +200,8 @@ class NeuralMemory(nn.Module):
         if state is not None and can_decode(self, hidden_btd, state):
             return decode(self, hidden_btd, state)
         state = self.init_state(hidden_btd) if state is None else state
+        if can_write(self, hidden_btd, state):
+            return write(self, hidden_btd, state)
         query_bthk, key_bthk, value_bthv, tail = self.project(hidden_btd, state["conv"])
         read_bthv, memory = run_trusted(
             self.rule,
