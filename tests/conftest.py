@@ -70,6 +70,13 @@ def _no_network() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _torch_draws_alike() -> None:
+    """What a test draws does not depend on those before it: pytest-randomly seeds Python and NumPy, and not torch."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _compiler_starts_anew() -> Iterator[None]:
     """A test compiles as if it were the first: the compiler counts what others compiled against its limit of eight."""
     yield

@@ -146,7 +146,7 @@ class Gradients:
     inputs: Inputs
 
 
-def forward(inputs: Inputs, rule: Rule, places: Places) -> None:
+def write_forward(inputs: Inputs, rule: Rule, places: Places) -> None:
     """Write a sequence; the inputs are dense."""
     given = _given(inputs, rule)
     form, sizes = given.form, inputs.sizes
@@ -159,8 +159,8 @@ def forward(inputs: Inputs, rule: Rule, places: Places) -> None:
     _run("forward", given)
 
 
-def backward(inputs: Inputs, rule: Rule, gradients: Gradients) -> None:
-    """The gradients of ``forward``; the inputs are dense."""
+def write_backward(inputs: Inputs, rule: Rule, gradients: Gradients) -> None:
+    """The gradients of ``write_forward``; the inputs are dense."""
     given = _given(inputs, rule)
     form, vectors, made = given.form, given.vectors, gradients.inputs
     _put_saved(form, gradients.saved)
@@ -257,7 +257,9 @@ def _forward(
     made: tuple[Tensor, ...] = _forward_shapes(*inputs, rule, keeps)
     read_btf, last_bhkv, last_moving, tail, *saved = made
     last_moving_bhkv = None if moving_bhkv is None else last_moving
-    forward(inputs.dense(), Rule(*rule), Places(read_btf, last_bhkv, last_moving_bhkv, tuple(saved) if keeps else None))
+    write_forward(
+        inputs.dense(), Rule(*rule), Places(read_btf, last_bhkv, last_moving_bhkv, tuple(saved) if keeps else None)
+    )
     n_kept, n_time = tail_bsd.shape[1], mixed_btd.shape[1]
     if n_time < n_kept:
         tail[:, : n_kept - n_time] = tail_bsd[:, n_time:]
@@ -312,7 +314,7 @@ def _backward(
         _by_head(d) if d.numel() else memory_bhkv.new_zeros(memory_bhkv.shape) for d in (d_last, d_last_moving)
     )
     left = d_read, d_last, None if moving_bhkv is None else d_last_moving
-    backward(inputs.dense(), Rule(*rule), Gradients(*left, tuple(saved), of_rows))
+    write_backward(inputs.dense(), Rule(*rule), Gradients(*left, tuple(saved), of_rows))
     made[2] = of_rows.weight_dc.sum(dim=0).to(weight_dc.dtype)
     if of_rows.most_h is not None:
         made[4] = of_rows.most_h.sum(dim=0)

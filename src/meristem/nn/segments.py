@@ -162,7 +162,7 @@ class Run:
         torch.addmm(given.bias_f, attended, given.gates_fd.mT, out=self.rows(self.logits_nbcf, n))
         moving = None if self.moving_nbhkv is None else self.moving_nbhkv[n + 1]
         places = self.read_nbcd[n], self.memory_nbhkv[n + 1], moving, self.saved_of(n) or None
-        write.forward(self.write_inputs(n), self.rule, write.Places(*places))
+        write.write_forward(self.write_inputs(n), self.rule, write.Places(*places))
         self.tail_nbsd[n + 1] = self.mixed_nbcd[n, :, c - self.tail_nbsd.shape[2] :]
 
 
@@ -213,7 +213,7 @@ class Backward:
             None if d_moving is None else torch.empty_like(d_moving),
         )
         gradients = write.Gradients(self.d_read_nbcd[n], self.d_memory, d_moving, run.saved_of(n), made)
-        write.backward(run.write_inputs(n), run.rule, gradients)
+        write.write_backward(run.write_inputs(n), run.rule, gradients)
         if self.d_tail is not None:
             self.d_mixed_nbcd[n, :, run.length - run.tail_nbsd.shape[2] :] += self.d_tail
         self.d_tail, self.d_memory, self.d_moving = made.tail_bsd, made.memory_bhkv, made.moving_bhkv
