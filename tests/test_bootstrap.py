@@ -113,9 +113,9 @@ def test_cuda_build_is_announced_not_begun(clone: Clone) -> None:
     """Without an NVIDIA GPU, a torch that brings CUDA packages along is named, and nothing is installed."""
     clone.stub(".venv/bin/python", 'case "$*" in *dry-run*) ;; "-m pip install"*) echo "$@" >>pip.log; exit 0;; esac')
     (clone.folder / "constraints.txt").write_text("torch==9.9.9\n")
-    wheel(clone.folder / "wheels", "torch", "Requires-Dist: nvidia\nRequires-Dist: cuda-parts\n")
+    wheel(clone.folder / "wheels", "torch", "Requires-Dist: nvidia\nRequires-Dist: nvidia-parts\n")
     wheel(clone.folder / "wheels", "nvidia")
-    wheel(clone.folder / "wheels", "cuda_parts")
+    wheel(clone.folder / "wheels", "nvidia_parts")
     links = {"PIP_FIND_LINKS": str(clone.folder / "wheels")}
     done = clone.start(**OFFLINE, **links)
     assert done.returncode == 3, done.stderr
