@@ -18,6 +18,7 @@ from meristem.nn import mac
 from meristem.nn.attention import Attention
 from meristem.nn.config import MemoryConfig
 from meristem.nn.mac import MemoryAsContext
+from native.compared import apart
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"there is no native core: {core().said}")
 
@@ -59,15 +60,6 @@ def results(module: MemoryAsContext, hidden: Tensor, cuts: list[int], *, is_nati
     both = [gradients.pop(f"d recall.gates.{name}") for name in ("weight_hd", "bias_h")]
     gradients["d gates"] = torch.cat([each.flatten() for each in both])
     return {name: x.detach() for name, x in left.items()} | gradients
-
-
-def apart(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """How far each result is from the truth, over the truth's length; what is nought has to be."""
-    assert found.keys() == truth.keys()
-    return {
-        name: float((x.double() - truth[name].double()).norm() / truth[name].double().norm().clamp_min(1e-30))
-        for name, x in found.items()
-    }
 
 
 @pytest.fixture

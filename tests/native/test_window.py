@@ -12,6 +12,7 @@ from meristem.native import window as native
 from meristem.native.library import core, library
 from meristem.nn import attention as of_attention
 from meristem.nn.attention import Attention
+from native.compared import apart
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"there is no native core: {core().said}")
 
@@ -39,14 +40,6 @@ def results(
         found = torch.autograd.grad(loss, leaves)
     named = {"mixed": mixed} | after | {f"d {at}": x for at, x in enumerate(found)}
     return {name: x.detach() for name, x in named.items()}
-
-
-def apart(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    assert found.keys() == truth.keys()
-    return {
-        name: float((x.double() - truth[name].double()).norm() / truth[name].double().norm().clamp_min(1e-30))
-        for name, x in found.items()
-    }
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from meristem.native.library import core, library
 from meristem.nn import neural_memory
 from meristem.nn.neural_memory import NeuralMemory
 from meristem.nn.write import can_write, inputs_of, rule_of
+from native.compared import apart
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"there is no native core: {core().said}")
 
@@ -65,15 +66,6 @@ def results(module: NeuralMemory, hidden: Tensor, state: State | None, *, is_nat
     both = [gradients.pop(f"d gates.{name}") for name in ("weight_hd", "bias_h")]
     gradients["d gates"] = torch.cat([each.flatten() for each in both])
     return {name: x.detach() for name, x in left.items()} | gradients
-
-
-def apart(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """How far each result is from the truth, over the truth's length; what is nought has to be."""
-    assert found.keys() == truth.keys()
-    return {
-        name: float((x.double() - truth[name].double()).norm() / truth[name].double().norm().clamp_min(1e-30))
-        for name, x in found.items()
-    }
 
 
 @pytest.fixture

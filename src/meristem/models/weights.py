@@ -219,10 +219,8 @@ class WeightLearner:
         return found
 
     def moved(self, learned: State) -> nn.Module:
-        """The model with W + D in the place of what learns; all else it shares. Raises CapabilityError for a low-rank
-        change, which is no weight of a model."""
-        if self.learning.which == "low_rank":
-            raise _lacking("low_rank")
+        """The model with W + D in the place of what learns; all else it shares. A low-rank change is no weight of a
+        model, so that there is none with it."""
         model = sharing_weights(self.model)
         for name, weight in self._weights(learned).items():
             path, _, own = name.rpartition(".")
