@@ -32,11 +32,12 @@ def training_step(
 ) -> Callable[[], object]:
     """One whole step on ``batch`` sequences: forward, loss, backward, clipping and the optimizer, as ``train.loop``.
 
-    device: whose dtypes it takes; None for float32.
+    device: where, and whose dtypes it takes; None for float32 on the CPU.
     """
-    model = build(config.model, config.memory, vocabulary, 0)
+    where = device.device if device else torch.device("cpu")
+    model = build(config.model, config.memory, vocabulary, 0).to(where)
     optimizer = build_optimizer(model, config.optim)
-    tokens_bt = torch.randint(vocabulary, (batch, n_time + 1), generator=torch.Generator().manual_seed(0))
+    tokens_bt = torch.randint(vocabulary, (batch, n_time + 1), generator=torch.Generator().manual_seed(0)).to(where)
     seen_bt, targets_bt = tokens_bt[:, :-1], tokens_bt[:, 1:]
 
     def step() -> None:
@@ -54,9 +55,9 @@ def training_step(
 def training_speeds(
     configs: Mapping[str, Config], vocabulary: int, device: Device, n_repeats: int = 3
 ) -> dict[str, float]:
-    """Tokens/s of each in training on the CPU: steps of one thread by turns, the median of its own time, so that what
-    else runs on the machine counts little."""
-    threads = torch.get_num_threads()
+    """Tokens/s of each in training: steps of one thread by turns, the median of its own time, so that what else runs on
+    the machine counts little; on a GPU of the time that passes, as each step waits to see whether it is finite."""
+    threads, clock = torch.get_num_threads(), time.process_time if device.device.type == "cpu" else time.perf_counter
     torch.set_num_threads(1)
     try:
         steps = {}
@@ -64,7 +65,7 @@ def training_speeds(
             step = training_step(
                 config, config.data.batch_size, config.data.seq_len, vocabulary=vocabulary, device=device
             )
-            steps[name] = timed(step, time.process_time)
+            steps[name] = timed(step, clock)
         seconds = medians(steps, n_repeats=n_repeats, n_warm=1)
     finally:
         torch.set_num_threads(threads)
