@@ -4,6 +4,7 @@ import contextlib
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -183,6 +184,19 @@ def test_gain_leaves_the_threads_alone():
     before = torch.get_num_threads()
     assert resolving.bf16_gain() > 0
     assert torch.get_num_threads() == before
+
+
+def test_gain_is_of_the_processor_not_of_what_runs_beside(monkeypatch):
+    """Where every product in fp32 has to wait, as beside other programs, the ratio is still that of the products."""
+    calm, product = resolving.bf16_gain.__wrapped__(), torch.Tensor.__matmul__
+
+    def waits(left, right):
+        if left.dtype == torch.float32:
+            time.sleep(0.1)
+        return product(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", waits)
+    assert resolving.bf16_gain.__wrapped__() < 3 * calm
 
 
 @pytest.mark.parametrize(
