@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ PACKAGES = {
 } | {name: name for name in ("einops", "einx", "tensordict", "pyvers", "pydantic", "jaxtyping")}
 """What the parts import, and what it is installed by: ours, and the public packages that are measured beside it."""
 
-PARTS = {"correctness": 75, "ours": 105, "fla": 50, "titans_pytorch": 50, "training": 80}
+PARTS = {"correctness": 75, "ours": 90, "fla": 45, "titans_pytorch": 45, "training": 70, "decoding": 35}
 """And how many seconds each may take; a kernel of ours is compiled in about one."""
 
 Found = dict[str, Any]
@@ -269,6 +270,41 @@ def training(is_interpreted: bool) -> Iterator[Found]:
     }
 
 
+def decoding(is_interpreted: bool) -> Iterator[Found]:
+    """Tokens per second of models that read token by token, by a recorded step and operation by operation, and the
+    largest difference between the two predictions by the largest logit."""
+    from meristem.models.build import build
+    from meristem.models.recorded import AFTER, Steps
+    from meristem.runs.config import load_config
+
+    device, found = torch.device("cpu" if is_interpreted else "cuda"), Found()
+    for preset in ("titans-mag-micro",) if is_interpreted else ("default", "titans-mag-340m"):
+        config = load_config(preset, (), {}).tree
+        model = build(config.model, config.memory, 256, 0).to(device).eval()
+        for n_rows in (1, 2) if is_interpreted else (1, 64):
+            # Only a module is recorded, not its method.
+            ways = {"recorded": (steps := Steps(model)), "plain": Steps(model.forward)}
+            tokens_bt = torch.zeros(n_rows, config.model.sliding_window or 1, dtype=torch.int64, device=device)
+            with torch.no_grad():
+                held = dict.fromkeys(ways, model(tokens_bt)[1])
+            found_bo, true_bo = (read_on(ways, held, name, n_rows, AFTER + 2) for name in ways)
+            each: Found = {}
+            for name in ways:
+                call = partial(read_on, ways, held, name, n_rows, 20)
+                each[name] = 2e4 * n_rows / median_ms(call, is_interpreted)
+            each["difference"] = float((found_bo - true_bo).abs().max() / true_bo.abs().max())
+            found[f"{preset}, {n_rows} at once"] = each | {"why": steps.refusal, "is_recorded": steps.is_recorded}
+            yield {"rates": found}
+
+
+def read_on(ways: dict[str, Any], held: dict[str, Any], name: str, n_rows: int, n_time: int) -> Tensor:
+    """Read so many tokens in one of the ways, from the state that is held for it; the last predictions."""
+    logits_bo = torch.empty(0)
+    for _ in range(n_time):
+        logits_bo, held[name] = ways[name]([1] * n_rows, held[name])
+    return logits_bo
+
+
 def report(found: dict[str, Found], is_interpreted: bool) -> str:
     """Markdown of what was found, and why the rest was not."""
     device = "the CPU, by Triton's interpreter" if is_interpreted else torch.cuda.get_device_name()
@@ -280,6 +316,10 @@ def report(found: dict[str, Found], is_interpreted: bool) -> str:
         each = found["training"]
         share = "" if each["share_of_peak"] is None else f", {each['share_of_peak']:.0%} of the device's bfloat16 rate"
         lines += [f"- training, {each['parameters']:,} parameters: {each['tokens_per_s']:,.0f} tokens/s{share}"]
+    for name, each in found["decoding"].get("rates", {}).items():
+        said = f"{each['recorded']:,.0f} tokens/s by a recorded step, {each['plain']:,.0f} without"
+        why = "" if each["is_recorded"] else f" (not recorded: {each['why'] or 'this device records nothing'})"
+        lines += [f"- decoding, {name}: {said}, predictions differ by {each['difference']:.0e}{why}"]
     rows = {k: v for part in ("ours", "fla", "titans_pytorch") for k, v in found[part].items() if k != "skipped"}
     if rows:
         lines += ["", "| forward and backward, tokens x head width | ms |", "|---|---|"]

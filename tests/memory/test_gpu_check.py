@@ -24,6 +24,7 @@ def test_each_part_runs_whatever_became_of_the_others() -> None:
     assert "- fla: not all of it, RuntimeError: fla's kernels refuse Triton's interpreter" in said
     assert "| titans, reads highest, 20 x 16 |" in said and "| gated_delta, reads highest, 20 x 16 |" in said
     assert "- training, " in said and "tokens/s" in said
+    assert "- decoding, titans-mag-micro, 2 at once: " in said and "predictions differ by 0e+00" in said
     assert (ROOT / "docs" / "gpu.md").read_bytes() == page
 
 

@@ -1,12 +1,13 @@
-"""Reading on token by token: by the native core where it takes the model, else by the model itself.
+"""Reading on token by token: by the native core where it takes the model, else by the model itself, on a GPU by a step
+that is recorded (``models.recorded``).
 
 The core reads a token of a small model in a thirtieth of the time that the operations of torch take. It reads the same
 weights, packed, and what it holds of a reader comes from a state of the model and becomes one without a bit lost: a
 text may begin there, be read on here, and return.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,12 +16,9 @@ from torch import Tensor
 from meristem.memory.state import State, alike_rows, clone, flatten, join_rows, select_rows, take_rows, unflatten
 from meristem.memory.update import momentum_name
 from meristem.models.packed import MATRIX, NotTaken, Packed, packed
+from meristem.models.recorded import Reader, Steps
 from meristem.models.weights import TailLearner, WeightLearner, mixed
 from meristem.native import decoding as native
-from meristem.shapes import Logits, Tokens
-
-Reader: TypeAlias = Callable[[Tokens, State | None], tuple[Logits, State]]
-"""A model, or a way to read one (``models.online.online_reader``)."""
 
 
 def refusal(reader: Reader) -> str:
@@ -45,6 +43,7 @@ class Decoding:
 
     def _begin(self, state: State) -> None:
         self._state: State | None = state
+        self._steps = Steps(self._reader)
         self._rows: Rows | LearningRows | None = None
         self.refusal = ""
         """Why the core does not read, as a clause; empty where it does."""
@@ -66,26 +65,30 @@ class Decoding:
             logits_bo = self._rows.step(token_ids)
             self._state = None
             return logits_bo
-        tokens_bt = torch.tensor(token_ids, device=_device(self.state))[:, None]
-        with torch.no_grad():
-            logits_bto, self._state = self._reader(tokens_bt, self._state)
-        return logits_bto[:, -1]
+        logits_bo, self._state = self._steps(token_ids, self._state or {})
+        return logits_bo
 
     @property
     def state(self) -> State:
         """What the rows carry now: a value, which later steps do not change."""
         if self._rows is not None and self._state is None:
             self._state = self._rows.state()
-        return self._state or {}
+        state = self._state or {}
+        return clone(state) if self._steps.is_recorded else state
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether a step changes what the rows carried, so that ``state`` is a copy, which takes time."""
+        return self._rows is not None or self._steps.is_recorded
 
     def row(self, at: int) -> State:
         """What one row carries now; a copy."""
-        return clone(take_rows(self.state, at, at + 1)) if self._rows is None else self._rows.state([at])
+        return clone(take_rows(self._state or {}, at, at + 1)) if self._rows is None else self._rows.state([at])
 
     def select(self, rows: Sequence[int]) -> None:
         """Read on with some of the rows, each once, in the order given."""
         if self._rows is None:
-            self._state = select_rows(self.state, rows)
+            self._state = select_rows(self._state or {}, rows)
             return
         self._rows, self._state = self._rows.selected(rows), None
 
@@ -406,8 +409,3 @@ def _in_time(first: int, n: int, n_slots: int) -> list[slice]:
     start = first % n_slots if n_slots else 0
     wrapped = max(start + n - n_slots, 0)
     return [slice(start, start + n - wrapped), slice(0, wrapped)]
-
-
-def _device(state: State) -> torch.device:
-    # What counts for each row stays on the host.
-    return next(leaf.device for leaf in flatten(state).values() if isinstance(leaf, Tensor) and leaf.dim() > 1)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from meristem.errors import NonFinite, ShapeError, WrongValue
 from meristem.memory.state import State
-from meristem.models.decoding import Decoding, Reader
+from meristem.models.decoding import Decoding
+from meristem.models.recorded import Reader
 from meristem.native.drawing import draw
 from meristem.native.library import library
 from meristem.shapes import Tokens
@@ -207,10 +208,10 @@ def generate(
     decoding, logits_bo, read = Decoding(model, begun), logits_bto[:, -1], list[int]()
     while True:
         token_id = int(choose(logits_bo, sampling, generator))
-        if decoding.refusal:
-            yield Drawn(token_id, partial(State, decoding.state))
-        else:
+        if decoding.is_in_place:
             yield Drawn(token_id, partial(_state_after, model, begun, read, len(read)))
+        else:
+            yield Drawn(token_id, partial(State, decoding.state))
         if len(read) + 1 == max_tokens:
             return
         logits_bo = decoding.step([token_id])

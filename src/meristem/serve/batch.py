@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from meristem.device.random import stream as random_stream
 from meristem.memory.state import State, alike_by, clone, flatten, join_rows, put_rows, select_rows, take_rows
-from meristem.models.decoding import Decoding, Reader
+from meristem.models.decoding import Decoding
+from meristem.models.recorded import Reader, Steps
 from meristem.serve.moment import portion
 from meristem.shapes import Tokens
 
@@ -41,6 +42,7 @@ class Batch(Generic[Owner]):
     def __init__(self, reader: Reader, state: State, owners: Sequence[Owner | None]) -> None:
         """state: of as many rows as there are owners; it is changed in place from here on."""
         self.reader, self.state = reader, state
+        self._steps = Steps(reader)
         self.owners: list[Owner | None] = list(owners)
 
     @classmethod
@@ -77,11 +79,8 @@ class Batch(Generic[Owner]):
 
     def read(self, token_ids: Sequence[int]) -> Tensor:
         """One token for each row; the predictions of the next, ``(size, vocabulary)``."""
-        device = next(leaf.device for leaf in flatten(self.state).values() if isinstance(leaf, Tensor))
-        tokens_bt = torch.tensor(token_ids, device=device)[:, None]
-        with torch.no_grad():
-            logits_bto, self.state = self.reader(tokens_bt, self.state)
-        return logits_bto[:, -1]
+        logits_bo, self.state = self._steps(token_ids, self.state)
+        return logits_bo
 
 
 class NativeBatch(Generic[Owner]):

@@ -22,8 +22,9 @@ from meristem.device.random import key as random_key
 from meristem.errors import NonFinite, QueueFull, WorkerDied
 from meristem.events import Emit, Event, silent
 from meristem.memory.state import State, alike_by
-from meristem.models.decoding import Decoding, Reader, refusal
+from meristem.models.decoding import Decoding, refusal
 from meristem.models.generate import Sampling
+from meristem.models.recorded import Reader
 from meristem.serve.batch import Batch, NativeBatch, exact_sizes
 from meristem.serve.draw import Drawn, Draws, Wanted
 from meristem.serve.moment import READ_AT_ONCE, Moment, read, surprise

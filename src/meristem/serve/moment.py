@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointMismatch
 from meristem.memory.state import State, as_tensors, from_tensors, size_bytes
-from meristem.models.decoding import Decoding, Reader
+from meristem.models.decoding import Decoding
 from meristem.models.load import of_today
+from meristem.models.recorded import Reader
 from meristem.serve import store
 from meristem.train.loss import cross_entropy
 

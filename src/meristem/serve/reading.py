@@ -19,9 +19,9 @@ from meristem.errors import NoSession
 from meristem.evaluate.memory import half_lives_of, weights_in
 from meristem.memory import Gates
 from meristem.memory.state import State
-from meristem.models.decoding import Reader
 from meristem.models.load import numbers
 from meristem.models.online import LEARNED, frozen, online_reader
+from meristem.models.recorded import Reader
 from meristem.models.weights import sharing_weights
 from meristem.nn.gates import GateMap
 from meristem.serve.moment import FRESH, Moment, portion, read

@@ -26,8 +26,8 @@ from meristem.data.tokenizer import Tokenizer
 from meristem.errors import CheckpointCorrupt, NoSession, SessionBusy, TooManySessions
 from meristem.memory.state import alike_by
 from meristem.models.config import LearnConfig
-from meristem.models.decoding import Reader
 from meristem.models.online import Learn, online_reader
+from meristem.models.recorded import Reader
 from meristem.serve import store
 from meristem.serve.moment import FRESH, Moment, identity, moment_of, read, require_same, tensors_of
 from meristem.serve.session import KEPT_TURNS
