@@ -22,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, Protocol
 
 from meristem.data.tokenizer import byte_tokenizer
 from meristem.events import silent
@@ -41,7 +42,7 @@ SECONDS = 0.2
 
 def reference(width: int, *, alone: bool) -> bytes:
     """The weight file of a reference size (docs/edge.md)."""
-    settings = {"dim": width, "n_layers": 1}
+    settings: dict[str, object] = {"dim": width, "n_layers": 1}
     if alone:
         settings |= {"mixer": "memory", "mlp_dim": 1}
     else:
@@ -52,6 +53,13 @@ def reference(width: int, *, alone: bool) -> bytes:
     whole = byte_tokenizer()
     tokenizer = replace(whole, tokens=whole.tokens[:n_ids])
     return edge.weights_file(parts_of(model), tokenizer, identity(model, tokenizer))
+
+
+class Way(Protocol):
+    """What opens a model, in milliseconds, and reads it, in tokens per second."""
+
+    def open(self, content: bytes) -> float: ...
+    def rate(self) -> float: ...
 
 
 class Native:
@@ -85,10 +93,10 @@ class Native:
 class Browser:
     """The page in Chromium, on one core of whatever else runs there: by the clock of the page."""
 
-    def __init__(self, playwright: object, folder: Path) -> None:
+    def __init__(self, playwright: Any, folder: Path) -> None:
         path = shutil.which("chromium") or shutil.which("google-chrome")
         options = ["--no-sandbox", "--disable-gpu"]
-        self.opened = playwright.chromium.launch(executable_path=path, args=options)  # type: ignore[attr-defined]
+        self.opened = playwright.chromium.launch(executable_path=path, args=options)
 
         class Quiet(SimpleHTTPRequestHandler):
             def log_message(self, *_: object) -> None:
@@ -97,12 +105,11 @@ class Browser:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.folder = folder
-        self.page = None
+        self.page = self.opened.new_page()
 
     def open(self, content: bytes) -> float:
         (self.folder / "model.safetensors").write_bytes(content)
-        if self.page is not None:
-            self.page.close()
+        self.page.close()
         self.page = self.opened.new_page()
         self.page.goto(f"http://127.0.0.1:{self.server.server_port}/")
         self.page.wait_for_selector("#send:enabled")
@@ -141,7 +148,7 @@ class Plain:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--no-browser", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     asked = parser.parse_args()
@@ -152,7 +159,8 @@ def main() -> None:
         for width in (64, 128, 256):
             models[f"layer, d = {width}"] = reference(width, alone=True)
             models[f"model, d = {width}"] = reference(width, alone=False)
-        ways = {name: Native(cached(name, EDGE)) for name in supported()} | {"NumPy": Plain(folder)}
+        ways: dict[str, Way] = {name: Native(cached(name, EDGE)) for name in supported()}
+        ways["NumPy"] = Plain(folder)
         if asked.no_browser:
             print_table(models, ways, asked.repeats)
             return
@@ -162,12 +170,12 @@ def main() -> None:
             print_table(models, ways | {"Chromium": Browser(playwright, folder)}, asked.repeats)
 
 
-def print_table(models: dict[str, bytes], ways: dict[str, object], repeats: int) -> None:
+def print_table(models: dict[str, bytes], ways: dict[str, Way], repeats: int) -> None:
     """Tokens per second, each way in turn; and how long the model in the box takes to open."""
     print("| tokens/s | " + " | ".join(ways) + " |\n|---|" + "---|" * len(ways))
     for name, content in models.items():
         opened = {way: statistics.median(each.open(content) for _ in range(3)) for way, each in ways.items()}
-        rates = {way: [] for way in ways}
+        rates: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(repeats):
             for way, each in ways.items():
                 rates[way].append(each.rate())

@@ -167,7 +167,7 @@ def fla(is_interpreted: bool) -> Iterator[Found]:
     """The same of ``fla``'s gated delta, in bfloat16, as it is trained with."""
     if is_interpreted:
         raise RuntimeError("fla's kernels refuse Triton's interpreter")
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found]
 
     def step(inputs: dict[str, Tensor]) -> object:
         query, key, value, write = (inputs[name].bfloat16() for name in ("query", "key", "value", "write"))
@@ -214,7 +214,7 @@ def times(
             heads = (TINY_DIM if is_interpreted else DIM) // width
             inputs = window(n_time, heads, width, torch.float32, "cpu" if is_interpreted else "cuda")
             try:
-                found[f"{name}, {n_time} x {width}"] = median_ms(lambda inputs=inputs: step(inputs), is_interpreted)
+                found[f"{name}, {n_time} x {width}"] = median_ms(partial(step, inputs), is_interpreted)
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
             yield found

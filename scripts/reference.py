@@ -53,8 +53,9 @@ def page() -> str:
 def rows_of(name: str, config: type[ConfigSection]) -> Iterator[str]:
     """The settings of a part, those of parts inside it among them."""
     for key, field in config.model_fields.items():
-        if is_part(field.annotation):
-            yield from rows_of(f"{name}.{key}", field.annotation)
+        part = field.annotation
+        if isinstance(part, type) and issubclass(part, ConfigSection):
+            yield from rows_of(f"{name}.{key}", part)
             continue
         yield row(name, key, field)
         for listed in filter(is_part, get_args(field.annotation)):

@@ -48,7 +48,7 @@ WIDTH, N_TIME, REPEATS = 128, 512, 5
 
 TASK = Associative(vocabulary=64, window=24, n_pairs=8)
 MODEL = ModelConfig(dim=32, n_layers=1, mixer="memory")
-TRAINING = {"steps": 200, "batch": 16, "rate": 0.01, "random_seed": 0}
+TRAINING: dict[str, Any] = {"steps": 200, "batch": 16, "rate": 0.01, "random_seed": 0}
 
 ARXIV = re.compile(r"\b(?:([A-Z]\w+) )?(\d{4}\.\d{5})\b")
 

@@ -8,7 +8,6 @@ import ast
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +51,8 @@ def with_links(text: str, source: Path, places: dict[Path, str]) -> str:
 def public(package: str) -> list[str]:
     """The full names of what ``__all__`` of ``package`` names, where it is defined, in the order of that list."""
     path = ROOT / "src" / Path(*package.split(".")) / "__init__.py"
-    found, names = {}, []
+    found: dict[str, str] = {}
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("meristem"):
             found |= {each.asname or each.name: f"{node.module}.{each.name}" for each in node.names}
@@ -84,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -128,7 +128,7 @@ def draw(found: dict[str, Any]) -> None:
     end.set_title(f"its end; noise in batches {found['first_spoilt']:,} to "
                   f"{found['first_spoilt'] + found['n_spoilt']:,}", fontsize="medium")  # fmt: skip
     whole.legend(title="held out at the end, bits per byte", fontsize="small")
-    figure.canvas.print_png(str(DOCS / "spike.png"))
+    figure.savefig(DOCS / "spike.png")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import torch
 
 from meristem.checkpoint import store
 from meristem.checkpoint.store import Checkpoint
-from meristem.cli.chat import BLANK_LINE
+from meristem.data.chat import END_OF_REPLY
 from meristem.data.notebook import ANSWER, Dice, paragraphs, wordings
 from meristem.data.notebook_names import IN_USE
-from meristem.data.notebook_words import ATTRIBUTES
+from meristem.data.notebook_words import ATTRIBUTES, Attribute
 from meristem.events import silent
 from meristem.models.generate import Sampling
 from meristem.models.load import Loaded, load
@@ -64,12 +64,13 @@ def asked(loaded: Loaded, n_facts: int, n_paragraphs: int, *, is_new: bool) -> f
     n_right = 0
     prose = [" ".join(text.split()) for text in paragraphs(is_held_out=True, validation=0.1)]
     for number in range(N_FACTS // n_facts):
-        dice, told = Dice(f"asked/{n_facts}/{n_paragraphs}/{number}"), {}
+        dice = Dice(f"asked/{n_facts}/{n_paragraphs}/{number}")
+        told: dict[str, tuple[Attribute, str]] = {}
         session = Session(*loaded, sampling=Sampling(temperature=0))
 
         def say(session: Session, line: str) -> str:
             session.feed(line + "\n")
-            return session.generate(40, until=BLANK_LINE)
+            return session.generate(40, until=END_OF_REPLY)
 
         while len(told) < n_facts:
             person, attribute = dice.pick(IN_USE), dice.pick(ATTRIBUTES)
