@@ -17,7 +17,7 @@
 
 #define MERISTEM_EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int ABI = 10;
+constexpr int ABI = 11;
 
 // Of the interface that this library was compiled with; the caller compares it before it calls anything else.
 MERISTEM_EXPORT int meristem_abi() { return ABI; }
@@ -117,7 +117,7 @@ template <class F> class Team {
 template <class F> void share(int64_t n_items, int64_t n_threads, void* parallel, F work) {
   Team<F> team(n_items, work);
   n_threads = std::min(n_threads, n_items);
-  if (n_threads == 1) return team.run();
+  if (n_threads <= 1) return team.run();
   if (parallel) return reinterpret_cast<Parallel>(parallel)(Team<F>::join, &team, unsigned(n_threads), 0);
   constexpr int64_t MOST = 256;
   std::thread others[MOST];
@@ -776,10 +776,37 @@ MERISTEM_EXPORT int meristem_window_backward(const MeristemWindow* window) {
   });
 }
 
+namespace {
+// Readers side by side in parts, each read by one thread: a thread is not worth waking for fewer than LEAST, and a product
+// takes eight rows at once.
+struct Parts {
+  static constexpr int64_t LEAST = 8;
+  int64_t each, n;
+  Parts(int64_t rows, int64_t threads) {
+    const int64_t share = (rows + std::max<int64_t>(threads, 1) - 1) / std::max<int64_t>(threads, 1);
+    each = std::min(rows, (share + LEAST - 1) / LEAST * LEAST);
+    n = each ? (rows + each - 1) / each : 0;
+  }
+};
+
+// ``work(first, rows, room)`` for every part. Gives 1, and has done nothing, where a token is none of the vocabulary.
+template <class T, class F>
+int over_readers(const decoding::Decoder<T>& decoder, int64_t rows, const int64_t* tokens, T* room, int64_t threads, void* parallel, F work) {
+  if (!decoder.are_known(int(rows), tokens)) return 1;
+  const Parts parts(rows, threads);
+  share(parts.n, threads, parallel, [&](int64_t, int64_t part) {
+    const int64_t first = part * parts.each;
+    work(first, int(std::min(parts.each, rows - first)), room + part * decoder.room_size(parts.each));
+  });
+  return 0;
+}
+}  // namespace
+
 // One token of a whole model (decode.hpp), in float32 and in float64. A decoder never changes and may serve several threads,
-// each with readers and room of its own; sizes are in numbers. ``open`` gives null where there is no memory for the weights;
-// ``step`` gives 1, and has done nothing, where a token is none of the vocabulary. ``hidden`` is the same without the head, or
-// without the last feed-forward layer and all behind it, into [rows, width].
+// each with readers and room of its own; sizes are in numbers, the room's for so many threads as a step is then given.
+// ``open`` gives null where there is no memory for the weights; ``step`` gives 1, and has done nothing, where a token is none of
+// the vocabulary. ``hidden`` is the same without the head, or without the last feed-forward layer and all behind it, into
+// [rows, width].
 #define MERISTEM_DECODER(NAME, T) \
   MERISTEM_EXPORT void* meristem_decoder_open_##NAME( \
       const meristem::decoding::ModelShape* model, const meristem::decoding::LayerShape* shapes, \
@@ -797,8 +824,10 @@ MERISTEM_EXPORT int meristem_window_backward(const MeristemWindow* window) {
   MERISTEM_EXPORT int64_t meristem_decoder_logits_##NAME(const meristem::decoding::Decoder<T>* decoder) { \
     return decoder->logits_stride(); \
   } \
-  MERISTEM_EXPORT int64_t meristem_decoder_room_##NAME(const meristem::decoding::Decoder<T>* decoder, int64_t rows) { \
-    return decoder->room_size(rows); \
+  MERISTEM_EXPORT int64_t meristem_decoder_room_##NAME(const meristem::decoding::Decoder<T>* decoder, int64_t rows, \
+                                                       int64_t threads) { \
+    const Parts parts(rows, threads); \
+    return parts.n * decoder->room_size(parts.each); \
   } \
   MERISTEM_EXPORT void meristem_decoder_place_##NAME(const meristem::decoding::Decoder<T>* decoder, int64_t layer, \
                                                      meristem::decoding::Place* place) { \
@@ -806,15 +835,19 @@ MERISTEM_EXPORT int meristem_window_backward(const MeristemWindow* window) {
   } \
   MERISTEM_EXPORT int meristem_decoder_step_##NAME(const meristem::decoding::Decoder<T>* decoder, int64_t rows, \
                                                    const int64_t* tokens, T* const* blocks, int64_t* n_read, T* logits, \
-                                                   T* room) { \
-    return !decoder->step(int(rows), tokens, blocks, n_read, logits, room); \
+                                                   T* room, int64_t threads, void* parallel) { \
+    return over_readers(*decoder, rows, tokens, room, threads, parallel, [&](int64_t first, int n, T* own) { \
+      decoder->step(n, tokens + first, blocks + first, n_read + first, logits + first * decoder->logits_stride(), own); \
+    }); \
   } \
   MERISTEM_EXPORT int meristem_decoder_hidden_##NAME(const meristem::decoding::Decoder<T>* decoder, int64_t rows, \
                                                      const int64_t* tokens, T* const* blocks, int64_t* n_read, T* hidden, \
-                                                     T* room, int32_t is_mlp_left) { \
+                                                     T* room, int64_t threads, void* parallel, int32_t is_mlp_left) { \
     using Decoder = meristem::decoding::Decoder<T>; \
     const auto left = is_mlp_left ? Decoder::MLP_IS_LEFT : Decoder::HEAD_IS_LEFT; \
-    return !decoder->read(int(rows), tokens, blocks, n_read, hidden, room, left); \
+    return over_readers(*decoder, rows, tokens, room, threads, parallel, [&](int64_t first, int n, T* own) { \
+      decoder->read(n, tokens + first, blocks + first, n_read + first, hidden + first * decoder->width(), own, left); \
+    }); \
   }
 MERISTEM_DECODER(f32, float)
 MERISTEM_DECODER(f64, double)

@@ -489,6 +489,7 @@ template <class T> class Decoder {
   const Panels<T>& head() const { return head_; }
   const Numbers<T>& norm() const { return norm_; }
   double eps() const { return m_.eps; }
+  int64_t width() const { return m_.width; }
 
   // One token for each row. blocks: of the readers; n_read: how many tokens each has read since its rings were filled from
   // slot 0 on, and in the end one more. logits: [rows, logits_stride()]. False, and nothing was done, where a token is none

@@ -81,12 +81,13 @@ def test_figures_of_a_small_server(server, monkeypatch):
     """Every part gives its rows with the targets of the issue, and no session is left."""
     monkeypatch.setattr(speed, "N_FEEDS", 10)
     monkeypatch.setattr(load, "N_TURNS", 3)
-    found = by_name(speed.speeds(server[0], SMALL, (1, 3), 9, 1))
+    monkeypatch.setattr(speed, "SHORTEST_S", 0.01)
+    found = by_name(speed.speeds(server[0], server[0], SMALL, (1, 3), 9, 1))
     rate = found["sessions that write together: 3"]
     assert rate.measured > 0 and rate.figures["sessions"] == 3
-    share = found["tokens/s of 3 sessions to those of the batch in process"]
-    in_process = found["a batch of 3 in process, without a server"]
-    assert share.measured == pytest.approx(rate.measured / in_process.measured) and share.target == 0.9
+    share, single = found["tokens/s of that server to those in process"], found["3 by a server of one thread"]
+    in_process = found["3 by one thread in process, without a server"]
+    assert share.measured == pytest.approx(single.measured / in_process.measured) and share.target == 0.9
     assert found["that to the median"].target == 3.0
     read, written, size = speed.long_session(server[0], 400)
     assert (read.target, written.target, size.measured, size.is_met) == (1.2, 1.2, 1.0, True)
@@ -130,7 +131,7 @@ def test_the_command_measures_a_server_of_its_own(tmp_path, capsys):
     rows = [row for found in parts for row in found["rows"]]
     assert code == (1 if False in [row["is_met"] for row in rows] else 0)
     assert [found["part"] for found in parts] == [*study.PARTS.names]
-    assert len(rows) == 17 and "idle session" in capsys.readouterr().out
+    assert len(rows) == 18 and "idle session" in capsys.readouterr().out
 
 
 @pytest.mark.slow

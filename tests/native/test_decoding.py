@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import zoo
-from meristem.errors import ShapeError
+from meristem.errors import ShapeError, WrongValue
+from meristem.memory.state import flatten
 from meristem.models.decoding import Decoding
 from meristem.native import decoding as native
 from meristem.native.library import core
@@ -66,6 +67,31 @@ def test_a_token_for_each_reader_is_needed():
     made = decoder(*parts())
     with pytest.raises(ShapeError, match="2 tokens were given for 1 readers"):
         native.Readers(made, [made.blocks(1)[0]], [0]).step([1, 2])
+
+
+@pytest.mark.parametrize("name", ["preset-titans-mag", "preset-hope", "preset-attention"])
+@pytest.mark.parametrize("n_rows", [1, 8, 17, 30])
+def test_readers_share_threads(name, n_rows):
+    """However many there are, predictions, hidden vectors and states have the same bits; a token that is none of the
+    vocabulary is refused before any row was read."""
+    model = zoo.grown(name, torch.float32)
+    with torch.no_grad():
+        _, state = model(zoo.ids(n_rows, 6))
+    found = []
+    try:
+        for n_threads in (1, 2, 3, 7):
+            native.share_readers(n_threads)
+            rows = Decoding(model, state)
+            logits = [rows.step(each) for each in zoo.ids(n_rows, 9).T.tolist()]
+            hidden_bd = rows._rows.readers.hidden([1] * n_rows, is_mlp_left=False)
+            with pytest.raises(WrongValue, match="the vocabulary of this model holds 0 to"):
+                rows.step([1] * (n_rows - 1) + [zoo.VOCABULARY])
+            found.append({"logits": torch.stack(logits), "hidden": hidden_bd} | flatten(rows.state))
+    finally:
+        native.share_readers(None)
+    for each in found[1:]:
+        for key, leaf in found[0].items():
+            assert torch.equal(each[key], leaf) if isinstance(leaf, torch.Tensor) else each[key] == leaf
 
 
 def test_threads_read_with_one_decoder():

@@ -77,6 +77,16 @@ Grace = Annotated[
     float, typer.Option("--grace", min=0.0, help="Seconds that replies have to end after SIGTERM or Ctrl-C.")
 ]
 
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="Threads of the processor for each batch. By default one for products of torch, and all processors for "
+        "the sessions that the native core reads.",
+        show_default=False,
+    ),
+]
 Workers = Annotated[
     int, typer.Option("--workers", min=1, help="Processes that serve; each session belongs to one of them.")
 ]
@@ -104,7 +114,7 @@ class Options:
     max_sessions: int
     access_log: str | None
     grace_s: float
-    threads: int
+    threads: int | None
     device: str
     n_workers: int
     policy: "Policy"
@@ -128,7 +138,7 @@ def serve(
     allowed_host: AllowedHost = None,
     access_log: AccessLogPlace = None,
     grace: Grace = 20.0,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the processor for each product.")] = 1,
+    threads: Threads = None,
     device: DeviceName = "cpu",
     workers: Workers = 1,
     policy: PolicyFile = None,
@@ -211,7 +221,9 @@ def run_server(options: Options, listening: socket.socket, started: Callable[[],
     """
     import torch
 
+    from meristem.device.limits import n_cpus
     from meristem.models.generate import Sampling
+    from meristem.native.decoding import share_readers
     from meristem.runs.open import load
     from meristem.serve.access import Access, Rates
     from meristem.serve.engine import Engine
@@ -220,7 +232,9 @@ def run_server(options: Options, listening: socket.socket, started: Callable[[],
     from meristem.serve.sessions import Sessions
     from meristem.serve.sharing import Share
 
-    torch.set_num_threads(options.threads)
+    # More threads for a product of torch give rows of some models other bits in a batch than alone; the core's never.
+    torch.set_num_threads(options.threads or 1)
+    share_readers(options.threads or max(1, n_cpus() // options.n_workers))
     place = device_called(options.device).device
     loaded = load(options.checkpoint, tell)
     n_ids = loaded.tokenizer.vocab_size

@@ -7,12 +7,14 @@ decoded like this.
 import ctypes
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from meristem.errors import ShapeError, WrongValue
+from meristem.native.interface import torchs_threads
 
 ATTENTION, GATE, LAYER, MEMORY, SELF_REFERENCE = range(5)
 """What mixes tokens: attention, memory as gate, memory as layer, memory alone, memories that make their own keys."""
@@ -234,9 +236,9 @@ class Decoder:
         sums_bld, lasts_bld = (_view(blocks, place.rows + at, *rows) for at in (0, place.row_stride))
         return HeldLevels(_count(blocks, place.count), sums_bld, lasts_bld)
 
-    def room(self, n: int) -> Tensor:
-        """What a step of so many readers writes beside their blocks."""
-        return torch.empty(int(self._call["room"](self._handle, n)), dtype=self.dtype)
+    def room(self, n: int, n_threads: int) -> Tensor:
+        """What a step of so many readers on so many threads writes beside their blocks."""
+        return torch.empty(int(self._call["room"](self._handle, n, n_threads)), dtype=self.dtype)
 
     def logits(self, n: int) -> Tensor:
         """Room for the logits of so many readers, ``(n, stride)``; the vocabulary is what each row begins with."""
@@ -251,11 +253,25 @@ class Decoder:
         return not self._call["hidden"](self._handle, n, *arguments)
 
 
+@dataclass
+class _Sharing:
+    n_threads: int | None = None
+
+
+_sharing: Final = _Sharing()
+
+
+def share_readers(n_threads: int | None) -> None:
+    """Readers that are put together from now on are shared among so many threads; None stands for torch's number."""
+    _sharing.n_threads = n_threads
+
+
 class Readers:
     """Some readers of one decoder, in the order of their rows.
 
     blocks: what each holds, one axis each. n_read: tokens that each has read since its rings were filled from slot 0.
-    Both are changed in place by ``step``; rows of the same block may not stand here twice.
+    Both are changed in place by ``step``; rows of the same block may not stand here twice. Many are shared among
+    threads (``share_readers``); the bits do not depend on how many these are.
     """
 
     def __init__(self, decoder: Decoder, blocks: Sequence[Tensor], n_read: Sequence[int]) -> None:
@@ -272,7 +288,9 @@ class Readers:
         self._n_read = (ctypes.c_int64 * n)(*n_read)
         self._tokens = (ctypes.c_int64 * n)()
         self._pointers = (ctypes.c_void_p * n)(*(block.data_ptr() for block in blocks))
-        self._room = decoder.room(n)
+        n_threads = _sharing.n_threads or torch.get_num_threads()
+        self._room = decoder.room(n, n_threads)
+        self._where = self._room.data_ptr(), n_threads, torchs_threads()
 
     @property
     def n_read(self) -> list[int]:
@@ -286,7 +304,7 @@ class Readers:
         """
         arguments = self._taken(token_ids)
         logits_bo = self.decoder.logits(len(self.blocks))
-        if not self.decoder.step(len(self.blocks), *arguments, logits_bo.data_ptr(), self._room.data_ptr()):
+        if not self.decoder.step(len(self.blocks), *arguments, logits_bo.data_ptr(), *self._where):
             self.require_known(token_ids)
         return logits_bo[:, : self.decoder.shape.vocabulary]
 
@@ -295,8 +313,7 @@ class Readers:
         is_mlp_left, the residual stream before the last feed-forward layer."""
         arguments = self._taken(token_ids)
         hidden_bd = torch.empty(len(self.blocks), self.decoder.shape.width, dtype=self.decoder.dtype)
-        places = hidden_bd.data_ptr(), self._room.data_ptr()
-        if not self.decoder.hidden(len(self.blocks), *arguments, *places, is_mlp_left):
+        if not self.decoder.hidden(len(self.blocks), *arguments, hidden_bd.data_ptr(), *self._where, is_mlp_left):
             self.require_known(token_ids)
         return hidden_bd
 
@@ -321,15 +338,17 @@ class Readers:
 
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+# The decoder; tokens, blocks, counts, results and room of so many rows; threads, and what runs in them.
+_STEP: Final = (_POINTER, _INT64, *[_POINTER] * 5, _INT64, _POINTER)
 _FUNCTIONS: Final = {
     "open": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
     "close": (None, _POINTER),
     "block": (_INT64, _POINTER),
     "logits": (_INT64, _POINTER),
-    "room": (_INT64, _POINTER, _INT64),
+    "room": (_INT64, _POINTER, _INT64, _INT64),
     "place": (None, _POINTER, _INT64, _POINTER),
-    "step": (ctypes.c_int, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
-    "hidden": (ctypes.c_int, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, ctypes.c_int32),
+    "step": (ctypes.c_int, *_STEP),
+    "hidden": (ctypes.c_int, *_STEP, ctypes.c_int32),
 }
 """Of each function of the interface: what it gives, and what it takes."""
 

@@ -16,7 +16,7 @@ import torch
 from meristem.errors import WrongValue
 from meristem.native.build import PACKAGED, VARIANTS, BuildFailed, cached, machine
 
-ABI: Final = 10
+ABI: Final = 11
 """Version of the C interface that this package calls; ``core.cpp`` has the same."""
 
 SETTING: Final = "MERISTEM_NATIVE"

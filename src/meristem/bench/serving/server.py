@@ -42,14 +42,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(data: Path, checkpoint: Path | None, max_rows: int = 64) -> Iterator[Server]:
+def serving(data: Path, checkpoint: Path | None, max_rows: int = 64, n_threads: int | None = None) -> Iterator[Server]:
     """A server on the sessions of a directory, until the block ends. WorkerDied where it does not become ready.
 
-    checkpoint: None for the model in the box. max_rows: requests at once.
+    checkpoint: None for the model in the box. max_rows: requests at once. n_threads: None for those that it takes
+    unasked.
     """
     model = [] if checkpoint is None else [str(checkpoint)]
     words = [sys.executable, "-m", "meristem", "serve", *model, "--port", "0", "--data", str(data), "--json"]
     words += ["--max-rows", str(max_rows), "--deadline", str(DEADLINE_S)]
+    words += [] if n_threads is None else ["--threads", str(n_threads)]
     began = time.perf_counter()
     # Whoever ends the measurement ends its server as well, which would outlive it.
     before = signal.signal(signal.SIGTERM, _end)

@@ -15,6 +15,7 @@ from meristem.bench.serving.server import Server, serving
 from meristem.bench.serving.speed import TEMPERATURE, long_session, speeds
 from meristem.events import silent
 from meristem.models.load import Loaded
+from meristem.native.decoding import share_readers
 from meristem.runs.open import load
 
 PARTS: Final = Parts(
@@ -60,6 +61,7 @@ def measure(
     heard: is given each figure at once.
     """
     torch.set_num_threads(1)
+    share_readers(1)
     loaded = load(checkpoint, silent)
     for part in PARTS.names:
         if part not in parts or not sizes.has(part):
@@ -75,13 +77,16 @@ def _rows(part: str, sizes: Sizes, checkpoint: Path | None, loaded: Loaded, plac
         yield from idle(place, checkpoint, loaded, sizes.idle, say)
         return
     # The text that is read beside the replies takes a place of its own.
-    with serving(place, checkpoint, max(sizes.sessions, default=1) + 1) as server:
-        yield from _of_a_server(part, sizes, loaded, server, say)
+    n_rows = max(sizes.sessions, default=1) + 1
+    with serving(place / "sessions", checkpoint, n_rows) as server:
+        if part == "speeds":
+            with serving(place / "others", checkpoint, n_rows, n_threads=1) as single:
+                yield from speeds(server, single, loaded, sizes.sessions, sizes.tokens, sizes.repeats)
+            return
+        yield from _of_a_server(part, sizes, server, say)
 
 
-def _of_a_server(part: str, sizes: Sizes, loaded: Loaded, server: Server, say: Say) -> Iterator[Row]:
-    if part == "speeds":
-        return speeds(server, loaded, sizes.sessions, sizes.tokens, sizes.repeats)
+def _of_a_server(part: str, sizes: Sizes, server: Server, say: Say) -> Iterator[Row]:
     if part == "long":
         return long_session(server, sizes.long)
     if part == "health":
@@ -105,7 +110,8 @@ def page(report: dict[str, Any]) -> str:
         f"medians of {report['parts'][0]['repeats']}, of the time in which all sessions write; each has a memory of "
         f"its own, a text of its own behind it, and draws at a temperature of {TEMPERATURE}. Tokens sent together "
         "count as one: from token to token is from one event to the next. In process the same batch is read and drawn "
-        "in a loop, with no server, queue, text or JSON. An idle session is read from its file, which the operating "
-        "system may still have in memory, and its turn is written to the disk.",
+        "in a loop by one thread, with no server, queue, text or JSON; it is compared with a server of one thread "
+        "(`--threads 1`), which leaves a processor to all that. An idle session is read from its file, which the "
+        "operating system may still have in memory, and its turn is written to the disk.",
     ]
     return "\n".join([*lines, ""])

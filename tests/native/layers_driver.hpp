@@ -1,14 +1,8 @@
-// Rows, strips, windows and writes of random sizes through what stands around the form and the write of a memory, forward and backward, in buffers exactly as large as
-// they must be. Built by test_layers_sanitized.py with AddressSanitizer and UBSan; some numbers are NaN or infinite.
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <random>
-#include <vector>
+// Rows, strips, windows and writes of random sizes through what stands around the form and the write of a memory, forward and
+// backward, in buffers exactly as large as they must be; some numbers are NaN or infinite.
+#pragma once
 
-#include "core.cpp"
-
-namespace {
+namespace layers {
 std::mt19937 generator;
 
 int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(generator); }
@@ -127,15 +121,15 @@ template <class T, class S> class Calls {
     return fault | meristem_vectors_backward(&v);
   }
 };
-}  // namespace
 
-int main(int, char** words) {
-  generator.seed(unsigned(std::atoi(words[1])));
-  const int n = std::atoi(words[2]);
+int drive(unsigned seed, int n) {
+  generator.seed(seed);
   Calls<float, float> single(FLOAT32);
   Calls<double, double> twice(FLOAT64);
   Calls<float, Brain> half(BFLOAT16);
   for (int i = 0; i < n; ++i)
     if (single.run() || twice.run() || half.run()) return 1;
   std::printf("%d calls\n", 3 * n);
+  return 0;
 }
+}  // namespace layers

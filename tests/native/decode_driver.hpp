@@ -1,14 +1,9 @@
 // Steps of random small models under sanitizers: every mixer, combination and kind of rule, odd sizes, any number of rows,
-// rings that wrap, numbers that are none. Every buffer is exactly as large as the interface says, on the heap of its own.
-// Arguments: a seed, and how many models. Prints what was read; the sanitizers end it at the first fault.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
+// rings that wrap, numbers that are none, one to three threads. Every buffer is exactly as large as the interface says, on the
+// heap of its own.
+#pragma once
 
-#include "core.cpp"
-
-namespace {
+namespace decoders {
 using namespace meristem::decoding;
 
 std::mt19937_64 draw;
@@ -85,6 +80,19 @@ LayerShape layer_of(int64_t d, int64_t heads, int64_t memory_heads) {
   return s;
 }
 
+// What Python calls, for one kind of number.
+template <class T> struct Interface;
+template <> struct Interface<float> {
+  decltype(&meristem_decoder_room_f32) room = meristem_decoder_room_f32;
+  decltype(&meristem_decoder_step_f32) step = meristem_decoder_step_f32;
+  decltype(&meristem_decoder_hidden_f32) hidden = meristem_decoder_hidden_f32;
+};
+template <> struct Interface<double> {
+  decltype(&meristem_decoder_room_f64) room = meristem_decoder_room_f64;
+  decltype(&meristem_decoder_step_f64) step = meristem_decoder_step_f64;
+  decltype(&meristem_decoder_hidden_f64) hidden = meristem_decoder_hidden_f64;
+};
+
 template <class T> int64_t run() {
   const int64_t heads = any(1, 3), memory_heads = any(1, 3), d = heads * memory_heads * any(1, 13), n_layers = any(1, 3);
   const ModelShape model{d, any(1, 80), n_layers, 1e-6};
@@ -98,7 +106,7 @@ template <class T> int64_t run() {
   const ModelWeights<T> ends{held.of(model.vocabulary * d), held.of(d), held.of(model.vocabulary * d)};
   const Decoder<T> decoder(model, shapes.data(), ends, layers.data(), hope_parts<T>);
   held.all.clear();  // what it needs is packed
-  const int64_t rows = any(1, 15);
+  const int64_t rows = any(1, 20), threads = any(1, 3);
   std::vector<std::unique_ptr<T[]>> blocks;
   std::vector<T*> pointers;
   std::vector<int64_t> n_read, tokens(rows);
@@ -107,17 +115,22 @@ template <class T> int64_t run() {
     pointers.push_back(blocks.back().get());
     n_read.push_back(any(0, 100));
   }
-  std::unique_ptr<T[]> room(new T[size_t(decoder.room_size(rows))]), logits(new T[size_t(rows * decoder.logits_stride())]);
-  std::unique_ptr<T[]> hidden(new T[size_t(rows * model.width)]);
+  const Interface<T> call;
+  std::unique_ptr<T[]> room(new T[size_t(call.room(&decoder, rows, threads))]);
+  std::unique_ptr<T[]> logits(new T[size_t(rows * decoder.logits_stride())]), hidden(new T[size_t(rows * model.width)]);
+  const auto step = [&] {
+    return !call.step(&decoder, rows, tokens.data(), pointers.data(), n_read.data(), logits.get(), room.get(), threads, nullptr);
+  };
   int64_t done = 0;
-  for (int step = 0; step < 45; ++step) {
+  for (int i = 0; i < 45; ++i) {
     for (int64_t& token : tokens) token = any(0, model.vocabulary - 1);
-    done += decoder.step(int(rows), tokens.data(), pointers.data(), n_read.data(), logits.get(), room.get());
-    const auto left = any(0, 1) ? Decoder<T>::MLP_IS_LEFT : Decoder<T>::HEAD_IS_LEFT;
-    done += decoder.read(int(rows), tokens.data(), pointers.data(), n_read.data(), hidden.get(), room.get(), left);
+    done += step();
+    const int is_mlp_left = int(any(0, 1));
+    done += !call.hidden(&decoder, rows, tokens.data(), pointers.data(), n_read.data(), hidden.get(), room.get(), threads, nullptr,
+                         is_mlp_left);
   }
   tokens.back() = any(0, 1) ? model.vocabulary : -1;
-  return done - decoder.step(int(rows), tokens.data(), pointers.data(), n_read.data(), logits.get(), room.get());
+  return done - step();
 }
 
 // Draws from rows of any size and distance, some of whose numbers are none or infinite: an id of the vocabulary that is not
@@ -140,16 +153,14 @@ int draws() {
     if (ids[r] < -1 || ids[r] >= n || (ids[r] >= 0 && std::isinf(logits[r * stride + ids[r]]))) return 0;
   return 1;
 }
-}  // namespace
 
-int main(int, char** arguments) {
-  draw.seed(std::strtoull(arguments[1], nullptr, 10));
-  const int64_t n_models = std::strtoll(arguments[2], nullptr, 10);
+int drive(unsigned seed, int n_models) {
+  draw.seed(seed);
   int64_t done = 0;
   for (int64_t i = 0; i < n_models; ++i) done += any(0, 1) ? run<float>() : run<double>();
   int64_t drawn = 0;
   for (int64_t i = 0; i < 20 * n_models; ++i) drawn += draws();
-  std::printf("%lld steps of %lld models, %lld draws\n", static_cast<long long>(done), static_cast<long long>(n_models),
-              static_cast<long long>(drawn));
+  std::printf("%lld steps of %d models, %lld draws\n", static_cast<long long>(done), n_models, static_cast<long long>(drawn));
   return done == 90 * n_models && drawn == 20 * n_models ? 0 : 1;
 }
+}  // namespace decoders

@@ -1,14 +1,8 @@
-// Windows of random sizes through the chunk form, forward and backward, in buffers exactly as large as they must be. Built by
-// test_form_sanitized.py with AddressSanitizer and UBSan; some numbers are NaN, some infinite, some too small to be normal.
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <random>
-#include <vector>
+// Windows of random sizes through the chunk form, forward and backward, in buffers exactly as large as they must be; some
+// numbers are NaN, some infinite, some too small to be normal.
+#pragma once
 
-#include "core.cpp"
-
-namespace {
+namespace forms {
 std::mt19937 generator;
 
 int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(generator); }
@@ -77,14 +71,14 @@ template <class T> class Windows {
     return call(&f);
   }
 };
-}  // namespace
 
-int main(int, char** words) {
-  generator.seed(unsigned(std::atoi(words[1])));
-  const int n = std::atoi(words[2]);
+int drive(unsigned seed, int n) {
+  generator.seed(seed);
   Windows<float> single;
   Windows<double> twice;
   for (int i = 0; i < n; ++i)
     if (single.run() || twice.run()) return 1;
   std::printf("%d windows\n", 2 * n);
+  return 0;
 }
+}  // namespace forms
