@@ -1,8 +1,10 @@
 """`meristem serve` as a process, and what it refuses."""
 
+import asyncio
 import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -10,6 +12,7 @@ import urllib.request
 import pytest
 
 from meristem.cli import run
+from meristem.cli.serve import listen_at
 from meristem.errors import KeyRefused
 from meristem.serve.keys import Keys
 
@@ -123,3 +126,23 @@ def test_a_server_comes_up_and_ends_on_a_signal(tmp_path):
             ]
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 130
+
+
+def test_no_answer_waits_for_that_to_the_piece_before() -> None:
+    """Small pieces leave at once (TCP_NODELAY), on the connections of one process and of workers, both asyncio's."""
+
+    async def is_sent_at_once() -> bool:
+        listening, _ = listen_at("127.0.0.1", 0)
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(connected, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            is_on = bool(await found)
+            writer.close()
+        return is_on
+
+    assert asyncio.run(is_sent_at_once())

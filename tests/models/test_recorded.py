@@ -4,6 +4,8 @@ What records on a GPU needs one; here the recorded step is run again by calling 
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from meristem.models import recorded
 from meristem.models.decoding import Decoding
 from meristem.models.generate import Sampling, generate
 from meristem.models.recorded import AFTER, Steps
+from meristem.nn import attention
 from meristem.serve.batch import Batch
 from models.decodings import assert_same_state, read_on
 
@@ -184,6 +187,23 @@ def test_weights_may_change(recorder):
         logits_bo, state = steps(token_ids, state)
         assert torch.equal(logits_bo, model(torch.tensor(token_ids)[:, None], before)[0][:, -1])
     assert not steps.is_recorded
+
+
+def test_what_a_step_reads_is_held(recorder):
+    """Also what a cache forgets: the record of a device has addresses alone."""
+    model, tokens_bt = zoo.grown("preset-default"), zoo.ids(2, 4 * N_READ)
+    steps, state = Steps(model), begun(model, tokens_bt[:, :N_READ])
+    for column_b in tokens_bt[:, N_READ : N_READ + AFTER].unbind(1):
+        _, state = steps(column_b.tolist(), state)
+    assert steps.is_recorded
+    span = zoo.SMALL["sliding_window"]
+    tables = [weakref.ref(x) for x in attention.rope_angles(torch.zeros(1, span, 2, 6, dtype=torch.float64))]
+    attention._angles.cache_clear()
+    gc.collect()
+    assert all(each() is not None for each in tables)
+    del steps
+    gc.collect()
+    assert all(each() is None for each in tables)
 
 
 def test_a_step_that_cannot_be_recorded_is_read_on(monkeypatch):

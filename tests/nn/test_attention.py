@@ -9,8 +9,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from meristem.errors import WrongValue
 from meristem.memory.state import LENGTHS
+from meristem.nn import attention as attention_module
 from meristem.nn.attention import BLOCK, Attention, apply_rope, rope_angles
 from meristem.nn.documents import Documents
+
+
+@pytest.fixture(autouse=True, params=["written out", "fused"])
+def _by(request, monkeypatch):
+    """Both ways of a block: that of a CPU, and that of the devices on which torch's fused kernel takes masks."""
+    if request.param == "fused":
+        monkeypatch.setattr(attention_module, "FUSED", frozenset({"cpu", "meta"}))
 
 
 def rotated(keys_bshk):

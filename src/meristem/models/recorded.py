@@ -7,10 +7,12 @@ in integers, as that of a chunk which is not full, is read operation by operatio
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from meristem.memory.state import State, flatten, unflatten
 from meristem.shapes import Logits, Tokens
@@ -102,14 +104,17 @@ class _Recorded:
         self._storages = {leaf.untyped_storage().data_ptr() for leaf in self._leaves.values()}
         self.state = unflatten(self._leaves)
         self._tokens_b1 = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
-        self._weights = [*reader.parameters(), *reader.buffers()]
-        self._lie_at = _places(self._weights)
+        # Of what is read from elsewhere, weights and tables that a cache may forget, the record knows addresses alone.
+        with _Watch() as watch:
+            self._step()
+        self._read = list(watch.read.values())
+        self._lie_at = _places(self._read)
         self._again, self._logits_bo = RECORDERS[device.type](self._step, device)
         self._put(flatten(state))
 
     def fits(self, flat: Flat) -> bool:
         """Whether the step reads such a state, with the weights where they were."""
-        if flat.keys() != self._leaves.keys() or _places(self._weights) != self._lie_at:
+        if flat.keys() != self._leaves.keys() or _places(self._read) != self._lie_at:
             return False
         return all(
             leaf is own or (isinstance(leaf, Tensor) and leaf.shape == own.shape and leaf.dtype == own.dtype)
@@ -140,6 +145,29 @@ class _Recorded:
         for name, leaf in apart.items():
             self._leaves[name].copy_(leaf)  # type: ignore[arg-type]
         return logits_bto[:, -1]
+
+
+class _Watch(TorchDispatchMode):
+    """Hears which tensors are read that were not made meanwhile. read: by their identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[int, Tensor] = {}
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            if tensor.untyped_storage().data_ptr() not in self._made:
+                self.read[id(tensor)] = tensor
+        found = function(*args, **(kwargs or {}))
+        self._made.update(tensor.untyped_storage().data_ptr() for tensor in _tensors(found))
+        return found
+
+
+def _tensors(values: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _are_alike(before: Flat, after: Flat, device: torch.device) -> bool:
