@@ -15,7 +15,6 @@ from torch import Tensor
 
 from meristem.errors import ShapeError, WrongValue
 from meristem.native.interface import torchs_threads
-from meristem.native.slabs import Slabs
 
 ATTENTION, GATE, LAYER, MEMORY, SELF_REFERENCE = range(5)
 """What mixes tokens: attention, memory as gate, memory as layer, memory alone, memories that make their own keys."""
@@ -181,7 +180,6 @@ class Decoder:
             raise MemoryError("there is no memory for the packed weights of this model. Free some, or use less of it.")
         weakref.finalize(self, self._call["close"], self._handle)
         self.block_size = int(self._call["block"](self._handle))
-        self._slabs = Slabs(self.block_size, self.dtype)
         self._logits_stride = int(self._call["logits"](self._handle))
         self._places = [self._place(index) for index in range(len(layers))]
 
@@ -192,7 +190,7 @@ class Decoder:
 
     def blocks(self, n: int) -> Tensor:
         """Blocks of so many readers, all zeros: ``(n, block_size)``."""
-        return self._slabs.blocks(n)
+        return torch.zeros(n, self.block_size, dtype=self.dtype)
 
     def held(self, blocks: Tensor, layer: int) -> Held:
         """Where the blocks of some readers hold what is of a layer."""
