@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def fla(is_interpreted: bool) -> Iterator[Found]:
     """The same of ``fla``'s gated delta, in bfloat16, as it is trained with."""
     if is_interpreted:
         raise RuntimeError("fla's kernels refuse Triton's interpreter")
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found]
+    chunk_gated_delta_rule = import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
 
     def step(inputs: dict[str, Tensor]) -> object:
         query, key, value, write = (inputs[name].bfloat16() for name in ("query", "key", "value", "write"))

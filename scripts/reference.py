@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import TypeGuard, get_args
 
 from pydantic.fields import FieldInfo
 
@@ -53,16 +53,15 @@ def page() -> str:
 def rows_of(name: str, config: type[ConfigSection]) -> Iterator[str]:
     """The settings of a part, those of parts inside it among them."""
     for key, field in config.model_fields.items():
-        part = field.annotation
-        if isinstance(part, type) and issubclass(part, ConfigSection):
-            yield from rows_of(f"{name}.{key}", part)
+        if is_part(field.annotation):
+            yield from rows_of(f"{name}.{key}", field.annotation)
             continue
         yield row(name, key, field)
         for listed in filter(is_part, get_args(field.annotation)):
             yield from rows_of(f"{name}.{key}[]", listed)
 
 
-def is_part(kind: object) -> bool:
+def is_part(kind: object) -> TypeGuard[type[ConfigSection]]:
     return isinstance(kind, type) and issubclass(kind, ConfigSection)
 
 

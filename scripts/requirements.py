@@ -63,9 +63,7 @@ def named(folder: Path) -> Iterator[tuple[str, str]]:
         where = str(path.relative_to(folder))
         yield where, ast.get_docstring(tree) or ""
         for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and (
-                isinstance(node, ast.ClassDef) or node.name.startswith("test")
-            ):
+            if isinstance(node, ast.ClassDef) or (isinstance(node, ast.FunctionDef) and node.name.startswith("test")):
                 yield f"{where}::{node.name}", f"{node.name} {ast.get_docstring(node) or ''}"
 
 

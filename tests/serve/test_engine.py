@@ -116,10 +116,10 @@ def test_s3_s4_an_answer_does_not_depend_on_its_batch(name, how):
     alone, with rows that come, go and are poisoned."""
     model = zoo.grown(name, torch.float32)
     with how():
-        _answer_like_alone(model)
+        assert_answers_like_alone(model)
 
 
-def _answer_like_alone(model):
+def assert_answers_like_alone(model):
     said = texts(4, 9)
     true = [alone(model, text, most_rows=4, max_tokens=2 + 2 * at) for at, text in enumerate(said)]
     asked = [Asked(model, text, max_tokens=2 + 2 * at) for at, text in enumerate(said)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meristem.memory.state import State, flatten, unflatten
+from meristem.memory.state import State, as_tensors, flatten, unflatten
 from meristem.shapes import Logits, Tokens
 
 Reader: TypeAlias = Callable[[Tokens, State | None], tuple[Logits, State]]
@@ -71,7 +71,7 @@ class Steps:
         """
         flat = flatten(state)
         if self._recorded is not None and self._recorded.fits(flat):
-            return self._recorded.run(token_ids, flat)
+            return self._recorded.run(token_ids, state)
         self._recorded = None
         # What counts for each row stays on the host.
         device = next(leaf.device for leaf in flat.values() if isinstance(leaf, Tensor) and leaf.dim() > 1)
@@ -100,7 +100,7 @@ class _Recorded:
         self._reader = reader
         # Each leaf in a storage of its own.
         whole = torch.contiguous_format
-        self._leaves = {name: x.clone(memory_format=whole) for name, x in flatten(state).items()}  # type: ignore[union-attr]
+        self._leaves = {name: leaf.clone(memory_format=whole) for name, leaf in as_tensors(state).items()}
         self._storages = {leaf.untyped_storage().data_ptr() for leaf in self._leaves.values()}
         self.state = unflatten(self._leaves)
         self._tokens_b1 = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
@@ -110,7 +110,7 @@ class _Recorded:
         self._read = list(watch.read.values())
         self._lie_at = _places(self._read)
         self._again, self._logits_bo = RECORDERS[device.type](self._step, device)
-        self._put(flatten(state))
+        self._put(state)
 
     def fits(self, flat: Flat) -> bool:
         """Whether the step reads such a state, with the weights where they were."""
@@ -121,29 +121,28 @@ class _Recorded:
             for leaf, own in zip(flat.values(), map(self._leaves.__getitem__, flat), strict=True)
         )
 
-    def run(self, token_ids: Sequence[int], flat: Flat) -> tuple[Tensor, State]:
+    def run(self, token_ids: Sequence[int], state: State) -> tuple[Tensor, State]:
         """A step from a state that fits."""
-        self._put(flat)
+        self._put(state)
         self._tokens_b1.copy_(torch.tensor(token_ids)[:, None])
         self._again()
         return self._logits_bo.clone(), self.state
 
-    def _put(self, flat: Flat) -> None:
-        for name, own in self._leaves.items():
-            if flat[name] is not own:
-                own.copy_(flat[name])  # type: ignore[arg-type]
+    def _put(self, state: State) -> None:
+        for name, leaf in as_tensors(state).items():
+            if leaf is not self._leaves[name]:
+                self._leaves[name].copy_(leaf)
 
     def _step(self) -> Tensor:
         logits_bto, after = self._reader(self._tokens_b1, self.state)
-        found = flatten(after)
         # What is a view of a place that is written here is taken before the first is written.
         apart = {
-            name: leaf.clone() if leaf.untyped_storage().data_ptr() in self._storages else leaf  # type: ignore[union-attr]
-            for name, leaf in found.items()
+            name: leaf.clone() if leaf.untyped_storage().data_ptr() in self._storages else leaf
+            for name, leaf in as_tensors(after).items()
             if leaf is not self._leaves[name]
         }
         for name, leaf in apart.items():
-            self._leaves[name].copy_(leaf)  # type: ignore[arg-type]
+            self._leaves[name].copy_(leaf)
         return logits_bto[:, -1]
 
 
